@@ -1,0 +1,145 @@
+"""Core attention on torch's own kernels, over packed sequences.
+
+On GPUs (bf16) torch's flash kernels take the whole pack at once; on a CPU, and in fp32, each sequence is one call of
+scaled_dot_product_attention: no padding and no mask either way. Megatron calls this class where its layer spec says
+`core_attention`; Transformer Engine's attention takes its place with --attention te.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+
+@dataclass
+class Packing(PackedSeqParams):
+    """Where the sequences of a micro-batch lie: Megatron's own type, and the lengths on the host.
+
+    The host copy is made once per micro-batch; reading cu_seqlens in each layer would stop the GPU each time.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+
+
+def packing(lengths: list[int], total: int, qkv_format: str | None, device: torch.device) -> Packing:
+    """Describe sequences of the given lengths, end to end; tokens after them, up to total, are one more sequence.
+
+    Args:
+        qkv_format: "thd" for Transformer Engine. None for TorchAttention: Megatron then keeps tensors [T, 1, heads, d]
+            and takes the rotary angles of each token as they are given.
+    """
+    rest = total - sum(lengths)
+    lengths = lengths + [rest] if rest else lengths
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    longest = max(lengths)
+    return Packing(
+        qkv_format=qkv_format,
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=lengths,
+    )
+
+
+class TorchAttention(MegatronModule):
+    """softmax(q k^T / sqrt(d)) v, causal, inside each sequence of the pack, with an optional sliding window.
+
+    With context parallelism each rank holds an equal slice of the pack's tokens: queries stay where they are, keys
+    and values are gathered (their gradients are summed and scattered on the way back).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = None if config.window_size is None else config.window_size[0] + 1  # keys that a query sees
+        self.cp: dist.ProcessGroup = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,  # [T/cp, 1, heads, d]
+        key: Tensor,  # [T/cp, 1, groups, d]
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: Packing | None = None,
+    ) -> Tensor:
+        """Returns [T/cp, 1, heads * d]."""
+        assert attention_mask is None and attention_bias is None and packed_seq_params is not None
+        start = 0
+        if self.cp.size() > 1:
+            start = self.cp.rank() * len(query)
+            key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self.cp) for x in (key, value))
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if query.is_cuda and query.dtype != torch.float32 and self.cp.size() == 1:
+            out = self.flash(query, key, value, packed_seq_params)
+        else:
+            out = self.by_sequence(query, key, value, packed_seq_params.lengths, start)
+        return out.reshape(len(query), 1, -1)
+
+    def flash(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        """All sequences in one kernel."""
+        return varlen_attn(
+            query,
+            key,
+            value,
+            packing.cu_seqlens_q,
+            packing.cu_seqlens_kv,
+            packing.max_seqlen_q,
+            packing.max_seqlen_kv,
+            scale=self.scale,
+            window_size=(-1 if self.window is None else self.window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def by_sequence(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], start: int) -> Tensor:
+        """One call per sequence. This rank's queries are the tokens [start, start + len(query)) of the pack."""
+        # split, not slices: the gradient of a slice is a full-size tensor of zeros, once per sequence
+        pieces, begin = [], 0
+        for k, v in zip(key.split(lengths), value.split(lengths), strict=True):
+            first, last = max(start - begin, 0), min(start + len(query) - begin, len(k))  # queries of this sequence
+            pieces.append((first, last, k, v))
+            begin += len(k)
+        queries = query.split([max(last - first, 0) for first, last, _, _ in pieces])
+        out = [self.attend(q, k[:last], v[:last]) for q, (_, last, k, v) in zip(queries, pieces, strict=True) if len(q)]
+        return torch.cat(out)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One sequence: [m, heads, d] queries, the last m of n positions; [n, groups, d] keys -> [m, heads, d]."""
+        m, n = len(query), len(key)
+        mask = None
+        if m < n or (self.window is not None and n > self.window):
+            distance = torch.arange(n - m, n, device=query.device)[:, None] - torch.arange(n, device=query.device)
+            mask = (distance >= 0) & (distance < (self.window or n))
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, tokens, d]
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[0].transpose(0, 1)

@@ -1,0 +1,206 @@
+"""Checkpoints that continue a run bit for bit, in any parallel layout.
+
+    OUTPUT/checkpoints/step_00000100/     weights, main weights, Adam, random states (megatron.core.dist_checkpointing)
+        state.json                        step, layout, metrics: for people, and for choosing what to keep
+
+A checkpoint appears by one rename, so what has its name is complete. A model for others is OUTPUT/hf, not this.
+"""
+
+import json
+import os
+import queue
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from align import optim, parallel
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_interval: int = 500
+    """steps between checkpoints; one more is written at the end, and when a run is told to stop; 0: only those"""
+    save_top_k: int = 1
+    """checkpoints to keep, the best by --monitor; the newest is always kept as well"""
+    monitor: str = "val/loss"
+    """metric that ranks checkpoints: lowest first where its name says loss, else highest first"""
+    resume: bool = True
+    """continue from the newest checkpoint in --output; --no-resume starts over and deletes what is there"""
+
+    @property
+    def metric(self) -> str:
+        """--monitor as metrics.jsonl spells it; val_loss and validation_loss are accepted."""
+        return self.monitor.replace("validation", "val", 1).replace("val_", "val/", 1)
+
+
+def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
+    """Refuse a --monitor that is none of the run's metrics; without validation data val/... ranks nothing."""
+    group = config.metric.split("/")[0]
+    others = sorted(name for name in known if name.startswith(group + "/"))
+    if group not in ("train", "val") or (others and config.metric not in known):
+        raise ValueError(f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others or known)}")
+
+
+def is_due(config: CheckpointConfig, step: int) -> bool:
+    """Is this a step to save after?"""
+    return config.save_interval > 0 and step % config.save_interval == 0
+
+
+def resume(
+    config: CheckpointConfig, output: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer
+) -> tuple[int, dict[str, float]]:
+    """Continue from the newest checkpoint of a run directory, or start at step 0. Collective.
+
+    Returns:
+        The number of finished steps, and the metrics known then.
+    """
+    if not config.resume and parallel.is_main():
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    path = parallel.on_main(lambda: newest(output / "checkpoints"))
+    if path is None:
+        return 0, {}
+    return load(path, model, optimizer), json.loads((path / "state.json").read_text())["metrics"]
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint of the highest step, or None."""
+    found = sorted(path for path in Path(directory).glob("step_????????") if (path / "state.json").is_file())
+    return found[-1] if found else None
+
+
+def save(
+    config: CheckpointConfig,
+    output: Path,
+    step: int,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    metrics: dict[str, float],
+) -> Path:
+    """Write OUTPUT/checkpoints/step_XXXXXXXX and delete what --save-top-k does not keep. Collective.
+
+    Args:
+        metrics: the newest value of each metric, for ranking checkpoints.
+    """
+    path = output / "checkpoints" / f"step_{step:08d}"
+    unfinished = path.with_suffix(".tmp")
+    if parallel.is_main():
+        for leftover in path.parent.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+    # Megatron would start a process to hold this queue, which imports the whole script again; saving in the
+    # foreground needs no such thing.
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(
+        {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step},
+        str(unfinished),
+        sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+    )
+    if parallel.is_main():
+        state = {"step": step, "layout": parallel.layout_sizes(), "metrics": metrics}
+        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(unfinished, path)
+        prune(path.parent, config)
+    dist.barrier()
+    return path
+
+
+def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> int:
+    """Fill model and optimizer from a checkpoint of any layout and return its step. Collective.
+
+    Raises:
+        an error of Megatron's that names what is missing, if the checkpoint does not hold all that the run needs.
+    """
+    same_layout = json.loads((path / "state.json").read_text())["layout"] == parallel.layout_sizes()
+    for adam in optim.adams(optimizer):
+        if not adam.optimizer.state:  # torch's AdamW has no state, so no place to load to, before its first step
+            adam._init_optimizer_states_with_dummy_values()
+    keep_step_through_loading()
+    wanted = sharded_state(model, optimizer, is_loading=True)
+    if same_layout:
+        wanted["rng"] = rng_state()
+    state = dist_checkpointing.load(wanted, str(path))
+    missing = model.module.load_state_dict(state["model"], strict=False).missing_keys
+    assert not [name for name in missing if "_extra_state" not in name], missing
+    optimizer.load_state_dict(state["optimizer"])
+    for adam in optim.adams(optimizer):
+        for tensors in adam.optimizer.state.values():
+            if isinstance(tensors.get("step"), torch.Tensor):
+                tensors["step"] = tensors["step"].clone()  # one tensor for all would count each parameter as a step
+    if same_layout:
+        set_rng_state(state["rng"])
+    return state["step"]
+
+
+def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict:
+    """Model and optimizer as Megatron's checkpoints want them: each tensor knows its place in the whole."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",  # the default cannot be saved any more
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+    model_state = model.module.sharded_state_dict(metadata=metadata)
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def keep_step_through_loading() -> None:
+    """Repair Megatron 0.16 with torch's AdamW: loading drops the state's "step" and then asks for it."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if original.__name__ == "with_step":
+        return
+
+    def with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict) -> None:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        original(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+def rng_state() -> ShardedObject:
+    """Random states of this rank, of every kind."""
+    numpy_kind, numpy_keys, *numpy_rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (numpy_kind, numpy_keys.tolist(), *numpy_rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def set_rng_state(state: dict) -> None:
+    """The inverse of rng_state."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def prune(directory: Path, config: CheckpointConfig) -> None:
+    """Delete all checkpoints but the newest and the best --save-top-k."""
+    states = {path: json.loads((path / "state.json").read_text()) for path in directory.glob("step_????????")}
+    last = newest(directory)
+    check_monitor(config, states[last]["metrics"])
+    values = {path: state["metrics"][config.metric] for path, state in states.items() if config.metric in state["metrics"]}
+    best = sorted(values, key=values.get, reverse="loss" not in config.metric)[: config.save_top_k]
+    for path in set(states) - set(best) - {last}:
+        shutil.rmtree(path)

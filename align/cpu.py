@@ -1,0 +1,114 @@
+"""Lets Megatron-Core 0.16 run without CUDA. The one file of the project that changes somebody else's code.
+
+Megatron names CUDA in many places: `device="cuda"` in its schedules and optimizers, `torch.cuda.current_device()`,
+the CUDA random state. `enable()` gives Megatron's own modules a look-alike `torch` in which those names mean the
+CPU. Every other library, ours included, keeps the real torch: replacing `torch.tensor` and its kin for everybody
+breaks `with torch.device("meta")`, and transformers then loads wrong weights without an error.
+"""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+
+# What we use of Megatron must be imported before the exchange: a module that comes later keeps the real torch.
+MODULES = (
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.torch",
+    "distributed",
+    "models.gpt",
+    "optimizer",
+    "pipeline_parallel",
+    "tensor_parallel.random",
+    "transformer",
+)
+FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like")
+
+
+class Stream(torch.cpu.Stream):
+    """A CPU stream with the CUDA stream's signatures (checkpointing makes one per device)."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__()
+
+    def record_event(self, event: object = None) -> torch.cpu.Event:
+        return torch.cpu.Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def enable() -> None:
+    """Exchange the `torch` of all Megatron modules. Call once, before the first Megatron object is made."""
+    if torch.cuda.is_available():
+        raise RuntimeError("align.cpu is for machines without CUDA")
+    for name in MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    cpu = torch.device("cpu")
+    cuda = look_alike(
+        torch.cuda,
+        current_device=lambda: cpu,
+        set_device=nothing,
+        synchronize=nothing,
+        empty_cache=nothing,
+        Event=torch.cpu.Event,
+        Stream=Stream,
+        stream=torch.cpu.stream,
+        current_stream=torch.cpu.current_stream,
+        default_stream=torch.cpu.current_stream,
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda state, *_: torch.set_rng_state(state),
+    )
+    factories = {name: on_cpu(getattr(torch, name)) for name in FACTORIES}
+    fake = look_alike(torch, cuda=cuda, **factories)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = fake
+
+    # One generator serves both "devices": Megatron's tracker forks it for dropout and recomputation.
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    torch.Tensor.cuda = lambda self, *_, **__: self  # without CUDA it could only raise
+    torch.Tensor.type = cuda_type_names(torch.Tensor.type)
+
+
+def nothing(*_: object, **__: object) -> None:
+    pass
+
+
+def look_alike(module: types.ModuleType, **changed: object) -> types.ModuleType:
+    """A copy of a module's dictionary with some names changed: attribute access costs what it cost before."""
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update(changed)
+    copy.__getattr__ = lambda name: getattr(module, name)  # names that torch loads late
+    return copy
+
+
+def on_cpu(make: Callable) -> Callable:
+    """A tensor factory for which device="cuda" means the CPU."""
+
+    def made(*args: object, **kwargs: object) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = torch.device("cpu")
+        return make(*args, **kwargs)
+
+    return made
+
+
+def cuda_type_names(plain: Callable) -> Callable:
+    """Tensor.type, which answers Megatron's optimizers with the name they compare with: 'torch.cuda.FloatTensor'."""
+
+    def type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+        answer = plain(self, *args, **kwargs)
+        if isinstance(answer, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
+            return answer.replace("torch.", "torch.cuda.")
+        return answer
+
+    return type

@@ -1,0 +1,581 @@
+"""Data: jsonl rows to token ids with a loss mask, and those to packed micro-batches.
+
+A row becomes an `Example` by the format that its fields say: `messages` (the model's chat template), `conversations`
+(turns with the markers of --chat-tokens) or the fields of --prompt-template. `plan` and `collate` then pack examples
+into a `Batch`, whose docstring states the batch layout of the whole project.
+"""
+
+import functools
+import gzip
+import heapq
+import json
+import re
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+ROLES = ("system", "user", "assistant", "tool")
+SYSTEM_ROLE = "System"  # the name that the header of a `conversations` row carries
+
+
+class Tokenizer(Protocol):
+    """What this file needs of a tokenizer; `align.tokenizer` has two."""
+
+    eos_id: int
+    bos_id: int | None
+    adds_bos: bool
+    stop_ids: set[int]
+
+    def encode(self, text: str, continued: bool = False) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row as tokens. `trained[i]`: token i is a target of the loss; never the first, which nothing predicts."""
+
+    ids: np.ndarray  # [n] int32
+    trained: np.ndarray  # [n] bool
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that go into the model: all but the last."""
+        return len(self.ids) - 1
+
+
+def num_trained(examples: list[Example]) -> int:
+    """Trained tokens of some examples: the denominator of their loss."""
+    return sum(int(example.trained.sum()) for example in examples)
+
+
+@dataclass(frozen=True)
+class FormatConfig:
+    """How a row becomes tokens."""
+
+    prompt_template: str = "{input} {output}"
+    """template of rows without messages or conversations: their fields in braces, the answer last; \\n and the like are unescaped"""
+    truncation_field: str = "input"
+    """template fields that give way when such a row is too long (comma list; they share the cut evenly)"""
+    truncation_side: Literal["right", "left"] = "right"
+    """the end of the truncation fields that is cut"""
+    chat_tokens: tuple[str, str, str, str, str] = (r"\x00", r"\x11", r"\x12", r"\n", r"\n")
+    """markers of conversations rows: system-turn start, turn start, label start, end of turn, end of name"""
+    loss_on: Literal["answer", "all"] = "answer"
+    """train on the answers with their end signal, or on every token"""
+    add_bos: bool | None = None
+    """put BOS in front of each row; None: as the tokenizer does by itself (messages rows: as the chat template does)"""
+    max_seq_len: int = 1024
+    """most tokens of one row"""
+
+    def __post_init__(self):
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
+        pieces = template_pieces(self.prompt_template)
+        fields = [field for _, field in pieces]
+        for field in self.truncation_field.split(","):
+            if field not in fields:
+                raise ValueError(
+                    f"--truncation-field {field} is not a field of --prompt-template {self.prompt_template!r}"
+                )
+        if not self.chat_tokens[1]:
+            raise ValueError(
+                "--chat-tokens: the turn start (second) ends the answers, so it must not be empty"
+            )
+
+    def save(self, directory: Path) -> None:
+        """Leave the formats beside the model: what it is asked later must look as it did in training."""
+        formats = {"prompt_template": self.prompt_template, "chat_tokens": self.chat_tokens, "add_bos": self.add_bos}
+        (directory / "prompt_format.json").write_text(json.dumps(formats, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def read_jsonl(path: Path) -> list[tuple[str, dict]]:
+    """Rows of a .jsonl or .jsonl.gz file as ("file:line", row); blank lines are skipped.
+
+    Raises ValueError naming file and line for what is not a JSON object, and for a file without rows.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(Path(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # bad JSON, or bytes that are not UTF-8
+            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: a row must be a JSON object, this is a {type(row).__name__}")
+        rows.append((f"{path}:{number}", row))
+    if not rows:
+        raise ValueError(f"{path}: no rows in this file")
+    return rows
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file, unzipped if its name ends in .gz. Raises ValueError if it cannot be read."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            yield from file
+    except (OSError, EOFError) as error:  # missing, a directory, not gzip, or cut short
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def text_field(row: dict, field: str) -> str:
+    """`row[field]`, which must be there and must be a string (ValueError)."""
+    if field not in row:
+        raise ValueError(f"no field {field!r} (the row has: {', '.join(map(repr, row)) or 'nothing'})")
+    if not isinstance(row[field], str):
+        raise ValueError(f"field {field!r} must be a string, not {type(row[field]).__name__}")
+    if re.search("[\ud800-\udfff]", row[field]):
+        raise ValueError(f"field {field!r} holds half of a surrogate pair, which is not a character")
+    return row[field]
+
+
+def turns_field(row: dict, field: str) -> list[dict]:
+    """`row[field]`, which must be a list of objects and not empty (ValueError)."""
+    turns = row[field]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"field {field!r} must be a list of at least one object")
+    return turns
+
+
+def check_size(num_rows: int, global_batch_size: int, flag: str) -> None:
+    """Raises ValueError if the data of `flag` (such as --train-data) has fewer rows than one global batch."""
+    if num_rows < global_batch_size:
+        raise ValueError(
+            f"{flag} has {num_rows} usable rows, fewer than one global batch: "
+            f"give more rows or lower --global-batch-size {global_batch_size}"
+        )
+
+
+def check_budget(max_seq_len: int, micro_batch_tokens: int, max_positions: int) -> None:
+    """Raises ValueError if one row may be longer than a micro-batch or than the model's context."""
+    if max_seq_len > max_positions:
+        raise ValueError(f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens")
+    if max_seq_len > micro_batch_tokens:
+        raise ValueError(f"--max-seq-len {max_seq_len} is above --micro-batch-tokens {micro_batch_tokens}: raise that")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SFT rows to examples
+
+
+def load_sft(
+    paths: list[Path], tokenizer: Tokenizer, fmt: FormatConfig
+) -> tuple[list[Example], dict[str, int]]:
+    """All examples of these files, and counts for the log.
+
+    Counts: rows read; cut_prompts (rows whose truncation fields were cut), cut_answers (rows cut on the right, so that
+    their end is lost), dropped (rows of which nothing trained was left); tokens and trained_tokens of the examples.
+    Raises ValueError naming file and line for a row that is wrong, and if no row is left.
+    """
+    counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped", "tokens", "trained_tokens"), 0)
+    examples = []
+    for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
+        try:
+            example, cut_prompt = format_sft(row, tokenizer, fmt)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        kept = Example(example.ids[: fmt.max_seq_len], example.trained[: fmt.max_seq_len])
+        counts["rows"] += 1
+        counts["cut_prompts"] += cut_prompt
+        counts["cut_answers"] += len(kept.ids) < len(example.ids)
+        counts["dropped"] += not kept.trained.any()
+        if kept.trained.any():
+            examples.append(kept)
+    if not examples:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no row is left: all {counts['rows']} have no trained token within "
+            f"--max-seq-len {fmt.max_seq_len}"
+        )
+    counts["tokens"] = sum(len(example.ids) for example in examples)
+    counts["trained_tokens"] = sum(int(example.trained.sum()) for example in examples)
+    return examples, counts
+
+
+def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
+    """One row as an example of any length, and whether its truncation fields were cut. Raises ValueError."""
+    cut_prompt = False
+    if "messages" in row:
+        ids, trained = format_messages(row, tokenizer, fmt)
+    elif "conversations" in row:
+        ids, trained = format_conversations(row, tokenizer, fmt)
+    else:
+        ids, trained, cut_prompt = format_template(row, tokenizer, fmt)
+    example = Example(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
+    if fmt.loss_on == "all":
+        example.trained[:] = True
+    example.trained[:1] = False
+    if not example.trained.any():
+        raise ValueError("no trained token: the row has no answer")
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
+        raise ValueError("two BOS at the start: the text brings its own, so use --add-bos False")
+    return example, cut_prompt
+
+
+def bos_prefix(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
+    """[BOS] or []. Raises ValueError if BOS is asked for and the tokenizer has none."""
+    if add_bos and tokenizer.bos_id is None:
+        raise ValueError("--add-bos True: this tokenizer has no BOS token")
+    return [tokenizer.bos_id] if add_bos else []
+
+
+def add_bos(tokenizer: Tokenizer, fmt: FormatConfig) -> bool:
+    """Whether rows other than messages start with BOS."""
+    return tokenizer.adds_bos if fmt.add_bos is None else fmt.add_bos
+
+
+def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Tokenizer) -> int:
+    """How many of `ids`, the tokens of `text`, are those of its beginning `prefix`.
+
+    Raises ValueError if `prefix` does not begin the text, or if its tokens do not begin `ids`: the boundary then lies
+    inside a token, and what a model sees when it answers `prefix` differs from what it was trained on.
+    """
+    if not text.startswith(prefix):
+        raise ValueError(
+            "the chat template's rendering of a prefix is not a prefix of the whole: the first turns alone end in "
+            f"{prefix[-40:]!r}, which the whole row does not contain there; use a template that renders turn by turn"
+        )
+    prefix_ids = tokenizer.encode(prefix)
+    if ids[: len(prefix_ids)] != prefix_ids:
+        raise ValueError(
+            "the chat template's rendering of a prefix is not a prefix of the whole in tokens: a token reaches across "
+            f"{prefix[-20:]!r} | {text[len(prefix) :][:20]!r}; change the text there, for instance strip the answer"
+        )
+    return len(prefix_ids)
+
+
+def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
+    """A {"messages": [{"role", "content"}, ...]} row: ids and trained.
+
+    Trained is each assistant turn, from what the template puts after its generation prompt up to its last stop token.
+    """
+    messages = turns_field(row, "messages")
+    check_messages(messages)
+    text = tokenizer.render(messages)
+    ids = tokenizer.encode(text)
+    trained = [False] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or fmt.loss_on == "all":
+            continue
+        prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
+        start = count_prefix_tokens(prompt, text, ids, tokenizer)
+        end = count_prefix_tokens(tokenizer.render(messages[: i + 1]), text, ids, tokenizer)
+        stops = [t for t in range(start, end) if ids[t] in tokenizer.stop_ids]
+        if not stops:
+            raise ValueError(
+                f"end of turn not trained: the chat template ends message {i} without a stop token: "
+                "add the id of its end-of-turn token to eos_token_id in generation_config.json"
+            )
+        trained[start : stops[-1] + 1] = [True] * (stops[-1] + 1 - start)
+    bos = bos_prefix(tokenizer, fmt.add_bos is True)
+    return bos + ids, [False] * len(bos) + trained
+
+
+def check_messages(messages: list[dict]) -> None:
+    """Raises ValueError for an unknown role, content that is not text, or nothing before the first answer."""
+    for i, message in enumerate(messages):
+        try:
+            role = text_field(message, "role")
+            text_field(message, "content")
+        except ValueError as error:
+            raise ValueError(f"message {i}: {error}") from error
+        if role not in ROLES:
+            raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(ROLES)}")
+    if messages[0]["role"] == "assistant":
+        raise ValueError("message 0: the first message must not be the assistant's, it would answer nothing")
+
+
+def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
+    """A {"system", "conversations": [{"from", "value", "label"}, ...], "mask", "type"} row: ids and trained."""
+    text, spans = conversation_text(row, [unescape(token) for token in fmt.chat_tokens])
+    bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
+    ids = tokenizer.encode(text)
+    trained = [False] * len(ids)
+    for first, last in spans if fmt.loss_on == "answer" else []:
+        start = count_prefix_tokens(text[:first], text, ids, tokenizer)
+        end = count_prefix_tokens(text[:last], text, ids, tokenizer)
+        trained[start:end] = [True] * (end - start)
+    return bos + ids, [False] * len(bos) + trained
+
+
+def conversation_text(row: dict, chat_tokens: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a `conversations` row and the spans [first, last) of its characters that are trained.
+
+    Layout: `SYS System EON system EOT`, then for each turn `TURN from EON [LABEL label EON] value EOT` (the label goes
+    after the value if type is TEXT_TO_VALUE, and nowhere if there is no type), and a last TURN if an answer ends the row.
+    Trained are the turns of the roles that `mask` does not name, from behind name and label (TEXT_TO_VALUE: the label)
+    up to and including the TURN that follows, which is the end signal; but not a turn without anything to answer, the first
+    (except TEXT_TO_VALUE, which labels any turn).
+    """
+    system_start, turn_start, label_start, end_of_turn, end_of_name = chat_tokens
+    kind, masked, turns = check_conversation(row)
+    text = f"{system_start}{SYSTEM_ROLE}{end_of_name}{text_field(row, 'system')}{end_of_turn}"
+    spans = []
+    for i, (role, value, label) in enumerate(turns):
+        text += f"{turn_start}{role}{end_of_name}"
+        given, answer = "", f"{value}{end_of_turn}"
+        if label is not None and kind == "VALUE_TO_TEXT":
+            given = f"{label_start}{label}{end_of_name}"
+        elif label is not None and kind == "TEXT_TO_VALUE":
+            given, answer = f"{value}{end_of_turn}{label_start}", f"{label}{end_of_name}"
+        if role not in masked and (i > 0 or kind == "TEXT_TO_VALUE"):
+            first = len(text) + len(given)
+            spans.append((first, first + len(answer) + len(turn_start)))
+        text += given + answer
+    return text + (turn_start if turns[-1][0] not in masked else ""), spans
+
+
+def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str, str, str | None]]]:
+    """`type`, the roles that `mask` names, and the turns (role, value, label) of a `conversations` row.
+
+    Raises ValueError if one of them is not as it must be, or if no turn is by a masked role.
+    """
+    kind, mask = row.get("type"), row.get("mask", "User")
+    if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
+        raise ValueError(f"field 'type' must be VALUE_TO_TEXT, TEXT_TO_VALUE or null, not {kind!r}")
+    roles = [mask] if isinstance(mask, str) else mask
+    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+        raise ValueError(f"field 'mask' must be a role or a list of roles, not {mask!r}")
+    turns = [check_turn(turn, i) for i, turn in enumerate(turns_field(row, "conversations"))]
+    if not any(role in roles for role, _, _ in turns):
+        raise ValueError(
+            f"no turn is by the role that 'mask' excludes ({', '.join(roles)}): who is the user?"
+        )
+    return kind, set(roles), turns
+
+
+def check_turn(turn: dict, i: int) -> tuple[str, str, str | None]:
+    """Role, value and label (None if it has none) of turn `i`."""
+    try:
+        label = None if turn.get("label") is None else text_field(turn, "label")
+        return text_field(turn, "from"), text_field(turn, "value"), label
+    except ValueError as error:
+        raise ValueError(f"turn {i}: {error}") from error
+
+
+def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:
+    """A row with the fields of --prompt-template: ids, trained, and whether truncation fields were cut.
+
+    Spaces around values are dropped. Trained are the answer and EOS; an empty answer is EOS alone.
+    """
+    pieces = template_pieces(fmt.prompt_template)
+    values = {field: text_field(row, field).strip(" ") for _, field in pieces}
+    bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
+    prompt, response = encode_template(pieces, values, tokenizer)
+    fields = {
+        field: tokenizer.encode(values[field], continued=True) for field in fmt.truncation_field.split(",")
+    }
+    cut_prompt = False
+    while (excess := len(bos + prompt + response) - fmt.max_seq_len) > 0 and any(fields.values()):
+        shorter = cut_evenly(fields, excess, fmt.truncation_side)
+        for field in (field for field in fields if shorter[field] != fields[field]):
+            # a cut may split a character, and half of one decodes to U+FFFD
+            values[field] = tokenizer.decode(shorter[field]).strip("\ufffd").strip(" ")
+        fields = shorter
+        prompt, response = encode_template(pieces, values, tokenizer)
+        cut_prompt = True
+    context = bos + prompt
+    return context + response, [False] * len(context) + [True] * len(response), cut_prompt
+
+
+def template_pieces(template: str) -> list[tuple[str, str]]:
+    """A prompt template as [(text before the field, field), ...]; the last field is the answer.
+
+    Raises ValueError if the template is not plain text with `{field}`s, or does not end with one.
+    """
+    try:
+        parsed = list(string.Formatter().parse(unescape(template)))
+    except ValueError as error:
+        raise ValueError(
+            f"--prompt-template {template!r}: {error} (write braces that are text twice)"
+        ) from error
+    if any(
+        field is not None and (not field.isidentifier() or spec or conversion)
+        for _, field, spec, conversion in parsed
+    ):
+        raise ValueError(
+            f"--prompt-template {template!r}: braces must hold the name of a field and nothing else"
+        )
+    pieces, text = [], ""
+    for literal, field, _, _ in parsed:  # text around a doubled brace comes in parts
+        text += literal
+        if field is not None:
+            pieces.append((text, field))
+            text = ""
+    if text or not pieces:
+        raise ValueError(
+            f"--prompt-template {template!r} must end with the field of the answer, as in '{{input}} {{output}}'"
+        )
+    return pieces
+
+
+def encode_template(
+    pieces: list[tuple[str, str]], values: dict[str, str], tokenizer: Tokenizer
+) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and response (with EOS) of a filled template.
+
+    Spaces before the answer belong to the response, so that " Paris" can be one token: a prompt ends where its last
+    word ends, in training as in generation. An answer that is empty is EOS alone.
+    """
+    separator, answer_field = pieces[-1]
+    kept = "" if separator.isspace() else separator.rstrip(" ")
+    prompt = "".join(literal + values[field] for literal, field in pieces[:-1]) + kept
+    answer = values[answer_field]
+    response = separator[len(kept) :] + answer if answer else ""
+    if not prompt:
+        return [], tokenizer.encode(answer) + [tokenizer.eos_id]
+    return tokenizer.encode(prompt), tokenizer.encode(response, continued=True) + [tokenizer.eos_id]
+
+
+def cut_evenly(fields: dict[str, list[int]], excess: int, side: str) -> dict[str, list[int]]:
+    """`fields` without `excess` of their tokens in all, taken evenly; fewer where a field has less than its share."""
+    cut, left = dict(fields), excess
+    live = [field for field in fields if fields[field]]
+    for i, field in enumerate(live):
+        ids = fields[field]
+        take = min(len(ids), -(-left // (len(live) - i)))
+        cut[field] = ids[take:] if side == "left" else ids[: len(ids) - take]
+        left -= take
+    return cut
+
+
+def unescape(text: str) -> str:
+    """`text` with backslash escapes (as typed on a command line) replaced by their characters; all else stays."""
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{text!r} holds a backslash that starts no escape: write \\\\ for a backslash"
+        ) from error
+
+
+def show(example: Example, tokenizer: Tokenizer) -> str:
+    """An example as text, trained tokens inside ⟦ ⟧, line ends as ↵ and other control characters as escapes."""
+    edges = np.flatnonzero(np.diff(example.trained)) + 1
+    ends = [*edges.tolist(), len(example.ids)]
+    shown, start, before = "", 0, ""
+    for end in ends:
+        text = tokenizer.decode(
+            example.ids[:end].tolist()
+        )  # from the start: a piece alone may lose its space
+        piece = text[len(before) :]
+        shown += f"⟦{piece}⟧" if example.trained[start] else piece
+        start, before = end, text
+    visible = shown.replace("\n", "↵\n")
+    return "".join(
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in visible
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order and packing
+
+
+def global_batch(num_rows: int, global_batch_size: int, seed: int, step: int) -> list[int]:
+    """Row numbers of step `step` (from 0): each epoch a new order, the tail that fills no batch left out.
+
+    A function of its arguments alone: that is what makes a resumed run see the same rows.
+    """
+    epoch, batch = divmod(step, num_rows // global_batch_size)
+    order = epoch_order(num_rows, seed, epoch)
+    return order[batch * global_batch_size : (batch + 1) * global_batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `range(num_rows)` of one epoch. [num_rows]"""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) -> list[list[list[int]]]:
+    """Deal sequences to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
+
+    `lengths`: tokens that go into the model (`len(ids) - 1`). A micro-batch holds at most `max_tokens` of them and
+    `max_rows` sequences. All ranks get the same number of micro-batches, as few as the longest-first rule manages, of
+    about equal load; some are empty if there are fewer sequences than micro-batches. Deterministic.
+    Raises ValueError if one sequence alone is above `max_tokens`.
+    """
+    if max(lengths, default=0) > max_tokens:
+        raise ValueError(
+            f"--micro-batch-tokens {max_tokens} is below a row of {max(lengths)} tokens: raise it or lower --max-seq-len"
+        )
+    max_rows = max_rows or len(lengths)
+    count = max(1, -(-sum(lengths) // (ranks * max_tokens)), -(-len(lengths) // max(1, ranks * max_rows)))
+    while (bins := fill_bins(lengths, ranks * count, max_tokens, max_rows)) is None:
+        count += 1
+    loads = [sum(lengths[row] for row in rows) for rows in bins]
+    dealt = fill_bins(loads, ranks, sum(loads), count)
+    return [[sorted(bins[b]) for b in rank] for rank in dealt]
+
+
+def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) -> list[list[int]] | None:
+    """Longest first into the emptiest bin that may take more items; None if one does not fit."""
+    bins = [[] for _ in range(num_bins)]
+    heap = [(0, b) for b in range(num_bins)]
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, b = heapq.heappop(heap)
+        if load + sizes[item] > max_size:
+            return None
+        bins[b].append(item)
+        if len(bins[b]) < max_items:
+            heapq.heappush(heap, (load + sizes[item], b))
+    return bins
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One packed micro-batch, the only batch layout of the project.
+
+    N sequences lie end to end and never see each other; their T tokens may be followed by padding, which belongs to no
+    sequence and is masked. Everything is aligned to predictions: index t of tokens, mask, log-probs, values, rewards and
+    advantages is about the prediction of `targets[t]` from `tokens` up to t of the same sequence. The shift between
+    tokens and targets happens in `collate` and nowhere else. A sequence of n ids takes n - 1 places.
+    """
+
+    tokens: torch.Tensor  # [T] int64, inputs
+    targets: torch.Tensor  # [T] int64, the token after each input
+    mask: torch.Tensor  # [T] float32, 1 where the target is trained
+    positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
+    cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
+    lengths: list[int]  # [N], the lengths of the sequences, on the host
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(
+            self.tokens.to(device),
+            self.targets.to(device),
+            self.mask.to(device),
+            self.positions.to(device),
+            self.cu_seqlens.to(device),
+            self.lengths,
+        )
+
+
+def collate(examples: list[Example], multiple: int = 1) -> Batch:
+    """Shift and pack examples; T is padded to a multiple of `multiple`.
+
+    Without examples the batch is `multiple` padding tokens: a rank that has no rows still takes part in collectives.
+    """
+    lengths = [example.num_inputs for example in examples]
+    total = sum(lengths)
+    padded = max(1, -(-total // multiple)) * multiple
+    tokens, targets, positions = (np.zeros(padded, dtype=np.int64) for _ in range(3))
+    mask = np.zeros(padded, dtype=np.float32)
+    ends = np.cumsum([0, *lengths])
+    for example, start, end in zip(examples, ends, ends[1:], strict=False):
+        tokens[start:end] = example.ids[:-1]
+        targets[start:end] = example.ids[1:]
+        mask[start:end] = example.trained[1:]
+        positions[start:end] = np.arange(end - start)
+    positions[total:] = np.arange(padded - total)
+    arrays = (tokens, targets, mask, positions, ends.astype(np.int32))
+    return Batch(*map(torch.from_numpy, arrays), lengths)

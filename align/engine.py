@@ -1,0 +1,148 @@
+"""Forward and backward over micro-batches with Megatron's pipeline schedules. The only file that knows stages.
+
+A script gives a list of packed micro-batches and a loss function
+
+    loss_fn(batch, logprobs) -> loss, metrics
+
+that sees one micro-batch and returns **sums**: the loss to minimise, a scalar, and what to log, scalars by name.
+The engine divides all of them by one denominator, that of the whole step over all ranks (trained tokens, pairs,
+sequences), before the backward pass. So neither the gradient nor a metric depends on how the step was split.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from align import parallel
+from align.attention import packing
+from align.data import Batch
+
+LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+def forward_backward(
+    model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float
+) -> dict[str, float]:
+    """The gradient of one step, into the model's buffers, and its metrics.
+
+    Args:
+        batches: this data parallel rank's micro-batches; every rank must hold the same number of them.
+        denominator: of the whole step, over all data parallel ranks, the same on every rank.
+
+    Returns:
+        "loss" and the loss function's metrics: sums over all micro-batches and ranks, divided by the denominator.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the ranks whose data made it so.
+    """
+    model.zero_grad_buffer()
+    return run(model, batches, loss_fn, denominator, forward_only=False)
+
+
+@torch.no_grad()
+def evaluate(
+    model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float
+) -> dict[str, float]:
+    """The metrics of forward_backward without the gradient."""
+    model.eval()
+    metrics = run(model, batches, loss_fn, denominator, forward_only=True)
+    model.train()
+    return metrics
+
+
+def run(
+    model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float, forward_only: bool
+) -> dict[str, float]:
+    """Drive Megatron's schedule over the micro-batches and reduce what the loss function returned."""
+    parts = get_forward_backward_func()(
+        forward_step_func=functools.partial(forward_step, loss_fn=loss_fn, denominator=denominator),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=1,  # unused: micro-batches tell their length themselves
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return reduce_metrics(parts, denominator)
+
+
+def forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel, loss_fn: LossFn, denominator: float
+) -> tuple[Tensor, Callable]:
+    """One micro-batch through this stage; Megatron's schedule calls the returned function on the last stage."""
+    batch = next(batches)
+    output = forward(model, batch)
+
+    def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, sums = loss_fn(batch, whole_sequence(output))
+        no_tokens = torch.zeros((), dtype=torch.int)  # "0 tokens" tells Megatron not to divide the gradient
+        sums = {"loss": total, **sums}
+        return total / denominator, no_tokens, {name: value.detach().double() for name, value in sums.items()}
+
+    return output, loss
+
+
+def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
+    """One micro-batch through this stage: hidden states for the next one, or log-probabilities [T/cp] on the last."""
+    tokens = len(batch.tokens)
+    cp, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+    part = slice(rank * tokens // cp, (rank + 1) * tokens // cp)  # collate made T a multiple of cp
+    qkv_format = "thd" if unwrap_model(model).te else None
+    return model(
+        input_ids=batch.tokens[None, part],
+        position_ids=batch.positions[None, part],
+        attention_mask=None,
+        labels=batch.targets[None, part],
+        loss_mask=batch.mask[None, part],
+        packed_seq_params=packing(batch.lengths, tokens, qkv_format, batch.tokens.device),
+    )
+
+
+def whole_sequence(output: Tensor) -> Tensor:
+    """[T/cp] of each context parallel rank -> [T] on all of them; each gets back the gradient of its own part.
+
+    So a loss function never knows of context parallelism.
+    """
+    if mpu.get_context_parallel_world_size() == 1:
+        return output
+    return gather_from_sequence_parallel_region(
+        output, tensor_parallel_output_grad=False, group=mpu.get_context_parallel_group()
+    )
+
+
+def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[str, float]:
+    """Sum over micro-batches and data parallel ranks, divide, and tell every stage."""
+    result: list[dict[str, float] | None] = [None]
+    local_loss = 0.0
+    if mpu.is_pipeline_last_stage():
+        names = list(parts[0])
+        sums = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in names])
+        local_loss = float(sums[names.index("loss")])
+        result = [dict(zip(names, (parallel.sum_over_dp(sums) / denominator).tolist(), strict=True))]
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        group = mpu.get_pipeline_model_parallel_group()
+        dist.broadcast_object_list(result, mpu.get_pipeline_model_parallel_last_rank(), group=group)
+    if not math.isfinite(result[0]["loss"]):
+        raise FloatingPointError(f"the loss is {result[0]['loss']}, from the data of rank {ranks_where(local_loss)}")
+    return result[0]
+
+
+def ranks_where(value: float) -> str:
+    """The global ranks on which a value is not finite, for an error message. Collective."""
+    flags: list[bool | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(flags, not math.isfinite(value))
+    return ", ".join(str(rank) for rank, bad in enumerate(flags) if bad) or "none (only the sum overflows)"
+
+
+def alignment(config: parallel.ParallelConfig) -> int:
+    """What the length of a micro-batch must be a multiple of: each rank of a split gets an equal part."""
+    return config.cp * (config.tp if config.sequence_parallel else 1)

@@ -1,0 +1,443 @@
+"""Hugging Face directories <-> this rank's shard of the model, both ways, streamed.
+
+    Megatron (each layer)                Hugging Face                        split over tensor parallel ranks
+    input_layernorm, pre_mlp_layernorm   input_, post_attention_layernorm    no
+    self_attention.linear_qkv            q_proj, k_proj, v_proj              rows: for each group q.. q k v
+    self_attention.q_, k_layernorm       q_norm, k_norm                      no
+    self_attention.linear_proj           o_proj                              columns
+    mlp.linear_fc1                       gate_proj, up_proj                  rows: [gate; up] on each rank
+    mlp.linear_fc2                       down_proj                           columns
+    embedding, output_layer              embed_tokens, lm_head               rows, padded with zeros
+    decoder.final_layernorm              norm                                no
+
+Reading, a rank opens only its own rows or columns. Writing, the first rank of each stage collects one matrix at a
+time and holds at most one file.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.utils import unwrap_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from align.model import Architecture, Policy
+
+MAX_FILE_BYTES = 2 * 1024**3
+
+# ---- config.json ------------------------------------------------------------------------------------------------
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+IMPLEMENTED = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
+    *("initializer_range", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window"),
+    *("max_window_layers", "layer_types"),
+}
+WITHOUT_EFFECT = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"),
+    *("pad_token_id", "pretraining_tp", "_name_or_path", "id2label", "label2id", "is_llama_config"),
+    *("transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "problem_type"),
+    *("chunk_size_feed_forward", "is_encoder_decoder"),
+}
+ONLY_VALUE = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+}
+ROPE_FIELDS = {
+    "default": {"rope_theta", "rope_type"},
+    "linear": {"rope_theta", "rope_type", "factor"},
+    "llama3": {
+        *("rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    },
+}
+
+
+def read_config(directory: Path) -> Architecture:
+    """The architecture that a directory's config.json describes.
+
+    Raises:
+        ValueError: an unknown architecture, or a field that would change the computation and is not implemented.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
+    raw = json.loads(path.read_text())
+    check_fields(raw, path)
+    hf = AutoConfig.from_pretrained(directory, local_files_only=True)
+    family = hf.model_type
+    return Architecture(
+        family=family,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        ffn_size=hf.intermediate_size,
+        layers=hf.num_hidden_layers,
+        heads=hf.num_attention_heads,
+        kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        norm_eps=hf.rms_norm_eps,
+        init_std=hf.initializer_range,
+        max_positions=hf.max_position_embeddings,
+        tied_embeddings=bool(hf.tie_word_embeddings),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        window=hf.sliding_window if family == "mistral" else None,
+        rope=rope_parameters(hf.rope_parameters, path),
+    )
+
+
+def check_fields(raw: dict, path: Path) -> None:
+    """Refuse what we do not implement, by the name that the file gives it."""
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{path}: model_type {family!r} is not implemented; known: {', '.join(FAMILIES)}")
+    for name, value in raw.items():
+        if name in ONLY_VALUE and value not in (None, ONLY_VALUE[name]):
+            raise ValueError(f"{path}: {name} = {value!r} is not implemented, only {ONLY_VALUE[name]!r}")
+        if name not in IMPLEMENTED | WITHOUT_EFFECT | set(ONLY_VALUE):
+            raise ValueError(
+                f"{path}: the field {name!r} is not implemented. If it does not change what the model computes, "
+                "remove it from the file"
+            )
+    if raw.get("use_sliding_window"):
+        raise ValueError(f"{path}: use_sliding_window = true is not implemented (windows in some layers only)")
+    kinds = set(raw.get("layer_types") or [])
+    if kinds - {"full_attention"} and not (family == "mistral" and kinds == {"sliding_attention"}):
+        raise ValueError(f"{path}: layer_types {sorted(kinds)} is not implemented; all layers must be alike")
+
+
+def rope_parameters(rope: dict, path: Path) -> tuple[tuple[str, float | str], ...]:
+    """Hugging Face's rope_parameters as sorted items, checked."""
+    rope = {name: value for name, value in rope.items() if value is not None and name != "type"}
+    kind = rope.setdefault("rope_type", "default")
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"{path}: rope_type {kind!r} is not implemented; known: {', '.join(ROPE_FIELDS)}")
+    if unknown := set(rope) - ROPE_FIELDS[kind] - {"partial_rotary_factor"}:
+        raise ValueError(f"{path}: {sorted(unknown)} in rope_parameters of type {kind!r} is not implemented")
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor other than 1.0 is not implemented")
+    return tuple(sorted(rope.items()))
+
+
+def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model's safetensors files, in the order in which they are written."""
+    hidden, head = arch.hidden_size, arch.head_dim
+    shapes = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    for layer in range(arch.layers):
+        heads = {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}
+        shapes |= {
+            f"model.layers.{layer}.{name}": shape
+            for name, shape in {
+                "input_layernorm.weight": (hidden,),
+                **{f"self_attn.{x}_proj.weight": (heads[x] * head, hidden) for x in "qkv"},
+                **({f"self_attn.{x}_proj.bias": (heads[x] * head,) for x in "qkv"} if arch.qkv_bias else {}),
+                **({f"self_attn.{x}_norm.weight": (head,) for x in "qk"} if arch.qk_norm else {}),
+                "self_attn.o_proj.weight": (hidden, arch.heads * head),
+                "post_attention_layernorm.weight": (hidden,),
+                "mlp.gate_proj.weight": (arch.ffn_size, hidden),
+                "mlp.up_proj.weight": (arch.ffn_size, hidden),
+                "mlp.down_proj.weight": (hidden, arch.ffn_size),
+            }.items()
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes if arch.tied_embeddings else {**shapes, "lm_head.weight": (arch.vocab_size, hidden)}
+
+
+# ---- where weights come from ------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Tensors by name, of which one can read a part."""
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor: ...
+
+
+class SafetensorsSource:
+    """The safetensors files of a directory: one, or several behind an index."""
+
+    def __init__(self, directory: Path, arch: Architecture):
+        self.directory, self.opened = Path(directory), {}
+        index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
+        if index.is_file():
+            self.files = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            self.files = dict.fromkeys(self.open(single.name).keys(), single.name)
+        else:
+            raise ValueError(f"--model {directory}: no model.safetensors there (other weight formats are not read)")
+        self.check(arch)
+
+    def check(self, arch: Architecture) -> None:
+        """Every tensor of the architecture must be there in its shape, and no other."""
+        shapes = tensor_shapes(arch)
+        harmless = {name for name in self.files if name.endswith("rotary_emb.inv_freq")}
+        if arch.tied_embeddings:
+            harmless.add("lm_head.weight")
+        if missing := sorted(set(shapes) - set(self.files)):
+            raise ValueError(f"--model {self.directory}: tensors are missing, {missing[0]} the first of {len(missing)}")
+        if unknown := sorted(set(self.files) - set(shapes) - harmless):
+            raise ValueError(
+                f"--model {self.directory}: tensors that the architecture {arch.family} does not have, "
+                f"{unknown[0]} the first of {len(unknown)}"
+            )
+        for name, shape in shapes.items():
+            found = tuple(self.open(self.files[name]).get_slice(name).get_shape())
+            if found != shape:
+                raise ValueError(f"--model {self.directory}: {name} is {found}, config.json means {shape}")
+
+    def open(self, file: str) -> safe_open:
+        if file not in self.opened:
+            self.opened[file] = safe_open(self.directory / file, "pt")
+        return self.opened[file]
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        part = self.open(self.files[name]).get_slice(name)
+        return part[rows] if columns is None else part[rows, columns]
+
+
+class RandomSource:
+    """A fresh model: normal matrices, norms of one, biases of zero.
+
+    Each tensor has a generator of its own, seeded by its name, so weights are the same in every parallel layout.
+    """
+
+    def __init__(self, arch: Architecture, seed: int):
+        self.shapes, self.std, self.seed = tensor_shapes(arch), arch.init_std, seed
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        shape = self.shapes[name]
+        if name.endswith("bias"):
+            full = torch.zeros(shape)
+        elif len(shape) == 1:
+            full = torch.ones(shape)
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+            full = torch.randn(shape, generator=generator) * self.std
+        return full[rows] if columns is None else full[rows, columns]
+
+
+def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
+    """The weights in a directory, or random ones where it holds a config.json only (the built-in tiny model)."""
+    if list(Path(directory).glob("*.safetensors")) or list(Path(directory).glob("*.bin")):
+        return SafetensorsSource(directory, arch)
+    if Path(directory).resolve() != Path(__file__).parent.parent.resolve() / "assets" / "tiny":
+        raise ValueError(f"--model {directory}: no safetensors files there")
+    return RandomSource(arch, seed)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load(model: Policy, source: Source) -> None:
+    """Fill this rank's shard. Call before the model is wrapped and the optimizer made."""
+    for name, parameter, hf_name in named_parameters(model):
+        part = read_part(source, model.arch, name, hf_name, parameter)
+        assert part.shape == parameter.shape, (name, part.shape, parameter.shape)
+        parameter.copy_(part)
+
+
+def read_part(source: Source, arch: Architecture, name: str, hf_name: str, parameter: nn.Parameter) -> Tensor:
+    """What one parameter of this rank holds, read from the source."""
+    tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    if "linear_qkv" in name and "layer_norm" not in name:
+        if arch.kv_heads < tp:  # ranks share a group: each holds an equal piece of its rows
+            return read_qkv(source, arch, hf_name, 0, arch.kv_heads).chunk(tp)[rank]
+        groups = arch.kv_heads // tp
+        return read_qkv(source, arch, hf_name, rank * groups, (rank + 1) * groups)
+    if name.endswith("linear_fc1.weight"):
+        rows = part_of(arch.ffn_size, tp, rank)
+        return torch.cat([source.read(hf_name.replace("*", half), rows) for half in ("gate", "up")])
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        width = parameter.shape[1]
+        return source.read(hf_name, columns=slice(rank * width, (rank + 1) * width))
+    if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        rows = len(parameter)
+        real = source.read(hf_name, slice(min(rank * rows, arch.vocab_size), min((rank + 1) * rows, arch.vocab_size)))
+        return torch.cat([real, real.new_zeros(rows - len(real), real.shape[1])])
+    return source.read(hf_name)
+
+
+def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last: int) -> Tensor:
+    """Rows of the query groups [first, last), each group its queries, its key, its value."""
+    groups, sizes = last - first, qkv_rows_per_group(arch)
+    parts = [
+        source.read(hf_name.replace("*", x), slice(first * size, last * size)) for x, size in zip("qkv", sizes)
+    ]
+    parts = [part.unflatten(0, (groups, size)) for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(parts, 1).flatten(0, 1)
+
+
+def qkv_rows_per_group(arch: Architecture) -> tuple[int, int, int]:
+    return arch.heads // arch.kv_heads * arch.head_dim, arch.head_dim, arch.head_dim
+
+
+def part_of(size: int, parts: int, index: int) -> slice:
+    return slice(index * size // parts, (index + 1) * size // parts)
+
+
+def named_parameters(model: Policy) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """(Megatron's name, parameter, Hugging Face's name) of each parameter on this rank.
+
+    A Hugging Face name with a * stands for several tensors: q, k, v or gate, up.
+    """
+    for name, parameter in model.named_parameters():
+        if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+            layer = model.decoder.layers[int(match[1])].layer_number - 1  # its number in the whole model
+            yield name, parameter, f"model.layers.{layer}.{LAYER_NAMES[match[2]]}"
+        elif name == "output_layer.weight" and model.arch.tied_embeddings:
+            yield name, parameter, "model.embed_tokens.weight"  # the last stage's copy
+        else:
+            yield name, parameter, OUTER_NAMES[name]
+
+
+OUTER_NAMES = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+LAYER_NAMES = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # Transformer Engine's fused layers
+    "self_attention.linear_qkv.weight": "self_attn.*_proj.weight",
+    "self_attention.linear_qkv.bias": "self_attn.*_proj.bias",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.weight": "mlp.*_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save(model: nn.Module, start_from: Path, directory: Path, companions: Sequence[Callable[[Path], None]] = ()) -> None:
+    """Write config.json, generation_config.json and safetensors files that transformers loads as they are.
+
+    Weights are written in the precision of training, so that nothing is lost. The directory is complete or absent:
+    it appears by one rename. Collective.
+
+    Args:
+        start_from: the directory of the model that training began with; its configuration is kept.
+        companions: write what belongs to the model into the directory that they are given: tokenizer, template.
+    """
+    model = unwrap_model(model)
+    directory = Path(directory)
+    unfinished = directory.with_name(directory.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+    mine = write_files(model, unfinished) if mpu.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
+    everyone: list[dict[str, int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        write_index(unfinished, {name: size for written in everyone for name, size in written.items()})
+        write_configs(start_from, unfinished, model.config.params_dtype)
+        for write in companions:
+            write(unfinished)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(unfinished, directory)
+    dist.barrier()
+
+
+def write_files(model: Policy, directory: Path) -> dict[str, tuple[str, int]]:
+    """This stage's tensors, a file whenever enough have come together: {tensor: (file, bytes)}, on the first rank."""
+    stage, written, held, held_bytes = mpu.get_pipeline_model_parallel_rank(), {}, {}, 0
+
+    def flush() -> None:
+        nonlocal held, held_bytes
+        file = f"stage{stage:03d}-{len({name for name, _ in written.values()}):05d}.safetensors"
+        save_file(held, directory / file, metadata={"format": "pt"})
+        written.update({name: (file, tensor.nbytes) for name, tensor in held.items()})
+        held, held_bytes = {}, 0
+
+    for name, tensor in full_tensors(model):
+        if held and held_bytes + tensor.nbytes > MAX_FILE_BYTES:
+            flush()
+        held[name] = tensor
+        held_bytes += tensor.nbytes
+    if held:
+        flush()
+    return written
+
+
+def full_tensors(model: Policy) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor on the CPU) of this stage's weights, on its first tensor parallel rank."""
+    for name, parameter, hf_name in named_parameters(model):
+        parts = gather_parts(parameter)
+        if parts is None or (name == "output_layer.weight" and model.arch.tied_embeddings):
+            continue
+        for whole_name, tensor in join(parts, model.arch, name, hf_name):
+            yield whole_name, tensor.cpu().contiguous().clone()
+
+
+def gather_parts(parameter: nn.Parameter) -> list[Tensor] | None:
+    """One parameter of all tensor parallel ranks on the first of them, None on the others. Collective."""
+    group = mpu.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return [parameter.data]
+    parts = [torch.empty_like(parameter) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(parameter.data.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+    return parts
+
+
+def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of read_part: the ranks' parts of one parameter -> its Hugging Face tensors."""
+    if "linear_qkv" in name and "layer_norm" not in name:
+        grouped = torch.cat(parts).unflatten(0, (arch.kv_heads, -1))
+        for x, tensor in zip("qkv", grouped.split(qkv_rows_per_group(arch), 1), strict=True):
+            yield hf_name.replace("*", x), tensor.flatten(0, 1)
+    elif name.endswith("linear_fc1.weight"):
+        for half, tensors in zip(("gate", "up"), zip(*(part.chunk(2) for part in parts), strict=True), strict=True):
+            yield hf_name.replace("*", half), torch.cat(tensors)
+    elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        yield hf_name, torch.cat(parts, 1)
+    elif name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        yield hf_name, torch.cat(parts)[: arch.vocab_size]
+    else:
+        yield hf_name, parts[0]
+
+
+def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:
+    """Give the files Hugging Face's names, and write the index if there are several."""
+    files = sorted({file for file, _ in written.values()})
+    if len(files) == 1:
+        os.replace(directory / files[0], directory / "model.safetensors")
+        return
+    names = {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1)}
+    for file, name in names.items():
+        os.replace(directory / file, directory / name)
+    index = {
+        "metadata": {"total_size": sum(size for _, size in written.values())},
+        "weight_map": {name: names[file] for name, (file, _) in sorted(written.items())},
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_configs(start_from: Path, directory: Path, dtype: torch.dtype) -> None:
+    """config.json with the precision of the files, and generation_config.json if there is one."""
+    config = json.loads((Path(start_from) / "config.json").read_text())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = Path(start_from) / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, directory / generation.name)

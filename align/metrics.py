@@ -1,0 +1,285 @@
+"""The run directory: what was run, its metrics, samples and log; the console line; optional wandb.
+
+`metrics.jsonl` is the truth, one line a step, written before anything else hears of it. Whatever depends on
+the clock is named `time/...`, so that two runs of the same flags differ in nothing but those.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
+    "train/loss": ("loss", "7.4f"),
+    "train/grad_norm": ("grad_norm", "8.3f"),
+    "train/lr": ("lr", "8.2e"),
+    "time/tokens_per_s": ("tokens/s", "9,.0f"),
+    "val/loss": ("val_loss", "7.4f"),
+}
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
+BAR_WIDTH = 20
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run leaves its record."""
+
+    output: Path = Path("runs/sft")
+    """directory of this run: config, log, metrics, samples, plots, checkpoints, the finished model in hf/"""
+    wandb_project: str | None = None
+    """also log to this wandb project; the environment variable WANDB_MODE says online or offline"""
+    wandb_name: str | None = None
+    """name of the wandb run; wandb invents one if none is given"""
+
+    def __post_init__(self):
+        if self.wandb_name is not None and self.wandb_project is None:
+            raise ValueError(f"--wandb-name {self.wandb_name} needs --wandb-project: give both or none")
+
+
+class Run:
+    """The record of one run. Rank 0 (`main`) writes it; on the other ranks every method does nothing.
+
+    Use: `Run(...)` once the flags are checked, `resume_at` once the first step is known, `log` after each,
+    `close` at the end. `total_steps` serves the console alone and may be set later.
+    """
+
+    def __init__(self, config: RunConfig, flags: dict, script: str, main: bool, total_steps: int = 0):
+        """`flags`: the script's resolved configuration (`dataclasses.asdict`); `script`: its `__file__`."""
+        self.main = main
+        self.config = config
+        self.total_steps = total_steps
+        self.wandb_run = None
+        self.bar = ""  # what a terminal shows in its last line
+        self.first_log: tuple[int, float] | None = None  # step and time, from which on the ETA counts
+        if config.output.exists() and not config.output.is_dir():
+            raise ValueError(f"--output {config.output} is a file: give a directory")
+        if main:
+            self._write_config(flatten(flags), Path(script))
+
+    def _write_config(self, flags: dict, script: Path) -> None:
+        """Leave flags, versions, commit and the script in the directory; log the flags that changed."""
+        self.config.output.mkdir(parents=True, exist_ok=True)
+        path = self.config.output / "config.json"
+        flags = json.loads(json.dumps(flags, default=str))  # as they read back: paths are text
+        if path.exists():
+            before = json.loads(path.read_text())["flags"]
+            for name, value in flags.items():
+                if value != before.get(name):
+                    self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
+        record = {"flags": flags, **environment(script)}
+        write_atomically(path, json.dumps(record, indent=2) + "\n")
+        shutil.copy(script, self.config.output)
+
+    def resume_at(self, step: int) -> None:
+        """Continue the record after `step` finished steps; 0 starts a new one.
+
+        A killed run may have written beyond its last checkpoint. They are dropped: the steps come again.
+        """
+        if not self.main:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            drop_after(self.config.output / name, step)
+        if self.config.wandb_project is not None:
+            self.wandb_run = start_wandb(self.config, fresh=step == 0)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record one finished step. Raises ValueError for NaN and infinity, which JSON cannot hold."""
+        if not self.main:
+            return
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise ValueError(f"metric {name} is {value} at step {step}: every metric must be finite")
+        append(self.config.output / "metrics.jsonl", [{"step": step, **metrics}])
+        if self.wandb_run is not None:
+            self.wandb_run.log(metrics, step=step)
+        self._show(step, metrics)
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        """Record prompts, responses and what belongs to them, one dictionary each, all with the same keys."""
+        if not self.main or not rows:
+            return
+        append(self.config.output / "samples.jsonl", [{"step": step, **row} for row in rows])
+        if self.wandb_run is not None:
+            import wandb
+
+            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            self.wandb_run.log({"samples": table}, step=step)
+
+    def say(self, text: str) -> None:
+        """A line for people: on the console, and with the time of day in log.txt."""
+        if not self.main:
+            return
+        with open(self.config.output / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{text}\n{self.bar}", end="", flush=True)  # above the bar, which is drawn again
+        else:
+            print(text, flush=True)
+
+    def close(self, plots: bool = True) -> None:
+        """End the record: draw the curves, tell wandb that the run is complete."""
+        if not self.main:
+            return
+        if self.bar:
+            self.bar = ""
+            print(flush=True)
+        if plots:
+            # Imported here, because matplotlib is slow to import and one rank needs it once.
+            from align.plots import draw
+
+            for path in draw(self.config.output):
+                self.say(f"curves: {path}")
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        """A terminal gets a bar that is redrawn, and a lasting line for each validation; a file all lines."""
+        line = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {columns(metrics)}"
+        if not sys.stdout.isatty():
+            print(line, flush=True)
+            return
+        if any(name.startswith("val/") for name in metrics):
+            print(f"\r\x1b[K{line}", flush=True)
+        done = min(1.0, step / max(1, self.total_steps))
+        blocks = ("█" * round(BAR_WIDTH * done)).ljust(BAR_WIDTH, "░")
+        bar = f"{blocks} {line}  ETA {self._eta(step)}"
+        self.bar = bar[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be redrawn
+        print(f"\r\x1b[K{self.bar}", end="", flush=True)
+
+    def _eta(self, step: int) -> str:
+        """Time left, H:MM:SS, if steps go on as fast as since this process logged its first."""
+        now = time.monotonic()
+        first_step, start_time = self.first_log = self.first_log or (step, now)
+        if step == first_step:
+            return "?"
+        seconds_per_step = (now - start_time) / (step - first_step)
+        minutes, seconds = divmod(round(seconds_per_step * max(0, self.total_steps - step)), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class Clock:
+    """Where the time goes: each `lap` ends a phase, `shares` sums up the phases since it was last called."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to phase `name`, which may come several times in a step."""
+        assert name != "step", "the sum of all phases has this name"
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        """Seconds of all laps since `shares` was last called."""
+        return sum(self.seconds.values())
+
+    def shares(self) -> dict[str, float]:
+        """`time/step` in seconds and `time/<phase>` as shares of it, which sum to 1; starts anew."""
+        total = self.total()
+        shares = {f"time/{name}": seconds / total for name, seconds in self.seconds.items()}
+        self.seconds.clear()  # `last` stays: no time falls between two steps
+        return {"time/step": total, **shares}
+
+
+def model_flops(num_matmul_params: int, tokens: int) -> float:
+    """Operations of forward and backward: 2 per weight and token forward, 4 backward; attention not counted.
+
+    `num_matmul_params` leaves out the input embedding, which is a look-up. Recomputation does not count.
+    """
+    return 6.0 * num_matmul_params * tokens
+
+
+def columns(metrics: dict[str, float]) -> str:
+    """The few values that a person watches, in columns that stay aligned."""
+    shown = [(*COLUMNS[name], metrics[name]) for name in COLUMNS if name in metrics]
+    return "  ".join(f"{label} {value:{form}}" for label, form, value in shown)
+
+
+def flatten(flags: dict) -> dict:
+    """Nested configuration as the flat flags that a user types: {"run": {"output": 1}} is {"output": 1}."""
+    flat = {}
+    for name, value in flags.items():
+        flat.update(flatten(value) if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def environment(script: Path) -> dict:
+    """What else decides the result: versions (None: not installed), commit, processes, command."""
+    folder = script.resolve().parent
+    changes = git(folder, "status", "--porcelain", "--untracked-files=no")
+    dirty = None if changes is None else bool(changes)
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "git": {"commit": git(folder, "rev-parse", "HEAD"), "dirty": dirty},
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": shlex.join(sys.orig_argv),
+    }
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package, None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git(folder: Path, *command: str) -> str | None:
+    """Output of a git command in `folder`, None where there is no git or no repository."""
+    if shutil.which("git") is None:
+        return None
+    result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def start_wandb(config: RunConfig, fresh: bool):
+    """Start a wandb run, or continue the one whose id an earlier process left in the run directory."""
+    import wandb  # here, because only those who ask for it need it
+
+    path = config.output / "wandb_id.txt"
+    if fresh or not path.exists():
+        write_atomically(path, secrets.token_hex(4) + "\n")
+    return wandb.init(
+        project=config.wandb_project,
+        name=config.wandb_name,
+        id=path.read_text().strip(),
+        resume="allow",
+        dir=config.output,
+        config=json.loads((config.output / "config.json").read_text()),
+    )
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Add rows to a jsonl file and hand them to the operating system."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    # half of a surrogate pair has no UTF-8 form; its backslash escape happens to be valid JSON
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Keep the rows of a jsonl file up to `step`, without a line that a kill has torn; 0 empties the file."""
+    fresh = step == 0 or not path.exists()
+    text = "" if fresh else path.read_text(encoding="utf-8", errors="replace")  # a character may be torn, too
+    lines = text.split("\n")[:-1]  # what has no newline at its end is torn
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

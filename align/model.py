@@ -1,0 +1,335 @@
+"""The policy: Megatron's GPTModel with our norm, attention and log-probabilities, for the Llama family.
+
+`Architecture` says what the model is (read from a Hugging Face config by align.huggingface), `ModelConfig` how this
+run computes it. `build_policy` makes this rank's shard without weights; align.huggingface.load fills it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from align.attention import Packing, TorchAttention
+from align.logprobs import target_logprobs
+from align.parallel import ParallelConfig, device
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model computes. All the families we read (Llama, Mistral, Qwen2, Qwen3) are one decoder with switches."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    init_std: float
+    max_positions: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    window: int | None
+    """sliding window: a token sees itself and the window - 1 tokens before it; None for all"""
+    rope: tuple[tuple[str, float | str], ...]
+    """Hugging Face's rope_parameters, as sorted items"""
+
+    @property
+    def matmul_params(self) -> int:
+        """Weights that multiply every token: all matrices with the output embedding, without the input embedding."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden_size * self.ffn_size) + self.vocab_size * self.hidden_size
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = "tiny"
+    """Hugging Face directory to start from, or "tiny": a small random Llama that ships with this repository"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 keeps weights in bf16 with main weights, gradients and Adam in fp32. auto: bf16 on GPUs, fp32 on a CPU"""
+    attention: Literal["auto", "torch", "te"] = "auto"
+    """core attention and linear layers: torch's kernels or Transformer Engine. auto: te where it is installed"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activations to compute again in the backward pass: the attention cores (selective) or whole layers (full)"""
+
+    @property
+    def path(self) -> Path:
+        return Path(__file__).parent.parent / "assets" / "tiny" if self.model == "tiny" else Path(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        precision = ("bf16" if torch.cuda.is_available() else "fp32") if self.precision == "auto" else self.precision
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a split that this model does not allow, before anything is built."""
+    tp, pp = parallel.tp, parallel.pp
+    if arch.heads % tp or arch.ffn_size % tp:
+        raise ValueError(
+            f"--tp {tp} does not divide the model's {arch.heads} attention heads (and {arch.ffn_size} ffn columns): "
+            "use a divisor, or data parallelism (more processes) or --pp instead"
+        )
+    if arch.kv_heads % tp and tp % arch.kv_heads:
+        raise ValueError(f"--tp {tp} and the model's {arch.kv_heads} key-value heads: one must divide the other")
+    if arch.layers % pp:
+        raise ValueError(f"--pp {pp} does not divide the model's {arch.layers} layers")
+    if uses_te(config):
+        if arch.window is not None or parallel.cp > 1:
+            raise ValueError("--attention te does not do sliding windows or --cp > 1 yet: use --attention torch")
+
+
+def uses_te(config: ModelConfig) -> bool:
+    """Is Transformer Engine to be used? Raises if it is asked for and not installed."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
+        raise ValueError("--attention te needs a GPU and the package transformer-engine: install it or use torch")
+    return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
+
+
+def describe(arch: Architecture, config: ModelConfig) -> str:
+    """What is computed with which kernels, for the log's first lines."""
+    kernels = "Transformer Engine" if uses_te(config) else "torch"
+    precision = str(config.dtype).removeprefix("torch.")
+    weights = arch.matmul_params + (0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size)
+    return f"{arch.family} with {weights / 1e6:.1f} M weights from {config.model}, {precision}, {kernels} kernels"
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
+        # Under sequence parallelism each rank sees some of the tokens: Megatron sums the marked gradients.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Policy(GPTModel):
+    """A causal language model whose last stage returns the log-probabilities of the targets."""
+
+    def __init__(self, config: TransformerConfig, arch: Architecture, te: bool):
+        super().__init__(
+            config,
+            te_layer_spec(arch) if te else torch_block_spec(config, arch),
+            vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=arch.max_positions,
+            pre_process=mpu.is_pipeline_first_stage(),
+            post_process=mpu.is_pipeline_last_stage(),
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+        )
+        self.arch, self.te = arch, te
+        self.rotary_pos_emb.inv_freq = rotary_frequencies(arch).to(device())
+        mark_tensor_parallel(self)
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None) -> tuple:
+        """Megatron's, with the rotary angles of this micro-batch's positions in place of a table to cut from."""
+        out = super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
+        if self.te:
+            return out
+        angles = torch.outer(position_ids[0].float(), self.rotary_pos_emb.inv_freq)  # [T, d/2]
+        return (out[0], torch.cat([angles, angles], -1)[:, None, None, :], *out[2:])
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
+        """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere."""
+        if not self.post_process:
+            return hidden_states
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        trained = loss_mask[0].nonzero()[:, 0]
+        # The output layer sees trained tokens only. First select, then copy: the copy's backward all-reduce silently
+        # skips a gradient that is not contiguous.
+        hidden = hidden_states.squeeze(1).index_select(0, trained)
+        if not self.config.sequence_parallel:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        logprobs = target_logprobs(hidden, self.output_weight(), labels[0][trained], self.arch.vocab_size, group)
+        return logprobs.new_zeros(len(labels[0])).index_copy(0, trained, logprobs)
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output embedding, [V/tp, H]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_policy(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> Policy:
+    """This rank's shard of the model, its weights not yet filled."""
+    check(arch, config, parallel)
+    te = uses_te(config)
+    return Policy(transformer_config(arch, config, parallel, te), arch, te)
+
+
+def distributed(model: Policy) -> DistributedDataParallel:
+    """Megatron's data parallelism: gradients in fp32 buffers, summed over the data (and context) parallel ranks."""
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        model,
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = ddp.no_sync
+    return ddp
+
+
+def transformer_config(
+    arch: Architecture, config: ModelConfig, parallel: ParallelConfig, te: bool
+) -> TransformerConfig:
+    """The model in Megatron's words. Dropout is off in every algorithm of this repository."""
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[config.recompute]
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        qk_layernorm=arch.qk_norm,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        window_size=None if arch.window is None else (arch.window - 1, 0),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=config.dtype == torch.bfloat16,
+        params_dtype=config.dtype,
+        pipeline_dtype=config.dtype,
+        # Micro-batches differ in length, so stages exchange shapes first; Megatron allows that only with "alltoall",
+        # even for a model without experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The engine divides each loss by the step's global denominator; with this nobody divides again.
+        calculate_per_token_loss=True,
+        # Weights come from a file. Initialising them would only cost time; it also sets the attributes that
+        # mark_tensor_parallel sets.
+        perform_initialization=False,
+        # Megatron's fusions need CUDA extensions or torch.compile. Transformer Engine brings its own.
+        apply_rope_fusion=te,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **recompute,
+    )
+
+
+def torch_block_spec(config: TransformerConfig, arch: Architecture) -> TransformerBlockSubmodules:
+    """Layers of Megatron's own linears, with our norm and attention."""
+    qk_norm = RMSNorm if arch.qk_norm else IdentityOp
+    layer = ModuleSpec(
+        TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=TorchAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def te_layer_spec(arch: Architecture) -> ModuleSpec:
+    """Transformer Engine's layer: fused norm and linear, fused attention over packed sequences."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding: a multiple of tp, and of 64 for fast matrix products."""
+    multiple = math.lcm(64, tp)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def mark_tensor_parallel(model: Policy) -> None:
+    """Mark split weights, as Megatron does when it initialises them.
+
+    Without the marks the gradient norm counts only one rank's part of each matrix, and clipping is wrong, without an
+    error.
+    """
+    for name, module in model.named_modules():
+        dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            stride = 2 if name.endswith("linear_fc1") else 1  # gate and up are two matrices on each rank
+            set_tensor_model_parallel_attributes(weight, True, dim, stride)
+
+
+def rotary_frequencies(arch: Architecture) -> Tensor:
+    """Angular frequency of each pair of a head's dimensions, [d/2]: theta^(-2i/d), scaled as the model asks.
+
+    llama3 scaling (Llama 3.1) divides frequencies whose wavelength is beyond the original context by `factor`, keeps
+    those well inside it, and interpolates between; linear scaling divides all by `factor`.
+    """
+    rope = dict(arch.rope)
+    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / rope["factor"]
+    assert kind == "llama3", kind
+    context, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = context * frequencies / (2 * math.pi)  # full turns within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: as it was
+    return (1 - keep) * frequencies / rope["factor"] + keep * frequencies

@@ -1,0 +1,197 @@
+"""torchrun, process groups, seeds, and the few helpers that speak to other ranks.
+
+Ranks form a grid of tensor (tp), context (cp), pipeline (pp) and data (dp) parallel groups, Megatron's order.
+Started without torchrun, a script is a world of one process.
+"""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tp: int = 1
+    """tensor parallel size: every matrix is split over this many ranks"""
+    pp: int = 1
+    """pipeline parallel size: the layers are split into this many stages"""
+    cp: int = 1
+    """context parallel size: the tokens of a micro-batch are split over this many ranks"""
+    sequence_parallel: bool = False
+    """split the activations between the tensor parallel regions as well (saves memory; needs --tp > 1)"""
+    seed: int = 1234
+    """seed of the data order and of every random number"""
+    deterministic: bool = False
+    """only deterministic kernels and reductions on GPUs, at some cost in speed (a CPU run always is)"""
+
+
+@contextlib.contextmanager
+def start(config: ParallelConfig) -> Iterator[None]:
+    """Process groups and seeds for the body; an orderly end after it.
+
+    A rank that fails says so by name and exits at once, without waiting for the others in a barrier that they
+    would never reach; torchrun then ends them.
+
+    Raises:
+        ValueError: the world size is not a multiple of tp * pp * cp, or a flag does not fit another.
+    """
+    check(config)
+    if not torch.cuda.is_available():
+        from align import cpu  # here, so that it is never imported on GPUs
+
+        cpu.enable()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    if config.deterministic:
+        make_deterministic()
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29501", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        context_parallel_size=config.cp,
+        create_gloo_process_groups=False,
+    )
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    model_parallel_cuda_manual_seed(config.seed)
+    try:
+        yield
+    except BaseException as error:
+        print(f"rank {dist.get_rank()} of {dist.get_world_size()} failed: {error}", file=sys.stderr, flush=True)
+        raise
+    # Leaving the groups to the interpreter's exit can abort a rank whose gloo threads still run.
+    dist.barrier()
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def check(config: ParallelConfig) -> None:
+    """Refuse sizes that do not fit each other or the world, before anything is built."""
+    world, model = int(os.environ.get("WORLD_SIZE", 1)), config.tp * config.pp * config.cp
+    if world % model:
+        raise ValueError(
+            f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} processes: "
+            f"start a multiple of {model} with torchrun --nproc_per_node"
+        )
+    if config.sequence_parallel and config.tp == 1:
+        raise ValueError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
+
+
+def make_deterministic() -> None:
+    """Fix what may differ between two runs on GPUs: reduction order, Transformer Engine's and cuBLAS's kernels."""
+    os.environ.setdefault("NCCL_ALGO", "Tree")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def dp_size() -> int:
+    """Number of ranks that see different data."""
+    return mpu.get_data_parallel_world_size()
+
+
+def dp_rank() -> int:
+    return mpu.get_data_parallel_rank()
+
+
+def is_main() -> bool:
+    """Is this global rank 0, the one that writes and prints?"""
+    return dist.get_rank() == 0
+
+
+def layout_sizes() -> dict[str, int]:
+    """The grid's sizes by name."""
+    return {
+        "tp": mpu.get_tensor_model_parallel_world_size(),
+        "cp": mpu.get_context_parallel_world_size(),
+        "pp": mpu.get_pipeline_model_parallel_world_size(),
+        "dp": dp_size(),
+    }
+
+
+def layout() -> str:
+    """The grid in words, for the log's first lines."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
+    return f"{dist.get_world_size()} processes ({grid}) on {name}, {dist.get_backend()}"
+
+
+def sum_over_dp(x: Tensor) -> Tensor:
+    """Sum a tensor over the data parallel ranks, in place."""
+    dist.all_reduce(x, group=mpu.get_data_parallel_group())
+    return x
+
+
+def from_last_stage(x: Tensor) -> Tensor:
+    """Copy a tensor from the last pipeline stage to every stage, in place."""
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(x, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+    return x
+
+
+def on_main(make: Callable[[], T]) -> T:
+    """Call a function on global rank 0 only and hand its result to every rank."""
+    box = [make() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def parse_time(text: str) -> int:
+    """HH:MM:SS (or D-HH:MM:SS, as Slurm writes it) in seconds."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
+    if not match:
+        raise ValueError(f"--max-time {text!r} is not of the form HH:MM:SS")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+class Stop:
+    """Tells all ranks together when a run should stop before its end: SIGTERM or SIGUSR1 came, or its time is up.
+
+    The answer is the same on every rank in the same step, which no rank could know by itself.
+    """
+
+    def __init__(self, max_time: str | None):
+        """max_time: HH:MM:SS from now, or None for no limit."""
+        self.deadline = None if max_time is None else time.monotonic() + parse_time(max_time)
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame: object) -> None:
+        self.signal = number
+
+    def reason(self) -> str | None:
+        """Why to stop after this step, or None. Collective."""
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        flags = torch.tensor([self.signal, int(late)], device=device())
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        number, late = flags.tolist()
+        if number:
+            return f"{signal.Signals(number).name} received"
+        return "--max-time is over" if late else None

@@ -1,0 +1,275 @@
+"""Tokenizers behind one small surface: Hugging Face directories and SentencePiece `.model` files.
+
+Two rules hold for both. `encode` never adds a special token: whoever builds a sequence puts BOS and EOS where
+they belong. And pad may be the same id as end of text (GPT-2B, SmolLM2): no caller may find padding by
+`ids == pad_id`.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jinja2
+import sentencepiece
+import tokenizers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
+
+HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokenizer
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SPACE = "▁"  # how SentencePiece writes a space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of SentencePiece pieces
+BPE = 2  # a SentencePiece model type; the other that is in use is 1, unigram
+
+
+def load(path: Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
+    """The tokenizer of a model directory or of a SentencePiece `.model` file; nothing is downloaded or run.
+
+    Raises ValueError if there is none at `path`.
+    """
+    path = Path(path)
+    if path.suffix == ".model" and path.is_file():
+        return SentencePieceTokenizer(path)
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return HuggingFaceTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    raise ValueError(
+        f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model file"
+    )
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face directory.
+
+    Attributes: `eos_id`, `bos_id` (may be None), `pad_id`, `adds_bos` (the tokenizer by itself puts BOS in
+    front), `vocab_size` (largest id + 1), `stop_ids` (the ids that end an answer).
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.hf = AutoTokenizer.from_pretrained(
+            directory, use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+        if not self.hf.is_fast:
+            raise ValueError(
+                f"{directory}: {type(self.hf).__name__} has no fast version: add a tokenizer.json"
+            )
+        if self.hf.eos_token_id is None:
+            raise ValueError(
+                f"{directory} names no end-of-text token: set eos_token in tokenizer_config.json"
+            )
+        self.eos_id: int = self.hf.eos_token_id
+        self.bos_id: int | None = self.hf.bos_token_id
+        self.pad_id: int = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
+        self.adds_bos: bool = self.bos_id is not None and self.hf("x").input_ids[0] == self.bos_id
+        self.vocab_size: int = max(self.hf.get_vocab().values()) + 1
+        self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
+        adds_space = self.hf.convert_ids_to_tokens(self.encode("a"))[0].startswith(SPACE)
+        drops_space = self.encode(" a") == self.encode("a")
+        self.inner = without_dummy_prefix(self.hf.backend_tokenizer) if adds_space or drops_space else None
+
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Token ids of `text`; a special token spelled out in it becomes that token, as chat templates need.
+
+        `continued`: as `text` comes out after earlier text, without the space that Llama-2-like tokenizers
+        put in front.
+        """
+        if continued and self.inner:
+            return self.inner.encode(text, add_special_tokens=False).ids
+        return self.hf.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens spelled out."""
+        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """A chat as text, through the chat template.
+
+        Raises ValueError if the model has no template, and if the template refuses the messages.
+        """
+        if not self.hf.chat_template:
+            raise ValueError(
+                f"{self.directory} has no chat template: put a chat_template.jinja there, or use rows with "
+                "'conversations' or with the fields of --prompt-template instead of 'messages'"
+            )
+        try:
+            return self.hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def save(self, directory: Path) -> None:
+        """Copy the tokenizer's files as they are, so that other programs read just what they read before."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for name in HUGGING_FACE_FILES:
+            if (self.directory / name).is_file():
+                shutil.copyfile(self.directory / name, Path(directory) / name)
+
+
+class SentencePieceTokenizer:
+    """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
+
+    adds_bos = False
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        inner = ModelProto.FromString(self.sp.serialized_model_proto())  # for text from inside a sequence
+        inner.normalizer_spec.add_dummy_prefix = False
+        inner.normalizer_spec.remove_extra_whitespaces = False
+        self.inner = sentencepiece.SentencePieceProcessor(model_proto=inner.SerializeToString())
+        if self.sp.eos_id() < 0:
+            raise ValueError(
+                f"{path}: the model has no end-of-text piece, which training needs to end answers"
+            )
+        self.eos_id: int = self.sp.eos_id()
+        self.bos_id: int | None = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
+        self.pad_id: int = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos_id
+        self.vocab_size: int = self.sp.get_piece_size()
+        self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(path.parent)
+
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """Token ids of `text`; control pieces spelled out in it stay text. `continued`: as above."""
+        if not continued:
+            return self.sp.encode(text)
+        normalized = self.sp.normalize(
+            "x" + text
+        )  # the model's own rules for spaces, as they act after a letter
+        return self.inner.encode(normalized[normalized.index("x") + 1 :])
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, control pieces such as `</s>` spelled out."""
+        text, start = "", 0
+        for end in range(len(ids) + 1):
+            if end == len(ids) or self.sp.is_control(ids[end]):
+                model = self.inner if text else self.sp  # only the first run can carry the dummy prefix
+                text += model.decode(ids[start:end])
+                text += self.sp.id_to_piece(ids[end]) if end < len(ids) else ""
+                start = end + 1
+        return text
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """Always raises ValueError: a bare SentencePiece model has no chat template."""
+        raise ValueError(
+            f"{self.path} has no chat template: instead of 'messages' use rows with 'conversations' or with the "
+            "fields of --prompt-template"
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write the model, and its translation that transformers.AutoTokenizer loads (same ids)."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
+        proto = ModelProto.FromString(self.sp.serialized_model_proto())
+        huggingface_tokenizer(proto).save(str(Path(directory) / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.sp.id_to_piece(self.eos_id),
+            "pad_token": self.sp.id_to_piece(self.pad_id),
+            "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.bos_id is not None:
+            config["bos_token"] = self.sp.id_to_piece(self.bos_id)
+        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def generation_stop_ids(directory: Path) -> set[int]:
+    """The `eos_token_id` (one or several) of a generation_config.json in `directory`; empty without one."""
+    path = directory / "generation_config.json"
+    stop = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
+
+
+def without_dummy_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for text from inside a sequence: at its start no space is added and none removed."""
+    spec = json.loads(tokenizer.to_str())
+    normalizer, pre_tokenizer = spec["normalizer"] or {}, spec["pre_tokenizer"] or {}
+    steps = [
+        {**step, "strip_left": False} if step["type"] == "Strip" else step
+        for step in normalizer.get("normalizers", [normalizer] if normalizer else [])
+        if step["type"] != "Prepend"
+    ]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer] if pre_tokenizer else []):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def huggingface_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
+    """Translate a SentencePiece model. The ids are the same, except where a text spells out a control piece.
+
+    (There `</s>` becomes the token, which SentencePiece refuses to do and every Hugging Face tokenizer does.)
+    """
+    spec = proto.normalizer_spec
+    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+
+    translate = bpe_tokenizer if proto.trainer_spec.model_type == BPE else unigram_tokenizer
+    tokenizer = translate(proto)
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(undo)
+    control = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
+    return tokenizer
+
+
+def bpe_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
+    """BPE pieces as merges, best score first: SentencePiece joins the neighbours that make the best piece."""
+    pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
+    halves = [
+        (piece[:i], piece[i:])
+        for piece in sorted(scores, key=lambda piece: -scores[piece])
+        for i in range(1, len(piece))
+        if piece[:i] in scores and piece[i:] in scores
+    ]
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    model = models.BPE(
+        vocab=pieces,
+        merges=halves,
+        unk_token=next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN),
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+        ignore_merges=bool(user_defined),  # user-defined pieces, cut out below, are looked up whole
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    if user_defined:
+        longest_first = sorted(map(re.escape, user_defined), key=len, reverse=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(longest_first)), "isolated")
+    return tokenizer
+
+
+def unigram_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
+    """Unigram pieces with their scores; user-defined ones with the bonus that SentencePiece gives them."""
+    best = max(piece.score for piece in proto.pieces if piece.type == NORMAL)
+    vocab = []
+    for piece in proto.pieces:
+        bonus = best * len(piece.piece.encode()) - 0.1
+        never = -1e9  # control pieces and bytes are not cut from text
+        score = {NORMAL: piece.score, USER_DEFINED: bonus}.get(piece.type, never)
+        vocab.append((piece.piece, score))
+    return tokenizers.Tokenizer(
+        models.Unigram(
+            vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback
+        )
+    )

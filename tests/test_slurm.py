@@ -1,0 +1,318 @@
+"""The Slurm scripts: shellcheck, and their command lines with stand-ins for Slurm's programs."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+BIN = Path(sys.executable).parent  # torchrun and shellcheck are installed beside python
+
+# Each stand-in appends its arguments to a file of its own name, then does as much of the real program's work
+# as the script needs: srun runs the command that follows its options, torchrun "trains" by running $TRAINING.
+STAND_INS = {
+    "squeue": 'echo "$TIME_LEFT"',
+    "scontrol": 'if [[ $1 == show ]]; then tr , "\\n" <<<"$3"; fi',
+    "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+    "torchrun": 'eval "$TRAINING"',
+}
+FINISH = 'mkdir -p "$OUTPUT/hf"; echo "{}" >"$OUTPUT/hf/config.json"'
+
+
+@pytest.fixture
+def job(tmp_path) -> dict[str, str]:
+    """Environment of a Slurm job of three nodes in an otherwise empty project, which the tests change."""
+    (tmp_path / "train_sft.py").touch()
+    (tmp_path / "records").mkdir()
+    write_stand_ins(tmp_path / "bin", list(STAND_INS))
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "RECORDS": str(tmp_path / "records"),
+        "TIME_LEFT": "4:00:00",
+        "TRAINING": FINISH,
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_JOB_NODELIST": "gpu-b7,gpu-a1,gpu-a2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "MODEL": "models/llama",
+        "TRAIN_DATA": "a.jsonl b.jsonl",
+        "VAL_DATA": "val.jsonl",
+        "OUTPUT": "runs/sft",
+    }
+
+
+def write_stand_ins(folder: Path, names: list[str]) -> None:
+    folder.mkdir()
+    for name in names:
+        record = f'printf "%s\\n" "$@" >>"$RECORDS/{name}"'
+        (folder / name).write_text(f"#!/bin/bash\n{record}\n{STAND_INS[name]}\n")
+        (folder / name).chmod(0o755)
+
+
+def submit(job: dict[str, str], *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run the script as Slurm would: with bash, a copy of it elsewhere, in the directory of submission."""
+    folder = Path(job["RECORDS"]).parent
+    script = shutil.copy(ROOT / "slurm/sft.sbatch", folder / "slurm_script")
+    return subprocess.run(
+        ["bash", script, *flags], env=job, cwd=cwd or folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def arguments(job: dict[str, str], program: str) -> list[str]:
+    """What a stand-in was given; empty if it never ran."""
+    path = Path(job["RECORDS"]) / program
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def value(arguments: list[str], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+# --------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
+    assert shellcheck is not None, "shellcheck is missing: pip install -r requirements.txt"
+    result = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_slurm_sees_every_sbatch_line(script):
+    """sbatch stops reading its lines at the first command, and takes nothing but the option from a line."""
+    lines = script.read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line.split()[1:] for line in lines if line.startswith("#SBATCH")]
+    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
+    assert all(len(option) == 1 for option in options)
+    for needed in ("--ntasks-per-node=1", "--requeue", "--open-mode=append"):
+        assert [needed] in options
+
+
+# --------------------------------------------------------------------------- the launch
+
+
+def test_one_torchrun_per_node_meets_at_the_first_node(job):
+    result = submit(job, "--tp", "8", "--prompt-template", "{input}\\n {output}")
+    assert result.returncode == 0, result.stderr
+    assert arguments(job, "scontrol") == ["show", "hostnames", "gpu-b7,gpu-a1,gpu-a2"]
+    srun = arguments(job, "srun")
+    options = srun[: srun.index("torchrun")]
+    assert options == [
+        "--nodes=3",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--kill-on-bad-exit=1",
+        "--output=runs/sft/slurm/%j-%t.out",
+        "--error=runs/sft/slurm/%j-%t.err",
+        "--open-mode=append",
+    ]
+    torchrun = ["--nnodes", "3", "--nproc_per_node", "8", "--rdzv_backend", "c10d"]
+    torchrun += ["--rdzv_endpoint", "gpu-b7:24567", "--rdzv_id", "1234567", "train_sft.py"]
+    flags = ["--model", "models/llama", "--train-data", "a.jsonl", "b.jsonl", "--val-data", "val.jsonl"]
+    flags += ["--output", "runs/sft", "--max-time", "03:45:00"]
+    flags += ["--tp", "8", "--prompt-template", "{input}\\n {output}"]
+    assert arguments(job, "torchrun") == torchrun + flags
+    assert (Path(job["RECORDS"]).parent / "runs/sft/slurm").is_dir()
+
+
+def test_a_single_node_and_another_number_of_processes(job):
+    job |= {"SLURM_JOB_NODELIST": "only", "SLURM_JOB_NUM_NODES": "1"}
+    job |= {"PROCESSES_PER_NODE": "2", "RDZV_PORT": "29500"}
+    assert submit(job).returncode == 0
+    torchrun = arguments(job, "torchrun")
+    assert value(torchrun, "--nnodes") == "1"
+    assert value(torchrun, "--nproc_per_node") == "2"
+    assert value(torchrun, "--rdzv_endpoint") == "only:29500"
+
+
+def test_a_node_list_longer_than_a_pipe_is_no_failure(job):
+    job["SLURM_JOB_NODELIST"] = ",".join(f"node{i:05}" for i in range(9000))
+    assert submit(job).returncode == 0
+    assert value(arguments(job, "torchrun"), "--rdzv_endpoint") == "node00000:24567"
+
+
+def test_the_projects_environment_is_used_where_there_is_one(job):
+    folder = Path(job["RECORDS"]).parent
+    (folder / ".venv").mkdir()
+    shutil.move(folder / "bin/torchrun", folder / "only-here")
+    (folder / ".venv/bin").mkdir()
+    shutil.move(folder / "only-here", folder / ".venv/bin/torchrun")
+    assert submit(job).returncode == 0
+    assert arguments(job, "torchrun")
+
+
+def test_container_flags_only_with_a_container(job):
+    assert submit(job).returncode == 0
+    assert not any("container" in argument for argument in arguments(job, "srun"))
+
+
+@pytest.mark.parametrize("mounts, expected", [("", "{0}:{0}"), ("/data:/data", "{0}:{0},/data:/data")])
+def test_container(job, mounts, expected):
+    folder = Path(job["RECORDS"]).parent
+    job |= {"CONTAINER": "nvcr.io#nvidia/pytorch:25.06-py3", "CONTAINER_MOUNTS": mounts}
+    assert submit(job).returncode == 0
+    srun = arguments(job, "srun")
+    assert srun[srun.index("torchrun") - 3 : srun.index("torchrun")] == [
+        "--container-image=nvcr.io#nvidia/pytorch:25.06-py3",
+        f"--container-mounts={expected.format(folder)}",
+        f"--container-workdir={folder}",
+    ]
+
+
+# --------------------------------------------------------------------------- time and requeueing
+
+
+@pytest.mark.parametrize(
+    "left, max_time",
+    [
+        ("1-02:03:04", "25:48:04"),
+        ("10-00:00:00", "239:45:00"),
+        ("4:00:00", "03:45:00"),
+        ("08:09:08", "07:54:08"),  # 08 and 09 are no octal numbers
+        ("59:59", "00:44:59"),
+        ("15:01", "00:00:01"),
+    ],
+)
+def test_training_stops_a_margin_before_the_time_limit(job, left, max_time):
+    job["TIME_LEFT"] = left
+    assert submit(job).returncode == 0
+    assert arguments(job, "squeue") == ["--noheader", "--jobs", "1234567", "--format", "%L"]
+    assert value(arguments(job, "torchrun"), "--max-time") == max_time
+
+
+def test_the_margin_can_be_set(job):
+    job |= {"TIME_LEFT": "30:00", "MARGIN_S": "60"}
+    assert submit(job).returncode == 0
+    assert value(arguments(job, "torchrun"), "--max-time") == "00:29:00"
+
+
+def test_no_time_limit_no_max_time(job):
+    job["TIME_LEFT"] = "UNLIMITED"
+    assert submit(job).returncode == 0
+    assert "--max-time" not in arguments(job, "torchrun")
+
+
+@pytest.mark.parametrize(
+    "left, message",
+    [
+        ("15:00", "time left is 15:00, at most MARGIN_S=900 s: raise --time or lower MARGIN_S"),
+        ("0:42", "time left is 0:42"),
+        ("INVALID", "squeue gives 'INVALID' as the time left, which is not a time"),
+        ("", "squeue gives '' as the time left"),
+    ],
+)
+def test_too_little_or_unknown_time_ends_the_job(job, left, message):
+    job["TIME_LEFT"] = left
+    result = submit(job)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert arguments(job, "srun") == []
+
+
+def test_a_complete_run_is_not_requeued(job):
+    result = submit(job)
+    assert result.returncode == 0
+    assert "complete: runs/sft/hf" in result.stdout
+    assert "requeue" not in arguments(job, "scontrol")
+
+
+def test_a_run_that_stopped_early_is_requeued(job):
+    job["TRAINING"] = "exit 0"
+    result = submit(job)
+    assert result.returncode == 0
+    assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
+
+
+def test_a_half_written_export_is_not_complete(job):
+    job["TRAINING"] = 'mkdir -p "$OUTPUT/hf"'
+    assert submit(job).returncode == 0
+    assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
+
+
+@pytest.mark.parametrize("training", ["exit 3", FINISH + "; exit 3"])
+def test_a_failure_is_reported_and_not_requeued(job, training):
+    job["TRAINING"] = training
+    result = submit(job)
+    assert result.returncode == 3
+    assert "complete" not in result.stdout
+    assert "requeue" not in arguments(job, "scontrol")
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "variable, message",
+    [
+        ("SLURM_JOB_ID", "SLURM_JOB_ID: submit this file with sbatch"),
+        ("MODEL", "MODEL: give MODEL, the Hugging Face directory"),
+        ("TRAIN_DATA", "TRAIN_DATA: give TRAIN_DATA"),
+        ("VAL_DATA", "VAL_DATA: give VAL_DATA"),
+        ("OUTPUT", "OUTPUT: give OUTPUT"),
+        ("SLURM_GPUS_ON_NODE", "no GPUs: give --gpus-per-node or PROCESSES_PER_NODE"),
+    ],
+)
+def test_a_missing_variable_is_named_and_nothing_starts(job, variable, message):
+    del job[variable]
+    result = submit(job)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert arguments(job, "srun") == []
+
+
+def test_submitting_from_another_directory_is_refused(job, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    result = submit(job, cwd=tmp_path / "elsewhere")
+    assert result.returncode == 1
+    assert f"train_sft.py is not in {tmp_path / 'elsewhere'}: submit from the project's root" in result.stderr
+
+
+@pytest.mark.parametrize("program", ["squeue", "scontrol"])
+def test_a_slurm_program_that_fails_ends_the_job(job, program):
+    path = Path(job["RECORDS"]).parent / "bin" / program
+    path.write_text("#!/bin/bash\nexit 7\n")
+    assert submit(job).returncode == 7
+    assert arguments(job, "srun") == []
+
+
+# --------------------------------------------------------------------------- real training
+
+
+def test_real_training_stops_in_time_is_requeued_and_finishes(job, tmp_path):
+    """Two processes on this machine; the first job's time ends in its first step, the second's does not."""
+    shutil.rmtree(tmp_path / "bin")
+    write_stand_ins(tmp_path / "bin", ["squeue", "scontrol", "srun"])
+    command = [sys.executable, "prepare_data.py", "toy", "--output", tmp_path / "data"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job["RDZV_PORT"] = str(free.getsockname()[1])
+    job |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "PROCESSES_PER_NODE": "2"}
+    job |= {"PATH": f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "run")}
+    job |= {"MODEL": "tiny", "TRAIN_DATA": str(tmp_path / "data/train.jsonl")}
+    job |= {"VAL_DATA": str(tmp_path / "data/val.jsonl")}
+    flags = ["--tp", "2", "--max-steps", "2", "--global-batch-size", "4", "--val-batches", "1"]
+    first = submit(job | {"TIME_LEFT": "15:01"}, *flags, cwd=ROOT)
+    assert first.returncode == 0, first.stderr
+    assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
+    assert steps(tmp_path / "run") == [0, 1]
+    second = submit(job, *flags, cwd=ROOT)
+    assert second.returncode == 0, second.stderr
+    assert f"complete: {tmp_path / 'run/hf'}" in second.stdout
+    assert arguments(job, "scontrol").count("requeue") == 1
+    assert steps(tmp_path / "run") == [0, 1, 2]
+
+
+def steps(run: Path) -> list[int]:
+    """The steps in metrics.jsonl, each once."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return sorted({json.loads(line)["step"] for line in lines})

@@ -1,4 +1,4 @@
-"""Raw data sets to the jsonl that training reads. Each is a local file that you downloaded; nothing is fetched.
+"""Raw data sets to the jsonl that training reads. Each is a file that you have; nothing is downloaded.
 
 python prepare_data.py dolly --input databricks-dolly-15k.jsonl --output data/dolly
 python prepare_data.py oasst --input 2023-04-12_oasst_all.trees.jsonl.gz --output data/oasst
@@ -57,7 +57,7 @@ def dolly_row(row: dict, rng: random.Random) -> dict:
 
 
 def oasst(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 10) -> None:
-    """OpenAssistant trees (the full dump) to {"system", "conversations", "mask", "type"}: every thread, with labels.
+    """OpenAssistant trees to {"system", "conversations", "mask", "type"}: every thread, with its labels.
 
     Args:
         input: 2023-04-12_oasst_all.trees.jsonl.gz

@@ -6,6 +6,7 @@ CPU. Every other library, ours included, keeps the real torch: replacing `torch.
 breaks `with torch.device("meta")`, and transformers then loads wrong weights without an error.
 """
 
+import functools
 import importlib
 import sys
 import types
@@ -41,8 +42,9 @@ class Stream(torch.cpu.Stream):
         pass
 
 
+@functools.cache  # once is enough
 def enable() -> None:
-    """Exchange the `torch` of all Megatron modules. Call once, before the first Megatron object is made."""
+    """Exchange the `torch` of all Megatron modules, before the first Megatron object is made."""
     if torch.cuda.is_available():
         raise RuntimeError("align.cpu is for machines without CUDA")
     for name in MODULES:

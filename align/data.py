@@ -1,8 +1,8 @@
 """Data: jsonl rows to token ids with a loss mask, and those to packed micro-batches.
 
-A row becomes an `Example` by the format that its fields say: `messages` (the model's chat template), `conversations`
-(turns with the markers of --chat-tokens) or the fields of --prompt-template. `plan` and `collate` then pack examples
-into a `Batch`, whose docstring states the batch layout of the whole project.
+A row becomes an `Example` by the format that its fields say: `messages` (the model's chat template),
+`conversations` (turns with the markers of --chat-tokens) or the fields of --prompt-template. `plan` and
+`collate` then pack examples into a `Batch`, whose docstring states the batch layout of the whole project.
 """
 
 import functools
@@ -11,6 +11,7 @@ import heapq
 import json
 import re
 import string
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One row as tokens. `trained[i]`: token i is a target of the loss; never the first, which nothing predicts."""
+    """One row as tokens. `trained[i]`: token i is a target of the loss; never the first, none precedes it."""
 
     ids: np.ndarray  # [n] int32
     trained: np.ndarray  # [n] bool
@@ -59,7 +60,7 @@ class FormatConfig:
     """How a row becomes tokens."""
 
     prompt_template: str = "{input} {output}"
-    """template of rows without messages or conversations: their fields in braces, the answer last; \\n and the like are unescaped"""
+    """for rows without messages or conversations: their fields in braces, the answer last"""
     truncation_field: str = "input"
     """template fields that give way when such a row is too long (comma list; they share the cut evenly)"""
     truncation_side: Literal["right", "left"] = "right"
@@ -69,32 +70,39 @@ class FormatConfig:
     loss_on: Literal["answer", "all"] = "answer"
     """train on the answers with their end signal, or on every token"""
     add_bos: bool | None = None
-    """put BOS in front of each row; None: as the tokenizer does by itself (messages rows: as the chat template does)"""
+    """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
     max_seq_len: int = 1024
     """most tokens of one row"""
 
     def __post_init__(self):
         if self.max_seq_len < 2:
             raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
-        pieces = template_pieces(self.prompt_template)
-        fields = [field for _, field in pieces]
-        for field in self.truncation_field.split(","):
+        fields = [field for _, field in template_pieces(self.prompt_template)]
+        for field in self.truncation_fields():
             if field not in fields:
                 raise ValueError(
-                    f"--truncation-field {field} is not a field of --prompt-template {self.prompt_template!r}"
+                    f"--truncation-field {field!r} is not in --prompt-template {self.prompt_template!r}"
                 )
         if not self.chat_tokens[1]:
             raise ValueError(
-                "--chat-tokens: the turn start (second) ends the answers, so it must not be empty"
+                "--chat-tokens: the second, which starts a turn and ends an answer, must not be empty"
             )
+
+    def truncation_fields(self) -> list[str]:
+        """The names in `truncation_field`."""
+        return [field.strip() for field in self.truncation_field.split(",")]
 
     def save(self, directory: Path) -> None:
         """Leave the formats beside the model: what it is asked later must look as it did in training."""
-        formats = {"prompt_template": self.prompt_template, "chat_tokens": self.chat_tokens, "add_bos": self.add_bos}
+        formats = {
+            "prompt_template": self.prompt_template,
+            "chat_tokens": self.chat_tokens,
+            "add_bos": self.add_bos,
+        }
         (directory / "prompt_format.json").write_text(json.dumps(formats, indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows
 
 
@@ -124,7 +132,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from file
-    except (OSError, EOFError) as error:  # missing, a directory, not gzip, or cut short
+    except (OSError, EOFError, zlib.error) as error:  # missing, a directory, not gzip, or cut short
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
@@ -159,12 +167,16 @@ def check_size(num_rows: int, global_batch_size: int, flag: str) -> None:
 def check_budget(max_seq_len: int, micro_batch_tokens: int, max_positions: int) -> None:
     """Raises ValueError if one row may be longer than a micro-batch or than the model's context."""
     if max_seq_len > max_positions:
-        raise ValueError(f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens")
+        raise ValueError(
+            f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
+        )
     if max_seq_len > micro_batch_tokens:
-        raise ValueError(f"--max-seq-len {max_seq_len} is above --micro-batch-tokens {micro_batch_tokens}: raise that")
+        raise ValueError(
+            f"--max-seq-len {max_seq_len} is above --micro-batch-tokens {micro_batch_tokens}: raise that"
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SFT rows to examples
 
 
@@ -173,8 +185,8 @@ def load_sft(
 ) -> tuple[list[Example], dict[str, int]]:
     """All examples of these files, and counts for the log.
 
-    Counts: rows read; cut_prompts (rows whose truncation fields were cut), cut_answers (rows cut on the right, so that
-    their end is lost), dropped (rows of which nothing trained was left); tokens and trained_tokens of the examples.
+    Counts: rows read; of these cut_prompts (truncation fields were cut), cut_answers (cut on the right, the
+    end is lost) and dropped (nothing trained is left); tokens and trained_tokens of the examples.
     Raises ValueError naming file and line for a row that is wrong, and if no row is left.
     """
     counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped", "tokens", "trained_tokens"), 0)
@@ -187,17 +199,18 @@ def load_sft(
         kept = Example(example.ids[: fmt.max_seq_len], example.trained[: fmt.max_seq_len])
         counts["rows"] += 1
         counts["cut_prompts"] += cut_prompt
+        if not kept.trained.any():
+            counts["dropped"] += 1
+            continue
         counts["cut_answers"] += len(kept.ids) < len(example.ids)
-        counts["dropped"] += not kept.trained.any()
-        if kept.trained.any():
-            examples.append(kept)
+        examples.append(kept)
     if not examples:
         raise ValueError(
-            f"{', '.join(map(str, paths))}: no row is left: all {counts['rows']} have no trained token within "
-            f"--max-seq-len {fmt.max_seq_len}"
+            f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "
+            f"--max-seq-len {fmt.max_seq_len}: raise it"
         )
     counts["tokens"] = sum(len(example.ids) for example in examples)
-    counts["trained_tokens"] = sum(int(example.trained.sum()) for example in examples)
+    counts["trained_tokens"] = num_trained(examples)
     return examples, counts
 
 
@@ -236,19 +249,22 @@ def add_bos(tokenizer: Tokenizer, fmt: FormatConfig) -> bool:
 def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Tokenizer) -> int:
     """How many of `ids`, the tokens of `text`, are those of its beginning `prefix`.
 
-    Raises ValueError if `prefix` does not begin the text, or if its tokens do not begin `ids`: the boundary then lies
-    inside a token, and what a model sees when it answers `prefix` differs from what it was trained on.
+    Raises ValueError if `prefix` does not begin the text, or if its tokens do not begin `ids`: the boundary
+    then lies inside a token, and a model that is asked to continue `prefix` would see what it was never
+    trained on.
     """
+    if prefix == text:
+        return len(ids)
     if not text.startswith(prefix):
         raise ValueError(
-            "the chat template's rendering of a prefix is not a prefix of the whole: the first turns alone end in "
-            f"{prefix[-40:]!r}, which the whole row does not contain there; use a template that renders turn by turn"
+            "the chat template's rendering of a prefix is not a prefix of the whole: the first turns alone end "
+            f"in {prefix[-40:]!r}, which all turns do not contain there; use a template that renders turn by turn"
         )
     prefix_ids = tokenizer.encode(prefix)
     if ids[: len(prefix_ids)] != prefix_ids:
         raise ValueError(
-            "the chat template's rendering of a prefix is not a prefix of the whole in tokens: a token reaches across "
-            f"{prefix[-20:]!r} | {text[len(prefix) :][:20]!r}; change the text there, for instance strip the answer"
+            f"the tokens of a prefix are not a prefix of the whole: a token reaches across {prefix[-20:]!r} | "
+            f"{text[len(prefix) :][:20]!r}; change the text there, for instance strip the answer"
         )
     return len(prefix_ids)
 
@@ -256,7 +272,7 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
 def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """A {"messages": [{"role", "content"}, ...]} row: ids and trained.
 
-    Trained is each assistant turn, from what the template puts after its generation prompt up to its last stop token.
+    Trained is each assistant turn, from what follows the template's generation prompt to the last stop token.
     """
     messages = turns_field(row, "messages")
     check_messages(messages)
@@ -295,7 +311,7 @@ def check_messages(messages: list[dict]) -> None:
 
 
 def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
-    """A {"system", "conversations": [{"from", "value", "label"}, ...], "mask", "type"} row: ids and trained."""
+    """A {"system", "conversations": [{"from", "value", "label"}], "mask", "type"} row: ids and trained."""
     text, spans = conversation_text(row, [unescape(token) for token in fmt.chat_tokens])
     bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
     ids = tokenizer.encode(text)
@@ -310,11 +326,12 @@ def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> 
 def conversation_text(row: dict, chat_tokens: list[str]) -> tuple[str, list[tuple[int, int]]]:
     """The text of a `conversations` row and the spans [first, last) of its characters that are trained.
 
-    Layout: `SYS System EON system EOT`, then for each turn `TURN from EON [LABEL label EON] value EOT` (the label goes
-    after the value if type is TEXT_TO_VALUE, and nowhere if there is no type), and a last TURN if an answer ends the row.
-    Trained are the turns of the roles that `mask` does not name, from behind name and label (TEXT_TO_VALUE: the label)
-    up to and including the TURN that follows, which is the end signal; but not a turn without anything to answer, the first
-    (except TEXT_TO_VALUE, which labels any turn).
+    Layout: `SYS System EON system EOT`, then for each turn `TURN from EON [LABEL label EON] value EOT`, and
+    a last TURN if an answer ends the row. With type TEXT_TO_VALUE `LABEL label EON` follows `value EOT`,
+    without a type it is left out.
+    Trained are the turns of roles that `mask` does not name: value and EOT (with TEXT_TO_VALUE label and
+    EON) and the TURN that follows, which is the end signal. The first turn answers nothing and is not
+    trained (with TEXT_TO_VALUE it may be: the label is an answer to the turn's own text).
     """
     system_start, turn_start, label_start, end_of_turn, end_of_name = chat_tokens
     kind, masked, turns = check_conversation(row)
@@ -348,7 +365,7 @@ def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str,
     turns = [check_turn(turn, i) for i, turn in enumerate(turns_field(row, "conversations"))]
     if not any(role in roles for role, _, _ in turns):
         raise ValueError(
-            f"no turn is by the role that 'mask' excludes ({', '.join(roles)}): who is the user?"
+            f"field 'mask' excludes {', '.join(roles) or 'no role'}, but no turn is 'from' there"
         )
     return kind, set(roles), turns
 
@@ -371,9 +388,7 @@ def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
     values = {field: text_field(row, field).strip(" ") for _, field in pieces}
     bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
     prompt, response = encode_template(pieces, values, tokenizer)
-    fields = {
-        field: tokenizer.encode(values[field], continued=True) for field in fmt.truncation_field.split(",")
-    }
+    fields = {field: tokenizer.encode(values[field], continued=True) for field in fmt.truncation_fields()}
     cut_prompt = False
     while (excess := len(bos + prompt + response) - fmt.max_seq_len) > 0 and any(fields.values()):
         shorter = cut_evenly(fields, excess, fmt.truncation_side)
@@ -392,19 +407,14 @@ def template_pieces(template: str) -> list[tuple[str, str]]:
 
     Raises ValueError if the template is not plain text with `{field}`s, or does not end with one.
     """
+    flag = f"--prompt-template {template!r}"
     try:
         parsed = list(string.Formatter().parse(unescape(template)))
     except ValueError as error:
-        raise ValueError(
-            f"--prompt-template {template!r}: {error} (write braces that are text twice)"
-        ) from error
-    if any(
-        field is not None and (not field.isidentifier() or spec or conversion)
-        for _, field, spec, conversion in parsed
-    ):
-        raise ValueError(
-            f"--prompt-template {template!r}: braces must hold the name of a field and nothing else"
-        )
+        raise ValueError(f"{flag}: {error} (write braces that are text twice)") from error
+    for _, field, spec, conversion in parsed:
+        if field is not None and (not field.isidentifier() or spec or conversion):
+            raise ValueError(f"{flag}: braces must hold the name of a field and nothing else")
     pieces, text = [], ""
     for literal, field, _, _ in parsed:  # text around a doubled brace comes in parts
         text += literal
@@ -412,9 +422,7 @@ def template_pieces(template: str) -> list[tuple[str, str]]:
             pieces.append((text, field))
             text = ""
     if text or not pieces:
-        raise ValueError(
-            f"--prompt-template {template!r} must end with the field of the answer, as in '{{input}} {{output}}'"
-        )
+        raise ValueError(f"{flag} must end with the field of the answer, as '{{input}} {{output}}' does")
     return pieces
 
 
@@ -423,8 +431,9 @@ def encode_template(
 ) -> tuple[list[int], list[int]]:
     """Token ids of prompt and response (with EOS) of a filled template.
 
-    Spaces before the answer belong to the response, so that " Paris" can be one token: a prompt ends where its last
-    word ends, in training as in generation. An answer that is empty is EOS alone.
+    Spaces before the answer (and a separator that is all white space) belong to the response, so that "
+    Paris" can be one token: a prompt ends with its last word, in training as in generation. An empty answer
+    is EOS alone.
     """
     separator, answer_field = pieces[-1]
     kept = "" if separator.isspace() else separator.rstrip(" ")
@@ -437,7 +446,7 @@ def encode_template(
 
 
 def cut_evenly(fields: dict[str, list[int]], excess: int, side: str) -> dict[str, list[int]]:
-    """`fields` without `excess` of their tokens in all, taken evenly; fewer where a field has less than its share."""
+    """`fields` without `excess` tokens in all, taken evenly, but no more from a field than it has."""
     cut, left = dict(fields), excess
     live = [field for field in fields if fields[field]]
     for i, field in enumerate(live):
@@ -449,34 +458,31 @@ def cut_evenly(fields: dict[str, list[int]], excess: int, side: str) -> dict[str
 
 
 def unescape(text: str) -> str:
-    """`text` with backslash escapes (as typed on a command line) replaced by their characters; all else stays."""
+    """`text` with backslash escapes, as typed on a command line, replaced by what they stand for."""
     try:
         return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{text!r} holds a backslash that starts no escape: write \\\\ for a backslash"
-        ) from error
+        raise ValueError(f"{text!r} holds a backslash that starts no escape: write two for one") from error
 
 
 def show(example: Example, tokenizer: Tokenizer) -> str:
-    """An example as text, trained tokens inside ⟦ ⟧, line ends as ↵ and other control characters as escapes."""
-    edges = np.flatnonzero(np.diff(example.trained)) + 1
-    ends = [*edges.tolist(), len(example.ids)]
-    shown, start, before = "", 0, ""
-    for end in ends:
-        text = tokenizer.decode(
-            example.ids[:end].tolist()
-        )  # from the start: a piece alone may lose its space
-        piece = text[len(before) :]
-        shown += f"⟦{piece}⟧" if example.trained[start] else piece
-        start, before = end, text
-    visible = shown.replace("\n", "↵\n")
-    return "".join(
-        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in visible
-    )
+    """An example as text: trained tokens inside ⟦ ⟧, line ends as ↵, other control characters as escapes."""
+    starts = [0, *(np.flatnonzero(np.diff(example.trained)) + 1).tolist()]
+    # decoded from the row's start each time: a piece alone may lose its first space
+    texts = [tokenizer.decode(example.ids[:end].tolist()) for end in [*starts, len(example.ids)]]
+    pieces = [text[len(before) :] for before, text in zip(texts, texts[1:], strict=False)]
+    marked = [f"⟦{p}⟧" if example.trained[start] else p for start, p in zip(starts, pieces, strict=True)]
+    return "".join(visible(character) for character in "".join(marked))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def visible(character: str) -> str:
+    """A character as it is if it can be seen, else as an escape."""
+    if character == "\n":
+        return "↵\n"
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+# --------------------------------------------------------------------------------------------------
 # Order and packing
 
 
@@ -499,14 +505,16 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) -> list[list[list[int]]]:
     """Deal sequences to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
 
-    `lengths`: tokens that go into the model (`len(ids) - 1`). A micro-batch holds at most `max_tokens` of them and
-    `max_rows` sequences. All ranks get the same number of micro-batches, as few as the longest-first rule manages, of
-    about equal load; some are empty if there are fewer sequences than micro-batches. Deterministic.
+    `lengths`: tokens that go into the model (`num_inputs`). A micro-batch holds at most `max_tokens` of them
+    and `max_rows` sequences. All ranks get the same number of micro-batches, as few as the longest-first
+    rule manages, of about equal load; some are empty if there are fewer sequences than micro-batches.
+    Deterministic.
     Raises ValueError if one sequence alone is above `max_tokens`.
     """
     if max(lengths, default=0) > max_tokens:
         raise ValueError(
-            f"--micro-batch-tokens {max_tokens} is below a row of {max(lengths)} tokens: raise it or lower --max-seq-len"
+            f"--micro-batch-tokens {max_tokens} is too few for a row of {max(lengths)}: "
+            "raise it or lower --max-seq-len"
         )
     max_rows = max_rows or len(lengths)
     count = max(1, -(-sum(lengths) // (ranks * max_tokens)), -(-len(lengths) // max(1, ranks * max_rows)))
@@ -535,10 +543,11 @@ def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) ->
 class Batch:
     """One packed micro-batch, the only batch layout of the project.
 
-    N sequences lie end to end and never see each other; their T tokens may be followed by padding, which belongs to no
-    sequence and is masked. Everything is aligned to predictions: index t of tokens, mask, log-probs, values, rewards and
-    advantages is about the prediction of `targets[t]` from `tokens` up to t of the same sequence. The shift between
-    tokens and targets happens in `collate` and nowhere else. A sequence of n ids takes n - 1 places.
+    N sequences lie end to end and never see each other; of the T places the last may be padding, which
+    belongs to no sequence and is masked. Index t of mask, log-probs, values, rewards and advantages is about
+    one thing: the prediction of `targets[t]` from the tokens of its sequence up to `tokens[t]`. A sequence
+    of n ids takes n - 1 places, because the last is only predicted and the first only read. This shift
+    happens in `collate`, nowhere else.
     """
 
     tokens: torch.Tensor  # [T] int64, inputs
@@ -563,7 +572,8 @@ class Batch:
 def collate(examples: list[Example], multiple: int = 1) -> Batch:
     """Shift and pack examples; T is padded to a multiple of `multiple`.
 
-    Without examples the batch is `multiple` padding tokens: a rank that has no rows still takes part in collectives.
+    Without examples the batch is `multiple` padding tokens: a rank without rows still takes part in
+    collectives.
     """
     lengths = [example.num_inputs for example in examples]
     total = sum(lengths)

@@ -149,18 +149,20 @@ class Policy(GPTModel):
             post_process=mpu.is_pipeline_last_stage(),
             parallel_output=True,
             share_embeddings_and_output_weights=arch.tied_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if te else "none",
         )
         self.arch, self.te = arch, te
-        self.rotary_pos_emb.inv_freq = rotary_frequencies(arch).to(device())
+        self.frequencies = rotary_frequencies(arch).to(device())
+        if te:
+            self.rotary_pos_emb.inv_freq = self.frequencies
         mark_tensor_parallel(self)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None) -> tuple:
-        """Megatron's, with the rotary angles of this micro-batch's positions in place of a table to cut from."""
+        """Megatron's, with the rotary angles of this micro-batch's tokens (Transformer Engine makes its own)."""
         out = super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
         if self.te:
             return out
-        angles = torch.outer(position_ids[0].float(), self.rotary_pos_emb.inv_freq)  # [T, d/2]
+        angles = torch.outer(position_ids[0].float(), self.frequencies)  # [T, d/2]
         return (out[0], torch.cat([angles, angles], -1)[:, None, None, :], *out[2:])
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:

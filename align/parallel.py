@@ -64,6 +64,20 @@ def start(config: ParallelConfig) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    make_grid(config)
+    try:
+        yield
+    except BaseException as error:
+        print(f"rank {dist.get_rank()} of {dist.get_world_size()} failed: {error}", file=sys.stderr, flush=True)
+        raise
+    # Leaving the groups to the interpreter's exit can abort a rank whose gloo threads still run.
+    dist.barrier()
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def make_grid(config: ParallelConfig) -> None:
+    """Megatron's process groups, and the seeds, which depend on a rank's place in the grid."""
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -74,15 +88,6 @@ def start(config: ParallelConfig) -> Iterator[None]:
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     model_parallel_cuda_manual_seed(config.seed)
-    try:
-        yield
-    except BaseException as error:
-        print(f"rank {dist.get_rank()} of {dist.get_world_size()} failed: {error}", file=sys.stderr, flush=True)
-        raise
-    # Leaving the groups to the interpreter's exit can abort a rank whose gloo threads still run.
-    dist.barrier()
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def check(config: ParallelConfig) -> None:

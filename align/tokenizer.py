@@ -164,8 +164,8 @@ class SentencePieceTokenizer:
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Always raises ValueError: a bare SentencePiece model has no chat template."""
         raise ValueError(
-            f"{self.path} has no chat template: instead of 'messages' use rows with 'conversations' or with the "
-            "fields of --prompt-template"
+            f"{self.path} has no chat template: instead of 'messages' use 'conversations' rows or rows with "
+            "the fields of --prompt-template"
         )
 
     def save(self, directory: Path) -> None:

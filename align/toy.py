@@ -33,7 +33,8 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
     """
     if num_train + num_val > NUM_PROMPTS // 2:  # beyond, drawing prompts that are new takes long
         raise ValueError(
-            f"--train-rows {num_train} and --val-rows {num_val} are more prompts than the {NUM_PROMPTS // 2} of the toy task"
+            f"--train-rows {num_train} and --val-rows {num_val}: "
+            f"the toy task has prompts for {NUM_PROMPTS // 2} rows in all"
         )
     if not 0 <= mistakes <= 1:
         raise ValueError(f"--mistakes {mistakes} must be between 0 and 1")
@@ -47,7 +48,7 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
 
 
 def toy_row(letters: tuple[str, ...], wrong: bool, rng: random.Random) -> dict:
-    """One chat; `wrong` swaps two neighbours of the answer, which are different letters, so it is never right."""
+    """One chat; `wrong` swaps two neighbours of the answer: different letters, so it is never right."""
     answer = sorted(letters)
     if wrong:
         i = rng.randrange(len(answer) - 1)
@@ -57,7 +58,7 @@ def toy_row(letters: tuple[str, ...], wrong: bool, rng: random.Random) -> dict:
 
 
 def toy_score(prompt: str, answer: str) -> float:
-    """Share of positions of `answer` that hold the right letter, from 0 to 1; missing and extra letters are mistakes.
+    """Share of positions that hold the right letter, from 0 to 1; missing and extra letters are mistakes.
 
     `prompt` may be a whole rendered chat; its last task counts. Raises ValueError if it holds none.
     """

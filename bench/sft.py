@@ -88,7 +88,7 @@ class Measured:
     """Wall-clock seconds of each step."""
 
     trained_tokens: int
-    """Tokens of the first step that carry loss."""
+    """Tokens of the first BATCH rows that carry loss."""
 
     loss: float
     """Loss of the first step, before any update: mean over its trained tokens, in nats."""
@@ -115,6 +115,8 @@ def main(config: Config) -> None:
         "trl-padded": partial(run_trl, config, False),
         "trl-packed": partial(run_trl, config, True),
     }
+    if not (config.model / "config.json").exists():
+        raise ValueError(f"--model {config.model} holds no config.json: make it with `make smollm2`")
     read_rows(config)  # a mistake in the data shows before minutes are spent
     peak = in_child(partial(measure_peak, config))
     runs: dict[str, list[Measured]] = {name: [] for name in config.trainers}
@@ -137,13 +139,16 @@ def read_rows(config: Config) -> list[list[dict]]:
     """Return the conversations of all steps, the warm-up step's first.
 
     Raises:
-        ValueError: a line without "messages", or fewer rows than the steps need.
+        ValueError: a line that is not JSON or has no "messages", or fewer rows than the steps need.
     """
     needed = BATCH * (config.steps + 1)
     rows = []
     with config.data.open() as lines:
         for number, line in enumerate(lines, start=1):
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{config.data}:{number}: not JSON: {error}") from error
             if "messages" not in row:
                 raise ValueError(f'{config.data}:{number}: no field "messages"')
             rows.append(row["messages"])
@@ -162,7 +167,12 @@ def measure_peak(config: Config) -> float:
 
 
 def run_ours(config: Config) -> Measured:
-    """Train with our package. Runs in a child."""
+    """Train with our package. Runs in a child.
+
+    The same job as trl-padded: step i trains the BATCH rows from i * BATCH on; AdamW with betas 0.9 and
+    0.999, eps 1e-8 and no weight decay, constant LEARNING_RATE, CLIP_GRAD. `clocks` is read before the first
+    step and after each; `differences` and `peak_rss_gb` fill the result.
+    """
     raise NotImplementedError(
         "our side of this benchmark is not written yet: --trainers trl-padded trl-packed"
     )
@@ -340,7 +350,7 @@ def check_same_work(ours: Measured, trl: Measured, tolerance: float) -> None:
     if (ours.tokens, ours.trained_tokens) != (trl.tokens, trl.trained_tokens):
         raise RuntimeError(
             f"not the same work: tokens by step {ours.tokens} and {trl.tokens}, "
-            f"trained in the first {ours.trained_tokens} and {trl.trained_tokens}"
+            f"trained in the first {BATCH} rows {ours.trained_tokens} and {trl.trained_tokens}"
         )
     if abs(ours.loss - trl.loss) > tolerance * trl.loss:
         raise RuntimeError(

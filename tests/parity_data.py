@@ -4,7 +4,7 @@ import numpy as np
 
 from align.data import Example
 
-LR, STEPS, VOCAB = 1e-2, 3, 131
+LR, STEPS, VOCAB = 1e-3, 3, 131
 
 
 def examples(step: int, rows: int = 6) -> list[Example]:

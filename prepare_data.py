@@ -8,8 +8,9 @@ python prepare_data.py toy --output data/toy
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -41,7 +42,7 @@ def dolly(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 123
     rng = random.Random(seed)
     rows = [convert(where, row, dolly_row, rng) for where, row in read_jsonl(input)]
     rng.shuffle(rows)
-    write_split(output, rows, rows_to_hold_out(len(rows), val_fraction))
+    write_split(output, *split(rows, val_fraction))
 
 
 def dolly_row(row: dict, rng: random.Random) -> dict:
@@ -67,10 +68,8 @@ def oasst(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 10)
     """
     trees = [convert(where, row, oasst_rows) for where, row in read_jsonl(input)]
     random.Random(seed).shuffle(trees)
-    held_out = rows_to_hold_out(len(trees), val_fraction)
-    train, val = trees[: len(trees) - held_out], trees[len(trees) - held_out :]
-    train_rows, val_rows = ([row for tree in part for row in tree] for part in (train, val))
-    write_split(output, train_rows + val_rows, len(val_rows))
+    train, val = split(trees, val_fraction)
+    write_split(output, [row for tree in train for row in tree], [row for tree in val for row in tree])
 
 
 def oasst_rows(tree: dict) -> list[dict]:
@@ -122,6 +121,8 @@ def gsm8k(input: Path, output: Path, limit: int | None = None) -> None:
         output: the jsonl file to write
         limit: only so many rows, from the start of the file
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} must be at least 1")
     rows = [convert(where, row, gsm8k_row) for where, row in read_jsonl(input)[:limit]]
     write_jsonl(output, rows)
 
@@ -144,11 +145,10 @@ def toy(
         mistakes: share of the answers in train.jsonl that have two neighbours swapped
         seed: of the prompts and the mistakes
     """
-    train, val = toy_rows(train_rows, val_rows, mistakes, seed)
-    write_split(output, train + val, len(val))
+    write_split(output, *toy_rows(train_rows, val_rows, mistakes, seed))
 
 
-def convert(where: str, row: dict, convert_row, *args):
+def convert(where: str, row: dict, convert_row: Callable, *args: object) -> Any:
     """`convert_row(row, *args)`; what is wrong with the row is reported with its place ("file:line")."""
     try:
         return convert_row(row, *args)
@@ -156,20 +156,24 @@ def convert(where: str, row: dict, convert_row, *args):
         raise ValueError(f"{where}: {error}") from error
 
 
-def rows_to_hold_out(num_rows: int, val_fraction: float) -> int:
-    """How many rows go to val.jsonl. Raises ValueError if train.jsonl or val.jsonl would be empty."""
-    held_out = num_rows - int(num_rows * (1 - val_fraction))
-    if not 0 < held_out < num_rows:
+def split(items: list, val_fraction: float) -> tuple[list, list]:
+    """Items to train on and, from the end, to validate on. Raises ValueError if one part would be empty."""
+    num_train = int(len(items) * (1 - val_fraction))
+    if not 0 < num_train < len(items):
         raise ValueError(
-            f"--val-fraction {val_fraction} of {num_rows} rows leaves nothing to train on or to validate on"
+            f"--val-fraction {val_fraction} of {len(items)} must leave some to train and to validate on"
         )
-    return held_out
+    return items[:num_train], items[num_train:]
 
 
-def write_split(directory: Path, rows: list[dict], num_val: int) -> None:
-    """The last `num_val` rows to val.jsonl, the others to train.jsonl."""
-    write_jsonl(directory / "train.jsonl", rows[: len(rows) - num_val])
-    write_jsonl(directory / "val.jsonl", rows[len(rows) - num_val :])
+def write_split(directory: Path, train: list[dict], val: list[dict]) -> None:
+    """Write train.jsonl and val.jsonl. Raises ValueError if one would be empty."""
+    if not train or not val:
+        raise ValueError(
+            f"{directory}: {len(train)} rows to train on and {len(val)} to validate on: both need some"
+        )
+    write_jsonl(directory / "train.jsonl", train)
+    write_jsonl(directory / "val.jsonl", val)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -257,14 +257,14 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
         return len(ids)
     if not text.startswith(prefix):
         raise ValueError(
-            "the chat template's rendering of a prefix is not a prefix of the whole: the first turns alone end "
-            f"in {prefix[-40:]!r}, which all turns do not contain there; use a template that renders turn by turn"
+            "the chat template's rendering of a prefix is not a prefix of the whole: its first turns end in "
+            f"{prefix[-40:]!r}, the whole differs; use a template that renders turn by turn"
         )
     prefix_ids = tokenizer.encode(prefix)
     if ids[: len(prefix_ids)] != prefix_ids:
         raise ValueError(
-            f"the tokens of a prefix are not a prefix of the whole: a token reaches across {prefix[-20:]!r} | "
-            f"{text[len(prefix) :][:20]!r}; change the text there, for instance strip the answer"
+            "the tokens of a prefix are not a prefix of the whole: a token reaches across "
+            f"{prefix[-20:]!r} | {text[len(prefix) :][:20]!r}; change the text there (strip the answer?)"
         )
     return len(prefix_ids)
 

@@ -49,7 +49,7 @@ WITHOUT_EFFECT = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"),
     *("pad_token_id", "pretraining_tp", "_name_or_path", "id2label", "label2id", "is_llama_config"),
     *("transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "problem_type"),
-    *("chunk_size_feed_forward", "is_encoder_decoder"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "sep_token_id"),
 }
 ONLY_VALUE = {
     "hidden_act": "silu",

@@ -92,7 +92,7 @@ def clean(axis: Axes) -> None:
     axis.tick_params(labelsize=6.5, length=2, color="#8a8a8a")
     axis.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
     axis.yaxis.get_offset_text().set_fontsize(6.5)
-    axis.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axis.xaxis.get_major_locator().set_params(integer=True, nbins=5, min_n_ticks=1)
 
 
 def moving_average(values: list[float], window: int) -> np.ndarray:

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BATCH = 8
 PACK = 1024
+MICRO_BATCH_TOKENS = 4096  # the default of train_sft.py
 LEARNING_RATE = 1e-5
 CLIP_GRAD = 1.0
 IGNORED = -100  # label of a token that is not trained, in TRL and transformers
@@ -173,8 +174,45 @@ def run_ours(config: Config) -> Measured:
     0.999, eps 1e-8 and no weight decay, constant LEARNING_RATE, CLIP_GRAD. `clocks` is read before the first
     step and after each; `differences` and `peak_rss_gb` fill the result.
     """
-    raise NotImplementedError(
-        "our side of this benchmark is not written yet: --trainers trl-padded trl-packed"
+    import tempfile
+
+    import torch
+
+    from align import data, engine, huggingface, losses, model, optim, parallel, tokenizer
+
+    torch.set_num_threads(config.threads)
+    settings = model.ModelConfig(model=str(config.model), precision=config.dtype)
+    adam = optim.OptimConfig(lr=LEARNING_RATE, weight_decay=0.0, adam_beta2=0.999, clip_grad=CLIP_GRAD)
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, parallel.start(parallel.ParallelConfig()):
+        file.writelines(json.dumps({"messages": messages}) + "\n" for messages in read_rows(config))
+        file.flush()
+        text = tokenizer.load(config.model)
+        rows, _ = data.load_sft([Path(file.name)], text, data.FormatConfig(loss_on=config.loss_on))
+        arch = huggingface.read_config(config.model)
+        policy = model.build_policy(arch, settings, parallel.ParallelConfig())
+        huggingface.load(policy, huggingface.open_source(config.model, arch, 0))
+        policy = model.distributed(policy)
+        optimizer = optim.build(policy, adam)
+
+        def loss_fn(batch, logprobs):
+            return losses.sft_loss(logprobs, batch.mask), {}
+
+        steps = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        log, found = [clocks()], []
+        for examples in steps:
+            plan = data.plan([row.num_inputs for row in examples], 1, MICRO_BATCH_TOKENS, None)[0]
+            batches = [data.collate([examples[i] for i in micro]) for micro in plan]
+            metrics = engine.forward_backward(policy, batches, loss_fn, data.num_trained(examples))
+            found.append((metrics["loss"], optim.step(optimizer, LEARNING_RATE)))
+            log.append(clocks())
+    return Measured(
+        tokens=[sum(len(row.ids) for row in examples) for examples in steps],
+        cpu_s=differences([entry["cpu"] for entry in log]),
+        wall_s=differences([entry["wall"] for entry in log]),
+        trained_tokens=data.num_trained(steps[0]),
+        loss=found[0][0],
+        grad_norm=found[0][1],
+        peak_rss_gb=peak_rss_gb(),
     )
 
 

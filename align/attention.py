@@ -20,6 +20,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from align.layers import rotate
+
 
 @dataclass
 class Packing(PackedSeqParams):
@@ -29,14 +31,15 @@ class Packing(PackedSeqParams):
     """
 
     lengths: list[int] = field(default_factory=list)
+    rotation: tuple[Tensor, Tensor] | None = None  # of this rank's tokens, set by the model (see layers.rotation)
 
 
 def packing(lengths: list[int], total: int, qkv_format: str | None, device: torch.device) -> Packing:
     """Describe sequences of the given lengths, end to end; tokens after them, up to total, are one more sequence.
 
     Args:
-        qkv_format: "thd" for Transformer Engine. None for TorchAttention: Megatron then keeps tensors [T, 1, heads, d]
-            and takes the rotary angles of each token as they are given.
+        qkv_format: "thd" for Transformer Engine; None for TorchAttention, which Megatron then leaves tensors
+            [T, 1, heads, d] to.
     """
     rest = total - sum(lengths)
     lengths = lengths + [rest] if rest else lengths
@@ -53,7 +56,9 @@ def packing(lengths: list[int], total: int, qkv_format: str | None, device: torc
 
 
 class TorchAttention(MegatronModule):
-    """softmax(q k^T / sqrt(d)) v, causal, inside each sequence of the pack, with an optional sliding window.
+    """Rotary positions, then softmax(q k^T / sqrt(d)) v, causal, inside each sequence of the pack.
+
+    With a sliding window, a query sees itself and the keys of the window - 1 tokens before it.
 
     With context parallelism each rank holds an equal slice of the pack's tokens: queries stay where they are, keys
     and values are gathered (their gradients are summed and scattered on the way back).
@@ -87,11 +92,12 @@ class TorchAttention(MegatronModule):
     ) -> Tensor:
         """Returns [T/cp, 1, heads * d]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is not None
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        query, key = (rotate(x, *packed_seq_params.rotation) for x in (query, key))
         start = 0
         if self.cp.size() > 1:
             start = self.cp.rank() * len(query)
             key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self.cp) for x in (key, value))
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if query.is_cuda and query.dtype != torch.float32 and self.cp.size() == 1:
             out = self.flash(query, key, value, packed_seq_params)
         else:
@@ -132,7 +138,10 @@ class TorchAttention(MegatronModule):
         if m < n or (self.window is not None and n > self.window):
             distance = torch.arange(n - m, n, device=query.device)[:, None] - torch.arange(n, device=query.device)
             mask = (distance >= 0) & (distance < (self.window or n))
+        dtype = query.dtype
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, tokens, d]
+        if not query.is_cuda:  # the CPU's kernel is faster in fp32, and exact
+            query, key, value = query.float(), key.float(), value.float()
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -142,4 +151,4 @@ class TorchAttention(MegatronModule):
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out[0].transpose(0, 1)
+        return out[0].transpose(0, 1).to(dtype)

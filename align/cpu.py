@@ -6,6 +6,7 @@ CPU. Every other library, ours included, keeps the real torch: replacing `torch.
 breaks `with torch.device("meta")`, and transformers then loads wrong weights without an error.
 """
 
+import ctypes
 import functools
 import importlib
 import sys
@@ -13,6 +14,7 @@ import types
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 # What we use of Megatron must be imported before the exchange: a module that comes later keeps the real torch.
 MODULES = (
@@ -76,6 +78,12 @@ def enable() -> None:
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
+    # gloo copies a whole buffer onto itself where a group has one rank.
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    keep_memory()
+
     torch.Tensor.cuda = lambda self, *_, **__: self  # without CUDA it could only raise
     torch.Tensor.type = cuda_type_names(torch.Tensor.type)
 
@@ -102,6 +110,28 @@ def on_cpu(make: Callable) -> Callable:
         return make(*args, **kwargs)
 
     return made
+
+
+def unless_alone(collective: Callable) -> Callable:
+    """A collective between a buffer and this rank's part of it, left out where that part is the whole."""
+
+    def call(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup, **kwargs: object) -> object:
+        return None if group.size() == 1 else collective(output, input, group=group, **kwargs)
+
+    return call
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory for the next step, as a caching allocator does on GPUs.
+
+    Otherwise every tensor of some megabytes is mapped afresh, and touching new pages takes longer than most of the
+    arithmetic on them. Other C libraries have no mallopt; they stay as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_max, trim_threshold = -4, -1  # glibc's numbers for these parameters
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 def cuda_type_names(plain: Callable) -> Callable:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK = 512  # tokens whose logits exist at one time
+CHUNK = 256  # tokens whose logits exist at one time
 
 
 def target_logprobs(

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor, nn
 
 from align.attention import Packing, TorchAttention
+from align.layers import RMSNorm, SwiGLU, rotation
 from align.logprobs import target_logprobs
 from align.parallel import ParallelConfig, device
 
@@ -122,20 +123,6 @@ def describe(arch: Architecture, config: ModelConfig) -> str:
     return f"{arch.family} with {weights / 1e6:.1f} M weights from {config.model}, {precision}, {kernels} kernels"
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
-        # Under sequence parallelism each rank sees some of the tokens: Megatron sums the marked gradients.
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Policy(GPTModel):
     """A causal language model whose last stage returns the log-probabilities of the targets."""
 
@@ -158,12 +145,10 @@ class Policy(GPTModel):
         mark_tensor_parallel(self)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None) -> tuple:
-        """Megatron's, with the rotary angles of this micro-batch's tokens (Transformer Engine makes its own)."""
-        out = super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
-        if self.te:
-            return out
-        angles = torch.outer(position_ids[0].float(), self.frequencies)  # [T, d/2]
-        return (out[0], torch.cat([angles, angles], -1)[:, None, None, :], *out[2:])
+        """Megatron's, and once for all layers the rotation of this micro-batch's tokens, which TorchAttention applies."""
+        if not self.te:
+            packed_seq_params.rotation = rotation(position_ids[0], self.frequencies, self.config.params_dtype)
+        return super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
         """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere."""
@@ -228,6 +213,7 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         activation_func=F.silu,
         gated_linear_unit=True,
+        use_te_activation_func=not te,  # "te" meaning: the activation is a module of the layer spec, our SwiGLU
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         window_size=None if arch.window is None else (arch.window - 1, 0),
@@ -281,7 +267,10 @@ def torch_block_spec(config: TransformerConfig, arch: Architecture) -> Transform
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -145,9 +145,8 @@ class SentencePieceTokenizer:
         """Token ids of `text`; control pieces spelled out in it stay text. `continued`: as above."""
         if not continued:
             return self.sp.encode(text)
-        normalized = self.sp.normalize(
-            "x" + text
-        )  # the model's own rules for spaces, as they act after a letter
+        # the model's own rules for spaces, as they act after a letter
+        normalized = self.sp.normalize("x" + text)
         return self.inner.encode(normalized[normalized.index("x") + 1 :])
 
     def decode(self, ids: list[int]) -> str:

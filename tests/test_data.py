@@ -566,6 +566,8 @@ def test_plan_by_hand():
     assert data.plan([5, 8, 5, 2], ranks=2, max_tokens=10, max_rows=None) == [[[1, 3]], [[0, 2]]]
     assert data.plan([5, 8, 5, 2], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0, 2]]]
     assert data.plan([5, 8, 5, 2], ranks=1, max_tokens=20, max_rows=None) == [[[0, 1, 2, 3]]]
+    # 19 tokens would fit twice into 10, these four rows do not
+    assert data.plan([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0], [2]]]
     assert data.plan([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
     assert data.plan([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
 

@@ -14,7 +14,7 @@ from align import tokenizer
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 CHAT = [{"role": "user", "content": "hi "}, {"role": "assistant", "content": "yo"}]
-MARKERS = ["<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
+MARKERS = ["<extra_id_0>", "<extra_id_1>", "<extra_id_2>", "many"]  # the last could also be cut otherwise
 SENTENCES = [
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
     "How many clips did Natalia sell altogether in April and May?",
@@ -233,6 +233,9 @@ def test_continued_text_joins_as_if_never_cut(
             prompt, response = " ".join(words[:i]), " " + " ".join(words[i:])
             joined = tokens.encode(prompt) + tokens.encode(response, continued=True)
             assert joined == tokens.encode(sentence)
+    for response in (" many", "  many", "\nmany", "\n\n many", " 7"):
+        joined = tokens.encode("How") + tokens.encode(response, continued=True)
+        assert joined == tokens.encode("How" + response), response
 
 
 def test_sentencepiece_decodes_what_it_encodes(

@@ -15,12 +15,25 @@ import tyro
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from align import checkpoint, data, engine, huggingface, losses, model, optim, parallel, tokenizer, toy
+from align import (
+    checkpoint,
+    data,
+    engine,
+    huggingface,
+    losses,
+    model,
+    optim,
+    packing,
+    parallel,
+    tokenizer,
+    toy,
+)
 from align.checkpoint import CheckpointConfig
-from align.data import Batch, Example, FormatConfig
+from align.data import FormatConfig
 from align.metrics import Clock, Run, RunConfig, model_flops
 from align.model import ModelConfig
 from align.optim import OptimConfig
+from align.packing import Batch, Example
 from align.parallel import ParallelConfig
 
 # ---- configuration ----------------------------------------------------------------------------------------------
@@ -61,7 +74,7 @@ def main(config: Config) -> None:
     # ---- setup and checks ---------------------------------------------------------------------------------------
     arch = huggingface.read_config(config.model.path)
     model.check(arch, config.model, config.parallel)
-    data.check_budget(config.format.max_seq_len, config.micro_batch_tokens, arch.max_positions)
+    packing.check_budget(config.format.max_seq_len, config.micro_batch_tokens, arch.max_positions)
     stop = parallel.Stop(config.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
     run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
@@ -72,8 +85,10 @@ def main(config: Config) -> None:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
     text = tokenizer.load(config.model.path)
     train, counts = data.load_sft(train_files, text, config.format)
-    data.check_size(len(train), config.global_batch_size, "--train-data")
-    run.say(f"training data: {counts}\nfirst example, trained tokens in brackets:\n{data.show(train[0], text)}")
+    packing.check_size(len(train), config.global_batch_size, "--train-data")
+    run.say(
+        f"training data: {counts}\nfirst example, trained tokens in brackets:\n{data.show(train[0], text)}"
+    )
     val = []
     if val_files:
         val, counts = data.load_sft(val_files, text, config.format)
@@ -89,9 +104,11 @@ def main(config: Config) -> None:
     def micro_batches(examples: list[Example]) -> list[Batch]:
         """This rank's share of some examples, packed."""
         lengths = [example.num_inputs for example in examples]
-        plan = data.plan(lengths, parallel.dp_size(), config.micro_batch_tokens, config.micro_batch_size)
+        plan = packing.plan(lengths, parallel.dp_size(), config.micro_batch_tokens, config.micro_batch_size)
         return [
-            data.collate([examples[i] for i in rows], engine.alignment(config.parallel)).to(parallel.device())
+            packing.collate([examples[i] for i in rows], engine.alignment(config.parallel)).to(
+                parallel.device()
+            )
             for rows in plan[parallel.dp_rank()]
         ]
 
@@ -106,7 +123,7 @@ def main(config: Config) -> None:
         return losses.sft_loss(logprobs, batch.mask), {}
 
     def validate() -> dict[str, float]:
-        found = engine.evaluate(policy, val_batches, loss_fn, data.num_trained(val))
+        found = engine.evaluate(policy, val_batches, loss_fn, packing.num_trained(val))
         return {f"val/{name}": value for name, value in found.items()}
 
     val_batches = micro_batches(val) if val else []
@@ -125,14 +142,14 @@ def main(config: Config) -> None:
     clock, reason = Clock(), None
     for step in range(first_step, total_steps):
         # batch
-        rows = data.global_batch(len(train), config.global_batch_size, config.parallel.seed, step)
+        rows = packing.global_batch(len(train), config.global_batch_size, config.parallel.seed, step)
         examples = [train[row] for row in rows]
         batches = micro_batches(examples)
         clock.lap("data")
 
         # update
         lr = optim.learning_rate(config.optim, step, total_steps)
-        found = engine.forward_backward(policy, batches, loss_fn, data.num_trained(examples))
+        found = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
         clock.lap("forward_backward")
         found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
         clock.lap("optimizer")

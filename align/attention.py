@@ -31,10 +31,12 @@ class Packing(PackedSeqParams):
     """
 
     lengths: list[int] = field(default_factory=list)
-    rotation: tuple[Tensor, Tensor] | None = None  # of this rank's tokens, set by the model (see layers.rotation)
+    rotation: tuple[Tensor, Tensor] | None = (
+        None  # of this rank's tokens, set by the model (see layers.rotation)
+    )
 
 
-def packing(lengths: list[int], total: int, qkv_format: str | None, device: torch.device) -> Packing:
+def describe(lengths: list[int], total: int, qkv_format: str | None, device: torch.device) -> Packing:
     """Describe sequences of the given lengths, end to end; tokens after them, up to total, are one more sequence.
 
     Args:
@@ -77,7 +79,9 @@ class TorchAttention(MegatronModule):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.window = None if config.window_size is None else config.window_size[0] + 1  # keys that a query sees
+        self.window = (
+            None if config.window_size is None else config.window_size[0] + 1
+        )  # keys that a query sees
         self.cp: dist.ProcessGroup = pg_collection.cp
 
     def forward(
@@ -97,38 +101,49 @@ class TorchAttention(MegatronModule):
         start = 0
         if self.cp.size() > 1:
             start = self.cp.rank() * len(query)
-            key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self.cp) for x in (key, value))
+            key, value = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp) for x in (key, value)
+            )
         if query.is_cuda and query.dtype != torch.float32 and self.cp.size() == 1:
             out = self.flash(query, key, value, packed_seq_params)
         else:
             out = self.by_sequence(query, key, value, packed_seq_params.lengths, start)
         return out.reshape(len(query), 1, -1)
 
-    def flash(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    def flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
         """All sequences in one kernel."""
         return varlen_attn(
             query,
             key,
             value,
-            packing.cu_seqlens_q,
-            packing.cu_seqlens_kv,
-            packing.max_seqlen_q,
-            packing.max_seqlen_kv,
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_kv,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_kv,
             scale=self.scale,
             window_size=(-1 if self.window is None else self.window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def by_sequence(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], start: int) -> Tensor:
+    def by_sequence(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], start: int
+    ) -> Tensor:
         """One call per sequence. This rank's queries are the tokens [start, start + len(query)) of the pack."""
         # split, not slices: the gradient of a slice is a full-size tensor of zeros, once per sequence
         pieces, begin = [], 0
         for k, v in zip(key.split(lengths), value.split(lengths), strict=True):
-            first, last = max(start - begin, 0), min(start + len(query) - begin, len(k))  # queries of this sequence
+            first, last = (
+                max(start - begin, 0),
+                min(start + len(query) - begin, len(k)),
+            )  # queries of this sequence
             pieces.append((first, last, k, v))
             begin += len(k)
         queries = query.split([max(last - first, 0) for first, last, _, _ in pieces])
-        out = [self.attend(q, k[:last], v[:last]) for q, (_, last, k, v) in zip(queries, pieces, strict=True) if len(q)]
+        out = [
+            self.attend(q, k[:last], v[:last])
+            for q, (_, last, k, v) in zip(queries, pieces, strict=True)
+            if len(q)
+        ]
         return torch.cat(out)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -136,7 +151,9 @@ class TorchAttention(MegatronModule):
         m, n = len(query), len(key)
         mask = None
         if m < n or (self.window is not None and n > self.window):
-            distance = torch.arange(n - m, n, device=query.device)[:, None] - torch.arange(n, device=query.device)
+            distance = torch.arange(n - m, n, device=query.device)[:, None] - torch.arange(
+                n, device=query.device
+            )
             mask = (distance >= 0) & (distance < (self.window or n))
         dtype = query.dtype
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, tokens, d]

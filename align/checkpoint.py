@@ -52,7 +52,9 @@ def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
     group = config.metric.split("/")[0]
     others = sorted(name for name in known if name.startswith(group + "/"))
     if group not in ("train", "val") or (others and config.metric not in known):
-        raise ValueError(f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others or known)}")
+        raise ValueError(
+            f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others or known)}"
+        )
 
 
 def is_due(config: CheckpointConfig, step: int) -> bool:
@@ -128,7 +130,9 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     """
     same_layout = json.loads((path / "state.json").read_text())["layout"] == parallel.layout_sizes()
     for adam in optim.adams(optimizer):
-        if not adam.optimizer.state:  # torch's AdamW has no state, so no place to load to, before its first step
+        if (
+            not adam.optimizer.state
+        ):  # torch's AdamW has no state, so no place to load to, before its first step
             adam._init_optimizer_states_with_dummy_values()
     keep_step_through_loading()
     wanted = sharded_state(model, optimizer, is_loading=True)
@@ -141,7 +145,9 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     for adam in optim.adams(optimizer):
         for tensors in adam.optimizer.state.values():
             if isinstance(tensors.get("step"), torch.Tensor):
-                tensors["step"] = tensors["step"].clone()  # one tensor for all would count each parameter as a step
+                tensors["step"] = tensors[
+                    "step"
+                ].clone()  # one tensor for all would count each parameter as a step
     if same_layout:
         set_rng_state(state["rng"])
     return state["step"]
@@ -200,7 +206,11 @@ def prune(directory: Path, config: CheckpointConfig) -> None:
     states = {path: json.loads((path / "state.json").read_text()) for path in directory.glob("step_????????")}
     last = newest(directory)
     check_monitor(config, states[last]["metrics"])
-    values = {path: state["metrics"][config.metric] for path, state in states.items() if config.metric in state["metrics"]}
+    values = {
+        path: state["metrics"][config.metric]
+        for path, state in states.items()
+        if config.metric in state["metrics"]
+    }
     best = sorted(values, key=values.get, reverse="loss" not in config.metric)[: config.save_top_k]
     for path in set(states) - set(best) - {last}:
         shutil.rmtree(path)

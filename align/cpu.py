@@ -115,7 +115,9 @@ def on_cpu(make: Callable) -> Callable:
 def unless_alone(collective: Callable) -> Callable:
     """A collective between a buffer and this rank's part of it, left out where that part is the whole."""
 
-    def call(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup, **kwargs: object) -> object:
+    def call(
+        output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup, **kwargs: object
+    ) -> object:
         return None if group.size() == 1 else collective(output, input, group=group, **kwargs)
 
     return call

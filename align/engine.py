@@ -22,9 +22,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from align import parallel
-from align.attention import packing
-from align.data import Batch
+from align import attention, parallel
+from align.packing import Batch
 
 LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -60,7 +59,11 @@ def evaluate(
 
 
 def run(
-    model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float, forward_only: bool
+    model: DistributedDataParallel,
+    batches: list[Batch],
+    loss_fn: LossFn,
+    denominator: float,
+    forward_only: bool,
 ) -> dict[str, float]:
     """Drive Megatron's schedule over the micro-batches and reduce what the loss function returned."""
     parts = get_forward_backward_func()(
@@ -103,7 +106,7 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
         attention_mask=None,
         labels=batch.targets[None, part],
         loss_mask=batch.mask[None, part],
-        packed_seq_params=packing(batch.lengths, tokens, qkv_format, batch.tokens.device),
+        packed_seq_params=attention.describe(batch.lengths, tokens, qkv_format, batch.tokens.device),
     )
 
 
@@ -132,7 +135,9 @@ def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[s
         group = mpu.get_pipeline_model_parallel_group()
         dist.broadcast_object_list(result, mpu.get_pipeline_model_parallel_last_rank(), group=group)
     if not math.isfinite(result[0]["loss"]):
-        raise FloatingPointError(f"the loss is {result[0]['loss']}, from the data of rank {ranks_where(local_loss)}")
+        raise FloatingPointError(
+            f"the loss is {result[0]['loss']}, from the data of rank {ranks_where(local_loss)}"
+        )
     return result[0]
 
 

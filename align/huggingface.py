@@ -40,13 +40,35 @@ MAX_FILE_BYTES = 2 * 1024**3
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 IMPLEMENTED = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *(
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
-    *("initializer_range", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window"),
+    *(
+        "initializer_range",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "sliding_window",
+        "use_sliding_window",
+    ),
     *("max_window_layers", "layer_types"),
 }
 WITHOUT_EFFECT = {
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id"),
+    *(
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+    ),
     *("pad_token_id", "pretraining_tp", "_name_or_path", "id2label", "label2id", "is_llama_config"),
     *("transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "problem_type"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "sep_token_id"),
@@ -116,7 +138,9 @@ def check_fields(raw: dict, path: Path) -> None:
                 "remove it from the file"
             )
     if raw.get("use_sliding_window"):
-        raise ValueError(f"{path}: use_sliding_window = true is not implemented (windows in some layers only)")
+        raise ValueError(
+            f"{path}: use_sliding_window = true is not implemented (windows in some layers only)"
+        )
     kinds = set(raw.get("layer_types") or [])
     if kinds - {"full_attention"} and not (family == "mistral" and kinds == {"sliding_attention"}):
         raise ValueError(f"{path}: layer_types {sorted(kinds)} is not implemented; all layers must be alike")
@@ -179,7 +203,9 @@ class SafetensorsSource:
         elif single.is_file():
             self.files = dict.fromkeys(self.open(single.name).keys(), single.name)
         else:
-            raise ValueError(f"--model {directory}: no model.safetensors there (other weight formats are not read)")
+            raise ValueError(
+                f"--model {directory}: no model.safetensors there (other weight formats are not read)"
+            )
         self.check(arch)
 
     def check(self, arch: Architecture) -> None:
@@ -189,7 +215,9 @@ class SafetensorsSource:
         if arch.tied_embeddings:
             harmless.add("lm_head.weight")
         if missing := sorted(set(shapes) - set(self.files)):
-            raise ValueError(f"--model {self.directory}: tensors are missing, {missing[0]} the first of {len(missing)}")
+            raise ValueError(
+                f"--model {self.directory}: tensors are missing, {missing[0]} the first of {len(missing)}"
+            )
         if unknown := sorted(set(self.files) - set(shapes) - harmless):
             raise ValueError(
                 f"--model {self.directory}: tensors that the architecture {arch.family} does not have, "
@@ -268,7 +296,9 @@ def read_part(source: Source, arch: Architecture, name: str, hf_name: str, param
         return source.read(hf_name, columns=slice(rank * width, (rank + 1) * width))
     if name.endswith(("word_embeddings.weight", "output_layer.weight")):
         rows = len(parameter)
-        real = source.read(hf_name, slice(min(rank * rows, arch.vocab_size), min((rank + 1) * rows, arch.vocab_size)))
+        real = source.read(
+            hf_name, slice(min(rank * rows, arch.vocab_size), min((rank + 1) * rows, arch.vocab_size))
+        )
         return torch.cat([real, real.new_zeros(rows - len(real), real.shape[1])])
     return source.read(hf_name)
 
@@ -277,7 +307,8 @@ def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last:
     """Rows of the query groups [first, last), each group its queries, its key, its value."""
     groups, sizes = last - first, qkv_rows_per_group(arch)
     parts = [
-        source.read(hf_name.replace("*", x), slice(first * size, last * size)) for x, size in zip("qkv", sizes)
+        source.read(hf_name.replace("*", x), slice(first * size, last * size))
+        for x, size in zip("qkv", sizes, strict=True)
     ]
     parts = [part.unflatten(0, (groups, size)) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(parts, 1).flatten(0, 1)
@@ -329,7 +360,9 @@ LAYER_NAMES = {
 
 
 @torch.no_grad()
-def save(model: nn.Module, start_from: Path, directory: Path, companions: Sequence[Callable[[Path], None]] = ()) -> None:
+def save(
+    model: nn.Module, start_from: Path, directory: Path, companions: Sequence[Callable[[Path], None]] = ()
+) -> None:
     """Write config.json, generation_config.json and safetensors files that transformers loads as they are.
 
     Weights are written in the precision of training, so that nothing is lost. The directory is complete or absent:
@@ -346,7 +379,9 @@ def save(model: nn.Module, start_from: Path, directory: Path, companions: Sequen
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    mine = write_files(model, unfinished) if mpu.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
+    mine = (
+        write_files(model, unfinished) if mpu.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
+    )
     everyone: list[dict[str, int] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
@@ -407,7 +442,9 @@ def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> It
         for x, tensor in zip("qkv", grouped.split(qkv_rows_per_group(arch), 1), strict=True):
             yield hf_name.replace("*", x), tensor.flatten(0, 1)
     elif name.endswith("linear_fc1.weight"):
-        for half, tensors in zip(("gate", "up"), zip(*(part.chunk(2) for part in parts), strict=True), strict=True):
+        for half, tensors in zip(
+            ("gate", "up"), zip(*(part.chunk(2) for part in parts), strict=True), strict=True
+        ):
             yield hf_name.replace("*", half), torch.cat(tensors)
     elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         yield hf_name, torch.cat(parts, 1)

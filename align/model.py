@@ -12,7 +12,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -30,7 +34,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.attention import Packing, TorchAttention
 from align.layers import RMSNorm, SwiGLU, rotation
@@ -65,7 +69,10 @@ class Architecture:
     def matmul_params(self) -> int:
         """Weights that multiply every token: all matrices with the output embedding, without the input embedding."""
         attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden_size * self.ffn_size) + self.vocab_size * self.hidden_size
+        return (
+            self.layers * (attention + 3 * self.hidden_size * self.ffn_size)
+            + self.vocab_size * self.hidden_size
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,9 @@ class ModelConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        precision = ("bf16" if torch.cuda.is_available() else "fp32") if self.precision == "auto" else self.precision
+        precision = (
+            ("bf16" if torch.cuda.is_available() else "fp32") if self.precision == "auto" else self.precision
+        )
         return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -98,12 +107,16 @@ def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> 
             "use a divisor, or data parallelism (more processes) or --pp instead"
         )
     if arch.kv_heads % tp and tp % arch.kv_heads:
-        raise ValueError(f"--tp {tp} and the model's {arch.kv_heads} key-value heads: one must divide the other")
+        raise ValueError(
+            f"--tp {tp} and the model's {arch.kv_heads} key-value heads: one must divide the other"
+        )
     if arch.layers % pp:
         raise ValueError(f"--pp {pp} does not divide the model's {arch.layers} layers")
     if uses_te(config):
         if arch.window is not None or parallel.cp > 1:
-            raise ValueError("--attention te does not do sliding windows or --cp > 1 yet: use --attention torch")
+            raise ValueError(
+                "--attention te does not do sliding windows or --cp > 1 yet: use --attention torch"
+            )
 
 
 def uses_te(config: ModelConfig) -> bool:
@@ -111,7 +124,9 @@ def uses_te(config: ModelConfig) -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
-        raise ValueError("--attention te needs a GPU and the package transformer-engine: install it or use torch")
+        raise ValueError(
+            "--attention te needs a GPU and the package transformer-engine: install it or use torch"
+        )
     return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
 
 
@@ -144,7 +159,9 @@ class Policy(GPTModel):
             self.rotary_pos_emb.inv_freq = self.frequencies
         mark_tensor_parallel(self)
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None) -> tuple:
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None
+    ) -> tuple:
         """Megatron's, and once for all layers the rotation of this micro-batch's tokens, which TorchAttention applies."""
         if not self.te:
             packed_seq_params.rotation = rotation(position_ids[0], self.frequencies, self.config.params_dtype)
@@ -163,7 +180,9 @@ class Policy(GPTModel):
         hidden = hidden_states.squeeze(1).index_select(0, trained)
         if not self.config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        logprobs = target_logprobs(hidden, self.output_weight(), labels[0][trained], self.arch.vocab_size, group)
+        logprobs = target_logprobs(
+            hidden, self.output_weight(), labels[0][trained], self.arch.vocab_size, group
+        )
         return logprobs.new_zeros(len(labels[0])).index_copy(0, trained, logprobs)
 
     def output_weight(self) -> Tensor:
@@ -275,7 +294,9 @@ def torch_block_spec(config: TransformerConfig, arch: Architecture) -> Transform
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
 
 
 def te_layer_spec(arch: Architecture) -> ModuleSpec:
@@ -320,7 +341,11 @@ def rotary_frequencies(arch: Architecture) -> Tensor:
     if kind == "linear":
         return frequencies / rope["factor"]
     assert kind == "llama3", kind
-    context, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    context, low, high = (
+        rope["original_max_position_embeddings"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+    )
     turns = context * frequencies / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: as it was
     return (1 - keep) * frequencies / rope["factor"] + keep * frequencies

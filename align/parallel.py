@@ -59,7 +59,12 @@ def start(config: ParallelConfig) -> Iterator[None]:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if config.deterministic:
         make_deterministic()
-    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29501", "RANK": "0", "WORLD_SIZE": "1"}.items():
+    for name, value in {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29501",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -68,7 +73,9 @@ def start(config: ParallelConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        print(f"rank {dist.get_rank()} of {dist.get_world_size()} failed: {error}", file=sys.stderr, flush=True)
+        print(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} failed: {error}", file=sys.stderr, flush=True
+        )
         raise
     # Leaving the groups to the interpreter's exit can abort a rank whose gloo threads still run.
     dist.barrier()
@@ -112,7 +119,11 @@ def make_deterministic() -> None:
 
 def device() -> torch.device:
     """Where this rank computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def dp_size() -> int:
@@ -155,7 +166,9 @@ def sum_over_dp(x: Tensor) -> Tensor:
 def from_last_stage(x: Tensor) -> Tensor:
     """Copy a tensor from the last pipeline stage to every stage, in place."""
     if mpu.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(x, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+        dist.broadcast(
+            x, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
+        )
     return x
 
 

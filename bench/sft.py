@@ -178,7 +178,7 @@ def run_ours(config: Config) -> Measured:
 
     import torch
 
-    from align import data, engine, huggingface, losses, model, optim, parallel, tokenizer
+    from align import data, engine, huggingface, losses, model, optim, packing, parallel, tokenizer
 
     torch.set_num_threads(config.threads)
     settings = model.ModelConfig(model=str(config.model), precision=config.dtype)
@@ -200,16 +200,16 @@ def run_ours(config: Config) -> Measured:
         steps = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         log, found = [clocks()], []
         for examples in steps:
-            plan = data.plan([row.num_inputs for row in examples], 1, MICRO_BATCH_TOKENS, None)[0]
-            batches = [data.collate([examples[i] for i in micro]) for micro in plan]
-            metrics = engine.forward_backward(policy, batches, loss_fn, data.num_trained(examples))
+            plan = packing.plan([row.num_inputs for row in examples], 1, MICRO_BATCH_TOKENS, None)[0]
+            batches = [packing.collate([examples[i] for i in micro]) for micro in plan]
+            metrics = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
             found.append((metrics["loss"], optim.step(optimizer, LEARNING_RATE)))
             log.append(clocks())
     return Measured(
         tokens=[sum(len(row.ids) for row in examples) for examples in steps],
         cpu_s=differences([entry["cpu"] for entry in log]),
         wall_s=differences([entry["wall"] for entry in log]),
-        trained_tokens=data.num_trained(steps[0]),
+        trained_tokens=packing.num_trained(steps[0]),
         loss=found[0][0],
         grad_norm=found[0][1],
         peak_rss_gb=peak_rss_gb(),

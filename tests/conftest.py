@@ -56,7 +56,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def torchrun(processes: int, *command: object, check: bool = True, timeout_s: float = 300) -> subprocess.CompletedProcess:
+def torchrun(
+    processes: int, *command: object, check: bool = True, timeout_s: float = 300
+) -> subprocess.CompletedProcess:
     """Run `torchrun --nproc_per_node processes command...` from the repository's root, one thread per process."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

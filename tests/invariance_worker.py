@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state as mpu
 
-from align import data, engine, huggingface, losses, model, optim, parallel
+from align import engine, huggingface, losses, model, optim, packing, parallel
 from tests.parity_data import LR, STEPS, examples
 
 
@@ -39,24 +39,24 @@ def train(directory: Path, case: Case) -> list[dict[str, float]]:
     policy = model.distributed(policy)
     optimizer = optim.build(policy, optim.OptimConfig(lr=LR))
 
-    def micro_batches(rows: list[data.Example]) -> list[data.Batch]:
+    def micro_batches(rows: list[packing.Example]) -> list[packing.Batch]:
         lengths = [row.num_inputs for row in rows]
-        plan = data.plan(lengths, parallel.dp_size(), case.micro_batch_tokens, case.micro_batch_size)
+        plan = packing.plan(lengths, parallel.dp_size(), case.micro_batch_tokens, case.micro_batch_size)
         mine = plan[parallel.dp_rank()]
-        return [data.collate([rows[i] for i in micro], engine.alignment(layout)) for micro in mine]
+        return [packing.collate([rows[i] for i in micro], engine.alignment(layout)) for micro in mine]
 
-    def loss_fn(batch: data.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert len(logprobs) == len(batch.tokens)
         return losses.sft_loss(logprobs, batch.mask), {"square": (logprobs.square() * batch.mask).sum()}
 
     history = []
     for step in range(STEPS):
         rows = examples(step)[:: -1 if case.reverse else 1]
-        found = engine.forward_backward(policy, micro_batches(rows), loss_fn, data.num_trained(rows))
+        found = engine.forward_backward(policy, micro_batches(rows), loss_fn, packing.num_trained(rows))
         found["grad_norm"] = optim.step(optimizer, LR)
         history.append(found)
     rows = examples(STEPS, rows=1)  # fewer rows than data parallel ranks
-    history.append(engine.evaluate(policy, micro_batches(rows), loss_fn, data.num_trained(rows)))
+    history.append(engine.evaluate(policy, micro_batches(rows), loss_fn, packing.num_trained(rows)))
     return history
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from align.data import Example
+from align.packing import Example
 
 LR, STEPS, VOCAB = 1e-3, 3, 131
 

@@ -8,7 +8,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from align import data, engine, huggingface, losses, model, optim, parallel
+from align import engine, huggingface, losses, model, optim, packing, parallel
 from tests.parity_data import LR, STEPS, examples
 
 
@@ -20,11 +20,15 @@ class Logits(model.Policy):
         return gather_from_tensor_model_parallel_region(out)[0] if self.post_process else out
 
 
-def logits(arch: model.Architecture, layout: parallel.ParallelConfig, source: huggingface.Source) -> torch.Tensor | None:
+def logits(
+    arch: model.Architecture, layout: parallel.ParallelConfig, source: huggingface.Source
+) -> torch.Tensor | None:
     """Logits of the first global batch in one pack, on the last stage."""
-    policy = Logits(model.transformer_config(arch, model.ModelConfig(precision="fp32"), layout, False), arch, False)
+    policy = Logits(
+        model.transformer_config(arch, model.ModelConfig(precision="fp32"), layout, False), arch, False
+    )
     huggingface.load(policy, source)
-    batch = data.collate(examples(0), engine.alignment(layout))
+    batch = packing.collate(examples(0), engine.alignment(layout))
     found = []
 
     def step(batches, policy):
@@ -44,7 +48,9 @@ def logits(arch: model.Architecture, layout: parallel.ParallelConfig, source: hu
     return found[0][: sum(batch.lengths), : arch.vocab_size].clone() if found else None
 
 
-def train(arch: model.Architecture, layout: parallel.ParallelConfig, directory: Path, output: Path) -> list[float]:
+def train(
+    arch: model.Architecture, layout: parallel.ParallelConfig, directory: Path, output: Path
+) -> list[float]:
     """[loss, gradient norm] of each step; the weights before the first step are exported to output."""
     config = model.ModelConfig(model=str(directory), precision="fp32")
     policy = model.build_policy(arch, config, layout)
@@ -55,9 +61,11 @@ def train(arch: model.Architecture, layout: parallel.ParallelConfig, directory: 
     history = []
     for step in range(STEPS):
         rows = examples(step)
-        plan = data.plan([len(row.ids) - 1 for row in rows], parallel.dp_size(), 64, None)[parallel.dp_rank()]
+        plan = packing.plan([len(row.ids) - 1 for row in rows], parallel.dp_size(), 64, None)[
+            parallel.dp_rank()
+        ]
         multiple = engine.alignment(layout)
-        batches = [data.collate([rows[i] for i in micro], multiple) for micro in plan]
+        batches = [packing.collate([rows[i] for i in micro], multiple) for micro in plan]
         trained = sum(int(row.trained.sum()) for row in rows)
         metrics = engine.forward_backward(
             policy, batches, lambda batch, logprobs: (losses.sft_loss(logprobs, batch.mask), {}), trained
@@ -76,7 +84,11 @@ def main(models: Path, output: Path, tp: int, pp: int, sequence_parallel: bool) 
                 "logits": logits(arch, layout, huggingface.open_source(directory, arch, 0)),
                 "history": train(arch, layout, directory, output / directory.name),
             }
-        if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0 and parallel.dp_rank() == 0:
+        if (
+            mpu.is_pipeline_last_stage()
+            and mpu.get_tensor_model_parallel_rank() == 0
+            and parallel.dp_rank() == 0
+        ):
             torch.save(results, output / "results.pt")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from align import data, tokenizer
+from align import data, packing, tokenizer
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -42,7 +42,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def example(row: dict, tokens: data.Tokenizer, fmt: data.FormatConfig = DEFAULT) -> data.Example:
+def example(row: dict, tokens: data.Tokenizer, fmt: data.FormatConfig = DEFAULT) -> packing.Example:
     return data.format_sft(row, tokens, fmt)[0]
 
 
@@ -234,7 +234,7 @@ def test_pad_may_be_eos(tiny):
     same.pad_id = same.eos_id
     for row in (GOOD, chat("a", "b", "c", "d")):
         assert spans(row, same) == spans(row, tiny)
-    batch = data.collate([example(GOOD, same)], multiple=16)
+    batch = packing.collate([example(GOOD, same)], multiple=16)
     assert batch.mask.sum() == len(" That.") + 1
     assert batch.targets[batch.mask > 0][-1] == EOS
 
@@ -306,7 +306,7 @@ def test_counts_and_order_of_files(tiny, tmp_path: Path):
     assert [row.ids[0] for row in examples] == [ord("a"), BOS, ord("c")]
     assert counts["rows"] == 3
     assert counts["tokens"] == 4 + 23 + 4
-    assert counts["trained_tokens"] == 3 + 2 + 3 == data.num_trained(examples)
+    assert counts["trained_tokens"] == 3 + 2 + 3 == packing.num_trained(examples)
 
 
 def test_only_dropped_rows(tiny, tmp_path: Path):
@@ -504,17 +504,17 @@ def test_flags_that_cannot_be(flags: dict, message: str):
 
 
 def test_check_size():
-    data.check_size(8, 8, "--train-data")
+    packing.check_size(8, 8, "--train-data")
     with pytest.raises(ValueError, match="--train-data has 7 usable rows.*--global-batch-size 8"):
-        data.check_size(7, 8, "--train-data")
+        packing.check_size(7, 8, "--train-data")
 
 
 def test_check_budget():
-    data.check_budget(512, 512, 512)
+    packing.check_budget(512, 512, 512)
     with pytest.raises(ValueError, match="--max-seq-len 513 is beyond the model's context of 512"):
-        data.check_budget(513, 1024, 512)
+        packing.check_budget(513, 1024, 512)
     with pytest.raises(ValueError, match="--max-seq-len 512 is above --micro-batch-tokens 511"):
-        data.check_budget(512, 511, 1024)
+        packing.check_budget(512, 511, 1024)
 
 
 @pytest.mark.parametrize(
@@ -542,7 +542,9 @@ def test_formats_are_saved(tmp_path: Path):
 
 
 def test_global_batch_is_a_permutation_per_epoch():
-    epochs = [[data.global_batch(23, 4, seed=7, step=5 * epoch + i) for i in range(5)] for epoch in range(3)]
+    epochs = [
+        [packing.global_batch(23, 4, seed=7, step=5 * epoch + i) for i in range(5)] for epoch in range(3)
+    ]
     for batches in epochs:
         rows = [row for batch in batches for row in batch]
         assert len(set(rows)) == 20 and set(rows) <= set(range(23))  # the tail of 3 is left out
@@ -553,23 +555,23 @@ def test_global_batch_is_a_permutation_per_epoch():
 
 
 def test_global_batch_depends_on_its_arguments_alone():
-    forward = [data.global_batch(100, 8, seed=1, step=step) for step in range(40)]
-    backward = [data.global_batch(100, 8, seed=1, step=step) for step in reversed(range(40))]
+    forward = [packing.global_batch(100, 8, seed=1, step=step) for step in range(40)]
+    backward = [packing.global_batch(100, 8, seed=1, step=step) for step in reversed(range(40))]
     assert forward == backward[::-1]
-    assert forward != [data.global_batch(100, 8, seed=2, step=step) for step in range(40)]
+    assert forward != [packing.global_batch(100, 8, seed=2, step=step) for step in range(40)]
     assert all(type(row) is int for row in forward[0])
-    assert data.global_batch(5, 5, seed=0, step=3) != data.global_batch(5, 5, seed=0, step=4)
+    assert packing.global_batch(5, 5, seed=0, step=3) != packing.global_batch(5, 5, seed=0, step=4)
 
 
 def test_plan_by_hand():
     # 8 + 2, 5 + 5: two micro-batches of 10 hold all; each of two ranks gets one
-    assert data.plan([5, 8, 5, 2], ranks=2, max_tokens=10, max_rows=None) == [[[1, 3]], [[0, 2]]]
-    assert data.plan([5, 8, 5, 2], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0, 2]]]
-    assert data.plan([5, 8, 5, 2], ranks=1, max_tokens=20, max_rows=None) == [[[0, 1, 2, 3]]]
+    assert packing.plan([5, 8, 5, 2], ranks=2, max_tokens=10, max_rows=None) == [[[1, 3]], [[0, 2]]]
+    assert packing.plan([5, 8, 5, 2], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0, 2]]]
+    assert packing.plan([5, 8, 5, 2], ranks=1, max_tokens=20, max_rows=None) == [[[0, 1, 2, 3]]]
     # 19 tokens would fit twice into 10, these four rows do not
-    assert data.plan([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0], [2]]]
-    assert data.plan([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
-    assert data.plan([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
+    assert packing.plan([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0], [2]]]
+    assert packing.plan([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
+    assert packing.plan([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -578,14 +580,14 @@ def test_plan_properties(seed: int):
     lengths = [rng.randint(1, 300) for _ in range(rng.randint(1, 80))]
     ranks, max_tokens = rng.randint(1, 5), rng.randint(300, 1200)
     max_rows = rng.choice([None, 1, 3])
-    planned = data.plan(lengths, ranks, max_tokens, max_rows)
+    planned = packing.plan(lengths, ranks, max_tokens, max_rows)
     micro_batches = [rows for rank in planned for rows in rank]
     assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
     assert all(rows == sorted(rows) for rows in micro_batches)
     assert all(sum(lengths[row] for row in rows) <= max_tokens for rows in micro_batches)
     assert all(len(rows) <= (max_rows or len(lengths)) for rows in micro_batches)
     assert len(planned) == ranks and len({len(rank) for rank in planned}) == 1
-    assert planned == data.plan(lengths, ranks, max_tokens, max_rows)
+    assert planned == packing.plan(lengths, ranks, max_tokens, max_rows)
     loads = [sum(lengths[row] for rows in rank for row in rows) for rank in planned]
     assert max(loads) - min(loads) <= max(lengths)
 
@@ -594,7 +596,7 @@ def test_plan_properties(seed: int):
 def test_plan_needs_few_and_even_micro_batches(seed: int):
     rng = random.Random(seed)
     lengths = [rng.randint(20, 250) for _ in range(128)]
-    planned = data.plan(lengths, ranks=4, max_tokens=1024, max_rows=None)
+    planned = packing.plan(lengths, ranks=4, max_tokens=1024, max_rows=None)
     least = -(-sum(lengths) // (4 * 1024))
     assert least <= len(planned[0]) <= least + 1
     loads = [sum(lengths[row] for row in rows) for rank in planned for rows in rank]
@@ -603,16 +605,16 @@ def test_plan_needs_few_and_even_micro_batches(seed: int):
 
 def test_plan_refuses_a_row_above_the_budget():
     with pytest.raises(ValueError, match="--micro-batch-tokens 10 is too few for a row of 11"):
-        data.plan([3, 11], ranks=2, max_tokens=10, max_rows=None)
+        packing.plan([3, 11], ranks=2, max_tokens=10, max_rows=None)
 
 
-def make_example(ids: list[int], trained: list[int]) -> data.Example:
-    return data.Example(np.array(ids, np.int32), np.array(trained, bool))
+def make_example(ids: list[int], trained: list[int]) -> packing.Example:
+    return packing.Example(np.array(ids, np.int32), np.array(trained, bool))
 
 
 def test_collate_by_hand():
     examples = [make_example([5, 6, 7, 8], [0, 0, 1, 1]), make_example([9, 10, 11], [0, 1, 0])]
-    batch = data.collate(examples, multiple=4)
+    batch = packing.collate(examples, multiple=4)
     assert batch.tokens.tolist() == [5, 6, 7, 9, 10, 0, 0, 0]
     assert batch.targets.tolist() == [6, 7, 8, 10, 11, 0, 0, 0]
     assert batch.mask.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
@@ -626,31 +628,31 @@ def test_collate_by_hand():
 
 def test_collate_pads_only_where_it_must():
     row = make_example([1, 2, 3, 4, 5], [0, 1, 1, 1, 1])
-    assert len(data.collate([row]).tokens) == 4
-    assert len(data.collate([row], multiple=4).tokens) == 4
-    assert len(data.collate([row], multiple=3).tokens) == 6
+    assert len(packing.collate([row]).tokens) == 4
+    assert len(packing.collate([row], multiple=4).tokens) == 4
+    assert len(packing.collate([row], multiple=3).tokens) == 6
 
 
 def test_collate_of_nothing_is_padding():
-    batch = data.collate([], multiple=8)
+    batch = packing.collate([], multiple=8)
     assert batch.tokens.tolist() == [0] * 8
     assert batch.positions.tolist() == list(range(8))
     assert batch.mask.sum() == 0
     assert (batch.cu_seqlens.tolist(), batch.lengths) == ([0], [])
-    assert len(data.collate([]).tokens) == 1
+    assert len(packing.collate([]).tokens) == 1
 
 
 def test_collate_keeps_every_trained_token(tiny):
     rows = [example(chat("a" * n, "b" * (2 * n)), tiny) for n in range(1, 9)]
-    batch = data.collate(rows, multiple=64)
-    assert batch.mask.sum() == data.num_trained(rows) == sum(2 * n + 1 for n in range(1, 9))
+    batch = packing.collate(rows, multiple=64)
+    assert batch.mask.sum() == packing.num_trained(rows) == sum(2 * n + 1 for n in range(1, 9))
     for i, row in enumerate(rows):
         part = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
         assert batch.targets[part][batch.mask[part] > 0].tolist() == row.ids[row.trained].tolist()
 
 
 def test_batch_moves():
-    batch = data.collate([make_example([1, 2, 3], [0, 1, 1])]).to("meta")
+    batch = packing.collate([make_example([1, 2, 3], [0, 1, 1])]).to("meta")
     assert all(
         x.is_meta for x in (batch.tokens, batch.targets, batch.mask, batch.positions, batch.cu_seqlens)
     )

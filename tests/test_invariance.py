@@ -63,7 +63,9 @@ def run(models, output, processes: int, cases: list[dict]) -> list:
 def one_process(models, tmp_path_factory):
     families = sorted({case["family"] for cases in CASES.values() for case in cases})
     output = tmp_path_factory.mktemp("one")
-    return dict(zip(families, run(models, output, 1, [dict(family=family) for family in families]), strict=True))
+    return dict(
+        zip(families, run(models, output, 1, [dict(family=family) for family in families]), strict=True)
+    )
 
 
 @pytest.mark.parametrize("processes", CASES)

@@ -88,7 +88,9 @@ def test_transformers_loads_the_export(ours, reference):
     """Sharded or not, transformers reads the export and computes the same."""
     _, output = ours
     for family in FAMILIES:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(output / family, output_loading_info=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            output / family, output_loading_info=True
+        )
         assert not info["missing_keys"] and not info["unexpected_keys"]
         with torch.no_grad():
             logits = model(torch.tensor(examples(0)[0].ids[None, :-1]).long()).logits[0]

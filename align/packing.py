@@ -1,0 +1,155 @@
+"""From examples to packed micro-batches: the order of the data, the packing plan, and the one token shift.
+
+`Batch` states the batch layout of the whole project.
+"""
+
+import functools
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row as tokens. `trained[i]`: token i is a target of the loss; never the first, none precedes it."""
+
+    ids: np.ndarray  # [n] int32
+    trained: np.ndarray  # [n] bool
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that go into the model: all but the last."""
+        return len(self.ids) - 1
+
+
+def num_trained(examples: list[Example]) -> int:
+    """Trained tokens of some examples: the denominator of their loss."""
+    return sum(int(example.trained.sum()) for example in examples)
+
+
+def check_budget(max_seq_len: int, micro_batch_tokens: int, max_positions: int) -> None:
+    """Raises ValueError if one row may be longer than a micro-batch or than the model's context."""
+    if max_seq_len > max_positions:
+        raise ValueError(
+            f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
+        )
+    if max_seq_len > micro_batch_tokens:
+        raise ValueError(
+            f"--max-seq-len {max_seq_len} is above --micro-batch-tokens {micro_batch_tokens}: raise that"
+        )
+
+
+def check_size(num_rows: int, global_batch_size: int, flag: str) -> None:
+    """Raises ValueError if the data of `flag` (such as --train-data) has fewer rows than one global batch."""
+    if num_rows < global_batch_size:
+        raise ValueError(
+            f"{flag} has {num_rows} usable rows, fewer than one global batch: "
+            f"give more rows or lower --global-batch-size {global_batch_size}"
+        )
+
+
+def global_batch(num_rows: int, global_batch_size: int, seed: int, step: int) -> list[int]:
+    """Row numbers of step `step` (from 0): each epoch a new order, the tail that fills no batch left out.
+
+    A function of its arguments alone: that is what makes a resumed run see the same rows.
+    """
+    epoch, batch = divmod(step, num_rows // global_batch_size)
+    order = epoch_order(num_rows, seed, epoch)
+    return order[batch * global_batch_size : (batch + 1) * global_batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `range(num_rows)` of one epoch. [num_rows]"""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) -> list[list[list[int]]]:
+    """Deal sequences to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
+
+    `lengths`: tokens that go into the model (`num_inputs`). A micro-batch holds at most `max_tokens` of them
+    and `max_rows` sequences. All ranks get the same number of micro-batches, as few as the longest-first
+    rule manages, of about equal load; some are empty if there are fewer sequences than micro-batches.
+    Deterministic.
+    Raises ValueError if one sequence alone is above `max_tokens`.
+    """
+    if max(lengths, default=0) > max_tokens:
+        raise ValueError(
+            f"--micro-batch-tokens {max_tokens} is too few for a row of {max(lengths)}: "
+            "raise it or lower --max-seq-len"
+        )
+    max_rows = max_rows or len(lengths)
+    count = max(1, -(-sum(lengths) // (ranks * max_tokens)), -(-len(lengths) // max(1, ranks * max_rows)))
+    while (bins := fill_bins(lengths, ranks * count, max_tokens, max_rows)) is None:
+        count += 1
+    loads = [sum(lengths[row] for row in rows) for rows in bins]
+    dealt = fill_bins(loads, ranks, sum(loads), count)
+    return [[sorted(bins[b]) for b in rank] for rank in dealt]
+
+
+def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) -> list[list[int]] | None:
+    """Longest first into the emptiest bin that may take more items; None if one does not fit."""
+    bins = [[] for _ in range(num_bins)]
+    heap = [(0, b) for b in range(num_bins)]
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, b = heapq.heappop(heap)
+        if load + sizes[item] > max_size:
+            return None
+        bins[b].append(item)
+        if len(bins[b]) < max_items:
+            heapq.heappush(heap, (load + sizes[item], b))
+    return bins
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One packed micro-batch, the only batch layout of the project.
+
+    N sequences lie end to end and never see each other; of the T places the last may be padding, which
+    belongs to no sequence and is masked. Index t of mask, log-probs, values, rewards and advantages is about
+    one thing: the prediction of `targets[t]` from the tokens of its sequence up to `tokens[t]`. A sequence
+    of n ids takes n - 1 places, because the last is only predicted and the first only read. This shift
+    happens in `collate`, nowhere else.
+    """
+
+    tokens: torch.Tensor  # [T] int64, inputs
+    targets: torch.Tensor  # [T] int64, the token after each input
+    mask: torch.Tensor  # [T] float32, 1 where the target is trained
+    positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
+    cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
+    lengths: list[int]  # [N], the lengths of the sequences, on the host
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(
+            self.tokens.to(device),
+            self.targets.to(device),
+            self.mask.to(device),
+            self.positions.to(device),
+            self.cu_seqlens.to(device),
+            self.lengths,
+        )
+
+
+def collate(examples: list[Example], multiple: int = 1) -> Batch:
+    """Shift and pack examples; T is padded to a multiple of `multiple`.
+
+    Without examples the batch is `multiple` padding tokens: a rank without rows still takes part in
+    collectives.
+    """
+    lengths = [example.num_inputs for example in examples]
+    total = sum(lengths)
+    padded = max(1, -(-total // multiple)) * multiple
+    tokens, targets, positions = (np.zeros(padded, dtype=np.int64) for _ in range(3))
+    mask = np.zeros(padded, dtype=np.float32)
+    ends = np.cumsum([0, *lengths])
+    for example, start, end in zip(examples, ends, ends[1:], strict=False):
+        tokens[start:end] = example.ids[:-1]
+        targets[start:end] = example.ids[1:]
+        mask[start:end] = example.trained[1:]
+        positions[start:end] = np.arange(end - start)
+    positions[total:] = np.arange(padded - total)
+    arrays = (tokens, targets, mask, positions, ends.astype(np.int32))
+    return Batch(*map(torch.from_numpy, arrays), lengths)

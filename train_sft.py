@@ -68,6 +68,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def __post_init__(self):
+        for name in ("global_batch_size", "micro_batch_tokens", "max_epochs", "val_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+
 
 @record
 def main(config: Config) -> None:
@@ -86,15 +91,15 @@ def main(config: Config) -> None:
     text = tokenizer.load(config.model.path)
     train, counts = data.load_sft(train_files, text, config.format)
     packing.check_size(len(train), config.global_batch_size, "--train-data")
-    run.say(
-        f"training data: {counts}\nfirst example, trained tokens in brackets:\n{data.show(train[0], text)}"
-    )
+    run.say(f"training data: {data.describe(counts)}")
+    run.say(f"first example, trained tokens in brackets:\n{data.show(train[0], text)}")
     val = []
     if val_files:
         val, counts = data.load_sft(val_files, text, config.format)
-        run.say(f"validation data: {counts}")
+        run.say(f"validation data: {data.describe(counts)}")
     if config.val_batches is not None:
         val = val[: config.val_batches * config.global_batch_size]
+    packing.check_ids(train + val, arch.vocab_size)
     total_steps = len(train) // config.global_batch_size * config.max_epochs
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
@@ -149,15 +154,17 @@ def main(config: Config) -> None:
 
         # update
         lr = optim.learning_rate(config.optim, step, total_steps)
-        found = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
-        clock.lap("forward_backward")
-        found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
-        clock.lap("optimizer")
+        with engine.during(f"step {step + 1}"):
+            found = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
+            clock.lap("forward_backward")
+            found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
+            clock.lap("optimizer")
 
         # evaluate
         done, reason = step + 1, stop.reason()
         metrics = {f"train/{name}": value for name, value in found.items()}
-        tokens, seconds = sum(example.num_inputs for example in examples), clock.total()
+        tokens = sum(example.num_inputs for example in examples)
+        seconds = clock.total("data", "forward_backward", "optimizer")
         if val and (done % config.val_interval == 0 or done == total_steps):
             metrics |= validate()
             clock.lap("validate")

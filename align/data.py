@@ -173,6 +173,11 @@ def load_sft(
     return examples, counts
 
 
+def describe(counts: dict[str, int]) -> str:
+    """The counts of `load_sft` as words for the log; what did not happen is left out."""
+    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+
+
 def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
     """One row as an example of any length, and whether its truncation fields were cut. Raises ValueError."""
     cut_prompt = False

@@ -9,6 +9,7 @@ The engine divides all of them by one denominator, that of the whole step over a
 sequences), before the backward pass. So neither the gradient nor a metric depends on how the step was split.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -146,6 +147,15 @@ def ranks_where(value: float) -> str:
     flags: list[bool | None] = [None] * dist.get_world_size()
     dist.all_gather_object(flags, not math.isfinite(value))
     return ", ".join(str(rank) for rank, bad in enumerate(flags) if bad) or "none (only the sum overflows)"
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Put what was being done in front of a FloatingPointError's message: "step 12: the loss is nan, ..."."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{what}: {error}") from error
 
 
 def alignment(config: parallel.ParallelConfig) -> int:

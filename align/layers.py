@@ -7,6 +7,7 @@ arithmetic: two thirds more activation memory, and as much more traffic to and f
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from align.parallel import device
@@ -46,11 +47,11 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(MegatronModule):  # Megatron's type, because checkpoints ask each part of an MLP for its weights
     """silu(gate) * up for an input [..., gate; up] (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
+        super().__init__(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return SwiGLUFunction.apply(x)

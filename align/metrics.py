@@ -181,13 +181,13 @@ class Clock:
         self.seconds[name] += now - self.last
         self.last = now
 
-    def total(self) -> float:
-        """Seconds of all laps since `shares` was last called."""
-        return sum(self.seconds.values())
+    def total(self, *phases: str) -> float:
+        """Seconds of these phases since `shares` was last called."""
+        return sum(self.seconds[name] for name in phases)
 
     def shares(self) -> dict[str, float]:
         """`time/step` in seconds and `time/<phase>` as shares of it, which sum to 1; starts anew."""
-        total = self.total()
+        total = sum(self.seconds.values())
         shares = {f"time/{name}": seconds / total for name, seconds in self.seconds.items()}
         self.seconds.clear()  # `last` stays: no time falls between two steps
         return {"time/step": total, **shares}

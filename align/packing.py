@@ -41,6 +41,16 @@ def check_budget(max_seq_len: int, micro_batch_tokens: int, max_positions: int) 
         )
 
 
+def check_ids(examples: list[Example], vocab_size: int) -> None:
+    """Raises ValueError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
+    largest = max(int(example.ids.max()) for example in examples)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer of another"
+            " model"
+        )
+
+
 def check_size(num_rows: int, global_batch_size: int, flag: str) -> None:
     """Raises ValueError if the data of `flag` (such as --train-data) has fewer rows than one global batch."""
     if num_rows < global_batch_size:

@@ -1,0 +1,35 @@
+# Each target makes .venv and installs requirements.txt by itself. `make demo` and `make test` are the first to try.
+PYTHON := .venv/bin/python
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check smollm2 bench loc
+
+demo: .venv/ready  ## train the built-in tiny model on two processes: losses, samples, scores, curves
+	$(PYTHON) demo.py
+
+test: .venv/ready  ## all tests, on the CPU
+	$(PYTHON) -m pytest -q tests
+
+check: .venv/ready  ## format and lint
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+smollm2: .venv/ready  ## SmolLM2-135M-Instruct as a Hugging Face directory, models/smollm2-135m-instruct
+	$(PYTHON) tools/smollm2.py --output models/smollm2-135m-instruct
+
+bench: .venv/bench smollm2  ## against TRL: make bench DATA=rows.jsonl
+	@test -n "$(DATA)" || (echo "make bench DATA=rows.jsonl: rows of {\"messages\": [...]}; see README" && exit 2)
+	$(PYTHON) bench/sft.py --data $(DATA) --dtype fp32
+	$(PYTHON) bench/sft.py --data $(DATA) --dtype bf16
+
+loc:  ## lines of code, by file
+	python3 tools/loc.py
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/bench: .venv/ready bench/requirements.txt
+	.venv/bin/pip install --quiet -r requirements.txt -r bench/requirements.txt
+	touch $@

@@ -61,6 +61,7 @@ def sample(model_directory: Path, prompts: list[list[dict]], max_new_tokens: int
     """One sampled answer (temperature 1) to each prompt, by transformers, from a model that a stage exported."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory, padding_side="left")
+    transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(model_directory)
     batch = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True

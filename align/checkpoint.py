@@ -71,17 +71,28 @@ def resume(
         The number of finished steps, and the metrics known then.
     """
     if not config.resume and parallel.is_main():
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        for path in complete(output / "checkpoints"):
+            delete(path)
     path = parallel.on_main(lambda: newest(output / "checkpoints"))
     if path is None:
         return 0, {}
     return load(path, model, optimizer), json.loads((path / "state.json").read_text())["metrics"]
 
 
+def complete(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, oldest first."""
+    return sorted(path for path in directory.glob("step_????????") if (path / "state.json").is_file())
+
+
 def newest(directory: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
-    found = sorted(path for path in Path(directory).glob("step_????????") if (path / "state.json").is_file())
+    found = complete(directory)
     return found[-1] if found else None
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint so that a kill leaves no half of it under its name; `save` clears what is left."""
+    shutil.rmtree(path.rename(path.with_suffix(".tmp")))
 
 
 def save(
@@ -202,8 +213,8 @@ def set_rng_state(state: dict) -> None:
 
 
 def prune(directory: Path, config: CheckpointConfig) -> None:
-    """Delete all checkpoints but the newest and the best --save-top-k."""
-    states = {path: json.loads((path / "state.json").read_text()) for path in directory.glob("step_????????")}
+    """Delete all checkpoints but the newest and the best --save-top-k, of equals the oldest."""
+    states = {path: json.loads((path / "state.json").read_text()) for path in complete(directory)}
     last = newest(directory)
     check_monitor(config, states[last]["metrics"])
     values = {
@@ -213,4 +224,4 @@ def prune(directory: Path, config: CheckpointConfig) -> None:
     }
     best = sorted(values, key=values.get, reverse="loss" not in config.metric)[: config.save_top_k]
     for path in set(states) - set(best) - {last}:
-        shutil.rmtree(path)
+        delete(path)

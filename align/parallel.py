@@ -5,6 +5,7 @@ Started without torchrun, a script is a world of one process.
 """
 
 import contextlib
+import ctypes
 import os
 import random
 import re
@@ -52,23 +53,20 @@ def start(config: ParallelConfig) -> Iterator[None]:
         ValueError: the world size is not a multiple of tp * pp * cp, or a flag does not fit another.
     """
     check(config)
+    end_with_torchrun()
     if not torch.cuda.is_available():
         from align import cpu  # here, so that it is never imported on GPUs
 
         cpu.enable()
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if config.deterministic:
         make_deterministic()
-    for name, value in {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29501",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-    }.items():
-        os.environ.setdefault(name, value)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:  # not started by torchrun
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     make_grid(config)
     try:
         yield
@@ -81,6 +79,16 @@ def start(config: ParallelConfig) -> Iterator[None]:
     dist.barrier()
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def end_with_torchrun() -> None:
+    """Have the kernel kill this rank when torchrun dies, as torchrun itself can only do while it lives.
+
+    After a kill -9 of torchrun alone the ranks would train on, and write to one OUTPUT with those of the next start.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1  # from linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def make_grid(config: ParallelConfig) -> None:
@@ -99,6 +107,9 @@ def make_grid(config: ParallelConfig) -> None:
 
 def check(config: ParallelConfig) -> None:
     """Refuse sizes that do not fit each other or the world, before anything is built."""
+    for name in ("tp", "pp", "cp"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
     world, model = int(os.environ.get("WORLD_SIZE", 1)), config.tp * config.pp * config.cp
     if world % model:
         raise ValueError(

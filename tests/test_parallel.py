@@ -1,0 +1,70 @@
+"""Sizes that do not fit are refused with the flag; times as Slurm writes them."""
+
+import pytest
+
+from align import huggingface, model
+from align.parallel import ParallelConfig, check, parse_time
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("00:00:30", 30),
+        ("01:02:03", 3723),
+        ("100:00:00", 360_000),
+        ("1-00:00:00", 86_400),
+        ("2-03:04:05", 183_845),
+    ],
+)
+def test_times(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "90", "10:30", "00:60:00", "00:00:60", "1:2:3", "-1:00:00", "01:00:00 "])
+def test_times_that_are_refused(text):
+    with pytest.raises(ValueError, match=r"--max-time .* is not of the form HH:MM:SS"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize("world, flags", [(1, {}), (4, {"tp": 2}), (8, {"tp": 2, "pp": 2, "cp": 2})])
+def test_sizes_that_fit(monkeypatch, world, flags):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    check(ParallelConfig(**flags))
+
+
+@pytest.mark.parametrize(
+    "world, flags, message",
+    [
+        (1, {"tp": 2}, r"--tp 2 x --pp 1 x --cp 1 = 2 does not divide the 1 processes: .*multiple of 2"),
+        (6, {"tp": 2, "pp": 2}, r"--tp 2 x --pp 2 x --cp 1 = 4 does not divide the 6 processes"),
+        (4, {"cp": 3}, r"--cp 3 = 3 does not divide the 4 processes"),
+        (1, {"tp": 0}, r"--tp 0 must be at least 1"),
+        (4, {"pp": -2}, r"--pp -2 must be at least 1"),
+        (2, {"sequence_parallel": True}, r"--sequence-parallel has no effect with --tp 1: leave it out or raise"),
+    ],
+)
+def test_sizes_that_are_refused(monkeypatch, world, flags, message):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ValueError, match=message):
+        check(ParallelConfig(**flags))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"tp": 3}, r"--tp 3 does not divide the model's 4 attention heads .*--pp instead"),
+        ({"tp": 8}, r"--tp 8 does not divide the model's 4 attention heads"),
+        ({"pp": 3}, r"--pp 3 does not divide the model's 4 layers"),
+    ],
+)
+def test_splits_that_the_tiny_model_does_not_allow(flags, message):
+    config = model.ModelConfig()
+    with pytest.raises(ValueError, match=message):
+        model.check(huggingface.read_config(config.path), config, ParallelConfig(**flags))
+
+
+def test_transformer_engine_is_an_error_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = model.ModelConfig(attention="te")
+    with pytest.raises(ValueError, match="--attention te needs a GPU and the package transformer-engine"):
+        model.check(huggingface.read_config(config.path), config, ParallelConfig())

@@ -1,10 +1,10 @@
-"""The whole pipeline on the built-in tiny model: real commands, two processes, a few minutes on a laptop's CPU.
+"""The whole pipeline on the built-in tiny model: real commands, two processes, minutes on a laptop.
 
     python demo.py
 
-The toy task is to sort letters. 40 % of the training answers have two neighbours swapped, so supervised fine-tuning
-learns the task and the mistakes, and leaves something to do for the stages that come after it. Each stage is a command
-that one could type; the table at the end compares what the stages sample.
+The toy task is to sort letters. 40 % of the training answers have two neighbours swapped, so supervised
+fine-tuning learns the task and the mistakes, and leaves something to do for the stages that come after
+it. Each stage is a command that one could type; the table at the end compares what the stages sample.
 """
 
 import json
@@ -30,12 +30,25 @@ def main() -> None:
     seconds = command(
         *(*TORCHRUN, "train_sft.py", "--tp", "2", "--output", sft),
         *("--train-data", data / "train.jsonl", "--val-data", data / "val.jsonl"),
-        *("--max-epochs", "4", "--lr", "3e-3", "--min-lr", "1e-4", "--max-seq-len", "64", "--val-interval", "50"),
+        *(
+            "--max-epochs",
+            "4",
+            "--lr",
+            "3e-3",
+            "--min-lr",
+            "1e-4",
+            "--max-seq-len",
+            "64",
+            "--val-interval",
+            "50",
+        ),
     )
 
     prompts = [json.loads(line)["messages"][:1] for line in (data / "val.jsonl").read_text().splitlines()]
     answers = sample(sft / "hf", prompts)
-    scores = [toy_score(prompt[0]["content"], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    scores = [
+        toy_score(prompt[0]["content"], answer) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     metrics = [json.loads(line) for line in (sft / "metrics.jsonl").read_text().splitlines()]
     losses = [line["val/loss"] for line in metrics if "val/loss" in line]
 
@@ -58,7 +71,7 @@ def command(*words: object) -> float:
 
 
 def sample(model_directory: Path, prompts: list[list[dict]], max_new_tokens: int = 16) -> list[str]:
-    """One sampled answer (temperature 1) to each prompt, by transformers, from a model that a stage exported."""
+    """One answer to each prompt, sampled by transformers at temperature 1 from a stage's exported model."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory, padding_side="left")
     transformers.logging.disable_progress_bar()

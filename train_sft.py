@@ -4,8 +4,8 @@
         --model DIR --train-data train.jsonl --val-data val.jsonl --output runs/sft
 
 Rows are prompts with a response, or conversations: align/data.py has the formats. The loss is the negative
-log-likelihood of the answers, averaged over all trained tokens of the global batch. OUTPUT/hf is the result, a
-Hugging Face directory. Without arguments the built-in tiny model learns a toy task.
+log-likelihood of the answers, averaged over all trained tokens of the global batch. OUTPUT/hf is the result,
+a Hugging Face directory. Without arguments the built-in tiny model learns a toy task.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -36,7 +36,7 @@ from align.optim import OptimConfig
 from align.packing import Batch, Example
 from align.parallel import ParallelConfig
 
-# ---- configuration ----------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,18 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
-        for name in ("global_batch_size", "micro_batch_tokens", "max_epochs", "val_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        batch = ("global_batch_size", "micro_batch_tokens", "micro_batch_size")
+        for name in (*batch, "max_epochs", "max_steps", "val_interval", "val_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.val_data and not self.train_data:
+            raise ValueError("--val-data without --train-data: give both, or none for the toy task")
 
 
 @record
 def main(config: Config) -> None:
-    # ---- setup and checks ---------------------------------------------------------------------------------------
+    # ---- setup and checks ------------------------------------------------------------------------
     arch = huggingface.read_config(config.model.path)
     model.check(arch, config.model, config.parallel)
     packing.check_budget(config.format.max_seq_len, config.micro_batch_tokens, arch.max_positions)
@@ -84,7 +88,7 @@ def main(config: Config) -> None:
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
     run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
 
-    # ---- data ---------------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------
     train_files, val_files = config.train_data, config.val_data
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
@@ -117,23 +121,24 @@ def main(config: Config) -> None:
             for rows in plan[parallel.dp_rank()]
         ]
 
-    # ---- model --------------------------------------------------------------------------------------------------
+    # ---- model -----------------------------------------------------------------------------------
     policy = model.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = model.distributed(policy)
     optimizer = optim.build(policy, config.optim)
 
-    # ---- loss ---------------------------------------------------------------------------------------------------
+    # ---- loss ------------------------------------------------------------------------------------
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.sft_loss(logprobs, batch.mask), {}
 
     def validate() -> dict[str, float]:
-        found = engine.evaluate(policy, val_batches, loss_fn, packing.num_trained(val))
+        with engine.during("validation"):
+            found = engine.evaluate(policy, val_batches, loss_fn, packing.num_trained(val))
         return {f"val/{name}": value for name, value in found.items()}
 
     val_batches = micro_batches(val) if val else []
 
-    # ---- resume -------------------------------------------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------
     first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
@@ -143,7 +148,7 @@ def main(config: Config) -> None:
         run.log(0, latest)
     checkpoint.check_monitor(config.checkpoint, latest)
 
-    # ---- loop ---------------------------------------------------------------------------------------------------
+    # ---- loop ------------------------------------------------------------------------------------
     clock, reason = Clock(), None
     for step in range(first_step, total_steps):
         # batch
@@ -171,6 +176,7 @@ def main(config: Config) -> None:
 
         # log, then save: what a checkpoint continues has been logged
         latest |= metrics
+        checkpoint.check_monitor(config.checkpoint, latest)
         speed = {
             "time/tokens_per_s": tokens / seconds,
             "time/tflops_per_s": model_flops(arch.matmul_params, tokens) / seconds / 1e12,
@@ -182,7 +188,7 @@ def main(config: Config) -> None:
         if reason:
             break
 
-    # ---- end ----------------------------------------------------------------------------------------------------
+    # ---- end -------------------------------------------------------------------------------------
     if reason and done < total_steps:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:

@@ -1,8 +1,8 @@
 """Core attention on torch's own kernels, over packed sequences.
 
-On GPUs (bf16) torch's flash kernels take the whole pack at once; on a CPU, and in fp32, each sequence is one call of
-scaled_dot_product_attention: no padding and no mask either way. Megatron calls this class where its layer spec says
-`core_attention`; Transformer Engine's attention takes its place with --attention te.
+On GPUs (bf16) torch's flash kernels take the whole pack at once; on a CPU, and in fp32, each sequence is one
+call of scaled_dot_product_attention: no padding and no mask either way. Megatron calls this class where its
+layer spec says `core_attention`; Transformer Engine's attention takes its place with --attention te.
 """
 
 import math
@@ -31,13 +31,11 @@ class Packing(PackedSeqParams):
     """
 
     lengths: list[int] = field(default_factory=list)
-    rotation: tuple[Tensor, Tensor] | None = (
-        None  # of this rank's tokens, set by the model (see layers.rotation)
-    )
+    rotation: tuple[Tensor, Tensor] | None = None  # layers.rotation of this rank's tokens; the model sets it
 
 
 def describe(lengths: list[int], total: int, qkv_format: str | None, device: torch.device) -> Packing:
-    """Describe sequences of the given lengths, end to end; tokens after them, up to total, are one more sequence.
+    """Describe sequences of these lengths, end to end; tokens after them, up to total, are one more sequence.
 
     Args:
         qkv_format: "thd" for Transformer Engine; None for TorchAttention, which Megatron then leaves tensors
@@ -62,8 +60,8 @@ class TorchAttention(MegatronModule):
 
     With a sliding window, a query sees itself and the keys of the window - 1 tokens before it.
 
-    With context parallelism each rank holds an equal slice of the pack's tokens: queries stay where they are, keys
-    and values are gathered (their gradients are summed and scattered on the way back).
+    With context parallelism each rank holds an equal slice of the pack's tokens: queries stay where they are,
+    keys and values are gathered (their gradients are summed and scattered on the way back).
     """
 
     def __init__(
@@ -79,9 +77,8 @@ class TorchAttention(MegatronModule):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.window = (
-            None if config.window_size is None else config.window_size[0] + 1
-        )  # keys that a query sees
+        # the number of keys that a query sees, itself included
+        self.window = None if config.window_size is None else config.window_size[0] + 1
         self.cp: dist.ProcessGroup = pg_collection.cp
 
     def forward(
@@ -128,14 +125,12 @@ class TorchAttention(MegatronModule):
     def by_sequence(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], start: int
     ) -> Tensor:
-        """One call per sequence. This rank's queries are the tokens [start, start + len(query)) of the pack."""
+        """One call per sequence; this rank's queries are tokens [start, start + len(query)) of the pack."""
         # split, not slices: the gradient of a slice is a full-size tensor of zeros, once per sequence
         pieces, begin = [], 0
         for k, v in zip(key.split(lengths), value.split(lengths), strict=True):
-            first, last = (
-                max(start - begin, 0),
-                min(start + len(query) - begin, len(k)),
-            )  # queries of this sequence
+            # those of this sequence's tokens that are among the queries
+            first, last = max(start - begin, 0), min(start + len(query) - begin, len(k))
             pieces.append((first, last, k, v))
             begin += len(k)
         queries = query.split([max(last - first, 0) for first, last, _, _ in pieces])
@@ -147,7 +142,7 @@ class TorchAttention(MegatronModule):
         return torch.cat(out)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One sequence: [m, heads, d] queries, the last m of n positions; [n, groups, d] keys -> [m, heads, d]."""
+        """One sequence: queries [m, heads, d], the last m of n; keys [n, groups, d] -> [m, heads, d]."""
         m, n = len(query), len(key)
         mask = None
         if m < n or (self.window is not None and n > self.window):

@@ -1,9 +1,9 @@
 """Checkpoints that continue a run bit for bit, in any parallel layout.
 
-    OUTPUT/checkpoints/step_00000100/     weights, main weights, Adam, random states (megatron.core.dist_checkpointing)
+    OUTPUT/checkpoints/step_00000100/     weights, main weights, Adam, random states, in Megatron's format
         state.json                        step, layout, metrics: for people, and for choosing what to keep
 
-A checkpoint appears by one rename, so what has its name is complete. A model for others is OUTPUT/hf, not this.
+A checkpoint appears by one rename, so what has its name is complete. The model for others is OUTPUT/hf.
 """
 
 import json
@@ -33,7 +33,7 @@ from align import optim, parallel
 @dataclass(frozen=True)
 class CheckpointConfig:
     save_interval: int = 500
-    """steps between checkpoints; one more is written at the end, and when a run is told to stop; 0: only those"""
+    """steps between checkpoints; one more comes at the end, and when a run is told to stop; 0: only those"""
     save_top_k: int = 1
     """checkpoints to keep, the best by --monitor; the newest is always kept as well"""
     monitor: str = "val/loss"
@@ -129,6 +129,7 @@ def save(
         shutil.rmtree(path, ignore_errors=True)
         os.replace(unfinished, path)
         prune(path.parent, config)
+    parallel.free_memory()  # saving takes copies of everything
     dist.barrier()
     return path
 
@@ -137,7 +138,7 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     """Fill model and optimizer from a checkpoint of any layout and return its step. Collective.
 
     Raises:
-        an error of Megatron's that names what is missing, if the checkpoint does not hold all that the run needs.
+        an error of Megatron's that names what is missing, if the checkpoint does not hold all that is needed.
     """
     same_layout = json.loads((path / "state.json").read_text())["layout"] == parallel.layout_sizes()
     for adam in optim.adams(optimizer):
@@ -152,7 +153,10 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     state = dist_checkpointing.load(wanted, str(path))
     missing = model.module.load_state_dict(state["model"], strict=False).missing_keys
     assert not [name for name in missing if "_extra_state" not in name], missing
+    settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # flags win over what the checkpoint was trained with
     for adam in optim.adams(optimizer):
         for tensors in adam.optimizer.state.values():
             if isinstance(tensors.get("step"), torch.Tensor):
@@ -168,6 +172,8 @@ def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, 
     """Model and optimizer as Megatron's checkpoints want them: each tensor knows its place in the whole."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",  # the default cannot be saved any more
+        # main weights and moments come together on one data parallel rank, not on each of them
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
     model_state = model.module.sharded_state_dict(metadata=metadata)

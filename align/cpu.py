@@ -1,9 +1,10 @@
 """Lets Megatron-Core 0.16 run without CUDA. The one file of the project that changes somebody else's code.
 
-Megatron names CUDA in many places: `device="cuda"` in its schedules and optimizers, `torch.cuda.current_device()`,
-the CUDA random state. `enable()` gives Megatron's own modules a look-alike `torch` in which those names mean the
-CPU. Every other library, ours included, keeps the real torch: replacing `torch.tensor` and its kin for everybody
-breaks `with torch.device("meta")`, and transformers then loads wrong weights without an error.
+Megatron names CUDA in many places: `device="cuda"` in its schedules and optimizers,
+`torch.cuda.current_device()`, the CUDA random state. `enable()` gives Megatron's own modules a look-alike
+`torch` in which those names mean the CPU. Every other library, ours included, keeps the real torch: replacing
+`torch.tensor` and its kin for everybody breaks `with torch.device("meta")`, and transformers then loads wrong
+weights without an error.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-# What we use of Megatron must be imported before the exchange: a module that comes later keeps the real torch.
+# What we use of Megatron must be imported before the exchange: modules that come later keep the real torch.
 MODULES = (
     "dist_checkpointing.strategies.async_utils",
     "dist_checkpointing.strategies.fully_parallel",
@@ -126,8 +127,8 @@ def unless_alone(collective: Callable) -> Callable:
 def keep_memory() -> None:
     """Let glibc keep freed memory for the next step, as a caching allocator does on GPUs.
 
-    Otherwise every tensor of some megabytes is mapped afresh, and touching new pages takes longer than most of the
-    arithmetic on them. Other C libraries have no mallopt; they stay as they are.
+    Otherwise every tensor of some megabytes is mapped afresh, and touching new pages takes longer than most
+    of the arithmetic on them. Other C libraries have no mallopt; they stay as they are.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -137,7 +138,7 @@ def keep_memory() -> None:
 
 
 def cuda_type_names(plain: Callable) -> Callable:
-    """Tensor.type, which answers Megatron's optimizers with the name they compare with: 'torch.cuda.FloatTensor'."""
+    """Tensor.type, but Megatron's optimizers get the name they compare with: 'torch.cuda.FloatTensor'."""
 
     def type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
         answer = plain(self, *args, **kwargs)

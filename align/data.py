@@ -1,7 +1,8 @@
 """Data: jsonl rows to token ids that know which of them are trained.
 
-A row becomes an `Example` by the format that its fields say: `messages` (the model's chat template), `conversations`
-(turns with the markers of --chat-tokens) or the fields of --prompt-template. align/packing.py makes batches of them.
+A row becomes an `Example` by the format that its fields say: `messages` (the model's chat template),
+`conversations` (turns with the markers of --chat-tokens) or the fields of --prompt-template. Batches of them
+are align/packing.py's job.
 """
 
 import gzip

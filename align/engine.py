@@ -1,12 +1,13 @@
-"""Forward and backward over micro-batches with Megatron's pipeline schedules. The only file that knows stages.
+"""Forward and backward over micro-batches with Megatron's schedules. The only file that knows stages.
 
 A script gives a list of packed micro-batches and a loss function
 
     loss_fn(batch, logprobs) -> loss, metrics
 
-that sees one micro-batch and returns **sums**: the loss to minimise, a scalar, and what to log, scalars by name.
-The engine divides all of them by one denominator, that of the whole step over all ranks (trained tokens, pairs,
-sequences), before the backward pass. So neither the gradient nor a metric depends on how the step was split.
+that sees one micro-batch and returns **sums**: the loss to minimise, a scalar, and what to log, scalars by
+name. The engine divides all of them by one denominator, that of the whole step over all ranks (trained
+tokens, pairs, sequences), before the backward pass. So neither the gradient nor a metric depends on how the
+step was split.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ def forward_backward(
         denominator: of the whole step, over all data parallel ranks, the same on every rank.
 
     Returns:
-        "loss" and the loss function's metrics: sums over all micro-batches and ranks, divided by the denominator.
+        "loss" and the loss function's metrics: sums over all micro-batches and ranks, divided by denominator.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the ranks whose data made it so.
@@ -82,7 +83,7 @@ def run(
 def forward_step(
     batches: Iterator[Batch], model: DistributedDataParallel, loss_fn: LossFn, denominator: float
 ) -> tuple[Tensor, Callable]:
-    """One micro-batch through this stage; Megatron's schedule calls the returned function on the last stage."""
+    """One micro-batch through this stage; the schedule calls the returned function on the last stage."""
     batch = next(batches)
     output = forward(model, batch)
 
@@ -96,7 +97,7 @@ def forward_step(
 
 
 def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
-    """One micro-batch through this stage: hidden states for the next one, or log-probabilities [T/cp] on the last."""
+    """One micro-batch through this stage: hidden states for the next, log-probs [T/cp] on the last."""
     tokens = len(batch.tokens)
     cp, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
     part = slice(rank * tokens // cp, (rank + 1) * tokens // cp)  # collate made T a multiple of cp
@@ -112,7 +113,7 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
 
 
 def whole_sequence(output: Tensor) -> Tensor:
-    """[T/cp] of each context parallel rank -> [T] on all of them; each gets back the gradient of its own part.
+    """[T/cp] of each context parallel rank -> [T] on all; each gets back the gradient of its own part.
 
     So a loss function never knows of context parallelism.
     """

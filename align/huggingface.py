@@ -10,8 +10,8 @@
     embedding, output_layer              embed_tokens, lm_head               rows, padded with zeros
     decoder.final_layernorm              norm                                no
 
-Reading, a rank opens only its own rows or columns. Writing, the first rank of each stage collects one matrix at a
-time and holds at most one file.
+Reading, a rank opens only its own rows or columns. Writing, the first rank of each stage collects one matrix
+at a time and holds at most one file.
 """
 
 import json
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -36,7 +36,7 @@ from align.model import Architecture, Policy
 
 MAX_FILE_BYTES = 2 * 1024**3
 
-# ---- config.json ------------------------------------------------------------------------------------------------
+# ---- config.json ---------------------------------------------------------------------------------
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 IMPLEMENTED = {
@@ -95,12 +95,15 @@ def read_config(directory: Path) -> Architecture:
     """The architecture that a directory's config.json describes.
 
     Raises:
-        ValueError: an unknown architecture, or a field that would change the computation and is not implemented.
+        ValueError: an unknown architecture, or a field that changes the computation and is not implemented.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     check_fields(raw, path)
     hf = AutoConfig.from_pretrained(directory, local_files_only=True)
     family = hf.model_type
@@ -134,8 +137,8 @@ def check_fields(raw: dict, path: Path) -> None:
             raise ValueError(f"{path}: {name} = {value!r} is not implemented, only {ONLY_VALUE[name]!r}")
         if name not in IMPLEMENTED | WITHOUT_EFFECT | set(ONLY_VALUE):
             raise ValueError(
-                f"{path}: the field {name!r} is not implemented. If it does not change what the model computes, "
-                "remove it from the file"
+                f"{path}: the field {name!r} is not implemented. If it does not change what the model "
+                "computes, remove it from the file"
             )
     if raw.get("use_sliding_window"):
         raise ValueError(
@@ -160,7 +163,7 @@ def rope_parameters(rope: dict, path: Path) -> tuple[tuple[str, float | str], ..
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model's safetensors files, in the order in which they are written."""
+    """Name and shape of every tensor of the model's safetensors files, in the order of writing."""
     hidden, head = arch.hidden_size, arch.head_dim
     shapes = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
     for layer in range(arch.layers):
@@ -183,7 +186,7 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes if arch.tied_embeddings else {**shapes, "lm_head.weight": (arch.vocab_size, hidden)}
 
 
-# ---- where weights come from ------------------------------------------------------------------------------------
+# ---- where weights come from ---------------------------------------------------------------------
 
 
 class Source(Protocol):
@@ -230,7 +233,10 @@ class SafetensorsSource:
 
     def open(self, file: str) -> safe_open:
         if file not in self.opened:
-            self.opened[file] = safe_open(self.directory / file, "pt")
+            try:
+                self.opened[file] = safe_open(self.directory / file, "pt")
+            except (OSError, SafetensorError) as error:  # missing, or cut short
+                raise ValueError(f"--model: {self.directory / file} cannot be read: {error}") from error
         return self.opened[file]
 
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
@@ -241,7 +247,7 @@ class SafetensorsSource:
 class RandomSource:
     """A fresh model: normal matrices, norms of one, biases of zero.
 
-    Each tensor has a generator of its own, seeded by its name, so weights are the same in every parallel layout.
+    Each tensor has a generator of its own, seeded by its name, so weights are the same in every layout.
     """
 
     def __init__(self, arch: Architecture, seed: int):
@@ -260,7 +266,7 @@ class RandomSource:
 
 
 def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
-    """The weights in a directory, or random ones where it holds a config.json only (the built-in tiny model)."""
+    """The weights in a directory; random ones for the built-in tiny model, which is a config.json only."""
     if list(Path(directory).glob("*.safetensors")) or list(Path(directory).glob("*.bin")):
         return SafetensorsSource(directory, arch)
     if Path(directory).resolve() != Path(__file__).parent.parent.resolve() / "assets" / "tiny":
@@ -268,7 +274,7 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
     return RandomSource(arch, seed)
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -344,7 +350,7 @@ OUTER_NAMES = {
 }
 LAYER_NAMES = {
     "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # Transformer Engine's fused layers
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # Transformer Engine fuses them
     "self_attention.linear_qkv.weight": "self_attn.*_proj.weight",
     "self_attention.linear_qkv.bias": "self_attn.*_proj.bias",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
@@ -356,7 +362,7 @@ LAYER_NAMES = {
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 
-# ---- writing ----------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -365,12 +371,12 @@ def save(
 ) -> None:
     """Write config.json, generation_config.json and safetensors files that transformers loads as they are.
 
-    Weights are written in the precision of training, so that nothing is lost. The directory is complete or absent:
-    it appears by one rename. Collective.
+    Weights are written in the precision of training, so that nothing is lost. The directory is complete or
+    absent: it appears by one rename. Collective.
 
     Args:
         start_from: the directory of the model that training began with; its configuration is kept.
-        companions: write what belongs to the model into the directory that they are given: tokenizer, template.
+        companions: write what else belongs to the model into the directory given: tokenizer, template.
     """
     model = unwrap_model(model)
     directory = Path(directory)
@@ -395,7 +401,7 @@ def save(
 
 
 def write_files(model: Policy, directory: Path) -> dict[str, tuple[str, int]]:
-    """This stage's tensors, a file whenever enough have come together: {tensor: (file, bytes)}, on the first rank."""
+    """Write this stage's tensors, in files up to the limit: {tensor: (file, bytes)}, on the first rank."""
     stage, written, held, held_bytes = mpu.get_pipeline_model_parallel_rank(), {}, {}, 0
 
     def flush() -> None:

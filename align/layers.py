@@ -1,7 +1,7 @@
 """The small layers between the matrix products: norm, gate, rotation, with their gradients written out.
 
-Each saves its input and nothing else for the backward pass. Left to autograd, they would save every step of their
-arithmetic: two thirds more activation memory, and as much more traffic to and from it.
+Each saves its input and nothing else for the backward pass. Left to autograd, they would save every step of
+their arithmetic: two thirds more activation memory, and as much more traffic to and from it.
 """
 
 import torch

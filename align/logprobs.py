@@ -1,7 +1,7 @@
-"""Log-probabilities of target tokens straight from hidden states: the one function for training, reference and audit.
+"""Log-probabilities of targets straight from hidden states: the one function for training and reference.
 
-The vocabulary may be split over tensor parallel ranks. Logits exist for `CHUNK` tokens at a time, in the softmax
-in float32, and are computed again in the backward pass, so a [tokens, vocabulary] tensor never exists.
+The vocabulary may be split over tensor parallel ranks. Logits exist for `CHUNK` tokens at a time, in float32
+in the softmax, and are computed again in the backward pass: a [tokens, vocabulary] tensor never exists.
 """
 
 import torch
@@ -17,11 +17,11 @@ def target_logprobs(
     """log p(targets) for each token, in nats.
 
     Args:
-        hidden: [n, H] final hidden states, the same on every rank of the group. The gradient that comes back is this
-            rank's part: pass hidden through Megatron's copy_to (or gather_from_sequence) region first.
+        hidden: [n, H] final hidden states, the same on every rank of the group. The gradient that comes back
+            is this rank's part: pass hidden through Megatron's copy_to (or gather_from_sequence) region.
         weight: [V_padded / tp, H] this rank's rows of the output embedding.
         targets: [n] int64 token ids in [0, vocab_size).
-        vocab_size: V without the rows that only pad the embedding; those are no tokens and get no probability.
+        vocab_size: V without the rows that only pad the embedding; they get no probability.
         group: the tensor parallel group.
 
     Returns:
@@ -31,7 +31,7 @@ def target_logprobs(
 
 
 class TargetLogProbs(torch.autograd.Function):
-    """log p(y) = z_y - log sum_v exp z_v with z = hidden weight^T, and d log p / d z = onehot(y) - softmax(z)."""
+    """log p(y) = z_y - log sum_v exp z_v, z = hidden weight^T;  d log p / d z = onehot(y) - softmax(z)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size, group):  # noqa: ANN001

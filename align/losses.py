@@ -1,7 +1,7 @@
 """The losses, as pure functions of tensors. No model, no configuration, no process group.
 
-Index t of `logprobs` and `mask` means the prediction of `targets[t]`; a batch is packed, so tensors are [T], several
-sequences end to end. A loss is a sum: the script divides it by the denominator of the whole step.
+Index t of `logprobs` and `mask` means the prediction of `targets[t]`; a batch is packed, so tensors are [T],
+several sequences end to end. A loss is a sum: the script divides it by the denominator of the whole step.
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The policy: Megatron's GPTModel with our norm, attention and log-probabilities, for the Llama family.
 
-`Architecture` says what the model is (read from a Hugging Face config by align.huggingface), `ModelConfig` how this
+`Architecture` says what the model is (align.huggingface reads it from a config.json), `ModelConfig` how this
 run computes it. `build_policy` makes this rank's shard without weights; align.huggingface.load fills it.
 """
 
@@ -44,7 +44,7 @@ from align.parallel import ParallelConfig, device
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model computes. All the families we read (Llama, Mistral, Qwen2, Qwen3) are one decoder with switches."""
+    """What a model computes: Llama, Mistral, Qwen2 and Qwen3 are one decoder with a few switches."""
 
     family: str
     vocab_size: int
@@ -67,7 +67,7 @@ class Architecture:
 
     @property
     def matmul_params(self) -> int:
-        """Weights that multiply every token: all matrices with the output embedding, without the input embedding."""
+        """Weights that multiply every token: matrices and output embedding, without the input embedding."""
         attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
         return (
             self.layers * (attention + 3 * self.hidden_size * self.ffn_size)
@@ -78,13 +78,13 @@ class Architecture:
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = "tiny"
-    """Hugging Face directory to start from, or "tiny": a small random Llama that ships with this repository"""
+    """Hugging Face directory to start from, or "tiny": a small random Llama that comes with this project"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 keeps weights in bf16 with main weights, gradients and Adam in fp32. auto: bf16 on GPUs, fp32 on a CPU"""
+    """bf16: weights in bf16; main weights, gradients and Adam in fp32. auto: bf16 on GPUs, fp32 on a CPU"""
     attention: Literal["auto", "torch", "te"] = "auto"
-    """core attention and linear layers: torch's kernels or Transformer Engine. auto: te where it is installed"""
+    """attention and linear layers: torch's kernels or Transformer Engine. auto: te where it is installed"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """activations to compute again in the backward pass: the attention cores (selective) or whole layers (full)"""
+    """activations to compute again in the backward pass: attention core (selective) or whole layer (full)"""
 
     @property
     def path(self) -> Path:
@@ -103,8 +103,8 @@ def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> 
     tp, pp = parallel.tp, parallel.pp
     if arch.heads % tp or arch.ffn_size % tp:
         raise ValueError(
-            f"--tp {tp} does not divide the model's {arch.heads} attention heads (and {arch.ffn_size} ffn columns): "
-            "use a divisor, or data parallelism (more processes) or --pp instead"
+            f"--tp {tp} does not divide the model's {arch.heads} attention heads (and {arch.ffn_size} ffn "
+            "columns): use a divisor, or data parallelism (more processes) or --pp instead"
         )
     if arch.kv_heads % tp and tp % arch.kv_heads:
         raise ValueError(
@@ -135,7 +135,8 @@ def describe(arch: Architecture, config: ModelConfig) -> str:
     kernels = "Transformer Engine" if uses_te(config) else "torch"
     precision = str(config.dtype).removeprefix("torch.")
     weights = arch.matmul_params + (0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size)
-    return f"{arch.family} with {weights / 1e6:.1f} M weights from {config.model}, {precision}, {kernels} kernels"
+    size = f"{weights / 1e6:.1f} M weights"
+    return f"{arch.family} with {size} from {config.model}, {precision}, {kernels} kernels"
 
 
 class Policy(GPTModel):
@@ -162,7 +163,7 @@ class Policy(GPTModel):
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None
     ) -> tuple:
-        """Megatron's, and once for all layers the rotation of this micro-batch's tokens, which TorchAttention applies."""
+        """Megatron's, and once for all layers the rotation of these tokens, which TorchAttention applies."""
         if not self.te:
             packed_seq_params.rotation = rotation(position_ids[0], self.frequencies, self.config.params_dtype)
         return super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
@@ -175,8 +176,8 @@ class Policy(GPTModel):
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         trained = loss_mask[0].nonzero()[:, 0]
-        # The output layer sees trained tokens only. First select, then copy: the copy's backward all-reduce silently
-        # skips a gradient that is not contiguous.
+        # The output layer sees trained tokens only. First select, then copy: the copy's backward all-reduce
+        # silently skips a gradient that is not contiguous.
         hidden = hidden_states.squeeze(1).index_select(0, trained)
         if not self.config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
@@ -200,7 +201,7 @@ def build_policy(arch: Architecture, config: ModelConfig, parallel: ParallelConf
 
 
 def distributed(model: Policy) -> DistributedDataParallel:
-    """Megatron's data parallelism: gradients in fp32 buffers, summed over the data (and context) parallel ranks."""
+    """Megatron's data parallelism: gradients in fp32 buffers, summed over data (and context) ranks."""
     ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
@@ -232,7 +233,7 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         activation_func=F.silu,
         gated_linear_unit=True,
-        use_te_activation_func=not te,  # "te" meaning: the activation is a module of the layer spec, our SwiGLU
+        use_te_activation_func=not te,  # meaning: a module of the layer spec, our SwiGLU
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         window_size=None if arch.window is None else (arch.window - 1, 0),
@@ -245,8 +246,8 @@ def transformer_config(
         bf16=config.dtype == torch.bfloat16,
         params_dtype=config.dtype,
         pipeline_dtype=config.dtype,
-        # Micro-batches differ in length, so stages exchange shapes first; Megatron allows that only with "alltoall",
-        # even for a model without experts.
+        # Micro-batches differ in length, so stages exchange shapes first; Megatron allows that only with
+        # "alltoall", even for a model without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         # The engine divides each loss by the step's global denominator; with this nobody divides again.
@@ -315,8 +316,8 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 def mark_tensor_parallel(model: Policy) -> None:
     """Mark split weights, as Megatron does when it initialises them.
 
-    Without the marks the gradient norm counts only one rank's part of each matrix, and clipping is wrong, without an
-    error.
+    Without the marks the gradient norm counts only one rank's part of each matrix, and clipping is wrong,
+    without an error.
     """
     for name, module in model.named_modules():
         dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
@@ -329,8 +330,8 @@ def mark_tensor_parallel(model: Policy) -> None:
 def rotary_frequencies(arch: Architecture) -> Tensor:
     """Angular frequency of each pair of a head's dimensions, [d/2]: theta^(-2i/d), scaled as the model asks.
 
-    llama3 scaling (Llama 3.1) divides frequencies whose wavelength is beyond the original context by `factor`, keeps
-    those well inside it, and interpolates between; linear scaling divides all by `factor`.
+    llama3 scaling (Llama 3.1) divides frequencies whose wavelength is beyond the original context by
+    `factor`, keeps those well inside it, and interpolates between; linear scaling divides all by `factor`.
     """
     rope = dict(arch.rope)
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim

@@ -1,7 +1,7 @@
 """AdamW (Megatron's distributed optimizer) and the learning-rate schedule.
 
-Main weights and both moments are fp32 and split over the data parallel ranks. Pure bf16 weights hardly learn at
-learning rates of 1e-5 and below: updates that small are lost in rounding.
+Main weights and both moments are fp32 and split over the data parallel ranks. Pure bf16 weights hardly learn
+at learning rates of 1e-5 and below: updates that small are lost in rounding.
 """
 
 import math
@@ -30,7 +30,7 @@ class OptimConfig:
     adam_beta2: float = 0.98
     """decay of the mean of its square"""
     clip_grad: float = 1.0
-    """largest norm of the gradient over all weights; a longer one is scaled down to it; 0 leaves it as it is"""
+    """largest norm of the gradient over all weights; a longer one is scaled down to it; 0: no limit"""
 
 
 def check(config: OptimConfig, total_steps: int) -> None:
@@ -39,13 +39,13 @@ def check(config: OptimConfig, total_steps: int) -> None:
         raise ValueError(f"--min-lr {config.min_lr} is above --lr {config.lr}")
     if config.constant_steps and config.warmup_steps + config.constant_steps >= total_steps:
         raise ValueError(
-            f"--warmup-steps {config.warmup_steps} and --constant-steps {config.constant_steps} leave no step of "
-            f"{total_steps} for the cosine between them: lower one of them"
+            f"--warmup-steps {config.warmup_steps} and --constant-steps {config.constant_steps} leave no "
+            f"step of {total_steps} for the cosine between them: lower one of them"
         )
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, half a cosine from lr to min_lr, constant tail at min_lr."""
+    """Learning rate of step 0, 1, ...: linear warm-up, half a cosine from lr to min_lr, tail at min_lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     cosine_steps = max(total_steps - config.warmup_steps - config.constant_steps, 1)
@@ -69,7 +69,7 @@ def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimi
             use_distributed_optimizer=True,
         ),
         [model],
-        use_gloo_process_groups=False,
+        use_gloo_process_groups=True,
     )
     for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler; norms and biases have 0
         group["weight_decay"] = config.weight_decay * group["wd_mult"]

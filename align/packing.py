@@ -46,8 +46,8 @@ def check_ids(examples: list[Example], vocab_size: int) -> None:
     largest = max(int(example.ids.max()) for example in examples)
     if largest >= vocab_size:
         raise ValueError(
-            f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer of another"
-            " model"
+            f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
+            "of another model"
         )
 
 

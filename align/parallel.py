@@ -84,7 +84,7 @@ def start(config: ParallelConfig) -> Iterator[None]:
 def end_with_torchrun() -> None:
     """Have the kernel kill this rank when torchrun dies, as torchrun itself can only do while it lives.
 
-    After a kill -9 of torchrun alone the ranks would train on, and write to one OUTPUT with those of the next start.
+    After a kill -9 of torchrun alone the ranks would train on, and share one OUTPUT with those of the next.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1  # from linux/prctl.h
@@ -97,7 +97,7 @@ def make_grid(config: ParallelConfig) -> None:
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
         context_parallel_size=config.cp,
-        create_gloo_process_groups=False,
+        create_gloo_process_groups=True,  # checkpoints gather on hosts
     )
     random.seed(config.seed)
     np.random.seed(config.seed)
@@ -113,15 +113,15 @@ def check(config: ParallelConfig) -> None:
     world, model = int(os.environ.get("WORLD_SIZE", 1)), config.tp * config.pp * config.cp
     if world % model:
         raise ValueError(
-            f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} processes: "
-            f"start a multiple of {model} with torchrun --nproc_per_node"
+            f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} "
+            f"processes: start a multiple of {model} with torchrun --nproc_per_node"
         )
     if config.sequence_parallel and config.tp == 1:
         raise ValueError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
 
 
 def make_deterministic() -> None:
-    """Fix what may differ between two runs on GPUs: reduction order, Transformer Engine's and cuBLAS's kernels."""
+    """Fix what may differ between two runs on GPUs: reductions, Transformer Engine's and cuBLAS's kernels."""
     os.environ.setdefault("NCCL_ALGO", "Tree")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -183,6 +183,14 @@ def from_last_stage(x: Tensor) -> Tensor:
     return x
 
 
+def free_memory() -> None:
+    """Give memory that is free, but kept for later, back to the device or the operating system."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def on_main(make: Callable[[], T]) -> T:
     """Call a function on global rank 0 only and hand its result to every rank."""
     box = [make() if is_main() else None]
@@ -200,7 +208,7 @@ def parse_time(text: str) -> int:
 
 
 class Stop:
-    """Tells all ranks together when a run should stop before its end: SIGTERM or SIGUSR1 came, or its time is up.
+    """Tells all ranks together when to stop before the end: SIGTERM or SIGUSR1 came, or the time is up.
 
     The answer is the same on every rank in the same step, which no rank could know by itself.
     """

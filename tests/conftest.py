@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchrun(
     processes: int, *command: object, check: bool = True, timeout_s: float = 300
 ) -> subprocess.CompletedProcess:
-    """Run `torchrun --nproc_per_node processes command...` from the repository's root, one thread per process."""
+    """Run `torchrun --nproc_per_node processes command...` in the repository's root, one thread a process."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         + [str(word) for word in command],

@@ -1,4 +1,4 @@
-"""Run by test_invariance.py under torchrun: the same steps in several layouts of one world size, to a file."""
+"""Run by test_invariance.py under torchrun: the same steps in several layouts of one size, to a file."""
 
 import json
 import os

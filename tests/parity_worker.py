@@ -1,4 +1,4 @@
-"""Run by test_parity.py under torchrun: our logits, training steps and export of each model family, to a file."""
+"""Run by test_parity.py under torchrun: our logits, training steps and export of each family, to a file."""
 
 import sys
 from pathlib import Path

@@ -58,7 +58,7 @@ def test_pack(lengths, window, groups):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_slices_of_a_pack_add_up_to_the_whole(ranks, window):
-    """Context parallelism: each rank has some of the queries and all keys; sequences cross its borders or miss it."""
+    """Context parallelism: a rank has some of the queries and all keys; sequences cross its borders."""
     lengths = [2, 3, 6, 1]
     query, key, value = tensors(12, 2)
     expected = dense(query, key, value, lengths, 0, window)

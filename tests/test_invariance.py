@@ -1,7 +1,7 @@
 """Loss, gradient norm and every metric are those of one process, however the steps are split.
 
-From the same weights, over three updates and one evaluation: tensor, pipeline, context and data parallelism, sequence
-parallelism, micro-batches, order of rows, recomputation.
+From the same weights, over three updates and one evaluation: tensor, pipeline, context and data parallelism,
+sequence parallelism, micro-batches, order of rows, recomputation.
 """
 
 import json

@@ -86,7 +86,7 @@ def set_gradient(policy, value: float) -> None:
 
 
 def test_weight_decay_is_for_matrices_only(models):
-    """A step with gradient zero is the decay alone: w <- w - lr * weight_decay * w. Qwen2 has norms and biases."""
+    """A step with gradient zero is the decay alone, w (1 - lr weight_decay). Qwen2 has norms and biases."""
     policy, optimizer = build(models / "qwen2", "fp32", weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     set_gradient(policy, 0.0)
@@ -112,7 +112,7 @@ def test_the_rate_is_the_size_of_the_first_step_and_the_norm_is_before_clipping(
 
 
 def test_bf16_weights_follow_fp32_main_weights(models):
-    """Eight steps of 1e-3 from about 1: each alone is lost in bf16, whose numbers there lie 4e-3 to 8e-3 apart."""
+    """Eight steps of 1e-3 from about 1: each alone is lost in bf16, whose numbers lie 4e-3 to 8e-3 apart."""
     policy, optimizer = build(models / "llama", "bf16", weight_decay=0.0)
     weight = policy.module.decoder.final_layernorm.weight
     before = weight.detach().float().clone()

@@ -20,7 +20,9 @@ def test_times(text, seconds):
     assert parse_time(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "90", "10:30", "00:60:00", "00:00:60", "1:2:3", "-1:00:00", "01:00:00 "])
+@pytest.mark.parametrize(
+    "text", ["", "90", "10:30", "00:60:00", "00:00:60", "1:2:3", "-1:00:00", "01:00:00 "]
+)
 def test_times_that_are_refused(text):
     with pytest.raises(ValueError, match=r"--max-time .* is not of the form HH:MM:SS"):
         parse_time(text)
@@ -40,7 +42,11 @@ def test_sizes_that_fit(monkeypatch, world, flags):
         (4, {"cp": 3}, r"--cp 3 = 3 does not divide the 4 processes"),
         (1, {"tp": 0}, r"--tp 0 must be at least 1"),
         (4, {"pp": -2}, r"--pp -2 must be at least 1"),
-        (2, {"sequence_parallel": True}, r"--sequence-parallel has no effect with --tp 1: leave it out or raise"),
+        (
+            2,
+            {"sequence_parallel": True},
+            r"--sequence-parallel has no effect with --tp 1: leave it out or raise",
+        ),
     ],
 )
 def test_sizes_that_are_refused(monkeypatch, world, flags, message):

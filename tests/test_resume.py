@@ -1,0 +1,408 @@
+"""A run that is stopped or killed and started again ends as if nothing had happened.
+
+Bit for bit in the same layout, to rounding in another. A run is killed 4 times, or RESUME_KILLS (at most 10).
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from align import checkpoint, toy
+from align.checkpoint import CheckpointConfig
+from tests.conftest import ROOT, environment, torchrun
+
+STEPS, SAVE_INTERVAL = 40, 8  # two epochs
+KINDS_OF_KILLS = ("save", "steps", "start", "steps", "save", "start", "steps", "start", "save", "export")
+NUM_KILLS = int(os.environ.get("RESUME_KILLS", "4"))
+MAX_START_S = 4.0  # a kill at start falls between the launch and about the first step
+MAX_DELAY_S = 0.2  # a kill in a step or save falls this much after it was seen to begin
+
+
+# ---- one run and what it leaves ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows for 20 steps in an epoch."""
+    directory = tmp_path_factory.mktemp("data")
+    toy.write(directory, num_train=80, num_val=8)
+    return directory
+
+
+def flags(data: Path, output: Path, *more: object) -> list[str]:
+    """Flags of train_sft.py: the tiny model, big steps, validations at other steps than saves."""
+    common = (
+        f"--train-data {data}/train.jsonl --val-data {data}/val.jsonl --output {output} "
+        "--global-batch-size 4 --max-seq-len 64 --micro-batch-tokens 128 --max-epochs 2 --lr 1e-3 "
+        f"--warmup-steps 3 --save-interval {SAVE_INTERVAL} --val-interval 10"
+    )
+    return [*common.split(), *map(str, more)]
+
+
+def launch(data: Path, output: Path, *more: object) -> subprocess.Popen:
+    """Start train_sft.py on two processes; what it prints goes to OUTPUT.out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with open(printed(output), "w") as out:
+        return subprocess.Popen(
+            [*command, "train_sft.py", *flags(data, output, *more)],
+            cwd=ROOT,
+            env=environment(),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def printed(output: Path) -> Path:
+    """Where `launch` leaves what the last run of OUTPUT printed."""
+    return output.with_suffix(".out")
+
+
+def finish(launcher: subprocess.Popen, output: Path) -> None:
+    """Wait for the end of a run, which must be a good one."""
+    assert launcher.wait(timeout=300) == 0, printed(output).read_text()[-8000:]
+
+
+def steps_printed(output: Path) -> int:
+    """Steps that the last run of OUTPUT has printed, itself and not one before it."""
+    return sum(line.startswith("step ") for line in printed(output).read_text().splitlines())
+
+
+def wait_for(happened: Callable[[], object], launcher: subprocess.Popen, output: Path) -> None:
+    """Wait until something happens in a run; fail if the run ends before."""
+    end = time.monotonic() + 200
+    while not happened():
+        assert launcher.poll() is None, f"ended too early:\n{printed(output).read_text()[-8000:]}"
+        assert time.monotonic() < end, f"never happened:\n{printed(output).read_text()[-8000:]}"
+        time.sleep(0.002)
+
+
+def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that torchrun has started, rank 0 first."""
+    return sorted(psutil.Process(launcher.pid).children(recursive=True), key=lambda process: process.pid)
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if not name.startswith("time/")} for row in rows]
+
+
+def kept(output: Path) -> list[str]:
+    """Names of the checkpoints of a run."""
+    return [path.name for path in checkpoint.complete(output / "checkpoints")]
+
+
+def fingerprint(output: Path) -> dict[str, str]:
+    """sha256 by name of all that the newest checkpoint holds, and of the exported model's files."""
+    path = checkpoint.newest(output / "checkpoints")
+    reader = dcp.FileSystemReader(path)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else io.BytesIO()
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    state["common"] = torch.load(path / "common.pt")
+    state["state"] = (path / "state.json").read_bytes()
+    state |= {file.name: file.read_bytes() for file in (output / "hf").iterdir()}
+    return {name: sha256(value) for name, value in state.items()}
+
+
+def sha256(value: object) -> str:
+    """Hash of a tensor's bits, of bytes, or of nested containers of numbers and tensors."""
+    if isinstance(value, torch.Tensor):
+        value = (
+            str((value.dtype, value.shape)).encode()
+            + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    if isinstance(value, dict):
+        value = [(name, sha256(value[name])) for name in sorted(value)]
+    elif isinstance(value, list | tuple):
+        value = [sha256(item) for item in value]
+    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
+
+
+def assert_same_end(output: Path, expected: Path) -> None:
+    """Weights, main weights, Adam, random states, metrics and exported model of two runs, bit for bit."""
+    assert metrics(output) == metrics(expected)
+    found, wanted = fingerprint(output), fingerprint(expected)
+    assert {"optimizer.state.exp_avg_sq.output_layer.weight", "rng/shard_1_2", "model.safetensors"} <= set(
+        wanted
+    )
+    assert found == wanted
+
+
+# ---- kill -9 -----------------------------------------------------------------------------------------------
+
+
+def is_saving(output: Path, since: float) -> bool:
+    """Is a checkpoint being written? One that an earlier kill has left, or that is being deleted, is none."""
+    newest = checkpoint.newest(output / "checkpoints")
+    for path in output.glob("checkpoints/*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # renamed since
+            if path.stat().st_ctime > since and (newest is None or path.stem > newest.name):
+                return True
+    return False
+
+
+def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, output: Path) -> None:
+    """kill -9 of torchrun and its ranks: at start, between or in steps, in a save, or in the export."""
+    delay = rng.uniform(0, MAX_START_S if kind == "start" else MAX_DELAY_S)
+    num_steps = SAVE_INTERVAL + rng.randint(
+        1, 3
+    )  # past a checkpoint, so that the next start has steps to drop
+    launch_time = time.time()
+    happened = {
+        "start": lambda: True,
+        "steps": lambda: steps_printed(output) >= num_steps,
+        "save": lambda: is_saving(output, launch_time),
+        "export": (output / "hf.tmp").exists,
+    }[kind]
+    wait_for(happened, launcher, output)
+    time.sleep(0 if kind == "export" else delay)  # the export is over in no time
+    assert launcher.poll() is None
+    psutil.Process(launcher.pid).suspend()  # so that it starts no rank after they were listed
+    family = [psutil.Process(launcher.pid), *ranks(launcher)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family)
+    launcher.wait()
+    if kind == "save":
+        assert is_saving(output, launch_time), "killed too late: the save was over"
+    if kind == "export":
+        assert not (output / "hf").exists()
+
+
+def test_killed_run_ends_like_an_uninterrupted_one(data, tmp_path):
+    """Data parallel, bf16 weights with fp32 main weights."""
+    finish(launch(data, tmp_path / "whole", "--precision", "bf16"), tmp_path / "whole")
+    output, rng = tmp_path / "killed", random.Random(2)
+    kinds = KINDS_OF_KILLS[:NUM_KILLS]
+    for kind in kinds:
+        launcher = launch(data, output, "--precision", "bf16")
+        kill_at_random(kind, rng, launcher, output)
+    finish(launch(data, output, "--precision", "bf16"), output)
+    assert len(metrics(output)) == STEPS + 1
+    assert (output / "log.txt").read_text().count("continuing after step") >= kinds.count("steps")
+    assert_same_end(output, tmp_path / "whole")
+    assert kept(output) == kept(tmp_path / "whole")
+
+
+# ---- told to stop, or another layout, at tp 2 in fp32 ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def at_tp2(data, tmp_path_factory) -> Path:
+    """whole: an uninterrupted run that keeps all its checkpoints; timed: one that has no time at all."""
+    directory = tmp_path_factory.mktemp("tp2")
+    whole = flags(data, directory / "whole", "--tp", 2, "--save-top-k", 99)
+    timed = flags(data, directory / "timed", "--tp", 2, "--max-time", "00:00:00")
+    torchrun(2, "tests/resume_worker.py", json.dumps([whole, timed]))
+    return directory
+
+
+def test_max_time(at_tp2):
+    assert kept(at_tp2 / "timed") == ["step_00000001"]
+    assert "--max-time is over: stopped after step 1 of 40" in (at_tp2 / "timed/log.txt").read_text()
+    assert not (at_tp2 / "timed/hf").exists()
+
+
+def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
+    """Stopped by --max-time, then by a signal to one rank, one to torchrun, a kill of torchrun alone."""
+    output = tmp_path / "stopped"
+    shutil.copytree(at_tp2 / "timed", output)
+
+    launcher = launch(data, output, "--tp", 2)
+    wait_for(lambda: steps_printed(output) >= 2, launcher, output)
+    ranks(launcher)[1].terminate()  # all must stop in the same step
+    finish(launcher, output)
+    assert_stopped(output)
+
+    launcher = launch(data, output, "--tp", 2)
+    wait_for(lambda: steps_printed(output) >= 2, launcher, output)
+    launcher.terminate()  # torchrun tells its ranks, and waits for them
+    assert launcher.wait(timeout=60) == 1
+    assert_stopped(output)
+
+    launcher = launch(data, output, "--tp", 2)
+    wait_for(lambda: steps_printed(output) >= 2, launcher, output)
+    orphans = ranks(launcher)
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(orphans, timeout=5)
+    for process in alive:
+        process.kill()
+    assert not alive, "ranks go on without torchrun: with those of the next start they write to one OUTPUT"
+
+    finish(launch(data, output, "--tp", 2), output)
+    assert_same_end(output, at_tp2 / "whole")
+
+
+def assert_stopped(output: Path) -> None:
+    """The run said where it stopped by a signal, and left a checkpoint of that step."""
+    step = checkpoint.newest(output / "checkpoints").name.removeprefix("step_")
+    assert f"SIGTERM received: stopped after step {int(step)} of 40" in printed(output).read_text()
+    assert not (output / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "layouts", [("--pp 2", "--tp 1", "--tp 2 --sequence-parallel"), ("--tp 1",)], ids=["2", "1"]
+)
+def test_another_layout_continues(layouts, data, at_tp2, tmp_path, request):
+    """Saved at tp 2, continued at pp 2, dp 2, with sequence parallelism, and by one process."""
+    outputs = [tmp_path / str(i) for i in range(len(layouts))]
+    for output in outputs:
+        shutil.copytree(at_tp2 / "whole/checkpoints/step_00000016", output / "checkpoints/step_00000016")
+    runs = [flags(data, output, *layout.split()) for output, layout in zip(outputs, layouts, strict=True)]
+    torchrun(int(request.node.callspec.id), "tests/resume_worker.py", json.dumps(runs))
+    expected = [row for row in metrics(at_tp2 / "whole") if row["step"] > 16]
+    for output, layout in zip(outputs, layouts, strict=True):
+        found = metrics(output)
+        assert [row["step"] for row in found] == list(range(17, STEPS + 1)), layout
+        for row, wanted in zip(found, expected, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5), layout
+
+
+# ---- what stops a run, and what starts it over -------------------------------------------------------------
+
+
+def test_missing_tensors_stop_the_run(data, at_tp2, tmp_path):
+    path = tmp_path / "run/checkpoints/step_00000008"
+    shutil.copytree(at_tp2 / "whole/checkpoints/step_00000008", path)
+    (path / "__1_0.distcp").unlink()
+    done = torchrun(1, "train_sft.py", *flags(data, tmp_path / "run"), check=False)
+    assert done.returncode != 0
+    assert "__1_0.distcp" in done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def restarted(data, tmp_path_factory) -> Path:
+    """a: two steps, then a third with other flags; b: two steps, then one with --no-resume."""
+    directory = tmp_path_factory.mktemp("restarted")
+    a, b = (flags(data, directory / name, "--max-steps", 2, "--save-interval", 1) for name in "ab")
+    other = ["--max-steps", "3", "--weight-decay", "0.5", "--adam-beta1", "0.8"]
+    runs = [a, a + other, b, [*b, "--no-resume", "--max-steps", "1"]]
+    torchrun(1, "tests/resume_worker.py", json.dumps(runs))
+    return directory
+
+
+def test_no_resume_starts_over(restarted):
+    assert [row["step"] for row in metrics(restarted / "b")] == [0, 1]
+    assert kept(restarted / "b") == ["step_00000001"]
+
+
+def test_flags_win_over_a_checkpoint(restarted):
+    """Megatron loads the optimizer's settings together with its state."""
+    assert [row["step"] for row in metrics(restarted / "a")] == [0, 1, 2, 3]
+    common = torch.load(checkpoint.newest(restarted / "a/checkpoints") / "common.pt")
+    groups = common["optimizer"]["optimizer"]["param_groups"]
+    found = sorted((group["weight_decay"], group["betas"], group["step"]) for group in groups)
+    assert found == [(0.0, (0.8, 0.98), 3), (0.5, (0.8, 0.98), 3)]
+
+
+# ---- which checkpoints are kept ----------------------------------------------------------------------------
+
+
+def fake(directory: Path, step: int, **values: float) -> Path:
+    """A checkpoint as far as choosing goes: its state.json with metrics val/<name>."""
+    path = directory / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    state = {"step": step, "metrics": {f"val/{name}": value for name, value in values.items()}}
+    (path / "state.json").write_text(json.dumps(state))
+    return path
+
+
+def steps_left(directory: Path, top_k: int, monitor: str) -> list[int]:
+    """Steps of the checkpoints that `prune` leaves."""
+    checkpoint.prune(directory, CheckpointConfig(save_top_k=top_k, monitor=monitor))
+    return sorted(int(path.name.removeprefix("step_")) for path in directory.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("monitor", "top_k", "expected"),
+    [
+        ("val/loss", 1, [20, 50]),
+        ("val_loss", 1, [20, 50]),
+        ("validation_loss", 2, [20, 30, 50]),
+        ("val_acc", 1, [10, 50]),
+        ("val/acc", 3, [10, 30, 40, 50]),
+        ("val/loss", 0, [50]),
+    ],
+)
+def test_best_and_newest_are_kept(monitor, top_k, expected, tmp_path):
+    losses, accuracies = (5.0, 1.0, 2.0, 3.0, 4.0), (0.9, 0.1, 0.7, 0.8, 0.2)
+    for i, (loss, acc) in enumerate(zip(losses, accuracies, strict=True), 1):
+        fake(tmp_path, 10 * i, loss=loss, acc=acc)
+    assert steps_left(tmp_path, top_k, monitor) == expected
+
+
+def test_of_equals_the_oldest_is_kept(tmp_path):
+    """A checkpoint between two validations carries the older one's value: that one was measured."""
+    for step in (70, 20, 60, 10, 40, 30, 50):
+        fake(tmp_path, step, loss=1.0)
+    assert steps_left(tmp_path, 2, "val_loss") == [10, 20, 70]
+
+
+def test_without_validation_only_the_newest_is_kept(tmp_path):
+    for step in (1, 2, 3):
+        fake(tmp_path, step)
+    assert steps_left(tmp_path, 5, "val_loss") == [3]
+
+
+@pytest.mark.parametrize("monitor", ["val/accuracy", "loss", "validation_los", "time/step"])
+def test_wrong_monitor_is_refused(monitor):
+    known = {"val/loss": 1.0, "val/acc": 0.5, "train/loss": 2.0}
+    with pytest.raises(ValueError, match=rf"--monitor {monitor} is no metric of this run; it has .*val/loss"):
+        checkpoint.check_monitor(CheckpointConfig(monitor=monitor), known)
+
+
+def test_half_written_and_half_deleted_are_never_picked_up(tmp_path):
+    assert checkpoint.newest(tmp_path / "absent") is None
+    fake(tmp_path, 10, loss=1.0)
+    fake(tmp_path, 20, loss=2.0).rename(tmp_path / "step_00000020.tmp")
+    (fake(tmp_path, 30, loss=3.0) / "state.json").unlink()
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000010"
+
+
+def test_half_deleted_checkpoint_does_not_stop_a_save(tmp_path):
+    """A kill inside `prune` may leave a directory with anything missing, its state.json as well."""
+    (fake(tmp_path, 10, loss=1.0) / "state.json").unlink()
+    fake(tmp_path, 20, loss=2.0)
+    fake(tmp_path, 30, loss=3.0)
+    assert steps_left(tmp_path, 1, "val_loss") == [10, 20, 30]
+
+
+def test_deleting_is_never_seen_half_done(tmp_path, monkeypatch):
+    """What has a checkpoint's name is complete: a kill inside a deletion leaves it under another name."""
+    fake(tmp_path, 10, loss=2.0)
+    fake(tmp_path, 20, loss=1.0)
+    fake(tmp_path, 30, loss=3.0)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # killed before it could delete anything
+    assert checkpoint.newest(tmp_path).name == "step_00000030"
+    checkpoint.prune(tmp_path, CheckpointConfig())
+    assert sorted(path.name for path in tmp_path.glob("step_????????")) == ["step_00000020", "step_00000030"]
+
+
+def test_is_due():
+    assert [step for step in range(1, 13) if checkpoint.is_due(CheckpointConfig(save_interval=5), step)] == [
+        5,
+        10,
+    ]
+    assert not any(checkpoint.is_due(CheckpointConfig(save_interval=0), step) for step in range(1, 13))

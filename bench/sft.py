@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BATCH = 8
 PACK = 1024
-MICRO_BATCH_TOKENS = 4096  # the default of train_sft.py
+MICRO_BATCH_TOKENS = PACK  # as many tokens in a forward pass as trl-packed has
 LEARNING_RATE = 1e-5
 CLIP_GRAD = 1.0
 IGNORED = -100  # label of a token that is not trained, in TRL and transformers

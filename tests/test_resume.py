@@ -1,6 +1,6 @@
 """A run that is stopped or killed and started again ends as if nothing had happened.
 
-Bit for bit in the same layout, to rounding in another. A run is killed 4 times, or RESUME_KILLS (at most 10).
+Bit for bit in the same layout, to rounding in another. A run is killed 3 times, or RESUME_KILLS (at most 10).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from tests.conftest import ROOT, environment, torchrun
 
 STEPS, SAVE_INTERVAL = 40, 8  # two epochs
 KINDS_OF_KILLS = ("save", "steps", "start", "steps", "save", "start", "steps", "start", "save", "export")
-NUM_KILLS = int(os.environ.get("RESUME_KILLS", "4"))
+NUM_KILLS = int(os.environ.get("RESUME_KILLS", "3"))
 MAX_START_S = 4.0  # a kill at start falls between the launch and about the first step
 MAX_DELAY_S = 0.2  # a kill in a step or save falls this much after it was seen to begin
 

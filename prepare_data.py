@@ -3,19 +3,22 @@
 python prepare_data.py dolly --input databricks-dolly-15k.jsonl --output data/dolly
 python prepare_data.py oasst --input 2023-04-12_oasst_all.trees.jsonl.gz --output data/oasst
 python prepare_data.py gsm8k --input gsm8k_train.jsonl.gz --output data/gsm8k_train.jsonl
+python prepare_data.py hh --input train.jsonl.gz --test-input test.jsonl.gz --output data/hh
 python prepare_data.py toy --output data/toy
 """
 
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from align.data import read_jsonl, text_field
-from align.toy import toy_rows
+from align.toy import comparisons, toy_rows
 
 OASST_ROLES = {"prompter": "User", "assistant": "Assistant"}
 OASST_LABELS = ("quality", "toxicity", "humor", "creativity")
@@ -23,11 +26,15 @@ OASST_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 
 
 def main() -> None:
     """Run the subcommand named on the command line."""
-    tyro.extras.subcommand_cli_from_dict({"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "toy": toy})
+    tyro.extras.subcommand_cli_from_dict(
+        {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "toy": toy}
+    )
 
 
 def dolly(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 1234) -> None:
@@ -133,19 +140,134 @@ def gsm8k_row(row: dict) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def toy(
-    output: Path, train_rows: int = 4000, val_rows: int = 200, mistakes: float = 0.4, seed: int = 1234
+def hh(
+    input: tuple[Path, ...],
+    output: Path,
+    test_input: tuple[Path, ...] = (),
+    test_fraction: float | None = None,
+    style: Literal["messages", "text"] = "messages",
+    seed: int = 1234,
 ) -> None:
-    """The sorting task of the demo as {"messages"} rows; no prompt of val.jsonl is in train.jsonl.
+    """Anthropic's HH-RLHF {"chosen", "rejected"} to {"prompt", "chosen", "rejected"} and to prompts alone.
+
+    Rows that open with the same human message are of one conversation, at several depths or with several
+    answers; all of them are on one side of the split.
 
     Args:
-        output: directory for train.jsonl and val.jsonl
+        input: train.jsonl of one or several of its sets, plain or .gz
+        output: directory for train_ and test_comparisons.jsonl, train_ and test_prompts.jsonl
+        test_input: the test set; rows of --input that open like one of its conversations are dropped
+        test_fraction: without --test-input, share of the conversations that is held out (default: 0.1)
+        style: chat messages, or text that reads "User: ... Assistant: ..."
+        seed: of the choice of conversations that are held out
+    """
+    if test_input and test_fraction is not None:
+        raise ValueError(f"--test-fraction {test_fraction}: --test-input is the test set, give one of them")
+    pairs = hh_pairs(input)
+    if test_input:
+        test = hh_pairs(test_input)
+        openings = {hh_opening(pair) for pair in test}
+    else:
+        every = list(dict.fromkeys(map(hh_opening, pairs)))
+        random.Random(seed).shuffle(every)
+        openings = set(split(every, 0.1 if test_fraction is None else test_fraction, "--test-fraction")[1])
+        test = [pair for pair in pairs if hh_opening(pair) in openings]
+    train = [pair for pair in pairs if hh_opening(pair) not in openings]
+    if test_input:
+        print(f"dropped from --input: {len(pairs) - len(train)} that open like a row of --test-input")
+    if not train or not test:
+        raise ValueError(f"{output}: {len(train)} pairs to train on and {len(test)} to test: both need some")
+    for name, part in (("train", train), ("test", test)):
+        rows = [hh_row(*pair, style) for pair in part]
+        prompts = {json.dumps(row["prompt"]): {"prompt": row["prompt"]} for row in rows}
+        write_jsonl(output / f"{name}_comparisons.jsonl", rows)
+        write_jsonl(output / f"{name}_prompts.jsonl", list(prompts.values()))
+
+
+def hh_pairs(paths: tuple[Path, ...]) -> list[tuple[list[dict], list[dict]]]:
+    """Chosen and rejected conversation of each row without a flaw; how many have which is printed."""
+    pairs, flaws = [], Counter()
+    for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
+        chosen, rejected = (
+            hh_messages(convert(where, row, text_field, name)) for name in ("chosen", "rejected")
+        )
+        flaw = hh_flaw(chosen, rejected)
+        flaws[flaw] += 1
+        if flaw is None:
+            pairs.append((chosen, rejected))
+    dropped = ", ".join(f"{count} {flaw}" for flaw, count in flaws.items() if flaw) or "none"
+    print(f"{', '.join(map(str, paths))}: {flaws.total()} pairs, dropped: {dropped}")
+    return pairs
+
+
+def hh_messages(text: str) -> list[dict]:
+    """The turns of a text as messages, stripped; none if it does not begin with a turn."""
+    start, *turns = re.split(r"\n\n(Human|Assistant):", text)
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    messages = [{"role": HH_ROLES[role], "content": content.strip()} for role, content in pairs]
+    return [] if start.strip() else messages
+
+
+def hh_flaw(chosen: list[dict], rejected: list[dict]) -> str | None:
+    """Why a pair is of no use, or None."""
+    for messages in (chosen, rejected):
+        roles = [message["role"] for message in messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            return "in which turns do not alternate"
+    if chosen[:-1] != rejected[:-1]:
+        return "with different prompts"
+    if not all(message["content"] for message in chosen[::2]):
+        return "with an empty question"
+    return "with identical answers" if chosen == rejected else None
+
+
+def hh_opening(pair: tuple[list[dict], list[dict]]) -> str:
+    """The first human message, which tells conversations apart."""
+    return pair[0][0]["content"]
+
+
+def hh_row(chosen: list[dict], rejected: list[dict], style: Literal["messages", "text"]) -> dict:
+    """A pair as a row of preferences. In text an answer starts with its space, and a prompt ends before it:
+    so the tokens of a prompt are the same in the comparisons and where an answer is generated."""
+    if style == "messages":
+        return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    prompt = "".join(f"{HH_LABELS[turn['role']]}{spaced(turn['content'])}\n\n" for turn in chosen[:-1])
+    return {
+        "prompt": prompt + HH_LABELS["assistant"],
+        "chosen": spaced(chosen[-1]["content"]),
+        "rejected": spaced(rejected[-1]["content"]),
+    }
+
+
+def spaced(content: str) -> str:
+    """`content` after a space; nothing if it is empty."""
+    return f" {content}" if content else ""
+
+
+def toy(
+    output: Path,
+    train_rows: int = 4000,
+    val_rows: int = 200,
+    mistakes: float = 0.4,
+    train_comparisons: int = 2000,
+    val_comparisons: int = 200,
+    seed: int = 1234,
+) -> None:
+    """The sorting task of the demo as {"messages"} rows and as comparisons; no prompt occurs twice.
+
+    Args:
+        output: directory for train.jsonl, val.jsonl, train_comparisons.jsonl and val_comparisons.jsonl
         train_rows: rows of train.jsonl
         val_rows: rows of val.jsonl, all answered right
         mistakes: share of the answers in train.jsonl that have two neighbours swapped
+        train_comparisons: rows of train_comparisons.jsonl, each a right answer and one with such a mistake
+        val_comparisons: rows of val_comparisons.jsonl
         seed: of the prompts and the mistakes
     """
-    write_split(output, *toy_rows(train_rows, val_rows, mistakes, seed))
+    rows = toy_rows(train_rows, val_rows, mistakes, seed)
+    pairs = comparisons(train_comparisons, val_comparisons, seed, after=train_rows + val_rows)
+    write_split(output, *rows)
+    write_split(output, *pairs, suffix="_comparisons")
 
 
 def convert(where: str, row: dict, convert_row: Callable, *args: object) -> Any:
@@ -156,24 +278,22 @@ def convert(where: str, row: dict, convert_row: Callable, *args: object) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def split(items: list, val_fraction: float) -> tuple[list, list]:
+def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[list, list]:
     """Items to train on and, from the end, to validate on. Raises ValueError if one part would be empty."""
-    num_train = int(len(items) * (1 - val_fraction))
+    num_train = int(len(items) * (1 - fraction))
     if not 0 < num_train < len(items):
-        raise ValueError(
-            f"--val-fraction {val_fraction} of {len(items)} must leave some to train and to validate on"
-        )
+        raise ValueError(f"{flag} {fraction} of {len(items)} must leave some to train and to validate on")
     return items[:num_train], items[num_train:]
 
 
-def write_split(directory: Path, train: list[dict], val: list[dict]) -> None:
-    """Write train.jsonl and val.jsonl. Raises ValueError if one would be empty."""
+def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str = "") -> None:
+    """Write train{suffix}.jsonl and val{suffix}.jsonl. Raises ValueError if one would be empty."""
     if not train or not val:
         raise ValueError(
             f"{directory}: {len(train)} rows to train on and {len(val)} to validate on: both need some"
         )
-    write_jsonl(directory / "train.jsonl", train)
-    write_jsonl(directory / "val.jsonl", val)
+    write_jsonl(directory / f"train{suffix}.jsonl", train)
+    write_jsonl(directory / f"val{suffix}.jsonl", val)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -8,7 +8,7 @@ log-likelihood of the answers, averaged over all trained tokens of the global ba
 a Hugging Face directory. Without arguments the built-in tiny model learns a toy task.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
+    architecture,
     checkpoint,
     data,
     engine,
@@ -28,63 +29,27 @@ from align import (
     tokenizer,
     toy,
 )
-from align.checkpoint import CheckpointConfig
 from align.data import FormatConfig
-from align.metrics import Clock, Run, RunConfig, model_flops
-from align.model import ModelConfig
-from align.optim import OptimConfig
+from align.loop import CommonConfig
+from align.metrics import Clock, Run, RunConfig, speed
 from align.packing import Batch, Example
-from align.parallel import ParallelConfig
 
 # ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
-    train_data: tuple[Path, ...] = ()
-    """training rows: jsonl files, plain or .gz (default: a toy task, written to OUTPUT/data)"""
-    val_data: tuple[Path, ...] = ()
-    """validation rows"""
-    global_batch_size: int = 32
-    """sequences per optimizer step, over all ranks"""
-    micro_batch_tokens: int = 4096
-    """most tokens in one forward pass of a rank; sequences are packed up to it"""
-    micro_batch_size: int | None = None
-    """most sequences in one forward pass (default: as many as fit)"""
-    max_epochs: int = 1
-    """passes over the training rows"""
-    max_steps: int | None = None
-    """most optimizer steps (default: what --max-epochs gives)"""
-    max_time: str | None = None
-    """HH:MM:SS after which the run saves and exits with status 0; the same command continues it"""
-    val_interval: int = 100
-    """steps between validations; there is one before the first step and one after the last as well"""
-    val_batches: int | None = None
-    """global batches per validation (default: all of --val-data)"""
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    format: FormatConfig = field(default_factory=FormatConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-    def __post_init__(self):
-        batch = ("global_batch_size", "micro_batch_tokens", "micro_batch_size")
-        for name in (*batch, "max_epochs", "max_steps", "val_interval", "val_batches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if self.val_data and not self.train_data:
-            raise ValueError("--val-data without --train-data: give both, or none for the toy task")
+class Config(CommonConfig):
+    format: FormatConfig = FormatConfig()
+    run: RunConfig = RunConfig(output=Path("runs/sft"))
 
 
 @record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
-    arch = huggingface.read_config(config.model.path)
+    arch = architecture.read_config(config.model.path)
     model.check(arch, config.model, config.parallel)
-    packing.check_budget(config.format.max_seq_len, config.micro_batch_tokens, arch.max_positions)
-    stop = parallel.Stop(config.max_time)
+    packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions)
+    stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
     run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
 
@@ -94,32 +59,22 @@ def main(config: Config) -> None:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
     text = tokenizer.load(config.model.path)
     train, counts = data.load_sft(train_files, text, config.format)
-    packing.check_size(len(train), config.global_batch_size, "--train-data")
+    packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
     run.say(f"training data: {data.describe(counts)}")
     run.say(f"first example, trained tokens in brackets:\n{data.show(train[0], text)}")
     val = []
     if val_files:
         val, counts = data.load_sft(val_files, text, config.format)
         run.say(f"validation data: {data.describe(counts)}")
-    if config.val_batches is not None:
-        val = val[: config.val_batches * config.global_batch_size]
+        val = val[config.val_rows()]
     packing.check_ids(train + val, arch.vocab_size)
-    total_steps = len(train) // config.global_batch_size * config.max_epochs
-    if config.max_steps is not None:
-        total_steps = min(total_steps, config.max_steps)
+    total_steps = config.total_steps(len(train))
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
 
     def micro_batches(examples: list[Example]) -> list[Batch]:
         """This rank's share of some examples, packed."""
-        lengths = [example.num_inputs for example in examples]
-        plan = packing.plan(lengths, parallel.dp_size(), config.micro_batch_tokens, config.micro_batch_size)
-        return [
-            packing.collate([examples[i] for i in rows], engine.alignment(config.parallel)).to(
-                parallel.device()
-            )
-            for rows in plan[parallel.dp_rank()]
-        ]
+        return engine.micro_batches([[example] for example in examples], config.batch, config.parallel)
 
     # ---- model -----------------------------------------------------------------------------------
     policy = model.build_policy(arch, config.model, config.parallel)
@@ -152,7 +107,7 @@ def main(config: Config) -> None:
     clock, reason = Clock(), None
     for step in range(first_step, total_steps):
         # batch
-        rows = packing.global_batch(len(train), config.global_batch_size, config.parallel.seed, step)
+        rows = packing.global_batch(len(train), config.batch, config.parallel.seed, step)
         examples = [train[row] for row in rows]
         batches = micro_batches(examples)
         clock.lap("data")
@@ -169,19 +124,15 @@ def main(config: Config) -> None:
         done, reason = step + 1, stop.reason()
         metrics = {f"train/{name}": value for name, value in found.items()}
         tokens = sum(example.num_inputs for example in examples)
-        seconds = clock.total("data", "forward_backward", "optimizer")
-        if val and (done % config.val_interval == 0 or done == total_steps):
+        metrics |= speed(arch.matmul_params, tokens, clock.total("data", "forward_backward", "optimizer"))
+        if val and config.validates(done, total_steps):
             metrics |= validate()
             clock.lap("validate")
 
         # log, then save: what a checkpoint continues has been logged
         latest |= metrics
         checkpoint.check_monitor(config.checkpoint, latest)
-        speed = {
-            "time/tokens_per_s": tokens / seconds,
-            "time/tflops_per_s": model_flops(arch.matmul_params, tokens) / seconds / 1e12,
-        }
-        run.log(done, {**metrics, **clock.shares(), **speed})
+        run.log(done, {**metrics, **clock.shares()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
             checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
             clock.lap("save")  # counted in the next step's line

@@ -36,6 +36,13 @@ class Tokenizer(Protocol):
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str: ...
 
 
+class BosChoice(Protocol):
+    """What `add_bos` needs of a row format; `FormatConfig` is one."""
+
+    @property
+    def add_bos(self) -> bool | None: ...
+
+
 @dataclass(frozen=True)
 class FormatConfig:
     """How a row becomes tokens."""
@@ -194,9 +201,14 @@ def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Exam
     example.trained[:1] = False
     if not example.trained.any():
         raise ValueError("no trained token: the row has no answer")
+    check_bos(ids, tokenizer)
+    return example, cut_prompt
+
+
+def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
+    """Raises ValueError if a row starts with two BOS."""
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
         raise ValueError("two BOS at the start: the text brings its own, so use --add-bos False")
-    return example, cut_prompt
 
 
 def bos_prefix(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
@@ -206,7 +218,7 @@ def bos_prefix(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
     return [tokenizer.bos_id] if add_bos else []
 
 
-def add_bos(tokenizer: Tokenizer, fmt: FormatConfig) -> bool:
+def add_bos(tokenizer: Tokenizer, fmt: BosChoice) -> bool:
     """Whether rows other than messages start with BOS."""
     return tokenizer.adds_bos if fmt.add_bos is None else fmt.add_bos
 
@@ -247,18 +259,30 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or fmt.loss_on == "all":
             continue
-        prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
-        start = count_prefix_tokens(prompt, text, ids, tokenizer)
-        end = count_prefix_tokens(tokenizer.render(messages[: i + 1]), text, ids, tokenizer)
-        stops = [t for t in range(start, end) if ids[t] in tokenizer.stop_ids]
-        if not stops:
-            raise ValueError(
-                f"end of turn not trained: the chat template ends message {i} without a stop token: "
-                "add the id of its end-of-turn token to eos_token_id in generation_config.json"
-            )
-        trained[start : stops[-1] + 1] = [True] * (stops[-1] + 1 - start)
+        start, end = answer_span(messages, i, text, ids, tokenizer)
+        trained[start:end] = [True] * (end - start)
     bos = bos_prefix(tokenizer, fmt.add_bos is True)
     return bos + ids, [False] * len(bos) + trained
+
+
+def answer_span(
+    messages: list[dict], i: int, text: str, ids: list[int], tokenizer: Tokenizer
+) -> tuple[int, int]:
+    """Where message `i`, an answer, lies in `ids`, the tokens of the rendered chat `text`: [start, end).
+
+    From what follows the template's generation prompt to the last stop token. Raises ValueError if there is
+    none, and for a template that `count_prefix_tokens` refuses.
+    """
+    prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
+    start = count_prefix_tokens(prompt, text, ids, tokenizer)
+    end = count_prefix_tokens(tokenizer.render(messages[: i + 1]), text, ids, tokenizer)
+    stops = [t for t in range(start, end) if ids[t] in tokenizer.stop_ids]
+    if not stops:
+        raise ValueError(
+            f"end of turn not trained: the chat template ends message {i} without a stop token: "
+            "add the id of its end-of-turn token to eos_token_id in generation_config.json"
+        )
+    return start, stops[-1] + 1
 
 
 def check_messages(messages: list[dict]) -> None:

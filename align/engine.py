@@ -2,9 +2,10 @@
 
 A script gives a list of packed micro-batches and a loss function
 
-    loss_fn(batch, logprobs) -> loss, metrics
+    loss_fn(batch, output) -> loss, metrics
 
-that sees one micro-batch and returns **sums**: the loss to minimise, a scalar, and what to log, scalars by
+that sees one micro-batch and what the model's last stage made of it (a policy: log-probs [T], a reward model:
+values [T, A]), and returns **sums**: the loss to minimise, a scalar, and what to log, scalars by
 name. The engine divides all of them by one denominator, that of the whole step over all ranks (trained
 tokens, pairs, sequences), before the backward pass. So neither the gradient nor a metric depends on how the
 step was split.
@@ -13,8 +14,9 @@ step was split.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -24,10 +26,35 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from align import attention, parallel
-from align.packing import Batch
+from align import attention, packing, parallel
+from align.packing import Batch, BatchConfig, Example
 
 LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+def micro_batches(
+    rows: Sequence[Sequence[Example]],
+    config: BatchConfig,
+    layout: parallel.ParallelConfig,
+    values: Mapping[str, Sequence[np.ndarray]] | None = None,
+) -> list[Batch]:
+    """This data parallel rank's share of some rows, packed, on its device.
+
+    Args:
+        rows: each one or several examples that stay together in one micro-batch, such as a pair.
+        values: by name, an array [k, ...] for each row. A micro-batch has those of its rows end to end in
+            `extra`, in the order of its rows.
+    """
+    lengths = [sum(example.num_inputs for example in row) for row in rows]
+    plan = packing.plan(lengths, parallel.dp_size(), config.micro_batch_tokens, config.micro_batch_size)
+    batches = []
+    for chosen in plan[parallel.dp_rank()]:
+        batch = packing.collate([example for i in chosen for example in rows[i]], alignment(layout))
+        for name, arrays in (values or {}).items():
+            parts = [arrays[i] for i in chosen] or [arrays[0][:0]]
+            batch.extra[name] = torch.from_numpy(np.concatenate(parts))
+        batches.append(batch.to(parallel.device()))
+    return batches
 
 
 def forward_backward(
@@ -60,6 +87,25 @@ def evaluate(
     return metrics
 
 
+@torch.no_grad()
+def outputs(
+    model: DistributedDataParallel, batches: list[Batch], compute: Callable[[Batch, Tensor], Tensor]
+) -> list[Tensor]:
+    """`compute(batch, output)` of each micro-batch, without a gradient, on every stage.
+
+    The output is what a loss function is given, and comes from the same forward pass: of the same micro-batch
+    it has the same bits as in training.
+    """
+
+    def finish(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return output.new_zeros(()), torch.zeros((), dtype=torch.int), compute(batch, output)
+
+    model.eval()
+    found = schedule(model, batches, finish, forward_only=True)
+    model.train()
+    return parallel.list_from_last_stage(found)
+
+
 def run(
     model: DistributedDataParallel,
     batches: list[Batch],
@@ -67,9 +113,27 @@ def run(
     denominator: float,
     forward_only: bool,
 ) -> dict[str, float]:
-    """Drive Megatron's schedule over the micro-batches and reduce what the loss function returned."""
-    parts = get_forward_backward_func()(
-        forward_step_func=functools.partial(forward_step, loss_fn=loss_fn, denominator=denominator),
+    """Loss and metrics of the micro-batches, and their gradient unless `forward_only`."""
+
+    def finish(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, sums = loss_fn(batch, output)
+        no_tokens = torch.zeros((), dtype=torch.int)  # "0 tokens" tells Megatron not to divide the gradient
+        sums = {"loss": total, **sums}
+        return total / denominator, no_tokens, {name: value.detach().double() for name, value in sums.items()}
+
+    return reduce_metrics(schedule(model, batches, finish, forward_only), denominator)
+
+
+def schedule(
+    model: DistributedDataParallel, batches: list[Batch], finish: Callable, forward_only: bool
+) -> list:
+    """Drive Megatron's schedule over the micro-batches.
+
+    `finish(batch, output)` runs on the last stage and returns the loss, "0 tokens", and what to collect.
+    Returns what was collected, one item per micro-batch; nothing on the other stages.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=functools.partial(forward_step, finish=finish),
         data_iterator=iter(batches),
         model=[model],
         num_microbatches=len(batches),
@@ -77,27 +141,18 @@ def run(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return reduce_metrics(parts, denominator)
 
 
 def forward_step(
-    batches: Iterator[Batch], model: DistributedDataParallel, loss_fn: LossFn, denominator: float
+    batches: Iterator[Batch], model: DistributedDataParallel, finish: Callable
 ) -> tuple[Tensor, Callable]:
     """One micro-batch through this stage; the schedule calls the returned function on the last stage."""
     batch = next(batches)
-    output = forward(model, batch)
-
-    def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total, sums = loss_fn(batch, whole_sequence(output))
-        no_tokens = torch.zeros((), dtype=torch.int)  # "0 tokens" tells Megatron not to divide the gradient
-        sums = {"loss": total, **sums}
-        return total / denominator, no_tokens, {name: value.detach().double() for name, value in sums.items()}
-
-    return output, loss
+    return forward(model, batch), lambda output: finish(batch, whole_sequence(output))
 
 
 def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
-    """One micro-batch through this stage: hidden states for the next, log-probs [T/cp] on the last."""
+    """One micro-batch through this stage: hidden states for the next, on the last log-probs or values."""
     tokens = len(batch.tokens)
     cp, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
     part = slice(rank * tokens // cp, (rank + 1) * tokens // cp)  # collate made T a multiple of cp

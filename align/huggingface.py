@@ -9,6 +9,7 @@
     mlp.linear_fc2                       down_proj                           columns
     embedding, output_layer              embed_tokens, lm_head               rows, padded with zeros
     decoder.final_layernorm              norm                                no
+    score (reward models)                score                               no
 
 Reading, a rank opens only its own rows or columns. Writing, the first rank of each stage collects one matrix
 at a time and holds at most one file.
@@ -30,136 +31,13 @@ from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from align.model import Architecture, Policy
+from align.architecture import Architecture
+from align.model import Decoder, Scorer
 
 MAX_FILE_BYTES = 2 * 1024**3
 
-# ---- config.json ---------------------------------------------------------------------------------
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-IMPLEMENTED = {
-    *(
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
-    *(
-        "initializer_range",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "sliding_window",
-        "use_sliding_window",
-    ),
-    *("max_window_layers", "layer_types"),
-}
-WITHOUT_EFFECT = {
-    *(
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-    ),
-    *("pad_token_id", "pretraining_tp", "_name_or_path", "id2label", "label2id", "is_llama_config"),
-    *("transformers.js_config", "output_attentions", "output_hidden_states", "return_dict", "problem_type"),
-    *("chunk_size_feed_forward", "is_encoder_decoder", "unk_token_id", "sep_token_id"),
-}
-ONLY_VALUE = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
-}
-ROPE_FIELDS = {
-    "default": {"rope_theta", "rope_type"},
-    "linear": {"rope_theta", "rope_type", "factor"},
-    "llama3": {
-        *("rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor"),
-        "original_max_position_embeddings",
-    },
-}
-
-
-def read_config(directory: Path) -> Architecture:
-    """The architecture that a directory's config.json describes.
-
-    Raises:
-        ValueError: an unknown architecture, or a field that changes the computation and is not implemented.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    check_fields(raw, path)
-    hf = AutoConfig.from_pretrained(directory, local_files_only=True)
-    family = hf.model_type
-    return Architecture(
-        family=family,
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        ffn_size=hf.intermediate_size,
-        layers=hf.num_hidden_layers,
-        heads=hf.num_attention_heads,
-        kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        norm_eps=hf.rms_norm_eps,
-        init_std=hf.initializer_range,
-        max_positions=hf.max_position_embeddings,
-        tied_embeddings=bool(hf.tie_word_embeddings),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        window=hf.sliding_window if family == "mistral" else None,
-        rope=rope_parameters(hf.rope_parameters, path),
-    )
-
-
-def check_fields(raw: dict, path: Path) -> None:
-    """Refuse what we do not implement, by the name that the file gives it."""
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{path}: model_type {family!r} is not implemented; known: {', '.join(FAMILIES)}")
-    for name, value in raw.items():
-        if name in ONLY_VALUE and value not in (None, ONLY_VALUE[name]):
-            raise ValueError(f"{path}: {name} = {value!r} is not implemented, only {ONLY_VALUE[name]!r}")
-        if name not in IMPLEMENTED | WITHOUT_EFFECT | set(ONLY_VALUE):
-            raise ValueError(
-                f"{path}: the field {name!r} is not implemented. If it does not change what the model "
-                "computes, remove it from the file"
-            )
-    if raw.get("use_sliding_window"):
-        raise ValueError(
-            f"{path}: use_sliding_window = true is not implemented (windows in some layers only)"
-        )
-    kinds = set(raw.get("layer_types") or [])
-    if kinds - {"full_attention"} and not (family == "mistral" and kinds == {"sliding_attention"}):
-        raise ValueError(f"{path}: layer_types {sorted(kinds)} is not implemented; all layers must be alike")
-
-
-def rope_parameters(rope: dict, path: Path) -> tuple[tuple[str, float | str], ...]:
-    """Hugging Face's rope_parameters as sorted items, checked."""
-    rope = {name: value for name, value in rope.items() if value is not None and name != "type"}
-    kind = rope.setdefault("rope_type", "default")
-    if kind not in ROPE_FIELDS:
-        raise ValueError(f"{path}: rope_type {kind!r} is not implemented; known: {', '.join(ROPE_FIELDS)}")
-    if unknown := set(rope) - ROPE_FIELDS[kind] - {"partial_rotary_factor"}:
-        raise ValueError(f"{path}: {sorted(unknown)} in rope_parameters of type {kind!r} is not implemented")
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor other than 1.0 is not implemented")
-    return tuple(sorted(rope.items()))
+# ---- what the files hold --------------------------------------------------------------------------
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -183,6 +61,8 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             }.items()
         }
     shapes["model.norm.weight"] = (hidden,)
+    if arch.labels:
+        return {**shapes, "score.weight": (arch.labels, hidden)}
     return shapes if arch.tied_embeddings else {**shapes, "lm_head.weight": (arch.vocab_size, hidden)}
 
 
@@ -265,6 +145,17 @@ class RandomSource:
         return full[rows] if columns is None else full[rows, columns]
 
 
+class FreshHead:
+    """A language model's weights, and a random head, which makes a reward model of it."""
+
+    def __init__(self, trunk: Source, arch: Architecture, seed: int):
+        """`arch`: that of the reward model."""
+        self.trunk, self.head = trunk, RandomSource(arch, seed)
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        return (self.head if name == "score.weight" else self.trunk).read(name, rows, columns)
+
+
 def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
     """The weights in a directory; random ones for the built-in tiny model, which is a config.json only."""
     if list(Path(directory).glob("*.safetensors")) or list(Path(directory).glob("*.bin")):
@@ -278,7 +169,7 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
 
 
 @torch.no_grad()
-def load(model: Policy, source: Source) -> None:
+def load(model: Decoder, source: Source) -> None:
     """Fill this rank's shard. Call before the model is wrapped and the optimizer made."""
     for name, parameter, hf_name in named_parameters(model):
         part = read_part(source, model.arch, name, hf_name, parameter)
@@ -328,7 +219,7 @@ def part_of(size: int, parts: int, index: int) -> slice:
     return slice(index * size // parts, (index + 1) * size // parts)
 
 
-def named_parameters(model: Policy) -> Iterator[tuple[str, nn.Parameter, str]]:
+def named_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
     """(Megatron's name, parameter, Hugging Face's name) of each parameter on this rank.
 
     A Hugging Face name with a * stands for several tensors: q, k, v or gate, up.
@@ -347,6 +238,7 @@ OUTER_NAMES = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
+    "score.weight": "score.weight",
 }
 LAYER_NAMES = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -392,7 +284,7 @@ def save(
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
         write_index(unfinished, {name: size for written in everyone for name, size in written.items()})
-        write_configs(start_from, unfinished, model.config.params_dtype)
+        write_configs(start_from, unfinished, model)
         for write in companions:
             write(unfinished)
         shutil.rmtree(directory, ignore_errors=True)
@@ -400,7 +292,7 @@ def save(
     dist.barrier()
 
 
-def write_files(model: Policy, directory: Path) -> dict[str, tuple[str, int]]:
+def write_files(model: Decoder, directory: Path) -> dict[str, tuple[str, int]]:
     """Write this stage's tensors, in files up to the limit: {tensor: (file, bytes)}, on the first rank."""
     stage, written, held, held_bytes = mpu.get_pipeline_model_parallel_rank(), {}, {}, 0
 
@@ -421,12 +313,14 @@ def write_files(model: Policy, directory: Path) -> dict[str, tuple[str, int]]:
     return written
 
 
-def full_tensors(model: Policy) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor on the CPU) of this stage's weights, on its first tensor parallel rank."""
     for name, parameter, hf_name in named_parameters(model):
         parts = gather_parts(parameter)
         if parts is None or (name == "output_layer.weight" and model.arch.tied_embeddings):
             continue
+        if name == "score.weight":
+            parts = [model.one_label()]
         for whole_name, tensor in join(parts, model.arch, name, hf_name):
             yield whole_name, tensor.cpu().contiguous().clone()
 
@@ -476,11 +370,16 @@ def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_configs(start_from: Path, directory: Path, dtype: torch.dtype) -> None:
-    """config.json with the precision of the files, and generation_config.json if there is one."""
+def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
+    """config.json for these files, and what else of generation and prompt formats the first model had."""
     config = json.loads((Path(start_from) / "config.json").read_text())
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    precision = str(model.config.params_dtype).removeprefix("torch.")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = precision
+    if isinstance(model, Scorer):
+        family = config["architectures"][0].partition("For")[0]
+        config |= {"architectures": [f"{family}ForSequenceClassification"], "num_labels": 1}
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = Path(start_from) / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, directory / generation.name)
+    for name in ("generation_config.json", "prompt_format.json"):
+        if (Path(start_from) / name).is_file():
+            shutil.copyfile(Path(start_from) / name, directory / name)

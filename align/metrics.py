@@ -21,10 +21,12 @@ from pathlib import Path
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
     "train/loss": ("loss", "7.4f"),
+    "train/acc": ("acc", "5.3f"),
     "train/grad_norm": ("grad_norm", "8.3f"),
     "train/lr": ("lr", "8.2e"),
     "time/tokens_per_s": ("tokens/s", "9,.0f"),
     "val/loss": ("val_loss", "7.4f"),
+    "val/acc": ("val_acc", "5.3f"),
 }
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
 BAR_WIDTH = 20
@@ -193,12 +195,23 @@ class Clock:
         return {"time/step": total, **shares}
 
 
-def model_flops(num_matmul_params: int, tokens: int) -> float:
-    """Operations of forward and backward: 2 per weight and token forward, 4 backward; attention not counted.
+def speed(num_matmul_params: int, tokens: int, seconds: float) -> dict[str, float]:
+    """Tokens per second of a step, and the arithmetic that they needed.
 
-    `num_matmul_params` leaves out the input embedding, which is a look-up. Recomputation does not count.
+    A token takes 6 operations per weight, 2 forward and 4 backward; attention and recomputation do not count.
+    `num_matmul_params` leaves out the input embedding, which is a look-up.
     """
-    return 6.0 * num_matmul_params * tokens
+    flops = 6.0 * num_matmul_params * tokens
+    return {"time/tokens_per_s": tokens / seconds, "time/tflops_per_s": flops / seconds / 1e12}
+
+
+def with_std(metrics: dict[str, float]) -> dict[str, float]:
+    """The same metrics with NAME_std = sqrt(E[x^2] - E[x]^2) for each NAME_square, which needs a NAME_mean."""
+    done = dict(metrics)
+    for name in [name for name in metrics if name.endswith("_square")]:
+        stem = name.removesuffix("_square")
+        done[f"{stem}_std"] = math.sqrt(max(done.pop(name) - done[f"{stem}_mean"] ** 2, 0.0))
+    return done
 
 
 def columns(metrics: dict[str, float]) -> str:

@@ -1,10 +1,11 @@
-"""The policy: Megatron's GPTModel with our norm, attention and log-probabilities, for the Llama family.
+"""Policy and reward model: Megatron's GPTModel with our norm, attention and heads, for the Llama family.
 
-`Architecture` says what the model is (align.huggingface reads it from a config.json), `ModelConfig` how this
-run computes it. `build_policy` makes this rank's shard without weights; align.huggingface.load fills it.
+`Architecture` says what the model is, `ModelConfig` how this run computes it. `build_policy` and
+`build_scorer` make this rank's shard without weights; align.huggingface.load fills it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,47 +33,16 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
+from align.architecture import Architecture
 from align.attention import Packing, TorchAttention
 from align.layers import RMSNorm, SwiGLU, rotation
 from align.logprobs import target_logprobs
 from align.parallel import ParallelConfig, device
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a model computes: Llama, Mistral, Qwen2 and Qwen3 are one decoder with a few switches."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    ffn_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
-    init_std: float
-    max_positions: int
-    tied_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
-    window: int | None
-    """sliding window: a token sees itself and the window - 1 tokens before it; None for all"""
-    rope: tuple[tuple[str, float | str], ...]
-    """Hugging Face's rope_parameters, as sorted items"""
-
-    @property
-    def matmul_params(self) -> int:
-        """Weights that multiply every token: matrices and output embedding, without the input embedding."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return (
-            self.layers * (attention + 3 * self.hidden_size * self.ffn_size)
-            + self.vocab_size * self.hidden_size
-        )
 
 
 @dataclass(frozen=True)
@@ -134,15 +104,16 @@ def describe(arch: Architecture, config: ModelConfig) -> str:
     """What is computed with which kernels, for the log's first lines."""
     kernels = "Transformer Engine" if uses_te(config) else "torch"
     precision = str(config.dtype).removeprefix("torch.")
-    weights = arch.matmul_params + (0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size)
+    one_matrix = arch.tied_embeddings and not arch.labels  # for embedding and output layer
+    weights = arch.matmul_params + (0 if one_matrix else arch.vocab_size * arch.hidden_size)
     size = f"{weights / 1e6:.1f} M weights"
     return f"{arch.family} with {size} from {config.model}, {precision}, {kernels} kernels"
 
 
-class Policy(GPTModel):
-    """A causal language model whose last stage returns the log-probabilities of the targets."""
+class Decoder(GPTModel):
+    """Megatron's GPTModel with our layers; a subclass says what its last stage returns for each token."""
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, te: bool):
+    def __init__(self, config: TransformerConfig, arch: Architecture, te: bool, tied: bool):
         super().__init__(
             config,
             te_layer_spec(arch) if te else torch_block_spec(config, arch),
@@ -151,7 +122,7 @@ class Policy(GPTModel):
             pre_process=mpu.is_pipeline_first_stage(),
             post_process=mpu.is_pipeline_last_stage(),
             parallel_output=True,
-            share_embeddings_and_output_weights=arch.tied_embeddings,
+            share_embeddings_and_output_weights=tied,
             position_embedding_type="rope" if te else "none",
         )
         self.arch, self.te = arch, te
@@ -167,6 +138,13 @@ class Policy(GPTModel):
         if not self.te:
             packed_seq_params.rotation = rotation(position_ids[0], self.frequencies, self.config.params_dtype)
         return super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
+
+
+class Policy(Decoder):
+    """A causal language model whose last stage returns the log-probabilities of the targets."""
+
+    def __init__(self, config: TransformerConfig, arch: Architecture, te: bool):
+        super().__init__(config, arch, te, tied=arch.tied_embeddings)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
         """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere."""
@@ -193,14 +171,68 @@ class Policy(GPTModel):
         return self.output_layer.weight
 
 
+class Scorer(Decoder):
+    """A reward model: its last stage returns `arch.labels` values [T, A] for each token, in fp32.
+
+    The score of a text is what stands at its last token; see align.preferences.as_scored.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, arch: Architecture, te: bool, label_weights: Sequence[float]
+    ):
+        """`label_weights`: what each of the A labels counts in the one score."""
+        super().__init__(config, arch, te, tied=False)
+        assert len(label_weights) == arch.labels
+        self.label_weights = torch.tensor(label_weights, dtype=torch.float32, device=device())
+        self.output_layer = None
+        if self.post_process:
+            self.score = nn.Linear(
+                arch.hidden_size, arch.labels, bias=False, dtype=config.params_dtype, device=device()
+            )
+
+    def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
+        """Values [T, A] of all tokens."""
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # Every tensor parallel rank computes the same head, so each takes its part of one gradient
+            # instead of a sum over all.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden_states.squeeze(1).float() @ self.score.weight.float().t()
+
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
+        """For checkpoints: that of all Megatron modules, since GPTModel's own insists on an output layer."""
+        return MegatronModule.sharded_state_dict(self, *args, **kwargs)
+
+    def one_label(self) -> Tensor:
+        """The head [1, H] that gives the one score: the weighted sum of the labels, which is linear, too."""
+        return (self.label_weights @ self.score.weight.float())[None].to(self.score.weight.dtype)
+
+
 def build_policy(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> Policy:
-    """This rank's shard of the model, its weights not yet filled."""
+    """This rank's shard of a language model, its weights not yet filled."""
+    if arch.labels:
+        raise ValueError(
+            f"--model {config.model} is a reward model (*ForSequenceClassification) and predicts no tokens: "
+            "give a language model"
+        )
     check(arch, config, parallel)
     te = uses_te(config)
     return Policy(transformer_config(arch, config, parallel, te), arch, te)
 
 
-def distributed(model: Policy) -> DistributedDataParallel:
+def build_scorer(
+    arch: Architecture, config: ModelConfig, parallel: ParallelConfig, label_weights: Sequence[float] = (1.0,)
+) -> Scorer:
+    """This rank's shard of a reward model (`arch.labels` > 0), its weights not yet filled."""
+    check(arch, config, parallel)
+    te = uses_te(config)
+    return Scorer(transformer_config(arch, config, parallel, te), arch, te, label_weights)
+
+
+def distributed(model: Decoder) -> DistributedDataParallel:
     """Megatron's data parallelism: gradients in fp32 buffers, summed over data (and context) ranks."""
     ddp = DistributedDataParallel(
         model.config,
@@ -313,7 +345,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def mark_tensor_parallel(model: Policy) -> None:
+def mark_tensor_parallel(model: Decoder) -> None:
     """Mark split weights, as Megatron does when it initialises them.
 
     Without the marks the gradient norm counts only one rank's part of each matrix, and clipping is wrong,

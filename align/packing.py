@@ -5,10 +5,28 @@
 
 import functools
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How much one optimizer step and one forward pass take."""
+
+    global_batch_size: int = 32
+    """rows (sequences, pairs or prompts) per optimizer step, over all ranks"""
+    micro_batch_tokens: int = 4096
+    """most tokens in one forward pass of a rank; sequences are packed up to it"""
+    micro_batch_size: int | None = None
+    """most rows in one forward pass (default: as many as fit)"""
+
+    def __post_init__(self):
+        for name in ("global_batch_size", "micro_batch_tokens", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +47,17 @@ def num_trained(examples: list[Example]) -> int:
     return sum(int(example.trained.sum()) for example in examples)
 
 
-def check_budget(max_seq_len: int, micro_batch_tokens: int, max_positions: int) -> None:
-    """Raises ValueError if one row may be longer than a micro-batch or than the model's context."""
+def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_row: int = 1) -> None:
+    """Raises ValueError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
     if max_seq_len > max_positions:
         raise ValueError(
             f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
         )
-    if max_seq_len > micro_batch_tokens:
+    if per_row * max_seq_len > config.micro_batch_tokens:
+        both = "" if per_row == 1 else f", of which a row has {per_row},"
         raise ValueError(
-            f"--max-seq-len {max_seq_len} is above --micro-batch-tokens {micro_batch_tokens}: raise that"
+            f"--max-seq-len {max_seq_len}{both} is above --micro-batch-tokens {config.micro_batch_tokens}: "
+            "raise that"
         )
 
 
@@ -60,14 +80,14 @@ def check_size(num_rows: int, global_batch_size: int, flag: str) -> None:
         )
 
 
-def global_batch(num_rows: int, global_batch_size: int, seed: int, step: int) -> list[int]:
+def global_batch(num_rows: int, config: BatchConfig, seed: int, step: int) -> list[int]:
     """Row numbers of step `step` (from 0): each epoch a new order, the tail that fills no batch left out.
 
     A function of its arguments alone: that is what makes a resumed run see the same rows.
     """
-    epoch, batch = divmod(step, num_rows // global_batch_size)
-    order = epoch_order(num_rows, seed, epoch)
-    return order[batch * global_batch_size : (batch + 1) * global_batch_size].tolist()
+    size = config.global_batch_size
+    epoch, batch = divmod(step, num_rows // size)
+    return epoch_order(num_rows, seed, epoch)[batch * size : (batch + 1) * size].tolist()
 
 
 @functools.lru_cache(maxsize=2)
@@ -130,6 +150,7 @@ class Batch:
     positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
     cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
     lengths: list[int]  # [N], the lengths of the sequences, on the host
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the loss needs, by name
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -140,6 +161,7 @@ class Batch:
             self.positions.to(device),
             self.cu_seqlens.to(device),
             self.lengths,
+            {name: tensor.to(device) for name, tensor in self.extra.items()},
         )
 
 

@@ -174,6 +174,13 @@ def sum_over_dp(x: Tensor) -> Tensor:
     return x
 
 
+def gather_over_dp(item: T) -> list[T]:
+    """The items of all data parallel ranks, in their order. Collective."""
+    items: list[T | None] = [None] * dp_size()
+    dist.all_gather_object(items, item, group=mpu.get_data_parallel_group())
+    return items
+
+
 def from_last_stage(x: Tensor) -> Tensor:
     """Copy a tensor from the last pipeline stage to every stage, in place."""
     if mpu.get_pipeline_model_parallel_world_size() > 1:
@@ -181,6 +188,20 @@ def from_last_stage(x: Tensor) -> Tensor:
             x, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
         )
     return x
+
+
+def list_from_last_stage(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy the last pipeline stage's list of tensors, of whatever shapes, to every stage. Collective."""
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        return tensors
+    group, last = mpu.get_pipeline_model_parallel_group(), mpu.get_pipeline_model_parallel_last_rank()
+    box = [[(tensor.shape, tensor.dtype) for tensor in tensors]]
+    dist.broadcast_object_list(box, last, group=group)
+    if not mpu.is_pipeline_last_stage():
+        tensors = [torch.empty(shape, dtype=dtype, device=device()) for shape, dtype in box[0]]
+    for tensor in tensors:
+        dist.broadcast(tensor, last, group=group)
+    return tensors
 
 
 def free_memory() -> None:

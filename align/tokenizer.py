@@ -192,6 +192,26 @@ def generation_stop_ids(directory: Path) -> set[int]:
     return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
 
 
+def save_pad_token(directory: Path) -> None:
+    """Give the reward model in a directory a pad token that no text ends with, in all its files.
+
+    transformers reads the score at the last token that is not padding, found by its id. Were that id also the
+    end of a text (SmolLM2, GPT-2B), the score would be read one token early. Without a token to spare there
+    is no pad token at all, and transformers refuses batches that would need one.
+    """
+    hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    ends = {hf.eos_token_id, hf.bos_token_id} | generation_stop_ids(directory)
+    spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *hf.all_special_ids) if i not in {None, *ends}]
+    pad_id = spare[0] if spare else None
+    config = json.loads((directory / "config.json").read_text()) | {"pad_token_id": pad_id}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).is_file():
+            fields = json.loads((directory / name).read_text())
+            fields["pad_token"] = None if pad_id is None else hf.convert_ids_to_tokens(pad_id)
+            (directory / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+
 def without_dummy_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The same tokenizer for text from inside a sequence: at its start no space is added and none removed."""
     spec = json.loads(tokenizer.to_str())

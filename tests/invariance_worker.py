@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state as mpu
 
-from align import engine, huggingface, losses, model, optim, packing, parallel
+from align import architecture, engine, huggingface, losses, model, optim, packing, parallel
 from tests.parity_data import LR, STEPS, examples
 
 
@@ -32,7 +32,7 @@ def train(directory: Path, case: Case) -> list[dict[str, float]]:
     layout = parallel.ParallelConfig(case.tp, case.pp, case.cp, case.sequence_parallel)
     mpu.destroy_model_parallel()
     parallel.make_grid(layout)
-    arch = huggingface.read_config(directory)
+    arch = architecture.read_config(directory)
     config = model.ModelConfig(model=str(directory), precision="fp32", recompute=case.recompute)
     policy = model.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))

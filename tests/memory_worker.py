@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from align import huggingface, model, parallel
+from align import architecture, huggingface, model, parallel
 
 
 def private_bytes() -> int:
@@ -20,7 +20,7 @@ def private_bytes() -> int:
 directory, output = map(Path, sys.argv[1:])
 layout = parallel.ParallelConfig(tp=2)
 with parallel.start(layout):
-    arch = huggingface.read_config(directory)
+    arch = architecture.read_config(directory)
     before = private_bytes()
     policy = model.build_policy(arch, model.ModelConfig(str(directory), "fp32"), layout)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))

@@ -8,7 +8,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from align import engine, huggingface, losses, model, optim, packing, parallel
+from align import architecture, engine, huggingface, losses, model, optim, packing, parallel
 from tests.parity_data import LR, STEPS, examples
 
 
@@ -21,7 +21,7 @@ class Logits(model.Policy):
 
 
 def logits(
-    arch: model.Architecture, layout: parallel.ParallelConfig, source: huggingface.Source
+    arch: architecture.Architecture, layout: parallel.ParallelConfig, source: huggingface.Source
 ) -> torch.Tensor | None:
     """Logits of the first global batch in one pack, on the last stage."""
     policy = Logits(
@@ -49,7 +49,7 @@ def logits(
 
 
 def train(
-    arch: model.Architecture, layout: parallel.ParallelConfig, directory: Path, output: Path
+    arch: architecture.Architecture, layout: parallel.ParallelConfig, directory: Path, output: Path
 ) -> list[float]:
     """[loss, gradient norm] of each step; the weights before the first step are exported to output."""
     config = model.ModelConfig(model=str(directory), precision="fp32")
@@ -79,7 +79,7 @@ def main(models: Path, output: Path, tp: int, pp: int, sequence_parallel: bool) 
     with parallel.start(layout):
         results = {}
         for directory in sorted(models.iterdir()):
-            arch = huggingface.read_config(directory)
+            arch = architecture.read_config(directory)
             results[directory.name] = {
                 "logits": logits(arch, layout, huggingface.open_source(directory, arch, 0)),
                 "history": train(arch, layout, directory, output / directory.name),

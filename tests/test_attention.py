@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align import attention, model, parallel
+from align import architecture, attention, model, parallel
 
 HEADS, DIM = 4, 8
 
@@ -104,7 +104,7 @@ def test_describe_makes_padding_a_sequence_of_its_own():
 
 def test_window_is_told_to_megatron_without_the_token_itself():
     """Hugging Face's window counts the token itself, Megatron's counts those before it."""
-    arch = model.Architecture(
+    arch = architecture.Architecture(
         *("mistral", 64, 32, 48, 2, HEADS, 2, DIM, 1e-5, 0.02, 128, False, False, False),
         window=7,
         rope=(("rope_theta", 1e4),),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from align import huggingface, model, parallel
+from align import architecture, huggingface, model, parallel
 from tests.conftest import FAMILIES, LLAMA3_ROPE, ROOT, torchrun
 
 TINY = ROOT / "assets" / "tiny"
@@ -35,7 +35,7 @@ def directory_with(directory: Path, remove: tuple[str, ...] = (), **changes: obj
 
 
 def test_the_tiny_model():
-    assert huggingface.read_config(TINY) == model.Architecture(
+    assert architecture.read_config(TINY) == architecture.Architecture(
         family="llama",
         vocab_size=264,
         hidden_size=128,
@@ -66,14 +66,14 @@ def test_the_tiny_model():
     ],
 )
 def test_switches_of_the_families(models, family, switches):
-    arch = huggingface.read_config(models / family)
+    arch = architecture.read_config(models / family)
     found = arch.tied_embeddings, arch.qkv_bias, arch.qk_norm, arch.window, arch.head_dim
     assert found == switches
 
 
 def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
     directory_with(tmp_path, ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_theta"))
-    arch = huggingface.read_config(tmp_path)
+    arch = architecture.read_config(tmp_path)
     assert (arch.head_dim, arch.kv_heads, arch.tied_embeddings) == (128 // 4, 4, False)
     assert dict(arch.rope)["rope_theta"] == 10000.0
 
@@ -123,7 +123,7 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
 def test_fields_that_are_refused_by_name(tmp_path, changes, message):
     directory_with(tmp_path, **changes)
     with pytest.raises(ValueError, match=message) as error:
-        huggingface.read_config(tmp_path)
+        architecture.read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -137,13 +137,13 @@ def test_harmless_values_of_the_same_fields_are_read(tmp_path):
         attention_dropout=0.0,
         torch_dtype="bfloat16",
     )
-    assert huggingface.read_config(tmp_path).window is None
+    assert architecture.read_config(tmp_path).window is None
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--model .*no config.json there"):
-        huggingface.read_config(tmp_path)
-    arch = huggingface.read_config(directory_with(tmp_path))
+        architecture.read_config(tmp_path)
+    arch = architecture.read_config(directory_with(tmp_path))
     with pytest.raises(ValueError, match=r"--model .*: no safetensors files there"):
         huggingface.open_source(tmp_path, arch, 0)
     (tmp_path / "pytorch_model.bin").touch()
@@ -154,7 +154,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
 def test_a_config_that_is_no_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match=r"config.json: not valid JSON: .*line 1"):
-        huggingface.read_config(tmp_path)
+        architecture.read_config(tmp_path)
 
 
 # ---- rotary positions ----------------------------------------------------------------------------
@@ -173,16 +173,16 @@ def test_a_config_that_is_no_json_is_named(tmp_path):
 def test_files_of_transformers_4_and_5_say_the_same(tmp_path, scaling, expected):
     """4: rope_theta and rope_scaling (whose "type" is older than "rope_type"); 5: rope_parameters."""
     directory_with(tmp_path, rope_theta=12345.0, rope_scaling=scaling)
-    old = huggingface.read_config(tmp_path).rope
+    old = architecture.read_config(tmp_path).rope
     directory_with(tmp_path, ("rope_theta",), rope_parameters={"rope_theta": 12345.0, **expected})
-    assert old == huggingface.read_config(tmp_path).rope
+    assert old == architecture.read_config(tmp_path).rope
     assert old == tuple(sorted({"rope_theta": 12345.0, **expected}.items()))
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA3], ids=str)
 def test_frequencies_are_those_of_transformers(tmp_path, scaling):
     directory_with(tmp_path, rope_theta=500000.0, rope_scaling=scaling, head_dim=128)
-    found = model.rotary_frequencies(huggingface.read_config(tmp_path))
+    found = model.rotary_frequencies(architecture.read_config(tmp_path))
     theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
     assert theirs.attention_scaling == 1.0
     assert found.shape == (64,)
@@ -199,7 +199,7 @@ def llama(models, tmp_path) -> Path:
 
 
 def opened(directory: Path) -> huggingface.Source:
-    return huggingface.open_source(directory, huggingface.read_config(directory), 0)
+    return huggingface.open_source(directory, architecture.read_config(directory), 0)
 
 
 def rewrite(directory: Path, remove: tuple[str, ...] = (), **changes: Tensor) -> None:
@@ -212,7 +212,7 @@ def rewrite(directory: Path, remove: tuple[str, ...] = (), **changes: Tensor) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_are_those_that_transformers_writes(models, family):
-    arch = huggingface.read_config(models / family)
+    arch = architecture.read_config(models / family)
     theirs = load_file(models / family / "model.safetensors")
     assert huggingface.tensor_shapes(arch) == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
@@ -272,7 +272,7 @@ def test_files_that_are_cut_short_or_missing_are_named(llama):
 
 
 def test_random_weights_are_the_same_however_they_are_cut():
-    arch = huggingface.read_config(TINY)
+    arch = architecture.read_config(TINY)
     source, other = (huggingface.RandomSource(arch, seed) for seed in (1, 2))
     for name, shape in huggingface.tensor_shapes(arch).items():
         whole = source.read(name)
@@ -301,7 +301,7 @@ def world():
 
 def loaded(directory: Path, precision: str = "fp32") -> model.Policy:
     """The model of a directory in one process."""
-    arch = huggingface.read_config(directory)
+    arch = architecture.read_config(directory)
     policy = model.build_policy(arch, model.ModelConfig(str(directory), precision), parallel.ParallelConfig())
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
     return policy
@@ -367,7 +367,7 @@ def test_reading_needs_less_than_twice_a_ranks_own_shard(tmp_path):
         head_dim=128,
         vocab_size=12000,
     )
-    shapes = huggingface.tensor_shapes(huggingface.read_config(tmp_path))
+    shapes = huggingface.tensor_shapes(architecture.read_config(tmp_path))
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     torchrun(2, "tests/memory_worker.py", tmp_path, tmp_path)
     for rank in range(2):

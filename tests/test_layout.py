@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
-    {"losses", "packing", "data", "tokenizer", "toy", "cpu", "plots"},
+    {"losses", "packing", "data", "preferences", "architecture", "tokenizer", "toy", "cpu", "plots"},
     {"parallel"},
     {"layers", "logprobs", "attention", "model", "engine", "optim", "offload", "checkpoint", "metrics"},
-    {"huggingface", "generate", "judge"},
+    {"huggingface", "generate", "judge", "loop", "reference"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PARTS = sorted(path for path in (ROOT / "align").glob("*.py") if path.stem != "__init__")

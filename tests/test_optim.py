@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align import huggingface, model, optim, parallel
+from align import architecture, huggingface, model, optim, parallel
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
 
@@ -71,7 +71,7 @@ def world():
 
 def build(directory, precision: str, **flags: float):
     """A model in one process and its optimizer."""
-    arch = huggingface.read_config(directory)
+    arch = architecture.read_config(directory)
     layout, config = parallel.ParallelConfig(), model.ModelConfig(str(directory), precision)
     policy = model.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))

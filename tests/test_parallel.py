@@ -2,7 +2,7 @@
 
 import pytest
 
-from align import huggingface, model
+from align import architecture, model
 from align.parallel import ParallelConfig, check, parse_time
 
 
@@ -66,11 +66,11 @@ def test_sizes_that_are_refused(monkeypatch, world, flags, message):
 def test_splits_that_the_tiny_model_does_not_allow(flags, message):
     config = model.ModelConfig()
     with pytest.raises(ValueError, match=message):
-        model.check(huggingface.read_config(config.path), config, ParallelConfig(**flags))
+        model.check(architecture.read_config(config.path), config, ParallelConfig(**flags))
 
 
 def test_transformer_engine_is_an_error_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = model.ModelConfig(attention="te")
     with pytest.raises(ValueError, match="--attention te needs a GPU and the package transformer-engine"):
-        model.check(huggingface.read_config(config.path), config, ParallelConfig())
+        model.check(architecture.read_config(config.path), config, ParallelConfig())

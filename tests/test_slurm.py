@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+NAMES = [path.stem for path in SCRIPTS]
 BIN = Path(sys.executable).parent  # torchrun and shellcheck are installed beside python
 
 # Each stand-in appends its arguments to a file of its own name, then does as much of the real program's work
@@ -27,8 +28,11 @@ FINISH = 'mkdir -p "$OUTPUT/hf"; echo "{}" >"$OUTPUT/hf/config.json"'
 
 @pytest.fixture
 def job(tmp_path) -> dict[str, str]:
-    """Environment of a Slurm job of three nodes in an otherwise empty project, which the tests change."""
-    (tmp_path / "train_sft.py").touch()
+    """Environment of a Slurm job of three nodes in a project of empty scripts, which the tests change."""
+    for name in NAMES:
+        (tmp_path / f"train_{name}.py").touch()
+    (tmp_path / "slurm").mkdir()
+    shutil.copy(ROOT / "slurm/launch.sh", tmp_path / "slurm")
     (tmp_path / "records").mkdir()
     write_stand_ins(tmp_path / "bin", list(STAND_INS))
     return {
@@ -55,10 +59,12 @@ def write_stand_ins(folder: Path, names: list[str]) -> None:
         (folder / name).chmod(0o755)
 
 
-def submit(job: dict[str, str], *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Run the script as Slurm would: with bash, a copy of it elsewhere, in the directory of submission."""
+def submit(
+    job: dict[str, str], *flags: str, name: str = "sft", cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Run a script as Slurm would: with bash, a copy of it elsewhere, in the directory of submission."""
     folder = Path(job["RECORDS"]).parent
-    script = shutil.copy(ROOT / "slurm/sft.sbatch", folder / "slurm_script")
+    script = shutil.copy(ROOT / f"slurm/{name}.sbatch", folder / "slurm_script")
     return subprocess.run(
         ["bash", script, *flags], env=job, cwd=cwd or folder, capture_output=True, text=True, timeout=300
     )
@@ -77,7 +83,7 @@ def value(arguments: list[str], flag: str) -> str:
 # --------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "slurm/launch.sh"], ids=lambda path: path.name)
 def test_shellcheck(script):
     shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
     assert shellcheck is not None, "shellcheck is missing: pip install -r requirements.txt"
@@ -93,15 +99,16 @@ def test_slurm_sees_every_sbatch_line(script):
     options = [line.split()[1:] for line in lines if line.startswith("#SBATCH")]
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
     assert all(len(option) == 1 for option in options)
-    for needed in ("--ntasks-per-node=1", "--requeue", "--open-mode=append"):
+    for needed in ("--ntasks-per-node=1", "--requeue", "--open-mode=append", f"--job-name={script.stem}"):
         assert [needed] in options
 
 
 # --------------------------------------------------------------------------- the launch
 
 
-def test_one_torchrun_per_node_meets_at_the_first_node(job):
-    result = submit(job, "--tp", "8", "--prompt-template", "{input}\\n {output}")
+@pytest.mark.parametrize("name", NAMES)
+def test_one_torchrun_per_node_meets_at_the_first_node(job, name):
+    result = submit(job, "--tp", "8", "--prompt-template", "{input}\\n {output}", name=name)
     assert result.returncode == 0, result.stderr
     assert arguments(job, "scontrol") == ["show", "hostnames", "gpu-b7,gpu-a1,gpu-a2"]
     srun = arguments(job, "srun")
@@ -116,12 +123,20 @@ def test_one_torchrun_per_node_meets_at_the_first_node(job):
         "--open-mode=append",
     ]
     torchrun = ["--nnodes", "3", "--nproc_per_node", "8", "--rdzv_backend", "c10d"]
-    torchrun += ["--rdzv_endpoint", "gpu-b7:24567", "--rdzv_id", "1234567", "train_sft.py"]
+    torchrun += ["--rdzv_endpoint", "gpu-b7:24567", "--rdzv_id", "1234567", f"train_{name}.py"]
     flags = ["--model", "models/llama", "--train-data", "a.jsonl", "b.jsonl", "--val-data", "val.jsonl"]
     flags += ["--output", "runs/sft", "--max-time", "03:45:00"]
     flags += ["--tp", "8", "--prompt-template", "{input}\\n {output}"]
     assert arguments(job, "torchrun") == torchrun + flags
     assert (Path(job["RECORDS"]).parent / "runs/sft/slurm").is_dir()
+
+
+@pytest.mark.parametrize("files", ["easy.jsonl", "easy.jsonl  hard.jsonl"])
+def test_test_data_goes_to_the_reward_model_before_the_users_flags(job, files):
+    result = submit(job | {"TEST_DATA": files}, "--tp", "8", name="rm")
+    assert result.returncode == 0, result.stderr
+    flags = ["--max-time", "03:45:00", "--test-data", *files.split(), "--tp", "8"]
+    assert arguments(job, "torchrun")[-len(flags) :] == flags
 
 
 def test_a_single_node_and_another_number_of_processes(job):
@@ -225,10 +240,17 @@ def test_a_complete_run_is_not_requeued(job):
     assert "requeue" not in arguments(job, "scontrol")
 
 
-def test_a_run_that_stopped_early_is_requeued(job):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_stopped_early_is_requeued(job, name):
     job["TRAINING"] = "exit 0"
-    result = submit(job)
+    result = submit(job, name=name)
     assert result.returncode == 0
+    assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
+
+
+def test_an_edit_of_the_common_part_disturbs_no_running_job(job):
+    job["TRAINING"] = 'for line in {1..500}; do echo "exit 9"; done >slurm/launch.sh'
+    assert submit(job).returncode == 0
     assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
 
 
@@ -238,10 +260,11 @@ def test_a_half_written_export_is_not_complete(job):
     assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", ["exit 3", FINISH + "; exit 3"])
-def test_a_failure_is_reported_and_not_requeued(job, training):
+def test_a_failure_is_reported_and_not_requeued(job, training, name):
     job["TRAINING"] = training
-    result = submit(job)
+    result = submit(job, name=name)
     assert result.returncode == 3
     assert "complete" not in result.stdout
     assert "requeue" not in arguments(job, "scontrol")
@@ -253,7 +276,7 @@ def test_a_failure_is_reported_and_not_requeued(job, training):
 @pytest.mark.parametrize(
     "variable, message",
     [
-        ("SLURM_JOB_ID", "SLURM_JOB_ID: submit this file with sbatch"),
+        ("SLURM_JOB_ID", "SLURM_JOB_ID: submit a .sbatch file with sbatch"),
         ("MODEL", "MODEL: give MODEL, the Hugging Face directory"),
         ("TRAIN_DATA", "TRAIN_DATA: give TRAIN_DATA"),
         ("VAL_DATA", "VAL_DATA: give VAL_DATA"),
@@ -269,11 +292,14 @@ def test_a_missing_variable_is_named_and_nothing_starts(job, variable, message):
     assert arguments(job, "srun") == []
 
 
-def test_submitting_from_another_directory_is_refused(job, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    result = submit(job, cwd=tmp_path / "elsewhere")
+@pytest.mark.parametrize("name", NAMES)
+def test_submitting_from_another_directory_is_refused(job, name, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    result = submit(job, name=name, cwd=elsewhere)
     assert result.returncode == 1
-    assert f"train_sft.py is not in {tmp_path / 'elsewhere'}: submit from the project's root" in result.stderr
+    assert f"train_{name}.py is not in {elsewhere}: submit from the project's root" in result.stderr
+    assert arguments(job, "srun") == []
 
 
 @pytest.mark.parametrize("program", ["squeue", "scontrol"])

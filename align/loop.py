@@ -1,0 +1,66 @@
+"""What the loops of all scripts have in common: their flags, how many steps, when to validate."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.checkpoint import CheckpointConfig
+from align.metrics import RunConfig
+from align.model import ModelConfig
+from align.optim import OptimConfig
+from align.packing import BatchConfig
+from align.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    max_epochs: int = 1
+    """passes over the training rows"""
+    max_steps: int | None = None
+    """most optimizer steps (default: what --max-epochs gives)"""
+    max_time: str | None = None
+    """HH:MM:SS after which the run saves and exits with status 0; the same command continues it"""
+    val_interval: int = 100
+    """steps between validations; there is one before the first step and one after the last as well"""
+    val_batches: int | None = None
+    """global batches per validation (default: all of each file)"""
+
+    def __post_init__(self):
+        for name in ("max_epochs", "max_steps", "val_interval", "val_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+@dataclass(frozen=True)
+class CommonConfig:
+    """The flags that every script has. A script's Config adds its own, and its own defaults of these."""
+
+    train_data: tuple[Path, ...] = ()
+    """training rows: jsonl files, plain or .gz (default: a toy task, written to OUTPUT/data)"""
+    val_data: tuple[Path, ...] = ()
+    """validation rows"""
+    batch: BatchConfig = BatchConfig()
+    loop: LoopConfig = LoopConfig()
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        if self.val_data and not self.train_data:
+            raise ValueError("--val-data without --train-data: give both, or none for the toy task")
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the whole run; rows that fill no global batch are left out of an epoch."""
+        steps = num_rows // self.batch.global_batch_size * self.loop.max_epochs
+        return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
+
+    def val_rows(self) -> slice:
+        """The rows of a validation set that are used."""
+        batches = self.loop.val_batches
+        return slice(None if batches is None else batches * self.batch.global_batch_size)
+
+    def validates(self, done: int, total_steps: int) -> bool:
+        """Is there a validation after `done` steps?"""
+        return done % self.loop.val_interval == 0 or done == total_steps

@@ -1,0 +1,330 @@
+"""Preference data: pairs of a chosen and a rejected response, and labelled texts, as token ids.
+
+A row is {"prompt", "chosen", "rejected"} in strings or in messages, {"chosen", "rejected"} in whole
+conversations, or, where only a score is read, two {"text"} lines. The ids of a prompt are those that
+generation from it sees. Nothing is ever cut: a side that is too long drops its pair.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align import data
+from align.data import Tokenizer
+from align.packing import Example, num_trained
+
+MISSING = -100  # stands for a label that a text does not have
+REWARDS = ("chosen_reward", "rejected_reward")
+ACCEPTED = """accepted are
+  {"prompt", "chosen", "rejected"}, three strings;
+  {"prompt", "chosen", "rejected"}, a list of messages and for each answer one assistant message;
+  {"chosen", "rejected"}, two conversations that differ in their last message, which is the assistant's
+    (beside them "prompt" may be a string, which is not read);
+  {"text"}, {"text"}: two lines, the chosen text and the rejected one (reward models only).
+"chosen_response" and "rejected_response" are other names of "chosen" and "rejected"."""
+
+
+@dataclass(frozen=True)
+class PreferenceFormat:
+    """How a row becomes tokens."""
+
+    max_seq_len: int = 1024
+    """most tokens of one side of a pair, prompt and response; a pair beyond is dropped and counted"""
+    add_bos: bool | None = None
+    """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
+    append_eos: bool = True
+    """end plain text with EOS unless it ends with a stop token; messages end as the template ends them"""
+
+    def __post_init__(self):
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two answers to one prompt. `trained` marks the response; in pairs of {"text"} lines it is all False."""
+
+    chosen: Example
+    rejected: Example
+    margin: float = 0.0  # by how much the chosen score should exceed the rejected one
+    reward_gap: float = 1.0  # reward of chosen minus reward of rejected, where rows state them
+
+    @property
+    def examples(self) -> tuple[Example, Example]:
+        """Both sides, chosen first."""
+        return self.chosen, self.rejected
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that go into the model."""
+        return self.chosen.num_inputs + self.rejected.num_inputs
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows to pairs
+
+
+def load_pairs(
+    paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool = False
+) -> tuple[list[Pair], dict[str, int]]:
+    """All pairs of these files, and counts for the log.
+
+    `text_lines`: accept {"text"} lines, which do not say where the response begins.
+    Counts: pairs read; of these dropped_too_long (a side is above max_seq_len) and dropped_identical (equal
+    sides state no preference); tokens and response_tokens of the pairs that are left.
+    Raises ValueError naming file and line for a row that is wrong, and if no pair is left.
+    """
+    names = ("pairs", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
+    counts = dict.fromkeys(names, 0)
+    pairs = []
+    for pair in (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines)):
+        counts["pairs"] += 1
+        if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
+            counts["dropped_too_long"] += 1
+        elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
+            counts["dropped_identical"] += 1
+        else:
+            pairs.append(pair)
+    check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
+    sides = [side for pair in pairs for side in pair.examples]
+    counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
+    return pairs, counts
+
+
+def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
+    """Raises ValueError if nothing is left of what was read from `paths`, saying why."""
+    if left:
+        return
+    why = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
+    rest = ": raise it" if too_long == read else f", the sides of the other {read - too_long} are identical"
+    raise ValueError(f"{', '.join(map(str, paths))}: nothing is left, {why}{rest}")
+
+
+def read_pairs(path: Path, tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool) -> Iterator[Pair]:
+    """Every pair of a file, of any length. Raises ValueError naming file and line."""
+    lines = iter(data.read_jsonl(path))
+    for where, row in lines:
+        if "text" not in row:
+            sides = at(where, format_pair, row, tokenizer, fmt)
+        elif text_lines:
+            chosen = at(where, format_text, row, tokenizer, fmt)
+            below, rejected_row = next(lines, ("the end of the file", {}))
+            check_rejected_line(where, below, rejected_row)
+            sides = chosen, at(below, format_text, rejected_row, tokenizer, fmt)
+        else:
+            raise ValueError(
+                f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
+                "'rejected' instead"
+            )
+        yield Pair(*sides, *at(where, pair_numbers, row))
+
+
+def check_rejected_line(where: str, below: str, row: dict) -> None:
+    """Raises ValueError if `row`, found at `below`, is not the rejected line of the chosen one at `where`."""
+    if "text" not in row:
+        raise ValueError(
+            f"{where}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
+            "(lines are chosen, rejected, chosen, rejected, ...)"
+        )
+    if misplaced := [field for field in ("margin", *REWARDS) if field in row]:
+        raise ValueError(f"{below}: a rejected 'text' line: field {misplaced[0]!r} belongs to the chosen one")
+
+
+def at(where: str, make: Callable, *args: object) -> Any:
+    """`make(*args)`; a ValueError of it is given its place, "file:line"."""
+    try:
+        return make(*args)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def pair_numbers(row: dict) -> tuple[float, float]:
+    """`margin` and `reward_gap` of a row, with their defaults. Raises ValueError for what cannot be."""
+    margin = number(row["margin"], "field 'margin'") if "margin" in row else 0.0
+    if margin < 0:
+        raise ValueError(f"field 'margin' is {margin}, it must not be negative")
+    given = [field for field in REWARDS if field in row]
+    if len(given) == 1:
+        raise ValueError(f"field {given[0]!r} stands alone: give both of {', '.join(REWARDS)}, or neither")
+    chosen, rejected = (number(row[field], f"field {field!r}") for field in REWARDS) if given else (1.0, 0.0)
+    return margin, chosen - rejected
+
+
+def number(value: object, name: str) -> float:
+    """`value`, which must be a number that float32 holds (ValueError): all that follows computes in it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, not {type(value).__name__}")
+    if not abs(value) <= np.finfo(np.float32).max:  # so written, it is also true of NaN
+        raise ValueError(f"{name} must be a finite number of single precision, not {value}")
+    return float(value)
+
+
+# --------------------------------------------------------------------------------------------------
+# One side
+
+
+def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[Example]:
+    """Chosen and rejected side of a row that has both. Raises ValueError."""
+    fields = [answer_field(row, "chosen"), answer_field(row, "rejected")]
+    prompt, *answers = kinds = [type(row.get("prompt")), *(type(row[field]) for field in fields)]
+    if kinds == [str, str, str]:
+        given = data.text_field(row, "prompt")
+        return [format_response(given, data.text_field(row, field), tokenizer, fmt) for field in fields]
+    if prompt is list and set(answers) <= {dict, list}:
+        messages = data.turns_field(row, "prompt")
+        chats = [messages + answer_message(row, field) for field in fields]
+    elif prompt in (str, type(None)) and answers == [list, list]:
+        chats = [data.turns_field(row, field) for field in fields]
+    else:
+        found = zip(("prompt", *fields), kinds, strict=True)
+        raise ValueError(f"{', '.join(f'{f!r}: {kind.__name__}' for f, kind in found)}: {ACCEPTED}")
+    sides = [format_chat(chat, field, tokenizer, fmt) for chat, field in zip(chats, fields, strict=True)]
+    if chats[0][:-1] != chats[1][:-1]:
+        raise ValueError("the conversations must be equal but for their last message, and they are not")
+    return sides
+
+
+def answer_field(row: dict, name: str) -> str:
+    """Which of the fields `name` and `name`_response a row has: just one of them (ValueError)."""
+    given = [field for field in (name, f"{name}_response") if field in row]
+    if len(given) == 2:
+        raise ValueError(f"both {given[0]!r} and {given[1]!r}: a row has one of them")
+    if not given or "text" in row:
+        raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
+    return given[0]
+
+
+def answer_message(row: dict, field: str) -> list[dict]:
+    """The one message of a field that answers a list of messages, in a list. Raises ValueError."""
+    messages = [row[field]] if isinstance(row[field], dict) else data.turns_field(row, field)
+    if len(messages) != 1:
+        raise ValueError(f"field {field!r} must be one message, the answer to 'prompt', not {len(messages)}")
+    return messages
+
+
+def format_chat(messages: list[dict], field: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """A conversation, trained on its last message. It ends where generation does: at that one's last stop
+    token, without what the template puts behind it."""
+    try:
+        data.check_messages(messages)
+    except ValueError as error:
+        raise ValueError(f"field {field!r}: {error}") from error
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"field {field!r} ends with the role {messages[-1]['role']!r}, not the assistant's")
+    text = tokenizer.render(messages)
+    ids = tokenizer.encode(text)
+    start, end = data.answer_span(messages, len(messages) - 1, text, ids, tokenizer)
+    bos = data.bos_prefix(tokenizer, fmt.add_bos is True)
+    return make_example(bos + ids[:start], ids[start:end], tokenizer)
+
+
+def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """Prompt and response of plain text, tokenised apart: the response does not change the prompt's ids."""
+    prompt_ids = tokenizer.encode(prompt)
+    if not prompt_ids:
+        raise ValueError("field 'prompt' is empty: a response must follow something")
+    bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
+    response_ids = ended(tokenizer.encode(response, continued=True), tokenizer, fmt)
+    if not response_ids:
+        raise ValueError("a response is empty, and --no-append-eos leaves nothing of it")
+    return make_example(bos + prompt_ids, response_ids, tokenizer)
+
+
+def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """A {"text"} line: nothing of it is trained, it is read for its score. Raises ValueError."""
+    if "prompt" in row or "chosen" in row or "rejected" in row:
+        raise ValueError(f"fields {', '.join(map(repr, row))}: {ACCEPTED}")
+    ids = tokenizer.encode(data.text_field(row, "text"))
+    if not ids:
+        raise ValueError("field 'text' is empty")
+    bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
+    return make_example(bos + ended(ids, tokenizer, fmt), [], tokenizer)
+
+
+def ended(ids: list[int], tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[int]:
+    """`ids` with the EOS that --append-eos asks for."""
+    missing = fmt.append_eos and (not ids or ids[-1] not in tokenizer.stop_ids)
+    return ids + [tokenizer.eos_id] if missing else ids
+
+
+def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) -> Example:
+    """`response` trained after `context`. Raises ValueError for two BOS at the start."""
+    data.check_bos(context + response, tokenizer)
+    trained = [False] * len(context) + [True] * len(response)
+    return Example(np.array(context + response, np.int32), np.array(trained, bool))
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts to be scored
+
+
+def as_scored(example: Example) -> Example:
+    """The example with one more id, 0, and that alone trained: what a reward model reads.
+
+    `packing.collate` takes the last id for a target only. So the last place of the packed sequence is the
+    example's last real token, `batch.mask` is 1 there and nowhere else, and there the score is read.
+    """
+    trained = np.zeros(len(example.ids) + 1, bool)
+    trained[-1] = True
+    return Example(np.append(example.ids, np.int32(0)), trained)
+
+
+def load_labelled(
+    paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, num_attributes: int
+) -> tuple[list[Example], np.ndarray, dict[str, int]]:
+    """{"text", "label"} rows as scored examples, their labels [N, num_attributes] float32, and counts.
+
+    A label has a number for each attribute, MISSING (-100) where it is not known. Counts: texts read; of
+    these dropped_too_long; tokens of the others. Raises ValueError naming file and line for a row that is
+    wrong, and if no text is left.
+    """
+    counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
+    examples, labels = [], []
+    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path)):
+        example = at(where, format_text, row, tokenizer, fmt)
+        label = at(where, label_field, row, num_attributes)
+        counts["texts"] += 1
+        if len(example.ids) > fmt.max_seq_len:
+            counts["dropped_too_long"] += 1
+            continue
+        counts["tokens"] += len(example.ids)
+        examples.append(as_scored(example))
+        labels.append(label)
+    check_left(len(examples), counts["texts"], counts["dropped_too_long"], paths, fmt)
+    return examples, np.array(labels, np.float32), counts
+
+
+def label_field(row: dict, num_attributes: int) -> list[float]:
+    """The label of a row: `num_attributes` numbers, not all of them missing (ValueError)."""
+    label = row.get("label")
+    if not isinstance(label, list) or len(label) != num_attributes:
+        found = f"a list of {len(label)}" if isinstance(label, list) else type(label).__name__
+        raise ValueError(f"field 'label' must be a list of {num_attributes} numbers, not {found}")
+    numbers = [number(value, f"field 'label', number {i}") for i, value in enumerate(label)]
+    if all(value == MISSING for value in numbers):
+        raise ValueError(f"field 'label': all {num_attributes} attributes are missing ({MISSING})")
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# What the user is shown
+
+
+def texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:
+    """Prompt, chosen and rejected response as text; the prompt of {"text"} lines is empty."""
+    start = int(pair.chosen.trained.argmax())  # the first trained token
+    prompt = tokenizer.decode(pair.chosen.ids[:start].tolist())
+    # decoded with the prompt: a response alone may lose its first space
+    chosen, rejected = (tokenizer.decode(side.ids.tolist())[len(prompt) :] for side in pair.examples)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def show(pair: Pair, tokenizer: Tokenizer) -> str:
+    """A pair for the log, marked and escaped as by `data.show`: the prompt once, then each response."""
+    said = {name: "".join(map(data.visible, text)) for name, text in texts(pair, tokenizer).items()}
+    if not pair.chosen.trained.any():
+        return f"chosen: {said['chosen']}\nrejected: {said['rejected']}"
+    return f"prompt: {said['prompt']}\nchosen: ⟦{said['chosen']}⟧\nrejected: ⟦{said['rejected']}⟧"

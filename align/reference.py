@@ -1,0 +1,161 @@
+"""Log-probabilities of the reference, the model that training starts from, for micro-batches of pairs.
+
+Two ways with the same numbers: `Precomputed` before training begins, or `Swapped` in each step. Both take the
+forward pass that training takes, on the same micro-batches. So before the first update policy and reference
+agree to the last bit, which `check_start` demands.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from align import engine, parallel
+from align.model import ModelConfig
+from align.offload import Weights
+from align.packing import Batch
+from align.preferences import Pair
+
+SequenceLogprobs = Callable[[Batch, Tensor], Tensor]  # log-probs [T] of a micro-batch -> one per sequence
+
+
+class Swapped:
+    """The reference's weights wait in CPU memory and take the policy's place for a forward pass."""
+
+    def __init__(self, model: DistributedDataParallel, sequence_logprobs: SequenceLogprobs):
+        """`model`: not yet trained, its weights are copied."""
+        self.model, self.sequence_logprobs = model, sequence_logprobs
+        self.weights = Weights(model.module)
+
+    def attach(self, batches: list[Batch], name: str) -> None:
+        """Give each micro-batch extra["ref"], [2P] in nats. Collective."""
+        with self.weights.lent_to(self.model.module):
+            found = engine.outputs(self.model, batches, self.sequence_logprobs)
+        for batch, logprobs in zip(batches, found, strict=True):
+            batch.extra["ref"] = logprobs
+
+
+class Precomputed:
+    """Tables by data set, [pairs, 2] float64 in nats, kept in a file for when the run is continued."""
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        sequence_logprobs: SequenceLogprobs,
+        micro_batches: Callable[[str, Sequence[int]], list[Batch]],
+        uses: dict[str, Iterable[Sequence[int]]],
+        path: Path,
+        made_of: str,
+    ):
+        """
+        Args:
+            model: not yet trained.
+            micro_batches: packs rows of a named data set; their numbers are in extra["row"].
+            uses: by data set, the rows of each batch that will be asked for.
+            made_of: what the tables depend on; a file that was made of something else is replaced.
+        """
+        self.tables = parallel.on_main(lambda: read(path, made_of))
+        if self.tables is not None:
+            return
+        self.tables = {}
+        for name, batches in uses.items():
+            found = {}
+            for rows in each_row_once(batches):
+                local = micro_batches(name, rows)
+                for batch, logprobs in zip(
+                    local, engine.outputs(model, local, sequence_logprobs), strict=True
+                ):
+                    found |= dict(
+                        zip(batch.extra["row"].tolist(), logprobs.view(-1, 2).tolist(), strict=True)
+                    )
+            self.tables[name] = gather_table(found)
+        if parallel.is_main():
+            unfinished = path.with_suffix(".tmp")
+            save_file(self.tables, unfinished, metadata={"made_of": made_of})
+            unfinished.rename(path)
+
+    def attach(self, batches: list[Batch], name: str) -> None:
+        """Give each micro-batch extra["ref"], [2P] in nats."""
+        for batch in batches:
+            found = self.tables[name][batch.extra["row"].cpu().numpy()].reshape(-1)
+            batch.extra["ref"] = torch.from_numpy(found).to(parallel.device())
+
+
+def each_row_once(batches: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Batches of several epochs, each without rows of earlier ones; those of the first stay as they are."""
+    seen, result = set(), []
+    for batch in batches:
+        new = [row for row in batch if row not in seen]
+        seen.update(new)
+        result += [new] if new else []
+    return result
+
+
+def gather_table(found: dict[int, list[float]]) -> np.ndarray:
+    """{row: values} of all data parallel ranks as one array; rows that no rank has are NaN. Collective."""
+    everyone = parallel.gather_over_dp(found)
+    merged = {row: values for part in everyone for row, values in part.items()}
+    table = np.full((max(merged, default=-1) + 1, 2), np.nan)
+    for row, values in merged.items():
+        table[row] = values
+    return table
+
+
+def read(path: Path, made_of: str) -> dict[str, np.ndarray] | None:
+    """The tables in a file, None if there is none or if it was made of something else."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "np") as file:
+        if file.metadata()["made_of"] != made_of:
+            return None
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+
+
+def fingerprint(start: ModelConfig, pairs: dict[str, list[Pair]], *settings: object) -> str:
+    """sha256 of what reference log-probs depend on to the last bit: weights, layout, tokens, settings.
+
+    Weight files count by name, size and time of change, because reading them all would take long.
+    """
+    known = (str(start.path), str(start.dtype), parallel.layout_sizes(), settings)
+    digest = hashlib.sha256(repr(known).encode())
+    for file in sorted(start.path.glob("*.safetensors")):
+        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    for example in (example for name in pairs for pair in pairs[name] for example in pair.examples):
+        digest.update(repr(len(example.ids)).encode() + example.ids.tobytes() + example.trained.tobytes())
+    return digest.hexdigest()
+
+
+def attach_kl(
+    batches: list[Batch], model: DistributedDataParallel, sequence_logprobs: SequenceLogprobs, num_pairs: int
+) -> None:
+    """Give the micro-batches of one step what losses.kto_pair asks for: extra["kl_chosen"] and "kl_rejected".
+
+    They are the mean log-ratios of all chosen and of all rejected answers of the step, at least 0, and cost a
+    forward pass, since no micro-batch knows them by itself. Collective.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=parallel.device())
+    for batch, logprobs in zip(batches, engine.outputs(model, batches, sequence_logprobs), strict=True):
+        total += (logprobs - batch.extra["ref"]).view(-1, 2).sum(0)
+    kl = (parallel.sum_over_dp(total) / num_pairs).clamp(min=0)
+    for batch in batches:
+        batch.extra |= {"kl_chosen": kl[0], "kl_rejected": kl[1]}
+
+
+def check_start(found: dict[str, float], loss: str) -> None:
+    """Before the first update policy and reference are one model: every log-ratio is 0, dpo's loss is ln 2.
+
+    Raises RuntimeError if not: what is trained and what it is compared with are not computed alike.
+    """
+    ln2 = loss != "dpo" or math.isclose(found["preference_loss"], math.log(2), rel_tol=1e-12)
+    if found["logratio_abs_mean"] != 0.0 or not ln2:
+        raise RuntimeError(
+            "before the first update the policy is the reference, but their log-probs differ by "
+            f"{found['logratio_abs_mean']} nats a sequence and the loss is {found['preference_loss']}"
+        )

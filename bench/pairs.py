@@ -1,0 +1,97 @@
+"""What the benchmarks on pairs of answers share: the rows, their tokens for TRL, the check of the work.
+
+Rows are {"prompt": [messages], "chosen": [one assistant message], "rejected": [...]}. Both sides of a
+benchmark get the same token ids: those of the chat template up to the end of the answer's turn. TRL's own
+preparation would keep what the template puts behind it, a newline in ChatML; a reward model would read its
+score there, and DPO would train it. Preparation is not timed on either side.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+from common import Measured
+
+BATCH = 4  # pairs a step
+MAX_SEQ_LEN = 1024  # tokens of a prompt and one answer
+MICRO_BATCH_TOKENS = 2 * MAX_SEQ_LEN  # of a forward pass of ours: a pair stays together
+FIELDS = ("prompt", "chosen", "rejected")
+FIGURES = {  # columns of the table: what check_same_work compares
+    "first loss": lambda run: f"{run.losses[0]:.6f}",
+    "second loss": lambda run: f"{run.losses[1]:.6f}",
+    "grad norm": lambda run: f"{run.grad_norms[0]:.4f}",
+}
+
+
+def read(path: Path, steps: int) -> list[dict[str, list[dict]]]:
+    """Return the pairs of all steps, BATCH each, the warm-up step's first."""
+    rows = common.read_rows(path, FIELDS, BATCH, steps)
+    return [{field: row[field] for field in FIELDS} for row in rows]
+
+
+def load_ours(rows: list[dict[str, list[dict]]], model: Path) -> list:
+    """Return the pairs as our package reads them, `align.preferences.Pair`."""
+    from align import preferences, tokenizer
+
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        fmt = preferences.PreferenceFormat(max_seq_len=MAX_SEQ_LEN)
+        pairs, counts = preferences.load_pairs(
+            [Path(file.name)], tokenizer.load(model), fmt, text_lines=False
+        )
+    if len(pairs) != len(rows):
+        raise ValueError(f"--data has pairs that our package drops: leave them out ({counts})")
+    return pairs
+
+
+def our_tokens(data: list) -> list[int]:
+    """Return the real tokens of each step of some `align.preferences.Pair`."""
+    lengths = [len(pair.chosen.ids) + len(pair.rejected.ids) for pair in data]
+    return [sum(lengths[i : i + BATCH]) for i in range(0, len(lengths), BATCH)]
+
+
+def tokenize(row: dict[str, list[dict]], tokenizer: Any) -> dict[str, list[int]]:
+    """Return a pair as `prompt_ids` (with the header of the answer), `chosen_ids` and `rejected_ids`.
+
+    Raises:
+        ValueError: a text of more than MAX_SEQ_LEN tokens.
+    """
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    found = {"prompt_ids": prompt}
+    for side in ("chosen", "rejected"):
+        whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+        assert whole[: len(prompt)] == prompt
+        end = whole.index(tokenizer.eos_token_id, len(prompt)) + 1
+        if end > MAX_SEQ_LEN:
+            raise ValueError(f"a text of --data has {end} tokens, more than {MAX_SEQ_LEN}: leave it out")
+        found[f"{side}_ids"] = whole[len(prompt) : end]
+    return found
+
+
+def check_same_work(runs: dict[str, list[Measured]], tolerance: dict[str, float]) -> None:
+    """Raise RuntimeError unless the first runs of all trainers agree.
+
+    That is: the same tokens in every step, the losses of the first two steps and the norm of the first
+    gradient within `tolerance["losses"]` (absolute, in nats) and `tolerance["grad_norm"]` (relative). The
+    second loss comes after one update, so it tells whether gradient and optimizer were the same, too.
+    """
+    one, *others = runs
+    first = runs[one][0]
+    for other in others:
+        run = runs[other][0]
+        where = f"not the same work: {one} and {other}:"
+        if (first.tokens, first.trained_tokens) != (run.tokens, run.trained_tokens):
+            raise RuntimeError(
+                f"{where} tokens by step {first.tokens} and {run.tokens}, "
+                f"trained in the first {first.trained_tokens} and {run.trained_tokens}"
+            )
+        for mine, theirs in zip(first.losses[:2], run.losses[:2], strict=True):
+            if abs(mine - theirs) > tolerance["losses"]:
+                raise RuntimeError(f"{where} losses {first.losses[:2]} and {run.losses[:2]}, {tolerance}")
+        if abs(first.grad_norms[0] / run.grad_norms[0] - 1) > tolerance["grad_norm"]:
+            raise RuntimeError(
+                f"{where} gradient norms {first.grad_norms[0]} and {run.grad_norms[0]}, {tolerance}"
+            )

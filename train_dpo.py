@@ -1,0 +1,259 @@
+"""Direct preference optimization and its family: preferred answers become likelier than rejected ones.
+
+    torchrun --nproc_per_node 2 train_dpo.py --model runs/sft/hf --loss dpo --beta 0.1 \
+        --train-data train_comparisons.jsonl --val-data test_comparisons.jsonl --output runs/dpo
+
+Rows are {"prompt", "chosen", "rejected"}, as text or as messages: align/preferences.py has the formats.
+--loss names a function of align/losses.py, where the equations and papers are. The reference is the model that
+training starts from. OUTPUT/hf is the result. Without arguments the built-in tiny model learns a toy task.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from align import (
+    architecture,
+    checkpoint,
+    data,
+    engine,
+    huggingface,
+    losses,
+    model,
+    optim,
+    packing,
+    parallel,
+    preferences,
+    reference,
+    tokenizer,
+    toy,
+)
+from align.loop import CommonConfig
+from align.metrics import Clock, Run, RunConfig, speed, with_std
+from align.optim import OptimConfig
+from align.packing import Batch
+from align.preferences import PreferenceFormat
+
+LOSSES = (
+    "dpo ipo scale rpo_bwd_kl rpo_fwd_kl rpo_sq cdpo robust hinge kto_pair simpo orpo dpop apo_zero "
+    "sppo_hard exo_pair nca_pair"
+).split()
+REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(CommonConfig):
+    loss: Literal[tuple(LOSSES)] = "dpo"
+    """preference loss, the function of that name in align/losses.py"""
+    beta: float = 0.1
+    """strength of the tie to the reference; a reward is beta times the log-ratio to it"""
+    sft_weight: float | None = None
+    """weight of the chosen answers' negative log-likelihood in the loss (default: 0; orpo: 1)"""
+    average_logprobs: bool | None = None
+    """log-probs per token instead of per answer (default: False; simpo and orpo: True)"""
+    label_smoothing: float | None = None
+    """cdpo, robust, exo_pair: share of pairs that are labelled wrong (default: 0.1; exo_pair: 0.001)"""
+    simpo_gamma: float | None = None
+    """simpo: margin that the rewards should differ by (default: 0.5)"""
+    dpop_lambda: float | None = None
+    """dpop: weight of the penalty for chosen answers that lose likelihood (default: 50)"""
+    reward_scale: float | None = None
+    """scale, rpo_*: factor on chosen_reward - rejected_reward of the data (default: 1)"""
+    reference: Literal["precompute", "swap"] | None = None
+    """reference log-probs: all before training (default), or each step by weights that wait in CPU memory"""
+    format: PreferenceFormat = PreferenceFormat()
+    run: RunConfig = RunConfig(output=Path("runs/dpo"))
+    optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
+
+    def __post_init__(self):
+        super().__post_init__()
+        inputs = inspect.signature(getattr(losses, self.loss)).parameters
+        for name in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
+            used = "reward_gap" if name == "reward_scale" else name
+            if getattr(self, name) is not None and used not in inputs:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} has no effect with --loss {self.loss}: leave it out")
+        if self.loss in REFERENCE_FREE and (self.reference or self.average_logprobs is False):
+            raise ValueError(
+                f"--loss {self.loss} has no reference and is defined on log-probs per token: "
+                "leave out --reference and --average-logprobs"
+            )
+        if self.beta <= 0:
+            raise ValueError(f"--beta {self.beta} must be above 0")
+
+
+@record
+def main(config: Config) -> None:
+    # ---- setup and checks ------------------------------------------------------------------------
+    arch = architecture.read_config(config.model.path)
+    model.check(arch, config.model, config.parallel)
+    packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row=2)
+    stop = parallel.Stop(config.loop.max_time)
+    run = Run(config.run, asdict(config), __file__, parallel.is_main())
+    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+
+    # ---- data ------------------------------------------------------------------------------------
+    files = {"train": config.train_data, "val": config.val_data}
+    if not config.train_data:
+        toy_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
+        files = dict(zip(files, toy_files, strict=True))
+    text = tokenizer.load(config.model.path)
+    pairs = {"train": [], "val": []}
+    for name in [name for name in files if files[name]]:
+        pairs[name], counts = preferences.load_pairs(files[name], text, config.format)
+        packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
+        run.say(f"{name} data: {data.describe(counts)}")
+    packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")
+    run.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], text)}")
+    pairs["val"] = pairs["val"][config.val_rows()]
+    total_steps = config.total_steps(len(pairs["train"]))
+    optim.check(config.optim, total_steps)
+    run.total_steps = total_steps
+    rows_of_step = partial(packing.global_batch, len(pairs["train"]), config.batch, config.parallel.seed)
+
+    # ---- model -----------------------------------------------------------------------------------
+    policy = model.build_policy(arch, config.model, config.parallel)
+    huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    policy = model.distributed(policy)
+    optimizer = optim.build(policy, config.optim)
+
+    # ---- reference -------------------------------------------------------------------------------
+    average = config.loss in REFERENCE_FREE if config.average_logprobs is None else config.average_logprobs
+    reward_scale = 1.0 if config.reward_scale is None else config.reward_scale
+    ref = None
+
+    def sequence_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
+        """[2P]: chosen, rejected, chosen, ..."""
+        return losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, average)
+
+    def micro_batches(name: str, rows: Sequence[int]) -> list[Batch]:
+        """This rank's share of some pairs of a data set, packed, with reference log-probs if there are."""
+        taken = [pairs[name][row] for row in rows]
+        values = {
+            "row": np.array(rows)[:, None],
+            "reward_gap": reward_scale * np.array([[pair.reward_gap] for pair in taken]),
+        }
+        batches = engine.micro_batches(
+            [pair.examples for pair in taken], config.batch, config.parallel, values
+        )
+        if ref is not None:
+            ref.attach(batches, name)
+        return batches
+
+    if config.reference == "swap":
+        ref = reference.Swapped(policy, sequence_logprobs)
+    elif config.loss not in REFERENCE_FREE:
+        run.say("reference log-probs: one pass before training, kept in OUTPUT/reference.safetensors")
+        uses = {"train": map(rows_of_step, range(total_steps)), "val": [range(len(pairs["val"]))]}
+        made_of = reference.fingerprint(
+            config.model, pairs, config.batch, config.parallel, total_steps, average
+        )
+        path = config.run.output / "reference.safetensors"
+        ref = reference.Precomputed(policy, sequence_logprobs, micro_batches, uses, path, made_of)
+
+    # ---- loss ------------------------------------------------------------------------------------
+    loss = getattr(losses, config.loss)
+    wanted = inspect.signature(loss).parameters
+    settings = {name: value for name, value in vars(config).items() if name in wanted and value is not None}
+    sft_weight = float(config.loss == "orpo") if config.sft_weight is None else config.sft_weight
+
+    def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        both = sequence_logprobs(batch, logprobs).view(-1, 2)
+        ref_both = batch.extra.get("ref", torch.zeros_like(both)).view(-1, 2)
+        four = (*both.unbind(1), *ref_both.unbind(1))  # [P] each: policy, reference; chosen, rejected
+        inputs = {name: value for name, value in batch.extra.items() if name in wanted}
+        preference, sft = loss(*four, **settings, **inputs).sum(), -four[0].sum()
+        metrics = {
+            "preference_loss": preference,
+            "sft_loss": sft,
+            **losses.log_ratio_statistics(*four, config.beta),
+        }
+        return preference + sft_weight * sft, metrics
+
+    def validate(step: int) -> dict[str, float]:
+        with engine.during("validation"):
+            if "kl_chosen" in wanted:
+                reference.attach_kl(val_batches, policy, sequence_logprobs, len(pairs["val"]))
+            found = with_std(engine.evaluate(policy, val_batches, loss_fn, len(pairs["val"])))
+        logprobs = engine.outputs(policy, sample, sequence_logprobs)[0]  # [2] where rank 0 is, else [0]
+        rewards = (config.beta * (logprobs - sample[0].extra.get("ref", 0.0))).tolist()
+        table = zip(("reward_chosen", "reward_rejected"), rewards, strict=False)
+        run.samples(step, [{**preferences.texts(pairs["val"][0], text), **dict(table)}])
+        return {f"val/{name}": value for name, value in found.items()}
+
+    if pairs["val"]:
+        val_batches, sample = micro_batches("val", range(len(pairs["val"]))), micro_batches("val", [0])
+
+    # ---- resume ----------------------------------------------------------------------------------
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
+    run.resume_at(first_step)
+    if first_step:
+        run.say(f"continuing after step {first_step}")
+    elif pairs["val"]:
+        latest = validate(0)
+        run.log(0, latest)
+    checkpoint.check_monitor(config.checkpoint, latest)
+
+    # ---- loop ------------------------------------------------------------------------------------
+    clock, reason = Clock(), None
+    for step in range(first_step, total_steps):
+        # batch
+        rows = rows_of_step(step)
+        batches = micro_batches("train", rows)
+        if "kl_chosen" in wanted:
+            reference.attach_kl(batches, policy, sequence_logprobs, len(rows))
+        clock.lap("data")
+
+        # update
+        lr = optim.learning_rate(config.optim, step, total_steps)
+        with engine.during(f"step {step + 1}"):
+            found = with_std(engine.forward_backward(policy, batches, loss_fn, len(rows)))
+            if step == 0 and ref is not None:
+                reference.check_start(found, config.loss)
+            clock.lap("forward_backward")
+            found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
+            clock.lap("optimizer")
+
+        # evaluate
+        done, reason = step + 1, stop.reason()
+        metrics = {f"train/{name}": value for name, value in found.items()}
+        tokens = sum(pairs["train"][row].num_inputs for row in rows)
+        metrics |= speed(arch.matmul_params, tokens, clock.total("data", "forward_backward", "optimizer"))
+        if pairs["val"] and config.validates(done, total_steps):
+            metrics |= validate(done)
+            clock.lap("validate")
+
+        # log, then save: what a checkpoint continues has been logged
+        latest |= metrics
+        checkpoint.check_monitor(config.checkpoint, latest)
+        run.log(done, {**metrics, **clock.shares()})
+        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
+            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
+            clock.lap("save")  # counted in the next step's line
+        if reason:
+            break
+
+    # ---- end -------------------------------------------------------------------------------------
+    if reason and done < total_steps:
+        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
+    else:
+        huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save])
+        run.say(f"the model is in {config.run.output / 'hf'}")
+    run.close()
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
+    with parallel.start(flags.parallel):
+        main(flags)

@@ -1,0 +1,243 @@
+"""Reward model: a score for each text, trained on pairs of which one is preferred, or on labels.
+
+    torchrun --nproc_per_node 2 train_rm.py --model runs/sft/hf --train-data train_comparisons.jsonl \
+        --val-data test_comparisons.jsonl --output runs/rm
+
+The score is a linear head on the hidden state of the text's last token. --loss ranking (Bradley-Terry) takes
+pairs, {"prompt", "chosen", "rejected"} or {"text"} lines, good before bad; --loss regression takes {"text",
+"label"} rows: align/preferences.py has the formats. OUTPUT/hf is the result, a *ForSequenceClassification
+model with one label. Without arguments the built-in tiny model learns a toy task.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from align import (
+    architecture,
+    checkpoint,
+    data,
+    engine,
+    huggingface,
+    losses,
+    model,
+    optim,
+    packing,
+    parallel,
+    preferences,
+    tokenizer,
+    toy,
+)
+from align.loop import CommonConfig
+from align.metrics import Clock, Run, RunConfig, speed, with_std
+from align.optim import OptimConfig
+from align.packing import Batch, Example
+from align.preferences import PreferenceFormat
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(CommonConfig):
+    test_data: tuple[Path, ...] = ()
+    """rows for one evaluation after the last step; like --val-data, each file is a set of its own"""
+    loss: Literal["ranking", "regression"] = "ranking"
+    """ranking: -log sigmoid(score of chosen - score of rejected - margin); regression: squared error"""
+    num_attributes: int = 1
+    """regression: numbers in the label of a row"""
+    attribute_weights: tuple[float, ...] = ()
+    """regression: what each attribute counts in the one score (default: all the same, in sum 1)"""
+    format: PreferenceFormat = PreferenceFormat()
+    run: RunConfig = RunConfig(output=Path("runs/rm"))
+    optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss == "ranking" and (self.num_attributes != 1 or self.attribute_weights):
+            raise ValueError("--num-attributes and --attribute-weights have no effect with --loss ranking")
+        if self.num_attributes < 1:
+            raise ValueError(f"--num-attributes {self.num_attributes} must be at least 1")
+        if self.attribute_weights and len(self.attribute_weights) != self.num_attributes:
+            raise ValueError(
+                f"--attribute-weights has {len(self.attribute_weights)} numbers for --num-attributes "
+                f"{self.num_attributes}"
+            )
+        if self.loss == "regression" and not self.train_data:
+            raise ValueError("--loss regression needs --train-data: the toy task has no labels")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set; a row is a pair with a margin [1], or one text with labels [1, A]."""
+
+    examples: list[tuple[Example, ...]]
+    target: np.ndarray  # [rows, 1] or [rows, 1, A]
+
+    def count(self, rows: Sequence[int]) -> int:
+        """What the loss of these rows is averaged over: pairs, or labels that are not missing."""
+        if self.target.ndim == 2:
+            return len(rows)
+        return int((self.target[rows] != losses.MISSING).sum())
+
+
+@record
+def main(config: Config) -> None:
+    # ---- setup and checks ------------------------------------------------------------------------
+    start = architecture.read_config(config.model.path)
+    if start.labels not in (0, config.num_attributes):
+        raise ValueError(
+            f"--model {config.model.model} has {start.labels} labels, not --num-attributes {config.num_attributes}"
+        )
+    arch = replace(start, labels=config.num_attributes)
+    model.check(arch, config.model, config.parallel)
+    per_row = 2 if config.loss == "ranking" else 1
+    packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
+    stop = parallel.Stop(config.loop.max_time)
+    run = Run(config.run, asdict(config), __file__, parallel.is_main())
+    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
+
+    # ---- data ------------------------------------------------------------------------------------
+    train_files, val_files = config.train_data, config.val_data
+    if not train_files:
+        train_files, val_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
+    text = tokenizer.load(config.model.path)
+
+    def load(files: Sequence[Path], name: str) -> Rows:
+        if config.loss == "ranking":
+            pairs, counts = preferences.load_pairs(files, text, config.format, text_lines=True)
+            examples = [tuple(map(preferences.as_scored, pair.examples)) for pair in pairs]
+            rows = Rows(examples, np.array([[pair.margin] for pair in pairs]))
+        else:
+            texts, labels, counts = preferences.load_labelled(
+                files, text, config.format, config.num_attributes
+            )
+            rows = Rows([(example,) for example in texts], labels[:, None])
+        packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
+        run.say(f"{name} data: {data.describe(counts)}")
+        return rows
+
+    train = load(train_files, "train")
+    packing.check_size(len(train.examples), config.batch.global_batch_size, "--train-data")
+    run.say(f"first row, read at the token in brackets:\n{data.show(train.examples[0][0], text)}")
+    val = {name: load([file], name) for name, file in named_sets("val", val_files).items()}
+    test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
+    total_steps = config.total_steps(len(train.examples))
+    optim.check(config.optim, total_steps)
+    run.total_steps = total_steps
+
+    def micro_batches(data: Rows, rows: Sequence[int]) -> list[Batch]:
+        """This rank's share of some rows, packed."""
+        examples = [data.examples[row] for row in rows]
+        return engine.micro_batches(examples, config.batch, config.parallel, {"target": data.target[rows]})
+
+    # ---- model -----------------------------------------------------------------------------------
+    weights = config.attribute_weights or (1 / config.num_attributes,) * config.num_attributes
+    scorer = model.build_scorer(arch, config.model, config.parallel, weights)
+    source = huggingface.open_source(config.model.path, start, config.parallel.seed)
+    if start.labels == 0:
+        source = huggingface.FreshHead(source, arch, config.parallel.seed)
+    huggingface.load(scorer, source)
+    scorer = model.distributed(scorer)
+    optimizer = optim.build(scorer, config.optim)
+
+    # ---- loss ------------------------------------------------------------------------------------
+    def loss_fn(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = values[batch.mask.bool()].double()  # [N, A], those at the last tokens
+        if config.loss == "regression":
+            error, _ = losses.regression(scores, batch.extra["target"])
+            return error, {}
+        chosen, rejected = scores.view(-1, 2).unbind(1)  # [P]
+        loss = losses.ranking(chosen, rejected, batch.extra["target"]).sum()
+        return loss, losses.pair_statistics(chosen, rejected)
+
+    def evaluate(sets: dict[str, Rows]) -> dict[str, float]:
+        """Metrics of some data sets, `name/metric`."""
+        metrics = {}
+        for name, rows in sets.items():
+            every = range(len(rows.examples))[slice(None) if name in test else config.val_rows()]
+            with engine.during(f"evaluation of {name}"):
+                found = engine.evaluate(scorer, micro_batches(rows, every), loss_fn, rows.count(every))
+            metrics |= {f"{name}/{metric}": value for metric, value in with_std(found).items()}
+        return metrics
+
+    # ---- resume ----------------------------------------------------------------------------------
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, scorer, optimizer)
+    run.resume_at(first_step)
+    if first_step:
+        run.say(f"continuing after step {first_step}")
+    elif val:
+        latest = evaluate(val)
+        run.log(0, latest)
+    checkpoint.check_monitor(config.checkpoint, latest)
+
+    # ---- loop ------------------------------------------------------------------------------------
+    clock, reason = Clock(), None
+    for step in range(first_step, total_steps):
+        # batch
+        rows = packing.global_batch(len(train.examples), config.batch, config.parallel.seed, step)
+        batches = micro_batches(train, rows)
+        clock.lap("data")
+
+        # update
+        lr = optim.learning_rate(config.optim, step, total_steps)
+        with engine.during(f"step {step + 1}"):
+            found = with_std(engine.forward_backward(scorer, batches, loss_fn, train.count(rows)))
+            clock.lap("forward_backward")
+            found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
+            clock.lap("optimizer")
+
+        # evaluate
+        done, reason = step + 1, stop.reason()
+        metrics = {f"train/{name}": value for name, value in found.items()}
+        tokens = sum(example.num_inputs for row in rows for example in train.examples[row])
+        metrics |= speed(arch.matmul_params, tokens, clock.total("data", "forward_backward", "optimizer"))
+        if config.validates(done, total_steps):
+            metrics |= evaluate(val)
+        if done == total_steps:
+            metrics |= evaluate(test)
+        clock.lap("validate")
+
+        # log, then save: what a checkpoint continues has been logged
+        latest |= metrics
+        checkpoint.check_monitor(config.checkpoint, latest)
+        run.log(done, {**metrics, **clock.shares()})
+        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
+            checkpoint.save(config.checkpoint, config.run.output, done, scorer, optimizer, latest)
+            clock.lap("save")  # counted in the next step's line
+        if reason:
+            break
+
+    # ---- end -------------------------------------------------------------------------------------
+    if reason and done < total_steps:
+        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
+    else:
+        for name, rows in test.items() if config.loss == "ranking" else ():
+            acc, num_pairs = latest[f"{name}/acc"], len(rows.examples)
+            error = 1.96 * math.sqrt(acc * (1 - acc) / num_pairs)
+            run.say(f"{name}: accuracy {acc:.3f} +- {error:.3f} (95 % interval) on {num_pairs} pairs")
+        companions = [text.save, tokenizer.save_pad_token]
+        huggingface.save(scorer, config.model.path, config.run.output / "hf", companions)
+        run.say(f"the reward model is in {config.run.output / 'hf'}")
+    run.close()
+
+
+def named_sets(kind: str, files: Sequence[Path]) -> dict[str, Path]:
+    """Files as sets by name: "val" the first, which --monitor watches, "val/NAME" another NAME.jsonl."""
+    named = {kind if i == 0 else f"{kind}/{file.name.split('.')[0]}": file for i, file in enumerate(files)}
+    if len(named) < len(files):
+        raise ValueError(f"--{kind}-data: two files of one name, {', '.join(map(str, files))}: rename one")
+    return named
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
+    with parallel.start(flags.parallel):
+        main(flags)

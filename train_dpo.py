@@ -4,8 +4,9 @@
         --train-data train_comparisons.jsonl --val-data test_comparisons.jsonl --output runs/dpo
 
 Rows are {"prompt", "chosen", "rejected"}, as text or as messages: align/preferences.py has the formats.
---loss names a function of align/losses.py, where the equations and papers are. The reference is the model that
-training starts from. OUTPUT/hf is the result. Without arguments the built-in tiny model learns a toy task.
+--loss names a function of align/losses.py, where the equations and papers are. The reference is the model
+that training starts from. OUTPUT/hf is the result. Without arguments the built-in tiny model learns a toy
+task.
 """
 
 import inspect
@@ -144,9 +145,7 @@ def main(config: Config) -> None:
             "row": np.array(rows)[:, None],
             "reward_gap": reward_scale * np.array([[pair.reward_gap] for pair in taken]),
         }
-        batches = engine.micro_batches(
-            [pair.examples for pair in taken], config.batch, config.parallel, values
-        )
+        batches = engine.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
         if ref is not None:
             ref.attach(batches, name)
         return batches

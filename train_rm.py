@@ -93,7 +93,8 @@ def main(config: Config) -> None:
     start = architecture.read_config(config.model.path)
     if start.labels not in (0, config.num_attributes):
         raise ValueError(
-            f"--model {config.model.model} has {start.labels} labels, not --num-attributes {config.num_attributes}"
+            f"--model {config.model.model} has {start.labels} labels, --num-attributes says "
+            f"{config.num_attributes}"
         )
     arch = replace(start, labels=config.num_attributes)
     model.check(arch, config.model, config.parallel)
@@ -136,7 +137,7 @@ def main(config: Config) -> None:
     def micro_batches(data: Rows, rows: Sequence[int]) -> list[Batch]:
         """This rank's share of some rows, packed."""
         examples = [data.examples[row] for row in rows]
-        return engine.micro_batches(examples, config.batch, config.parallel, {"target": data.target[rows]})
+        return engine.micro_batches(scorer, examples, config.batch, {"target": data.target[rows]})
 
     # ---- model -----------------------------------------------------------------------------------
     weights = config.attribute_weights or (1 / config.num_attributes,) * config.num_attributes

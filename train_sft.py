@@ -74,7 +74,7 @@ def main(config: Config) -> None:
 
     def micro_batches(examples: list[Example]) -> list[Batch]:
         """This rank's share of some examples, packed."""
-        return engine.micro_batches([[example] for example in examples], config.batch, config.parallel)
+        return engine.micro_batches(policy, [[example] for example in examples], config.batch)
 
     # ---- model -----------------------------------------------------------------------------------
     policy = model.build_policy(arch, config.model, config.parallel)

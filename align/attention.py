@@ -5,6 +5,7 @@ call of scaled_dot_product_attention: no padding and no mask either way. Megatro
 layer spec says `core_attention`; Transformer Engine's attention takes its place with --attention te.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -31,27 +32,45 @@ class Packing(PackedSeqParams):
     """
 
     lengths: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)  # keys of each sequence: its prefix, then its own
+    keys: Tensor | None = None  # where those keys lie, of all sequences end to end; None: just as they lie
     rotation: tuple[Tensor, Tensor] | None = None  # layers.rotation of this rank's tokens; the model sets it
 
 
-def describe(lengths: list[int], total: int, qkv_format: str | None, device: torch.device) -> Packing:
+def describe(
+    lengths: list[int],
+    prefixes: list[tuple[int, int]],
+    total: int,
+    qkv_format: str | None,
+    device: torch.device,
+) -> Packing:
     """Describe sequences of these lengths, end to end; tokens after them, up to total, are one more sequence.
 
     Args:
+        prefixes: (start, size) of what each sequence continues, as in packing.Batch.
         qkv_format: "thd" for Transformer Engine; None for TorchAttention, which Megatron then leaves tensors
             [T, 1, heads, d] to.
     """
     rest = total - sum(lengths)
-    lengths = lengths + [rest] if rest else lengths
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-    longest = max(lengths)
+    lengths, prefixes = (lengths + [rest], prefixes + [(0, 0)]) if rest else (lengths, prefixes)
+    ends = list(itertools.accumulate(lengths, initial=0))
+    seen = [length + size for length, (_, size) in zip(lengths, prefixes, strict=True)]
+    keys = None
+    if seen != lengths:
+        parts = [
+            (torch.arange(start, start + size), torch.arange(begin, end))
+            for (start, size), begin, end in zip(prefixes, ends, ends[1:], strict=False)
+        ]
+        keys = torch.cat([part for both in parts for part in both]).to(device)
     return Packing(
         qkv_format=qkv_format,
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=torch.tensor(ends, dtype=torch.int32, device=device),
+        cu_seqlens_kv=torch.tensor([0, *seen]).cumsum(0).to(torch.int32).to(device),
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(seen),
         lengths=lengths,
+        seen=seen,
+        keys=keys,
     )
 
 
@@ -101,14 +120,16 @@ class TorchAttention(MegatronModule):
             key, value = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp) for x in (key, value)
             )
+        if packed_seq_params.keys is not None:
+            key, value = (x.index_select(0, packed_seq_params.keys) for x in (key, value))
         if query.is_cuda and query.dtype != torch.float32 and self.cp.size() == 1:
             out = self.flash(query, key, value, packed_seq_params)
         else:
-            out = self.by_sequence(query, key, value, packed_seq_params.lengths, start)
+            out = self.by_sequence(query, key, value, packed_seq_params, start)
         return out.reshape(len(query), 1, -1)
 
     def flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
-        """All sequences in one kernel."""
+        """All sequences in one kernel; a sequence's queries are the last of its keys."""
         return varlen_attn(
             query,
             key,
@@ -123,23 +144,22 @@ class TorchAttention(MegatronModule):
         )
 
     def by_sequence(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], start: int
+        self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing, start: int
     ) -> Tensor:
         """One call per sequence; this rank's queries are tokens [start, start + len(query)) of the pack."""
         # split, not slices: the gradient of a slice is a full-size tensor of zeros, once per sequence
+        keys, values = key.split(sequences.seen), value.split(sequences.seen)
         pieces, begin = [], 0
-        for k, v in zip(key.split(lengths), value.split(lengths), strict=True):
+        for length, k, v in zip(sequences.lengths, keys, values, strict=True):
             # those of this sequence's tokens that are among the queries
-            first, last = max(start - begin, 0), min(start + len(query) - begin, len(k))
-            pieces.append((first, last, k, v))
-            begin += len(k)
-        queries = query.split([max(last - first, 0) for first, last, _, _ in pieces])
-        out = [
-            self.attend(q, k[:last], v[:last])
-            for q, (_, last, k, v) in zip(queries, pieces, strict=True)
-            if len(q)
-        ]
-        return torch.cat(out)
+            first, last = max(start - begin, 0), min(start + len(query) - begin, length)
+            past = len(k) - length  # its prefix
+            pieces.append((max(last - first, 0), k[: past + max(last, 0)], v[: past + max(last, 0)]))
+            begin += length
+        queries = query.split([size for size, _, _ in pieces])
+        return torch.cat(
+            [self.attend(q, k, v) for q, (_, k, v) in zip(queries, pieces, strict=True) if len(q)]
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One sequence: queries [m, heads, d], the last m of n; keys [n, groups, d] -> [m, heads, d]."""

@@ -24,7 +24,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from align import attention, packing, parallel
 from align.packing import Batch, BatchConfig, Example
@@ -33,23 +33,28 @@ LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def micro_batches(
+    model: DistributedDataParallel,
     rows: Sequence[Sequence[Example]],
     config: BatchConfig,
-    layout: parallel.ParallelConfig,
     values: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> list[Batch]:
-    """This data parallel rank's share of some rows, packed, on its device.
+    """This data parallel rank's share of some rows, packed for the model, on its device.
 
     Args:
-        rows: each one or several examples that stay together in one micro-batch, such as a pair.
+        rows: each one or several examples, such as a pair, which stay together in one micro-batch and share
+            the places of their common beginning.
         values: by name, an array [k, ...] for each row. A micro-batch has those of its rows end to end in
             `extra`, in the order of its rows.
     """
-    lengths = [sum(example.num_inputs for example in row) for row in rows]
+    shares = not unwrap_model(model).te  # Transformer Engine's attention knows no shared places
+    lengths = [
+        packing.num_places(row) if shares else sum(example.num_inputs for example in row) for row in rows
+    ]
     plan = packing.plan(lengths, parallel.dp_size(), config.micro_batch_tokens, config.micro_batch_size)
     batches = []
     for chosen in plan[parallel.dp_rank()]:
-        batch = packing.collate([example for i in chosen for example in rows[i]], alignment(layout))
+        groups = [rows[i] for i in chosen] if shares else [[example] for i in chosen for example in rows[i]]
+        batch = packing.collate(groups, alignment(model))
         for name, arrays in (values or {}).items():
             parts = [arrays[i] for i in chosen] or [arrays[0][:0]]
             batch.extra[name] = torch.from_numpy(np.concatenate(parts))
@@ -163,7 +168,9 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
         attention_mask=None,
         labels=batch.targets[None, part],
         loss_mask=batch.mask[None, part],
-        packed_seq_params=attention.describe(batch.lengths, tokens, qkv_format, batch.tokens.device),
+        packed_seq_params=attention.describe(
+            batch.lengths, batch.prefixes, tokens, qkv_format, batch.tokens.device
+        ),
     )
 
 
@@ -214,6 +221,8 @@ def during(what: str) -> Iterator[None]:
         raise FloatingPointError(f"{what}: {error}") from error
 
 
-def alignment(config: parallel.ParallelConfig) -> int:
+def alignment(model: nn.Module) -> int:
     """What the length of a micro-batch must be a multiple of: each rank of a split gets an equal part."""
-    return config.cp * (config.tp if config.sequence_parallel else 1)
+    config = unwrap_model(model).config
+    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return config.context_parallel_size * split

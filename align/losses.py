@@ -383,10 +383,10 @@ def pair_statistics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 def log_ratio_statistics(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> dict[str, Tensor]:
-    """Sums over P pairs of log-probs [P]: pair_statistics of the rewards beta (log pi - log pi_ref), and more.
+    """Sums over P pairs of log-probs [P]: pair_statistics of the rewards beta (log pi - log pi_ref).
 
-    Also the means of the policy's log-probs and "logratio_abs_mean", how far a response's log-prob is from the
-    reference's, in nats.
+    And the means of the policy's log-probs, and "logratio_abs_mean": how far a response's log-prob is from
+    the reference's, in nats.
     """
     ratio_chosen, ratio_rejected = chosen - ref_chosen, rejected - ref_rejected
     return {

@@ -206,7 +206,7 @@ def speed(num_matmul_params: int, tokens: int, seconds: float) -> dict[str, floa
 
 
 def with_std(metrics: dict[str, float]) -> dict[str, float]:
-    """The same metrics with NAME_std = sqrt(E[x^2] - E[x]^2) for each NAME_square, which needs a NAME_mean."""
+    """The same metrics with NAME_std = sqrt(E[x^2] - E[x]^2) for each NAME_square (and NAME_mean)."""
     done = dict(metrics)
     for name in [name for name in metrics if name.endswith("_square")]:
         stem = name.removesuffix("_square")

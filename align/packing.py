@@ -5,6 +5,7 @@
 
 import functools
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -97,13 +98,13 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) -> list[list[list[int]]]:
-    """Deal sequences to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
+    """Deal rows to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
 
-    `lengths`: tokens that go into the model (`num_inputs`). A micro-batch holds at most `max_tokens` of them
-    and `max_rows` sequences. All ranks get the same number of micro-batches, as few as the longest-first
-    rule manages, of about equal load; some are empty if there are fewer sequences than micro-batches.
+    `lengths`: places that each row takes (`num_places`). A micro-batch holds at most `max_tokens` of them
+    and `max_rows` rows. All ranks get the same number of micro-batches, as few as the longest-first
+    rule manages, of about equal load; some are empty if there are fewer rows than micro-batches.
     Deterministic.
-    Raises ValueError if one sequence alone is above `max_tokens`.
+    Raises ValueError if one row alone is above `max_tokens`.
     """
     if max(lengths, default=0) > max_tokens:
         raise ValueError(
@@ -142,6 +143,9 @@ class Batch:
     one thing: the prediction of `targets[t]` from the tokens of its sequence up to `tokens[t]`. A sequence
     of n ids takes n - 1 places, because the last is only predicted and the first only read. This shift
     happens in `collate`, nowhere else.
+
+    Sequences with a common beginning, such as the two answers to a prompt, may share its places: the first
+    holds them, another one continues that `prefix`, sees it as its own and takes places for the rest only.
     """
 
     tokens: torch.Tensor  # [T] int64, inputs
@@ -150,6 +154,9 @@ class Batch:
     positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
     cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
     lengths: list[int]  # [N], the lengths of the sequences, on the host
+    prefixes: list[
+        tuple[int, int]
+    ]  # [N], (start, size) of the places that a sequence continues; size 0: none
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the loss needs, by name
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -161,27 +168,52 @@ class Batch:
             self.positions.to(device),
             self.cu_seqlens.to(device),
             self.lengths,
+            self.prefixes,
             {name: tensor.to(device) for name, tensor in self.extra.items()},
         )
 
 
-def collate(examples: list[Example], multiple: int = 1) -> Batch:
-    """Shift and pack examples; T is padded to a multiple of `multiple`.
+def shared_places(row: Sequence[Example]) -> list[int]:
+    """How many places each example of a row can take from the first instead of having them itself.
+
+    Those of their common beginning, up to the first that the example trains: a place has one mask and one
+    target, and what is trained must be the example's own.
+    """
+    shared, first = [0], row[0].ids
+    for example in row[1:]:
+        places = min(len(first), len(example.ids)) - 1
+        same = np.append(first[:places] == example.ids[:places], False)
+        untrained = np.append(~example.trained[1:], False)
+        shared.append(int(min(same.argmin(), untrained.argmin())))
+    return shared
+
+
+def num_places(row: Sequence[Example]) -> int:
+    """Places that a row of examples takes in a batch in which they share their beginnings."""
+    return sum(example.num_inputs for example in row) - sum(shared_places(row))
+
+
+def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
+    """Shift and pack rows of examples, those of a row with a shared beginning; T is a multiple of `multiple`.
 
     Without examples the batch is `multiple` padding tokens: a rank without rows still takes part in
     collectives.
     """
-    lengths = [example.num_inputs for example in examples]
+    examples = [example for row in rows for example in row]
+    skipped = [size for row in rows for size in shared_places(row)]
+    lengths = [example.num_inputs - size for example, size in zip(examples, skipped, strict=True)]
     total = sum(lengths)
     padded = max(1, -(-total // multiple)) * multiple
     tokens, targets, positions = (np.zeros(padded, dtype=np.int64) for _ in range(3))
     mask = np.zeros(padded, dtype=np.float32)
     ends = np.cumsum([0, *lengths])
-    for example, start, end in zip(examples, ends, ends[1:], strict=False):
-        tokens[start:end] = example.ids[:-1]
-        targets[start:end] = example.ids[1:]
-        mask[start:end] = example.trained[1:]
-        positions[start:end] = np.arange(end - start)
+    for example, skip, start, end in zip(examples, skipped, ends, ends[1:], strict=False):
+        tokens[start:end] = example.ids[skip:-1]
+        targets[start:end] = example.ids[skip + 1 :]
+        mask[start:end] = example.trained[skip + 1 :]
+        positions[start:end] = np.arange(skip, skip + end - start)
     positions[total:] = np.arange(padded - total)
     arrays = (tokens, targets, mask, positions, ends.astype(np.int32))
-    return Batch(*map(torch.from_numpy, arrays), lengths)
+    firsts = np.cumsum([0, *map(len, rows)])[:-1].repeat([len(row) for row in rows])  # of each example's row
+    prefixes = [(int(ends[first]), size) for first, size in zip(firsts, skipped, strict=True)]
+    return Batch(*map(torch.from_numpy, arrays), lengths, prefixes)

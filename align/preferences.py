@@ -157,7 +157,7 @@ def number(value: object, name: str) -> float:
     """`value`, which must be a number that float32 holds (ValueError): all that follows computes in it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number, not {type(value).__name__}")
-    if not abs(value) <= np.finfo(np.float32).max:  # so written, it is also true of NaN
+    if not abs(value) <= float(np.finfo(np.float32).max):  # so written, it refuses NaN too
         raise ValueError(f"{name} must be a finite number of single precision, not {value}")
     return float(value)
 

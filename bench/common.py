@@ -65,8 +65,8 @@ class Measured:
     peak_rss_gb: float
     """Largest resident memory of the process, in 1e9 bytes."""
 
-    trained_tokens: int | None = None
-    """Tokens of the first step that carry loss; None where a loss is not one of tokens."""
+    trained_tokens: list[int] | None = None
+    """Tokens of each step's rows that carry loss; None where a loss is not one of tokens."""
 
     pass_cpu_s: float = 0.0
     """CPU seconds of a pass over the data of all steps, before the first of them; 0 without one."""
@@ -155,6 +155,11 @@ def differences(values: list[float]) -> list[float]:
     return [after - before for before, after in zip(values, values[1:], strict=False)]
 
 
+def sums_by_step(values: list[int], batch: int) -> list[int]:
+    """Return the sums of every `batch` values, one of each row."""
+    return [sum(values[i : i + batch]) for i in range(0, len(values), batch)]
+
+
 def peak_rss_gb() -> float:
     """Return the largest resident memory of this process so far, in 1e9 bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -165,7 +170,7 @@ def of_pass(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
     return {f"pass_{name}_s": after[name] - before[name] for name in before}
 
 
-def measured(log: list[dict[str, float]], tokens: list[int], **rest: int | float) -> Measured:
+def measured(log: list[dict[str, float]], tokens: list[int], **rest: float | list[int]) -> Measured:
     """Return the result of a trainer that logged as `record_steps` does, at the end of its process.
 
     Args:

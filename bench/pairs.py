@@ -49,8 +49,7 @@ def load_ours(rows: list[dict[str, list[dict]]], model: Path) -> list:
 
 def our_tokens(data: list) -> list[int]:
     """Return the real tokens of each step of some `align.preferences.Pair`."""
-    lengths = [len(pair.chosen.ids) + len(pair.rejected.ids) for pair in data]
-    return [sum(lengths[i : i + BATCH]) for i in range(0, len(lengths), BATCH)]
+    return common.sums_by_step([len(pair.chosen.ids) + len(pair.rejected.ids) for pair in data], BATCH)
 
 
 def tokenize(row: dict[str, list[dict]], tokenizer: Any) -> dict[str, list[int]]:
@@ -86,7 +85,7 @@ def check_same_work(runs: dict[str, list[Measured]], tolerance: dict[str, float]
         if (first.tokens, first.trained_tokens) != (run.tokens, run.trained_tokens):
             raise RuntimeError(
                 f"{where} tokens by step {first.tokens} and {run.tokens}, "
-                f"trained in the first {first.trained_tokens} and {run.trained_tokens}"
+                f"of which trained {first.trained_tokens} and {run.trained_tokens}"
             )
         for mine, theirs in zip(first.losses[:2], run.losses[:2], strict=True):
             if abs(mine - theirs) > tolerance["losses"]:

@@ -11,12 +11,14 @@ learning rate 1e-5, gradients clipped to norm 1, no recomputation of activations
     trl    RewardTrainer as it comes: 8 texts a step, padded to the longest
 
 Both start from the same files, a *ForSequenceClassification directory with a random head that is written
-first, and read the score at the end-of-turn token of the answer. Each is measured in a fresh process with
-the same thread count, in turn, `rounds` times over. A real token is a token of a text, the prompt counting
-with both answers; padding is not work. The first step of each run is dropped. Both must report the same tokens
-and, within TOLERANCE, the same losses of the first two steps and the same norm of the first gradient, which
-proves that they were timed at the same job. With one thread the clock is the process's own CPU seconds, which
-repeat within a few per cent whatever else the machine does; the wall clock, printed beside it, does not.
+first, and read the score at the end-of-turn token of the answer.
+
+Each is measured in a fresh process with the same thread count, in turn, `rounds` times over. A real token is
+a token of a text, the prompt counting with both answers; padding is not work. The first step of each run is
+dropped. Both must report the same tokens and, within TOLERANCE, the same losses of the first two steps and
+the same norm of the first gradient, which proves that they were timed at the same job. With one thread the
+clock is the process's own CPU seconds, which repeat within a few per cent whatever else the machine does; the
+wall clock, printed beside it, does not.
 """
 
 import tempfile
@@ -33,8 +35,8 @@ from common import Measured
 HEAD_SEED = 1234
 PAD_ID = 0  # no text may end with it: transformers takes the last other token for a text's end
 TOLERANCE = {  # losses in nats, the norm of the gradient relative
-    "fp32": {"losses": 1e-3, "grad_norm": 1e-3},
-    "bf16": {"losses": 5e-2, "grad_norm": 5e-2},
+    "fp32": {"losses": 1e-5, "grad_norm": 1e-4},
+    "bf16": {"losses": 1e-2, "grad_norm": 5e-2},  # TRL keeps fp32 weights under autocast, ours are bf16
 }
 
 
@@ -72,13 +74,13 @@ def write_start(model: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.eos_token_id == PAD_ID:
+        raise ValueError(f"--model {model}: token {PAD_ID} ends a turn and pads: the score would be misread")
     torch.manual_seed(HEAD_SEED)
     scorer = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
     scorer.config.pad_token_id = PAD_ID
     scorer.save_pretrained(output)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.eos_token_id == PAD_ID:
-        raise ValueError(f"--model {model}: token {PAD_ID} ends a turn and pads: the score would be misread")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD_ID)
     tokenizer.save_pretrained(output)
 
@@ -112,7 +114,7 @@ def run_ours(config: Config, start: Path) -> Measured:
 
         log = [common.clocks()]
         for i in range(0, len(scored), pairs.BATCH):
-            batches = engine.micro_batches(scored[i : i + pairs.BATCH], budget, layout)
+            batches = engine.micro_batches(scorer, scored[i : i + pairs.BATCH], budget)
             found = engine.forward_backward(scorer, batches, loss_fn, pairs.BATCH)
             found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
             log.append(found | common.clocks())

@@ -39,11 +39,12 @@ def train(directory: Path, case: Case) -> list[dict[str, float]]:
     policy = model.distributed(policy)
     optimizer = optim.build(policy, optim.OptimConfig(lr=LR))
 
+    batch = packing.BatchConfig(
+        micro_batch_tokens=case.micro_batch_tokens, micro_batch_size=case.micro_batch_size
+    )
+
     def micro_batches(rows: list[packing.Example]) -> list[packing.Batch]:
-        lengths = [row.num_inputs for row in rows]
-        plan = packing.plan(lengths, parallel.dp_size(), case.micro_batch_tokens, case.micro_batch_size)
-        mine = plan[parallel.dp_rank()]
-        return [packing.collate([rows[i] for i in micro], engine.alignment(layout)) for micro in mine]
+        return engine.micro_batches(policy, [[row] for row in rows], batch)
 
     def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert len(logprobs) == len(batch.tokens)

@@ -28,7 +28,7 @@ def logits(
         model.transformer_config(arch, model.ModelConfig(precision="fp32"), layout, False), arch, False
     )
     huggingface.load(policy, source)
-    batch = packing.collate(examples(0), engine.alignment(layout))
+    batch = packing.collate([[row] for row in examples(0)], engine.alignment(policy))
     found = []
 
     def step(batches, policy):
@@ -61,11 +61,9 @@ def train(
     history = []
     for step in range(STEPS):
         rows = examples(step)
-        plan = packing.plan([len(row.ids) - 1 for row in rows], parallel.dp_size(), 64, None)[
-            parallel.dp_rank()
-        ]
-        multiple = engine.alignment(layout)
-        batches = [packing.collate([rows[i] for i in micro], multiple) for micro in plan]
+        batches = engine.micro_batches(
+            policy, [[row] for row in rows], packing.BatchConfig(micro_batch_tokens=64)
+        )
         trained = sum(int(row.trained.sum()) for row in rows)
         metrics = engine.forward_backward(
             policy, batches, lambda batch, logprobs: (losses.sft_loss(logprobs, batch.mask), {}), trained

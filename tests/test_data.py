@@ -234,7 +234,7 @@ def test_pad_may_be_eos(tiny):
     same.pad_id = same.eos_id
     for row in (GOOD, chat("a", "b", "c", "d")):
         assert spans(row, same) == spans(row, tiny)
-    batch = packing.collate([example(GOOD, same)], multiple=16)
+    batch = packing.collate([[example(GOOD, same)]], multiple=16)
     assert batch.mask.sum() == len(" That.") + 1
     assert batch.targets[batch.mask > 0][-1] == EOS
 
@@ -510,11 +510,17 @@ def test_check_size():
 
 
 def test_check_budget():
-    packing.check_budget(512, 512, 512)
+    def budget(tokens: int) -> packing.BatchConfig:
+        return packing.BatchConfig(micro_batch_tokens=tokens)
+
+    packing.check_budget(512, budget(512), 512)
+    packing.check_budget(256, budget(512), 512, per_row=2)
     with pytest.raises(ValueError, match="--max-seq-len 513 is beyond the model's context of 512"):
-        packing.check_budget(513, 1024, 512)
+        packing.check_budget(513, budget(1024), 512)
     with pytest.raises(ValueError, match="--max-seq-len 512 is above --micro-batch-tokens 511"):
-        packing.check_budget(512, 511, 1024)
+        packing.check_budget(512, budget(511), 1024)
+    with pytest.raises(ValueError, match="257, of which a row has 2, is above --micro-batch-tokens 512"):
+        packing.check_budget(257, budget(512), 1024, per_row=2)
 
 
 @pytest.mark.parametrize(
@@ -614,7 +620,7 @@ def make_example(ids: list[int], trained: list[int]) -> packing.Example:
 
 def test_collate_by_hand():
     examples = [make_example([5, 6, 7, 8], [0, 0, 1, 1]), make_example([9, 10, 11], [0, 1, 0])]
-    batch = packing.collate(examples, multiple=4)
+    batch = packing.collate([[row] for row in examples], multiple=4)
     assert batch.tokens.tolist() == [5, 6, 7, 9, 10, 0, 0, 0]
     assert batch.targets.tolist() == [6, 7, 8, 10, 11, 0, 0, 0]
     assert batch.mask.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
@@ -628,9 +634,9 @@ def test_collate_by_hand():
 
 def test_collate_pads_only_where_it_must():
     row = make_example([1, 2, 3, 4, 5], [0, 1, 1, 1, 1])
-    assert len(packing.collate([row]).tokens) == 4
-    assert len(packing.collate([row], multiple=4).tokens) == 4
-    assert len(packing.collate([row], multiple=3).tokens) == 6
+    assert len(packing.collate([[row]]).tokens) == 4
+    assert len(packing.collate([[row]], multiple=4).tokens) == 4
+    assert len(packing.collate([[row]], multiple=3).tokens) == 6
 
 
 def test_collate_of_nothing_is_padding():
@@ -644,15 +650,50 @@ def test_collate_of_nothing_is_padding():
 
 def test_collate_keeps_every_trained_token(tiny):
     rows = [example(chat("a" * n, "b" * (2 * n)), tiny) for n in range(1, 9)]
-    batch = packing.collate(rows, multiple=64)
+    batch = packing.collate([[row] for row in rows], multiple=64)
     assert batch.mask.sum() == packing.num_trained(rows) == sum(2 * n + 1 for n in range(1, 9))
     for i, row in enumerate(rows):
         part = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
         assert batch.targets[part][batch.mask[part] > 0].tolist() == row.ids[row.trained].tolist()
 
 
+def test_collate_shares_the_common_beginning():
+    """By hand: the second answer repeats the prompt's last token, which has another target there."""
+    first = make_example([5, 6, 7, 8, 9], [0, 0, 0, 1, 1])
+    second = make_example([5, 6, 7, 10, 11, 12], [0, 0, 0, 1, 1, 1])
+    other = make_example([5, 6], [0, 1])  # a row of its own
+    batch = packing.collate([[first, second], [other]], multiple=5)
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 7, 10, 11, 5, 0, 0]
+    assert batch.targets.tolist() == [6, 7, 8, 9, 10, 11, 12, 6, 0, 0]
+    assert batch.mask.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 0, 1]
+    assert batch.lengths == [4, 3, 1]
+    assert batch.prefixes == [(0, 0), (0, 2), (7, 0)]
+    assert packing.num_places([first, second]) == 7
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        (([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 5, 6], [0, 0, 1, 1]), 1),
+        (([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3, 6], [0, 0, 1, 1]), 1),  # 3 is trained: it stays its own
+        (([1, 2, 3, 4], [0, 0, 0, 1]), ([1, 2, 3, 6], [0, 0, 0, 1]), 2),
+        (
+            ([1, 2, 3, 0], [0, 0, 0, 1]),
+            ([1, 2, 3, 9, 0], [0, 0, 0, 0, 1]),
+            3,
+        ),  # scored: one continues the other
+        (([1, 2, 3, 9, 0], [0, 0, 0, 0, 1]), ([1, 2, 3, 0], [0, 0, 0, 1]), 2),  # its score is its own
+        (([1, 2], [0, 1]), ([3, 2], [0, 1]), 0),
+        (([1, 2], [0, 1]), ([1, 3], [0, 1]), 0),
+    ],
+)
+def test_shared_places(first, second, shared):
+    assert packing.shared_places([make_example(*first), make_example(*second)]) == [0, shared]
+
+
 def test_batch_moves():
-    batch = packing.collate([make_example([1, 2, 3], [0, 1, 1])]).to("meta")
+    batch = packing.collate([[make_example([1, 2, 3], [0, 1, 1])]]).to("meta")
     assert all(
         x.is_meta for x in (batch.tokens, batch.targets, batch.mask, batch.positions, batch.cu_seqlens)
     )

@@ -110,17 +110,21 @@ def kl(p: Decimal, not_p: Decimal, q: Decimal, not_q: Decimal) -> Decimal:
     return p * (p / q).ln() + not_p * (not_p / not_q).ln()
 
 
-def gap(c, r, u, v):
+def gap(c: Decimal, r: Decimal, u: Decimal, v: Decimal) -> Decimal:
     """h of the module's docstring, with the four probabilities in one fraction."""
     return (c.exp() * v.exp() / (u.exp() * r.exp())).ln()
 
 
-def smoothed_dpo(c, r, u, v, b, e, sign):
+def smoothed_dpo(
+    c: Decimal, r: Decimal, u: Decimal, v: Decimal, b: Decimal, e: Decimal, sign: int
+) -> Decimal:
+    """-(1 - e) log s(b h) - sign e log s(-b h)."""
     x = b * gap(c, r, u, v)
     return -(1 - e) * s(x).ln() - sign * e * s(-x).ln()
 
 
-def bernoulli(x):
+def bernoulli(x: Decimal) -> tuple[Decimal, Decimal]:
+    """The two probabilities of a Bernoulli distribution with logit x."""
     return s(x), s(-x)
 
 
@@ -168,11 +172,11 @@ REWARD_AWARE = ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 AVERAGED = ("simpo", "orpo")
 
 
-def random_pairs(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def random_pairs() -> list[torch.Tensor]:
     """Four [12] tensors of log-probabilities: ordinary answers, then averages per token that are near 0."""
     generator = torch.Generator().manual_seed(3)
     draws = torch.rand(4, 12, generator=generator, dtype=torch.float64)
-    return list((-draws * torch.tensor([60.0] * 4 + [5.0] * 4 + [0.01] * 4)).to(dtype))
+    return list(-draws * torch.tensor([60.0] * 4 + [5.0] * 4 + [0.01] * 4))
 
 
 def extreme_pairs(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -424,7 +428,7 @@ def test_rpo_is_zero_where_the_policy_has_the_gap_of_the_rewards():
 
 
 def test_robust_is_unbiased_under_flipped_labels():
-    """(1 - e) robust(pair) + e robust(flipped pair) = dpo(pair): Lemma of the paper."""
+    """(1 - e) robust(pair) + e robust(flipped pair) = dpo(pair): hence the divisor 1 - 2 e."""
     four = random_pairs()
     mean = 0.8 * losses.robust(*four, 0.3, 0.2) + 0.2 * losses.robust(*swapped(four), 0.3, 0.2)
     torch.testing.assert_close(mean, losses.dpo(*four, 0.3))

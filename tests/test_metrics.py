@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from align import metrics, plots
-from align.metrics import Clock, Run, RunConfig, model_flops
+from align.metrics import Clock, Run, RunConfig, speed, with_std
 
 ROOT = Path(__file__).parent.parent
 
@@ -271,8 +271,15 @@ def test_shares_of_the_real_clock_sum_to_one():
     assert all(0 < share < 1 for share in shares.values())
 
 
-def test_model_flops():
-    assert model_flops(135_000_000, 1000) == 8.1e11
+def test_speed():
+    assert speed(135_000_000, 1000, 2.0) == {"time/tokens_per_s": 500.0, "time/tflops_per_s": 0.405}
+
+
+def test_with_std():
+    """Of 1, 2, 6: mean 3, mean square 41/3, variance 41/3 - 9 = 14/3."""
+    found = with_std({"loss": 1.0, "rewards_all_square": 41 / 3, "rewards_all_mean": 3.0})
+    assert found == {"loss": 1.0, "rewards_all_mean": 3.0, "rewards_all_std": pytest.approx((14 / 3) ** 0.5)}
+    assert with_std({"x_mean": 0.1, "x_square": 0.01 - 1e-18}) == {"x_mean": 0.1, "x_std": 0.0}
 
 
 # --------------------------------------------------------------------------- wandb

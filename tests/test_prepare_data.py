@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from align import data, tokenizer, toy
+from align import data, preferences, tokenizer, toy
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -181,6 +181,156 @@ def test_gsm8k_limit_must_leave_rows(limit: int, tmp_path: Path):
         prepare_data.gsm8k(raw, tmp_path / "out.jsonl", limit=limit)
 
 
+# ---- hh ----------------------------------------------------------------------------------------------------
+
+
+def hh_text(*turns: str) -> str:
+    """A text of HH-RLHF: Human and Assistant by turns."""
+    names = ("Human", "Assistant") * len(turns)
+    return "".join(f"\n\n{name}: {turn}" for name, turn in zip(names, turns, strict=False))
+
+
+def hh_raw(*turns: str, rejected: str = "bad") -> dict:
+    return {"chosen": hh_text(*turns), "rejected": hh_text(*turns[:-1], rejected)}
+
+
+def hh_outputs(directory: Path) -> dict[str, list[dict]]:
+    names = ("train_comparisons", "train_prompts", "test_comparisons", "test_prompts")
+    return {name: read_rows(directory / f"{name}.jsonl") for name in names}
+
+
+def test_hh_styles(tmp_path: Path):
+    raw = write_rows(tmp_path / "raw.jsonl", [hh_raw("q1 ", "\n a1", "q2", "a2\n\nmore")])
+    other = write_rows(tmp_path / "test.jsonl", [hh_raw("q", "a", rejected="")])
+    prepare_data.hh((raw,), tmp_path / "chat", (other,))
+    user, earlier = {"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}
+    prompt = [user, earlier, {"role": "user", "content": "q2"}]
+    good = {"role": "assistant", "content": "a2\n\nmore"}
+    bad = {"role": "assistant", "content": "bad"}
+    written = hh_outputs(tmp_path / "chat")
+    assert written["train_comparisons"] == [{"prompt": prompt, "chosen": [good], "rejected": [bad]}]
+    assert written["train_prompts"] == [{"prompt": prompt}]
+
+    prepare_data.hh((raw,), tmp_path / "text", (other,), style="text")
+    prompt = "User: q1\n\nAssistant: a1\n\nUser: q2\n\nAssistant:"
+    assert hh_outputs(tmp_path / "text") == {
+        "train_comparisons": [{"prompt": prompt, "chosen": " a2\n\nmore", "rejected": " bad"}],
+        "train_prompts": [{"prompt": prompt}],
+        "test_comparisons": [{"prompt": "User: q\n\nAssistant:", "chosen": " a", "rejected": ""}],
+        "test_prompts": [{"prompt": "User: q\n\nAssistant:"}],
+    }
+
+
+FLAWED = {  # rows that are dropped, and the reason that is printed
+    "two answers": (
+        {"chosen": hh_text("q", "a") + "\n\nAssistant: b", "rejected": hh_text("q", "c")},
+        "in which turns do not alternate",
+    ),
+    "rejected by two": (
+        {"chosen": hh_text("q", "a"), "rejected": hh_text("q", "c") + "\n\nAssistant: b"},
+        "in which turns do not alternate",
+    ),
+    "no answer": (
+        {"chosen": hh_text("q", "a"), "rejected": hh_text("q", "a", "q")},
+        "in which turns do not alternate",
+    ),
+    "answer first": (
+        {"chosen": "\n\nAssistant: a" + hh_text("q", "a"), "rejected": hh_text("q", "b")},
+        "in which turns do not alternate",
+    ),
+    "text first": (
+        {"chosen": "Hello" + hh_text("q", "a"), "rejected": "Hello" + hh_text("q", "b")},
+        "in which turns do not alternate",
+    ),
+    "no turns": ({"chosen": "", "rejected": "a"}, "in which turns do not alternate"),
+    "other question": (
+        {"chosen": hh_text("q", "a"), "rejected": hh_text("r", "b")},
+        "with different prompts",
+    ),
+    "other depth": (
+        {"chosen": hh_text("q", "a"), "rejected": hh_text("q", "a", "r", "b")},
+        "with different prompts",
+    ),
+    "empty question": (hh_raw("q", "a", " ", "b"), "with an empty question"),
+    "identical": (hh_raw("q", "a", rejected=" a\n"), "with identical answers"),
+}
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_hh_drops_and_counts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    flawed, reason = FLAWED[name]
+    raw = write_rows(tmp_path / "raw.jsonl", [hh_raw("u", "a"), flawed, hh_raw("v", "a"), flawed])
+    prepare_data.hh((raw,), tmp_path, test_fraction=0.5)
+    written = hh_outputs(tmp_path)
+    openings = {row["prompt"][0]["content"] for name in written for row in written[name]}
+    assert openings == {"u", "v"} and [len(rows) for rows in written.values()] == [1, 1, 1, 1]
+    assert f"{raw}: 4 pairs, dropped: 2 {reason}\n" in capsys.readouterr().out
+
+
+def test_hh_splits_by_conversation(tmp_path: Path):
+    raw = []
+    for i in range(40):  # each conversation at three depths, the last with two pairs of answers
+        turns = [f"q{i}", f"a{i}", "more", "b", "and?", "c"]
+        raw += [hh_raw(*turns[:2]), hh_raw(*turns[:4]), hh_raw(*turns), hh_raw(*turns, rejected="worse")]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        prepare_data.hh(
+            (write_rows(tmp_path / "raw.jsonl", raw),), tmp_path / name, test_fraction=0.2, seed=seed
+        )
+    a, b, c = (hh_outputs(tmp_path / name) for name in "abc")
+    assert a == b and a != c
+    train, test = (
+        {row["prompt"][0]["content"] for row in a[f"{part}_comparisons"]} for part in ("train", "test")
+    )
+    assert (len(train), len(test)) == (32, 8) and not train & test
+    assert [len(rows) for rows in a.values()] == [128, 96, 32, 24]  # a prompt with two pairs is one prompt
+    for part in ("train", "test"):
+        prompts = [row["prompt"] for row in a[f"{part}_comparisons"]]
+        assert [row["prompt"] for row in a[f"{part}_prompts"]] == [
+            prompt for i, prompt in enumerate(prompts) if prompt not in prompts[:i]
+        ]
+
+
+def test_hh_holds_out_a_tenth_by_itself(tmp_path: Path):
+    raw = write_rows(tmp_path / "raw.jsonl", [hh_raw(f"q{i}", "a") for i in range(30)])
+    prepare_data.hh((raw,), tmp_path)
+    assert [len(rows) for rows in hh_outputs(tmp_path).values()] == [27, 27, 3, 3]
+
+
+def test_hh_with_a_test_set(tmp_path: Path, capsys: pytest.CaptureFixture):
+    first = write_rows(tmp_path / "1.jsonl", [hh_raw("q", "a"), hh_raw("q", "a", "deeper", "b")])
+    second = write_rows(tmp_path / "2.jsonl", [hh_raw("r", "a"), hh_raw("s", "a")])
+    held_out = write_rows(tmp_path / "t.jsonl", [hh_raw(" q", "a", "other", "b"), hh_raw("t", "a")])
+    prepare_data.hh((first, second), tmp_path, (held_out,))
+    written = hh_outputs(tmp_path)
+    openings = {name: [row["prompt"][0]["content"] for row in rows] for name, rows in written.items()}
+    assert openings["train_comparisons"] == openings["train_prompts"] == ["r", "s"]
+    assert openings["test_comparisons"] == openings["test_prompts"] == ["q", "t"]
+    assert "dropped from --input: 2 that open like a row of --test-input" in capsys.readouterr().out
+
+
+def test_hh_refuses(tmp_path: Path):
+    raw = write_rows(tmp_path / "raw.jsonl", [hh_raw("q", "a"), hh_raw("q", "b")])
+    with pytest.raises(ValueError, match="--test-fraction 0.1: --test-input is the test set"):
+        prepare_data.hh((raw,), tmp_path, (raw,), test_fraction=0.1)
+    with pytest.raises(ValueError, match="--test-fraction 0.1 of 1 must leave some"):
+        prepare_data.hh((raw,), tmp_path)
+    with pytest.raises(ValueError, match="0 pairs to train on and 2 to test"):
+        prepare_data.hh((raw,), tmp_path, (raw,))
+    bad = write_rows(tmp_path / "bad.jsonl", [hh_raw("q", "a"), {"chosen": hh_text("q", "a")}])
+    with pytest.raises(ValueError, match="bad.jsonl:2: no field 'rejected'"):
+        prepare_data.hh((bad,), tmp_path)
+
+
+def test_hh_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = [write_rows(tmp_path / f"{name}.jsonl", [hh_raw(name, "a"), hh_raw(name, "b")]) for name in "uvt"]
+    command = ["prepare_data.py", "hh", "--input", *paths[:2], "--test-input", paths[2]]
+    command += ["--output", tmp_path / "out", "--style", "text"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    prepare_data.main()
+    assert [len(rows) for rows in hh_outputs(tmp_path / "out").values()] == [4, 2, 2, 1]
+    assert read_rows(tmp_path / "out/test_prompts.jsonl") == [{"prompt": "User: t\n\nAssistant:"}]
+
+
 # ---- the toy task ------------------------------------------------------------------------------------------
 
 
@@ -203,6 +353,47 @@ def test_toy_from_the_command_line(
     assert len(set(prompts)) == 550
     assert loads(tmp_path / "train.jsonl") == 500
     assert f"{tmp_path}/train.jsonl: 500 rows" in capsys.readouterr().out
+
+
+def test_toy_comparisons_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    numbers = ["--train-rows", "4500", "--train-comparisons", "300", "--val-comparisons", "20"]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "toy", "--output", str(tmp_path), *numbers])
+    prepare_data.main()
+    chats = [row for name in ("train", "val") for row in read_rows(tmp_path / f"{name}.jsonl")]
+    files = [tmp_path / f"{name}_comparisons.jsonl" for name in ("train", "val")]
+    rows = [row for path in files for row in read_rows(path)]
+    assert [len(read_rows(path)) for path in files] == [300, 20]
+    prompts = [row["messages"][0]["content"] for row in chats]
+    prompts += [row["prompt"][0]["content"] for row in rows]
+    assert len(set(prompts)) == 4500 + 200 + 300 + 20
+    text = tokenizer.load(TINY)
+    assert len(preferences.load_pairs(files, text, preferences.PreferenceFormat())[0]) == 320
+
+
+def test_toy_comparisons_are_as_described():
+    train, val = toy.comparisons(300, 100, seed=3, after=50)
+    for row in train + val:
+        [user], [right], [wrong] = row["prompt"], row["chosen"], row["rejected"]
+        assert [message["role"] for message in (user, right, wrong)] == ["user", "assistant", "assistant"]
+        assert toy.toy_score(user["content"], right["content"]) == 1
+        length = len(right["content"].split())
+        assert toy.toy_score(user["content"], wrong["content"]) == pytest.approx(1 - 2 / length)
+        assert sorted(wrong["content"].split()) == right["content"].split()
+    assert toy.comparisons(300, 100, seed=3, after=50) == (train, val)
+    assert toy.comparisons(300, 100, seed=4, after=50) != (train, val)
+    prompts = [row["prompt"][0]["content"] for row in train + val]
+    earlier = [row["messages"][0]["content"] for row in toy.toy_rows(40, 10, mistakes=0.5, seed=3)[0]]
+    assert len({*prompts, *earlier}) == 300 + 100 + 40
+
+
+def test_toy_files_as_they_come_share_no_prompt(tmp_path: Path):
+    rows = [row for paths in toy.write(tmp_path) for path in paths for row in read_rows(path)]
+    train, val = toy.write_comparisons(tmp_path)
+    pairs = [row for path in (*train, *val) for row in read_rows(path)]
+    assert [path.name for path in (*train, *val)] == ["train_comparisons.jsonl", "val_comparisons.jsonl"]
+    prompts = [row["messages"][0]["content"] for row in rows]
+    prompts += [row["prompt"][0]["content"] for row in pairs]
+    assert len(set(prompts)) == len(prompts) == 4000 + 200 + 2000 + 200
 
 
 def test_toy_rows_are_as_described():
@@ -246,5 +437,10 @@ def test_toy_refuses():
         ValueError, match="--train-rows 100000 and --val-rows 0: the toy task has prompts for"
     ):
         toy.toy_rows(100000, 0, mistakes=0.0, seed=0)
+    with pytest.raises(
+        ValueError,
+        match="--train-comparisons 90000 and --val-comparisons 10 after 4200 rows: the toy task has prompts",
+    ):
+        toy.comparisons(90000, 10, seed=0)
     with pytest.raises(ValueError, match="--mistakes 1.5 must be between 0 and 1"):
         toy.toy_rows(10, 10, mistakes=1.5, seed=0)

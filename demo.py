@@ -4,7 +4,8 @@
 
 The toy task is to sort letters. 40 % of the training answers have two neighbours swapped, so supervised
 fine-tuning learns the task and the mistakes, and leaves something to do for the stages that come after
-it. Each stage is a command that one could type; the table at the end compares what the stages sample.
+it: a reward model that tells right answers from wrong ones, and DPO, which learns to prefer them. Each stage
+is a command that one could type; the table at the end compares what the stages sample.
 """
 
 import json
@@ -20,44 +21,45 @@ import transformers
 from align.toy import toy_score
 
 OUTPUT = Path("runs/demo")
+DATA, SFT, RM, DPO = (OUTPUT / name for name in ("data", "sft", "rm", "dpo"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PAIRS = f"--train-data {DATA}/train_comparisons.jsonl --val-data {DATA}/val_comparisons.jsonl"
 
 
 def main() -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    data, sft = OUTPUT / "data", OUTPUT / "sft"
-    command(sys.executable, "prepare_data.py", "toy", "--output", data)
-    seconds = command(
-        *(*TORCHRUN, "train_sft.py", "--tp", "2", "--output", sft),
-        *("--train-data", data / "train.jsonl", "--val-data", data / "val.jsonl"),
-        *(
-            "--max-epochs",
-            "4",
-            "--lr",
-            "3e-3",
-            "--min-lr",
-            "1e-4",
-            "--max-seq-len",
-            "64",
-            "--val-interval",
-            "50",
+    command(sys.executable, "prepare_data.py", "toy", "--output", DATA)
+    seconds = {
+        "sft": command(
+            *(*TORCHRUN, "train_sft.py", "--tp", "2", "--output", SFT, "--max-seq-len", "64"),
+            *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
+            *"--max-epochs 4 --lr 3e-3 --min-lr 1e-4 --val-interval 50".split(),
         ),
-    )
+        "rm": command(
+            *(*TORCHRUN, "train_rm.py", "--model", SFT / "hf", "--output", RM, "--max-seq-len", "64"),
+            *PAIRS.split(),
+            *"--max-epochs 2 --lr 5e-4 --min-lr 5e-5 --val-interval 20".split(),
+        ),
+        "dpo": command(
+            *(*TORCHRUN, "train_dpo.py", "--model", SFT / "hf", "--output", DPO, "--max-seq-len", "64"),
+            *PAIRS.split(),
+            *"--sft-weight 0.5 --lr 2e-4 --min-lr 1e-5 --val-interval 20".split(),
+        ),
+    }
 
-    prompts = [json.loads(line)["messages"][:1] for line in (data / "val.jsonl").read_text().splitlines()]
-    answers = sample(sft / "hf", prompts)
-    scores = [
-        toy_score(prompt[0]["content"], answer) for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    metrics = [json.loads(line) for line in (sft / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["val/loss"] for line in metrics if "val/loss" in line]
+    prompts = [json.loads(line)["messages"][:1] for line in (DATA / "val.jsonl").read_text().splitlines()]
+    answers = {"sft": sample(SFT / "hf", prompts), "dpo": sample(DPO / "hf", prompts)}
+    scores = {stage: score(prompts, answers[stage]) for stage in answers}
 
-    print("\nstage  seconds  validation loss     score of sampled answers (1 = every letter in its place)")
-    print(f"sft    {seconds:7.0f}  {losses[0]:.3f} -> {losses[-1]:.3f}     {sum(scores) / len(scores):.3f}")
-    print("\nsamples of held-out prompts:")
-    for prompt, answer, score in list(zip(prompts, answers, scores, strict=True))[:5]:
-        print(f"  {prompt[0]['content']:20}  ->  {answer:14}  score {score:.2f}")
-    print(f"\ncurves: {sft / 'plots' / 'curves.png'}\nmodel:  {sft / 'hf'}")
+    print("\nstage  seconds  validation                    score of sampled answers (1: all letters right)")
+    for stage, directory in (("sft", SFT), ("rm", RM), ("dpo", DPO)):
+        sampled = f"{sum(scores[stage]) / len(prompts):.3f}" if stage in scores else "-"
+        print(f"{stage:5}  {seconds[stage]:7.0f}  {first_and_last(directory, stage):28}  {sampled}")
+    print("\nsamples of held-out prompts, with their scores:")
+    for i, prompt in enumerate(prompts[:5]):
+        shown = [f"{stage}: {answers[stage][i]:12} {scores[stage][i]:.2f}" for stage in answers]
+        print(f"  {prompt[0]['content']:20}  ->  {'   '.join(shown)}")
+    print(f"\ncurves: {OUTPUT}/*/plots/curves.png\nmodels: {OUTPUT}/*/hf")
 
 
 def command(*words: object) -> float:
@@ -68,6 +70,14 @@ def command(*words: object) -> float:
     if status := subprocess.run(words).returncode:
         sys.exit(status)
     return time.monotonic() - start
+
+
+def first_and_last(directory: Path, stage: str) -> str:
+    """What a stage's first and last validation found: of SFT the loss, of the others the accuracy."""
+    name = "loss" if stage == "sft" else "acc"
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = [row[f"val/{name}"] for row in rows if f"val/{name}" in row]
+    return f"{name} {found[0]:.3f} -> {found[-1]:.3f}"
 
 
 def sample(model_directory: Path, prompts: list[list[dict]], max_new_tokens: int = 16) -> list[str]:
@@ -81,6 +91,11 @@ def sample(model_directory: Path, prompts: list[list[dict]], max_new_tokens: int
     )
     out = model.generate(**batch, do_sample=True, max_new_tokens=max_new_tokens)
     return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def score(prompts: list[list[dict]], answers: list[str]) -> list[float]:
+    """The score of each answer."""
+    return [toy_score(prompt[0]["content"], text) for prompt, text in zip(prompts, answers, strict=True)]
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import numpy as np
 
 from align import data
 from align.data import Tokenizer
+from align.losses import MISSING
 from align.packing import Example, num_trained
 
-MISSING = -100  # stands for a label that a text does not have
 REWARDS = ("chosen_reward", "rejected_reward")
 ACCEPTED = """accepted are
   {"prompt", "chosen", "rejected"}, three strings;

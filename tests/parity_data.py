@@ -1,13 +1,20 @@
-"""The rows that parity and invariance tests train on."""
+"""What parity and invariance tests train on, and the loss functions that they train with."""
+
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from align.packing import Example
+from align import losses
+from align.packing import Batch, Example, num_trained
+from align.preferences import Pair, as_scored
 
-LR, STEPS, VOCAB = 1e-3, 3, 131
+LR, STEPS, ROWS, VOCAB, BETA = 1e-3, 3, 6, 131, 0.1
+
+# ---- rows ----------------------------------------------------------------------------------------
 
 
-def examples(step: int, rows: int = 6) -> list[Example]:
+def examples(step: int, rows: int = ROWS) -> list[Example]:
     """Rows of random tokens of different lengths, with a random prompt each that is not trained."""
     random = np.random.default_rng(step)
     made = []
@@ -17,3 +24,103 @@ def examples(step: int, rows: int = 6) -> list[Example]:
         ids = random.integers(0, VOCAB, length, dtype=np.int32)
         made.append(Example(ids, np.arange(length) >= prompt))
     return made
+
+
+def pairs(step: int, rows: int = ROWS) -> list[Pair]:
+    """Two answers of different lengths to each random prompt; every other pair has a margin.
+
+    The prompt of row 1 is one token. The answers of row 2 begin alike, in row 3 the chosen one is a beginning
+    of the rejected one, in row 4 it is the other way round.
+    """
+    random = np.random.default_rng([step, 1])
+    made = []
+    for row in range(rows):
+        prompt, first, second = (random.integers(0, VOCAB, random.integers(8, 25)) for _ in range(3))
+        if row == 1:
+            prompt = prompt[:1]
+        alike = {2: 4, 3: len(first), 4: len(first)}.get(row, 0)
+        second = np.concatenate([first[:alike], second])
+        chosen, rejected = (second, first) if row == 4 else (first, second)
+        if len(first) == len(second):
+            chosen = np.append(chosen, random.integers(0, VOCAB))
+        made.append(Pair(answered(prompt, chosen), answered(prompt, rejected), margin=row % 2 * 0.7))
+    return made
+
+
+def answered(prompt: np.ndarray, answer: np.ndarray) -> Example:
+    """Prompt and answer, [n] and [m] ids, as one example in which the answer is trained."""
+    ids = np.concatenate([prompt, answer]).astype(np.int32)
+    return Example(ids, np.arange(len(ids)) >= len(prompt))
+
+
+def labels(step: int, rows: int = ROWS) -> np.ndarray:
+    """[rows, 2] float32, the labels of two attributes of `examples`; some are missing, never both of a row."""
+    random = np.random.default_rng([step, 2])
+    made = random.normal(size=(rows, 2)).astype(np.float32)
+    made[1::3, 0] = made[2::3, 1] = losses.MISSING
+    return made
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows of one algorithm, and for each of them what its loss is given and is divided by."""
+
+    rows: list[tuple[Example, ...]]
+    values: dict[str, np.ndarray]  # [rows, k, ...] by name, for batch.extra
+    counts: list[int]  # [rows], what a row adds to the denominator of its step
+
+
+def data_set(algorithm: str, step: int, rows: int = ROWS) -> DataSet:
+    """The rows of one step: "sft", "dpo", "ranking" or "regression"."""
+    if algorithm == "sft":
+        made = examples(step, rows)
+        return DataSet([(example,) for example in made], {}, [num_trained([example]) for example in made])
+    if algorithm == "regression":
+        target = labels(step, rows)
+        counts = (target != losses.MISSING).sum(1).tolist()
+        scored = [(as_scored(example),) for example in examples(step, rows)]
+        return DataSet(scored, {"target": target[:, None]}, counts)
+    made = pairs(step, rows)
+    if algorithm == "dpo":
+        row = step * ROWS + np.arange(rows)
+        return DataSet([pair.examples for pair in made], {"row": row[:, None]}, [1] * rows)
+    margins = np.array([[pair.margin] for pair in made])
+    return DataSet([tuple(map(as_scored, pair.examples)) for pair in made], {"target": margins}, [1] * rows)
+
+
+# ---- losses, as the scripts compute them ---------------------------------------------------------
+
+
+def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Supervised fine-tuning."""
+    assert len(logprobs) == len(batch.tokens)
+    return losses.sft_loss(logprobs, batch.mask), {"square": (logprobs.square() * batch.mask).sum()}
+
+
+def sequence_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
+    """[2P]: chosen, rejected, chosen, ..."""
+    return losses.sequence_logprobs(logprobs, batch.mask, batch.lengths)
+
+
+def dpo_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Direct preference optimization; the reference's log-probs are in batch.extra["ref"]."""
+    both, reference = sequence_logprobs(batch, logprobs).view(-1, 2), batch.extra["ref"].view(-1, 2)
+    four = (*both.unbind(1), *reference.unbind(1))
+    return losses.dpo(*four, BETA).sum(), losses.log_ratio_statistics(*four, BETA)
+
+
+def ranking_loss(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Reward model on pairs with margins."""
+    chosen, rejected = values[batch.mask.bool()].double().view(-1, 2).unbind(1)
+    loss = losses.ranking(chosen, rejected, batch.extra["target"]).sum()
+    return loss, losses.pair_statistics(chosen, rejected)
+
+
+def regression_loss(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Reward model on labels."""
+    error, present = losses.regression(values[batch.mask.bool()].double(), batch.extra["target"])
+    return error, {"present": present}
+
+
+LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "ranking": ranking_loss, "regression": regression_loss}
+LABELS = {"sft": 0, "dpo": 0, "ranking": 1, "regression": 2}  # rows of the model's head; 0: a language model

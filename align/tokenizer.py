@@ -201,7 +201,8 @@ def save_pad_token(directory: Path) -> None:
     """
     hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     ends = {hf.eos_token_id, hf.bos_token_id} | generation_stop_ids(directory)
-    spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *hf.all_special_ids) if i not in {None, *ends}]
+    special = [i for i, token in sorted(hf.added_tokens_decoder.items()) if token.special]
+    spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *special) if i not in {None, *ends}]
     pad_id = spare[0] if spare else None
     config = json.loads((directory / "config.json").read_text()) | {"pad_token_id": pad_id}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -68,6 +68,9 @@ class Measured:
     trained_tokens: list[int] | None = None
     """Tokens of each step's rows that carry loss; None where a loss is not one of tokens."""
 
+    distinct_tokens: list[int] | None = None
+    """Real tokens of each step, a prompt with several answers counted once; None where rows share nothing."""
+
     pass_cpu_s: float = 0.0
     """CPU seconds of a pass over the data of all steps, before the first of them; 0 without one."""
 

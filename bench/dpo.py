@@ -7,15 +7,16 @@ What is compared: the same rows of {"prompt": [messages], "chosen": [message], "
 same order, 4 pairs a step (BATCH), the DPO loss with beta 0.1, AdamW without weight decay, learning rate
 1e-5, gradients clipped to norm 1, no recomputation of activations.
 
-    ours-precompute   packed; reference log-probs of all pairs in one pass before the first step
-    ours-swap         packed; reference log-probs in every step, the start weights lent to the model
+    ours-precompute   packed, a prompt computed once for both answers; reference log-probs of all pairs in
+                      one pass before the first step
+    ours-swap         the same with reference log-probs in every step, the start weights lent to the model
     trl-live          DPOTrainer as it comes, with a reference model; 8 texts a step, padded to the longest
     trl-precompute    DPOTrainer(precompute_ref_log_probs=True)
 
 A pass before the first step is not in the speed of the steps; its own time is printed below the table, with
 the speed that steps and pass have together, over one epoch. A real token is a token of a text, the prompt
-counting with both answers; padding is not work. The share of the matrix-multiply peak counts the output layer
-for the answers' tokens only.
+counting with both answers, also for ours; padding is not work. The share of the matrix-multiply peak counts
+what the loss needs: a prompt once, and the output layer for the answers' tokens only.
 
 Each is measured in a fresh process with the same thread count, in turn, `rounds` times over. The first step
 of each run is dropped. All must report the same tokens, ln 2 as the loss of the first step, and, within
@@ -127,6 +128,7 @@ def run_ours(config: Config, swap: bool) -> Measured:
     return common.measured(
         log,
         pairs.our_tokens(data),
+        distinct_tokens=pairs.our_distinct_tokens(data),
         trained_tokens=common.sums_by_step(trained, pairs.BATCH),
         **({} if swap else common.of_pass(before, after)),
     )
@@ -178,6 +180,7 @@ def run_trl(config: Config, precompute: bool) -> Measured:
     return common.measured(
         log,
         common.logged_tokens(log),
+        distinct_tokens=pairs.trl_distinct_tokens(rows),
         trained_tokens=common.sums_by_step(trained, pairs.BATCH),
         **common.of_pass(*trainer.clocks_of_pass),
     )
@@ -185,7 +188,7 @@ def run_trl(config: Config, precompute: bool) -> Measured:
 
 def print_results(runs: dict[str, list[Measured]], run: common.RunConfig, peak: float) -> None:
     """Print what was measured, one line per trainer, our ratios to the others, and the reference passes."""
-    weights = weights_per_token(run.model, next(iter(runs.values()))[0])
+    weights = pairs.weights_per_token(run.model, next(iter(runs.values()))[0])
     # Of a real token: forward 2 and backward 4 per weight, and 2 of a reference that is in the step.
     flops = {name: (6 if name.endswith("precompute") else 8) * weights for name in runs}
     print(f"\n{run.model}, {run.dtype}, {run.threads} thread(s), DPO with beta {BETA}")
@@ -198,15 +201,6 @@ def print_results(runs: dict[str, list[Measured]], run: common.RunConfig, peak: 
     common.print_table(runs, clock, flops, peak, pairs.FIGURES)
     for name in [name for name in runs if name.endswith("precompute")]:
         print_pass(name, runs[name], clock)
-
-
-def weights_per_token(model: Path, run: Measured) -> float:
-    """Return the weights that a real token must be multiplied with, on average over the measured steps.
-
-    Those of the head count for tokens that carry loss only: no other token needs it, whatever a trainer does.
-    """
-    body, whole = common.matmul_parameters(model, head=False), common.matmul_parameters(model)
-    return body + (whole - body) * sum(run.trained_tokens[1:]) / sum(run.tokens[1:])
 
 
 def print_pass(name: str, runs: list[Measured], clock: Literal["cpu_s", "wall_s"]) -> None:

@@ -52,6 +52,31 @@ def our_tokens(data: list) -> list[int]:
     return common.sums_by_step([len(pair.chosen.ids) + len(pair.rejected.ids) for pair in data], BATCH)
 
 
+def our_distinct_tokens(data: list) -> list[int]:
+    """Return the same with each prompt counted once: the first text whole, of the second the answer."""
+    return common.sums_by_step(
+        [len(pair.chosen.ids) + int(pair.rejected.trained.sum()) for pair in data], BATCH
+    )
+
+
+def trl_distinct_tokens(rows: list[dict[str, list[int]]]) -> list[int]:
+    """Return the same of some rows of `tokenize`."""
+    return common.sums_by_step([sum(map(len, row.values())) for row in rows], BATCH)
+
+
+def weights_per_token(model: Path, run: Measured) -> float:
+    """Return the weights that a real token must be multiplied with, on average over the measured steps.
+
+    Counted is what the loss needs, whatever a trainer computes: a prompt once for both answers, and the output
+    layer for the tokens that carry loss only (none, if the loss is not one of tokens).
+    """
+    body, whole = common.matmul_parameters(model, head=False), common.matmul_parameters(model)
+    needed = body * sum(run.distinct_tokens[1:])
+    if run.trained_tokens is not None:
+        needed += (whole - body) * sum(run.trained_tokens[1:])
+    return needed / sum(run.tokens[1:])
+
+
 def tokenize(row: dict[str, list[dict]], tokenizer: Any) -> dict[str, list[int]]:
     """Return a pair as `prompt_ids` (with the header of the answer), `chosen_ids` and `rejected_ids`.
 
@@ -82,10 +107,10 @@ def check_same_work(runs: dict[str, list[Measured]], tolerance: dict[str, float]
     for other in others:
         run = runs[other][0]
         where = f"not the same work: {one} and {other}:"
-        if (first.tokens, first.trained_tokens) != (run.tokens, run.trained_tokens):
+        counts = [(r.tokens, r.distinct_tokens, r.trained_tokens) for r in (first, run)]
+        if counts[0] != counts[1]:
             raise RuntimeError(
-                f"{where} tokens by step {first.tokens} and {run.tokens}, "
-                f"of which trained {first.trained_tokens} and {run.trained_tokens}"
+                f"{where} tokens by step, all, distinct and trained: {counts[0]} and {counts[1]}"
             )
         for mine, theirs in zip(first.losses[:2], run.losses[:2], strict=True):
             if abs(mine - theirs) > tolerance["losses"]:

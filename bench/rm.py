@@ -7,15 +7,15 @@ What is compared: the same rows of {"prompt": [messages], "chosen": [message], "
 same order, 4 pairs a step (BATCH), -log sigmoid of the difference of scores, AdamW without weight decay,
 learning rate 1e-5, gradients clipped to norm 1, no recomputation of activations.
 
-    ours   packed, nothing padded
+    ours   packed, nothing padded, a prompt computed once for both answers
     trl    RewardTrainer as it comes: 8 texts a step, padded to the longest
 
 Both start from the same files, a *ForSequenceClassification directory with a random head that is written
 first, and read the score at the end-of-turn token of the answer.
 
 Each is measured in a fresh process with the same thread count, in turn, `rounds` times over. A real token is
-a token of a text, the prompt counting with both answers; padding is not work. The first step of each run is
-dropped. Both must report the same tokens and, within TOLERANCE, the same losses of the first two steps and
+a token of a text, the prompt counting with both answers, also for ours; padding is not work. The share of the
+matrix-multiply peak counts a prompt once. The first step of each run is dropped. Both must report the same tokens and, within TOLERANCE, the same losses of the first two steps and
 the same norm of the first gradient, which proves that they were timed at the same job. With one thread the
 clock is the process's own CPU seconds, which repeat within a few per cent whatever else the machine does; the
 wall clock, printed beside it, does not.
@@ -118,7 +118,7 @@ def run_ours(config: Config, start: Path) -> Measured:
             found = engine.forward_backward(scorer, batches, loss_fn, pairs.BATCH)
             found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
             log.append(found | common.clocks())
-    return common.measured(log, pairs.our_tokens(data))
+    return common.measured(log, pairs.our_tokens(data), distinct_tokens=pairs.our_distinct_tokens(data))
 
 
 def run_trl(config: Config, start: Path) -> Measured:
@@ -143,12 +143,14 @@ def run_trl(config: Config, start: Path) -> Measured:
         )
         log = common.record_steps(trainer)
         trainer.train()
-    return common.measured(log, common.logged_tokens(log))
+    distinct = pairs.trl_distinct_tokens(rows)
+    return common.measured(log, common.logged_tokens(log), distinct_tokens=distinct)
 
 
 def print_results(runs: dict[str, list[Measured]], run: common.RunConfig, peak: float) -> None:
     """Print what was measured, one line per trainer, and our ratio to the other."""
-    flops = 6 * common.matmul_parameters(run.model, head=False)  # forward 2, backward 4 per weight
+    weights = pairs.weights_per_token(run.model, next(iter(runs.values()))[0])
+    flops = 6 * weights  # of a real token: forward 2, backward 4 per weight
     print(f"\n{run.model}, {run.dtype}, {run.threads} thread(s), reward model")
     print(f"{pairs.BATCH * run.steps} pairs after {pairs.BATCH} pairs of warm-up, {run.rounds} round(s)")
     print(f"matrix-multiply peak {peak:.0f} GFLOP/s, which is {peak * 1e9 / flops:.0f} tokens/s\n")

@@ -35,10 +35,10 @@ def pairs(step: int, rows: int = ROWS) -> list[Pair]:
     random = np.random.default_rng([step, 1])
     made = []
     for row in range(rows):
-        prompt, first, second = (random.integers(0, VOCAB, random.integers(8, 25)) for _ in range(3))
+        prompt, first, second = (random.integers(0, VOCAB, random.integers(4, 17)) for _ in range(3))
         if row == 1:
             prompt = prompt[:1]
-        alike = {2: 4, 3: len(first), 4: len(first)}.get(row, 0)
+        alike = {2: 3, 3: len(first), 4: len(first)}.get(row, 0)
         second = np.concatenate([first[:alike], second])
         chosen, rejected = (second, first) if row == 4 else (first, second)
         if len(first) == len(second):

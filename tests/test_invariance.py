@@ -1,10 +1,11 @@
 """Loss, gradient norm and every metric are those of one process, however the steps are split.
 
-From the same weights, over three updates and one evaluation: tensor, pipeline, context and data parallelism,
-sequence parallelism, micro-batches, order of rows, recomputation.
+From the same weights, over three updates and one evaluation of each algorithm: tensor, pipeline, context and
+data parallelism, sequence parallelism, micro-batches, order of rows, recomputation, shared places.
 """
 
 import json
+import math
 
 import pytest
 
@@ -21,6 +22,15 @@ CASES = {
         dict(family="llama", recompute="full"),
         dict(family="qwen3", recompute="full", reverse=True),
         dict(family="mistral", micro_batch_size=3),
+        dict(family="llama", algorithm="dpo", sharing=False),
+        dict(family="llama", algorithm="dpo", micro_batch_tokens=400, swap=True),
+        dict(family="llama", algorithm="dpo", micro_batch_size=1, reverse=True, recompute="full"),
+        dict(family="mistral", algorithm="dpo", sharing=False, swap=True),
+        dict(family="llama", algorithm="ranking", sharing=False),
+        dict(family="llama", algorithm="ranking", micro_batch_tokens=400),
+        dict(family="llama", algorithm="ranking", micro_batch_size=1, reverse=True, recompute="selective"),
+        dict(family="mistral", algorithm="ranking", sharing=False),
+        dict(family="llama", algorithm="regression", micro_batch_size=1, reverse=True, recompute="full"),
     ],
     2: [
         dict(family="llama", tp=2),
@@ -35,6 +45,22 @@ CASES = {
         dict(family="qwen3", tp=2, sequence_parallel=True, recompute="selective"),
         dict(family="qwen2", cp=2, micro_batch_size=2),
         dict(family="mistral", cp=2, micro_batch_tokens=400),
+        dict(family="llama", algorithm="dpo"),
+        dict(family="llama", algorithm="dpo", tp=2, swap=True),
+        dict(family="llama", algorithm="dpo", pp=2, micro_batch_size=1),
+        dict(family="llama_tied", algorithm="dpo", pp=2, swap=True, recompute="full"),
+        dict(family="mistral", algorithm="dpo", cp=2, micro_batch_tokens=400),
+        dict(family="llama", algorithm="dpo", cp=2, sharing=False),
+        dict(family="llama", algorithm="ranking"),
+        dict(family="llama", algorithm="ranking", tp=2),
+        dict(family="llama_tied", algorithm="ranking", tp=2, sequence_parallel=True, recompute="full"),
+        dict(family="llama_tied", algorithm="ranking", pp=2, micro_batch_size=2),
+        dict(family="mistral", algorithm="ranking", cp=2),
+        dict(family="llama", algorithm="ranking", cp=2, sharing=False),
+        dict(family="llama", algorithm="regression"),
+        dict(family="llama", algorithm="regression", tp=2, sequence_parallel=True),
+        dict(family="llama", algorithm="regression", pp=2),
+        dict(family="llama", algorithm="regression", cp=2, micro_batch_tokens=100),
     ],
     4: [
         dict(family="llama", tp=2, pp=2),
@@ -47,6 +73,15 @@ CASES = {
         dict(family="llama", tp=4),
         dict(family="llama_tied", tp=2, pp=2, recompute="full"),
         dict(family="qwen3", pp=2, cp=2),
+        dict(family="llama", algorithm="dpo", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
+        dict(family="llama", algorithm="dpo", tp=2, cp=2, sequence_parallel=True, swap=True),
+        dict(family="llama", algorithm="dpo", pp=2, reverse=True),
+        dict(family="llama", algorithm="dpo"),
+        dict(family="llama", algorithm="ranking", tp=2, pp=2, sequence_parallel=True, micro_batch_size=1),
+        dict(family="llama", algorithm="ranking", cp=2, micro_batch_tokens=100),
+        dict(family="llama", algorithm="ranking", tp=4, reverse=True),
+        dict(family="llama", algorithm="regression", tp=2, cp=2, sequence_parallel=True),
+        dict(family="llama", algorithm="regression", pp=2),
     ],
 }
 
@@ -59,18 +94,41 @@ def run(models, output, processes: int, cases: list[dict]) -> list:
     return ranks[0]
 
 
+def trained(case: dict) -> tuple[str, str]:
+    """What the metrics of a case may depend on."""
+    return case["family"], case.get("algorithm", "sft")
+
+
 @pytest.fixture(scope="module")
 def one_process(models, tmp_path_factory):
-    families = sorted({case["family"] for cases in CASES.values() for case in cases})
-    output = tmp_path_factory.mktemp("one")
-    return dict(
-        zip(families, run(models, output, 1, [dict(family=family) for family in families]), strict=True)
-    )
+    """{what a case trains: its metrics in the plainest run}, and the results of CASES[1]."""
+    plain = sorted({trained(case) for cases in CASES.values() for case in cases})
+    cases = [dict(family=family, algorithm=algorithm) for family, algorithm in plain]
+    results = run(models, tmp_path_factory.mktemp("one"), 1, cases + CASES[1])
+    return dict(zip(plain, results, strict=False)), results[len(plain) :]
 
 
-@pytest.mark.parametrize("processes", CASES)
-def test_invariance(processes, models, one_process, tmp_path):
-    for case, found in zip(CASES[processes], run(models, tmp_path, processes, CASES[processes]), strict=True):
-        for step, expected in enumerate(one_process[case["family"]]):
+@pytest.fixture(scope="module", params=CASES)
+def found(request, models, one_process, tmp_path_factory):
+    """Each case of one number of processes with its metrics: one dictionary for each step."""
+    cases = CASES[request.param]
+    if request.param == 1:
+        return list(zip(cases, one_process[1], strict=True))
+    return list(zip(cases, run(models, tmp_path_factory.mktemp("more"), request.param, cases), strict=True))
+
+
+def test_invariance(found, one_process):
+    for case, steps in found:
+        for step, expected in enumerate(one_process[0][trained(case)]):
+            assert steps[step].keys() == expected.keys()
             for name, value in expected.items():
-                assert found[step][name] == pytest.approx(value, rel=1e-5), (case, step, name)
+                assert steps[step][name] == pytest.approx(value, rel=1e-5, abs=1e-8), (case, step, name)
+
+
+def test_dpo_starts_at_its_reference(found):
+    """The policy is its own reference then, so every log-ratio is 0 to the last bit."""
+    starts = [steps[0] for case, steps in found if case.get("algorithm") == "dpo"]
+    assert starts
+    for start in starts:
+        assert abs(start["loss"] - math.log(2)) <= 1e-15
+        assert start["logratio_abs_mean"] == start["rewards_all_std"] == start["acc"] == 0.0

@@ -647,3 +647,39 @@ def test_regression_without_labels_is_zero_and_differentiable():
     total.backward()
     assert (total.item(), present.item()) == (0.0, 0)
     assert scores.grad.abs().max().item() == 0.0
+
+
+# ---- what is logged of pairs -------------------------------------------------------------------------------
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_pair_statistics_by_hand():
+    """Rewards (2, 1), (0, 0), (-1, 3): one right, one tie, which is a mistake, one wrong."""
+    found = losses.pair_statistics(f64(2, 0, -1), f64(1, 0, 3))
+    assert {name: value.item() for name, value in found.items()} == {
+        "acc": 1.0,
+        "rewards_chosen_mean": 1.0,
+        "rewards_rejected_mean": 4.0,
+        "rewards_margin_mean": -3.0,
+        "rewards_all_mean": 2.5,
+        "rewards_all_square": 7.5,  # (4 + 0 + 1 + 1 + 0 + 9) / 2
+    }
+
+
+def test_log_ratio_statistics_by_hand():
+    """Log-ratios 2 and -1 of chosen, 1 and 3 of rejected answers, beta 0.5."""
+    found = losses.log_ratio_statistics(f64(-8, -6), f64(-4, -2), f64(-10, -5), f64(-5, -5), beta=0.5)
+    assert found["acc"].item() == 1.0
+    assert found["rewards_chosen_mean"].item() == 0.5
+    assert found["rewards_rejected_mean"].item() == 2.0
+    assert found["logprobs_chosen_mean"].item() == -14.0
+    assert found["logprobs_rejected_mean"].item() == -6.0
+    assert found["logratio_abs_mean"].item() == 3.5  # (2 + 1 + 1 + 3) / 2
+
+
+def test_statistics_of_no_pairs_are_zero():
+    found = losses.log_ratio_statistics(*[f64()] * 4, beta=0.1)
+    assert all(value.item() == 0.0 for value in found.values())

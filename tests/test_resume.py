@@ -1,6 +1,7 @@
 """A run that is stopped or killed and started again ends as if nothing had happened.
 
-Bit for bit in the same layout, to rounding in another. A run is killed 3 times, or RESUME_KILLS (at most 10).
+Bit for bit in the same layout, to rounding in another. RESUME_KILLS (at most 10) says how often a run is
+killed in place of the few times that CASES has.
 """
 
 import contextlib
@@ -14,12 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from align import checkpoint, toy
@@ -27,10 +30,47 @@ from align.checkpoint import CheckpointConfig
 from tests.conftest import ROOT, environment, torchrun
 
 STEPS, SAVE_INTERVAL = 40, 8  # two epochs
-KINDS_OF_KILLS = ("save", "steps", "start", "steps", "save", "start", "steps", "start", "save", "export")
-NUM_KILLS = int(os.environ.get("RESUME_KILLS", "3"))
-MAX_START_S = 4.0  # a kill at start falls between the launch and about the first step
-MAX_DELAY_S = 0.2  # a kill in a step or save falls this much after it was seen to begin
+MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
+    "start": 4.0,  # from the launch to about the first step
+    "reference": 0.05,  # the whole pass takes some 0.3 s
+    "steps": 0.2,
+    "save": 0.2,
+    "export": 0.0,  # is over in no time
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that is killed again and again, at the first `usual` of `kinds` unless RESUME_KILLS says more.
+
+    No kind may come when too few steps are left for it: "steps" makes one more checkpoint, "save" none.
+    """
+
+    script: str
+    flags: str
+    usual: int
+    kinds: str
+
+    def kinds_of_kills(self) -> list[str]:
+        """What this run is killed in, one after the other."""
+        return self.kinds.split()[: int(os.environ.get("RESUME_KILLS", self.usual))]
+
+
+CASES = {  # bf16: main weights in fp32
+    "sft": Case(
+        "train_sft.py", "--precision bf16", 3, "save steps start steps save start steps start save export"
+    ),
+    "rm": Case(
+        "train_rm.py", "--precision bf16", 2, "save steps start steps save start steps start save export"
+    ),
+    "dpo": Case("train_dpo.py", "", 2, "reference steps save start steps start save steps start export"),
+    "dpo-swap": Case(
+        "train_dpo.py",
+        "--reference swap --precision bf16",
+        1,
+        "steps save start steps start save steps start save export",
+    ),
+}
 
 
 # ---- one run and what it leaves ----------------------------------------------------------------------------
@@ -38,28 +78,30 @@ MAX_DELAY_S = 0.2  # a kill in a step or save falls this much after it was seen 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows for 20 steps in an epoch."""
+    """Rows of chats and of comparisons for 20 steps in an epoch."""
     directory = tmp_path_factory.mktemp("data")
     toy.write(directory, num_train=80, num_val=8)
+    toy.write_comparisons(directory, num_train=80, num_val=8)
     return directory
 
 
-def flags(data: Path, output: Path, *more: object) -> list[str]:
-    """Flags of train_sft.py: the tiny model, big steps, validations at other steps than saves."""
+def command(script: str, data: Path, output: Path, *more: object) -> list[str]:
+    """A script with flags: the tiny model, big steps, validations at other steps than saves."""
+    kind = "" if script == "train_sft.py" else "_comparisons"
     common = (
-        f"--train-data {data}/train.jsonl --val-data {data}/val.jsonl --output {output} "
+        f"{script} --train-data {data}/train{kind}.jsonl --val-data {data}/val{kind}.jsonl --output {output} "
         "--global-batch-size 4 --max-seq-len 64 --micro-batch-tokens 128 --max-epochs 2 --lr 1e-3 "
         f"--warmup-steps 3 --save-interval {SAVE_INTERVAL} --val-interval 10"
     )
     return [*common.split(), *map(str, more)]
 
 
-def launch(data: Path, output: Path, *more: object) -> subprocess.Popen:
-    """Start train_sft.py on two processes; what it prints goes to OUTPUT.out."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def launch(script: str, data: Path, output: Path, *more: object) -> subprocess.Popen:
+    """Start a script on two processes; what it prints goes to OUTPUT.out."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with open(printed(output), "w") as out:
         return subprocess.Popen(
-            [*command, "train_sft.py", *flags(data, output, *more)],
+            [*launcher, *command(script, data, output, *more)],
             cwd=ROOT,
             env=environment(),
             stdout=out,
@@ -102,6 +144,12 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [{name: row[name] for name in row if not name.startswith("time/")} for row in rows]
 
 
+def samples(output: Path) -> str | None:
+    """samples.jsonl, None for a script that writes none."""
+    path = output / "samples.jsonl"
+    return path.read_text() if path.exists() else None
+
+
 def kept(output: Path) -> list[str]:
     """Names of the checkpoints of a run."""
     return [path.name for path in checkpoint.complete(output / "checkpoints")]
@@ -139,12 +187,14 @@ def sha256(value: object) -> str:
 
 
 def assert_same_end(output: Path, expected: Path) -> None:
-    """Weights, main weights, Adam, random states, metrics and exported model of two runs, bit for bit."""
+    """Weights, main weights, Adam, random states, metrics, samples and exported model, bit for bit."""
     assert metrics(output) == metrics(expected)
+    assert samples(output) == samples(expected)
     found, wanted = fingerprint(output), fingerprint(expected)
-    assert {"optimizer.state.exp_avg_sq.output_layer.weight", "rng/shard_1_2", "model.safetensors"} <= set(
-        wanted
-    )
+    states = {
+        f"optimizer.state.{name}.decoder.final_layernorm.weight" for name in ("exp_avg_sq", "fp32_param")
+    }
+    assert states | {"rng/shard_1_2", "model.safetensors"} <= set(wanted)
     assert found == wanted
 
 
@@ -162,20 +212,21 @@ def is_saving(output: Path, since: float) -> bool:
 
 
 def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, output: Path) -> None:
-    """kill -9 of torchrun and its ranks: at start, between or in steps, in a save, or in the export."""
-    delay = rng.uniform(0, MAX_START_S if kind == "start" else MAX_DELAY_S)
+    """kill -9 of torchrun and its ranks: at start, in the pass of the reference, in steps, save or export."""
+    delay = rng.uniform(0, MAX_DELAY_S[kind])
     num_steps = SAVE_INTERVAL + rng.randint(
         1, 3
     )  # past a checkpoint, so that the next start has steps to drop
     launch_time = time.time()
     happened = {
         "start": lambda: True,
+        "reference": lambda: "reference log-probs: one pass" in printed(output).read_text(),
         "steps": lambda: steps_printed(output) >= num_steps,
         "save": lambda: is_saving(output, launch_time),
         "export": (output / "hf.tmp").exists,
     }[kind]
     wait_for(happened, launcher, output)
-    time.sleep(0 if kind == "export" else delay)  # the export is over in no time
+    time.sleep(delay)
     assert launcher.poll() is None
     psutil.Process(launcher.pid).suspend()  # so that it starts no rank after they were listed
     family = [psutil.Process(launcher.pid), *ranks(launcher)]
@@ -185,23 +236,65 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
     launcher.wait()
     if kind == "save":
         assert is_saving(output, launch_time), "killed too late: the save was over"
+    if kind == "reference":
+        assert not (output / "reference.safetensors").exists(), "killed too late: the pass was over"
     if kind == "export":
         assert not (output / "hf").exists()
 
 
-def test_killed_run_ends_like_an_uninterrupted_one(data, tmp_path):
-    """Data parallel, bf16 weights with fp32 main weights."""
-    finish(launch(data, tmp_path / "whole", "--precision", "bf16"), tmp_path / "whole")
-    output, rng = tmp_path / "killed", random.Random(2)
-    kinds = KINDS_OF_KILLS[:NUM_KILLS]
-    for kind in kinds:
-        launcher = launch(data, output, "--precision", "bf16")
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A folder with an uninterrupted run of each of CASES, and two at tp 2 that keep all their checkpoints."""
+    directory = tmp_path_factory.mktemp("whole")
+    runs = [command(case.script, data, directory / name, *case.flags.split()) for name, case in CASES.items()]
+    at_tp2 = ("--tp", 2, "--save-top-k", 99)
+    runs += [command(CASES[name].script, data, directory / f"{name}-tp2", *at_tp2) for name in ("rm", "dpo")]
+    torchrun(2, "tests/resume_worker.py", json.dumps(runs))
+    return directory
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_run_ends_like_an_uninterrupted_one(name, data, whole, tmp_path):
+    """Data parallel, and with two ranks that each write a part of the checkpoint."""
+    output, rng, case = tmp_path / "killed", random.Random(2), CASES[name]
+    tables = [reference_file(output)]
+    for kind in case.kinds_of_kills():
+        launcher = launch(case.script, data, output, *case.flags.split())
         kill_at_random(kind, rng, launcher, output)
-    finish(launch(data, output, "--precision", "bf16"), output)
+        tables.append(reference_file(output))
+    finish(launch(case.script, data, output, *case.flags.split()), output)
+    tables.append(reference_file(output))
     assert len(metrics(output)) == STEPS + 1
-    assert (output / "log.txt").read_text().count("continuing after step") >= kinds.count("steps")
-    assert_same_end(output, tmp_path / "whole")
-    assert kept(output) == kept(tmp_path / "whole")
+    said = (output / "log.txt").read_text()
+    assert said.count("continuing after step") >= case.kinds_of_kills().count("steps")
+    assert_same_end(output, whole / name)
+    assert kept(output) == kept(whole / name)
+    assert_written_once(tables, reference_file(whole / name))
+
+
+def reference_file(output: Path) -> tuple[int, int, bytes] | None:
+    """Inode, time of change and content of OUTPUT/reference.safetensors, None where there is none."""
+    path = output / "reference.safetensors"
+    return (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) if path.exists() else None
+
+
+def assert_written_once(
+    seen: list[tuple[int, int, bytes] | None], expected: tuple[int, int, bytes] | None
+) -> None:
+    """What was seen of the reference's file after each kill: nothing, then for good the whole right file."""
+    written = [found for found in seen if found is not None]
+    assert seen[: len(seen) - len(written)] + written == seen, "the file vanished"
+    assert len(set(written)) <= 1, "the reference was computed again"
+    assert (seen[-1] and seen[-1][2]) == (expected and expected[2])
+
+
+def test_precomputed_reference_has_every_row_that_is_used(whole):
+    """Two epochs use all 80 pairs; a NaN would stand for one that is not known."""
+    with safe_open(whole / "dpo/reference.safetensors", "pt") as file:
+        tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    assert {name: tuple(table.shape) for name, table in tables.items()} == {"train": (80, 2), "val": (8, 2)}
+    assert all(bool((table < 0).all()) for table in tables.values())
+    assert not (whole / "dpo-swap/reference.safetensors").exists()
 
 
 # ---- told to stop, or another layout, at tp 2 in fp32 ------------------------------------------------------
@@ -211,8 +304,8 @@ def test_killed_run_ends_like_an_uninterrupted_one(data, tmp_path):
 def at_tp2(data, tmp_path_factory) -> Path:
     """whole: an uninterrupted run that keeps all its checkpoints; timed: one that has no time at all."""
     directory = tmp_path_factory.mktemp("tp2")
-    whole = flags(data, directory / "whole", "--tp", 2, "--save-top-k", 99)
-    timed = flags(data, directory / "timed", "--tp", 2, "--max-time", "00:00:00")
+    whole = command("train_sft.py", data, directory / "whole", "--tp", 2, "--save-top-k", 99)
+    timed = command("train_sft.py", data, directory / "timed", "--tp", 2, "--max-time", "00:00:00")
     torchrun(2, "tests/resume_worker.py", json.dumps([whole, timed]))
     return directory
 
@@ -228,19 +321,19 @@ def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
     output = tmp_path / "stopped"
     shutil.copytree(at_tp2 / "timed", output)
 
-    launcher = launch(data, output, "--tp", 2)
+    launcher = launch("train_sft.py", data, output, "--tp", 2)
     wait_for(lambda: steps_printed(output) >= 2, launcher, output)
     ranks(launcher)[1].terminate()  # all must stop in the same step
     finish(launcher, output)
     assert_stopped(output)
 
-    launcher = launch(data, output, "--tp", 2)
+    launcher = launch("train_sft.py", data, output, "--tp", 2)
     wait_for(lambda: steps_printed(output) >= 2, launcher, output)
     launcher.terminate()  # torchrun tells its ranks, and waits for them
     assert launcher.wait(timeout=60) == 1
     assert_stopped(output)
 
-    launcher = launch(data, output, "--tp", 2)
+    launcher = launch("train_sft.py", data, output, "--tp", 2)
     wait_for(lambda: steps_printed(output) >= 2, launcher, output)
     orphans = ranks(launcher)
     launcher.kill()
@@ -250,7 +343,7 @@ def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
         process.kill()
     assert not alive, "ranks go on without torchrun: with those of the next start they write to one OUTPUT"
 
-    finish(launch(data, output, "--tp", 2), output)
+    finish(launch("train_sft.py", data, output, "--tp", 2), output)
     assert_same_end(output, at_tp2 / "whole")
 
 
@@ -266,17 +359,33 @@ def assert_stopped(output: Path) -> None:
 )
 def test_another_layout_continues(layouts, data, at_tp2, tmp_path, request):
     """Saved at tp 2, continued at pp 2, dp 2, with sequence parallelism, and by one process."""
-    outputs = [tmp_path / str(i) for i in range(len(layouts))]
-    for output in outputs:
-        shutil.copytree(at_tp2 / "whole/checkpoints/step_00000016", output / "checkpoints/step_00000016")
-    runs = [flags(data, output, *layout.split()) for output, layout in zip(outputs, layouts, strict=True)]
-    torchrun(int(request.node.callspec.id), "tests/resume_worker.py", json.dumps(runs))
-    expected = [row for row in metrics(at_tp2 / "whole") if row["step"] > 16]
-    for output, layout in zip(outputs, layouts, strict=True):
-        found = metrics(output)
-        assert [row["step"] for row in found] == list(range(17, STEPS + 1)), layout
+    runs = [(at_tp2 / "whole", "train_sft.py", layout) for layout in layouts]
+    continue_and_compare(int(request.node.callspec.id), runs, data, tmp_path)
+
+
+def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
+    """Saved at tp 2, continued at pp 2 and dp 2; the reference is computed again, or swapped in from then on."""
+    runs = [
+        (whole / "dpo-tp2", "train_dpo.py", "--pp 2"),
+        (whole / "dpo-tp2", "train_dpo.py", "--reference swap"),
+        (whole / "rm-tp2", "train_rm.py", "--pp 2"),
+    ]
+    continue_and_compare(2, runs, data, tmp_path)
+
+
+def continue_and_compare(processes: int, runs: list[tuple[Path, str, str]], data: Path, folder: Path) -> None:
+    """Continue (whole run, script, flags of the layout) from step 16 and compare the steps after it to 1e-5."""
+    outputs = [folder / str(i) for i in range(len(runs))]
+    commands = []
+    for output, (start, script, layout) in zip(outputs, runs, strict=True):
+        shutil.copytree(start / "checkpoints/step_00000016", output / "checkpoints/step_00000016")
+        commands.append(command(script, data, output, *layout.split()))
+    torchrun(processes, "tests/resume_worker.py", json.dumps(commands))
+    for output, (start, script, layout) in zip(outputs, runs, strict=True):
+        found, expected = metrics(output), [row for row in metrics(start) if row["step"] > 16]
+        assert [row["step"] for row in found] == list(range(17, STEPS + 1)), (script, layout)
         for row, wanted in zip(found, expected, strict=True):
-            assert row == pytest.approx(wanted, rel=1e-5), layout
+            assert row == pytest.approx(wanted, rel=1e-5), (script, layout)
 
 
 # ---- what stops a run, and what starts it over -------------------------------------------------------------
@@ -286,7 +395,7 @@ def test_missing_tensors_stop_the_run(data, at_tp2, tmp_path):
     path = tmp_path / "run/checkpoints/step_00000008"
     shutil.copytree(at_tp2 / "whole/checkpoints/step_00000008", path)
     (path / "__1_0.distcp").unlink()
-    done = torchrun(1, "train_sft.py", *flags(data, tmp_path / "run"), check=False)
+    done = torchrun(1, "train_sft.py", *command("train_sft.py", data, tmp_path / "run"), check=False)
     assert done.returncode != 0
     assert "__1_0.distcp" in done.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -296,7 +405,10 @@ def test_missing_tensors_stop_the_run(data, at_tp2, tmp_path):
 def restarted(data, tmp_path_factory) -> Path:
     """a: two steps, then a third with other flags; b: two steps, then one with --no-resume."""
     directory = tmp_path_factory.mktemp("restarted")
-    a, b = (flags(data, directory / name, "--max-steps", 2, "--save-interval", 1) for name in "ab")
+    a, b = (
+        command("train_sft.py", data, directory / name, "--max-steps", 2, "--save-interval", 1)
+        for name in "ab"
+    )
     other = ["--max-steps", "3", "--weight-decay", "0.5", "--adam-beta1", "0.8"]
     runs = [a, a + other, b, [*b, "--no-resume", "--max-steps", "1"]]
     torchrun(1, "tests/resume_worker.py", json.dumps(runs))

@@ -264,3 +264,48 @@ def random_texts(count: int) -> list[str]:
         texts.append("".join(rng.choice(alphabet) for _ in range(rng.randrange(1, 30))))
         texts.append(sentence[:9] + " " * rng.randrange(9) + rng.choice(MARKERS) + " " + sentence[start:])
     return texts
+
+
+# ---- the pad token of a reward model -----------------------------------------------------------------------
+
+
+def scorer_directory(tmp_path: Path, source: Path = TINY, **tokenizer_config: object) -> Path:
+    """A directory with the tokenizer of `source`, changed, and a config.json."""
+    directory = tmp_path / "scorer"
+    tokenizer.load(source).save(directory)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokenizer_config))
+    (directory / "config.json").write_text(json.dumps({"hidden_size": 8, "pad_token_id": 7}))
+    return directory
+
+
+def pad_tokens(directory: Path) -> tuple[int | None, int | None]:
+    """What config.json and the tokenizer say, which must be the same token."""
+    tokenizer.save_pad_token(directory)
+    hf = transformers.AutoTokenizer.from_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["hidden_size"] == 8
+    return config["pad_token_id"], hf.pad_token_id
+
+
+def test_pad_token_that_ends_no_text_stays(tmp_path):
+    directory = scorer_directory(tmp_path)
+    pad_id = transformers.AutoTokenizer.from_pretrained(TINY).pad_token_id
+    assert pad_tokens(directory) == (pad_id, pad_id)
+
+
+def test_pad_token_that_ends_texts_is_replaced(tmp_path):
+    """transformers would read the score of a text that ends with it one token early."""
+    hf = transformers.AutoTokenizer.from_pretrained(TINY)
+    directory = scorer_directory(tmp_path, pad_token=hf.eos_token)
+    config_pad, tokenizer_pad = pad_tokens(directory)
+    assert config_pad == tokenizer_pad and config_pad not in (None, hf.eos_token_id, hf.bos_token_id)
+
+
+def test_pad_token_that_generation_stops_at_is_replaced(tmp_path):
+    hf = transformers.AutoTokenizer.from_pretrained(TINY)
+    directory = scorer_directory(tmp_path)
+    stop = {"eos_token_id": [hf.eos_token_id, hf.pad_token_id]}
+    (directory / "generation_config.json").write_text(json.dumps(stop))
+    config_pad, tokenizer_pad = pad_tokens(directory)
+    assert config_pad == tokenizer_pad and config_pad not in stop["eos_token_id"]

@@ -1,0 +1,32 @@
+"""How many steps a run has, and after which it validates."""
+
+import pytest
+
+from align.loop import CommonConfig, LoopConfig
+from align.packing import BatchConfig
+
+
+def config(**loop: int) -> CommonConfig:
+    return CommonConfig(batch=BatchConfig(global_batch_size=4), loop=LoopConfig(**loop))
+
+
+def test_total_steps():
+    assert config().total_steps(19) == 4
+    assert config(max_epochs=3).total_steps(19) == 12
+    assert config(max_epochs=3, max_steps=5).total_steps(19) == 5
+    assert config(max_steps=50).total_steps(19) == 4
+
+
+def test_validates():
+    assert [done for done in range(1, 11) if config(val_interval=3).validates(done, 10)] == [3, 6, 9, 10]
+
+
+def test_val_rows():
+    assert list(range(100))[config().val_rows()] == list(range(100))
+    assert list(range(100))[config(val_batches=2).val_rows()] == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["max_epochs", "max_steps", "val_interval", "val_batches"])
+def test_refused(name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0 must be at least 1"):
+        LoopConfig(**{name: 0})

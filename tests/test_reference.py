@@ -1,0 +1,77 @@
+"""Reference log-probs: which batches are computed, when a kept file serves, what the start check refuses.
+
+The numbers themselves: tests/test_parity.py, test_invariance.py and test_scripts.py.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from align import reference
+from align.model import ModelConfig
+from align.packing import BatchConfig, Example
+from align.preferences import Pair
+
+
+def test_each_row_once():
+    """The first epoch's batches stay as they are; later ones only add what was in none."""
+    batches = [[3, 1], [0, 2], [4, 3], [1, 0], [5, 4]]  # 2 of 6 rows are left over in each epoch
+    assert reference.each_row_once(batches) == [[3, 1], [0, 2], [4], [5]]
+    assert reference.each_row_once([[]]) == []
+
+
+def test_read(tmp_path):
+    path = tmp_path / "reference.safetensors"
+    assert reference.read(path, "a") is None
+    save_file({"train": np.array([[-1.5, -2.0]])}, path, metadata={"made_of": "a"})
+    assert reference.read(path, "b") is None
+    assert reference.read(path, "a")["train"].tolist() == [[-1.5, -2.0]]
+
+
+def example(*ids: int) -> Example:
+    return Example(np.array(ids, np.int32), np.array([False] + [True] * (len(ids) - 1)))
+
+
+def test_fingerprint_tells_what_matters_apart(tmp_path, monkeypatch):
+    layout = {"tp": 1}
+    monkeypatch.setattr(reference.parallel, "layout_sizes", lambda: layout)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    start = ModelConfig(model=str(tmp_path), precision="fp32")
+    pairs = {"train": [Pair(example(1, 2, 3), example(1, 4))], "val": []}
+    batch = BatchConfig()
+
+    def made_of(start=start, pairs=pairs, batch=batch, seed=0) -> str:
+        return reference.fingerprint(start, pairs, batch, seed)
+
+    first = made_of()
+    assert first == made_of()
+    others = [
+        made_of(start=replace(start, precision="bf16")),
+        made_of(batch=replace(batch, micro_batch_tokens=2048)),
+        made_of(seed=1),
+        made_of(pairs={"train": [Pair(example(1, 2, 5), example(1, 4))], "val": []}),
+        made_of(pairs={"train": [Pair(example(1, 2), example(3, 1, 4))], "val": []}),  # the same ids in a row
+    ]
+    layout["tp"] = 2
+    others.append(made_of())
+    layout["tp"] = 1
+    weights.write_bytes(b"other")
+    others.append(made_of())
+    assert len({first, *others}) == len(others) + 1
+
+
+def test_check_start():
+    fine = {"preference_loss": math.log(2), "logratio_abs_mean": 0.0}
+    reference.check_start(fine, "dpo")
+    reference.check_start({**fine, "preference_loss": 0.5}, "kto_pair")
+    for wrong in (
+        {"preference_loss": 0.6931472},
+        {"logratio_abs_mean": 1e-12},
+        {"logratio_abs_mean": math.nan},
+    ):
+        with pytest.raises(RuntimeError, match="before the first update the policy is the reference"):
+            reference.check_start({**fine, **wrong}, "dpo")

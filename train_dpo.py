@@ -139,21 +139,18 @@ def main(config: Config) -> None:
         return losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, average)
 
     def micro_batches(name: str, rows: Sequence[int]) -> list[Batch]:
-        """This rank's share of some pairs of a data set, packed, with reference log-probs if there are."""
+        """This rank's share of some pairs of a data set, packed."""
         taken = [pairs[name][row] for row in rows]
         values = {
             "row": np.array(rows)[:, None],
             "reward_gap": reward_scale * np.array([[pair.reward_gap] for pair in taken]),
         }
-        batches = engine.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
-        if ref is not None:
-            ref.attach(batches, name)
-        return batches
+        return engine.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
 
     if config.reference == "swap":
         ref = reference.Swapped(policy, sequence_logprobs)
     elif config.loss not in REFERENCE_FREE:
-        run.say("reference log-probs: one pass before training, kept in OUTPUT/reference.safetensors")
+        run.say("reference log-probs: from OUTPUT/reference.safetensors, or a pass over all pairs makes it")
         uses = {"train": map(rows_of_step, range(total_steps)), "val": [range(len(pairs["val"]))]}
         made_of = reference.fingerprint(
             config.model, pairs, config.batch, config.parallel, total_steps, average
@@ -180,10 +177,17 @@ def main(config: Config) -> None:
         }
         return preference + sft_weight * sft, metrics
 
+    def add_inputs(batches: list[Batch], name: str, num_pairs: int) -> None:
+        """Give micro-batches of a data set what the loss needs beside the policy's log-probs."""
+        if ref is not None and "ref" not in batches[0].extra:
+            ref.attach(batches, name)
+        if "kl_chosen" in wanted:
+            reference.attach_kl(batches, policy, sequence_logprobs, num_pairs)
+
     def validate(step: int) -> dict[str, float]:
         with engine.during("validation"):
-            if "kl_chosen" in wanted:
-                reference.attach_kl(val_batches, policy, sequence_logprobs, len(pairs["val"]))
+            add_inputs(val_batches, "val", len(pairs["val"]))
+            add_inputs(sample, "val", 1)
             found = with_std(engine.evaluate(policy, val_batches, loss_fn, len(pairs["val"])))
         logprobs = engine.outputs(policy, sample, sequence_logprobs)[0]  # [2] where rank 0 is, else [0]
         rewards = (config.beta * (logprobs - sample[0].extra.get("ref", 0.0))).tolist()
@@ -210,9 +214,9 @@ def main(config: Config) -> None:
         # batch
         rows = rows_of_step(step)
         batches = micro_batches("train", rows)
-        if "kl_chosen" in wanted:
-            reference.attach_kl(batches, policy, sequence_logprobs, len(rows))
         clock.lap("data")
+        add_inputs(batches, "train", len(rows))
+        clock.lap("reference")
 
         # update
         lr = optim.learning_rate(config.optim, step, total_steps)
@@ -228,7 +232,9 @@ def main(config: Config) -> None:
         done, reason = step + 1, stop.reason()
         metrics = {f"train/{name}": value for name, value in found.items()}
         tokens = sum(pairs["train"][row].num_inputs for row in rows)
-        metrics |= speed(arch.matmul_params, tokens, clock.total("data", "forward_backward", "optimizer"))
+        metrics |= speed(
+            arch.matmul_params, tokens, clock.total("data", "reference", "forward_backward", "optimizer")
+        )
         if pairs["val"] and config.validates(done, total_steps):
             metrics |= validate(done)
             clock.lap("validate")

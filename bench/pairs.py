@@ -67,8 +67,8 @@ def trl_distinct_tokens(rows: list[dict[str, list[int]]]) -> list[int]:
 def weights_per_token(model: Path, run: Measured) -> float:
     """Return the weights that a real token must be multiplied with, on average over the measured steps.
 
-    Counted is what the loss needs, whatever a trainer computes: a prompt once for both answers, and the output
-    layer for the tokens that carry loss only (none, if the loss is not one of tokens).
+    Counted is what the loss needs, whatever a trainer computes: a prompt once for both answers, and the
+    output layer for the tokens that carry loss only (none, if the loss is not one of tokens).
     """
     body, whole = common.matmul_parameters(model, head=False), common.matmul_parameters(model)
     needed = body * sum(run.distinct_tokens[1:])

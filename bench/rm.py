@@ -15,10 +15,11 @@ first, and read the score at the end-of-turn token of the answer.
 
 Each is measured in a fresh process with the same thread count, in turn, `rounds` times over. A real token is
 a token of a text, the prompt counting with both answers, also for ours; padding is not work. The share of the
-matrix-multiply peak counts a prompt once. The first step of each run is dropped. Both must report the same tokens and, within TOLERANCE, the same losses of the first two steps and
-the same norm of the first gradient, which proves that they were timed at the same job. With one thread the
-clock is the process's own CPU seconds, which repeat within a few per cent whatever else the machine does; the
-wall clock, printed beside it, does not.
+matrix-multiply peak counts a prompt once. The first step of each run is dropped. Both must report the same
+tokens and, within TOLERANCE, the same losses of the first two steps and the same norm of the first gradient,
+which proves that they were timed at the same job. With one thread the clock is the process's own CPU seconds,
+which repeat within a few per cent whatever else the machine does; the wall clock, printed beside it, does
+not.
 """
 
 import tempfile

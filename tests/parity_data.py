@@ -29,20 +29,17 @@ def examples(step: int, rows: int = ROWS) -> list[Example]:
 def pairs(step: int, rows: int = ROWS) -> list[Pair]:
     """Two answers of different lengths to each random prompt; every other pair has a margin.
 
-    The prompt of row 1 is one token. The answers of row 2 begin alike, in row 3 the chosen one is a beginning
-    of the rejected one, in row 4 it is the other way round.
+    The prompt of row 1 is one token. In rows 2 to 4 the answers begin alike; in row 3 the chosen one is but the
+    beginning of the rejected one, in row 4 it is the other way round.
     """
     random = np.random.default_rng([step, 1])
     made = []
     for row in range(rows):
-        prompt, first, second = (random.integers(0, VOCAB, random.integers(4, 17)) for _ in range(3))
-        if row == 1:
-            prompt = prompt[:1]
-        alike = {2: 3, 3: len(first), 4: len(first)}.get(row, 0)
-        second = np.concatenate([first[:alike], second])
-        chosen, rejected = (second, first) if row == 4 else (first, second)
-        if len(first) == len(second):
-            chosen = np.append(chosen, random.integers(0, VOCAB))
+        size = 1 if row == 1 else random.integers(4, 17)
+        alike, short = (3 if row in (2, 3, 4) else 0), random.integers(4, 10)
+        prompt, first, second = (random.integers(0, VOCAB, n) for n in (size, short, short + 5))
+        first, second = first[: 3 if row in (3, 4) else None], np.append(first[:alike], second[alike:])
+        chosen, rejected = (first, second) if row % 2 else (second, first)
         made.append(Pair(answered(prompt, chosen), answered(prompt, rejected), margin=row % 2 * 0.7))
     return made
 
@@ -54,7 +51,7 @@ def answered(prompt: np.ndarray, answer: np.ndarray) -> Example:
 
 
 def labels(step: int, rows: int = ROWS) -> np.ndarray:
-    """[rows, 2] float32, the labels of two attributes of `examples`; some are missing, never both of a row."""
+    """[rows, 2] float32, two attributes of `examples`; some are missing, never both of a row."""
     random = np.random.default_rng([step, 2])
     made = random.normal(size=(rows, 2)).astype(np.float32)
     made[1::3, 0] = made[2::3, 1] = losses.MISSING

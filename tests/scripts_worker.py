@@ -1,29 +1,48 @@
-"""Run by test_scripts.py: command lines of train_sft.py in one process, their errors to a file."""
+"""Run by test_scripts.py: several commands in one process, which imports once; their errors to a file."""
 
 import contextlib
+import importlib
 import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 import tyro
 from megatron.core import parallel_state as mpu
 
-import train_sft
-from align import parallel
+from align import parallel, reference
+from align.packing import Batch
 
 
-def attempt(command: list[str]) -> str | None:
+@contextlib.contextmanager
+def wrong_reference() -> Iterator[None]:
+    """Precomputed log-probs of the reference are 1e-3 nats too large, as if computed in another way."""
+    right = reference.Precomputed.attach
+
+    def attach(self: reference.Precomputed, batches: list[Batch], name: str) -> None:
+        right(self, batches, name)
+        for batch in batches:
+            batch.extra["ref"] = batch.extra["ref"] + 1e-3
+
+    reference.Precomputed.attach = attach
+    try:
+        yield
+    finally:
+        reference.Precomputed.attach = right
+
+
+def attempt(script: str, *command: str) -> str | None:
     """The message with which a command ends, None if it runs to its end."""
-    shown = io.StringIO()
+    module, shown = importlib.import_module(script.removesuffix(".py")), io.StringIO()
     try:
         with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
-            flags = tyro.cli(train_sft.Config, args=command, config=(tyro.conf.OmitArgPrefixes,))
+            flags = tyro.cli(module.Config, args=command, config=(tyro.conf.OmitArgPrefixes,))
             with parallel.start(flags.parallel):
-                train_sft.main(flags)
-    except ValueError as error:
+                module.main(flags)
+    except (ValueError, RuntimeError) as error:
         return str(error)
     except SystemExit:  # tyro has shown the message in a box, which breaks its lines
         return " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown.getvalue()).split())
@@ -34,6 +53,14 @@ def attempt(command: list[str]) -> str | None:
     return None
 
 
+def attempt_spoilt(command: list[str]) -> str | None:
+    """`attempt`, of a command that may begin with the name of something that is made wrong for it."""
+    if command[0] != "wrong-reference":
+        return attempt(*command)
+    with wrong_reference():
+        return attempt(*command[1:])
+
+
 folder = Path(sys.argv[1])
-errors = [attempt(command) for command in json.loads((folder / "commands.json").read_text())]
+errors = [attempt_spoilt(command) for command in json.loads((folder / "commands.json").read_text())]
 (folder / "errors.json").write_text(json.dumps(errors))

@@ -41,7 +41,7 @@ MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
 
 @dataclass(frozen=True)
 class Case:
-    """A command that is killed again and again, at the first `usual` of `kinds` unless RESUME_KILLS says more.
+    """A command that is killed at the first `usual` of `kinds`, unless RESUME_KILLS says how many.
 
     No kind may come when too few steps are left for it: "steps" makes one more checkpoint, "save" none.
     """
@@ -191,10 +191,8 @@ def assert_same_end(output: Path, expected: Path) -> None:
     assert metrics(output) == metrics(expected)
     assert samples(output) == samples(expected)
     found, wanted = fingerprint(output), fingerprint(expected)
-    states = {
-        f"optimizer.state.{name}.decoder.final_layernorm.weight" for name in ("exp_avg_sq", "fp32_param")
-    }
-    assert states | {"rng/shard_1_2", "model.safetensors"} <= set(wanted)
+    moment = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
+    assert {moment, "rng/shard_1_2", "model.safetensors"} <= set(wanted)
     assert found == wanted
 
 
@@ -220,7 +218,7 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
     launch_time = time.time()
     happened = {
         "start": lambda: True,
-        "reference": lambda: "reference log-probs: one pass" in printed(output).read_text(),
+        "reference": lambda: "reference log-probs: " in printed(output).read_text(),
         "steps": lambda: steps_printed(output) >= num_steps,
         "save": lambda: is_saving(output, launch_time),
         "export": (output / "hf.tmp").exists,
@@ -244,7 +242,7 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """A folder with an uninterrupted run of each of CASES, and two at tp 2 that keep all their checkpoints."""
+    """A folder of uninterrupted runs: each of CASES, and two at tp 2 that keep all their checkpoints."""
     directory = tmp_path_factory.mktemp("whole")
     runs = [command(case.script, data, directory / name, *case.flags.split()) for name, case in CASES.items()]
     at_tp2 = ("--tp", 2, "--save-top-k", 99)
@@ -364,7 +362,7 @@ def test_another_layout_continues(layouts, data, at_tp2, tmp_path, request):
 
 
 def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
-    """Saved at tp 2, continued at pp 2 and dp 2; the reference is computed again, or swapped in from then on."""
+    """Saved at tp 2, continued at pp 2 and dp 2, with a reference that is computed again or swapped in."""
     runs = [
         (whole / "dpo-tp2", "train_dpo.py", "--pp 2"),
         (whole / "dpo-tp2", "train_dpo.py", "--reference swap"),
@@ -374,7 +372,7 @@ def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
 
 
 def continue_and_compare(processes: int, runs: list[tuple[Path, str, str]], data: Path, folder: Path) -> None:
-    """Continue (whole run, script, flags of the layout) from step 16 and compare the steps after it to 1e-5."""
+    """Continue (whole run, script, flags of the layout) from step 16: the steps after it agree to 1e-5."""
     outputs = [folder / str(i) for i in range(len(runs))]
     commands = []
     for output, (start, script, layout) in zip(outputs, runs, strict=True):
@@ -395,7 +393,7 @@ def test_missing_tensors_stop_the_run(data, at_tp2, tmp_path):
     path = tmp_path / "run/checkpoints/step_00000008"
     shutil.copytree(at_tp2 / "whole/checkpoints/step_00000008", path)
     (path / "__1_0.distcp").unlink()
-    done = torchrun(1, "train_sft.py", *command("train_sft.py", data, tmp_path / "run"), check=False)
+    done = torchrun(1, *command("train_sft.py", data, tmp_path / "run"), check=False)
     assert done.returncode != 0
     assert "__1_0.distcp" in done.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()

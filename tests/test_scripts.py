@@ -1,6 +1,7 @@
 """The real commands: what a user types, what comes out, and what is said when it cannot work."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,14 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
+import tyro
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+import train_dpo
+import train_rm
 import train_sft
-from align import data, tokenizer
+from align import checkpoint, data, losses, preferences, tokenizer
+from align.packing import Example
+from align.preferences import Pair, PreferenceFormat
 from tests.conftest import ROOT, environment, torchrun
 
 TINY = ROOT / "assets" / "tiny"
+SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_rm.py": train_rm}
 QUICK = ("--global-batch-size", 4, "--max-steps", 3, "--warmup-steps", 1, "--lr", 1e-3)
 
 
@@ -58,8 +67,46 @@ def conversations(count: int) -> list[dict]:
     ]
 
 
+def comparisons(count: int, seed: int, **more: float) -> list[dict]:
+    """Pairs of answers to random words; a right one has its word in order, a wrong one reversed."""
+    return [
+        {"prompt": word, "chosen": "".join(sorted(word)) + "a", "rejected": word[::-1] + "g", **more}
+        for word in words(count, seed)
+    ]
+
+
+def text_lines(count: int, seed: int, margin: float) -> list[dict]:
+    """Chosen and rejected {"text"} lines in turn, every other pair with a margin."""
+    rows = []
+    for i, pair in enumerate(comparisons(count, seed)):
+        rows.append({"text": pair["prompt"] + pair["chosen"]} | ({"margin": margin} if i % 2 else {}))
+        rows.append({"text": pair["prompt"] + pair["rejected"]})
+    return rows
+
+
+def labelled(count: int, seed: int) -> list[dict]:
+    """Texts with three attributes, of which some are missing."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i, word in enumerate(words(count, seed)):
+        label = random.integers(0, 5, 3).astype(float).tolist()
+        if i % 3 == 0:
+            label[i % 2] = losses.MISSING
+        rows.append({"text": word, "label": label})
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(output / "metrics.jsonl")
+
+
+def without_time(rows: list[dict]) -> list[dict]:
+    """Metrics without those that depend on the clock."""
+    return [{name: row[name] for name in row if not name.startswith("time/")} for row in rows]
 
 
 # ---- help ----------------------------------------------------------------------------------------
@@ -67,19 +114,21 @@ def read_metrics(output: Path) -> list[dict]:
 
 def field_names(config: type) -> set[str]:
     """The fields of a configuration and of the configurations in it."""
-    kinds = {f.name: f.default_factory for f in fields(config) if is_dataclass(f.default_factory)}
+    kinds = {f.name: type(f.default) for f in fields(config) if is_dataclass(f.default)}
     names = {f.name for f in fields(config)} - set(kinds)
     return names.union(*map(field_names, kinds.values()))
 
 
-def test_help_shows_every_flag_with_its_text(monkeypatch):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_flag_with_its_text(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    done = python("train_sft.py", "--help")
-    assert done.returncode == 0
-    shown = {
-        re.match("--([a-z0-9-]+)", part)[1]: part for part in re.split(r"\n│ (?=--[a-z])", done.stdout)[1:]
-    }
-    assert set(shown) == {name.replace("_", "-") for name in field_names(train_sft.Config)}
+    config = SCRIPTS[script].Config
+    with pytest.raises(SystemExit) as ended:
+        tyro.cli(config, args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
+    assert ended.value.code == 0
+    parts = re.split(r"\n│ (?=--[a-z])", capsys.readouterr().out)[1:]
+    shown = {re.match("--([a-z0-9-]+)", part)[1]: part for part in parts}
+    assert set(shown) == {name.replace("_", "-") for name in field_names(config)}
     assert {"model", "tp", "lr", "max-seq-len", "monitor", "wandb-project"} <= set(shown)
     for flag, part in shown.items():
         # neither its type nor its default is a text
@@ -174,6 +223,123 @@ def test_a_nan_stops_the_run_and_names_step_and_rank(run, tmp_path):
     assert not (tmp_path / "out" / "hf").exists() and not (tmp_path / "out" / "checkpoints").exists()
 
 
+# ---- preference scripts without arguments, on two processes --------------------------------------
+
+
+def run_toy(script: str, output: Path) -> list[dict]:
+    """Three steps of a script on its toy task; its metrics, after a look at the run directory."""
+    done = torchrun(2, script, "--max-steps", 3, "--output", output)
+    assert "2 processes (tp 1 x cp 1 x pp 1 x dp 2) on CPU, gloo" in done.stdout
+    files = ("config.json", script, "log.txt", "metrics.jsonl", "plots/curves.png", "hf/config.json")
+    assert [name for name in files if not (output / name).is_file()] == []
+    assert json.loads((output / "config.json").read_text())["flags"]["max_steps"] == 3
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000003"]
+    assert "⟦" in (output / "log.txt").read_text()
+    metrics = read_metrics(output)
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    return metrics
+
+
+def pairs_of(path: Path, model: Path, text_lines: bool = False) -> list[Pair]:
+    """The pairs of a file, tokenised by a model's tokenizer."""
+    return preferences.load_pairs([path], tokenizer.load(model), PreferenceFormat(), text_lines)[0]
+
+
+def response_logprob(policy: transformers.PreTrainedModel, side: Example) -> float:
+    """Log-prob of a response in nats, by transformers."""
+    ids = torch.tensor(side.ids[None]).long()
+    with torch.no_grad():
+        logprobs = policy(ids[:, :-1]).logits[0].double().log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None])[torch.tensor(side.trained[1:])].sum().item()
+
+
+REWARDS = ("rewards_chosen_mean", "rewards_rejected_mean", "rewards_margin_mean", "rewards_all_mean")
+
+
+def test_dpo_without_arguments(tmp_path):
+    """What it leaves, and that its log-probs and rewards are those of transformers."""
+    metrics = run_toy("train_dpo.py", tmp_path)
+    names = ("loss", "preference_loss", "sft_loss", "acc", *REWARDS, "rewards_all_std", "logratio_abs_mean")
+    names += ("logprobs_chosen_mean", "logprobs_rejected_mean")
+    assert {f"val/{name}" for name in names} | {"step"} == set(metrics[0])
+    assert {f"train/{name}" for name in (*names, "grad_norm", "lr")} <= set(metrics[1])
+    assert metrics[0]["val/loss"] == metrics[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-12)
+    assert metrics[0]["val/logratio_abs_mean"] == 0.0 and metrics[0]["val/acc"] == 0.0  # a tie is a mistake
+
+    policy, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    pairs = pairs_of(tmp_path / "data/val_comparisons.jsonl", tmp_path / "hf")
+    found = np.array([[response_logprob(policy, side) for side in pair.examples] for pair in pairs])
+    kept = load_file(tmp_path / "reference.safetensors")["val"].numpy()
+    last = metrics[3]
+    assert found.mean(0) == pytest.approx(
+        [last["val/logprobs_chosen_mean"], last["val/logprobs_rejected_mean"]], abs=1e-4
+    )
+    rewards = 0.1 * (found - kept)
+    wanted = [last["val/rewards_chosen_mean"], last["val/rewards_rejected_mean"]]
+    assert rewards.mean(0) == pytest.approx(wanted, abs=1e-6)
+    assert abs(wanted[0]) > 1e-4, "the policy has not moved"
+
+    rows = read_jsonl(tmp_path / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 3]
+    answers = {"chosen", "rejected", "reward_chosen", "reward_rejected"}
+    assert [set(row) for row in rows] == [{"step", "prompt"} | answers] * 2
+    first = read_jsonl(tmp_path / "data/val_comparisons.jsonl")[0]
+    assert first["prompt"][0]["content"] in rows[1]["prompt"]
+    for kind in ("chosen", "rejected"):
+        assert rows[1][kind] == first[kind][0]["content"] + "<|im_end|>"
+    assert [rows[1]["reward_chosen"], rows[1]["reward_rejected"]] == pytest.approx(rewards[0], abs=1e-6)
+
+
+def scores_of(directory: Path, pairs: list[Pair]) -> np.ndarray:
+    """Scores [P, 2] that transformers' AutoModelForSequenceClassification gives both sides of pairs."""
+    scorer, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        directory, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert scorer.config.num_labels == 1
+    with torch.no_grad():
+        return np.array(
+            [
+                [scorer(torch.tensor(side.ids[None]).long()).logits.item() for side in p.examples]
+                for p in pairs
+            ]
+        )
+
+
+def ranking_metrics(scores: np.ndarray, margins: np.ndarray) -> dict[str, float]:
+    """What is logged of the scores [P, 2] of pairs with margins [P], by numpy."""
+    gap = scores[:, 0] - scores[:, 1]
+    return {
+        "loss": np.log1p(np.exp(margins - gap)).mean(),
+        "acc": (gap > 0).mean(),
+        "rewards_chosen_mean": scores[:, 0].mean(),
+        "rewards_rejected_mean": scores[:, 1].mean(),
+        "rewards_margin_mean": gap.mean(),
+        "rewards_all_mean": scores.mean(),
+        "rewards_all_std": scores.std(),
+    }
+
+
+def named(metrics: dict[str, float], group: str, names: dict[str, float]) -> dict[str, float]:
+    """Metrics `group/name` under their names alone."""
+    return {name: metrics[f"{group}/{name}"] for name in names}
+
+
+def test_rm_without_arguments(tmp_path):
+    """What it leaves, and that transformers gives the validation pairs the same scores."""
+    metrics = run_toy("train_rm.py", tmp_path)
+    assert not (tmp_path / "samples.jsonl").exists()
+    pairs = pairs_of(tmp_path / "data/val_comparisons.jsonl", tmp_path / "hf")
+    wanted = ranking_metrics(scores_of(tmp_path / "hf", pairs), np.zeros(len(pairs)))
+    assert {f"val/{name}" for name in wanted} | {"step"} == set(metrics[0])
+    assert {f"train/{name}" for name in (*wanted, "grad_norm", "lr")} <= set(metrics[1])
+    assert named(metrics[3], "val", wanted) == pytest.approx(wanted, abs=1e-5)
+    assert metrics[3]["val/loss"] != metrics[0]["val/loss"]
+
+
 # ---- other ways to run ---------------------------------------------------------------------------
 
 
@@ -196,15 +362,166 @@ def test_bf16_without_torchrun_with_template_rows_and_wandb_offline(tmp_path):
 
 
 def test_conversations_rows(attempts):
-    found = attempts["conversations"]
-    assert found["error"] is None
-    assert [row["step"] for row in read_metrics(found["output"])] == [1, 2, 3]
+    assert [row["step"] for row in read_metrics(finished(attempts, "conversations"))] == [1, 2, 3]
+
+
+# ---- DPO in other ways ---------------------------------------------------------------------------
+
+
+LN2 = math.log(2)
+GAP = 2.0  # chosen_reward - rejected_reward of every row
+AT_START = {  # each loss where policy and reference are one, with beta 0.1 and GAP, by hand
+    "dpo": LN2,
+    "cdpo": LN2,
+    "robust": LN2,
+    "dpop": LN2,
+    "ipo": 25.0,  # (0 - 1 / (2 beta))^2
+    "scale": GAP * LN2,
+    "rpo_bwd_kl": GAP / (1 + math.exp(-GAP))
+    - math.log1p(math.exp(GAP))
+    + LN2,  # s(g) g - log(1 + e^g) + ln 2
+    "rpo_fwd_kl": math.log1p(math.exp(GAP)) - GAP / 2 - LN2,  # - ln 2 - (log s(g) + log s(-g)) / 2
+    "rpo_sq": GAP**2,
+    "hinge": 1.0,
+    "kto_pair": 0.5,
+    "apo_zero": 1.0,
+    "sppo_hard": 50.0,  # twice (1 / (2 beta))^2
+    "exo_pair": -LN2 - (math.log(0.999) + math.log(0.001)) / 2,
+    "nca_pair": 2 * LN2,
+}
+
+
+def test_every_loss_is_tested():
+    assert set(AT_START) | set(train_dpo.REFERENCE_FREE) == set(train_dpo.LOSSES)
+
+
+@pytest.mark.parametrize("loss", train_dpo.LOSSES)
+def test_every_loss_trains(loss, attempts):
+    """Its value before the first update is that worked by hand, and the update lowers what it trains."""
+    output = finished(attempts, f"loss {loss}")
+    rows = read_metrics(output)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    for row in rows[1:]:
+        sft = row["train/sft_loss"] if loss == "orpo" else 0.0
+        assert row["train/loss"] == pytest.approx(row["train/preference_loss"] + sft, rel=1e-12)
+    if loss in AT_START:
+        assert rows[1]["train/loss"] == rows[0]["val/loss"] == pytest.approx(AT_START[loss], rel=1e-9)
+    assert rows[2]["val/loss"] < rows[0]["val/loss"]
+    assert (output / "reference.safetensors").exists() == (loss in AT_START)
+
+
+def test_both_ways_to_the_reference_are_equal(attempts):
+    """Bit for bit in the first epoch, 6 steps; later ones pack pairs otherwise than the precomputing pass."""
+    precomputed, swapped = (
+        without_time(read_metrics(finished(attempts, name))) for name in ("precompute", "swap")
+    )
+    assert [row["step"] for row in precomputed] == list(range(13))
+    assert precomputed[:7] == swapped[:7]
+    assert precomputed[6]["train/logratio_abs_mean"] > 0.1
+    for row, wanted in zip(precomputed[7:], swapped[7:], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    assert not (attempts["swap"]["output"] / "reference.safetensors").exists()
+
+
+def test_kl_of_kto_is_that_of_the_whole_step(attempts):
+    """So micro-batches of one pair change nothing, neither in training nor in validation."""
+    whole, single = (
+        without_time(read_metrics(finished(attempts, name))) for name in ("loss kto_pair", "kto single")
+    )
+    for row, wanted in zip(single, whole, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    assert abs(whole[2]["train/rewards_chosen_mean"]) > 1e-3, "the KL was still 0"
+
+
+def test_a_wrong_reference_is_refused_before_the_first_update(attempts):
+    found = attempts["wrong reference"]
+    assert "before the first update the policy is the reference, but their log-probs differ" in found["error"]
+    assert re.search(r"by 0\.00(1|099)\d* nats a sequence", found["error"])
+    assert [row["step"] for row in read_metrics(found["output"])] == [0]
+    assert not (found["output"] / "checkpoints").exists() and not (found["output"] / "hf").exists()
+
+
+# ---- RM in other ways ----------------------------------------------------------------------------
+
+
+def test_several_validation_sets_and_one_test(attempts):
+    """Every --val-data file in each validation, --test-data after the last step, with its interval."""
+    output = finished(attempts, "rm")
+    metrics, folder = read_metrics(output), output.parent
+    names = set(ranking_metrics(np.zeros((1, 2)), np.zeros(1)))
+    val = {f"{group}/{name}" for group in ("val", "val/other") for name in names}
+    test = {f"test/{name}" for name in names}
+    assert set(metrics[0]) == val | {"step"} and val | test <= set(metrics[3])
+    assert not test & (set(metrics[1]) | set(metrics[2]))
+    for group, file in (("val", "val.jsonl"), ("val/other", "other.jsonl"), ("test", "test.jsonl")):
+        pairs = pairs_of(folder / file, output / "hf")
+        wanted = ranking_metrics(scores_of(output / "hf", pairs), np.zeros(len(pairs)))
+        assert named(metrics[3], group, wanted) == pytest.approx(wanted, abs=1e-4)
+    acc = metrics[3]["test/acc"]
+    error = 1.96 * math.sqrt(acc * (1 - acc) / 11)
+    line = f"test: accuracy {acc:.3f} +- {error:.3f} (95 % interval) on 11 pairs"
+    assert (output / "log.txt").read_text().count(line) == 1
+
+
+def test_a_reward_model_goes_on_with_its_head(attempts):
+    """With --model a reward model, the first validation is the earlier run's last."""
+    before = read_metrics(finished(attempts, "rm"))[-1]
+    after = read_metrics(finished(attempts, "rm again"))[0]
+    val = [name for name in after if name.startswith("val/")]
+    assert {name: after[name] for name in val} == {name: before[name] for name in val}
+    assert "the head is that of the model" in (attempts["rm again"]["output"] / "log.txt").read_text()
+    assert "the head starts at random" in (attempts["rm"]["output"] / "log.txt").read_text()
+
+
+def test_text_lines_with_margins(attempts):
+    """Chosen and rejected lines in turn; a margin counts in the loss and not in the rewards."""
+    output = finished(attempts, "rm text lines")
+    pairs = pairs_of(output.parent / "lines.jsonl", output / "hf", text_lines=True)
+    assert [pair.margin for pair in pairs] == [0.0, 0.75] * 12
+    scores = scores_of(output / "hf", pairs)
+    wanted = ranking_metrics(scores, np.array([0.0, 0.75] * 12))
+    assert named(read_metrics(output)[-1], "val", wanted) == pytest.approx(wanted, abs=1e-4)
+    assert wanted["loss"] > ranking_metrics(scores, np.zeros(24))["loss"] + 0.01
+
+
+def head_in_checkpoint(output: Path) -> Tensor:
+    """The head of a reward model [A, H] as the newest checkpoint holds it."""
+    reader = dcp.FileSystemReader(checkpoint.newest(output / "checkpoints"))
+    entry = reader.read_metadata().state_dict_metadata["score.weight"]
+    state = {"score.weight": torch.empty(entry.size, dtype=entry.properties.dtype)}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state["score.weight"]
+
+
+def test_regression_on_attributes_exports_their_weighted_sum(attempts):
+    """val/loss is the mean square over the labels that are not missing, by transformers and numpy."""
+    output = finished(attempts, "rm regression")
+    text = tokenizer.load(output / "hf")
+    path = output.parent / "labels.jsonl"
+    examples, labels, _ = preferences.load_labelled([path], text, PreferenceFormat(), 3)
+    scorer = transformers.AutoModelForSequenceClassification.from_pretrained(output / "hf")
+    head, attributes, scores = head_in_checkpoint(output), [], []
+    assert head.shape == (3, 128)
+    for example in examples:
+        ids = torch.tensor(example.ids[None, :-1]).long()  # the last id is not read
+        with torch.no_grad():
+            attributes.append((scorer.model(ids).last_hidden_state[0, -1] @ head.T).numpy())
+            scores.append(scorer(ids).logits.item())
+    attributes = np.array(attributes)
+    assert np.array(scores) == pytest.approx(attributes @ [0.5, 0.3, 0.2], abs=1e-5)
+    assert np.abs(scores).max() > 1e-2
+    errors = (attributes - labels)[labels != losses.MISSING]
+    assert errors.size == 3 * 24 - 8
+    metrics = read_metrics(output)
+    assert metrics[3]["val/loss"] == pytest.approx(np.square(errors).mean(), rel=1e-4)
+    assert metrics[3]["val/loss"] < metrics[0]["val/loss"]
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
 
 
-MISTAKES = {  # name: flags, the words of the message; GOOD and BAD are files that the fixture writes
+MISTAKES = {  # name: flags, the words of the message; files in capitals are those that the fixture writes
     "unknown": (("--learning-rate", "1e-5"), r"Unrecognized options: --learning-rate"),
     "tp": (
         ("--tp", "3"),
@@ -254,32 +571,125 @@ MISTAKES = {  # name: flags, the words of the message; GOOD and BAD are files th
 }
 
 
-@pytest.fixture(scope="module")
-def attempts(tmp_path_factory) -> dict[str, dict]:
-    """What came of each command of MISTAKES (and one that is none), all in one process that imports once."""
-    folder = tmp_path_factory.mktemp("attempts")
-    good = write_rows(folder / "good.jsonl", chats(24, 0))
+DPO_MISTAKES = {
+    "smoothing": (("--label-smoothing", "0.1"), r"--label-smoothing has no effect with --loss dpo"),
+    "gamma": (("--simpo-gamma", "1"), r"--simpo-gamma has no effect with --loss dpo"),
+    "lambda": (("--dpop-lambda", "5"), r"--dpop-lambda has no effect with --loss dpo"),
+    "scale": (("--reward-scale", "2"), r"--reward-scale has no effect with --loss dpo"),
+    "smoothing beyond": (
+        ("--loss", "robust", "--label-smoothing", "0.5", "--train-data", "PAIRS", "--global-batch-size", "4"),
+        r"--label-smoothing 0.5: must be in \[0, 0.5\)",
+    ),
+    "reference": (("--loss", "simpo", "--reference", "swap"), r"--loss simpo has no reference"),
+    "average": (
+        ("--loss", "orpo", "--no-average-logprobs"),
+        r"--loss orpo has no reference and is defined on log-probs per token: leave out",
+    ),
+    "beta": (("--beta", "0"), r"--beta 0.0 must be above 0"),
+    "dpo without training data": (("--val-data", "PAIRS"), r"--val-data without --train-data"),
+    "dpo budget": (
+        ("--max-seq-len", "1024", "--micro-batch-tokens", "2047"),
+        r"--max-seq-len 1024, of which a row has 2, is above --micro-batch-tokens 2047",
+    ),
+    "dpo text lines": (("--train-data", "LINES"), r"lines.jsonl:1: 'text' does not say where the response"),
+    "dpo of a reward model": (("--model", "RM", "--train-data", "PAIRS"), r"is a reward model .*predicts no"),
+}
+RM_MISTAKES = {
+    "attributes": (("--num-attributes", "2"), r"--num-attributes .*no effect with --loss ranking"),
+    "no labels": (("--loss", "regression"), r"--loss regression needs --train-data"),
+    "rm without training data": (("--val-data", "PAIRS"), r"--val-data without --train-data"),
+    "rm budget": (
+        ("--max-seq-len", "1024", "--micro-batch-tokens", "2047"),
+        r"--max-seq-len 1024, of which a row has 2, is above --micro-batch-tokens 2047",
+    ),
+    "number of labels": (
+        ("--loss", "regression", "--num-attributes", "3", "--train-data", "LABELS", "--model", "RM"),
+        r"--model .* has 1 labels, --num-attributes says 3",
+    ),
+    "weights": (
+        "--loss regression --num-attributes 3 --attribute-weights 0.5 0.5 --train-data LABELS".split(),
+        r"--attribute-weights has 2 numbers for --num-attributes 3",
+    ),
+    "same names": (
+        ("--train-data", "PAIRS", "--val-data", "VAL", "OTHER", "OTHER", "--global-batch-size", "4"),
+        r"--val-data: two files of one name",
+    ),
+}
+REFUSED = {
+    **{name: ("train_sft.py", *mistake) for name, mistake in MISTAKES.items()},
+    **{name: ("train_dpo.py", *mistake) for name, mistake in DPO_MISTAKES.items()},
+    **{name: ("train_rm.py", *mistake) for name, mistake in RM_MISTAKES.items()},
+}
+SHORT = " ".join(map(str, QUICK))
+ON_PAIRS = "--train-data PAIRS --val-data VAL --global-batch-size 4 --warmup-steps 1 --lr 1e-3"
+GOOD_RUNS = {  # name: command that runs to its end; RM is the result of the one so named
+    "conversations": f"train_sft.py --train-data CONVERSATIONS {SHORT}",
+    **{f"loss {loss}": f"train_dpo.py {ON_PAIRS} --loss {loss} --max-steps 2" for loss in train_dpo.LOSSES},
+    "kto single": f"train_dpo.py {ON_PAIRS} --loss kto_pair --max-steps 2 --micro-batch-size 1",
+    **{
+        name: f"train_dpo.py {ON_PAIRS} --reference {name} --max-epochs 2 --val-interval 3 --micro-batch-size 2"
+        for name in ("precompute", "swap")
+    },
+    "wrong reference": f"wrong-reference train_dpo.py {ON_PAIRS}",
+    "rm": f"train_rm.py {ON_PAIRS} OTHER --test-data TEST --max-steps 3",
+    "rm again": f"train_rm.py {ON_PAIRS} OTHER --model RM --max-steps 1",
+    "rm text lines": f"train_rm.py --train-data LINES --val-data LINES {SHORT}",
+    "rm regression": (
+        f"train_rm.py --train-data LABELS --val-data LABELS {SHORT} --loss regression --num-attributes 3 "
+        "--attribute-weights 0.5 0.3 0.2"
+    ),
+}
+
+
+def write_data(folder: Path) -> dict[str, Path]:
+    """The files that commands name in capitals, and the reward model that one of them makes."""
     bad = folder / "bad.jsonl"
     bad.write_text('{"input": "a", "output": "b"}\n{"input": \n')
-    files = {"GOOD": str(good), "BAD": str(bad)}
-    commands = {name: [files.get(word, word) for word in flags] for name, (flags, _) in MISTAKES.items()}
-    rows = write_rows(folder / "conversations.jsonl", conversations(24))
-    commands["conversations"] = ["--train-data", str(rows), *map(str, QUICK)]
-    for i, command in enumerate(commands.values()):
-        command += ["--output", str(folder / f"out{i}")]
-    (folder / "commands.json").write_text(json.dumps(list(commands.values())))
+    rows = {
+        "good": chats(24, 0),
+        "conversations": conversations(24),
+        "pairs": comparisons(24, 0, chosen_reward=3.0, rejected_reward=3.0 - GAP),
+        "val": comparisons(7, 1, chosen_reward=3.0, rejected_reward=3.0 - GAP),
+        "other": comparisons(9, 2),
+        "test": comparisons(11, 3),
+        "lines": text_lines(24, 4, margin=0.75),
+        "labels": labelled(24, 5),
+    }
+    files = {name.upper(): write_rows(folder / f"{name}.jsonl", some) for name, some in rows.items()}
+    return files | {"BAD": bad, "RM": folder / "out rm" / "hf"}
+
+
+@pytest.fixture(scope="module")
+def attempts(tmp_path_factory) -> dict[str, dict]:
+    """What came of each command of GOOD_RUNS and REFUSED, all in one process that imports once."""
+    folder = tmp_path_factory.mktemp("attempts")
+    files = write_data(folder)
+    commands = {name: command.split() for name, command in GOOD_RUNS.items()}
+    commands |= {name: [script, *flags] for name, (script, flags, _) in REFUSED.items()}
+    outputs = {name: folder / f"out {name}" for name in commands}
+    commands = [
+        [*(str(files.get(word, word)) for word in command), "--output", str(outputs[name])]
+        for name, command in commands.items()
+    ]
+    (folder / "commands.json").write_text(json.dumps(commands))
     done = python("tests/scripts_worker.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "errors.json").read_text())
     return {
-        name: {"error": error, "output": folder / f"out{i}"}
-        for i, (name, error) in enumerate(zip(commands, found, strict=True))
+        name: {"error": error, "output": output}
+        for (name, output), error in zip(outputs.items(), found, strict=True)
     }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+def finished(attempts: dict[str, dict], name: str) -> Path:
+    """OUTPUT of a command that must have run to its end."""
+    assert attempts[name]["error"] is None, attempts[name]["error"]
+    return attempts[name]["output"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_mistakes_are_refused_with_flag_and_rule(attempts, name):
     error = attempts[name]["error"]
     assert error is not None, "the command ran"
-    assert re.search(MISTAKES[name][1], error), error
+    assert re.search(REFUSED[name][2], error), error
     assert not (attempts[name]["output"] / "checkpoints").exists()

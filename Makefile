@@ -2,9 +2,9 @@
 PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check smollm2 bench loc
+.PHONY: demo test check smollm2 bench bench-pairs loc
 
-demo: .venv/ready  ## train the built-in tiny model on two processes: losses, samples, scores, curves
+demo: .venv/ready  ## SFT, reward model and DPO of the built-in tiny model on two processes: losses, samples, scores
 	$(PYTHON) demo.py
 
 test: .venv/ready  ## all tests, on the CPU
@@ -17,10 +17,15 @@ check: .venv/ready  ## format and lint
 smollm2: .venv/ready  ## SmolLM2-135M-Instruct as a Hugging Face directory, models/smollm2-135m-instruct
 	$(PYTHON) tools/smollm2.py --output models/smollm2-135m-instruct
 
-bench: .venv/bench smollm2  ## against TRL: make bench DATA=rows.jsonl
+bench: .venv/bench smollm2  ## SFT against TRL: make bench DATA=rows.jsonl
 	@test -n "$(DATA)" || (echo "make bench DATA=rows.jsonl: rows of {\"messages\": [...]}; see README" && exit 2)
 	$(PYTHON) bench/sft.py --data $(DATA) --dtype fp32
 	$(PYTHON) bench/sft.py --data $(DATA) --dtype bf16
+
+bench-pairs: .venv/bench smollm2  ## DPO and reward model against TRL: make bench-pairs DATA=pairs.jsonl
+	@test -n "$(DATA)" || (echo "make bench-pairs DATA=pairs.jsonl: rows of prompt, chosen, rejected; see README" && exit 2)
+	$(PYTHON) bench/dpo.py --data $(DATA)
+	$(PYTHON) bench/rm.py --data $(DATA)
 
 loc:  ## lines of code, by file
 	python3 tools/loc.py

@@ -10,6 +10,7 @@ task.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -57,8 +58,8 @@ REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
 class Config(CommonConfig):
     loss: Literal[tuple(LOSSES)] = "dpo"
     """preference loss, the function of that name in align/losses.py"""
-    beta: float = 0.1
-    """strength of the tie to the reference; a reward is beta times the log-ratio to it"""
+    beta: float | None = None
+    """strength of the tie to the reference; a reward is beta times the log-ratio (default: 0.1; simpo: 2)"""
     sft_weight: float | None = None
     """weight of the chosen answers' negative log-likelihood in the loss (default: 0; orpo: 1)"""
     average_logprobs: bool | None = None
@@ -90,8 +91,12 @@ class Config(CommonConfig):
                 f"--loss {self.loss} has no reference and is defined on log-probs per token: "
                 "leave out --reference and --average-logprobs"
             )
-        if self.beta <= 0:
+        if self.label_smoothing is not None:
+            losses.check_label_smoothing(self.label_smoothing, zero_allowed=self.loss != "exo_pair")
+        if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"--beta {self.beta} must be above 0")
+        if not 0 <= min(self.sft_weight or 0, self.dpop_lambda or 0):
+            raise ValueError("--sft-weight and --dpop-lambda must not be negative")
 
 
 @record
@@ -110,11 +115,15 @@ def main(config: Config) -> None:
         toy_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
     text = tokenizer.load(config.model.path)
+    loss = getattr(losses, config.loss)
+    wanted = inspect.signature(loss).parameters  # what it takes beside log-probs
     pairs = {"train": [], "val": []}
     for name in [name for name in files if files[name]]:
         pairs[name], counts = preferences.load_pairs(files[name], text, config.format)
         packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
         run.say(f"{name} data: {data.describe(counts)}")
+        if "reward_gap" in wanted:
+            preferences.check_rewards(counts, f"--{name}-data", config.loss)
     packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")
     run.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], text)}")
     pairs["val"] = pairs["val"][config.val_rows()]
@@ -130,6 +139,7 @@ def main(config: Config) -> None:
     optimizer = optim.build(policy, config.optim)
 
     # ---- reference -------------------------------------------------------------------------------
+    beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
     average = config.loss in REFERENCE_FREE if config.average_logprobs is None else config.average_logprobs
     reward_scale = 1.0 if config.reward_scale is None else config.reward_scale
     ref = None
@@ -147,6 +157,8 @@ def main(config: Config) -> None:
         }
         return engine.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
 
+    if config.loss not in REFERENCE_FREE:
+        reference.check_same(config.run.output, config.model.path, config.checkpoint)
     if config.reference == "swap":
         ref = reference.Swapped(policy, sequence_logprobs)
     elif config.loss not in REFERENCE_FREE:
@@ -159,9 +171,8 @@ def main(config: Config) -> None:
         ref = reference.Precomputed(policy, sequence_logprobs, micro_batches, uses, path, made_of)
 
     # ---- loss ------------------------------------------------------------------------------------
-    loss = getattr(losses, config.loss)
-    wanted = inspect.signature(loss).parameters
     settings = {name: value for name, value in vars(config).items() if name in wanted and value is not None}
+    settings["beta"] = beta
     sft_weight = float(config.loss == "orpo") if config.sft_weight is None else config.sft_weight
 
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -170,12 +181,10 @@ def main(config: Config) -> None:
         four = (*both.unbind(1), *ref_both.unbind(1))  # [P] each: policy, reference; chosen, rejected
         inputs = {name: value for name, value in batch.extra.items() if name in wanted}
         preference, sft = loss(*four, **settings, **inputs).sum(), -four[0].sum()
-        metrics = {
-            "preference_loss": preference,
-            "sft_loss": sft,
-            **losses.log_ratio_statistics(*four, config.beta),
-        }
-        return preference + sft_weight * sft, metrics
+        statistics = losses.log_ratio_statistics(*four, beta)
+        if ref is None:
+            del statistics["logratio_abs_mean"]
+        return preference + sft_weight * sft, {"preference_loss": preference, "sft_loss": sft, **statistics}
 
     def add_inputs(batches: list[Batch], name: str, num_pairs: int) -> None:
         """Give micro-batches of a data set what the loss needs beside the policy's log-probs."""
@@ -187,10 +196,11 @@ def main(config: Config) -> None:
     def validate(step: int) -> dict[str, float]:
         with engine.during("validation"):
             add_inputs(val_batches, "val", len(pairs["val"]))
-            add_inputs(sample, "val", 1)
             found = with_std(engine.evaluate(policy, val_batches, loss_fn, len(pairs["val"])))
+            if ref is not None:
+                ref.attach(sample, "val")
         logprobs = engine.outputs(policy, sample, sequence_logprobs)[0]  # [2] where rank 0 is, else [0]
-        rewards = (config.beta * (logprobs - sample[0].extra.get("ref", 0.0))).tolist()
+        rewards = (beta * (logprobs - sample[0].extra.get("ref", 0.0))).tolist()
         table = zip(("reward_chosen", "reward_rejected"), rewards, strict=False)
         run.samples(step, [{**preferences.texts(pairs["val"][0], text), **dict(table)}])
         return {f"val/{name}": value for name, value in found.items()}
@@ -232,9 +242,9 @@ def main(config: Config) -> None:
         done, reason = step + 1, stop.reason()
         metrics = {f"train/{name}": value for name, value in found.items()}
         tokens = sum(pairs["train"][row].num_inputs for row in rows)
-        metrics |= speed(
-            arch.matmul_params, tokens, clock.total("data", "reference", "forward_backward", "optimizer")
-        )
+        computed = sum(packing.num_places(pairs["train"][row].examples) for row in rows)
+        seconds = clock.total("data", "reference", "forward_backward", "optimizer")
+        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
         if pairs["val"] and config.validates(done, total_steps):
             metrics |= validate(done)
             clock.lap("validate")

@@ -9,7 +9,6 @@ pairs, {"prompt", "chosen", "rejected"} or {"text"} lines, good before bad; --lo
 model with one label. Without arguments the built-in tiny model learns a toy task.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from align import (
     toy,
 )
 from align.loop import CommonConfig
-from align.metrics import Clock, Run, RunConfig, speed, with_std
+from align.metrics import Clock, Run, RunConfig, speed, wilson_interval, with_std
 from align.optim import OptimConfig
 from align.packing import Batch, Example
 from align.preferences import PreferenceFormat
@@ -127,7 +126,9 @@ def main(config: Config) -> None:
 
     train = load(train_files, "train")
     packing.check_size(len(train.examples), config.batch.global_batch_size, "--train-data")
-    run.say(f"first row, read at the token in brackets:\n{data.show(train.examples[0][0], text)}")
+    first = train.examples[0][0]
+    shown = Example(first.ids[:-1], np.arange(len(first.ids) - 1) == len(first.ids) - 2)
+    run.say(f"first row, its score is read at the token in brackets:\n{data.show(shown, text)}")
     val = {name: load([file], name) for name, file in named_sets("val", val_files).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
     total_steps = config.total_steps(len(train.examples))
@@ -154,10 +155,16 @@ def main(config: Config) -> None:
         scores = values[batch.mask.bool()].double()  # [N, A], those at the last tokens
         if config.loss == "regression":
             error, _ = losses.regression(scores, batch.extra["target"])
-            return error, {}
+            rewards = scores @ scorer.module.label_weights.double()  # [N]
+            return error, {"rewards_all_mean": rewards.sum(), "rewards_all_square": rewards.square().sum()}
         chosen, rejected = scores.view(-1, 2).unbind(1)  # [P]
         loss = losses.ranking(chosen, rejected, batch.extra["target"]).sum()
         return loss, losses.pair_statistics(chosen, rejected)
+
+    def statistics(found: dict[str, float], data: Rows, rows: Sequence[int]) -> dict[str, float]:
+        """Metrics of some rows: rewards are means over rows, whatever the loss is a mean over."""
+        scale = data.count(rows) / len(rows)
+        return with_std({k: v * scale if k.startswith("rewards") else v for k, v in found.items()})
 
     def evaluate(sets: dict[str, Rows]) -> dict[str, float]:
         """Metrics of some data sets, `name/metric`."""
@@ -166,7 +173,8 @@ def main(config: Config) -> None:
             every = range(len(rows.examples))[slice(None) if name in test else config.val_rows()]
             with engine.during(f"evaluation of {name}"):
                 found = engine.evaluate(scorer, micro_batches(rows, every), loss_fn, rows.count(every))
-            metrics |= {f"{name}/{metric}": value for metric, value in with_std(found).items()}
+            found = statistics(found, rows, every)
+            metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         return metrics
 
     # ---- resume ----------------------------------------------------------------------------------
@@ -190,7 +198,8 @@ def main(config: Config) -> None:
         # update
         lr = optim.learning_rate(config.optim, step, total_steps)
         with engine.during(f"step {step + 1}"):
-            found = with_std(engine.forward_backward(scorer, batches, loss_fn, train.count(rows)))
+            found = engine.forward_backward(scorer, batches, loss_fn, train.count(rows))
+            found = statistics(found, train, rows)
             clock.lap("forward_backward")
             found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
             clock.lap("optimizer")
@@ -199,12 +208,12 @@ def main(config: Config) -> None:
         done, reason = step + 1, stop.reason()
         metrics = {f"train/{name}": value for name, value in found.items()}
         tokens = sum(example.num_inputs for row in rows for example in train.examples[row])
-        metrics |= speed(arch.matmul_params, tokens, clock.total("data", "forward_backward", "optimizer"))
-        if config.validates(done, total_steps):
+        computed = sum(packing.num_places(train.examples[row]) for row in rows)
+        seconds = clock.total("data", "forward_backward", "optimizer")
+        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
+        if val and config.validates(done, total_steps):
             metrics |= evaluate(val)
-        if done == total_steps:
-            metrics |= evaluate(test)
-        clock.lap("validate")
+            clock.lap("validate")
 
         # log, then save: what a checkpoint continues has been logged
         latest |= metrics
@@ -220,10 +229,13 @@ def main(config: Config) -> None:
     if reason and done < total_steps:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
+        if test:
+            found = evaluate(test)
+            run.log(total_steps, found)
         for name, rows in test.items() if config.loss == "ranking" else ():
-            acc, num_pairs = latest[f"{name}/acc"], len(rows.examples)
-            error = 1.96 * math.sqrt(acc * (1 - acc) / num_pairs)
-            run.say(f"{name}: accuracy {acc:.3f} +- {error:.3f} (95 % interval) on {num_pairs} pairs")
+            acc, count = found[f"{name}/acc"], len(rows.examples)
+            low, high = wilson_interval(acc, count)
+            run.say(f"{name}: accuracy {acc:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count} pairs")
         companions = [text.save, tokenizer.save_pad_token]
         huggingface.save(scorer, config.model.path, config.run.output / "hf", companions)
         run.say(f"the reward model is in {config.run.output / 'hf'}")

@@ -376,8 +376,10 @@ def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
     precision = str(model.config.params_dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = precision
     if isinstance(model, Scorer):
-        family = config["architectures"][0].partition("For")[0]
-        config |= {"architectures": [f"{family}ForSequenceClassification"], "num_labels": 1}
+        config |= {
+            "architectures": [f"{model.arch.family.title()}ForSequenceClassification"],
+            "num_labels": 1,
+        }
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("generation_config.json", "prompt_format.json"):

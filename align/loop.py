@@ -22,7 +22,7 @@ class LoopConfig:
     val_interval: int = 100
     """steps between validations; there is one before the first step and one after the last as well"""
     val_batches: int | None = None
-    """global batches per validation (default: all of each file)"""
+    """global batches per validation (default: all of --val-data)"""
 
     def __post_init__(self):
         for name in ("max_epochs", "max_steps", "val_interval", "val_batches"):

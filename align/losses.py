@@ -82,7 +82,7 @@ def cdpo(
 
     e = `label_smoothing`, the probability that a label is the wrong way round, in [0, 0.5) (else ValueError).
     """
-    _check_label_smoothing(label_smoothing, zero_allowed=True)
+    check_label_smoothing(label_smoothing, zero_allowed=True)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
@@ -100,7 +100,7 @@ def robust(
     Its mean over labels that are wrong with probability e = `label_smoothing` is DPO's loss on right ones.
     e lies in [0, 0.5), else ValueError. The loss has no lower bound.
     """
-    _check_label_smoothing(label_smoothing, zero_allowed=True)
+    check_label_smoothing(label_smoothing, zero_allowed=True)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
     loss = -(1 - label_smoothing) * F.logsigmoid(x) + label_smoothing * F.logsigmoid(-x)
     return loss / (1 - 2 * label_smoothing)
@@ -275,7 +275,7 @@ def exo_pair(
 
     e = `label_smoothing`, in (0, 0.5) (else ValueError): at e = 0 the divergence is infinite.
     """
-    _check_label_smoothing(label_smoothing, zero_allowed=False)
+    check_label_smoothing(label_smoothing, zero_allowed=False)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
     target = math.log1p(-label_smoothing) - math.log(label_smoothing)  # s(target) = 1 - e
     return _bernoulli_kl(x, torch.full_like(x, target))
@@ -311,7 +311,7 @@ def _log_odds(logprob: Tensor) -> Tensor:
     return x - torch.log(-torch.expm1(x))
 
 
-def _check_label_smoothing(value: float, zero_allowed: bool) -> None:
+def check_label_smoothing(value: float, zero_allowed: bool) -> None:
     """Raise ValueError unless `value` can be the probability of a wrong label."""
     if not (0 <= value < 0.5 and (zero_allowed or value > 0)):
         bracket = "[" if zero_allowed else "("

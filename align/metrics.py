@@ -195,13 +195,14 @@ class Clock:
         return {"time/step": total, **shares}
 
 
-def speed(num_matmul_params: int, tokens: int, seconds: float) -> dict[str, float]:
+def speed(num_matmul_params: int, tokens: int, computed: int, seconds: float) -> dict[str, float]:
     """Tokens per second of a step, and the arithmetic that they needed.
 
-    A token takes 6 operations per weight, 2 forward and 4 backward; attention and recomputation do not count.
+    `computed`: tokens without what sequences share. Each takes 6 operations per weight, 2 forward and 4
+    backward; attention, recomputation and reference do not count, the output layer counts for every token.
     `num_matmul_params` leaves out the input embedding, which is a look-up.
     """
-    flops = 6.0 * num_matmul_params * tokens
+    flops = 6.0 * num_matmul_params * computed
     return {"time/tokens_per_s": tokens / seconds, "time/tflops_per_s": flops / seconds / 1e12}
 
 
@@ -287,8 +288,22 @@ def drop_after(path: Path, step: int) -> None:
     fresh = step == 0 or not path.exists()
     text = "" if fresh else path.read_text(encoding="utf-8", errors="replace")  # a character may be torn, too
     lines = text.split("\n")[:-1]  # what has no newline at its end is torn
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    rows = [(line, json.loads(line)) for line in lines]
+    kept = [line for line, row in rows if row["step"] <= step and not is_final(row)]
     write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def is_final(row: dict) -> bool:
+    """Is this the line of a test set, which comes after the last step, and again if the run is continued?"""
+    return len(row) > 1 and all(name == "step" or name.startswith("test") for name in row)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share of `count` independent trials (Wilson 1927)."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return middle - half, middle + half
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -137,6 +137,11 @@ def device() -> torch.device:
     )
 
 
+def device_name() -> str:
+    """What this rank computes on, as its maker calls it."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def dp_size() -> int:
     """Number of ranks that see different data."""
     return mpu.get_data_parallel_world_size()
@@ -163,9 +168,8 @@ def layout_sizes() -> dict[str, int]:
 
 def layout() -> str:
     """The grid in words, for the log's first lines."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
-    return f"{dist.get_world_size()} processes ({grid}) on {name}, {dist.get_backend()}"
+    return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}"
 
 
 def sum_over_dp(x: Tensor) -> Tensor:

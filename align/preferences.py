@@ -50,7 +50,8 @@ class Pair:
     chosen: Example
     rejected: Example
     margin: float = 0.0  # by how much the chosen score should exceed the rejected one
-    reward_gap: float = 1.0  # reward of chosen minus reward of rejected, where rows state them
+    reward_gap: float = 1.0  # reward of chosen minus reward of rejected
+    has_rewards: bool = False  # whether its row states them
 
     @property
     def examples(self) -> tuple[Example, Example]:
@@ -73,15 +74,17 @@ def load_pairs(
     """All pairs of these files, and counts for the log.
 
     `text_lines`: accept {"text"} lines, which do not say where the response begins.
-    Counts: pairs read; of these dropped_too_long (a side is above max_seq_len) and dropped_identical (equal
-    sides state no preference); tokens and response_tokens of the pairs that are left.
+    Counts: pairs read; of these with_rewards (their rows state them), dropped_too_long (a side is above
+    max_seq_len) and dropped_identical (equal sides state no preference); tokens and response_tokens of the
+    pairs that are left.
     Raises ValueError naming file and line for a row that is wrong, and if no pair is left.
     """
-    names = ("pairs", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
+    names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
     counts = dict.fromkeys(names, 0)
     pairs = []
     for pair in (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines)):
         counts["pairs"] += 1
+        counts["with_rewards"] += pair.has_rewards
         if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
             counts["dropped_too_long"] += 1
         elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
@@ -92,6 +95,14 @@ def load_pairs(
     sides = [side for pair in pairs for side in pair.examples]
     counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
     return pairs, counts
+
+
+def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
+    """Raises ValueError if no pair of the data of `flag` states rewards, which the loss is about."""
+    if not counts["with_rewards"]:
+        raise ValueError(
+            f"--loss {loss} needs pairs with 'chosen_reward' and 'rejected_reward': {flag} has none"
+        )
 
 
 def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
@@ -107,6 +118,8 @@ def read_pairs(path: Path, tokenizer: Tokenizer, fmt: PreferenceFormat, text_lin
     """Every pair of a file, of any length. Raises ValueError naming file and line."""
     lines = iter(data.read_jsonl(path))
     for where, row in lines:
+        if "label" in row:
+            raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
         if "text" not in row:
             sides = at(where, format_pair, row, tokenizer, fmt)
         elif text_lines:
@@ -141,8 +154,8 @@ def at(where: str, make: Callable, *args: object) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def pair_numbers(row: dict) -> tuple[float, float]:
-    """`margin` and `reward_gap` of a row, with their defaults. Raises ValueError for what cannot be."""
+def pair_numbers(row: dict) -> tuple[float, float, bool]:
+    """`margin`, `reward_gap`, `has_rewards` of a row. Raises ValueError for what cannot be."""
     margin = number(row["margin"], "field 'margin'") if "margin" in row else 0.0
     if margin < 0:
         raise ValueError(f"field 'margin' is {margin}, it must not be negative")
@@ -150,7 +163,7 @@ def pair_numbers(row: dict) -> tuple[float, float]:
     if len(given) == 1:
         raise ValueError(f"field {given[0]!r} stands alone: give both of {', '.join(REWARDS)}, or neither")
     chosen, rejected = (number(row[field], f"field {field!r}") for field in REWARDS) if given else (1.0, 0.0)
-    return margin, chosen - rejected
+    return margin, chosen - rejected, bool(given)
 
 
 def number(value: object, name: str) -> float:

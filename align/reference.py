@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from align import engine, parallel
+from align import checkpoint, engine, parallel
+from align.checkpoint import CheckpointConfig
 from align.model import ModelConfig
 from align.offload import Weights
 from align.packing import Batch
 from align.preferences import Pair
 
+SAMPLES, SAMPLE_BYTES = 32, 65536  # of a weight file, for weights_id
 SequenceLogprobs = Callable[[Batch, Tensor], Tensor]  # log-probs [T] of a micro-batch -> one per sequence
 
 
@@ -119,17 +121,48 @@ def read(path: Path, made_of: str) -> dict[str, np.ndarray] | None:
 
 
 def fingerprint(start: ModelConfig, pairs: dict[str, list[Pair]], *settings: object) -> str:
-    """sha256 of what reference log-probs depend on to the last bit: weights, layout, tokens, settings.
-
-    Weight files count by name, size and time of change, because reading them all would take long.
-    """
-    known = (str(start.path), str(start.dtype), parallel.layout_sizes(), settings)
+    """sha256 of what reference log-probs depend on to the last bit: weights, machine, tokens, settings."""
+    machine = (torch.__version__, parallel.device_name(), torch.get_num_threads(), parallel.layout_sizes())
+    known = (weights_id(start.path), str(start.dtype), start.attention, machine, settings)
     digest = hashlib.sha256(repr(known).encode())
-    for file in sorted(start.path.glob("*.safetensors")):
-        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
-    for example in (example for name in pairs for pair in pairs[name] for example in pair.examples):
-        digest.update(repr(len(example.ids)).encode() + example.ids.tobytes() + example.trained.tobytes())
+    for name in pairs:
+        digest.update(repr((name, len(pairs[name]))).encode())
+        for example in (example for pair in pairs[name] for example in pair.examples):
+            digest.update(repr(len(example.ids)).encode() + example.ids.tobytes() + example.trained.tobytes())
     return digest.hexdigest()
+
+
+def weights_id(directory: Path) -> str:
+    """sha256 of a model directory: config.json, and of each weight file its size and SAMPLES pieces of it.
+
+    Training changes every matrix, so pieces tell models apart, and reading them takes no time.
+    """
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(repr((path.name, size)).encode())
+        with open(path, "rb") as file:
+            for i in range(SAMPLES):
+                file.seek(i * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
+    """Remember in OUTPUT/reference.txt which model is the reference; refuse to continue with another one.
+
+    Raises ValueError: the policy of the newest checkpoint did not begin as the model in `directory`.
+    """
+    if not parallel.is_main():
+        return
+    path, now = output / "reference.txt", weights_id(directory)
+    continues = config.resume and checkpoint.newest(output / "checkpoints") is not None
+    if continues and path.is_file() and path.read_text().strip() != now:
+        raise ValueError(
+            f"--model {directory} is not the model that this run began with, which is its reference: give "
+            "that one, or another --output, or --no-resume"
+        )
+    path.write_text(now + "\n")
 
 
 def attach_kl(
@@ -145,7 +178,7 @@ def attach_kl(
         total += (logprobs - batch.extra["ref"]).view(-1, 2).sum(0)
     kl = (parallel.sum_over_dp(total) / num_pairs).clamp(min=0)
     for batch in batches:
-        batch.extra |= {"kl_chosen": kl[0], "kl_rejected": kl[1]}
+        batch.extra.update(kl_chosen=kl[0], kl_rejected=kl[1])
 
 
 def check_start(found: dict[str, float], loss: str) -> None:
@@ -157,5 +190,6 @@ def check_start(found: dict[str, float], loss: str) -> None:
     if found["logratio_abs_mean"] != 0.0 or not ln2:
         raise RuntimeError(
             "before the first update the policy is the reference, but their log-probs differ by "
-            f"{found['logratio_abs_mean']} nats a sequence and the loss is {found['preference_loss']}"
+            f"{found['logratio_abs_mean']} nats a sequence and the loss is {found['preference_loss']}. "
+            "On GPUs try --deterministic; delete OUTPUT/reference.safetensors if another machine made it"
         )

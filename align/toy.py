@@ -71,8 +71,10 @@ def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> t
     rows = []
     for letters in draw_prompts(after + num_train + num_val, rng)[after:]:
         right = sorted(letters)
-        sides = {"chosen": [reply(right)], "rejected": [reply(swapped(right, rng))]}
-        rows.append({"prompt": [question(letters)], **sides})
+        wrong = swapped(right, rng)
+        task = question(letters)
+        rewards = {"chosen_reward": 1.0, "rejected_reward": toy_score(task["content"], " ".join(wrong))}
+        rows.append({"prompt": [task], "chosen": [reply(right)], "rejected": [reply(wrong)], **rewards})
     return rows[:num_train], rows[num_train:]
 
 

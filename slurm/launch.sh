@@ -75,6 +75,7 @@ read -ra train_data <<<"$TRAIN_DATA"
 read -ra val_data <<<"$VAL_DATA"
 
 mkdir -p "$OUTPUT/slurm"
+touch "$OUTPUT/slurm/started"
 echo "job $SLURM_JOB_ID: $SLURM_JOB_NUM_NODES nodes x $PROCESSES processes, time left $left"
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
     --output="$OUTPUT/slurm/%j-%t.out" --error="$OUTPUT/slurm/%j-%t.err" --open-mode=append \
@@ -95,7 +96,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-o
 
 # ------------------------------------------------------------------------------------------------ requeue
 # Reached only if every node ended without an error: a failure is not repeated.
-if [[ -f $OUTPUT/hf/config.json ]]; then
+if [[ $OUTPUT/hf/config.json -nt $OUTPUT/slurm/started ]]; then # not one that an earlier run left
     echo "complete: $OUTPUT/hf"
 else
     echo "stopped before the end: requeue to continue"

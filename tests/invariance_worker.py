@@ -15,9 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from align import architecture, engine, huggingface, model, optim, packing, parallel, reference
 from align.metrics import with_std
-from tests.parity_data import LABELS, LOSSES, LR, ROWS, STEPS, data_set, sequence_logprobs
-
-SEED = 5  # of a reward model's head
+from tests.parity_data import LABELS, LOSSES, LR, ROWS, SEED, STEPS, data_set, sequence_logprobs
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def attach_reference(
 def train(directory: Path, case: Case, path: Path) -> list[dict[str, float]]:
     """Every metric of each update, and of one evaluation after them; `path` is for reference log-probs."""
     policy = model.distributed(build(directory, case))
-    optimizer = optim.build(policy, optim.OptimConfig(lr=LR, weight_decay=0.1))
+    optimizer = optim.build(policy, optim.OptimConfig(weight_decay=0.1))
     sizes, history = (
         [ROWS] * STEPS + [1],
         [],
@@ -116,7 +114,7 @@ def train(directory: Path, case: Case, path: Path) -> list[dict[str, float]]:
         count = sum(data_set(case.algorithm, step, rows).counts)
         if step < STEPS:
             found = engine.forward_backward(policy, batches, LOSSES[case.algorithm], count)
-            found["grad_norm"] = optim.step(optimizer, LR)
+            found["grad_norm"] = optim.step(optimizer, LR[case.algorithm])
         else:
             found = engine.evaluate(policy, batches, LOSSES[case.algorithm], count)
         history.append(with_std(found))

@@ -1,15 +1,19 @@
-"""Run by test_parity.py under torchrun: our logits, training steps and export of each family, to a file."""
+"""Run by test_parity.py under torchrun: what we compute for each family in one layout, to a file.
 
+Of language models logits, of reward models values, of both the steps of training and an export before them.
+"""
+
+import json
 import sys
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from align import architecture, engine, huggingface, losses, model, optim, packing, parallel
-from tests.parity_data import LR, STEPS, examples
+from align import architecture, engine, huggingface, model, packing, parallel
+from tests.invariance_worker import Case, build, train
+from tests.parity_data import FRESH, STEPS, data_set
 
 
 class Logits(model.Policy):
@@ -20,75 +24,44 @@ class Logits(model.Policy):
         return gather_from_tensor_model_parallel_region(out)[0] if self.post_process else out
 
 
-def logits(
-    arch: architecture.Architecture, layout: parallel.ParallelConfig, source: huggingface.Source
-) -> torch.Tensor | None:
-    """Logits of the first global batch in one pack, on the last stage."""
-    policy = Logits(
-        model.transformer_config(arch, model.ModelConfig(precision="fp32"), layout, False), arch, False
-    )
-    huggingface.load(policy, source)
-    batch = packing.collate([[row] for row in examples(0)], engine.alignment(policy))
-    found = []
-
-    def step(batches, policy):
-        return engine.forward(policy, next(batches)), lambda out, non_loss_data: found.append(out)
-
-    with torch.no_grad():
-        engine.get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter([batch]),
-            model=[policy],
-            num_microbatches=1,
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return found[0][: sum(batch.lengths), : arch.vocab_size].clone() if found else None
-
-
-def train(
-    arch: architecture.Architecture, layout: parallel.ParallelConfig, directory: Path, output: Path
-) -> list[float]:
-    """[loss, gradient norm] of each step; the weights before the first step are exported to output."""
-    config = model.ModelConfig(model=str(directory), precision="fp32")
-    policy = model.build_policy(arch, config, layout)
+def logits(directory: Path, layout: parallel.ParallelConfig) -> torch.Tensor:
+    """Logits [T, V] of the first rows in one pack."""
+    arch = architecture.read_config(directory)
+    config = model.transformer_config(arch, model.ModelConfig(precision="fp32"), layout, False)
+    policy = Logits(config, arch, False)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
-    huggingface.save(policy, directory, output)
-    policy = model.distributed(policy)
-    optimizer = optim.build(policy, optim.OptimConfig(lr=LR, weight_decay=0.1))
-    history = []
-    for step in range(STEPS):
-        rows = examples(step)
-        batches = engine.micro_batches(
-            policy, [[row] for row in rows], packing.BatchConfig(micro_batch_tokens=64)
-        )
-        trained = sum(int(row.trained.sum()) for row in rows)
-        metrics = engine.forward_backward(
-            policy, batches, lambda batch, logprobs: (losses.sft_loss(logprobs, batch.mask), {}), trained
-        )
-        history.append([metrics["loss"], optim.step(optimizer, LR)])
-    return history
+    batch = packing.collate(data_set("sft", 0).rows, engine.alignment(policy))
+    return engine.outputs(policy, [batch], lambda _, out: out)[0][: sum(batch.lengths), : arch.vocab_size]
 
 
-def main(models: Path, output: Path, tp: int, pp: int, sequence_parallel: bool) -> None:
-    layout = parallel.ParallelConfig(tp=tp, pp=pp, sequence_parallel=sequence_parallel)
-    with parallel.start(layout):
-        results = {}
+def values(scorer: model.Scorer) -> list[torch.Tensor]:
+    """Values [n, 1] at the n tokens of each side of the first pairs, which share the places of the prompt."""
+    batch = packing.collate(data_set("ranking", 0).rows, engine.alignment(scorer))
+    packed = engine.outputs(scorer, [batch], lambda _, out: out)[0]
+    own = packed[: sum(batch.lengths)].split(batch.lengths)
+    return [torch.cat([packed[a : a + n], rest]) for (a, n), rest in zip(batch.prefixes, own, strict=True)]
+
+
+def main(models: Path, reward_models: Path, output: Path, flags: dict[str, int | bool]) -> None:
+    """`models` and `reward_models` have a directory of the same name for each family."""
+    cases = {name: Case(name, **flags) for name in ("sft", "dpo", "ranking")}
+    results = {}
+    with parallel.start(cases["sft"].layout):
         for directory in sorted(models.iterdir()):
-            arch = architecture.read_config(directory)
-            results[directory.name] = {
-                "logits": logits(arch, layout, huggingface.open_source(directory, arch, 0)),
-                "history": train(arch, layout, directory, output / directory.name),
-            }
-        if (
-            mpu.is_pipeline_last_stage()
-            and mpu.get_tensor_model_parallel_rank() == 0
-            and parallel.dp_rank() == 0
-        ):
+            name, reward_model = directory.name, reward_models / directory.name
+            huggingface.save(build(directory, cases["sft"]), directory, output / "lm" / name)
+            scorer = build(reward_model, cases["ranking"])
+            huggingface.save(scorer, reward_model, output / "rm" / name)
+            found = {"logits": logits(directory, cases["sft"].layout), "values": values(scorer)}
+            for algorithm, case in cases.items():
+                start_from = reward_model if algorithm == "ranking" else directory
+                found[algorithm] = train(start_from, case, output / f"{name}.safetensors")[:STEPS]
+            results[name] = found
+        for name in FRESH:
+            huggingface.save(build(models / name, cases["ranking"]), models / name, output / "fresh" / name)
+        if parallel.is_main():
             torch.save(results, output / "results.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "sp")
+    main(*map(Path, sys.argv[1:4]), json.loads(sys.argv[4]))

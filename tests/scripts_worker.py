@@ -1,6 +1,7 @@
 """Run by test_scripts.py: several commands in one process, which imports once; their errors to a file."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import tyro
 from megatron.core import parallel_state as mpu
 
-from align import parallel, reference
+from align import metrics, parallel, reference
 from align.packing import Batch
 
 
@@ -61,6 +62,8 @@ def attempt_spoilt(command: list[str]) -> str | None:
         return attempt(*command[1:])
 
 
+# the curves would take most of the time; test_scripts.py looks at those of other runs
+metrics.Run.close = functools.partialmethod(metrics.Run.close, plots=False)
 folder = Path(sys.argv[1])
 errors = [attempt_spoilt(command) for command in json.loads((folder / "commands.json").read_text())]
 (folder / "errors.json").write_text(json.dumps(errors))

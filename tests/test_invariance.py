@@ -121,9 +121,9 @@ def found(request, models, one_process, tmp_path_factory):
 def tolerance(name: str, expected: dict[str, float]) -> float:
     """How far a metric of a step may be from the one expected: 1e-5 of it, and of 0 not more than 1e-8.
 
-    Means of rewards have terms of both signs, and may come out anywhere near 0: theirs is 1e-5 of the rewards'
-    root mean square. Rewards and log-ratios of dpo are differences of log-probs, and float32 has no more digits
-    for the difference than for those: theirs is 1e-6 of the log-probs, about 2e-4 of the rewards here.
+    Means of rewards have terms of both signs and may come out anywhere near 0: theirs is 1e-5 of the root
+    mean square of the rewards. Rewards and log-ratios of dpo are differences of log-probs, and float32 gives
+    the difference no more digits than those have: theirs is 1e-6 of the log-probs.
     """
     if "logprobs_chosen_mean" in expected and name.startswith(("rewards", "logratio")):
         nats = max(abs(expected[f"logprobs_{side}_mean"]) for side in ("chosen", "rejected"))

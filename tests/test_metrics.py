@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from align import metrics, plots
-from align.metrics import Clock, Run, RunConfig, speed, with_std
+from align.metrics import Clock, Run, RunConfig, drop_after, speed, wilson_interval, with_std
 
 ROOT = Path(__file__).parent.parent
 
@@ -272,7 +272,23 @@ def test_shares_of_the_real_clock_sum_to_one():
 
 
 def test_speed():
-    assert speed(135_000_000, 1000, 2.0) == {"time/tokens_per_s": 500.0, "time/tflops_per_s": 0.405}
+    assert speed(135_000_000, 1200, 1000, 2.0) == {"time/tokens_per_s": 600.0, "time/tflops_per_s": 0.405}
+
+
+def test_wilson_interval():
+    """Of 10 trials 8 good: (0.8 + 0.19208) / 1.38416 -+ 1.96 / 1.38416 sqrt(0.016 + 0.009604)."""
+    assert wilson_interval(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    assert wilson_interval(1.0, 100)[0] == pytest.approx(1 / 1.038416)
+    assert wilson_interval(0.0, 100)[0] == 0.0
+
+
+def test_final_line_comes_again(tmp_path):
+    """A finished run that is started again evaluates its test set again."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "train/loss": 1.0}, {"step": 1, "test/acc": 0.5, "test/other/acc": 0.1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drop_after(path, 1)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:1]
 
 
 def test_with_std():

@@ -178,6 +178,7 @@ def test_text_lines(tiny, tmp_path: Path):
     assert [pair.margin for pair in pairs] == [2.0, 0.0, 0.0]
     assert counts == {
         "pairs": 3,
+        "with_rewards": 0,
         "dropped_too_long": 0,
         "dropped_identical": 0,
         "tokens": 5 + 6 + 5 + 6 + 2 + 2,
@@ -258,6 +259,7 @@ def test_long_and_identical_pairs_are_dropped_never_cut(tiny, tmp_path: Path):
     ]
     assert counts == {
         "pairs": 7,
+        "with_rewards": 0,
         "dropped_too_long": 3,
         "dropped_identical": 3,
         "tokens": 12,
@@ -293,6 +295,10 @@ BROKEN = {  # a bad third line of a file, and what the message must say
     "no rejected": ({"prompt": "Q", "chosen": "b"}, "fields 'prompt', 'chosen': accepted are"),
     "no chosen": ({"prompt": "Q", "rejected": "b"}, "fields 'prompt', 'rejected': accepted are"),
     "nothing": ({}, "fields none: accepted are"),
+    "a labelled text": (
+        {"text": "x", "label": [1.0]},
+        "a labelled text is no side of a pair: use --loss regression",
+    ),
     "an SFT row": ({"messages": [USER, GOOD]}, "fields 'messages': accepted are"),
     "text and sides": (TEXT | {"text": "x"}, "fields 'prompt', 'chosen', 'rejected', 'text': accepted are"),
     "text and prompt": ({"prompt": "Q", "text": "x"}, "fields 'prompt', 'text': accepted are"),

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from align import reference
+from align.checkpoint import CheckpointConfig
 from align.model import ModelConfig
 from align.packing import BatchConfig, Example
 from align.preferences import Pair
@@ -38,6 +39,7 @@ def example(*ids: int) -> Example:
 def test_fingerprint_tells_what_matters_apart(tmp_path, monkeypatch):
     layout = {"tp": 1}
     monkeypatch.setattr(reference.parallel, "layout_sizes", lambda: layout)
+    (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"one")
     start = ModelConfig(model=str(tmp_path), precision="fp32")
@@ -55,6 +57,8 @@ def test_fingerprint_tells_what_matters_apart(tmp_path, monkeypatch):
         made_of(seed=1),
         made_of(pairs={"train": [Pair(example(1, 2, 5), example(1, 4))], "val": []}),
         made_of(pairs={"train": [Pair(example(1, 2), example(3, 1, 4))], "val": []}),  # the same ids in a row
+        made_of(pairs={"train": [], "val": pairs["train"]}),
+        made_of(start=replace(start, attention="torch")),
     ]
     layout["tp"] = 2
     others.append(made_of())
@@ -62,6 +66,40 @@ def test_fingerprint_tells_what_matters_apart(tmp_path, monkeypatch):
     weights.write_bytes(b"other")
     others.append(made_of())
     assert len({first, *others}) == len(others) + 1
+
+
+def test_weights_id(tmp_path):
+    """A change anywhere in a large file shows as long as it reaches one of the pieces that are read."""
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "model.safetensors"
+    content = np.random.default_rng(0).integers(0, 256, 1 << 24, dtype=np.uint8)
+    seen = set()
+    for change in (None, 0, len(content) - 1, slice(5_000_000, 6_000_000)):
+        changed = content.copy()
+        if change is not None:
+            changed[change] ^= 1
+        path.write_bytes(changed.tobytes())
+        seen.add(reference.weights_id(tmp_path))
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    seen.add(reference.weights_id(tmp_path))
+    assert len(seen) == 5
+
+
+def test_another_model_does_not_continue_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference.parallel, "is_main", lambda: True)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    output = tmp_path / "run"
+    output.mkdir()
+    reference.check_same(output, tmp_path / "a", CheckpointConfig())
+    reference.check_same(output, tmp_path / "b", CheckpointConfig())  # nothing to continue
+    (output / "checkpoints/step_00000001").mkdir(parents=True)
+    (output / "checkpoints/step_00000001/state.json").write_text("{}")
+    reference.check_same(output, tmp_path / "b", CheckpointConfig())
+    with pytest.raises(ValueError, match="is not the model that this run began with"):
+        reference.check_same(output, tmp_path / "a", CheckpointConfig())
+    reference.check_same(output, tmp_path / "a", CheckpointConfig(resume=False))  # starts over
 
 
 def test_check_start():

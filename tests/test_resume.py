@@ -356,32 +356,38 @@ def assert_stopped(output: Path) -> None:
 )
 def test_another_layout_continues(layouts, data, at_tp2, tmp_path, request):
     """Saved at tp 2, continued at pp 2, dp 2, with sequence parallelism, and by one process."""
-    runs = [(at_tp2 / "whole", "train_sft.py", layout) for layout in layouts]
+    runs = [(at_tp2 / "whole", "train_sft.py", layout, STEPS) for layout in layouts]
     continue_and_compare(int(request.node.callspec.id), runs, data, tmp_path)
 
 
 def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
-    """Saved at tp 2, continued at pp 2 and dp 2, with a reference that is computed again or swapped in."""
+    """Saved at tp 2, continued at pp 2 and dp 2, with a reference that is computed again or swapped in.
+
+    Of the reward model two steps are compared, which need weights and Adam's state. Its loss does not change
+    when all scores shift, so nothing but rounding says where they go, and Adam's steps have the size of --lr.
+    """
     runs = [
-        (whole / "dpo-tp2", "train_dpo.py", "--pp 2"),
-        (whole / "dpo-tp2", "train_dpo.py", "--reference swap"),
-        (whole / "rm-tp2", "train_rm.py", "--pp 2"),
+        (whole / "dpo-tp2", "train_dpo.py", "--pp 2", STEPS),
+        (whole / "dpo-tp2", "train_dpo.py", "--reference swap", STEPS),
+        (whole / "rm-tp2", "train_rm.py", "--pp 2", 18),
     ]
     continue_and_compare(2, runs, data, tmp_path)
 
 
-def continue_and_compare(processes: int, runs: list[tuple[Path, str, str]], data: Path, folder: Path) -> None:
-    """Continue (whole run, script, flags of the layout) from step 16: the steps after it agree to 1e-5."""
+def continue_and_compare(
+    processes: int, runs: list[tuple[Path, str, str, int]], data: Path, folder: Path
+) -> None:
+    """Continue (whole run, script, flags of the layout, last step to compare) from step 16: equal to 1e-5."""
     outputs = [folder / str(i) for i in range(len(runs))]
     commands = []
-    for output, (start, script, layout) in zip(outputs, runs, strict=True):
+    for output, (start, script, layout, _) in zip(outputs, runs, strict=True):
         shutil.copytree(start / "checkpoints/step_00000016", output / "checkpoints/step_00000016")
         commands.append(command(script, data, output, *layout.split()))
     torchrun(processes, "tests/resume_worker.py", json.dumps(commands))
-    for output, (start, script, layout) in zip(outputs, runs, strict=True):
+    for output, (start, script, layout, last) in zip(outputs, runs, strict=True):
         found, expected = metrics(output), [row for row in metrics(start) if row["step"] > 16]
         assert [row["step"] for row in found] == list(range(17, STEPS + 1)), (script, layout)
-        for row, wanted in zip(found, expected, strict=True):
+        for row, wanted in zip(found[: last - 16], expected, strict=False):
             assert row == {name: close(name, wanted[name]) for name in wanted}, (script, layout)
 
 

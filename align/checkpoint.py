@@ -114,6 +114,7 @@ def save(
         for leftover in path.parent.glob("step_*.tmp"):
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
+    parallel.free_memory()  # saving takes copies of everything
     dist.barrier()
     # Megatron would start a process to hold this queue, which imports the whole script again; saving in the
     # foreground needs no such thing.
@@ -129,7 +130,7 @@ def save(
         shutil.rmtree(path, ignore_errors=True)
         os.replace(unfinished, path)
         prune(path.parent, config)
-    parallel.free_memory()  # saving takes copies of everything
+    parallel.free_memory()
     dist.barrier()
     return path
 

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 PANELS_PER_ROW = 4
 SMOOTH_ABOVE = 50  # points; shorter curves are drawn as they are
-COLORS = {"train": "#1f5a99", "val": "#d9641e", "time": "#6b6b6b"}
+COLORS = {"train": "#1f5a99", "val": "#d9641e", "test": "#7d3c98", "time": "#6b6b6b"}
+SHARED = ("train", "val", "test")  # groups whose metrics of one name share a panel
 EXACT = ("train/lr",)  # without noise: an average would only bend it
 OTHER_COLOR = "#3c6e47"
 
@@ -53,12 +54,12 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def arrange(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """{panel: {metric: curve}}: train and val share panels and come first, time comes last."""
-    seen = [group for group in map(group_of, curves) if group not in ("train", "val", "time")]
-    groups = ["train", "val", *seen, "time"]
+    """{panel: {metric: curve}}: train, val and test share panels and come first, time comes last."""
+    seen = [group for group in map(group_of, curves) if group not in (*SHARED, "time")]
+    groups = [*SHARED, *seen, "time"]
     panels: dict[str, dict[str, Curve]] = {}
     for name in sorted(curves, key=lambda name: groups.index(group_of(name))):
-        panel = name.partition("/")[2] if group_of(name) in ("train", "val") else name
+        panel = name.partition("/")[2] if group_of(name) in SHARED else name
         panels.setdefault(panel, {})[name] = curves[name]
     return panels
 
@@ -73,7 +74,7 @@ def draw_panel(axis: Axes, panel: str, curves: dict[str, Curve]) -> None:
     for name, (steps, values) in curves.items():
         group = group_of(name)
         color = COLORS.get(group, OTHER_COLOR)
-        marker = "o" if group == "val" or len(steps) == 1 else ""
+        marker = "o" if group in ("val", "test") or len(steps) == 1 else ""
         if len(steps) > SMOOTH_ABOVE and not marker and name not in EXACT:
             axis.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
             values = moving_average(values, len(values) // 20)

@@ -231,7 +231,6 @@ def run_toy(script: str, output: Path) -> list[dict]:
     assert [name for name in files if not (output / name).is_file()] == []
     assert json.loads((output / "config.json").read_text())["flags"]["max_steps"] == 3
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000003"]
-    assert "⟦" in (output / "log.txt").read_text()
     metrics = read_metrics(output)
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
     return metrics
@@ -256,6 +255,8 @@ REWARDS = ("rewards_chosen_mean", "rewards_rejected_mean", "rewards_margin_mean"
 def test_dpo_without_arguments(tmp_path):
     """What it leaves, and that its log-probs and rewards are those of transformers."""
     metrics = run_toy("train_dpo.py", tmp_path)
+    shown = r"\nprompt: .*(\n.*)+\nchosen: ⟦[a-j ]+<\|im_end\|>⟧\nrejected: ⟦[a-j ]+<\|im_end\|>⟧\n"
+    assert re.search(shown, (tmp_path / "log.txt").read_text())
     names = ("loss", "preference_loss", "sft_loss", "acc", *REWARDS, "rewards_all_std", "logratio_abs_mean")
     names += ("logprobs_chosen_mean", "logprobs_rejected_mean")
     assert {f"val/{name}" for name in names} | {"step"} == set(metrics[0])
@@ -328,6 +329,8 @@ def named(metrics: dict[str, float], group: str, names: dict[str, float]) -> dic
 def test_rm_without_arguments(tmp_path):
     """What it leaves, and that transformers gives the validation pairs the same scores."""
     metrics = run_toy("train_rm.py", tmp_path)
+    shown = r"its score is read at the token in brackets:\n(.*\n)+[a-j ]+⟦<\|im_end\|>⟧\n"
+    assert re.search(shown, (tmp_path / "log.txt").read_text())
     assert read_jsonl(tmp_path / "samples.jsonl") == []
     pairs = pairs_of(tmp_path / "data/val_comparisons.jsonl", tmp_path / "hf")
     wanted = ranking_metrics(scores_of(tmp_path / "hf", pairs), np.zeros(len(pairs)))
@@ -444,27 +447,33 @@ def test_a_wrong_reference_is_refused_before_the_first_update(attempts):
 
 
 def test_several_validation_sets_and_one_test(attempts):
-    """Every --val-data file in each validation, --test-data after the last step, with its interval."""
+    """Every --val-data file in each validation, --test-data once after the last step, with its interval."""
     output = finished(attempts, "rm")
-    metrics, folder = read_metrics(output), output.parent
+    *steps, final = read_metrics(output)
     names = set(ranking_metrics(np.zeros((1, 2)), np.zeros(1)))
     val = {f"{group}/{name}" for group in ("val", "val/other") for name in names}
-    test = {f"test/{name}" for name in names}
-    assert set(metrics[0]) == val | {"step"} and val | test <= set(metrics[3])
-    assert not test & (set(metrics[1]) | set(metrics[2]))
-    for group, file in (("val", "val.jsonl"), ("val/other", "other.jsonl"), ("test", "test.jsonl")):
-        pairs = pairs_of(folder / file, output / "hf")
+    assert [row["step"] for row in steps] == [0, 1, 2, 3]
+    assert set(steps[0]) == val | {"step"} and val <= set(steps[3])
+    assert not any(name.startswith("test") for row in steps for name in row)
+    assert set(final) == {f"test/{name}" for name in names} | {"step"} and final["step"] == 3
+    for group, row in (("val", steps[3]), ("val/other", steps[3]), ("test", final)):
+        pairs = pairs_of(output.parent / f"{group.split('/')[-1]}.jsonl", output / "hf")
         wanted = ranking_metrics(scores_of(output / "hf", pairs), np.zeros(len(pairs)))
-        assert named(metrics[3], group, wanted) == pytest.approx(wanted, abs=1e-4)
-    acc = metrics[3]["test/acc"]
-    error = 1.96 * math.sqrt(acc * (1 - acc) / 11)
-    line = f"test: accuracy {acc:.3f} +- {error:.3f} (95 % interval) on 11 pairs"
+        assert named(row, group, wanted) == pytest.approx(wanted, abs=1e-4)
+    low, high = interval(final["test/acc"], 11)
+    line = f"test: accuracy {final['test/acc']:.3f} (95 % interval {low:.3f} to {high:.3f}) on 11 pairs"
     assert (output / "log.txt").read_text().count(line) == 1
+
+
+def interval(share: float, count: int) -> list[float]:
+    """The two p that are 1.96 standard errors from the share: (share - p)^2 = 1.96^2 p (1 - p) / count."""
+    z2 = 1.96**2 / count
+    return sorted(np.roots([1 + z2, -2 * share - z2, share**2]).real)
 
 
 def test_a_reward_model_goes_on_with_its_head(attempts):
     """With --model a reward model, the first validation is the earlier run's last."""
-    before = read_metrics(finished(attempts, "rm"))[-1]
+    before = read_metrics(finished(attempts, "rm"))[3]
     after = read_metrics(finished(attempts, "rm again"))[0]
     val = [name for name in after if name.startswith("val/")]
     assert {name: after[name] for name in val} == {name: before[name] for name in val}
@@ -575,15 +584,20 @@ DPO_MISTAKES = {
     "lambda": (("--dpop-lambda", "5"), r"--dpop-lambda has no effect with --loss dpo"),
     "scale": (("--reward-scale", "2"), r"--reward-scale has no effect with --loss dpo"),
     "smoothing beyond": (
-        ("--loss", "robust", "--label-smoothing", "0.5", "--train-data", "PAIRS", "--global-batch-size", "4"),
-        r"--label-smoothing 0.5: must be in \[0, 0.5\)",
+        ("--loss", "robust", "--label-smoothing", "0.5"),
+        r"--label-smoothing 0.5.* \[0, 0.5\)",
+    ),
+    "no rewards": (
+        ("--loss", "rpo_sq", "--train-data", "OTHER"),
+        r"--loss rpo_sq needs pairs with 'chosen_reward' and 'rejected_reward': --train-data has none",
     ),
     "reference": (("--loss", "simpo", "--reference", "swap"), r"--loss simpo has no reference"),
     "average": (
         ("--loss", "orpo", "--average-logprobs", "False"),
         r"--loss orpo has no reference and is defined on log-probs per token: leave out",
     ),
-    "beta": (("--beta", "0"), r"--beta 0.0 must be above 0"),
+    "infinite beta": (("--beta", "inf"), r"--beta inf must be "),
+    "beta": (("--beta", "0"), r"--beta 0.0 must be "),
     "dpo without training data": (("--val-data", "PAIRS"), r"--val-data without --train-data"),
     "dpo budget": (
         ("--max-seq-len", "1024", "--micro-batch-tokens", "2047"),

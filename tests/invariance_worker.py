@@ -103,10 +103,8 @@ def train(directory: Path, case: Case, path: Path) -> list[dict[str, float]]:
     """Every metric of each update, and of one evaluation after them; `path` is for reference log-probs."""
     policy = model.distributed(build(directory, case))
     optimizer = optim.build(policy, optim.OptimConfig(weight_decay=0.1))
-    sizes, history = (
-        [ROWS] * STEPS + [1],
-        [],
-    )  # the evaluation has fewer rows than there are data parallel ranks
+    sizes = [ROWS] * STEPS + [1]  # the evaluation has fewer rows than there are data parallel ranks
+    history = []
     attach = attach_reference(policy, case, sizes, path) if case.algorithm == "dpo" else lambda batches: None
     for step, rows in enumerate(sizes):
         batches = make_batches(policy, case, step, rows)

@@ -432,7 +432,7 @@ def test_kl_of_kto_is_that_of_the_whole_step(attempts):
     )
     for row, wanted in zip(single, whole, strict=True):
         assert row == pytest.approx(wanted, rel=1e-6, abs=1e-6)
-    assert abs(whole[2]["train/rewards_chosen_mean"]) > 1e-3, "the KL was still 0"
+    assert whole[2]["train/rewards_chosen_mean"] > 1e-3, "the KL was still 0"
 
 
 def test_a_wrong_reference_is_refused_before_the_first_update(attempts):

@@ -244,7 +244,7 @@ def main(config: Config) -> None:
         tokens = sum(pairs["train"][row].num_inputs for row in rows)
         computed = sum(packing.num_places(pairs["train"][row].examples) for row in rows)
         seconds = clock.total("data", "reference", "forward_backward", "optimizer")
-        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
+        pace = speed(arch.matmul_params, tokens, computed, seconds)
         if pairs["val"] and config.validates(done, total_steps):
             metrics |= validate(done)
             clock.lap("validate")
@@ -252,7 +252,7 @@ def main(config: Config) -> None:
         # log, then save: what a checkpoint continues has been logged
         latest |= metrics
         checkpoint.check_monitor(config.checkpoint, latest)
-        run.log(done, {**metrics, **clock.shares()})
+        run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
             checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
             clock.lap("save")  # counted in the next step's line

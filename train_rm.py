@@ -210,7 +210,7 @@ def main(config: Config) -> None:
         tokens = sum(example.num_inputs for row in rows for example in train.examples[row])
         computed = sum(packing.num_places(train.examples[row]) for row in rows)
         seconds = clock.total("data", "forward_backward", "optimizer")
-        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
+        pace = speed(arch.matmul_params, tokens, computed, seconds)
         if val and config.validates(done, total_steps):
             metrics |= evaluate(val)
             clock.lap("validate")
@@ -218,7 +218,7 @@ def main(config: Config) -> None:
         # log, then save: what a checkpoint continues has been logged
         latest |= metrics
         checkpoint.check_monitor(config.checkpoint, latest)
-        run.log(done, {**metrics, **clock.shares()})
+        run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
             checkpoint.save(config.checkpoint, config.run.output, done, scorer, optimizer, latest)
             clock.lap("save")  # counted in the next step's line

@@ -124,7 +124,7 @@ def main(config: Config) -> None:
         done, reason = step + 1, stop.reason()
         metrics = {f"train/{name}": value for name, value in found.items()}
         tokens = sum(example.num_inputs for example in examples)
-        metrics |= speed(
+        pace = speed(
             arch.matmul_params, tokens, tokens, clock.total("data", "forward_backward", "optimizer")
         )
         if val and config.validates(done, total_steps):
@@ -134,7 +134,7 @@ def main(config: Config) -> None:
         # log, then save: what a checkpoint continues has been logged
         latest |= metrics
         checkpoint.check_monitor(config.checkpoint, latest)
-        run.log(done, {**metrics, **clock.shares()})
+        run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
             checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
             clock.lap("save")  # counted in the next step's line

@@ -124,9 +124,7 @@ def main(config: Config) -> None:
         done, reason = step + 1, stop.reason()
         metrics = {f"train/{name}": value for name, value in found.items()}
         tokens = sum(example.num_inputs for example in examples)
-        pace = speed(
-            arch.matmul_params, tokens, tokens, clock.total("data", "forward_backward", "optimizer")
-        )
+        pace = speed(arch.matmul_params, tokens, tokens, clock.total("data", "forward_backward", "optimizer"))
         if val and config.validates(done, total_steps):
             metrics |= validate()
             clock.lap("validate")

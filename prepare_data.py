@@ -11,13 +11,13 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
-from align.data import read_jsonl, text_field
+from align.data import at, read_jsonl, text_field
 from align.toy import comparisons, toy_rows
 
 OASST_ROLES = {"prompter": "User", "assistant": "Assistant"}
@@ -47,7 +47,7 @@ def dolly(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 123
         seed: of the order of rows and of the order inside a row
     """
     rng = random.Random(seed)
-    rows = [convert(where, row, dolly_row, rng) for where, row in read_jsonl(input)]
+    rows = [at(where, dolly_row, row, rng) for where, row in read_jsonl(input)]
     rng.shuffle(rows)
     write_split(output, *split(rows, val_fraction))
 
@@ -73,7 +73,7 @@ def oasst(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 10)
         val_fraction: share of the trees whose threads go to val.jsonl
         seed: of the order of trees
     """
-    trees = [convert(where, row, oasst_rows) for where, row in read_jsonl(input)]
+    trees = [at(where, oasst_rows, row) for where, row in read_jsonl(input)]
     random.Random(seed).shuffle(trees)
     train, val = split(trees, val_fraction)
     write_split(output, [row for tree in train for row in tree], [row for tree in val for row in tree])
@@ -130,7 +130,7 @@ def gsm8k(input: Path, output: Path, limit: int | None = None) -> None:
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit} must be at least 1")
-    rows = [convert(where, row, gsm8k_row) for where, row in read_jsonl(input)[:limit]]
+    rows = [at(where, gsm8k_row, row) for where, row in read_jsonl(input)[:limit]]
     write_jsonl(output, rows)
 
 
@@ -188,9 +188,7 @@ def hh_pairs(paths: tuple[Path, ...]) -> list[tuple[list[dict], list[dict]]]:
     """Chosen and rejected conversation of each row without a flaw; how many have which is printed."""
     pairs, flaws = [], Counter()
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
-        chosen, rejected = (
-            hh_messages(convert(where, row, text_field, name)) for name in ("chosen", "rejected")
-        )
+        chosen, rejected = (hh_messages(at(where, text_field, row, name)) for name in ("chosen", "rejected"))
         flaw = hh_flaw(chosen, rejected)
         flaws[flaw] += 1
         if flaw is None:
@@ -268,14 +266,6 @@ def toy(
     pairs = comparisons(train_comparisons, val_comparisons, seed, after=train_rows + val_rows)
     write_split(output, *rows)
     write_split(output, *pairs, suffix="_comparisons")
-
-
-def convert(where: str, row: dict, convert_row: Callable, *args: object) -> Any:
-    """`convert_row(row, *args)`; what is wrong with the row is reported with its place ("file:line")."""
-    try:
-        return convert_row(row, *args)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[list, list]:

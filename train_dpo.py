@@ -94,7 +94,7 @@ class Config(CommonConfig):
         if self.label_smoothing is not None:
             losses.check_label_smoothing(self.label_smoothing, zero_allowed=self.loss != "exo_pair")
         if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ValueError(f"--beta {self.beta} must be above 0")
+            raise ValueError(f"--beta {self.beta} must be above 0 and finite")
         if not 0 <= min(self.sft_weight or 0, self.dpop_lambda or 0):
             raise ValueError("--sft-weight and --dpop-lambda must not be negative")
 

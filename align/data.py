@@ -10,10 +10,10 @@ import json
 import re
 import string
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -124,6 +124,14 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
+def at(where: str, make: Callable, *args: object) -> Any:
+    """`make(*args)`; a ValueError of it is given its place, "file:line"."""
+    try:
+        return make(*args)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def text_field(row: dict, field: str) -> str:
     """`row[field]`, which must be there and must be a string (ValueError)."""
     if field not in row:
@@ -159,10 +167,7 @@ def load_sft(
     counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped", "tokens", "trained_tokens"), 0)
     examples = []
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
-        try:
-            example, cut_prompt = format_sft(row, tokenizer, fmt)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        example, cut_prompt = at(where, format_sft, row, tokenizer, fmt)
         kept = Example(example.ids[: fmt.max_seq_len], example.trained[: fmt.max_seq_len])
         counts["rows"] += 1
         counts["cut_prompts"] += cut_prompt

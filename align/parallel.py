@@ -185,15 +185,6 @@ def gather_over_dp(item: T) -> list[T]:
     return items
 
 
-def from_last_stage(x: Tensor) -> Tensor:
-    """Copy a tensor from the last pipeline stage to every stage, in place."""
-    if mpu.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(
-            x, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
-        )
-    return x
-
-
 def list_from_last_stage(tensors: list[Tensor]) -> list[Tensor]:
     """Copy the last pipeline stage's list of tensors, of whatever shapes, to every stage. Collective."""
     if mpu.get_pipeline_model_parallel_world_size() == 1:

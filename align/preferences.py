@@ -5,10 +5,9 @@ conversations, or, where only a score is read, two {"text"} lines. The ids of a 
 generation from it sees. Nothing is ever cut: a side that is too long drops its pair.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -121,18 +120,18 @@ def read_pairs(path: Path, tokenizer: Tokenizer, fmt: PreferenceFormat, text_lin
         if "label" in row:
             raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
         if "text" not in row:
-            sides = at(where, format_pair, row, tokenizer, fmt)
+            sides = data.at(where, format_pair, row, tokenizer, fmt)
         elif text_lines:
-            chosen = at(where, format_text, row, tokenizer, fmt)
+            chosen = data.at(where, format_text, row, tokenizer, fmt)
             below, rejected_row = next(lines, ("the end of the file", {}))
             check_rejected_line(where, below, rejected_row)
-            sides = chosen, at(below, format_text, rejected_row, tokenizer, fmt)
+            sides = chosen, data.at(below, format_text, rejected_row, tokenizer, fmt)
         else:
             raise ValueError(
                 f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
                 "'rejected' instead"
             )
-        yield Pair(*sides, *at(where, pair_numbers, row))
+        yield Pair(*sides, *data.at(where, pair_numbers, row))
 
 
 def check_rejected_line(where: str, below: str, row: dict) -> None:
@@ -144,14 +143,6 @@ def check_rejected_line(where: str, below: str, row: dict) -> None:
         )
     if misplaced := [field for field in ("margin", *REWARDS) if field in row]:
         raise ValueError(f"{below}: a rejected 'text' line: field {misplaced[0]!r} belongs to the chosen one")
-
-
-def at(where: str, make: Callable, *args: object) -> Any:
-    """`make(*args)`; a ValueError of it is given its place, "file:line"."""
-    try:
-        return make(*args)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def pair_numbers(row: dict) -> tuple[float, float, bool]:
@@ -297,8 +288,8 @@ def load_labelled(
     counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
     examples, labels = [], []
     for where, row in (numbered for path in paths for numbered in data.read_jsonl(path)):
-        example = at(where, format_text, row, tokenizer, fmt)
-        label = at(where, label_field, row, num_attributes)
+        example = data.at(where, format_text, row, tokenizer, fmt)
+        label = data.at(where, label_field, row, num_attributes)
         counts["texts"] += 1
         if len(example.ids) > fmt.max_seq_len:
             counts["dropped_too_long"] += 1

@@ -121,7 +121,7 @@ def oasst_label(labels: dict) -> str | None:
 
 
 def gsm8k(input: Path, output: Path, limit: int | None = None) -> None:
-    """GSM8K {"question", "answer"} to {"messages"}: the question by the user, the answer by the assistant.
+    """GSM8K {"question", "answer"} to {"messages", "answer"}: a chat, and the number that it arrives at.
 
     Args:
         input: train.jsonl or test.jsonl of grade-school-math, plain or .gz
@@ -135,9 +135,13 @@ def gsm8k(input: Path, output: Path, limit: int | None = None) -> None:
 
 
 def gsm8k_row(row: dict) -> dict:
-    """One row as a chat of two messages."""
-    question, answer = text_field(row, "question"), text_field(row, "answer")
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    """A chat of two messages; `answer`, for reward functions, is what follows "####", without commas."""
+    question, solution = text_field(row, "question"), text_field(row, "answer")
+    answer = solution.rpartition("####")[2].strip().replace(",", "") if "####" in solution else ""
+    if not answer:
+        raise ValueError("field 'answer' must end with '####' and the final answer")
+    user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": solution}
+    return {"messages": [user, assistant], "answer": answer}
 
 
 def hh(

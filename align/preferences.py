@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from align import data
-from align.data import Tokenizer
+from align.data import BosChoice, Tokenizer
 from align.losses import MISSING
 from align.packing import Example, num_trained
 
@@ -227,14 +227,19 @@ def format_chat(messages: list[dict], field: str, tokenizer: Tokenizer, fmt: Pre
 
 def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
     """Prompt and response of plain text, tokenised apart: the response does not change the prompt's ids."""
-    prompt_ids = tokenizer.encode(prompt)
-    if not prompt_ids:
-        raise ValueError("field 'prompt' is empty: a response must follow something")
-    bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
+    prompt_ids = encode_prompt(prompt, "prompt", tokenizer, fmt)
     response_ids = ended(tokenizer.encode(response, continued=True), tokenizer, fmt)
     if not response_ids:
         raise ValueError("a response is empty, and --no-append-eos leaves nothing of it")
-    return make_example(bos + prompt_ids, response_ids, tokenizer)
+    return make_example(prompt_ids, response_ids, tokenizer)
+
+
+def encode_prompt(text: str, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
+    """Ids of a prompt of plain text, the value of `field`, with its BOS. Raises ValueError if it is empty."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError(f"field {field!r} is empty: a response must follow something")
+    return data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids
 
 
 def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:

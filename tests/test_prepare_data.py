@@ -153,7 +153,8 @@ def test_oasst_without_any_thread(tmp_path: Path):
 
 def test_gsm8k(tmp_path: Path):
     raw = tmp_path / "raw.jsonl.gz"
-    lines = [json.dumps({"question": f"{n} + 1?", "answer": f"<<{n}+1>>\n#### {n + 1}"}) for n in range(5)]
+    answers = ["#### 1", "<<1+1>>\n#### 2", "####-1,234,567 ", "#### 4", "no answer, not read"]
+    lines = [json.dumps({"question": f"{n} + 1?", "answer": answer}) for n, answer in enumerate(answers)]
     raw.write_bytes(gzip.compress("\n".join(lines).encode()))
     prepare_data.gsm8k(raw, tmp_path / "out.jsonl", limit=3)
     rows = read_rows(tmp_path / "out.jsonl")
@@ -161,16 +162,29 @@ def test_gsm8k(tmp_path: Path):
         "messages": [
             {"role": "user", "content": "1 + 1?"},
             {"role": "assistant", "content": "<<1+1>>\n#### 2"},
-        ]
+        ],
+        "answer": "2",
     }
-    assert len(rows) == loads(tmp_path / "out.jsonl") == 3
+    assert [row["answer"] for row in rows] == ["1", "2", "-1234567"]
+    assert loads(tmp_path / "out.jsonl") == 3
+    examples, _ = data.load_sft([tmp_path / "out.jsonl"], tokenizer.load(TINY), data.FormatConfig())
+    for row, example in zip(rows, examples, strict=True):  # the field `answer` is not read in training
+        alone = data.format_sft({"messages": row["messages"]}, tokenizer.load(TINY), data.FormatConfig())[0]
+        assert example.ids.tolist() == alone.ids.tolist()
 
 
-def test_gsm8k_names_the_bad_line(tmp_path: Path):
-    raw = write_rows(
-        tmp_path / "raw.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": 3}]
-    )
-    with pytest.raises(ValueError, match="raw.jsonl:2: field 'answer' must be a string, not int"):
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (3, "must be a string, not int"),
+        ("2 and 2 are 4", "must end with '####' and the final answer"),
+        ("2 and 2 are #### ,", "must end with '####' and the final answer"),
+    ],
+)
+def test_gsm8k_names_the_bad_line(answer: object, said: str, tmp_path: Path):
+    rows = [{"question": "q", "answer": "#### 1"}, {"question": "q", "answer": answer}]
+    raw = write_rows(tmp_path / "raw.jsonl", rows)
+    with pytest.raises(ValueError, match=f"raw.jsonl:2: field 'answer' {said}"):
         prepare_data.gsm8k(raw, tmp_path / "out.jsonl")
 
 

@@ -158,29 +158,35 @@ class TorchAttention(MegatronModule):
             begin += length
         queries = query.split([size for size, _, _ in pieces])
         return torch.cat(
-            [self.attend(q, k, v) for q, (_, k, v) in zip(queries, pieces, strict=True) if len(q)]
+            [
+                attend(q, k, v, self.scale, self.window)
+                for q, (_, k, v) in zip(queries, pieces, strict=True)
+                if len(q)
+            ]
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One sequence: queries [m, heads, d], the last m of n; keys [n, groups, d] -> [m, heads, d]."""
-        m, n = len(query), len(key)
-        mask = None
-        if m < n or (self.window is not None and n > self.window):
-            distance = torch.arange(n - m, n, device=query.device)[:, None] - torch.arange(
-                n, device=query.device
-            )
-            mask = (distance >= 0) & (distance < (self.window or n))
-        dtype = query.dtype
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, tokens, d]
-        if not query.is_cuda:  # the CPU's kernel is faster in fp32, and exact
-            query, key, value = query.float(), key.float(), value.float()
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out[0].transpose(0, 1).to(dtype)
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """One sequence: queries [m, heads, d], the last m of n; keys [n, groups, d] -> [m, heads, d].
+
+    A query sees itself and the keys before it, `window` keys in all at most.
+    """
+    m, n = len(query), len(key)
+    mask = None
+    if m < n or (window is not None and n > window):
+        distance = torch.arange(n - m, n, device=query.device)[:, None] - torch.arange(n, device=query.device)
+        mask = (distance >= 0) & (distance < (window or n))
+    dtype = query.dtype
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, tokens, d]
+    if not query.is_cuda:  # the CPU's kernel is faster in fp32, and exact
+        query, key, value = query.float(), key.float(), value.float()
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[0].transpose(0, 1).to(dtype)

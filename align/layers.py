@@ -27,12 +27,22 @@ class RMSNorm(nn.Module):
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What RMSNorm computes, without a gradient; weight may be [..., H]."""
+    return (x * rms_scale(x, eps)).to(x.dtype) * weight
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) in fp32, [..., 1]."""
+    return (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
 class RMSNormFunction(torch.autograd.Function):
     """With n = x / rms(x), y = n w:  dw = sum dy n,  dx = (dy w - n mean(dy w n)) / rms(x)."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # noqa: ANN001
-        scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        scale = rms_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).to(x.dtype) * weight
 

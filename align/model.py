@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state as mpu
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -20,6 +19,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -38,6 +38,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from align import matmul
 from align.architecture import Architecture
 from align.attention import Packing, TorchAttention
 from align.layers import RMSNorm, SwiGLU, rotation
@@ -102,28 +103,42 @@ def uses_te(config: ModelConfig) -> bool:
 
 def describe(arch: Architecture, config: ModelConfig) -> str:
     """What is computed with which kernels, for the log's first lines."""
-    kernels = "Transformer Engine" if uses_te(config) else "torch"
+    kernels = f"{'Transformer Engine' if uses_te(config) else 'torch'} kernels"
+    if config.dtype == torch.float32 and not torch.cuda.is_available():
+        kernels += f", matrix products by {matmul.kernels()}"
     precision = str(config.dtype).removeprefix("torch.")
     one_matrix = arch.tied_embeddings and not arch.labels  # for embedding and output layer
     weights = arch.matmul_params + (0 if one_matrix else arch.vocab_size * arch.hidden_size)
     size = f"{weights / 1e6:.1f} M weights"
-    return f"{arch.family} with {size} from {config.model}, {precision}, {kernels} kernels"
+    return f"{arch.family} with {size} from {config.model}, {precision}, {kernels}"
 
 
 class Decoder(GPTModel):
     """Megatron's GPTModel with our layers; a subclass says what its last stage returns for each token."""
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, te: bool, tied: bool):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        arch: Architecture,
+        te: bool,
+        tied: bool,
+        groups: ProcessGroupCollection | None = None,
+        embedding_rows: int | None = None,
+    ):
+        """`groups`: other process groups than training's; `embedding_rows`: V with its padding."""
+        groups = groups or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(
             config,
             te_layer_spec(arch) if te else torch_block_spec(config, arch),
-            vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
+            vocab_size=embedding_rows
+            or padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
-            pre_process=mpu.is_pipeline_first_stage(),
-            post_process=mpu.is_pipeline_last_stage(),
+            pre_process=groups.pp.rank() == 0,
+            post_process=groups.pp.rank() == groups.pp.size() - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=tied,
             position_embedding_type="rope" if te else "none",
+            pg_collection=groups,
         )
         self.arch, self.te = arch, te
         self.frequencies = rotary_frequencies(arch).to(device())
@@ -143,8 +158,15 @@ class Decoder(GPTModel):
 class Policy(Decoder):
     """A causal language model whose last stage returns the log-probabilities of the targets."""
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, te: bool):
-        super().__init__(config, arch, te, tied=arch.tied_embeddings)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        arch: Architecture,
+        te: bool,
+        groups: ProcessGroupCollection | None = None,
+        embedding_rows: int | None = None,
+    ):
+        super().__init__(config, arch, te, arch.tied_embeddings, groups, embedding_rows)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
         """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere."""
@@ -221,6 +243,18 @@ def build_policy(arch: Architecture, config: ModelConfig, parallel: ParallelConf
     check(arch, config, parallel)
     te = uses_te(config)
     return Policy(transformer_config(arch, config, parallel, te), arch, te)
+
+
+def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollection) -> Policy:
+    """A model like `policy`, its weights not filled, split as `groups` say: tensor parallel, in one stage."""
+    arch, parallel = policy.arch, ParallelConfig(tp=groups.tp.size())
+    embedding_rows = padded_vocab_size(arch.vocab_size, policy.config.tensor_model_parallel_size)
+    if embedding_rows % parallel.tp:
+        raise ValueError(
+            f"--rollout-tp {parallel.tp} does not divide the {embedding_rows} rows of the embedding"
+        )
+    made_of = transformer_config(arch, config, parallel, policy.te)
+    return Policy(made_of, arch, policy.te, groups, embedding_rows)
 
 
 def build_scorer(

@@ -78,7 +78,7 @@ def test_slices_of_a_pack_add_up_to_the_whole(ranks, window):
 def test_queries_at_the_end_of_a_longer_text():
     """attend() takes the last m of n positions, as a later slice (or a cache) needs."""
     query, key, value = tensors(9, 2)
-    out = core().attend(query[6:], key, value)
+    out = attention.attend(query[6:], key, value, core().scale, None)
     torch.testing.assert_close(out, dense(query, key, value, [9], 0, None)[6:], rtol=1e-4, atol=1e-5)
 
 

@@ -7,10 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
-    {"losses", "packing", "data", "preferences", "architecture", "tokenizer", "toy", "cpu", "plots"},
+    {"losses", "packing", "data", "architecture", "tokenizer", "toy", "cpu", "matmul", "plots", "sampling"},
+    {"preferences", "prompts"},
     {"parallel"},
     {"layers", "logprobs", "attention", "model", "engine", "optim", "offload", "checkpoint", "metrics"},
-    {"huggingface", "generate", "judge", "loop", "reference"},
+    {"huggingface", "inference", "generate", "judge", "loop", "reference", "rewards", "audit"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PARTS = sorted(path for path in (ROOT / "align").glob("*.py") if path.stem != "__init__")

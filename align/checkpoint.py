@@ -26,6 +26,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import nn
 
 from align import optim, parallel
 
@@ -44,6 +45,8 @@ class CheckpointConfig:
     @property
     def metric(self) -> str:
         """--monitor as metrics.jsonl spells it; val_loss and validation_loss are accepted."""
+        if "/" in self.monitor:
+            return self.monitor
         return self.monitor.replace("validation", "val", 1).replace("val_", "val/", 1)
 
 
@@ -51,7 +54,7 @@ def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
     """Refuse a --monitor that is none of the run's metrics; without validation data val/... ranks nothing."""
     group = config.metric.split("/")[0]
     others = sorted(name for name in known if name.startswith(group + "/"))
-    if group not in ("train", "val") or (others and config.metric not in known):
+    if not group.startswith(("train", "val")) or (others and config.metric not in known):
         raise ValueError(
             f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others or known)}"
         )
@@ -81,7 +84,7 @@ def resume(
 
 def complete(directory: Path) -> list[Path]:
     """The checkpoints of a directory, oldest first."""
-    return sorted(path for path in directory.glob("step_????????") if (path / "state.json").is_file())
+    return sorted(path for path in directory.glob("step_????????") if is_checkpoint(path))
 
 
 def newest(directory: Path) -> Path | None:
@@ -152,8 +155,7 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     if same_layout:
         wanted["rng"] = rng_state()
     state = dist_checkpointing.load(wanted, str(path))
-    missing = model.module.load_state_dict(state["model"], strict=False).missing_keys
-    assert not [name for name in missing if "_extra_state" not in name], missing
+    fill(model.module, state["model"])
     settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -169,17 +171,58 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     return state["step"]
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill a model that is not to be trained from a checkpoint of any layout and precision. Collective.
+
+    Raises:
+        an error of Megatron's that names what is missing, if the checkpoint is another model's.
+    """
+    wanted = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+    fill(model, dist_checkpointing.load(wanted, str(path))["model"])
+
+
+def fill(model: nn.Module, state: dict) -> None:
+    """Put loaded tensors into a model, all of whose weights must be among them."""
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert not [name for name in missing if "_extra_state" not in name], missing
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Is this a checkpoint of ours?"""
+    return (path / "state.json").is_file()
+
+
+def is_reward_model(path: Path) -> bool:
+    """Does a checkpoint hold the head of a reward model?"""
+    return "score.weight" in dist_checkpointing.load_tensors_metadata(str(path))
+
+
+def run_flags(path: Path) -> dict:
+    """The flags of the run that a checkpoint belongs to. Raises ValueError if they are not beside it."""
+    config = path.resolve().parent.parent / "config.json"  # OUTPUT/config.json
+    if not config.is_file():
+        raise ValueError(
+            f"--model {path}: {config}, which says what model this is a checkpoint of, is missing"
+        )
+    return json.loads(config.read_text())["flags"]
+
+
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict:
     """Model and optimizer as Megatron's checkpoints want them: each tensor knows its place in the whole."""
-    metadata = {
+    metadata = sharding_metadata()
+    model_state = model.module.sharded_state_dict(metadata=metadata)
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def sharding_metadata() -> dict:
+    """How a checkpoint splits what it holds."""
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",  # the default cannot be saved any more
         # main weights and moments come together on one data parallel rank, not on each of them
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-    model_state = model.module.sharded_state_dict(metadata=metadata)
-    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def keep_step_through_loading() -> None:

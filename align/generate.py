@@ -1,8 +1,8 @@
 """Sampling from a policy: many prompts, several answers to each, decoded together on the training weights.
 
 `Generator` is made once per run and samples as often as asked. A sequence that ends makes room for the next
-prompt at once. Each answer has random numbers of its own, which follow from the run's seed and from numbers that
-the script gives with its prompt: but for rounding, no answer changes with what is decoded beside it, or where.
+prompt at once. Each answer has random numbers of its own, which follow from the run's seed and from numbers
+that the script gives with its prompt: but for rounding, what is decoded beside it, or where, has no effect.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from megatron.core.resharding.refit import swap_model_weights
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from align import model, parallel, sampling
+from align import model, packing, parallel, sampling
 from align.inference import InferenceModel, Prefix
 from align.model import ModelConfig, Policy
 from align.parallel import ParallelConfig
@@ -253,7 +253,7 @@ class ContinuousBatch:
         samples_per_prompt: int,
     ) -> None:
         """Prefill prompts; all answers to one continue the same prefix."""
-        for part in within_budget([len(prompts[i]) for i in numbers], PREFILL_TOKENS):
+        for part in packing.within_budget([len(prompts[i]) for i in numbers], PREFILL_TOKENS):
             chosen = numbers[part.start : part.stop]
             ids = [torch.from_numpy(prompts[i].astype(np.int64)).to(self.engine.device) for i in chosen]
             for i, prefix in zip(chosen, self.engine.prefill(ids), strict=True):
@@ -327,16 +327,6 @@ class ContinuousBatch:
                 self.live[slot] = last
                 if self.seen is not None:
                     self.seen[slot] = self.seen[len(self.live)]
-
-
-def within_budget(sizes: list[int], budget: int) -> list[range]:
-    """Runs of neighbours whose sizes sum up to `budget` at most; what is above it stands alone."""
-    runs, start = [], 0
-    for end in range(1, len(sizes) + 1):
-        if end == len(sizes) or sum(sizes[start : end + 1]) > budget:
-            runs.append(range(start, end))
-            start = end
-    return runs
 
 
 # ---- all copies of the model --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The policy's forward pass a token at a time, on the weights that it trains, with keys and values kept.
 
-`InferenceModel` computes what the training modules compute, without what only training needs, which is most of
-the time of a step with few tokens. Whether the two agree is what align/audit.py looks at in every run.
+`InferenceModel` computes what the training modules compute, without what only training needs, which is most
+of the time of a step with few tokens. Whether the two agree is what align/audit.py looks at in every run.
 
 Sequences being decoded lie in slots 0, 1, 2, ..., each with its own position; nothing is padded.
 """

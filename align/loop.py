@@ -51,15 +51,20 @@ class CommonConfig:
         if self.val_data and not self.train_data:
             raise ValueError("--val-data without --train-data: give both, or none for the toy task")
 
+    @property
+    def rows_per_step(self) -> int:
+        """Training rows that one step takes."""
+        return self.batch.global_batch_size
+
     def total_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the whole run; rows that fill no global batch are left out of an epoch."""
-        steps = num_rows // self.batch.global_batch_size * self.loop.max_epochs
+        """Steps of the whole run; rows that do not suffice for one more are left out of an epoch."""
+        steps = num_rows // self.rows_per_step * self.loop.max_epochs
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def val_rows(self) -> slice:
         """The rows of a validation set that are used."""
         batches = self.loop.val_batches
-        return slice(None if batches is None else batches * self.batch.global_batch_size)
+        return slice(None if batches is None else batches * self.rows_per_step)
 
     def validates(self, done: int, total_steps: int) -> bool:
         """Is there a validation after `done` steps?"""

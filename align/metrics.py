@@ -1,7 +1,7 @@
 """The run directory: what was run, its metrics, samples and log; the console line; optional wandb.
 
 `metrics.jsonl` is the truth, one line a step, written before anything else hears of it. Whatever depends on
-the clock is named `time/...`, so that two runs of the same flags differ in nothing but those.
+the clock is named `time/...` or `timers/...`, so that two runs of the same flags differ in nothing but those.
 """
 
 import importlib.metadata
@@ -21,12 +21,16 @@ from pathlib import Path
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
     "train/loss": ("loss", "7.4f"),
+    "train_rollouts/rewards": ("reward", "6.3f"),
+    "train_rollouts/response_lengths": ("length", "6.1f"),
+    "train_optim/loss": ("loss", "7.4f"),
     "train/acc": ("acc", "5.3f"),
     "train/grad_norm": ("grad_norm", "8.3f"),
     "train/lr": ("lr", "8.2e"),
     "time/tokens_per_s": ("tokens/s", "9,.0f"),
     "val/loss": ("val_loss", "7.4f"),
     "val/acc": ("val_acc", "5.3f"),
+    "val_rollouts/rewards": ("val_reward", "6.3f"),
 }
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
 BAR_WIDTH = 20

@@ -31,6 +31,14 @@ class Weights:
                 parameter.data = own[name]
 
 
+def park(module: nn.Module) -> Weights:
+    """Move a module's weights to CPU memory; it computes inside `with weights.lent_to(module)` only."""
+    weights = Weights(module)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    return weights
+
+
 def copy_to_host(parameter: Tensor) -> Tensor:
     """A copy in CPU memory, pinned where there is a GPU, from where it goes back faster."""
     return torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda).copy_(parameter.detach())

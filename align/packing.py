@@ -72,12 +72,12 @@ def check_ids(examples: list[Example], vocab_size: int) -> None:
         )
 
 
-def check_size(num_rows: int, global_batch_size: int, flag: str) -> None:
-    """Raises ValueError if the data of `flag` (such as --train-data) has fewer rows than one global batch."""
-    if num_rows < global_batch_size:
+def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--global-batch-size") -> None:
+    """Raises ValueError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
+    if num_rows < needed:
         raise ValueError(
-            f"{flag} has {num_rows} usable rows, fewer than one global batch: "
-            f"give more rows or lower --global-batch-size {global_batch_size}"
+            f"{flag} has {num_rows} usable rows, fewer than one step takes: "
+            f"give more rows or lower {needed_flag} {needed}"
         )
 
 
@@ -132,6 +132,16 @@ def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) ->
         if len(bins[b]) < max_items:
             heapq.heappush(heap, (load + sizes[item], b))
     return bins
+
+
+def within_budget(sizes: Sequence[int], budget: int) -> list[range]:
+    """Runs of neighbours whose sizes sum up to `budget` at most; what is above it stands alone."""
+    runs, start = [], 0
+    for end in range(1, len(sizes) + 1):
+        if end == len(sizes) or sum(sizes[start : end + 1]) > budget:
+            runs.append(range(start, end))
+            start = end
+    return runs
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,11 @@ COLORS = {"train": "#1f5a99", "val": "#d9641e", "test": "#7d3c98", "time": "#6b6
 SHARED = ("train", "val", "test")  # groups whose metrics of one name share a panel
 EXACT = ("train/lr",)  # without noise: an average would only bend it
 OTHER_COLOR = "#3c6e47"
+SAME_AS = {
+    "train_rollouts": "train",
+    "train_optim": "train",
+    "val_rollouts": "val",
+}  # drawn like these groups
 
 Curve = tuple[list[int], list[float]]  # steps, values
 
@@ -65,8 +70,9 @@ def arrange(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
 
 
 def group_of(name: str) -> str:
-    """The part of a metric's name before the slash."""
-    return name.partition("/")[0]
+    """The part of a metric's name before the slash, or the group that it is drawn like."""
+    group = name.partition("/")[0]
+    return SAME_AS.get(group, group)
 
 
 def draw_panel(axis: Axes, panel: str, curves: dict[str, Curve]) -> None:

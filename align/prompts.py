@@ -12,6 +12,7 @@ import numpy as np
 
 from align import data, preferences
 from align.data import BosChoice, Tokenizer
+from align.packing import BatchConfig
 
 FIELDS = ("prompt", "text", "messages")
 ACCEPTED = """accepted is one of
@@ -41,6 +42,26 @@ class Prompt:
 
     ids: np.ndarray  # [n] int32
     row: dict  # as it came: a reward function may look at its other fields
+
+
+def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, max_positions: int) -> None:
+    """Raises ValueError if prompt and answer may exceed the model's context or a micro-batch."""
+    longest = fmt.max_prompt_len + max_new_tokens
+    flags = f"--max-prompt-len {fmt.max_prompt_len} and --max-new-tokens {max_new_tokens}"
+    if longest > max_positions:
+        raise ValueError(f"{flags} are beyond the model's context of {max_positions} tokens: lower one")
+    if longest > config.micro_batch_tokens:
+        raise ValueError(f"{flags} are above --micro-batch-tokens {config.micro_batch_tokens}: raise that")
+
+
+def check_ids(prompts: list[Prompt], vocab_size: int) -> None:
+    """Raises ValueError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
+    largest = max(int(prompt.ids.max()) for prompt in prompts)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
+            "of another model"
+        )
 
 
 def load_prompts(

@@ -80,6 +80,11 @@ class HuggingFaceTokenizer:
         drops_space = self.encode(" a") == self.encode("a")
         self.inner = without_dummy_prefix(self.hf.backend_tokenizer) if adds_space or drops_space else None
 
+    @property
+    def ids_by_token(self) -> dict[str, int]:
+        """The vocabulary: two tokenizers with the same one give the same ids to the same tokens."""
+        return self.hf.get_vocab()
+
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Token ids of `text`; a special token spelled out in it becomes that token, as chat templates need.
 
@@ -140,6 +145,11 @@ class SentencePieceTokenizer:
         self.pad_id: int = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos_id
         self.vocab_size: int = self.sp.get_piece_size()
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(path.parent)
+
+    @property
+    def ids_by_token(self) -> dict[str, int]:
+        """The vocabulary, as above."""
+        return {self.sp.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Token ids of `text`; control pieces spelled out in it stay text. `continued`: as above."""

@@ -1,0 +1,300 @@
+"""Rejection sampling: sample several answers to each prompt, keep the best, train on them, again and again.
+
+    torchrun --nproc_per_node 2 train_rs.py --model runs/sft/hf --reward-model runs/rm/hf \
+        --train-data train_prompts.jsonl --val-data test_prompts.jsonl --output runs/rs
+
+A step samples --samples-per-prompt answers to --prompts-per-step prompts, scores them by a reward model or by
+a function of yours (--reward-fn module:function), and keeps of each prompt the --keep-top best, on which it
+takes steps of supervised fine-tuning, --global-batch-size answers in each. Rows of data are prompts:
+align/prompts.py has the formats. OUTPUT/hf is the result. Without arguments the built-in tiny model learns a
+toy task.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from align import (
+    architecture,
+    audit,
+    checkpoint,
+    data,
+    engine,
+    generate,
+    huggingface,
+    losses,
+    model,
+    optim,
+    packing,
+    parallel,
+    prompts,
+    rewards,
+    tokenizer,
+    toy,
+)
+from align.checkpoint import CheckpointConfig
+from align.generate import RolloutConfig, Sample
+from align.loop import CommonConfig
+from align.metrics import Clock, Run, RunConfig
+from align.optim import OptimConfig
+from align.packing import Batch
+from align.prompts import Prompt, PromptFormat
+from align.rewards import RewardConfig
+from align.sampling import SamplingConfig
+
+TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(CommonConfig):
+    prompts_per_step: int = 32
+    """prompts that a step samples answers to"""
+    samples_per_prompt: int = 8
+    """answers to each of them"""
+    keep_top: int = 1
+    """best answers to a prompt that are trained on; of equal rewards those sampled first"""
+    unended: Literal["drop", "keep"] = "drop"
+    """answers that --max-new-tokens cut off: never trained on, or like the others"""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """answers to a prompt with the same tokens: only the first counts, or all"""
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    format: PromptFormat = PromptFormat()
+    run: RunConfig = RunConfig(output=Path("runs/rs"))
+    optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
+    checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("prompts_per_step", "samples_per_prompt", "keep_top"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.keep_top > self.samples_per_prompt:
+            raise ValueError(
+                f"--keep-top {self.keep_top} of --samples-per-prompt {self.samples_per_prompt}: raise that"
+            )
+        if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
+            raise ValueError("what is a good answer? Give --reward-model DIR or --reward-fn module:function")
+        if self.sampling.greedy and self.samples_per_prompt > 1:
+            raise ValueError("--greedy gives the same answer every time: leave it out")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_step
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Answers to some prompts, and what they are worth."""
+
+    rows: Sequence[int]  # of the data set
+    prompts: list[Prompt]
+    samples: list[list[Sample]]  # [prompts][answers]
+    rewards: np.ndarray  # [prompts, answers]
+
+    def statistics(self) -> dict[str, float]:
+        """Means over all answers, whatever is kept of them."""
+        answers = [sample for samples in self.samples for sample in samples]
+        return {
+            "rewards": float(self.rewards.mean()),
+            "response_lengths": float(np.mean([len(sample.ids) for sample in answers])),
+            "prompt_lengths": float(np.mean([len(prompt.ids) for prompt in self.prompts])),
+            "ended": float(np.mean([sample.finish == "stop" for sample in answers])),
+        }
+
+
+def select(
+    samples: list[Sample], values: np.ndarray, keep_top: int, unended: str, duplicates: str
+) -> tuple[list[int], int, int]:
+    """The numbers of the best answers to one prompt, best first.
+
+    Args:
+        values: their rewards, [n].
+
+    Returns:
+        At most keep_top numbers; how many answers were dropped because they did not end, and how many because
+        they have the tokens of an earlier one.
+    """
+    ended = [k for k, sample in enumerate(samples) if unended == "keep" or sample.finish == "stop"]
+    first = {samples[k].ids.tobytes(): k for k in reversed(ended)}
+    left = ended if duplicates == "keep" else sorted(first.values())
+    best = sorted(left, key=lambda k: -values[k])[:keep_top]  # stable: of equal ones the first
+    return best, len(samples) - len(ended), len(ended) - len(left)
+
+
+@record
+def main(config: Config) -> None:
+    # ---- setup and checks ------------------------------------------------------------------------
+    arch = architecture.read_config(config.model.path)
+    model.check(arch, config.model, config.parallel)
+    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
+    stop = parallel.Stop(config.loop.max_time)
+    run = Run(config.run, asdict(config), __file__, parallel.is_main())
+    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+
+    # ---- data ------------------------------------------------------------------------------------
+    files, reward_fn = {"train": config.train_data, "val": config.val_data}, config.reward.reward_fn
+    if not config.train_data:
+        toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
+        files, reward_fn = dict(zip(files, toy_files, strict=True)), reward_fn or "align.toy:reward"
+    text = tokenizer.load(config.model.path)
+    rows: dict[str, list[Prompt]] = {"train": [], "val": []}
+    for name in [name for name in files if files[name]]:
+        rows[name], counts = prompts.load_prompts(files[name], text, config.format)
+        prompts.check_ids(rows[name], arch.vocab_size)
+        run.say(f"{name} data: {data.describe(counts)}")
+    packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
+    run.say(f"first prompt:\n{text.decode(rows['train'][0].ids.tolist())}")
+    rows["val"] = rows["val"][config.val_rows()]
+    total_steps = config.total_steps(len(rows["train"]))
+    optim.check(config.optim, total_steps)
+    run.total_steps = total_steps
+    of_rollout = replace(config.batch, global_batch_size=config.prompts_per_step)
+    rows_of_step = partial(packing.global_batch, len(rows["train"]), of_rollout, config.parallel.seed)
+
+    # ---- model -----------------------------------------------------------------------------------
+    if config.reward.reward_model and not reward_fn:
+        reward = rewards.RewardModel(
+            config.reward.reward_model, config.model, config.parallel, config.batch, text
+        )
+    else:
+        reward = rewards.RewardFunction(reward_fn, text, config.sampling.stop)
+    policy = model.build_policy(arch, config.model, config.parallel)
+    huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    policy = model.distributed(policy)
+    optimizer = optim.build(policy, config.optim)
+    generator = generate.Generator(
+        policy, config.rollout, config.sampling, config.model, config.parallel, text
+    )
+    run.say(generator.describe())
+
+    # ---- rollouts --------------------------------------------------------------------------------
+    def rollout(name: str, numbers: Sequence[int], stream: tuple[int, ...], answers: int) -> Rollout:
+        """Sample answers to some prompts of a data set and score them; `stream`: of their random numbers."""
+        chosen = [rows[name][number] for number in numbers]
+        streams = [(*stream, number) for number in numbers]
+        samples = generator.generate([prompt.ids for prompt in chosen], streams, answers)
+        clock.lap("generate")
+        scored = Rollout(numbers, chosen, samples, reward(chosen, samples))
+        clock.lap("score")
+        return scored
+
+    def table(name: str, found: Rollout, most: int) -> list[dict]:
+        """The first prompts of a rollout, their first answers and what those are worth."""
+        return [
+            {
+                "table": name,
+                "prompt": text.decode(found.prompts[i].ids.tolist()),
+                "response": found.samples[i][0].text(text, config.sampling.stop),
+                "reward": float(found.rewards[i, 0]),
+            }
+            for i in range(min(most, len(found.rows)))
+        ]
+
+    def validate(step: int) -> dict[str, float]:
+        """Rewards of one answer to each validation prompt, each time with the same random numbers."""
+        found = rollout("val", range(len(rows["val"])), (VAL,), 1)
+        run.samples(step, table("val_rollouts", found, 4))
+        return {f"val_rollouts/{name}": value for name, value in found.statistics().items()}
+
+    # ---- loss ------------------------------------------------------------------------------------
+    def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return losses.sft_loss(logprobs, batch.mask), {}
+
+    def micro_batches(answers: list[tuple[int, int, Sample]]) -> list[Batch]:
+        """This rank's share of some answers (row, number, answer), packed, with what the audit needs."""
+        examples = [[rewards.answer(rows["train"][row], sample)] for row, _, sample in answers]
+        return engine.micro_batches(policy, examples, config.batch, audit.values(answers))
+
+    # ---- resume ----------------------------------------------------------------------------------
+    clock = Clock()
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
+    run.resume_at(first_step)
+    if first_step:
+        run.say(f"continuing after step {first_step}")
+    elif rows["val"]:
+        latest = validate(0)
+        run.log(0, latest)
+    checkpoint.check_monitor(config.checkpoint, latest)
+
+    # ---- loop ------------------------------------------------------------------------------------
+    clock, reason = Clock(), None
+    for step in range(first_step, total_steps):
+        done = step + 1
+
+        # rollout
+        found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
+        selected, unended, duplicates = [], 0, 0
+        for i, (row, samples) in enumerate(zip(found.rows, found.samples, strict=True)):
+            filters = config.keep_top, config.unended, config.duplicates
+            best, dropped_unended, dropped_duplicates = select(samples, found.rewards[i], *filters)
+            selected += [(row, k, samples[k], float(found.rewards[i, k])) for k in best]
+            unended, duplicates = unended + dropped_unended, duplicates + dropped_duplicates
+        kept = {"selected": len(selected), "dropped_unended": unended, "dropped_duplicates": duplicates}
+        statistics = found.statistics() | kept
+        if selected:
+            statistics["rewards_selected"] = float(np.mean([value for *_, value in selected]))
+        run.samples(done, table("train_rollouts", found, 1))
+        metrics = {f"train_rollouts/{name}": value for name, value in statistics.items()}
+
+        # update
+        lr = optim.learning_rate(config.optim, step, total_steps)
+        updates = []
+        for first in range(0, len(selected), config.batch.global_batch_size):
+            answers = [item[:3] for item in selected[first : first + config.batch.global_batch_size]]
+            batches = micro_batches(answers)
+            tokens = sum(len(sample.ids) for _, _, sample in answers)
+            if first == 0:
+                with engine.during(f"step {done}"):
+                    metrics |= audit.check(policy, batches)
+                clock.lap("audit")
+            with engine.during(f"step {done}"):
+                update = engine.forward_backward(policy, batches, loss_fn, tokens)
+                updates.append(update | {"grad_norm": optim.step(optimizer, lr)})
+            clock.lap("train")
+        for name in ("loss", "grad_norm") if updates else ():
+            metrics[f"train_optim/{name}"] = float(np.mean([update[name] for update in updates]))
+        metrics |= {"train_optim/lr": lr, "train_optim/updates": len(updates)}
+        metrics |= {"timers/rollout_time": clock.total("generate", "score")}
+        metrics |= {"timers/train_time": clock.total("audit", "train")}
+
+        # evaluate
+        reason = stop.reason()
+        if rows["val"] and config.validates(done, total_steps):
+            before = clock.total("generate", "score")
+            metrics |= validate(done)
+            metrics["timers/validation_time"] = clock.total("generate", "score") - before
+
+        # log, then save: what a checkpoint continues has been logged
+        latest |= metrics
+        checkpoint.check_monitor(config.checkpoint, latest)
+        run.log(done, {**metrics, **clock.shares()})
+        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
+            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
+            clock.lap("save")  # counted in the next step's line
+        if reason:
+            break
+
+    # ---- end -------------------------------------------------------------------------------------
+    if reason and done < total_steps:
+        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
+    else:
+        huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save])
+        run.say(f"the model is in {config.run.output / 'hf'}")
+    run.close()
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
+    with parallel.start(flags.parallel):
+        main(flags)

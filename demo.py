@@ -4,8 +4,9 @@
 
 The toy task is to sort letters. 40 % of the training answers have two neighbours swapped, so supervised
 fine-tuning learns the task and the mistakes, and leaves something to do for the stages that come after
-it: a reward model that tells right answers from wrong ones, and DPO, which learns to prefer them. Each stage
-is a command that one could type; the table at the end compares what the stages sample.
+it: a reward model that tells right answers from wrong ones, DPO, which learns to prefer them, and rejection
+sampling, which trains on those of its own answers that score best. Each stage is a command that one could
+type; the table at the end compares what the stages sample.
 """
 
 import json
@@ -15,13 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import transformers
-
 from align.toy import toy_score
 
 OUTPUT = Path("runs/demo")
-DATA, SFT, RM, DPO = (OUTPUT / name for name in ("data", "sft", "rm", "dpo"))
+DATA, SFT, RM, DPO, RS = (OUTPUT / name for name in ("data", "sft", "rm", "dpo", "rs"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PAIRS = f"--train-data {DATA}/train_comparisons.jsonl --val-data {DATA}/val_comparisons.jsonl"
 
@@ -45,14 +43,20 @@ def main() -> None:
             *PAIRS.split(),
             *"--sft-weight 0.5 --lr 2e-4 --min-lr 1e-5 --val-interval 20".split(),
         ),
+        "rs": command(
+            *(*TORCHRUN, "train_rs.py", "--model", SFT / "hf", "--output", RS),
+            *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
+            *"--reward-fn align.toy:reward --max-prompt-len 64 --max-new-tokens 16 --max-steps 30".split(),
+            *"--lr 5e-4 --min-lr 5e-4 --val-interval 10".split(),
+        ),
     }
 
     prompts = [json.loads(line)["messages"][:1] for line in (DATA / "val.jsonl").read_text().splitlines()]
-    answers = {"sft": sample(SFT / "hf", prompts), "dpo": sample(DPO / "hf", prompts)}
+    answers = {stage: sample(OUTPUT / stage) for stage in ("sft", "dpo", "rs")}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
 
     print("\nstage  seconds  validation                    score of sampled answers (1: all letters right)")
-    for stage, directory in (("sft", SFT), ("rm", RM), ("dpo", DPO)):
+    for stage, directory in (("sft", SFT), ("rm", RM), ("dpo", DPO), ("rs", RS)):
         sampled = f"{sum(scores[stage]) / len(prompts):.3f}" if stage in scores else "-"
         print(f"{stage:5}  {seconds[stage]:7.0f}  {first_and_last(directory, stage):28}  {sampled}")
     print("\nsamples of held-out prompts, with their scores:")
@@ -73,24 +77,20 @@ def command(*words: object) -> float:
 
 
 def first_and_last(directory: Path, stage: str) -> str:
-    """What a stage's first and last validation found: of SFT the loss, of the others the accuracy."""
-    name = "loss" if stage == "sft" else "acc"
+    """What a stage's first and last validation found: the metric that tells most."""
+    metrics = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc", "rs": "val_rollouts/rewards"}
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    found = [row[f"val/{name}"] for row in rows if f"val/{name}" in row]
-    return f"{name} {found[0]:.3f} -> {found[-1]:.3f}"
+    found = [row[metrics[stage]] for row in rows if metrics[stage] in row]
+    return f"{metrics[stage].split('/')[1]} {found[0]:.3f} -> {found[-1]:.3f}"
 
 
-def sample(model_directory: Path, prompts: list[list[dict]], max_new_tokens: int = 16) -> list[str]:
-    """One answer to each prompt, sampled by transformers at temperature 1 from a stage's exported model."""
-    torch.manual_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory, padding_side="left")
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_directory)
-    batch = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+def sample(directory: Path) -> list[str]:
+    """One answer of a stage's model to each held-out prompt, at temperature 1."""
+    command(
+        *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "16"),
+        *("--input", DATA / "val.jsonl", "--output", directory / "answers.jsonl"),
     )
-    out = model.generate(**batch, do_sample=True, max_new_tokens=max_new_tokens)
-    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [json.loads(line)["response"] for line in (directory / "answers.jsonl").read_text().splitlines()]
 
 
 def score(prompts: list[list[dict]], answers: list[str]) -> list[float]:

@@ -120,27 +120,29 @@ def oasst_label(labels: dict) -> str | None:
     return ",".join(scaled) or None
 
 
-def gsm8k(input: Path, output: Path, limit: int | None = None) -> None:
+def gsm8k(input: Path, output: Path, limit: int | None = None, instruction: str = "") -> None:
     """GSM8K {"question", "answer"} to {"messages", "answer"}: a chat, and the number that it arrives at.
 
     Args:
         input: train.jsonl or test.jsonl of grade-school-math, plain or .gz
         output: the jsonl file to write
         limit: only so many rows, from the start of the file
+        instruction: text that follows each question, after a blank line
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit} must be at least 1")
-    rows = [at(where, gsm8k_row, row) for where, row in read_jsonl(input)[:limit]]
+    rows = [at(where, gsm8k_row, row, instruction) for where, row in read_jsonl(input)[:limit]]
     write_jsonl(output, rows)
 
 
-def gsm8k_row(row: dict) -> dict:
+def gsm8k_row(row: dict, instruction: str) -> dict:
     """A chat of two messages; `answer`, for reward functions, is what follows "####", without commas."""
     question, solution = text_field(row, "question"), text_field(row, "answer")
     answer = solution.rpartition("####")[2].strip().replace(",", "") if "####" in solution else ""
     if not answer:
         raise ValueError("field 'answer' must end with '####' and the final answer")
-    user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": solution}
+    asked = f"{question}\n\n{instruction}" if instruction else question
+    user, assistant = {"role": "user", "content": asked}, {"role": "assistant", "content": solution}
     return {"messages": [user, assistant], "answer": answer}
 
 

@@ -62,6 +62,8 @@ class Config(CommonConfig):
     """answers to each of them"""
     keep_top: int = 1
     """best answers to a prompt that are trained on; of equal rewards those sampled first"""
+    min_reward: float | None = None
+    """answers with a lower reward are never trained on, even if they are the best (default: no limit)"""
     unended: Literal["drop", "keep"] = "drop"
     """answers that --max-new-tokens cut off: never trained on, or like the others"""
     duplicates: Literal["drop", "keep"] = "drop"
@@ -234,14 +236,16 @@ def main(config: Config) -> None:
 
         # rollout
         found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
-        selected, unended, duplicates = [], 0, 0
+        selected, unended, duplicates, low = [], 0, 0, 0
         for i, (row, samples) in enumerate(zip(found.rows, found.samples, strict=True)):
             filters = config.keep_top, config.unended, config.duplicates
             best, dropped_unended, dropped_duplicates = select(samples, found.rewards[i], *filters)
-            selected += [(row, k, samples[k], float(found.rewards[i, k])) for k in best]
+            good = [k for k in best if config.min_reward is None or found.rewards[i, k] >= config.min_reward]
+            selected += [(row, k, samples[k], float(found.rewards[i, k])) for k in good]
             unended, duplicates = unended + dropped_unended, duplicates + dropped_duplicates
-        kept = {"selected": len(selected), "dropped_unended": unended, "dropped_duplicates": duplicates}
-        statistics = found.statistics() | kept
+            low += len(best) - len(good)
+        statistics = found.statistics() | {"selected": len(selected), "dropped_low": low}
+        statistics |= {"dropped_unended": unended, "dropped_duplicates": duplicates}
         if selected:
             statistics["rewards_selected"] = float(np.mean([value for *_, value in selected]))
         run.samples(done, table("train_rollouts", found, 1))

@@ -188,6 +188,15 @@ def test_gsm8k_names_the_bad_line(answer: object, said: str, tmp_path: Path):
         prepare_data.gsm8k(raw, tmp_path / "out.jsonl")
 
 
+def test_gsm8k_instruction_follows_the_question(tmp_path: Path):
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text(json.dumps({"question": "How many?", "answer": "Two.\n#### 2"}) + "\n")
+    prepare_data.gsm8k(raw, tmp_path / "out.jsonl", instruction="Be brief.")
+    [row] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert row["messages"][0]["content"] == "How many?\n\nBe brief."
+    assert row["answer"] == "2"
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_gsm8k_limit_must_leave_rows(limit: int, tmp_path: Path):
     raw = write_rows(tmp_path / "raw.jsonl", [{"question": "q", "answer": "a"}])

@@ -5,6 +5,8 @@ training computes of it must agree. A mask or position that is off by one, stale
 temperature, a wrong cache: whatever makes the two differ shows here, and stops the run.
 """
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -50,7 +52,7 @@ def check(model: DistributedDataParallel, batches: list[Batch]) -> dict[str, flo
     if worst is not None:
         mine = (float(errors[worst]), places[worst].tolist(), found[:, worst].tolist())
     everyone = parallel.gather_over_dp((*mine, float(errors.sum()), len(errors)))
-    largest, place, both, _, _ = max(everyone, key=lambda item: item[0])
+    largest, place, both, _, _ = max(everyone, key=lambda item: (math.isnan(item[0]), item[0]))
     mean = sum(item[3] for item in everyone) / max(1, sum(item[4] for item in everyone))
     most_mean, most = BOUND[model.module.config.params_dtype]
     if not (mean <= most_mean and largest <= most):  # so written, NaN is refused too

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from align import matmul
+
 # What we use of Megatron must be imported before the exchange: modules that come later keep the real torch.
 MODULES = (
     "dist_checkpointing.strategies.async_utils",
@@ -83,6 +85,10 @@ def enable() -> None:
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
     buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    # Megatron multiplies by torch's fp32 product, which is slow on some processors: see align/matmul.py.
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    name = "linear_with_grad_accumulation_and_async_allreduce"
+    setattr(layers, name, linear_by_onednn(getattr(layers, name)))
     keep_memory()
 
     torch.Tensor.cuda = lambda self, *_, **__: self  # without CUDA it could only raise
@@ -122,6 +128,29 @@ def unless_alone(collective: Callable) -> Callable:
         return None if group.size() == 1 else collective(output, input, group=group, **kwargs)
 
     return call
+
+
+def linear_by_onednn(megatrons: Callable) -> Callable:
+    """The product of Megatron's parallel linear layers, in fp32 by align.matmul.
+
+    Megatron's regions do here what its own function does: input gathered or copied, its gradient scattered or
+    summed. The gathered input is kept for the backward pass instead of gathered there again.
+    """
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+
+    @functools.wraps(megatrons)  # with its attribute `warned`, which it reads by its own name
+    def linear(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **how: object
+    ) -> torch.Tensor:
+        if not matmul.uses_onednn(input):
+            return megatrons(input, weight, bias, **how)
+        if how["sequence_parallel"]:
+            input = mappings.gather_from_sequence_parallel_region(input, group=how["tp_group"])
+        elif how["allreduce_dgrad"]:
+            input = mappings.copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
+        return matmul.Linear.apply(input, weight, bias)
+
+    return linear
 
 
 def keep_memory() -> None:

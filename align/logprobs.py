@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from align.matmul import add_product, linear, padded, product, uses_onednn
+
 CHUNK = 256  # tokens whose logits exist at one time
 
 
@@ -27,7 +29,10 @@ def target_logprobs(
     Returns:
         [n] float32.
     """
-    return TargetLogProbs.apply(hidden, weight, targets, vocab_size, group)
+    count = len(hidden)
+    if uses_onednn(hidden):
+        hidden, targets = padded(hidden), padded(targets)
+    return TargetLogProbs.apply(hidden, weight, targets, vocab_size, group)[:count]
 
 
 class TargetLogProbs(torch.autograd.Function):
@@ -68,17 +73,14 @@ class TargetLogProbs(torch.autograd.Function):
             index, owned = local_index(targets[here], ctx.first, len(weight))
             z.scatter_add_(1, index[:, None], (grad[here] * owned)[:, None])
             z = z.to(hidden.dtype)
-            torch.mm(z, weight, out=grad_hidden[here])
-            if hidden.dtype == torch.float32:
-                grad_weight.addmm_(z.t(), hidden[here])
-            else:
-                grad_weight += z.t() @ hidden[here]
+            grad_hidden[here] = product(z, weight)
+            add_product(grad_weight, z.t(), hidden[here])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def logits(hidden: Tensor, weight: Tensor, first: int, vocab_size: int) -> Tensor:
     """[c, V/tp] float32, minus infinity in the rows past the vocabulary."""
-    z = (hidden @ weight.t()).float()
+    z = linear(hidden, weight).float()
     real = min(max(vocab_size - first, 0), len(weight))
     z[:, real:] = float("-inf")
     return z

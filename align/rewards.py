@@ -125,7 +125,8 @@ def import_function(name: str) -> Function:
     if not module or not function:
         raise ValueError(f"--reward-fn {name!r} must be of the form module:function")
     sys.path.insert(0, str(Path.cwd()))
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
+    package = module.partition(".")[0]  # find_spec raises an error of its own if this one is missing
+    if importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None:
         raise ValueError(f"--reward-fn {name}: no module {module!r} in the current directory or installed")
     found = getattr(importlib.import_module(module), function, None)
     if not callable(found):

@@ -15,12 +15,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for our package, `align`
 
 LEARNING_RATE = 1e-5
 CLIP_GRAD = 1.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RunConfig:
     """Hugging Face directory of the model to train."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the matrix multiplications run in; weights and Adam states are kept in fp32 either way."""
+    """What the matrix multiplications run in; trainers keep weights and Adam states in fp32 either way."""
 
     threads: int = 1
     """CPU threads of every child process."""
@@ -96,9 +97,9 @@ def prepare(config: RunConfig) -> None:
     os.environ.update(quiet, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
-def measure(jobs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, list[Measured]]:
+def measure(jobs: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Run every trainer in a process of its own, in turn, `rounds` times over."""
-    runs: dict[str, list[Measured]] = {name: [] for name in jobs}
+    runs: dict[str, list[T]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
@@ -106,7 +107,7 @@ def measure(jobs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, l
     return runs
 
 
-def in_child(job: Callable[[], Any]) -> Any:
+def in_child(job: Callable[[], T]) -> T:
     """Run `job` in a fresh process and return its result. An exception in the child is raised here."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(job).result()
@@ -156,6 +157,15 @@ def clocks() -> dict[str, float]:
 def differences(values: list[float]) -> list[float]:
     """Return what each value adds to the one before: one entry fewer."""
     return [after - before for before, after in zip(values, values[1:], strict=False)]
+
+
+def seconds(run: RunConfig, call: Callable[[], Any], times: int) -> list[float]:
+    """Return the seconds of each of so many calls, after one that does not count, by `clock_name`'s clock."""
+    readings = [clocks()]
+    for _ in range(times + 1):
+        call()
+        readings.append(clocks())
+    return differences([reading[clock_name(run).removesuffix("_s")] for reading in readings])[1:]
 
 
 def sums_by_step(values: list[int], batch: int) -> list[int]:

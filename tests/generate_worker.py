@@ -2,16 +2,22 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from torch import Tensor, nn
 
-from align import architecture, generate, huggingface, model, parallel
+from align import architecture, generate, huggingface, inference, model, parallel
 from align.generate import RolloutConfig
 from align.model import ModelConfig
 from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
+
+PREFILL_TOKENS = generate.PREFILL_TOKENS
 
 
 class Letters:
@@ -23,8 +29,25 @@ class Letters:
         return "".join(chr(0x100 + i) for i in ids)
 
 
-def run(case: dict) -> list:
-    """What a case samples: for each prompt, for each answer [ids, logprobs, model_logprobs, finish]."""
+class Recorder(inference.InferenceModel):
+    """The inference model, which notes the lengths of the prompts of each pass."""
+
+    passes: list[list[int]] = []
+
+    def prefill(self, prompts: list[Tensor]) -> list[inference.Prefix]:
+        Recorder.passes.append([len(prompt) for prompt in prompts])
+        return super().prefill(prompts)
+
+
+@torch.no_grad()
+def change(module: nn.Module) -> None:
+    """Change each weight in place by a function of its value alone, in any layout the same."""
+    for parameter in module.parameters():
+        parameter.add_(torch.sin(50 * parameter), alpha=0.02)
+
+
+def build(case: dict) -> generate.Generator:
+    """The generator of a case, in its layout."""
     layout = ParallelConfig(**case.get("parallel", {}))
     mpu.destroy_model_parallel()
     parallel.make_grid(layout)
@@ -32,7 +55,7 @@ def run(case: dict) -> list:
     arch = architecture.read_config(config.path)
     policy = model.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
-    generator = generate.Generator(
+    return generate.Generator(
         policy,
         RolloutConfig(**case.get("rollout", {})),
         SamplingConfig(**case["sampling"]),
@@ -40,19 +63,58 @@ def run(case: dict) -> list:
         layout,
         Letters(),
     )
+
+
+def run(case: dict) -> dict:
+    """What a case samples, and how.
+
+    answers: for each prompt, for each answer [ids, logprobs, model_logprobs, finish].
+    passes: the lengths of the prompts that this rank read in each pass.
+    tokens: for each rank, for each prompt the tokens that it sampled.
+    copy_bytes: for each rank the memory of the copy of the weights afterwards, None without a copy.
+    """
+    generator, rounds = build(case), case.get("rounds", 1)
+    generate.PREFILL_TOKENS = case.get("prefill_tokens", PREFILL_TOKENS)
     prompts = [np.array(ids, np.int32) for ids in case["prompts"]]
-    streams = [(0, i) for i in range(len(prompts))]
-    for _ in range(case.get("rounds", 1)):
-        found = generator.generate(prompts, streams, case.get("samples", 1))
-    return [
-        [(s.ids.tolist(), s.logprobs.tolist(), s.model_logprobs.tolist(), s.finish) for s in samples]
-        for samples in found
-    ]
+    streams = case.get("streams", [(0, i) for i in range(len(prompts))])
+    for number in range(rounds):
+        if number and case.get("change"):
+            change(generator.policy)
+        Recorder.passes, tokens = [], Counter()
+        found = generator.generate(
+            prompts, streams, case.get("samples", 1), lambda prompt, *_, count=tokens: count.update([prompt])
+        )
+    copied = generator.copy and sum(x.untyped_storage().nbytes() for x in generator.copy.parameters())
+    return {
+        "answers": [
+            [(s.ids.tolist(), s.logprobs.tolist(), s.model_logprobs.tolist(), s.finish) for s in samples]
+            for samples in found
+        ],
+        "passes": Recorder.passes,
+        "tokens": by_rank([tokens[i] for i in range(len(prompts))]),
+        "copy_bytes": by_rank(copied),
+    }
+
+
+def by_rank(item: object) -> list:
+    """The items of all ranks. Collective."""
+    items: list = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def attempt(case: dict) -> dict:
+    """`run`, or {"errors"}: for each rank the message with which it refuses the case."""
+    try:
+        return run(case)
+    except ValueError as error:
+        return {"errors": by_rank(str(error))}
 
 
 if __name__ == "__main__":
     given, written = map(Path, sys.argv[1:])
+    generate.InferenceModel = Recorder
     with parallel.start(ParallelConfig()):
-        results = {name: run(case) for name, case in json.loads(given.read_text()).items()}
+        results = {name: attempt(case) for name, case in json.loads(given.read_text()).items()}
         if parallel.is_main():
             written.write_text(json.dumps(results))

@@ -4,18 +4,31 @@ import functools
 import importlib
 import json
 import sys
+import zlib
 
+import torch
 import tyro
 from megatron.core import parallel_state as mpu
 
-from align import metrics, parallel
+from align import metrics, parallel, toy
+
+
+def reward(prompt: str, response: str, row: dict) -> float:
+    """For --reward-fn: the toy's score, and up to 1 that each answer has of its own.
+
+    So answers of a random model differ in what they are worth, and one that differs shows in the mean reward.
+    """
+    return toy.reward(prompt, response, row) + zlib.crc32(response.encode("utf-8", "replace")) / 2**32
+
 
 if __name__ == "__main__":
     metrics.Run.close = functools.partialmethod(metrics.Run.close, plots=False)  # curves take long
-    with parallel.start(parallel.ParallelConfig()):
-        for script, *flags in json.loads(sys.argv[1]):
-            module = importlib.import_module(script.removesuffix(".py"))
-            config = tyro.cli(module.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
+    commands = json.loads(sys.argv[1])
+    scripts = {script: importlib.import_module(script.removesuffix(".py")) for script, *_ in commands}
+    with parallel.start(parallel.ParallelConfig()):  # after the imports, as in the scripts
+        for script, *flags in commands:
+            config = tyro.cli(scripts[script].Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
+            torch.use_deterministic_algorithms(config.parallel.deterministic)
             mpu.destroy_model_parallel()
             parallel.make_grid(config.parallel)
-            module.main(config)
+            scripts[script].main(config)

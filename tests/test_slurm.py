@@ -139,6 +139,17 @@ def test_test_data_goes_to_the_reward_model_before_the_users_flags(job, files):
     assert arguments(job, "torchrun")[-len(flags) :] == flags
 
 
+@pytest.mark.parametrize(
+    "model, given",
+    [("runs/rm/hf", ["--reward-model", "runs/rm/hf"]), ("a b/hf", ["--reward-model", "a b/hf"]), ("", [])],
+)
+def test_the_reward_model_goes_to_rejection_sampling_before_the_users_flags(job, model, given):
+    result = submit(job | {"REWARD_MODEL": model}, "--reward-fn", "rules:score", name="rs")
+    assert result.returncode == 0, result.stderr
+    flags = ["--max-time", "03:45:00", *given, "--reward-fn", "rules:score"]
+    assert arguments(job, "torchrun")[-len(flags) :] == flags
+
+
 def test_a_single_node_and_another_number_of_processes(job):
     job |= {"SLURM_JOB_NODELIST": "only", "SLURM_JOB_NUM_NODES": "1"}
     job |= {"PROCESSES_PER_NODE": "2", "RDZV_PORT": "29500"}

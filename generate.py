@@ -1,0 +1,406 @@
+"""Answers of a model: to one prompt, to a file of prompts, or in a conversation.
+
+    python generate.py --model DIR --prompt "How many days has a week?"
+    python generate.py --model DIR --input prompts.jsonl --output answers.jsonl --samples-per-prompt 4
+    python generate.py --model DIR --chat
+    torchrun --nproc_per_node 2 generate.py --tp 2 --model runs/sft/checkpoints/step_00000100 --chat
+
+DIR is a Hugging Face directory, or a checkpoint of a run, of which only the weights are read. A prompt has
+the token ids that it had in training: through the chat template, or through the run's --prompt-template.
+Answers go to stdout or to --output, everything else to stderr.
+"""
+
+import json
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from align import (
+    architecture,
+    checkpoint,
+    data,
+    huggingface,
+    metrics,
+    model,
+    packing,
+    parallel,
+    prompts,
+    tokenizer,
+)
+from align.architecture import Architecture
+from align.data import FormatConfig, Tokenizer
+from align.generate import Generator, RolloutConfig, Sample, check_prompt
+from align.model import ModelConfig
+from align.packing import Example
+from align.parallel import ParallelConfig
+from align.prompts import Prompt, PromptFormat
+from align.sampling import SamplingConfig
+
+PROGRESS_S = 5.0  # seconds between two lines about a long --input
+POLL_S = (
+    60.0  # seconds after which ranks that wait for the keyboard hear of each other: gloo gives up after 1800
+)
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    prompt: str | None = None
+    """a user's message, put through the chat template, or into the first field of the template in a
+    prompt_format.json if the model has only that; with neither the text is continued as it stands"""
+    input: Path | None = None
+    """prompts: a jsonl file, plain or .gz, of {"prompt"}, {"text"} or {"messages"} rows"""
+    output: Path | None = None
+    """where the rows of --input go, with "response" and "finish" (stop or length); appears when complete"""
+    chat: bool = False
+    """talk: each line of stdin is a message; /new starts over, an empty line or Ctrl-D ends"""
+    raw: bool = False
+    """continue the text of --prompt as it stands, whatever templates the model has"""
+    samples_per_prompt: int = 1
+    """answers to each prompt; above 1 "response" and "finish" are lists"""
+    add_bos: bool | None = None
+    """put BOS in front of each prompt; None: as the model's prompt_format.json says, else as the tokenizer
+    does by itself (messages: as the template does)"""
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    # training's default, a whole copy on each rank, would need more memory than no --tp at all
+    rollout: RolloutConfig = RolloutConfig(rollout_layout="same")
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self):
+        self.check_task()
+        if self.samples_per_prompt < 1:
+            raise ValueError(f"--samples-per-prompt {self.samples_per_prompt} must be at least 1")
+        if self.model.recompute != "none":
+            raise ValueError(
+                f"--recompute {self.model.recompute} has no effect without training: leave it out"
+            )
+        if self.parallel.sequence_parallel:
+            raise ValueError("--sequence-parallel has no effect without training: leave it out")
+
+    def check_task(self) -> None:
+        """Refuse anything but one task with the flags that belong to it."""
+        tasks = {"--prompt": self.prompt is not None, "--input": self.input is not None, "--chat": self.chat}
+        given = [flag for flag, wanted in tasks.items() if wanted]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'nothing to do'}: give one of --prompt TEXT, --chat, "
+                "and --input FILE with --output FILE"
+            )
+        if (self.input is None) != (self.output is None):
+            raise ValueError(
+                f"--input {self.input} and --output {self.output}: they go together, give both or none"
+            )
+        if self.output is not None and self.output.suffix == ".gz":
+            raise ValueError(f"--output {self.output} is written as plain text: leave .gz out of its name")
+        if self.prompt == "":
+            raise ValueError('--prompt "": there must be a text to answer')
+        if self.raw and self.prompt is None:
+            raise ValueError(f"--raw is about --prompt TEXT and has no effect with {given[0]}: leave it out")
+        if self.chat and self.samples_per_prompt != 1:
+            raise ValueError(
+                f"--samples-per-prompt {self.samples_per_prompt}: with --chat a message has one answer"
+            )
+
+
+@record
+def main(config: Config) -> None:
+    source = find_source(config.model)
+    arch = architecture.read_config(source.directory)
+    model.check(arch, config.model, config.parallel)
+    text = tokenizer.load(source.directory)
+    add_bos = source.formats.get("add_bos") if config.add_bos is None else config.add_bos
+    fmt = PromptFormat(add_bos=add_bos)
+    if config.chat and not has_chat_template(text):
+        raise ValueError(
+            f"--chat needs a chat template, {source.directory} has none: use --prompt or --input"
+        )
+    if config.prompt is not None:
+        template = None if config.raw else source.formats.get("prompt_template")
+        ids = encode_text(config.prompt, text, fmt, template, config.raw)
+        data.at("--prompt", check_ids, ids, arch)
+    if config.input is not None:
+        found = read_prompts(config.input, text, fmt, arch)
+        prepare_output(config.output, config.input)
+
+    policy = model.build_policy(arch, config.model, config.parallel)
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
+    if source.checkpoint is None:
+        huggingface.load(policy, huggingface.open_source(source.directory, arch, config.parallel.seed))
+    else:
+        checkpoint.load_weights(source.checkpoint, policy)
+    say(f"{parallel.layout()}; {model.describe(arch, config.model)}; {generator.describe()}")
+
+    if config.chat:
+        chat(generator, fmt)
+    elif config.prompt is not None:
+        ask(generator, ids, 0, config.samples_per_prompt)
+    else:
+        answer_file(generator, found, config.output, config.samples_per_prompt)
+
+
+def say(text: str) -> None:
+    """A line for people, on rank 0's stderr: stdout is for answers."""
+    if parallel.is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+# ---- where the model is --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """What --model names."""
+
+    directory: Path  # of config.json and tokenizer
+    checkpoint: Path | None  # of the weights; None: they are in the directory
+    formats: dict  # "prompt_template" and "add_bos" of its training, where known
+
+
+def find_source(config: ModelConfig) -> Source:
+    """Where the parts of a model are, whose --model is a Hugging Face directory or a checkpoint of ours."""
+    path = config.path
+    if not checkpoint.is_checkpoint(path):
+        return Source(path, None, read_formats(path))
+    if checkpoint.is_reward_model(path):
+        raise ValueError(
+            f"--model {path} is a checkpoint of a reward model, which predicts no tokens: give a language "
+            "model's"
+        )
+    flags = checkpoint.run_flags(path)
+    start = ModelConfig(model=flags["model"]).path
+    if not (start / "config.json").is_file():
+        raise ValueError(
+            f"--model {path}: its run began with --model {flags['model']}, and there is no "
+            f"{start}/config.json: start this command where the run was started"
+        )
+    # of an SFT run what its OUTPUT/hf says, too; others leave the file of the model that they began with
+    return Source(start, path, flags if "prompt_template" in flags else read_formats(start))
+
+
+def read_formats(directory: Path) -> dict:
+    """The prompt_format.json of a directory, empty if there is none."""
+    path = directory / "prompt_format.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def has_chat_template(text: Tokenizer) -> bool:
+    """Can this tokenizer render messages?"""
+    return isinstance(text, tokenizer.HuggingFaceTokenizer) and bool(text.hf.chat_template)
+
+
+def encode_text(
+    text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str | None, raw: bool
+) -> np.ndarray:
+    """Ids [n] int32 of the text of --prompt. Raises ValueError.
+
+    `template`: of rows without messages; the chat template goes before it, and `raw` before both.
+    """
+    if not raw and has_chat_template(tokenizer):
+        row = {"messages": [{"role": "user", "content": text}]}
+    elif template is not None:
+        return data.at("--prompt", encode_in_template, text, tokenizer, fmt, template)
+    else:
+        row = {"prompt": text}
+    return data.at("--prompt", prompts.format_prompt, row, tokenizer, fmt)
+
+
+def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str) -> np.ndarray:
+    """Ids [n] int32 before the answer of a row whose first field is `text` and whose others are empty."""
+    first, *others = [field for _, field in data.template_pieces(template)]
+    if not others:
+        raise ValueError(f"the template {template!r} has no field for a prompt: use --raw")
+    row = dict.fromkeys(others, "") | {first: text}
+    rules = FormatConfig(template, first, add_bos=fmt.add_bos, max_seq_len=sys.maxsize)
+    ids, trained, _ = data.format_template(row, tokenizer, rules)
+    data.check_bos(ids, tokenizer)
+    return np.array(ids, np.int32)[~np.array(trained)]
+
+
+def read_prompts(path: Path, tokenizer: Tokenizer, fmt: PromptFormat, arch: Architecture) -> list[Prompt]:
+    """The rows of --input. Raises ValueError with file and line for one that cannot be answered."""
+    found = []
+    for where, row in data.read_jsonl(path):
+        ids = data.at(where, prompts.format_prompt, row, tokenizer, fmt)
+        data.at(where, check_ids, ids, arch)
+        found.append(Prompt(ids, row))
+    return found
+
+
+def check_ids(ids: np.ndarray, arch: Architecture) -> None:
+    """Raises ValueError for a prompt [n] that this model cannot continue."""
+    check_prompt(ids, arch.max_positions)
+    packing.check_ids([Example(ids, np.zeros(len(ids), bool))], arch.vocab_size)
+
+
+# ---- one prompt, a file, a conversation ----------------------------------------------------------
+
+
+def ask(generator: Generator, ids: np.ndarray, stream: int, samples: int = 1) -> list[Sample]:
+    """Answer one prompt [n] and print that on rank 0, a single answer while it grows. Collective.
+
+    Of several copies of the model any may take the prompt, and rank 0 hear of the answer at its end only.
+    """
+    shown, start = Shown(generator.tokenizer, generator.sampling.stop), time.perf_counter()
+
+    def show(prompt: int, number: int, token: int) -> None:
+        print(shown.add(token), end="", flush=True)
+
+    streams = samples == 1 and generator.replicas == 1 and parallel.is_main()
+    [found] = generator.generate([ids], [(stream,)], samples, show if streams else None)
+    for number, sample in enumerate(found, start=1):
+        if samples > 1:
+            tell(f"---- answer {number} of {samples} ({sample.finish}, {len(sample.ids)} tokens)")
+        tell(sample.text(generator.tokenizer, generator.sampling.stop)[shown.length :])
+    finish = "" if samples > 1 else f"{found[0].finish}, "
+    say(f"({finish}{pace(found, time.perf_counter() - start)})")
+    return found
+
+
+def tell(text: str) -> None:
+    """The end of a line on rank 0's stdout."""
+    if parallel.is_main():
+        print(text, flush=True)
+
+
+def pace(samples: list[Sample], seconds: float) -> str:
+    """How many tokens these are, and how fast they came."""
+    tokens = sum(len(sample.ids) for sample in samples)
+    return f"{tokens:,} tokens, {tokens / seconds:,.1f} tokens/s"
+
+
+class Shown:
+    """What is shown of an answer that grows: no half of a character, and nothing of what ends it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids: list[int] = []
+        self.length = 0  # characters shown
+
+    def add(self, token: int) -> str:
+        """What the answer's next token lets be shown."""
+        if token not in self.tokenizer.stop_ids:
+            self.ids.append(token)
+        text = settled(self.tokenizer.decode(self.ids), self.stop)
+        # by length: where bytes are decoded together, a line end that is shown may become U+FFFD later
+        new = text[self.length :]
+        self.length += len(new)
+        return new
+
+
+def settled(text: str, stop: tuple[str, ...]) -> str:
+    """The start of an unfinished text that its next tokens will leave as it is, and that no stop string ends.
+
+    Tokens may hold a part of a character's bytes, which decode to U+FFFD at the end until the others come.
+    """
+    text = text.rstrip("\ufffd")
+    ends = [text.index(end) for end in stop if end in text]
+    beginnings = [len(text) - n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])]
+    return text[: min(ends + beginnings, default=len(text))]
+
+
+def answer_file(generator: Generator, found: list[Prompt], output: Path, samples: int) -> None:
+    """Answer the rows of --input and write them to --output. Collective."""
+    progress = Progress(len(found), generator.replicas) if parallel.is_main() else None
+    start, streams = time.perf_counter(), [(number,) for number in range(len(found))]
+    answers = generator.generate([prompt.ids for prompt in found], streams, samples, progress)
+    everything = [sample for several in answers for sample in several]
+    say(f"{len(everything):,} answers, {pace(everything, time.perf_counter() - start)}")
+    if parallel.is_main():
+        lines = []
+        for prompt, several in zip(found, answers, strict=True):
+            texts = [sample.text(generator.tokenizer, generator.sampling.stop) for sample in several]
+            ends = [sample.finish for sample in several]
+            given = (
+                {"response": texts, "finish": ends}
+                if samples > 1
+                else {"response": texts[0], "finish": ends[0]}
+            )
+            lines.append(json.dumps(prompt.row | given, ensure_ascii=False) + "\n")
+        # half of a surrogate pair in a row has no UTF-8 form; its backslash escape is valid JSON
+        metrics.write_atomically(output, "".join(lines).encode("utf-8", "backslashreplace").decode())
+    say(f"the answers are in {output}")
+
+
+def prepare_output(output: Path, source: Path) -> None:
+    """Find out before the work whether --output can be written. Collective."""
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a directory: give a file")
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"--output {output} is --input: give another file")
+    parallel.on_main(lambda: output.parent.mkdir(parents=True, exist_ok=True))
+
+
+class Progress:
+    """Called for each token of rank 0's copy of the model; says now and then how far that is."""
+
+    def __init__(self, prompts: int, copies: int):
+        self.prompts, self.tokens, self.begun = prompts, 0, 0
+        self.who = "" if copies == 1 else f" by one of {copies} copies of the model"
+        self.start = self.said = time.perf_counter()
+
+    def __call__(self, prompt: int, number: int, token: int) -> None:
+        self.tokens += 1
+        self.begun = max(self.begun, prompt + 1)  # prompts are taken in their order
+        now = time.perf_counter()
+        if now - self.said >= PROGRESS_S:
+            self.said = now
+            speed = self.tokens / (now - self.start)
+            say(f"{self.begun:,} of {self.prompts:,} prompts begun, {speed:,.1f} tokens/s{self.who}")
+
+
+def chat(generator: Generator, fmt: PromptFormat) -> None:
+    """Answer the lines of rank 0's stdin, each with the conversation before it. Collective."""
+    history, turn, context = [], 0, generator.policy.arch.max_positions
+    say("a line is a message, /new starts over, an empty line ends")
+    while line := read_line():
+        if line == "/new":
+            history = []
+            say("a new conversation")
+            continue
+        history.append({"role": "user", "content": line})
+        ids = prompts.format_prompt({"messages": history}, generator.tokenizer, fmt)
+        if len(ids) >= context and len(history) > 1:
+            say(f"the conversation has {len(ids)} tokens, the model's context {context}: starting over")
+            history = history[-1:]
+            ids = prompts.format_prompt({"messages": history}, generator.tokenizer, fmt)
+        if len(ids) >= context:
+            say(f"this message has {len(ids)} tokens, the model's context {context}: it is not asked")
+            history = []
+            continue
+        check_ids(ids, generator.policy.arch)
+        [sample] = ask(generator, ids, turn)
+        answer = sample.text(generator.tokenizer, generator.sampling.stop)
+        history.append({"role": "assistant", "content": answer})
+        turn += 1
+
+
+def read_line() -> str:
+    """The next line of rank 0's stdin on every rank, without spaces around it; empty at the end. Collective.
+
+    A thread reads it, so that meanwhile the ranks can meet before one gives up on the others.
+    """
+    lines = []
+    reader = threading.Thread(target=lambda: lines.append(sys.stdin.buffer.readline()), daemon=True)
+    if parallel.is_main():
+        print("> ", end="", file=sys.stderr, flush=True)
+        reader.start()
+    while not (line := parallel.on_main(lambda: reader.join(POLL_S) or lines)):
+        pass
+    return line[0].decode("utf-8", "replace").strip()
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
+    with parallel.start(flags.parallel):
+        main(flags)

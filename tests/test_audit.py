@@ -1,0 +1,303 @@
+"""The audit of log-probs: it passes what agrees, and names the token that does not.
+
+Under torchrun this file is its own worker: what the audit says of each case, on two processes, to a file.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from align import architecture, audit, engine, generate, huggingface, inference, model, parallel, rewards
+from align.generate import Generator, RolloutConfig, Sample
+from align.model import ModelConfig
+from align.packing import Batch, BatchConfig
+from align.parallel import ParallelConfig
+from align.prompts import Prompt
+from align.sampling import SamplingConfig
+from tests.conftest import torchrun
+from tests.generate_worker import Letters
+
+LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}
+NUM_PROMPTS, ANSWERS, NEW_TOKENS = 16, 2, 12
+FIRST_ROW = 100  # rows of the data are not numbered as they come
+SAMPLING = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.8)
+MEAN, MOST = audit.BOUND[torch.float32]
+
+Answers = list[tuple[int, int, Sample]]  # row, number of the answer, answer
+
+
+# ---- worker --------------------------------------------------------------------------------------
+
+
+def prompts() -> list[np.ndarray]:
+    """Random prompts of 3 to 20 tokens."""
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, 131, rng.integers(3, 21)).astype(np.int32) for _ in range(NUM_PROMPTS)]
+
+
+class Setting:
+    """A policy in a layout, and answers that it sampled."""
+
+    def __init__(self, directory: Path, flags: dict[str, int]):
+        layout, config = ParallelConfig(**flags), ModelConfig(model=str(directory), precision="fp32")
+        mpu.destroy_model_parallel()
+        parallel.make_grid(layout)
+        arch = architecture.read_config(directory)
+        policy = model.build_policy(arch, config, layout)
+        huggingface.load(policy, huggingface.open_source(directory, arch, layout.seed))
+        self.policy: DistributedDataParallel = model.distributed(policy)
+        self.generator = Generator(self.policy, RolloutConfig(), SAMPLING, config, layout, Letters())
+
+    def sample(self) -> Answers:
+        """Answers to all prompts, with the numbers of their rows. Collective."""
+        streams = [(0, i) for i in range(NUM_PROMPTS)]
+        found = self.generator.generate(prompts(), streams, ANSWERS)
+        return [
+            (FIRST_ROW + row, k, answer)
+            for row, answers in enumerate(found)
+            for k, answer in enumerate(answers)
+        ]
+
+    def batches(self, answers: Answers) -> list[Batch]:
+        """This rank's micro-batches of the answers, as train_rs.py makes them."""
+        ids = prompts()
+        rows = [[rewards.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
+        return engine.micro_batches(
+            self.policy, rows, BatchConfig(micro_batch_tokens=200), audit.values(answers)
+        )
+
+    def check(self, answers: Answers) -> dict[str, float] | str:
+        """What the audit finds, or its message."""
+        try:
+            return audit.check(self.policy, self.batches(answers))
+        except RuntimeError as error:
+            return str(error)
+
+    def rows_by_rank(self, answers: Answers) -> list[list[tuple[int, int]]]:
+        """For each rank (row, number) of the answers that are in its micro-batches. Collective."""
+        places = torch.cat([batch.extra["place"] for batch in self.batches(answers)])
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, sorted({(row, number) for row, number, _ in places.tolist()}))
+        return everyone
+
+
+def altered(answers: Answers, place: tuple[int, int], change: Callable[[np.ndarray], np.ndarray]) -> Answers:
+    """The answers, with other log-probs in one of them, that of (row, number)."""
+    return [
+        (
+            row,
+            k,
+            replace(sample, model_logprobs=change(sample.model_logprobs)) if (row, k) == place else sample,
+        )
+        for row, k, sample in answers
+    ]
+
+
+def everywhere(answers: Answers, change: Callable[[Sample], np.ndarray]) -> Answers:
+    """The answers with other log-probs in each."""
+    return [(row, k, replace(sample, model_logprobs=change(sample))) for row, k, sample in answers]
+
+
+def at(token: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Adds a value at one token."""
+
+    def change(logprobs: np.ndarray) -> np.ndarray:
+        logprobs = logprobs.copy()
+        logprobs[token] += value
+        return logprobs
+
+    return change
+
+
+@contextlib.contextmanager
+def other_weights(policy: DistributedDataParallel) -> Iterator[None]:
+    """Weights that are a little different, as after a small update."""
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1 + 1e-3 * torch.sin(1e4 * parameter))
+    yield
+    with torch.no_grad():
+        for parameter, kept in zip(policy.parameters(), before, strict=True):
+            parameter.copy_(kept)
+
+
+def shifted_prefill(right: Callable) -> Callable:
+    """A prefill that counts the positions of prompts from 1 instead of 0."""
+    rotation = inference.rotation
+
+    def prefill(self: inference.InferenceModel, given: list[Tensor]) -> list[inference.Prefix]:
+        with mock.patch.object(inference, "rotation", lambda places, *rest: rotation(places + 1, *rest)):
+            return right(self, given)
+
+    return prefill
+
+
+def wrong_samplers(setting: Setting) -> dict[str, dict[str, float] | str]:
+    """What the audit says of samplers with something wrong in them."""
+    shifted = shifted_prefill(inference.InferenceModel.prefill)
+    ahead = property(lambda request: request.length + len(request.ids))  # one too far
+    found = {}
+    with mock.patch.object(inference.InferenceModel, "prefill", shifted):
+        found["rotation off by one"] = setting.check(setting.sample())
+    with mock.patch.object(generate.Request, "position", ahead):
+        found["position off by one"] = setting.check(setting.sample())
+    answers = setting.sample()
+    with other_weights(setting.policy):
+        found["stale weights"] = setting.check(answers)
+        found["fresh weights"] = setting.check(setting.sample())
+    found["weights of before"] = setting.check(answers)
+    return found
+
+
+def wrong_values(setting: Setting, answers: Answers) -> dict[str, dict[str, float] | str]:
+    """What the audit says of wrong log-probs beside right answers."""
+    places = setting.rows_by_rank(answers)
+    found = {
+        "all by 1e-4": setting.check(everywhere(answers, lambda sample: sample.model_logprobs + 1e-4)),
+        "shifted": setting.check(everywhere(answers, lambda sample: np.roll(sample.model_logprobs, 1))),
+        "tempered": setting.check(everywhere(answers, lambda sample: sample.logprobs)),
+        "one by 5e-4": setting.check(altered(answers, places[0][3], at(4, 5e-4))),
+    }
+    for rank, mine in enumerate(places):
+        place = mine[3]
+        found[f"one by 0.01 {rank} {place}"] = setting.check(altered(answers, place, at(4, 0.01)))
+        found[f"one by -0.01 {rank} {place}"] = setting.check(altered(answers, place, at(0, -0.01)))
+        found[f"nan {rank} {place}"] = setting.check(altered(answers, place, at(6, float("nan"))))
+    return found
+
+
+def cases(models: Path) -> Iterator[tuple[str, dict | str]]:
+    """All cases, (name, what the audit says), the same on every rank but for what goes wrong."""
+    for name, flags in LAYOUTS.items():
+        setting = Setting(models / "llama", flags)
+        answers = [item for item in setting.sample() if len(item[2].ids) == NEW_TOKENS]
+        yield f"{name} right", setting.check(answers)
+        yield f"{name} one answer", setting.check(answers[:1])
+        for case, said in (wrong_values(setting, answers) | wrong_samplers(setting)).items():
+            yield f"{name} {case}", said
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def said(models, tmp_path_factory) -> dict[str, list[dict | str]]:
+    """What the audit says on each of two ranks, by case."""
+    output = tmp_path_factory.mktemp("audit")
+    torchrun(2, "tests/test_audit.py", models, output)
+    ranks = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert list(ranks[0]) == list(ranks[1])
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+
+
+def of(said: dict[str, list], pattern: str) -> dict[str, dict | str]:
+    """What is said in the cases whose whole name is like the pattern; all ranks say the same."""
+    found = {name: texts for name, texts in said.items() if re.fullmatch(pattern, name)}
+    assert found
+    for name, (first, second) in found.items():
+        assert first == second, name
+    return {name: first for name, (first, _) in found.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["right", "one answer", "fresh weights", "weights of before"])
+def test_what_agrees_passes(layout, case, said):
+    """Also with fewer answers than data parallel ranks, and after the weights have changed, and back."""
+    [found] = of(said, f"{layout} {case}").values()
+    assert set(found) == {"audit/logprob_error", "audit/logprob_error_max"}, found
+    assert 0 <= found["audit/logprob_error"] < MEAN / 10
+    assert found["audit/logprob_error"] <= found["audit/logprob_error_max"] < MOST / 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_token_within_the_bound_passes(layout, said):
+    [found] = of(said, f"{layout} one by 5e-4").values()
+    assert found["audit/logprob_error_max"] == pytest.approx(5e-4, rel=0.05)
+
+
+NAMED = re.compile(
+    r"audit: token (\d+) of answer (\d+) to row (\d+) was sampled with log-prob (\S+), "
+    r"training says (\S+)\. They differ by (\S+) \(bound 0\.001\), on average by (\S+) \(bound 5e-05\): "
+    r"the sampler and the trainer do not compute the same model"
+)
+
+
+def named(message: dict | str) -> tuple[tuple[int, int, int], tuple[float, ...]]:
+    """(row, answer, token) of a message, and its numbers: sampled, trained, largest and mean difference."""
+    assert isinstance(message, str), message
+    token, number, row, *values = NAMED.fullmatch(message).groups()
+    return (int(row), int(number), int(token)), tuple(map(float, values))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("size", "token"), [(0.01, 4), (-0.01, 0)])
+def test_one_wrong_token_is_named(layout, size, token, said):
+    """By its largest error alone, whichever rank has it: the mean stays within its bound."""
+    found = of(said, rf"{layout} one by {size} .*")
+    assert len(found) == 2
+    for name, message in found.items():
+        row, number = map(int, re.search(r"\((\d+), (\d+)\)", name).groups())
+        place, (sampled, trained, largest, mean) = named(message)
+        assert place == (row, number, token), name
+        assert sampled - trained == pytest.approx(size, abs=1e-4)
+        assert largest == pytest.approx(0.01, rel=0.01) and mean < MEAN
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_is_named(layout, said):
+    found = of(said, rf"{layout} nan .*")
+    assert len(found) == 2
+    for name, message in found.items():
+        row, number = map(int, re.search(r"\((\d+), (\d+)\)", name).groups())
+        place, (sampled, trained, *_) = named(message)
+        assert place == (row, number, 6), name
+        assert np.isnan(sampled) and np.isfinite(trained)
+
+
+def test_the_wrong_answers_are_on_different_ranks(said):
+    """Else the two tests before would say nothing about rank 1."""
+    places = [name.split(maxsplit=3)[3] for name in of(said, "dp2 nan .*")]
+    assert len(set(places)) == 2, places
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_small_error_at_every_token_is_caught(layout, said):
+    """By the mean alone."""
+    [message] = of(said, f"{layout} all by 1e-4").values()
+    (row, number, token), (_, _, largest, mean) = named(message)
+    assert FIRST_ROW <= row < FIRST_ROW + NUM_PROMPTS and number < ANSWERS and token < NEW_TOKENS
+    assert mean == pytest.approx(1e-4, rel=0.1) and largest < MOST
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case", ["stale weights", "shifted", "tempered", "rotation off by one", "position off by one"]
+)
+def test_a_wrong_sampler_is_caught(layout, case, said):
+    """Weights that changed since, log-probs of the token before, of another temperature, positions."""
+    [message] = of(said, f"{layout} {case}").values()
+    (row, number, token), (sampled, trained, largest, mean) = named(message)
+    assert FIRST_ROW <= row < FIRST_ROW + NUM_PROMPTS and number < ANSWERS and token < NEW_TOKENS
+    assert largest > MOST and mean > MEAN
+    assert abs(sampled - trained) == pytest.approx(largest, rel=0.1)
+
+
+if __name__ == "__main__":
+    given, written = map(Path, sys.argv[1:])
+    with parallel.start(ParallelConfig()):
+        results = dict(cases(given))
+        (written / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -269,20 +269,19 @@ def main(config: Config) -> None:
         for name in ("loss", "grad_norm") if updates else ():
             metrics[f"train_optim/{name}"] = float(np.mean([update[name] for update in updates]))
         metrics |= {"train_optim/lr": lr, "train_optim/updates": len(updates)}
-        metrics |= {"timers/rollout_time": clock.total("generate", "score")}
-        metrics |= {"timers/train_time": clock.total("audit", "train")}
+        times = {"timers/rollout_time": clock.total("generate", "score")}
+        times["timers/train_time"] = clock.total("audit", "train")
 
         # evaluate
         reason = stop.reason()
         if rows["val"] and config.validates(done, total_steps):
-            before = clock.total("generate", "score")
             metrics |= validate(done)
-            metrics["timers/validation_time"] = clock.total("generate", "score") - before
+            times["timers/validation_time"] = clock.total("generate", "score") - times["timers/rollout_time"]
 
         # log, then save: what a checkpoint continues has been logged
         latest |= metrics
         checkpoint.check_monitor(config.checkpoint, latest)
-        run.log(done, {**metrics, **clock.shares()})
+        run.log(done, {**metrics, **times, **clock.shares()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
             checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
             clock.lap("save")  # counted in the next step's line

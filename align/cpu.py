@@ -28,6 +28,7 @@ MODULES = (
     "models.gpt",
     "optimizer",
     "pipeline_parallel",
+    "resharding.refit",
     "tensor_parallel.random",
     "transformer",
 )

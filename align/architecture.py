@@ -87,6 +87,8 @@ def read_config(directory: Path) -> Architecture:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if "flags" in raw and "model_type" not in raw:  # metrics.Run wrote it
+        raise ValueError(f"--model {directory} is the directory of a run: its model is {directory}/hf")
     check_fields(raw, path)
     hf = AutoConfig.from_pretrained(directory, local_files_only=True)
     family = hf.model_type

@@ -27,6 +27,7 @@ from align.model import ModelConfig, Policy
 from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
 
+READ_AHEAD = 4  # one part in so many of the slots is the least that is read at once, while prompts are left
 PREFILL_TOKENS = 4096  # most tokens of prompts that are read in one pass, unless one alone has more
 
 OnToken = Callable[[int, int, int], None]  # number of the prompt, of the answer to it, token
@@ -231,8 +232,9 @@ class ContinuousBatch:
             done |= {(r.prompt, r.number): r.sample() for r in self.live if r.finish}
             free += range(len(self.live), self.slots)
             while len(self.waiting) < len(free):
-                wanted = math.ceil((len(free) - len(self.waiting)) / samples_per_prompt)
-                numbers = queue.take(wanted)
+                # A few more than are needed now: to read prompts one by one takes twice the time.
+                wanted = max(len(free) - len(self.waiting), self.slots // READ_AHEAD)
+                numbers = queue.take(math.ceil(wanted / samples_per_prompt))
                 if not numbers:
                     break
                 self.read(numbers, prompts, streams, samples_per_prompt)

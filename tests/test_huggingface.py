@@ -374,3 +374,9 @@ def test_reading_needs_less_than_twice_a_ranks_own_shard(tmp_path):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["shard"] > 80e6
         assert found["shard"] < found["peak"] < 2 * found["shard"], found
+
+
+def test_directory_of_a_run_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"flags": {"model": "tiny"}, "versions": {}}')
+    with pytest.raises(ValueError, match="is the directory of a run: its model is .*/hf"):
+        architecture.read_config(tmp_path)

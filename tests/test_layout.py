@@ -7,7 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
-    {"losses", "packing", "data", "architecture", "tokenizer", "toy", "cpu", "matmul", "plots", "sampling"},
+    {
+        "losses",
+        "packing",
+        "data",
+        "architecture",
+        "tokenizer",
+        "toy",
+        "gsm8k",
+        "cpu",
+        "matmul",
+        "plots",
+        "sampling",
+    },
     {"preferences", "prompts"},
     {"parallel"},
     {"layers", "logprobs", "attention", "model", "engine", "optim", "offload", "checkpoint", "metrics"},

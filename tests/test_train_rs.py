@@ -164,7 +164,7 @@ def commands(folder: Path) -> dict[str, list[object]]:
     two = ("--keep-top", 2, "--global-batch-size", 4, "--lr", 1e-3)
     made = {
         "function": [*steps, *short, *train, "--val-data", folder / "val.jsonl", *by_function, *keep, *two],
-        "model": [*steps, *short, *keep, "--val-batches", 1, "--tp", 2]
+        "model": [*steps, "--max-new-tokens", 1, *keep, "--val-batches", 1, "--tp", 2]
         + ["--reward-model", save_reward_model(folder / "judge")],
         "toy": [*steps, *short, "--val-batches", 1],
     }
@@ -193,7 +193,7 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 STATISTICS = {"rewards", "response_lengths", "prompt_lengths", "ended"}
-SELECTION = {"selected", "dropped_unended", "dropped_duplicates", "rewards_selected"}
+SELECTION = {"selected", "dropped_low", "dropped_unended", "dropped_duplicates", "rewards_selected"}
 
 
 def without_times(row: dict[str, float]) -> set[str]:
@@ -279,26 +279,47 @@ def test_too_long_prompts_are_dropped_and_counted(folder):
     assert "longest" in said and "val data: 3 prompts, " in said
 
 
-def test_a_step_that_selects_nothing_goes_on(folder):
+@pytest.fixture(scope="module")
+def idle(folder) -> Path:
+    """OUTPUT of runs in whose first steps nothing, or almost nothing, is selected."""
+    flags = ["train_rs.py", "--model", folder / "function" / "hf", "--train-data", folder / "train.jsonl"]
+    flags += ["--reward-fn", "tests.test_train_rs:zero", "--max-prompt-len", 64, "--max-new-tokens", 1]
+    flags += ["--prompts-per-step", 4, "--samples-per-prompt", 4, "--output"]
+    keep = ["--unended", "keep", "--max-steps", 2, "--min-reward"]
+    runs = [[*flags, folder / "nothing", "--max-steps", steps] for steps in (1, 2)]
+    runs += [[*flags, folder / "low", *keep, 1e-9], [*flags, folder / "enough", *keep, 0]]
+    lines = [[str(word) for word in command] for command in runs]
+    torchrun(1, "tests/resume_worker.py", json.dumps(lines))
+    return folder
+
+
+def same_weights(folder: Path, names: tuple[str, str]) -> bool:
+    first, second = (load_file(folder / name / "hf" / "model.safetensors") for name in names)
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_step_that_selects_nothing_goes_on(idle):
     """No answer of one token ends: nothing is trained on, and the result is the model it started from.
 
     A checkpoint can be saved, and continued from, before there has been an update.
     """
-    flags = ["train_rs.py", "--model", folder / "function" / "hf", "--train-data", folder / "train.jsonl"]
-    flags += ["--reward-fn", "tests.test_train_rs:zero", "--output", folder / "nothing"]
-    flags += ["--prompts-per-step", 4, "--samples-per-prompt", 4, "--max-new-tokens", 1]
-    flags += ["--max-prompt-len", 64]
-    runs = [[*map(str, flags), "--max-steps", steps] for steps in ("1", "2")]
-    torchrun(1, "tests/resume_worker.py", json.dumps(runs))
-    assert "continuing after step 1" in (folder / "nothing" / "log.txt").read_text()
-    for row in metrics(folder, "nothing"):
+    assert "continuing after step 1" in (idle / "nothing" / "log.txt").read_text()
+    for row in read_jsonl(idle / "nothing" / "metrics.jsonl"):
         assert row["train_rollouts/selected"] == row["train_optim/updates"] == 0
         assert row["train_rollouts/dropped_unended"] == 16 and row["train_rollouts/ended"] == 0
         assert row["train_rollouts/response_lengths"] == 1
         assert not {"train_optim/loss", "train_optim/grad_norm", "train_rollouts/rewards_selected"} & set(row)
-    start, end = (load_file(folder / name / "hf" / "model.safetensors") for name in ("function", "nothing"))
-    assert start.keys() == end.keys()
-    assert all(torch.equal(start[name], end[name]) for name in start)
+    assert same_weights(idle, ("function", "nothing"))
+
+
+def test_answers_below_the_least_reward_are_left_out(idle):
+    """All rewards are 0; --min-reward 0 keeps them, 1e-9 does not."""
+    for row in metrics(idle, "low"):
+        assert row["train_rollouts/selected"] == 0 and row["train_rollouts/dropped_low"] == 4
+    for row in metrics(idle, "enough"):
+        assert row["train_rollouts/selected"] == 4 and row["train_rollouts/dropped_low"] == 0
+    assert same_weights(idle, ("function", "low")) and not same_weights(idle, ("function", "enough"))
 
 
 @pytest.mark.parametrize("name", ["model", "toy"])
@@ -322,9 +343,9 @@ def test_the_reward_model_judges_the_toy_task_too(folder):
     text = transformers.AutoTokenizer.from_pretrained(TINY)
     compared = 0
     for row in read_jsonl(folder / "model" / "samples.jsonl"):
+        if "\ufffd" in row["response"] or not row["response"]:
+            continue  # part of a character, or a stop token, which the text leaves out
         ids = text(row["prompt"] + row["response"], add_special_tokens=False).input_ids
-        if "\ufffd" in row["response"] or len(ids) != len(text(row["prompt"]).input_ids) + NEW_TOKENS:
-            continue  # bytes that are no text, or a stop token that the text leaves out
         with torch.no_grad():
             score = judge(torch.tensor([ids])).logits.item()
         assert row["reward"] == pytest.approx(score, abs=1e-4), row

@@ -148,7 +148,9 @@ def main(config: Config) -> None:
     files, reward_fn = {"train": config.train_data, "val": config.val_data}, config.reward.reward_fn
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
-        files, reward_fn = dict(zip(files, toy_files, strict=True)), reward_fn or "align.toy:reward"
+        files = dict(zip(files, toy_files, strict=True))
+        if not config.reward.reward_model:
+            reward_fn = reward_fn or "align.toy:reward"
     text = tokenizer.load(config.model.path)
     rows: dict[str, list[Prompt]] = {"train": [], "val": []}
     for name in [name for name in files if files[name]]:
@@ -165,7 +167,7 @@ def main(config: Config) -> None:
     rows_of_step = partial(packing.global_batch, len(rows["train"]), of_rollout, config.parallel.seed)
 
     # ---- model -----------------------------------------------------------------------------------
-    if config.reward.reward_model and not reward_fn:
+    if config.reward.reward_model:
         reward = rewards.RewardModel(
             config.reward.reward_model, config.model, config.parallel, config.batch, text
         )

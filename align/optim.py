@@ -77,6 +77,9 @@ def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimi
         if isinstance(adam.optimizer, torch.optim.AdamW):  # without Transformer Engine's
             for group in adam.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
+                for weight in group["params"]:  # as its first step would: a save may come before
+                    moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                    adam.optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **moments}
     return optimizer
 
 

@@ -598,12 +598,12 @@ def test_copies_that_take_at_the_same_time(monkeypatch):
             mine += numbers
         taken.append(mine)
 
-    threads = [threading.Thread(target=work, args=(q,)) for q in queues(2000, 4, monkeypatch)]
+    threads = [threading.Thread(target=work, args=(q,)) for q in queues(8000, 4, monkeypatch)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(itertools.chain(*taken)) == list(range(2000))
+    assert sorted(itertools.chain(*taken)) == list(range(8000))
 
 
 # ---- refusals ------------------------------------------------------------------------------------

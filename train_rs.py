@@ -10,6 +10,7 @@ align/prompts.py has the formats. OUTPUT/hf is the result. Without arguments the
 toy task.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -182,6 +183,8 @@ def main(config: Config) -> None:
     )
     run.say(generator.describe())
 
+    least = -math.inf if config.min_reward is None else config.min_reward
+
     # ---- rollouts --------------------------------------------------------------------------------
     def rollout(name: str, numbers: Sequence[int], stream: tuple[int, ...], answers: int) -> Rollout:
         """Sample answers to some prompts of a data set and score them; `stream`: of their random numbers."""
@@ -242,10 +245,10 @@ def main(config: Config) -> None:
         for i, (row, samples) in enumerate(zip(found.rows, found.samples, strict=True)):
             filters = config.keep_top, config.unended, config.duplicates
             best, dropped_unended, dropped_duplicates = select(samples, found.rewards[i], *filters)
-            good = [k for k in best if config.min_reward is None or found.rewards[i, k] >= config.min_reward]
+            good = [k for k in best if found.rewards[i, k] >= least]
             selected += [(row, k, samples[k], float(found.rewards[i, k])) for k in good]
             unended, duplicates = unended + dropped_unended, duplicates + dropped_duplicates
-            low += len(best) - len(good)
+            low += int((found.rewards[i] < least).sum())
         statistics = found.statistics() | {"selected": len(selected), "dropped_low": low}
         statistics |= {"dropped_unended": unended, "dropped_duplicates": duplicates}
         if selected:

@@ -190,3 +190,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int 
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[0].transpose(0, 1).to(dtype)
+
+
+def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """One query of each sequence against all that is kept of it: [B, groups, queries, d].
+
+    Args:
+        query: [B, groups, queries of a group, d].
+        keys, values: [B, groups, n, d].
+        mask: [B, 1, 1, n] of 0 and minus infinity.
+    """
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    # On a CPU the products by themselves are faster than that kernel, which takes each sequence apart.
+    scores = torch.matmul(query * scale, keys.transpose(2, 3)).add_(mask)
+    return torch.matmul(scores.softmax(-1), values)

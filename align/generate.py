@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.resharding.refit import swap_model_weights
+from megatron.core.resharding.refit import CopyService, NCCLCopyService, swap_model_weights
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ class RolloutConfig:
     """same: sample in the training layout; reshard: from copies of the weights, remade after each update, of
     which each --rollout-tp ranks hold one and decode prompts of their own (default where tp or pp > 1)"""
     rollout_tp: int = 1
-    """reshard: tensor parallel size of the copy"""
+    """reshard: tensor parallel size of the copy; with 1 every rank holds a whole model while it samples"""
     rollout_slots: int = 64
     """sequences that one copy of the model decodes at the same time; their keys and values take memory"""
 
@@ -127,6 +127,7 @@ class Generator:
             check_rollout_tp(config.rollout_tp, self.policy)
             self.copy = model.in_layout(self.policy, model_config, rollout_groups(config.rollout_tp))
             release(self.copy)
+            self.copy_service = copy_service()
             tp = config.rollout_tp
             self.replica, self.replicas = dist.get_rank() // tp, dist.get_world_size() // tp
             self.group = self.copy.pg_collection.tp
@@ -167,7 +168,7 @@ class Generator:
             check_prompt(prompt, context)
         if self.copy is not None:
             restore(self.copy)
-            swap_model_weights([self.policy], [self.copy], "nccl" if torch.cuda.is_available() else "gloo")
+            swap_model_weights([self.policy], [self.copy], self.copy_service)
         slots = min(self.config.rollout_slots, len(prompts) * samples_per_prompt)
         engine = InferenceModel(self.copy or self.policy, slots)
         queue = Queue(len(prompts), self)
@@ -394,6 +395,16 @@ def rollout_groups(tp: int) -> ProcessGroupCollection:
     for name in ("pp", "cp", "embd", "pos_embd", "ep", "expt_tp", "tp_ep"):
         setattr(groups, name, alone)
     return groups
+
+
+def copy_service() -> CopyService | str:
+    """What carries the weights from one layout to the other."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    service = NCCLCopyService()
+    # Its own stream would not wait for the parts that Megatron cuts out of the weights on the current one.
+    service._copy_stream = torch.cuda.current_stream()
+    return service
 
 
 def release(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from align.attention import attend
+from align.attention import attend, attend_to_cache
 from align.huggingface import named_parameters
 from align.layers import rms_norm, rotation, turn
 from align.matmul import linear, pack
@@ -119,9 +119,7 @@ class InferenceModel:
         else:
             ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
             logits = self.logits(hidden[ends]).unbind(0)
-        k, v = (
-            zip(*(x.transpose(0, 1).split(lengths, 1) for x in kept), strict=True) for kept in (keys, values)
-        )
+        k, v = (zip(*(own_parts(x, lengths) for x in kept), strict=True) for kept in (keys, values))
         return [Prefix(*parts) for parts in zip(k, v, logits, strict=True)]
 
     def decode(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
@@ -148,8 +146,7 @@ class InferenceModel:
             keys, values = self.keys[number][:count], self.values[number][:count]
             keys[rows, :, positions] = k
             values[rows, :, positions] = v
-            scores = torch.matmul(q * self.scale, keys.transpose(2, 3)).add_(mask)  # [B, groups, queries, n]
-            return torch.matmul(scores.softmax(-1), values).flatten(1)
+            return attend_to_cache(q, keys, values, mask, self.scale).flatten(1)
 
         hidden = self.stages.receive(count, self) if self.stages.before else self.embed(tokens)
         hidden = self.run_layers(hidden, positions, attention)
@@ -242,6 +239,14 @@ class InferenceModel:
         if self.tp.size() > 1:
             dist.all_reduce(x, group=self.tp)
         return x
+
+
+def own_parts(x: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Keys or values [T, groups, d] of several prompts -> [groups, n, d] of each, in memory of its own.
+
+    A view would keep all that was computed for the prompts of its pass for as long as one of them waits.
+    """
+    return [part.transpose(0, 1).clone(memory_format=torch.contiguous_format) for part in x.split(lengths)]
 
 
 class Stages:

@@ -154,7 +154,7 @@ class Run:
         if not sys.stdout.isatty():
             print(line, flush=True)
             return
-        if any(name.startswith("val/") for name in metrics):
+        if any(name.startswith(("val/", "val_")) for name in metrics):
             print(f"\r\x1b[K{line}", flush=True)
         done = min(1.0, step / max(1, self.total_steps))
         blocks = ("█" * round(BAR_WIDTH * done)).ljust(BAR_WIDTH, "░")

@@ -71,7 +71,20 @@ class RewardModel:
         self.weights = offload.park(self.scorer)
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-        """Rewards [prompts, answers]: the model's value at the last token of each answer. Collective."""
+        """Rewards [prompts, answers]: the model's value at the last token of each answer. Collective.
+
+        Raises ValueError for an answer beyond the model's context, FloatingPointError for NaN and infinity.
+        """
+        longest = max(
+            len(prompt.ids) + len(sample.ids)
+            for prompt, answers in zip(prompts, samples, strict=True)
+            for sample in answers
+        )
+        if longest > (context := self.scorer.arch.max_positions):
+            raise ValueError(
+                f"--reward-model has a context of {context} tokens, prompt and answer have {longest}: lower "
+                "--max-prompt-len or --max-new-tokens"
+            )
         rows, numbers = [], []  # each row some answers to one prompt, whose places they share
         for i, (prompt, answers) in enumerate(zip(prompts, samples, strict=True)):
             examples = [as_scored(answer(prompt, sample)) for sample in answers]
@@ -91,7 +104,10 @@ class RewardModel:
             for batch, part in zip(batches, found, strict=True)
             for number, score in zip(batch.extra["number"].tolist(), part.tolist(), strict=True)
         ]
-        return table(parallel.gather_over_dp(mine), samples)
+        rewards = table(parallel.gather_over_dp(mine), samples)
+        if not np.isfinite(rewards).all():
+            raise FloatingPointError("--reward-model gave a score that is NaN or infinite")
+        return rewards
 
 
 class RewardFunction:

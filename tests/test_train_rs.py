@@ -316,7 +316,7 @@ def test_a_step_that_selects_nothing_goes_on(idle):
 def test_answers_below_the_least_reward_are_left_out(idle):
     """All rewards are 0; --min-reward 0 keeps them, 1e-9 does not."""
     for row in metrics(idle, "low"):
-        assert row["train_rollouts/selected"] == 0 and row["train_rollouts/dropped_low"] == 4
+        assert row["train_rollouts/selected"] == 0 and row["train_rollouts/dropped_low"] == 16
     for row in metrics(idle, "enough"):
         assert row["train_rollouts/selected"] == 4 and row["train_rollouts/dropped_low"] == 0
     assert same_weights(idle, ("function", "low")) and not same_weights(idle, ("function", "enough"))

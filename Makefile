@@ -2,9 +2,9 @@
 PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check smollm2 bench bench-pairs loc
+.PHONY: demo test check smollm2 bench bench-pairs bench-generate loc
 
-demo: .venv/ready  ## SFT, reward model and DPO of the built-in tiny model on two processes: losses, samples, scores
+demo: .venv/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(PYTHON) demo.py
 
 test: .venv/ready  ## all tests, on the CPU
@@ -26,6 +26,11 @@ bench-pairs: .venv/bench smollm2  ## DPO and reward model against TRL: make benc
 	@test -n "$(DATA)" || (echo "make bench-pairs DATA=pairs.jsonl: rows of prompt, chosen, rejected; see README" && exit 2)
 	$(PYTHON) bench/dpo.py --data $(DATA)
 	$(PYTHON) bench/rm.py --data $(DATA)
+
+bench-generate: .venv/ready smollm2  ## sampling against transformers: make bench-generate DATA=prompts.jsonl
+	@test -n "$(DATA)" || (echo "make bench-generate DATA=prompts.jsonl: 64 rows of prompts or more; see README" && exit 2)
+	$(PYTHON) bench/generate.py --data $(DATA) --dtype fp32
+	$(PYTHON) bench/generate.py --data $(DATA) --dtype bf16
 
 loc:  ## lines of code, by file
 	python3 tools/loc.py

@@ -47,7 +47,7 @@ from align.metrics import Clock, Run, RunConfig
 from align.optim import OptimConfig
 from align.packing import Batch
 from align.prompts import Prompt, PromptFormat
-from align.rewards import RewardConfig
+from align.rewards import RewardConfig, Rollout
 from align.sampling import SamplingConfig
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
@@ -96,26 +96,6 @@ class Config(CommonConfig):
         return self.prompts_per_step
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """Answers to some prompts, and what they are worth."""
-
-    rows: Sequence[int]  # of the data set
-    prompts: list[Prompt]
-    samples: list[list[Sample]]  # [prompts][answers]
-    rewards: np.ndarray  # [prompts, answers]
-
-    def statistics(self) -> dict[str, float]:
-        """Means over all answers, whatever is kept of them."""
-        answers = [sample for samples in self.samples for sample in samples]
-        return {
-            "rewards": float(self.rewards.mean()),
-            "response_lengths": float(np.mean([len(sample.ids) for sample in answers])),
-            "prompt_lengths": float(np.mean([len(prompt.ids) for prompt in self.prompts])),
-            "ended": float(np.mean([sample.finish == "stop" for sample in answers])),
-        }
-
-
 def select(
     samples: list[Sample], values: np.ndarray, keep_top: int, unended: str, duplicates: str
 ) -> tuple[list[int], int, int]:
@@ -146,12 +126,12 @@ def main(config: Config) -> None:
     run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
-    files, reward_fn = {"train": config.train_data, "val": config.val_data}, config.reward.reward_fn
+    files, reward = {"train": config.train_data, "val": config.val_data}, config.reward
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
-        if not config.reward.reward_model:
-            reward_fn = reward_fn or "align.toy:reward"
+        if not (reward.reward_model or reward.reward_fn):
+            reward = replace(reward, reward_fn="align.toy:reward")
     text = tokenizer.load(config.model.path)
     rows: dict[str, list[Prompt]] = {"train": [], "val": []}
     for name in [name for name in files if files[name]]:
@@ -168,12 +148,7 @@ def main(config: Config) -> None:
     rows_of_step = partial(packing.global_batch, len(rows["train"]), of_rollout, config.parallel.seed)
 
     # ---- model -----------------------------------------------------------------------------------
-    if config.reward.reward_model:
-        reward = rewards.RewardModel(
-            config.reward.reward_model, config.model, config.parallel, config.batch, text
-        )
-    else:
-        reward = rewards.RewardFunction(reward_fn, text, config.sampling.stop)
+    judges = rewards.judges(reward, config.model, config.parallel, config.batch, text, config.sampling.stop)
     policy = model.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = model.distributed(policy)
@@ -192,36 +167,19 @@ def main(config: Config) -> None:
         streams = [(*stream, number) for number in numbers]
         samples = generator.generate([prompt.ids for prompt in chosen], streams, answers)
         clock.lap("generate")
-        scored = Rollout(numbers, chosen, samples, reward(chosen, samples))
+        scored = Rollout(numbers, chosen, samples, sum(judge(chosen, samples) for judge in judges))
         clock.lap("score")
         return scored
-
-    def table(name: str, found: Rollout, most: int) -> list[dict]:
-        """The first prompts of a rollout, their first answers and what those are worth."""
-        return [
-            {
-                "table": name,
-                "prompt": text.decode(found.prompts[i].ids.tolist()),
-                "response": found.samples[i][0].text(text, config.sampling.stop),
-                "reward": float(found.rewards[i, 0]),
-            }
-            for i in range(min(most, len(found.rows)))
-        ]
 
     def validate(step: int) -> dict[str, float]:
         """Rewards of one answer to each validation prompt, each time with the same random numbers."""
         found = rollout("val", range(len(rows["val"])), (VAL,), 1)
-        run.samples(step, table("val_rollouts", found, 4))
+        run.samples(step, found.table("val_rollouts", 4, text, config.sampling.stop))
         return {f"val_rollouts/{name}": value for name, value in found.statistics().items()}
 
     # ---- loss ------------------------------------------------------------------------------------
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.sft_loss(logprobs, batch.mask), {}
-
-    def micro_batches(answers: list[tuple[int, int, Sample]]) -> list[Batch]:
-        """This rank's share of some answers (row, number, answer), packed, with what the audit needs."""
-        examples = [[rewards.answer(rows["train"][row], sample)] for row, _, sample in answers]
-        return engine.micro_batches(policy, examples, config.batch, audit.values(answers))
 
     # ---- resume ----------------------------------------------------------------------------------
     clock = Clock()
@@ -253,21 +211,24 @@ def main(config: Config) -> None:
         statistics |= {"dropped_unended": unended, "dropped_duplicates": duplicates}
         if selected:
             statistics["rewards_selected"] = float(np.mean([value for *_, value in selected]))
-        run.samples(done, table("train_rollouts", found, 1))
+        run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
         metrics = {f"train_rollouts/{name}": value for name, value in statistics.items()}
 
         # update
         lr = optim.learning_rate(config.optim, step, total_steps)
         updates = []
         for first in range(0, len(selected), config.batch.global_batch_size):
-            answers = [item[:3] for item in selected[first : first + config.batch.global_batch_size]]
-            batches = micro_batches(answers)
-            tokens = sum(len(sample.ids) for _, _, sample in answers)
+            chosen = selected[first : first + config.batch.global_batch_size]
+            examples = [[rewards.answer(rows["train"][row], sample)] for row, _, sample, _ in chosen]
+            tokens = sum(len(sample.ids) for _, _, sample, _ in chosen)
             if first == 0:
-                with engine.during(f"step {done}"):
-                    metrics |= audit.check(policy, batches)
+                trained = engine.per_example(policy, examples, config.batch)
+                places = [(row, number) for row, number, _, _ in chosen]
+                sampled = [sample.model_logprobs for _, _, sample, _ in chosen]
+                metrics |= audit.compare(places, sampled, trained, config.model.dtype)
                 clock.lap("audit")
             with engine.during(f"step {done}"):
+                batches = engine.micro_batches(policy, examples, config.batch)
                 update = engine.forward_backward(policy, batches, loss_fn, tokens)
                 updates.append(update | {"grad_norm": optim.step(optimizer, lr)})
             clock.lap("train")

@@ -1,18 +1,22 @@
 """Checkpoints that continue a run bit for bit, in any parallel layout.
 
     OUTPUT/checkpoints/step_00000100/     weights, main weights, Adam, random states, in Megatron's format
+        critic/                           the same of another model in training, if there is one
         state.json                        step, layout, metrics: for people, and for choosing what to keep
 
 A checkpoint appears by one rename, so what has its name is complete. The model for others is OUTPUT/hf.
 """
 
+import contextlib
 import json
 import os
 import queue
 import random
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -66,12 +70,22 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 
 
 def resume(
-    config: CheckpointConfig, output: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer
+    config: CheckpointConfig,
+    output: Path,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
 ) -> tuple[int, dict[str, float]]:
     """Continue from the newest checkpoint of a run directory, or start at step 0. Collective.
 
+    Args:
+        others: more models in training, by the names of their folders in the checkpoint.
+
     Returns:
         The number of finished steps, and the metrics known then.
+
+    Raises:
+        ValueError: the checkpoint does not hold one of the others.
     """
     if not config.resume and parallel.is_main():
         for path in complete(output / "checkpoints"):
@@ -79,7 +93,13 @@ def resume(
     path = parallel.on_main(lambda: newest(output / "checkpoints"))
     if path is None:
         return 0, {}
-    return load(path, model, optimizer), json.loads((path / "state.json").read_text())["metrics"]
+    state = json.loads((path / "state.json").read_text())
+    same_layout = state["layout"] == parallel.layout_sizes()
+    for name, other in others.items():
+        if not (path / name).is_dir():
+            raise ValueError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
+        load(path / name, *other, same_layout)
+    return load(path, model, optimizer, same_layout), state["metrics"]
 
 
 def complete(directory: Path) -> list[Path]:
@@ -105,8 +125,17 @@ def save(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     metrics: dict[str, float],
-) -> Path:
-    """Write OUTPUT/checkpoints/step_XXXXXXXX and delete what --save-top-k does not keep. Collective.
+) -> None:
+    """A checkpoint of one model, see `saving`. Collective."""
+    with saving(config, output, step, metrics) as path:
+        write(path, step, model, optimizer)
+
+
+@contextlib.contextmanager
+def saving(config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float]) -> Iterator[Path]:
+    """Make OUTPUT/checkpoints/step_XXXXXXXX and delete what --save-top-k does not keep. Collective.
+
+    The block `write`s the models into the directory that it is given, or into folders of it.
 
     Args:
         metrics: the newest value of each metric, for ranking checkpoints.
@@ -116,7 +145,20 @@ def save(
     if parallel.is_main():
         for leftover in path.parent.glob("step_*.tmp"):
             shutil.rmtree(leftover)
-        unfinished.mkdir(parents=True)
+    yield unfinished
+    if parallel.is_main():
+        state = {"step": step, "layout": parallel.layout_sizes(), "metrics": metrics}
+        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(unfinished, path)
+        prune(path.parent, config)
+    dist.barrier()
+
+
+def write(path: Path, step: int, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    """Write a model in training, and the random states, into a directory. Collective."""
+    if parallel.is_main():
+        path.mkdir(parents=True)
     parallel.free_memory()  # saving takes copies of everything
     dist.barrier()
     # Megatron would start a process to hold this queue, which imports the whole script again; saving in the
@@ -124,27 +166,21 @@ def save(
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(
         {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step},
-        str(unfinished),
+        str(path),
         sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
     )
-    if parallel.is_main():
-        state = {"step": step, "layout": parallel.layout_sizes(), "metrics": metrics}
-        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(unfinished, path)
-        prune(path.parent, config)
     parallel.free_memory()
-    dist.barrier()
-    return path
 
 
-def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> int:
-    """Fill model and optimizer from a checkpoint of any layout and return its step. Collective.
+def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> int:
+    """Fill model and optimizer with what `write` wrote in any layout and return its step. Collective.
+
+    Args:
+        same_layout: it was this one; random states of another have no meaning here.
 
     Raises:
         an error of Megatron's that names what is missing, if the checkpoint does not hold all that is needed.
     """
-    same_layout = json.loads((path / "state.json").read_text())["layout"] == parallel.layout_sizes()
     for adam in optim.adams(optimizer):
         if (
             not adam.optimizer.state

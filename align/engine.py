@@ -62,6 +62,25 @@ def micro_batches(
     return batches
 
 
+def answer_rows(
+    model: DistributedDataParallel, prompts: Sequence[Sequence[Example]], config: BatchConfig
+) -> list[list[Example]]:
+    """The answers to each prompt as rows, in their order: as many in a row as one micro-batch takes."""
+    shares, rows = not unwrap_model(model).te, []
+    for answers in prompts:
+        room = 0
+        for example in answers:
+            own = example.num_inputs
+            if room and shares:  # what it adds to the row, whose first example holds the prompt
+                own -= packing.shared_places([rows[-1][0], example])[1]
+            if own > room:
+                rows.append([])
+                own, room = example.num_inputs, config.micro_batch_tokens
+            rows[-1].append(example)
+            room -= own
+    return rows
+
+
 def forward_backward(
     model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float
 ) -> dict[str, float]:
@@ -109,6 +128,28 @@ def outputs(
     found = schedule(model, batches, finish, forward_only=True)
     model.train()
     return parallel.list_from_last_stage(found)
+
+
+def per_example(
+    model: DistributedDataParallel, rows: Sequence[Sequence[Example]], config: BatchConfig
+) -> list[np.ndarray]:
+    """What the last stage makes of each example's trained targets, [trained, ...], on every rank. Collective.
+
+    The examples follow one another as in the rows. Of rows that are then trained on, in micro-batches of the
+    same rows, the numbers have the same bits as in training.
+    """
+    ends = np.cumsum([0, *map(len, rows)])
+    values = {
+        "number": [np.arange(*span) for span in zip(ends, ends[1:], strict=False)],
+        "trained": [np.array([example.trained.sum() for example in row]) for row in rows],
+    }
+    batches, mine = micro_batches(model, rows, config, values), {}
+    found = outputs(model, batches, lambda batch, output: output[batch.mask.bool()])
+    for batch, made in zip(batches, found, strict=True):
+        parts = made.cpu().split(batch.extra["trained"].tolist())
+        mine |= dict(zip(batch.extra["number"].tolist(), (part.numpy() for part in parts), strict=True))
+    everyone = {number: part for rank in parallel.gather_over_dp(mine) for number, part in rank.items()}
+    return [everyone[number] for number in range(ends[-1])]
 
 
 def run(

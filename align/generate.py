@@ -21,7 +21,7 @@ from megatron.core.resharding.refit import CopyService, NCCLCopyService, swap_mo
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from align import model, packing, parallel, sampling
+from align import model, offload, packing, parallel, sampling
 from align.inference import InferenceModel, Prefix
 from align.model import ModelConfig, Policy
 from align.parallel import ParallelConfig
@@ -126,7 +126,7 @@ class Generator:
         if config.reshards(parallel_config):
             check_rollout_tp(config.rollout_tp, self.policy)
             self.copy = model.in_layout(self.policy, model_config, rollout_groups(config.rollout_tp))
-            release(self.copy)
+            self.freed = offload.release(self.copy.parameters())
             self.copy_service = copy_service()
             tp = config.rollout_tp
             self.replica, self.replicas = dist.get_rank() // tp, dist.get_world_size() // tp
@@ -167,7 +167,7 @@ class Generator:
         for prompt in prompts:
             check_prompt(prompt, context)
         if self.copy is not None:
-            restore(self.copy)
+            offload.restore(self.freed)
             swap_model_weights([self.policy], [self.copy], self.copy_service)
         slots = min(self.config.rollout_slots, len(prompts) * samples_per_prompt)
         engine = InferenceModel(self.copy or self.policy, slots)
@@ -176,7 +176,8 @@ class Generator:
         mine = batch.run(queue, prompts, streams, samples_per_prompt)
         del engine, batch
         if self.copy is not None:
-            release(self.copy)
+            self.freed = offload.release(self.copy.parameters())
+            parallel.free_memory()
         return gather(mine if self.leads else {}, len(prompts), samples_per_prompt)
 
 
@@ -405,16 +406,3 @@ def copy_service() -> CopyService | str:
     # Its own stream would not wait for the parts that Megatron cuts out of the weights on the current one.
     service._copy_stream = torch.cuda.current_stream()
     return service
-
-
-def release(module: nn.Module) -> None:
-    """Free the memory of a module's weights, whose values are lost."""
-    for parameter in module.parameters():
-        parameter.data.untyped_storage().resize_(0)
-    parallel.free_memory()
-
-
-def restore(module: nn.Module) -> None:
-    """Give a module's weights memory again; their values are not defined."""
-    for parameter in module.parameters():
-        parameter.data.untyped_storage().resize_(parameter.numel() * parameter.element_size())

@@ -42,7 +42,7 @@ from align import matmul
 from align.architecture import Architecture
 from align.attention import Packing, TorchAttention
 from align.layers import RMSNorm, SwiGLU, rotation
-from align.logprobs import target_logprobs
+from align.logprobs import target_logprobs, target_logprobs_and_entropy
 from align.parallel import ParallelConfig, device
 
 
@@ -156,7 +156,11 @@ class Decoder(GPTModel):
 
 
 class Policy(Decoder):
-    """A causal language model whose last stage returns the log-probabilities of the targets."""
+    """A causal language model whose last stage returns the log-probabilities [T] of the targets.
+
+    They are those of softmax(logits / temperature). With `entropy` it returns [T, 2], log-probs and entropies
+    of these distributions, in nats. Both may be set between two passes.
+    """
 
     def __init__(
         self,
@@ -165,11 +169,17 @@ class Policy(Decoder):
         te: bool,
         groups: ProcessGroupCollection | None = None,
         embedding_rows: int | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
     ):
         super().__init__(config, arch, te, arch.tied_embeddings, groups, embedding_rows)
+        self.temperature, self.entropy = temperature, entropy
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
-        """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere."""
+        """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere.
+
+        With `entropy` [T, 2], the entropies in the second column, 0 in the same places.
+        """
         if not self.post_process:
             return hidden_states
         group = self.pg_collection.tp
@@ -181,10 +191,16 @@ class Policy(Decoder):
         hidden = hidden_states.squeeze(1).index_select(0, trained)
         if not self.config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        logprobs = target_logprobs(
-            hidden, self.output_weight(), labels[0][trained], self.arch.vocab_size, group
+        compute = target_logprobs_and_entropy if self.entropy else target_logprobs
+        found = compute(
+            hidden,
+            self.output_weight(),
+            labels[0][trained],
+            self.arch.vocab_size,
+            group,
+            self.temperature,
         )
-        return logprobs.new_zeros(len(labels[0])).index_copy(0, trained, logprobs)
+        return found.new_zeros(len(labels[0]), *found.shape[1:]).index_copy(0, trained, found)
 
     def output_weight(self) -> Tensor:
         """This rank's rows of the output embedding, [V/tp, H]."""
@@ -233,8 +249,14 @@ class Scorer(Decoder):
         return (self.label_weights @ self.score.weight.float())[None].to(self.score.weight.dtype)
 
 
-def build_policy(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> Policy:
-    """This rank's shard of a language model, its weights not yet filled."""
+def build_policy(
+    arch: Architecture,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> Policy:
+    """This rank's shard of a language model, its weights not yet filled; see Policy for what it returns."""
     if arch.labels:
         raise ValueError(
             f"--model {config.model} is a reward model (*ForSequenceClassification) and predicts no tokens: "
@@ -242,7 +264,8 @@ def build_policy(arch: Architecture, config: ModelConfig, parallel: ParallelConf
         )
     check(arch, config, parallel)
     te = uses_te(config)
-    return Policy(transformer_config(arch, config, parallel, te), arch, te)
+    made_of = transformer_config(arch, config, parallel, te)
+    return Policy(made_of, arch, te, temperature=temperature, entropy=entropy)
 
 
 def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollection) -> Policy:

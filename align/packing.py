@@ -7,9 +7,12 @@ import functools
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Example:
         return len(self.ids) - 1
 
 
-def num_trained(examples: list[Example]) -> int:
+def num_trained(examples: Sequence[Example]) -> int:
     """Trained tokens of some examples: the denominator of their loss."""
     return sum(int(example.trained.sum()) for example in examples)
 
@@ -142,6 +145,25 @@ def within_budget(sizes: Sequence[int], budget: int) -> list[range]:
             runs.append(range(start, end))
             start = end
     return runs
+
+
+def cut(groups: Sequence[Sequence[T]], size: int) -> list[list[list[T]]]:
+    """Groups of items, such as answers by prompt, in parts of `size` items; a group may lie in two parts."""
+    parts: list[list[list[T]]] = []
+    left = 0  # room in the last part
+    for group in groups:
+        while group:
+            if not left:
+                parts.append([])
+                left = size
+            parts[-1].append(list(group[:left]))
+            group, left = group[left:], left - len(group[:left])
+    return parts
+
+
+def by_row(tokens: torch.Tensor, rows: Sequence[Sequence[Example]]) -> list[np.ndarray]:
+    """[N, ...] numbers of all trained tokens, examples end to end, as one array for each row."""
+    return [part.numpy() for part in tokens.split([num_trained(row) for row in rows])]
 
 
 @dataclass(frozen=True, eq=False)

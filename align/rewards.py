@@ -1,6 +1,6 @@
-"""Scores of sampled answers: by a reward model that lives in the same job, or by a function of the user's.
+"""Sampled answers and what they are worth, to a reward model in the same job or to a function of the user's.
 
-Both take answers by prompt and return an array [prompts, answers of each], the same on every rank.
+Both judges take answers by prompt and return an array [prompts, answers of each], the same on every rank.
 """
 
 import importlib.util
@@ -9,20 +9,23 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch.distributed as dist
-from torch import Tensor
 
-from align import architecture, engine, huggingface, model, offload, packing, parallel, tokenizer
+from align import architecture, engine, huggingface, model, offload, tokenizer
 from align.generate import Sample
-from align.model import ModelConfig
-from align.packing import Batch, BatchConfig, Example
+from align.model import ModelConfig, Scorer
+from align.offload import Shelf
+from align.packing import BatchConfig, Example
 from align.parallel import ParallelConfig
 from align.preferences import as_scored
 from align.prompts import Prompt
 
+Tokenizer = tokenizer.HuggingFaceTokenizer | tokenizer.SentencePieceTokenizer
 Function = Callable[[str, str, dict], float]  # prompt, response, row of the data -> reward
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,75 @@ class RewardConfig:
     reward_model: Path | None = None
     """Hugging Face directory of a reward model (train_rm.py makes one) with the policy's tokenizer"""
     reward_fn: str | None = None
-    """module:function of yours, called with prompt, response (both text) and the row; returns a number"""
+    """module:function of yours, called with prompt, response (both text) and the row; returns a number; with
+    a reward model as well their sum counts"""
+    reward_mean: float = 0.0
+    """subtracted from the reward model's scores"""
+    reward_std: float = 1.0
+    """the scores are divided by it then; with the mean and standard deviation that the reward model has on
+    answers of --model, rewards are standardised"""
 
     def __post_init__(self):
-        if self.reward_model and self.reward_fn:
-            raise ValueError("--reward-model and --reward-fn: give one of them")
+        if not 0 < self.reward_std < math.inf:
+            raise ValueError(f"--reward-std {self.reward_std} must be above 0 and finite")
+        if not self.reward_model and (self.reward_mean, self.reward_std) != (0.0, 1.0):
+            raise ValueError("--reward-mean and --reward-std standardise --reward-model, and there is none")
+
+    def standardised(self, scores: T) -> T:
+        """Scores of the reward model, an array or tensor, as rewards."""
+        return (scores - self.reward_mean) / self.reward_std
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Answers to some prompts, and what they are worth."""
+
+    rows: Sequence[int]  # of the data set
+    prompts: list[Prompt]
+    samples: list[list[Sample]]  # [prompts][answers]
+    rewards: np.ndarray  # [prompts, answers]
+
+    @property
+    def answers(self) -> list[Sample]:
+        """All answers, those to one prompt end to end."""
+        return [sample for samples in self.samples for sample in samples]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Row and number of each of them."""
+        return [
+            (row, k)
+            for row, samples in zip(self.rows, self.samples, strict=True)
+            for k in range(len(samples))
+        ]
+
+    def examples(self) -> list[list[Example]]:
+        """The answers to each prompt as examples."""
+        return [
+            [answer(prompt, sample) for sample in samples]
+            for prompt, samples in zip(self.prompts, self.samples, strict=True)
+        ]
+
+    def statistics(self) -> dict[str, float]:
+        """Means over all answers."""
+        return {
+            "rewards": float(self.rewards.mean()),
+            "response_lengths": float(np.mean([len(sample.ids) for sample in self.answers])),
+            "prompt_lengths": float(np.mean([len(prompt.ids) for prompt in self.prompts])),
+            "ended": float(np.mean([sample.finish == "stop" for sample in self.answers])),
+        }
+
+    def table(self, name: str, most: int, text: Tokenizer, stop: tuple[str, ...]) -> list[dict]:
+        """The first prompts, their first answers and what those are worth, for samples.jsonl."""
+        return [
+            {
+                "table": name,
+                "prompt": text.decode(self.prompts[i].ids.tolist()),
+                "response": self.samples[i][0].text(text, stop),
+                "reward": float(self.rewards[i, 0]),
+            }
+            for i in range(min(most, len(self.rows)))
+        ]
 
 
 def answer(prompt: Prompt, sample: Sample) -> Example:
@@ -43,35 +110,77 @@ def answer(prompt: Prompt, sample: Sample) -> Example:
     return Example(np.concatenate([prompt.ids, sample.ids]).astype(np.int32), trained)
 
 
+def load_scorer(
+    flag: str, directory: Path, config: ModelConfig, layout: ParallelConfig, text: Tokenizer
+) -> Scorer:
+    """A model that gives one value for each token: a reward model, or a language model with a random head.
+
+    Raises ValueError, naming `flag`: it has several labels, or another tokenizer than the policy (`text`),
+    whose token ids it is to be given.
+    """
+    config = replace(config, model=str(directory))
+    start = architecture.read_config(config.path)
+    if start.labels > 1:
+        raise ValueError(f"{flag} {directory} has {start.labels} labels: give a model with one")
+    if tokenizer.load(config.path).ids_by_token != text.ids_by_token:
+        raise ValueError(
+            f"{flag} {directory} has another tokenizer than --model: it would read other texts than were "
+            "sampled"
+        )
+    arch = replace(start, labels=1)
+    scorer = model.build_scorer(arch, config, layout)
+    source = huggingface.open_source(config.path, arch if start.labels else start, layout.seed)
+    huggingface.load(scorer, source if start.labels else huggingface.FreshHead(source, arch, layout.seed))
+    return scorer
+
+
+Judge = Callable[[Sequence[Prompt], Sequence[Sequence[Sample]]], np.ndarray]  # rewards [prompts, answers]
+
+
+def judges(
+    reward: RewardConfig,
+    config: ModelConfig,
+    layout: ParallelConfig,
+    batch: BatchConfig,
+    text: Tokenizer,
+    stop: tuple[str, ...],
+    shelf: Shelf | None = None,
+) -> list[Judge]:
+    """What the flags name; the reward of an answer is the sum of their scores."""
+    found: list[Judge] = []
+    if reward.reward_model:
+        found.append(RewardModel(reward, config, layout, batch, text, shelf))
+    if reward.reward_fn:
+        found.append(RewardFunction(reward.reward_fn, text, stop))
+    return found
+
+
 class RewardModel:
-    """A reward model in the policy's layout. Between rollouts its weights wait in CPU memory."""
+    """A reward model in the policy's layout. Between rollouts its weights wait elsewhere."""
 
     def __init__(
         self,
-        directory: Path,
+        reward: RewardConfig,
         config: ModelConfig,
         layout: ParallelConfig,
         batch: BatchConfig,
-        text: tokenizer.HuggingFaceTokenizer | tokenizer.SentencePieceTokenizer,
+        text: Tokenizer,
+        shelf: Shelf | None = None,
     ):
-        """`config`: the policy's, for its precision and kernels; `text`: the policy's tokenizer."""
-        self.batch = batch
-        config = replace(config, model=str(directory))
-        arch = architecture.read_config(config.path)
-        if arch.labels != 1:
-            kind = f"has {arch.labels} labels" if arch.labels else "is a language model"
-            raise ValueError(f"--reward-model {directory} {kind}: give a reward model with one label")
-        if tokenizer.load(config.path).ids_by_token != text.ids_by_token:
-            raise ValueError(
-                f"--reward-model {directory} has another tokenizer than --model: it would read other texts "
-                "than were sampled"
-            )
-        self.scorer = model.build_scorer(arch, config, layout)
-        huggingface.load(self.scorer, huggingface.open_source(config.path, arch, layout.seed))
-        self.weights = offload.park(self.scorer)
+        """
+        Args:
+            config: the policy's, for its precision and kernels.
+            text: the policy's tokenizer.
+            shelf: where the weights wait.
+        """
+        self.reward, self.batch = reward, batch
+        if not architecture.read_config(reward.reward_model).labels:
+            raise ValueError(f"--reward-model {reward.reward_model} is a language model: give a reward model")
+        self.scorer = load_scorer("--reward-model", reward.reward_model, config, layout, text)
+        self.weights = offload.park(self.scorer, shelf or Shelf())
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-        """Rewards [prompts, answers]: the model's value at the last token of each answer. Collective.
+        """Rewards [prompts, answers]: the model's standardised value at each answer's last token. Collective.
 
         Raises ValueError for an answer beyond the model's context, FloatingPointError for NaN and infinity.
         """
@@ -85,35 +194,24 @@ class RewardModel:
                 f"--reward-model has a context of {context} tokens, prompt and answer have {longest}: lower "
                 "--max-prompt-len or --max-new-tokens"
             )
-        rows, numbers = [], []  # each row some answers to one prompt, whose places they share
-        for i, (prompt, answers) in enumerate(zip(prompts, samples, strict=True)):
-            examples = [as_scored(answer(prompt, sample)) for sample in answers]
-            sizes = [example.num_inputs for example in examples]
-            for part in packing.within_budget(sizes, self.batch.micro_batch_tokens):
-                rows.append(examples[part.start : part.stop])
-                numbers.append(np.array([(i, k) for k in part]))
-        batches = engine.micro_batches(self.scorer, rows, self.batch, {"number": numbers})
-
-        def scores(batch: Batch, values: Tensor) -> Tensor:
-            return values[batch.mask.bool()][:, 0]  # those at the last tokens
-
-        with self.weights.lent_to(self.scorer):
-            found = engine.outputs(self.scorer, batches, scores)
-        mine = [
-            (*number, score)
-            for batch, part in zip(batches, found, strict=True)
-            for number, score in zip(batch.extra["number"].tolist(), part.tolist(), strict=True)
+        examples = [
+            [as_scored(answer(prompt, sample)) for sample in answers]
+            for prompt, answers in zip(prompts, samples, strict=True)
         ]
-        rewards = table(parallel.gather_over_dp(mine), samples)
+        with self.weights.lent_to(self.scorer):
+            found = engine.per_example(
+                self.scorer, engine.answer_rows(self.scorer, examples, self.batch), self.batch
+            )
+        rewards = np.concatenate(found)[:, 0].astype(np.float64).reshape(len(prompts), -1)
         if not np.isfinite(rewards).all():
             raise FloatingPointError("--reward-model gave a score that is NaN or infinite")
-        return rewards
+        return self.reward.standardised(rewards)
 
 
 class RewardFunction:
     """A function of the user's. Each answer is scored once, by one of the ranks."""
 
-    def __init__(self, name: str, text: tokenizer.HuggingFaceTokenizer, stop: tuple[str, ...]):
+    def __init__(self, name: str, text: Tokenizer, stop: tuple[str, ...]):
         """`name`: module:function, the module in the current directory or installed; `stop`: --stop."""
         self.name, self.function, self.text, self.stop = name, import_function(name), text, stop
 

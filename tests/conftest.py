@@ -1,5 +1,6 @@
-"""What the tests share: random tiny models of every family, and torchrun."""
+"""What the tests share: random tiny models of every family, models of the toy task, and torchrun."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
+from align import toy
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(
@@ -53,6 +56,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if parameter.dim() == 1:  # norms start at one and biases at zero: a mix-up would not show
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def toy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ with prompts, sft/hf with a policy that mostly answers in letters, rm/hf with a reward model."""
+    directory = tmp_path_factory.mktemp("toy_models")
+    toy.write(directory / "data", num_train=640, num_val=16)
+    toy.write_comparisons(directory / "data", num_train=64, num_val=16)
+    common = "--max-seq-len 64 --max-epochs 3 --save-interval 0 --lr 3e-3 --min-lr 1e-3 --warmup-steps 2"
+    sft, rm = (
+        f"train_{name}.py --model {model} --train-data {directory}/data/train{kind}.jsonl "
+        f"--output {directory}/{name} {common}"
+        for name, model, kind in (("sft", "tiny", ""), ("rm", directory / "sft/hf", "_comparisons"))
+    )
+    torchrun(2, "tests/resume_worker.py", json.dumps([sft.split(), rm.split()]))
     return directory
 
 

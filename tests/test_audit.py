@@ -5,6 +5,7 @@ Under torchrun this file is its own worker: what the audit says of each case, on
 
 import contextlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch import Tensor
 from align import architecture, audit, engine, generate, huggingface, inference, model, parallel, rewards
 from align.generate import Generator, RolloutConfig, Sample
 from align.model import ModelConfig
-from align.packing import Batch, BatchConfig
+from align.packing import BatchConfig
 from align.parallel import ParallelConfig
 from align.prompts import Prompt
 from align.sampling import SamplingConfig
@@ -71,27 +72,17 @@ class Setting:
             for k, answer in enumerate(answers)
         ]
 
-    def batches(self, answers: Answers) -> list[Batch]:
-        """This rank's micro-batches of the answers, as train_rs.py makes them."""
-        ids = prompts()
-        rows = [[rewards.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
-        return engine.micro_batches(
-            self.policy, rows, BatchConfig(micro_batch_tokens=200), audit.values(answers)
-        )
-
     def check(self, answers: Answers) -> dict[str, float] | str:
         """What the audit finds, or its message."""
+        ids = prompts()
+        rows = [[rewards.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
+        trained = engine.per_example(self.policy, rows, BatchConfig(micro_batch_tokens=200))
+        places = [(row, number) for row, number, _ in answers]
+        sampled = [sample.model_logprobs for *_, sample in answers]
         try:
-            return audit.check(self.policy, self.batches(answers))
+            return audit.compare(places, sampled, trained, torch.float32)
         except RuntimeError as error:
             return str(error)
-
-    def rows_by_rank(self, answers: Answers) -> list[list[tuple[int, int]]]:
-        """For each rank (row, number) of the answers that are in its micro-batches. Collective."""
-        places = torch.cat([batch.extra["place"] for batch in self.batches(answers)])
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, sorted({(row, number) for row, number, _ in places.tolist()}))
-        return everyone
 
 
 def altered(answers: Answers, place: tuple[int, int], change: Callable[[np.ndarray], np.ndarray]) -> Answers:
@@ -165,18 +156,17 @@ def wrong_samplers(setting: Setting) -> dict[str, dict[str, float] | str]:
 
 def wrong_values(setting: Setting, answers: Answers) -> dict[str, dict[str, float] | str]:
     """What the audit says of wrong log-probs beside right answers."""
-    places = setting.rows_by_rank(answers)
+    places = [answers[i][:2] for i in (3, -4)]
     found = {
         "all by 1e-4": setting.check(everywhere(answers, lambda sample: sample.model_logprobs + 1e-4)),
         "shifted": setting.check(everywhere(answers, lambda sample: np.roll(sample.model_logprobs, 1))),
         "tempered": setting.check(everywhere(answers, lambda sample: sample.logprobs)),
-        "one by 5e-4": setting.check(altered(answers, places[0][3], at(4, 5e-4))),
+        "one by 5e-4": setting.check(altered(answers, places[0], at(4, 5e-4))),
     }
-    for rank, mine in enumerate(places):
-        place = mine[3]
-        found[f"one by 0.01 {rank} {place}"] = setting.check(altered(answers, place, at(4, 0.01)))
-        found[f"one by -0.01 {rank} {place}"] = setting.check(altered(answers, place, at(0, -0.01)))
-        found[f"nan {rank} {place}"] = setting.check(altered(answers, place, at(6, float("nan"))))
+    for i, place in enumerate(places):
+        found[f"one by 0.01 {i} {place}"] = setting.check(altered(answers, place, at(4, 0.01)))
+        found[f"one by -0.01 {i} {place}"] = setting.check(altered(answers, place, at(0, -0.01)))
+        found[f"nan {i} {place}"] = setting.check(altered(answers, place, at(6, float("nan"))))
     return found
 
 
@@ -246,7 +236,7 @@ def named(message: dict | str) -> tuple[tuple[int, int, int], tuple[float, ...]]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "token"), [(0.01, 4), (-0.01, 0)])
 def test_one_wrong_token_is_named(layout, size, token, said):
-    """By its largest error alone, whichever rank has it: the mean stays within its bound."""
+    """By its largest error alone: the mean stays within its bound."""
     found = of(said, rf"{layout} one by {size} .*")
     assert len(found) == 2
     for name, message in found.items():
@@ -268,10 +258,12 @@ def test_nan_is_named(layout, said):
         assert np.isnan(sampled) and np.isfinite(trained)
 
 
-def test_the_wrong_answers_are_on_different_ranks(said):
-    """Else the two tests before would say nothing about rank 1."""
-    places = [name.split(maxsplit=3)[3] for name in of(said, "dp2 nan .*")]
-    assert len(set(places)) == 2, places
+def test_a_ratio_that_is_not_1_is_refused():
+    assert audit.check_ratio(0.0) == {"audit/ratio_error": 0.0}
+    assert audit.check_ratio(9e-6) == {"audit/ratio_error": 9e-6}
+    for error in (1.1e-5, 0.3, math.nan):
+        with pytest.raises(RuntimeError, match=f"ratio is off 1 by {error:.2g} on average"):
+            audit.check_ratio(error)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

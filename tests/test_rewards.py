@@ -5,12 +5,15 @@ Under torchrun this file is its own worker: what comes out on two processes, to 
 
 import copy
 import json
+import math
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,11 +22,12 @@ import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state as mpu
 
-from align import offload, parallel, rewards, tokenizer
+from align import offload, packing, parallel, rewards, tokenizer
 from align.generate import Sample
 from align.model import ModelConfig
 from align.packing import BatchConfig
 from align.parallel import ParallelConfig
+from align.preferences import as_scored
 from align.prompts import Prompt
 from align.rewards import RewardConfig, RewardFunction, RewardModel
 from tests.conftest import FAMILIES, ROOT, torchrun
@@ -153,7 +157,8 @@ def by_models(directory: Path) -> dict[str, object]:
             for budget in BUDGETS:
                 batch = BatchConfig(micro_batch_tokens=budget)
                 config = ModelConfig(model="of the policy", precision="fp32")
-                reward = RewardModel(directory / family, config, layout, batch, text)
+                flags = RewardConfig(reward_model=directory / family)
+                reward = RewardModel(flags, config, layout, batch, text)
                 held = [held_weights(reward)]
                 scores = [reward(*numbers()).tolist()]
                 held.append(held_weights(reward))
@@ -279,9 +284,29 @@ def test_an_import_that_fails_in_the_module_is_not_hidden(tmp_path, monkeypatch)
         rewards.import_function("my_broken_rewards:f")
 
 
-def test_one_kind_of_reward():
-    with pytest.raises(ValueError, match="--reward-model and --reward-fn: give one of them"):
-        RewardConfig(reward_model=Path("x"), reward_fn="a:b")
+def test_standardised_scores():
+    """(score - mean) / std, for arrays and tensors; flags that would do nothing are refused."""
+    config = RewardConfig(reward_model=Path("x"), reward_mean=2.0, reward_std=4.0)
+    assert config.standardised(np.array([2.0, 10.0, 0.0])).tolist() == [0.0, 2.0, -0.5]
+    assert config.standardised(torch.tensor([6.0])).tolist() == [1.0]
+    for flags in ({"reward_mean": 1.0}, {"reward_std": 2.0, "reward_fn": "a:b"}):
+        with pytest.raises(ValueError, match="standardise --reward-model, and there is none"):
+            RewardConfig(**flags)
+    for std in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="--reward-std"):
+            RewardConfig(reward_model=Path("x"), reward_std=std)
+
+
+def test_two_judges_are_asked():
+    """A reward model and a function together: train_ppo.py and train_rs.py add up what they say."""
+    text = tokenizer.load(TINY)
+    config = RewardConfig(reward_fn="tests.test_rewards:returns_numpy")
+    found = rewards.judges(config, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
+    assert [type(judge) for judge in found] == [RewardFunction]
+    with mock.patch.object(rewards, "RewardModel", lambda *args: args):
+        both = replace(config, reward_model=Path("x"))
+        model, function = rewards.judges(both, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
+    assert model[0] is both and isinstance(function, RewardFunction)
 
 
 # ---- a reward model ------------------------------------------------------------------------------
@@ -319,11 +344,11 @@ def test_scores_are_those_of_transformers(family, found, reward_models):
 def test_small_micro_batches_split_the_answers_to_a_prompt():
     """Of the data above: else a budget of 60 would be the same case as one of 4096."""
     prompts, samples = numbers()
-    groups = [
-        sum(len(prompt.ids) + len(sample.ids) for sample in row) > min(BUDGETS)
+    rows = [
+        [as_scored(rewards.answer(prompt, sample)) for sample in row]
         for prompt, row in zip(prompts, samples, strict=True)
     ]
-    assert any(groups)
+    assert any(packing.num_places(row) > min(BUDGETS) for row in rows)
 
 
 def test_weights_are_parked_between_calls(found):
@@ -347,19 +372,25 @@ def refused(directory: Path) -> str:
     """The message with which a directory is refused as --reward-model."""
     config = ModelConfig(precision="fp32")
     return message_of(
-        lambda: RewardModel(directory, config, ParallelConfig(), BatchConfig(), tokenizer.load(TINY))
+        lambda: RewardModel(
+            RewardConfig(reward_model=directory),
+            config,
+            ParallelConfig(),
+            BatchConfig(),
+            tokenizer.load(TINY),
+        )
     )
 
 
 def test_a_language_model_is_refused(models):
     assert refused(models / "llama") == (
-        f"--reward-model {models / 'llama'} is a language model: give a reward model with one label"
+        f"--reward-model {models / 'llama'} is a language model: give a reward model"
     )
 
 
 def test_several_labels_are_refused(tmp_path):
     directory = save_reward_model(tmp_path / "two", "llama", 2, 0)
-    wanted = f"--reward-model {directory} has 2 labels: give a reward model with one label"
+    wanted = f"--reward-model {directory} has 2 labels: give a model with one"
     assert refused(directory) == wanted
 
 

@@ -1,0 +1,476 @@
+"""PPO: sample answers, score them, and make those likelier that are better than expected, near the reference.
+
+    torchrun --nproc_per_node 2 train_ppo.py --model runs/sft/hf --reward-model runs/rm/hf \
+        --train-data train_prompts.jsonl --val-data test_prompts.jsonl --output runs/ppo
+
+A step samples answers to --prompts-per-step prompts, scores them by a reward model, a function of yours
+(--reward-fn module:function) or both, charges what leads away from the model that training starts from
+(--kl-coef), and takes one update for each --global-batch-size answers, --ppo-epochs times. --advantages says
+what "better than expected" is: gae asks a critic, which starts as the reward model; rloo and grpo compare the
+--samples-per-prompt answers to a prompt; reinforce compares with all answers of the step. Policy, reference,
+reward model and critic live in the same processes; with --offload each phase has only those on the GPU that
+it needs. Rows of data are prompts: align/prompts.py has the formats. OUTPUT/hf is the result. Without
+arguments the built-in tiny model learns a toy task.
+
+PPO: arXiv 1707.06347; with language models: 1909.08593, 2203.02155. RLOO: 2402.14740. GRPO: 2402.03300, here
+with a mean over tokens and its KL where --kl-in says. REINFORCE with whitened rewards-to-go: 2501.03262.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from align import (
+    architecture,
+    audit,
+    checkpoint,
+    data,
+    engine,
+    generate,
+    huggingface,
+    losses,
+    model,
+    offload,
+    optim,
+    packing,
+    parallel,
+    prompts,
+    reference,
+    rewards,
+    tokenizer,
+    toy,
+)
+from align.checkpoint import CheckpointConfig
+from align.generate import RolloutConfig
+from align.loop import CommonConfig
+from align.metrics import Clock, Run, RunConfig
+from align.offload import OffloadConfig
+from align.optim import OptimConfig
+from align.packing import Batch, Example
+from align.prompts import Prompt, PromptFormat
+from align.rewards import RewardConfig, Rollout
+from align.sampling import SamplingConfig
+
+TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
+ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
+Rows = list[list[Example]]  # answers of one update, those of a row to one prompt
+KL = {"k1": losses.kl_k1, "abs": losses.kl_abs, "k2": losses.kl_k2, "k3": losses.kl_k3}
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(CommonConfig):
+    advantages: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
+    """what an answer is compared with: a critic, the other answers to its prompt (rloo, grpo), or all"""
+    prompts_per_step: int = 64
+    """prompts that a step samples answers to"""
+    samples_per_prompt: int = 1
+    """answers to each of them: the group of rloo and grpo"""
+    ppo_epochs: int = 1
+    """passes over the answers of a step"""
+    clip: float = 0.2
+    """an update has no reason to move the ratio of new to old probability further than this from 1"""
+    gamma: float = 1.0
+    """discount of later rewards per token; gae and reinforce"""
+    gae_lambda: float = 0.95
+    """1: what was earned counts, 0: what the critic expects of the next token; gae"""
+    whiten_advantages: bool = True
+    """advantages with mean 0 and variance 1 over all tokens of the step's answers; gae and reinforce"""
+    entropy_coef: float = 0.0
+    """weight of the entropy, in nats per token, that the loss rewards"""
+    unended: Literal["mask", "penalise", "keep"] = "mask"
+    """answers that --max-new-tokens cut off: left out of the policy's loss (the critic learns from them, and
+    rloo and grpo do not compare with them), given a penalty, or like the others"""
+    unended_penalty: float = 1.0
+    """subtracted from the reward of such an answer; --unended penalise"""
+    kl_coef: float = 0.01
+    """price of a nat of KL to the reference; 0: there is no reference"""
+    kl: Literal["k1", "abs", "k2", "k3"] = "k1"
+    """estimator of the KL at a token, of d = log pi - log pi_ref: d, |d|, d^2 / 2, exp(-d) - 1 + d"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """the KL is subtracted from each token's reward, as in PPO, or added to the loss, as in GRPO"""
+    kl_target: float | None = None
+    """nats per token that --kl-coef is adapted to after each step (default: it stays as it is)"""
+    kl_horizon: float = 10000.0
+    """answers over which it is adapted"""
+    critic: Path | None = None
+    """reward model or language model that the critic starts as (default: --reward-model, else --model)"""
+    critic_lr: float = 1e-5
+    """learning rate of the critic, after the same warm-up as --lr"""
+    critic_min_lr: float = 1e-5
+    """its learning rate at the end"""
+    critic_warmup_steps: int = 0
+    """first steps, in which only the critic learns"""
+    value_clip: float = 0.2
+    """an update has no reason to move a value further than this from the old one; 0: no limit"""
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    offload: OffloadConfig = OffloadConfig()
+    format: PromptFormat = PromptFormat()
+    run: RunConfig = RunConfig(output=Path("runs/ppo"))
+    optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
+    checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("prompts_per_step", "samples_per_prompt", "ppo_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in ("clip", "kl_coef", "value_clip", "critic_lr", "critic_warmup_steps", "unended_penalty"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be from 0 to 1")
+        for name in ("kl_target", "kl_horizon"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
+        answers, size = self.answers_per_step, self.batch.global_batch_size
+        if answers % size:
+            raise ValueError(
+                f"a step has {answers} answers (--prompts-per-step x --samples-per-prompt), which is no "
+                f"multiple of --global-batch-size {size}, the answers of an update"
+            )
+        if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
+            raise ValueError("what is a good answer? Give --reward-model DIR or --reward-fn module:function")
+        if self.advantages in ("rloo", "grpo") and self.samples_per_prompt == 1:
+            raise ValueError(
+                f"--advantages {self.advantages} compares the answers to a prompt: give --samples-per-prompt"
+            )
+        self.check_used()
+
+    def check_used(self) -> None:
+        """Refuse flags without effect beside others, and samplers whose log-probs training cannot say."""
+        kind = f"--advantages {self.advantages}"
+        unused = {}  # flag: why
+        if self.advantages != "gae":
+            names = (
+                "gae_lambda",
+                "critic",
+                "value_clip",
+                "critic_warmup_steps",
+                "critic_lr",
+                "critic_min_lr",
+            )
+            unused |= dict.fromkeys(names, f"{kind} has no critic")
+        if self.advantages in ("rloo", "grpo"):
+            unused |= dict.fromkeys(("gamma", "whiten_advantages"), f"{kind} takes whole answers")
+        if self.kl_coef == 0:
+            unused |= dict.fromkeys(("kl", "kl_in", "kl_target"), "--kl-coef 0 means no reference")
+        if self.kl_target is None:
+            unused["kl_horizon"] = "there is no --kl-target"
+        if self.unended != "penalise":
+            unused["unended_penalty"] = f"it is about --unended penalise, not {self.unended}"
+        default = {field.name: field.default for field in fields(self)}
+        for name, why in unused.items():
+            if getattr(self, name) != default[name]:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect: {why}")
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty", "greedy"):
+            if getattr(self.sampling, name) != getattr(SamplingConfig, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: PPO's log-probs are those of the whole distribution at "
+                    "--temperature; tokens drawn from another one would be weighed wrongly"
+                )
+
+        if self.critic_min_lr > self.critic_lr:
+            raise ValueError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_step
+
+    @property
+    def answers_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def kl_coef_after(self, latest: dict[str, float]) -> float:
+        """The price of KL in the step after the one that `latest` knows."""
+        if self.kl_target is None or "train_rollouts/kl_coef" not in latest:
+            return self.kl_coef
+        kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
+        return losses.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
+
+
+def advantages_of(
+    config: Config, rewards: Tensor, values: Tensor, lengths: list[int], counted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advantages [N] of the answers' tokens, not whitened, and returns [N], which a critic learns.
+
+    Args:
+        rewards, values: [N] of the tokens, the answers end to end; values are 0 without a critic.
+        lengths: [A] tokens of each answer.
+        counted: [A] bool, answers that the policy learns from.
+    """
+    if config.advantages == "gae":
+        return losses.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+    if config.advantages == "reinforce":  # what is earned from here on
+        return losses.gae(rewards, values, lengths, config.gamma, 1.0)
+    returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]
+    groups = (-1, config.samples_per_prompt)
+    compare = losses.rloo if config.advantages == "rloo" else losses.grpo
+    advantages = compare(returns.view(groups), counted.view(groups)).view(-1)
+    return expand(advantages, lengths), expand(returns, lengths)
+
+
+def expand(x: Tensor, lengths: list[int]) -> Tensor:
+    """[A] numbers of answers as [N] of their tokens."""
+    return x.repeat_interleave(torch.tensor(lengths))
+
+
+def moments(name: str, x: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation of numbers of tokens."""
+    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(correction=0)}
+
+
+def by_answer(x: Tensor, lengths: list[int]) -> Tensor:
+    """[N] numbers of tokens as [A] means over those of each answer."""
+    return torch.stack([part.mean() for part in x.split(lengths)])
+
+
+@record
+def main(config: Config) -> None:
+    # ---- setup and checks ------------------------------------------------------------------------
+    arch = architecture.read_config(config.model.path)
+    model.check(arch, config.model, config.parallel)
+    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
+    stop = parallel.Stop(config.loop.max_time)
+    run = Run(config.run, asdict(config), __file__, parallel.is_main())
+    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+
+    # ---- data ------------------------------------------------------------------------------------
+    files, reward = {"train": config.train_data, "val": config.val_data}, config.reward
+    if not config.train_data:
+        toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
+        files = dict(zip(files, toy_files, strict=True))
+        if not (reward.reward_model or reward.reward_fn):
+            reward = replace(reward, reward_fn="align.toy:reward")
+    text = tokenizer.load(config.model.path)
+    rows: dict[str, list[Prompt]] = {"train": [], "val": []}
+    for name in [name for name in files if files[name]]:
+        rows[name], counts = prompts.load_prompts(files[name], text, config.format)
+        prompts.check_ids(rows[name], arch.vocab_size)
+        run.say(f"{name} data: {data.describe(counts)}")
+    packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
+    run.say(f"first prompt:\n{text.decode(rows['train'][0].ids.tolist())}")
+    rows["val"] = rows["val"][config.val_rows()]
+    total_steps = config.total_steps(len(rows["train"]))
+    if config.critic_warmup_steps >= total_steps:
+        raise ValueError(
+            f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step of {total_steps}"
+        )
+    policy_steps = total_steps - config.critic_warmup_steps
+    optim.check(config.optim, policy_steps)
+    critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
+    run.total_steps = total_steps
+    of_rollout = replace(config.batch, global_batch_size=config.prompts_per_step)
+    rows_of_step = partial(packing.global_batch, len(rows["train"]), of_rollout, config.parallel.seed)
+
+    # ---- models ----------------------------------------------------------------------------------
+    shelf = config.offload.shelf(config.run.output)
+    judges = rewards.judges(
+        reward, config.model, config.parallel, config.batch, text, config.sampling.stop, shelf
+    )
+    policy = model.build_policy(
+        arch, config.model, config.parallel, temperature=config.sampling.temperature, entropy=True
+    )
+    huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    policy = model.distributed(policy)
+    optimizer = optim.build(policy, config.optim)
+    trained = {"policy": (policy, optimizer)}
+    if config.kl_coef:
+        reference.check_same(config.run.output, config.model.path, config.checkpoint)
+        ref = offload.Weights(policy.module, shelf)
+    if config.advantages == "gae":
+        start = config.critic or reward.reward_model or config.model.path
+        critic = rewards.load_scorer("--critic", start, config.model, config.parallel, text)
+        critic = model.distributed(critic)
+        critic_optimizer = optim.build(critic, critic_optim)
+        trained["critic"] = (critic, critic_optimizer)
+        run.say(f"the critic starts as {start}")
+    generator = generate.Generator(
+        policy, config.rollout, config.sampling, config.model, config.parallel, text
+    )
+    run.say(generator.describe())
+    clock = Clock()
+    phase = offload.Phases(trained, clock, run.say, shelf, config.offload.enabled)
+
+    # ---- rollouts --------------------------------------------------------------------------------
+    def rollout(name: str, numbers: Sequence[int], stream: tuple[int, ...], answers: int) -> Rollout:
+        """Sample answers to some prompts of a data set and score them; `stream`: of their random numbers."""
+        chosen = [rows[name][number] for number in numbers]
+        streams = [(*stream, number) for number in numbers]
+        with phase("generate", policy="weights"):
+            samples = generator.generate([prompt.ids for prompt in chosen], streams, answers)
+        with phase("score"):
+            scores = sum(judge(chosen, samples) for judge in judges)
+        return Rollout(numbers, chosen, samples, scores)
+
+    def validate(step: int) -> dict[str, float]:
+        """Rewards of one answer to each validation prompt, each time with the same random numbers."""
+        found = rollout("val", range(len(rows["val"])), (VAL,), 1)
+        run.samples(step, found.table("val_rollouts", 4, text, config.sampling.stop))
+        return {f"val_rollouts/{name}": value for name, value in found.statistics().items()}
+
+    def by_token(name: str, updates: list[Rows]) -> Tensor:
+        """What a model says of each token of all answers, [N, ...] float64, in training's micro-batches."""
+        found = [engine.per_example(trained[name][0], rows, config.batch) for rows in updates]
+        return torch.from_numpy(np.concatenate([tokens for part in found for tokens in part])).double()
+
+    # ---- losses ----------------------------------------------------------------------------------
+    def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of answers
+        old, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
+        loss, metrics = losses.policy_loss(logprobs, old, advantages, counted, config.clip)
+        entropy = (entropy * counted).sum()
+        if kl_coef:
+            loss = loss + kl_coef * (KL[config.kl](logprobs, batch.extra["ref"]) * counted).sum()
+        return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
+
+    def value_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values = reward.standardised(output[batch.mask.bool()][:, 0].double())  # [n]
+        return losses.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
+
+    def update(
+        name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], tokens: list[float], lr: float
+    ) -> list[dict[str, float]]:
+        """Updates of a model, one for each list of micro-batches whose loss is about any tokens."""
+        one_model, its_optimizer = trained[name]
+        found = []
+        with phase("train", **{name: "all"}), engine.during(f"step {done}, {name}"):
+            for mine, count in list(zip(batches, tokens, strict=True)) * config.ppo_epochs:
+                if count:
+                    metrics = engine.forward_backward(one_model, mine, loss_fn, count)
+                    found.append(metrics | {"grad_norm": optim.step(its_optimizer, lr), "lr": lr})
+        return found
+
+    # ---- resume ----------------------------------------------------------------------------------
+    others = {name: pair for name, pair in trained.items() if name != "policy"}
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, others)
+    run.resume_at(first_step)
+    if first_step:
+        run.say(f"continuing after step {first_step}")
+    elif rows["val"]:
+        latest = validate(0)
+        run.log(0, latest)
+    checkpoint.check_monitor(config.checkpoint, latest)
+
+    # ---- loop ------------------------------------------------------------------------------------
+    reason = None
+    for step in range(first_step, total_steps):
+        done, kl_coef = step + 1, config.kl_coef_after(latest)
+
+        # rollout: [A] answers; their N tokens lie end to end from here on
+        found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
+        run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
+        lengths = [len(sample.ids) for sample in found.answers]
+        ended = torch.tensor([sample.finish == "stop" for sample in found.answers])
+        parts = packing.cut(found.examples(), config.batch.global_batch_size)
+        updates = [engine.answer_rows(policy, part, config.batch) for part in parts]
+
+        # what the models say of each token, [N]
+        with phase("logprobs", policy="weights"):
+            old, entropy = by_token("policy", updates).unbind(1)
+        sampled = [sample.logprobs for sample in found.answers]
+        computed = [part.numpy() for part in old.split(lengths)]
+        metrics = audit.compare(found.places, sampled, computed, config.model.dtype)
+        ref_logprobs, values = old, torch.zeros_like(old)
+        if config.kl_coef:
+            with phase("reference"), ref.lent_to(policy.module):
+                ref_logprobs = by_token("policy", updates)[:, 0]
+        if "critic" in trained:
+            with phase("values", critic="weights"):
+                values = reward.standardised(by_token("critic", updates)[:, 0])
+
+        # rewards, advantages and returns of each token, [N]
+        scores = torch.from_numpy(found.rewards).view(-1)  # [A]
+        if config.unended == "penalise":
+            scores = scores - config.unended_penalty * ~ended
+        counted = ended if config.unended == "mask" else torch.ones_like(ended)  # [A]
+        kl = KL[config.kl](old, ref_logprobs)
+        charged = kl_coef if config.kl_in == "reward" else 0.0
+        token_rewards = losses.token_rewards(scores, kl, lengths, charged)
+        advantages, returns = advantages_of(config, token_rewards, values, lengths, counted)
+        statistics = found.statistics() | {
+            "rollout_size": len(lengths),
+            "init_policy_kl": by_answer(kl, lengths).mean(),
+            "rewards_with_kl": by_answer(token_rewards, lengths).mean(),
+            "kl_coef": kl_coef,
+            "entropy": entropy.mean(),
+            **moments("advantages", advantages),
+        }
+        if "critic" in trained:
+            statistics |= moments("returns", returns) | moments("values", values)
+            statistics["explained_variance"] = losses.explained_variance(values, returns)
+        metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
+        if config.whiten_advantages and config.advantages in ("gae", "reinforce"):
+            advantages = losses.whiten(advantages)
+
+        # update
+        known = {"old": old, "ref": ref_logprobs, "values": values, "returns": returns}
+        known |= {"advantages": advantages, "counted": expand(counted.double(), lengths)}
+        sizes = [sum(map(packing.num_trained, rows_of_update)) for rows_of_update in updates]
+        batches = []
+        for rows_of_update, *tokens in zip(updates, *(x.split(sizes) for x in known.values()), strict=True):
+            by_row = [packing.by_row(x, rows_of_update) for x in tokens]
+            extra = dict(zip(known, by_row, strict=True))
+            batches.append(engine.micro_batches(policy, rows_of_update, config.batch, extra))
+        made = {}
+        if "critic" in trained:
+            lr = optim.learning_rate(critic_optim, step, total_steps)
+            made["critic_"] = update("critic", value_loss, batches, sizes, lr)
+        if (policy_step := step - config.critic_warmup_steps) >= 0:
+            lr = optim.learning_rate(config.optim, policy_step, policy_steps)
+            loss_fn = partial(policy_loss, kl_coef=kl_coef - charged)
+            num_counted = [float(part.sum()) for part in known["counted"].split(sizes)]
+            made[""] = update("policy", loss_fn, batches, num_counted, lr)
+            if made[""]:
+                metrics |= audit.check_ratio(made[""][0]["ratio_error"])
+        for prefix, found_by_update in made.items():
+            for name in found_by_update[0] if found_by_update else ():
+                mean = np.mean([metrics_of_update[name] for metrics_of_update in found_by_update])
+                metrics[f"train_optim/{prefix}{name}"] = float(mean)
+        times = {"timers/rollout_time": clock.total(*ROLLOUT), "timers/train_time": clock.total("train")}
+
+        # evaluate
+        reason = stop.reason()
+        if rows["val"] and config.validates(done, total_steps):
+            metrics |= validate(done)
+            times["timers/validation_time"] = clock.total(*ROLLOUT) - times["timers/rollout_time"]
+
+        # log, then save: what a checkpoint continues has been logged
+        latest |= metrics
+        checkpoint.check_monitor(config.checkpoint, latest)
+        run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
+        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
+            with checkpoint.saving(config.checkpoint, config.run.output, done, latest) as path:
+                for name, (one_model, its_optimizer) in trained.items():
+                    with phase("save", **{name: "all"}):  # counted in the next step's line
+                        folder = path if name == "policy" else path / name
+                        checkpoint.write(folder, done, one_model, its_optimizer)
+        if reason:
+            break
+
+    # ---- end -------------------------------------------------------------------------------------
+    if reason and done < total_steps:
+        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
+    else:
+        with phase("export", policy="weights"):
+            huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save])
+        run.say(f"the model is in {config.run.output / 'hf'}")
+    run.close()
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
+    with parallel.start(flags.parallel):
+        main(flags)

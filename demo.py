@@ -4,9 +4,10 @@
 
 The toy task is to sort letters. 40 % of the training answers have two neighbours swapped, so supervised
 fine-tuning learns the task and the mistakes, and leaves something to do for the stages that come after
-it: a reward model that tells right answers from wrong ones, DPO, which learns to prefer them, and rejection
-sampling, which trains on those of its own answers that score best. Each stage is a command that one could
-type; the table at the end compares what the stages sample.
+it: a reward model that tells right answers from wrong ones, DPO, which learns to prefer them, rejection
+sampling, which trains on those of its own answers that score best, and PPO, with a critic and as GRPO, which
+makes answers likelier that score better than others. Each stage is a command that one could type; the
+table at the end compares what the stages sample.
 """
 
 import json
@@ -19,8 +20,14 @@ from pathlib import Path
 from align.toy import toy_score
 
 OUTPUT = Path("runs/demo")
-DATA, SFT, RM, DPO, RS = (OUTPUT / name for name in ("data", "sft", "rm", "dpo", "rs"))
+DATA, SFT, RM, DPO, RS, PPO, GRPO = (
+    OUTPUT / name for name in ("data", "sft", "rm", "dpo", "rs", "ppo", "grpo")
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PROMPTS = (
+    f"--model {SFT}/hf --train-data {DATA}/train.jsonl --val-data {DATA}/val.jsonl --max-prompt-len 64 "
+    "--max-new-tokens 16 --reward-fn align.toy:reward --max-steps 30 --val-interval 10"
+)
 PAIRS = f"--train-data {DATA}/train_comparisons.jsonl --val-data {DATA}/val_comparisons.jsonl"
 
 
@@ -44,21 +51,28 @@ def main() -> None:
             *"--sft-weight 0.5 --lr 2e-4 --min-lr 1e-5 --val-interval 20".split(),
         ),
         "rs": command(
-            *(*TORCHRUN, "train_rs.py", "--model", SFT / "hf", "--output", RS),
-            *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
-            *"--reward-fn align.toy:reward --max-prompt-len 64 --max-new-tokens 16 --max-steps 30".split(),
-            *"--lr 5e-4 --min-lr 5e-4 --val-interval 10".split(),
+            *(*TORCHRUN, "train_rs.py", "--output", RS, *PROMPTS.split(), "--lr", "5e-4", "--min-lr", "5e-4")
+        ),
+        "ppo": command(
+            *(*TORCHRUN, "train_ppo.py", "--output", PPO, *PROMPTS.split()),
+            *"--samples-per-prompt 4 --global-batch-size 64 --lr 5e-4 --min-lr 1e-4 --critic-lr 1e-3".split(),
+            *"--critic-min-lr 1e-3 --kl-coef 0.05".split(),
+        ),
+        "grpo": command(
+            *(*TORCHRUN, "train_ppo.py", "--output", GRPO, *PROMPTS.split(), "--advantages", "grpo"),
+            *"--prompts-per-step 32 --samples-per-prompt 8 --global-batch-size 64".split(),
+            *"--lr 5e-4 --min-lr 1e-4 --kl-coef 0.05".split(),
         ),
     }
 
     prompts = [json.loads(line)["messages"][:1] for line in (DATA / "val.jsonl").read_text().splitlines()]
-    answers = {stage: sample(OUTPUT / stage) for stage in ("sft", "dpo", "rs")}
+    answers = {stage: sample(OUTPUT / stage) for stage in ("sft", "dpo", "rs", "ppo", "grpo")}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
 
     print("\nstage  seconds  validation                    score of sampled answers (1: all letters right)")
-    for stage, directory in (("sft", SFT), ("rm", RM), ("dpo", DPO), ("rs", RS)):
+    for stage in seconds:
         sampled = f"{sum(scores[stage]) / len(prompts):.3f}" if stage in scores else "-"
-        print(f"{stage:5}  {seconds[stage]:7.0f}  {first_and_last(directory, stage):28}  {sampled}")
+        print(f"{stage:5}  {seconds[stage]:7.0f}  {first_and_last(OUTPUT / stage):28}  {sampled}")
     print("\nsamples of held-out prompts, with their scores:")
     for i, prompt in enumerate(prompts[:5]):
         shown = [f"{stage}: {answers[stage][i]:12} {scores[stage][i]:.2f}" for stage in answers]
@@ -76,12 +90,14 @@ def command(*words: object) -> float:
     return time.monotonic() - start
 
 
-def first_and_last(directory: Path, stage: str) -> str:
+def first_and_last(directory: Path) -> str:
     """What a stage's first and last validation found: the metric that tells most."""
-    metrics = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc", "rs": "val_rollouts/rewards"}
+    metric = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc"}.get(
+        directory.name, "val_rollouts/rewards"
+    )
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    found = [row[metrics[stage]] for row in rows if metrics[stage] in row]
-    return f"{metrics[stage].split('/')[1]} {found[0]:.3f} -> {found[-1]:.3f}"
+    found = [row[metric] for row in rows if metric in row]
+    return f"{metric.split('/')[1]} {found[0]:.3f} -> {found[-1]:.3f}"
 
 
 def sample(directory: Path) -> list[str]:

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -32,7 +31,6 @@ from align import (
     architecture,
     audit,
     checkpoint,
-    data,
     engine,
     generate,
     huggingface,
@@ -50,18 +48,17 @@ from align import (
 )
 from align.checkpoint import CheckpointConfig
 from align.generate import RolloutConfig
-from align.loop import CommonConfig
-from align.metrics import Clock, Run, RunConfig
+from align.loop import CommonConfig, check_at_least
+from align.metrics import Clock, Run, RunConfig, mean_of
 from align.offload import OffloadConfig
 from align.optim import OptimConfig
-from align.packing import Batch, Example
-from align.prompts import Prompt, PromptFormat
+from align.packing import Batch
+from align.prompts import PromptFormat
 from align.rewards import RewardConfig, Rollout
 from align.sampling import SamplingConfig
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
-Rows = list[list[Example]]  # answers of one update, those of a row to one prompt
 KL = {"k1": losses.kl_k1, "abs": losses.kl_abs, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -123,14 +120,11 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("prompts_per_step", "samples_per_prompt", "ppo_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        for name in ("clip", "kl_coef", "value_clip", "critic_lr", "critic_warmup_steps", "unended_penalty"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+        check_at_least(self, 1, "prompts_per_step", "samples_per_prompt", "ppo_epochs")
+        check_at_least(self, 0, "clip", "value_clip", "gamma", "gae_lambda", "kl_coef", "unended_penalty")
+        check_at_least(self, 0, "critic_lr", "critic_min_lr", "critic_warmup_steps")
         for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
+            if getattr(self, name) > 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be from 0 to 1")
         for name in ("kl_target", "kl_horizon"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
@@ -154,15 +148,8 @@ class Config(CommonConfig):
         kind = f"--advantages {self.advantages}"
         unused = {}  # flag: why
         if self.advantages != "gae":
-            names = (
-                "gae_lambda",
-                "critic",
-                "value_clip",
-                "critic_warmup_steps",
-                "critic_lr",
-                "critic_min_lr",
-            )
-            unused |= dict.fromkeys(names, f"{kind} has no critic")
+            names = "gae_lambda critic critic_lr critic_min_lr critic_warmup_steps value_clip"
+            unused |= dict.fromkeys(names.split(), f"{kind} has no critic")
         if self.advantages in ("rloo", "grpo"):
             unused |= dict.fromkeys(("gamma", "whiten_advantages"), f"{kind} takes whole answers")
         if self.kl_coef == 0:
@@ -181,7 +168,6 @@ class Config(CommonConfig):
                     f"--{name.replace('_', '-')}: PPO's log-probs are those of the whole distribution at "
                     "--temperature; tokens drawn from another one would be weighed wrongly"
                 )
-
         if self.critic_min_lr > self.critic_lr:
             raise ValueError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
 
@@ -255,13 +241,8 @@ def main(config: Config) -> None:
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.toy:reward")
     text = tokenizer.load(config.model.path)
-    rows: dict[str, list[Prompt]] = {"train": [], "val": []}
-    for name in [name for name in files if files[name]]:
-        rows[name], counts = prompts.load_prompts(files[name], text, config.format)
-        prompts.check_ids(rows[name], arch.vocab_size)
-        run.say(f"{name} data: {data.describe(counts)}")
+    rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
-    run.say(f"first prompt:\n{text.decode(rows['train'][0].ids.tolist())}")
     rows["val"] = rows["val"][config.val_rows()]
     total_steps = config.total_steps(len(rows["train"]))
     if config.critic_warmup_steps >= total_steps:
@@ -321,11 +302,6 @@ def main(config: Config) -> None:
         run.samples(step, found.table("val_rollouts", 4, text, config.sampling.stop))
         return {f"val_rollouts/{name}": value for name, value in found.statistics().items()}
 
-    def by_token(name: str, updates: list[Rows]) -> Tensor:
-        """What a model says of each token of all answers, [N, ...] float64, in training's micro-batches."""
-        found = [engine.per_example(trained[name][0], rows, config.batch) for rows in updates]
-        return torch.from_numpy(np.concatenate([tokens for part in found for tokens in part])).double()
-
     # ---- losses ----------------------------------------------------------------------------------
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of answers
@@ -333,7 +309,8 @@ def main(config: Config) -> None:
         loss, metrics = losses.policy_loss(logprobs, old, advantages, counted, config.clip)
         entropy = (entropy * counted).sum()
         if kl_coef:
-            loss = loss + kl_coef * (KL[config.kl](logprobs, batch.extra["ref"]) * counted).sum()
+            kl = KL[config.kl](logprobs, batch.extra["ref"])
+            loss = loss + kl_coef * kl[counted.bool()].sum()
         return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
     def value_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -379,17 +356,17 @@ def main(config: Config) -> None:
 
         # what the models say of each token, [N]
         with phase("logprobs", policy="weights"):
-            old, entropy = by_token("policy", updates).unbind(1)
+            old = engine.per_token(policy, updates, config.batch)[:, 0]
         sampled = [sample.logprobs for sample in found.answers]
         computed = [part.numpy() for part in old.split(lengths)]
         metrics = audit.compare(found.places, sampled, computed, config.model.dtype)
         ref_logprobs, values = old, torch.zeros_like(old)
         if config.kl_coef:
             with phase("reference"), ref.lent_to(policy.module):
-                ref_logprobs = by_token("policy", updates)[:, 0]
+                ref_logprobs = engine.per_token(policy, updates, config.batch)[:, 0]
         if "critic" in trained:
             with phase("values", critic="weights"):
-                values = reward.standardised(by_token("critic", updates)[:, 0])
+                values = reward.standardised(engine.per_token(critic, updates, config.batch)[:, 0])
 
         # rewards, advantages and returns of each token, [N]
         scores = torch.from_numpy(found.rewards).view(-1)  # [A]
@@ -402,12 +379,11 @@ def main(config: Config) -> None:
         advantages, returns = advantages_of(config, token_rewards, values, lengths, counted)
         statistics = found.statistics() | {
             "rollout_size": len(lengths),
-            "init_policy_kl": by_answer(kl, lengths).mean(),
             "rewards_with_kl": by_answer(token_rewards, lengths).mean(),
-            "kl_coef": kl_coef,
-            "entropy": entropy.mean(),
             **moments("advantages", advantages),
         }
+        if config.kl_coef:
+            statistics |= {"init_policy_kl": by_answer(kl, lengths).mean(), "kl_coef": kl_coef}
         if "critic" in trained:
             statistics |= moments("returns", returns) | moments("values", values)
             statistics["explained_variance"] = losses.explained_variance(values, returns)
@@ -418,27 +394,20 @@ def main(config: Config) -> None:
         # update
         known = {"old": old, "ref": ref_logprobs, "values": values, "returns": returns}
         known |= {"advantages": advantages, "counted": expand(counted.double(), lengths)}
-        sizes = [sum(map(packing.num_trained, rows_of_update)) for rows_of_update in updates]
-        batches = []
-        for rows_of_update, *tokens in zip(updates, *(x.split(sizes) for x in known.values()), strict=True):
-            by_row = [packing.by_row(x, rows_of_update) for x in tokens]
-            extra = dict(zip(known, by_row, strict=True))
-            batches.append(engine.micro_batches(policy, rows_of_update, config.batch, extra))
-        made = {}
+        batches = engine.token_batches(policy, updates, config.batch, known)
+        part_lengths = [sum(packing.num_trained(row) for row in rows_of_update) for rows_of_update in updates]
         if "critic" in trained:
             lr = optim.learning_rate(critic_optim, step, total_steps)
-            made["critic_"] = update("critic", value_loss, batches, sizes, lr)
+            made = update("critic", value_loss, batches, part_lengths, lr)
+            metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(made).items()}
         if (policy_step := step - config.critic_warmup_steps) >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
             loss_fn = partial(policy_loss, kl_coef=kl_coef - charged)
-            num_counted = [float(part.sum()) for part in known["counted"].split(sizes)]
-            made[""] = update("policy", loss_fn, batches, num_counted, lr)
-            if made[""]:
-                metrics |= audit.check_ratio(made[""][0]["ratio_error"])
-        for prefix, found_by_update in made.items():
-            for name in found_by_update[0] if found_by_update else ():
-                mean = np.mean([metrics_of_update[name] for metrics_of_update in found_by_update])
-                metrics[f"train_optim/{prefix}{name}"] = float(mean)
+            num_counted = [float(part.sum()) for part in known["counted"].split(part_lengths)]
+            made = update("policy", loss_fn, batches, num_counted, lr)
+            if made:  # else none of the answers ended
+                metrics |= audit.check_ratio(made[0]["ratio_error"])
+            metrics |= {f"train_optim/{name}": value for name, value in mean_of(made).items()}
         times = {"timers/rollout_time": clock.total(*ROLLOUT), "timers/train_time": clock.total("train")}
 
         # evaluate

@@ -26,7 +26,6 @@ from align import (
     architecture,
     audit,
     checkpoint,
-    data,
     engine,
     generate,
     huggingface,
@@ -42,11 +41,11 @@ from align import (
 )
 from align.checkpoint import CheckpointConfig
 from align.generate import RolloutConfig, Sample
-from align.loop import CommonConfig
-from align.metrics import Clock, Run, RunConfig
+from align.loop import CommonConfig, check_at_least
+from align.metrics import Clock, Run, RunConfig, mean_of
 from align.optim import OptimConfig
 from align.packing import Batch
-from align.prompts import Prompt, PromptFormat
+from align.prompts import PromptFormat
 from align.rewards import RewardConfig, Rollout
 from align.sampling import SamplingConfig
 
@@ -79,9 +78,7 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("prompts_per_step", "samples_per_prompt", "keep_top"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, "prompts_per_step", "samples_per_prompt", "keep_top")
         if self.keep_top > self.samples_per_prompt:
             raise ValueError(
                 f"--keep-top {self.keep_top} of --samples-per-prompt {self.samples_per_prompt}: raise that"
@@ -133,13 +130,8 @@ def main(config: Config) -> None:
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.toy:reward")
     text = tokenizer.load(config.model.path)
-    rows: dict[str, list[Prompt]] = {"train": [], "val": []}
-    for name in [name for name in files if files[name]]:
-        rows[name], counts = prompts.load_prompts(files[name], text, config.format)
-        prompts.check_ids(rows[name], arch.vocab_size)
-        run.say(f"{name} data: {data.describe(counts)}")
+    rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
-    run.say(f"first prompt:\n{text.decode(rows['train'][0].ids.tolist())}")
     rows["val"] = rows["val"][config.val_rows()]
     total_steps = config.total_steps(len(rows["train"]))
     optim.check(config.optim, total_steps)
@@ -232,8 +224,7 @@ def main(config: Config) -> None:
                 update = engine.forward_backward(policy, batches, loss_fn, tokens)
                 updates.append(update | {"grad_norm": optim.step(optimizer, lr)})
             clock.lap("train")
-        for name in ("loss", "grad_norm") if updates else ():
-            metrics[f"train_optim/{name}"] = float(np.mean([update[name] for update in updates]))
+        metrics |= {f"train_optim/{name}": value for name, value in mean_of(updates).items()}
         metrics |= {"train_optim/lr": lr, "train_optim/updates": len(updates)}
         times = {"timers/rollout_time": clock.total("generate", "score")}
         times["timers/train_time"] = clock.total("audit", "train")

@@ -4,11 +4,11 @@ A script gives a list of packed micro-batches and a loss function
 
     loss_fn(batch, output) -> loss, metrics
 
-that sees one micro-batch and what the model's last stage made of it (a policy: log-probs [T], a reward model:
-values [T, A]), and returns **sums**: the loss to minimise, a scalar, and what to log, scalars by
-name. The engine divides all of them by one denominator, that of the whole step over all ranks (trained
-tokens, pairs, sequences), before the backward pass. So neither the gradient nor a metric depends on how the
-step was split.
+that sees one micro-batch and what the model's last stage made of it (a policy: log-probs [T], or with entropy
+[T, 2]; a reward model: values [T, A]), and returns **sums**: the loss to minimise, a scalar, and what to
+log, scalars by name. The engine divides all of them by one denominator, that of the whole step over all ranks
+(trained tokens, pairs, sequences), before the backward pass. So neither the gradient nor a metric depends on
+how the step was split.
 """
 
 import contextlib
@@ -152,6 +152,35 @@ def per_example(
     return [everyone[number] for number in range(ends[-1])]
 
 
+def per_token(
+    model: DistributedDataParallel, updates: Sequence[Sequence[Sequence[Example]]], config: BatchConfig
+) -> Tensor:
+    """`per_example` of the rows of some updates, end to end: [N, ...] of trained tokens, float64, CPU."""
+    found = [tokens for rows in updates for tokens in per_example(model, rows, config)]
+    return torch.from_numpy(np.concatenate(found)).double()
+
+
+def token_batches(
+    model: DistributedDataParallel,
+    updates: Sequence[Sequence[Sequence[Example]]],
+    config: BatchConfig,
+    tokens: Mapping[str, Tensor],
+) -> list[list[Batch]]:
+    """The micro-batches of each update, with numbers for each trained token in `extra`.
+
+    Args:
+        tokens: by name [N, ...], in the order of `per_token`.
+    """
+    counts = [packing.num_trained(row) for rows in updates for row in rows]
+    by_row = {name: [part.numpy() for part in values.split(counts)] for name, values in tokens.items()}
+    batches, first = [], 0
+    for rows in updates:
+        own = {name: parts[first : first + len(rows)] for name, parts in by_row.items()}
+        batches.append(micro_batches(model, rows, config, own))
+        first += len(rows)
+    return batches
+
+
 def run(
     model: DistributedDataParallel,
     batches: list[Batch],
@@ -216,7 +245,7 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
 
 
 def whole_sequence(output: Tensor) -> Tensor:
-    """[T/cp] of each context parallel rank -> [T] on all; each gets back the gradient of its own part.
+    """[T/cp, ...] of each context parallel rank -> [T, ...] on all; each gets its own part's gradient back.
 
     So a loss function never knows of context parallelism.
     """

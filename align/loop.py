@@ -11,6 +11,14 @@ from align.packing import BatchConfig
 from align.parallel import ParallelConfig
 
 
+def check_at_least(config: object, least: float, *names: str) -> None:
+    """Raises ValueError if one of these flags has a value below `least`; None is no value."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     max_epochs: int = 1
@@ -25,10 +33,7 @@ class LoopConfig:
     """global batches per validation (default: all of --val-data)"""
 
     def __post_init__(self):
-        for name in ("max_epochs", "max_steps", "val_interval", "val_batches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        check_at_least(self, 1, "max_epochs", "max_steps", "val_interval", "val_batches")
 
 
 @dataclass(frozen=True)

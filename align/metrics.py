@@ -23,6 +23,7 @@ COLUMNS = {  # metric: (label, format); the console shows those that a step has,
     "train/loss": ("loss", "7.4f"),
     "train_rollouts/rewards": ("reward", "6.3f"),
     "train_rollouts/response_lengths": ("length", "6.1f"),
+    "train_rollouts/init_policy_kl": ("kl", "7.4f"),
     "train_optim/loss": ("loss", "7.4f"),
     "train/acc": ("acc", "5.3f"),
     "train/grad_norm": ("grad_norm", "8.3f"),
@@ -208,6 +209,11 @@ def speed(num_matmul_params: int, tokens: int, computed: int, seconds: float) ->
     """
     flops = 6.0 * num_matmul_params * computed
     return {"time/tokens_per_s": tokens / seconds, "time/tflops_per_s": flops / seconds / 1e12}
+
+
+def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over several updates; {} without any."""
+    return {name: sum(each[name] for each in updates) / len(updates) for name in (updates or [{}])[0]}
 
 
 def with_std(metrics: dict[str, float]) -> dict[str, float]:

@@ -161,11 +161,6 @@ def cut(groups: Sequence[Sequence[T]], size: int) -> list[list[list[T]]]:
     return parts
 
 
-def by_row(tokens: torch.Tensor, rows: Sequence[Sequence[Example]]) -> list[np.ndarray]:
-    """[N, ...] numbers of all trained tokens, examples end to end, as one array for each row."""
-    return [part.numpy() for part in tokens.split([num_trained(row) for row in rows])]
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One packed micro-batch, the only batch layout of the project.

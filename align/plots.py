@@ -12,6 +12,8 @@ PANELS_PER_ROW = 4
 SMOOTH_ABOVE = 50  # points; shorter curves are drawn as they are
 COLORS = {"train": "#1f5a99", "val": "#d9641e", "test": "#7d3c98", "time": "#6b6b6b"}
 SHARED = ("train", "val", "test")  # groups whose metrics of one name share a panel
+TOGETHER = {"memory": "memory/..., GB", "time": "time/..., shares of a step"}  # groups in one panel
+ALONE = ("time/step", "time/tokens_per_s", "time/tflops_per_s")  # in another unit than their group
 EXACT = ("train/lr",)  # without noise: an average would only bend it
 OTHER_COLOR = "#3c6e47"
 SAME_AS = {
@@ -59,12 +61,18 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def arrange(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """{panel: {metric: curve}}: train, val and test share panels and come first, time comes last."""
+    """{panel: {metric: curve}}: train, val and test share panels and come first, time comes last.
+
+    What each phase of a step takes, memory or time, is drawn together.
+    """
     seen = [group for group in map(group_of, curves) if group not in (*SHARED, "time")]
     groups = [*SHARED, *seen, "time"]
     panels: dict[str, dict[str, Curve]] = {}
     for name in sorted(curves, key=lambda name: groups.index(group_of(name))):
-        panel = name.partition("/")[2] if group_of(name) in SHARED else name
+        group = group_of(name)
+        panel = name.partition("/")[2] if group in SHARED else name
+        if group in TOGETHER and name not in ALONE:
+            panel = TOGETHER[group]
         panels.setdefault(panel, {})[name] = curves[name]
     return panels
 
@@ -77,17 +85,19 @@ def group_of(name: str) -> str:
 
 def draw_panel(axis: Axes, panel: str, curves: dict[str, Curve]) -> None:
     """One metric over the steps; a long curve is drawn faintly with its moving average on top."""
-    for name, (steps, values) in curves.items():
+    together = panel in TOGETHER.values()
+    for i, (name, (steps, values)) in enumerate(curves.items()):
         group = group_of(name)
-        color = COLORS.get(group, OTHER_COLOR)
+        color = f"C{i}" if together else COLORS.get(group, OTHER_COLOR)
+        label = name.partition("/")[2] if together else group
         marker = "o" if group in ("val", "test") or len(steps) == 1 else ""
         if len(steps) > SMOOTH_ABOVE and not marker and name not in EXACT:
             axis.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
             values = moving_average(values, len(values) // 20)
-        axis.plot(steps, values, color=color, linewidth=1.1, marker=marker, markersize=2.5, label=group)
+        axis.plot(steps, values, color=color, linewidth=1.1, marker=marker, markersize=2.5, label=label)
     if len(curves) > 1:
-        axis.legend(fontsize=7, frameon=False)
-    axis.set_title(panel if len(curves) > 1 else next(iter(curves)), fontsize=8)
+        axis.legend(fontsize=5.5 if together else 7, frameon=False, ncols=2 if together else 1)
+    axis.set_title(panel if together or len(curves) > 1 else next(iter(curves)), fontsize=8)
     clean(axis)
 
 

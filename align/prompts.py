@@ -5,6 +5,7 @@ answer. The ids are those that stand before the response in align/preferences.py
 prompt that is too long is dropped.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,28 @@ class Prompt:
 
     ids: np.ndarray  # [n] int32
     row: dict  # as it came: a reward function may look at its other fields
+
+
+def load_sets(
+    files: Mapping[str, Sequence[Path]],
+    tokenizer: Tokenizer,
+    fmt: PromptFormat,
+    vocab_size: int,
+    say: Callable[[str], None],
+) -> dict[str, list[Prompt]]:
+    """The prompts of data sets, by name; `say` is told how many there are, and what the first one is.
+
+    Raises ValueError as load_prompts and check_ids do.
+    """
+    sets = {}
+    for name, paths in files.items():
+        sets[name], counts = load_prompts(paths, tokenizer, fmt) if paths else ([], {})
+        if paths:
+            check_ids(sets[name], vocab_size)
+            say(f"{name} data: {data.describe(counts)}")
+    first = next(prompts[0] for prompts in sets.values() if prompts)
+    say(f"first prompt:\n{tokenizer.decode(first.ids.tolist())}")
+    return sets
 
 
 def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, max_positions: int) -> None:

@@ -138,7 +138,7 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Raise ValueError for flags that do not fit each other."""
-    if config.samples < 1 or config.samples % config.micro_batch:
+    if min(config.samples, config.micro_batch) < 1 or config.samples % config.micro_batch:
         raise ValueError(
             f"--samples {config.samples} is not a multiple of --micro-batch {config.micro_batch}"
         )

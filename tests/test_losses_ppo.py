@@ -472,7 +472,7 @@ def test_value_loss_gradcheck():
 
 
 def test_value_clip_counts_no_rounding_errors():
-    """Within reach clip(V, ...) is V itself, not V_old + (V - V_old), which rounds V's last digits if small."""
+    """Within reach clip(V, ...) is V itself, not V_old + (V - V_old), which rounds digits of a small V."""
     _, (old, values, returns) = ragged(9, "token", "token", "token")
     _, statistics = losses.value_loss(0.01 * values.tanh(), 0.18 * old.tanh(), returns, 0.2)
     assert statistics["value_clip_fraction"].item() == 0.0

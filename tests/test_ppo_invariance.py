@@ -19,7 +19,7 @@ MODEL = "--advantages gae --samples-per-prompt 2 --global-batch-size 8 --reward-
 RULE = (  # its critic starts as the language model with a random head
     f"--advantages gae --samples-per-prompt 2 --global-batch-size 8 {BY_RULE} --critic-lr 1e-3"
 )
-GRPO = f"--advantages grpo --samples-per-prompt 4 --global-batch-size 16 {BY_RULE} --kl-in loss"
+GRPO = f"--advantages grpo --samples-per-prompt 4 --global-batch-size 16 {BY_RULE} --kl-in loss --kl k3"
 CASES = {  # by number of processes: kind of PPO and layout
     1: [
         (MODEL, "--micro-batch-size 1 --recompute full"),
@@ -47,13 +47,16 @@ CASES = {  # by number of processes: kind of PPO and layout
         (GRPO, "--pp 2 --cp 2"),
     ],
 }
-# Numbers of tokens or answers of about unit size and of both signs, or differences of such (log-probs): their
-# mean may be near 0, where it has the rounding of what it is made of. The policy's loss is a mean of whitened
-# advantages times ratios. Without a clip's bound, explained variance is 1 minus a share.
+# Means of numbers of about unit size that have both signs, such as whitened advantages, or that are the
+# differences of such numbers, as in all kinds of KL: near 0 they have the rounding of what they are made of.
+# The same goes for explained variance, 1 minus a share, and gradients, in which tokens of both signs meet.
 CANCELS = {
     *(f"train_rollouts/{name}_mean" for name in ("advantages", "values", "returns")),
     *(f"train_rollouts/{name}" for name in ("init_policy_kl", "rewards_with_kl", "explained_variance")),
-    *(f"train_optim/{name}" for name in ("loss", "approx_kl", "ratio_error")),
+    *(
+        f"train_optim/{name}"
+        for name in ("loss", "approx_kl", "ratio_error", "grad_norm", "critic_grad_norm")
+    ),
 }
 COUNTED = {"train_optim/clip_fraction", "train_optim/critic_value_clip_fraction"}
 
@@ -63,7 +66,7 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
     common = (
         f"train_ppo.py --model {toy_models}/sft/hf --train-data {toy_models}/data/train.jsonl "
         f"--val-data {toy_models}/data/val.jsonl --prompts-per-step 8 --ppo-epochs 2 --kl-coef 0.05 "
-        "--max-prompt-len 48 --max-new-tokens 10 --temperature 0.8 --lr 5e-4 "
+        "--max-prompt-len 48 --max-new-tokens 10 --temperature 0.8 --lr 3e-4 "
         f"--max-steps {STEPS} --val-interval {STEPS} --save-interval 0"
     )
     outputs = [output / str(i) for i in range(len(cases))]
@@ -84,16 +87,16 @@ def one_process(toy_models, tmp_path_factory) -> tuple[dict[str, dict], list[dic
 
 
 def test_the_run_has_all_that_could_differ(one_process):
-    """Answers of both ends, advantages of both signs, a policy that leaves the reference and meets the clip."""
+    """Answers of both ends, advantages of both signs, a policy that leaves the reference, clips that bind."""
     for kind, found in one_process[0].items():
         steps = found["metrics"][1:]
         assert len(steps) == STEPS
-        assert all(0.5 < step["train_rollouts/ended"] < 1 for step in steps)
-        for step in steps:  # the deviation is beyond the mean only if some are on its other side of 0
-            assert step["train_rollouts/advantages_std"] > abs(step["train_rollouts/advantages_mean"])
+        assert 0.5 < steps[0]["train_rollouts/ended"] < 1
+        # whitened, or of a prompt's answers their sum 0: all are 0, or some are on each side of it
+        assert all(step["train_rollouts/advantages_std"] > 0.1 for step in steps)
         assert steps[0]["train_rollouts/init_policy_kl"] == 0
         assert all(step["train_rollouts/init_policy_kl"] > 0 for step in steps[1:])
-        assert all(step["train_optim/clip_fraction"] > 0 for step in steps)
+        assert any(step["train_optim/clip_fraction"] > 0 for step in steps)
         critic = [step.get("train_optim/critic_value_clip_fraction", 0.0) for step in steps]
         assert (max(critic) > 0) == (kind != GRPO)
         before, after = (
@@ -125,8 +128,9 @@ def assert_same(found: dict, expected: dict, exact: bool, case: tuple[str, str])
 def close(name: str, value: float, exact: bool) -> object:
     """What a metric may be: what counts answers or tokens as it is, the rest to 1e-5 of itself or of a unit.
 
-    The audit's errors are nothing but rounding, which each layout has of its own, except for the ratio of the
-    first update: in every layout it is 1 to the last bit.
+    A reward model's scores are some units apart, and their mean may be near 0, too. The audit's errors are
+    nothing but rounding, which each layout has of its own, except for the ratio of the first update: in every
+    layout it is 1 to the last bit.
     """
     if name == "audit/ratio_error":
         return 0.0

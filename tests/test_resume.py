@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from align import checkpoint, toy
 from align.checkpoint import CheckpointConfig
 from tests.conftest import ROOT, environment, torchrun
+from tests.test_ppo_invariance import CANCELS
 
 STEPS, SAVE_INTERVAL = 40, 8  # two epochs
 MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
@@ -73,13 +74,29 @@ CASES = {  # bf16: main weights in fp32
     "rs": Case(
         "train_rs.py", "--deterministic", 2, "steps save start steps start save steps start save export"
     ),
+    "ppo": Case(
+        "train_ppo.py",
+        "--deterministic --advantages gae --critic-lr 1e-3 --kl-target 0.1 --kl-horizon 100",
+        2,
+        "save steps start steps save start steps start save export",
+    ),
+    "grpo": Case(
+        "train_ppo.py",
+        "--deterministic --advantages grpo --kl-in loss --kl k3",
+        1,
+        "steps save start steps start save steps start save export",
+    ),
 }
 COMPARISONS = ("train_rm.py", "train_dpo.py")
-TEXTS = "--global-batch-size 4 --max-seq-len 64"
 ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
-    "--prompts-per-step 4 --samples-per-prompt 4 --keep-top 2 --unended keep --global-batch-size 4 "
-    "--max-prompt-len 48 --max-new-tokens 12 --reward-fn tests.resume_worker:reward"
+    "--prompts-per-step 4 --unended keep --global-batch-size 4 --max-prompt-len 48 "
+    "--reward-fn tests.resume_worker:reward"
 )
+BATCHES = {  # by script, else TEXTS
+    "train_rs.py": f"{ROLLOUTS} --samples-per-prompt 4 --keep-top 2 --max-new-tokens 12",
+    "train_ppo.py": f"{ROLLOUTS} --samples-per-prompt 2 --max-new-tokens 6 --val-batches 1",
+}
+TEXTS = "--global-batch-size 4 --max-seq-len 64"
 
 
 # ---- one run and what it leaves ----------------------------------------------------------------------------
@@ -99,7 +116,7 @@ def command(script: str, data: Path, output: Path, *more: object) -> list[str]:
     kind = "_comparisons" if script in COMPARISONS else ""
     common = (
         f"{script} --train-data {data}/train{kind}.jsonl --val-data {data}/val{kind}.jsonl --output {output} "
-        f"{ROLLOUTS if script == 'train_rs.py' else TEXTS} --micro-batch-tokens 128 --max-epochs 2 --lr 1e-3 "
+        f"{BATCHES.get(script, TEXTS)} --micro-batch-tokens 128 --max-epochs 2 --lr 1e-3 "
         f"--warmup-steps 3 --save-interval {SAVE_INTERVAL} --val-interval 10"
     )
     return [*common.split(), *map(str, more)]
@@ -148,9 +165,10 @@ def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock and on the machine."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in row if not name.startswith(("time/", "timers/"))} for row in rows]
+    changing = ("time/", "timers/", "memory/")
+    return [{name: row[name] for name in row if not name.startswith(changing)} for row in rows]
 
 
 def samples(output: Path) -> str | None:
@@ -167,6 +185,16 @@ def kept(output: Path) -> list[str]:
 def fingerprint(output: Path) -> dict[str, str]:
     """sha256 by name of all that the newest checkpoint holds, and of the exported model's files."""
     path = checkpoint.newest(output / "checkpoints")
+    state = contents(path)
+    if (path / "critic").is_dir():
+        state |= {f"critic/{name}": value for name, value in contents(path / "critic").items()}
+    state["state"] = (path / "state.json").read_bytes()
+    state |= {file.name: file.read_bytes() for file in (output / "hf").iterdir()}
+    return {name: sha256(value) for name, value in state.items()}
+
+
+def contents(path: Path) -> dict[str, object]:
+    """All that a checkpoint holds of one model in training."""
     reader = dcp.FileSystemReader(path)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -175,10 +203,7 @@ def fingerprint(output: Path) -> dict[str, str]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
-    state["common"] = torch.load(path / "common.pt")
-    state["state"] = (path / "state.json").read_bytes()
-    state |= {file.name: file.read_bytes() for file in (output / "hf").iterdir()}
-    return {name: sha256(value) for name, value in state.items()}
+    return {**state, "common": torch.load(path / "common.pt")}
 
 
 def sha256(value: object) -> str:
@@ -202,6 +227,8 @@ def assert_same_end(output: Path, expected: Path) -> None:
     found, wanted = fingerprint(output), fingerprint(expected)
     moment = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
     assert {moment, "rng/shard_1_2", "model.safetensors"} <= set(wanted)
+    has_critic = any("train_optim/critic_loss" in row for row in metrics(expected))
+    assert ({f"critic/{moment}", "critic/score.weight"} <= set(wanted)) == has_critic
     assert found == wanted
 
 
@@ -250,13 +277,14 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """A folder of uninterrupted runs: each of CASES, and three at tp 2 that keep all their checkpoints."""
+    """A folder of uninterrupted runs: each of CASES, and four at tp 2 that keep all their checkpoints."""
     directory = tmp_path_factory.mktemp("whole")
     runs = [command(case.script, data, directory / name, *case.flags.split()) for name, case in CASES.items()]
     at_tp2 = ("--tp", 2, "--save-top-k", 99)
     runs += [
         command(CASES[name].script, data, directory / f"{name}-tp2", *at_tp2) for name in ("rm", "dpo", "rs")
     ]
+    runs.append(command("train_ppo.py", data, directory / "ppo-tp2", *at_tp2, *CASES["ppo"].flags.split()))
     torchrun(2, "tests/resume_worker.py", json.dumps(runs), timeout_s=600)
     return directory
 
@@ -396,6 +424,16 @@ def test_rejection_sampling_continues_in_another_layout(data, whole, tmp_path):
     assert tables(tmp_path / "0", last) == tables(tmp_path / "1", last) == expected
 
 
+def test_ppo_continues_in_another_layout(data, whole, tmp_path):
+    """Policy, critic and price of KL, from tp 2 to pp 2 and dp 2."""
+    last, flags = 20, CASES["ppo"].flags
+    runs = [(whole / "ppo-tp2", "train_ppo.py", f"{flags} {layout}", last) for layout in ("--pp 2", "")]
+    continue_and_compare(2, runs, data, tmp_path)
+    expected = tables(whole / "ppo-tp2", last)
+    assert len(expected) == 4 + 4  # one answer of each step, four of the validation
+    assert tables(tmp_path / "0", last) == tables(tmp_path / "1", last) == expected
+
+
 def tables(output: Path, last: int) -> list[dict]:
     """What samples.jsonl has of the steps from 17 to `last`."""
     rows = [json.loads(line) for line in samples(output).splitlines()]
@@ -432,13 +470,13 @@ def determined(script: str, row: dict[str, float]) -> dict[str, float]:
 
 
 def close(name: str, value: float) -> object:
-    """Equal to 1e-5; a reward is a difference, near 0, of log-probs or scores that are not.
+    """Equal to 1e-5; a reward is a difference, near 0, of log-probs or scores that are not, as are others.
 
     The errors that the audit finds are nothing but rounding, which each layout has of its own.
     """
     if name.startswith("audit/"):
         return pytest.approx(0.0, abs=1e-5)
-    return pytest.approx(value, rel=1e-5, abs=1e-6 if "rewards" in name else 0.0)
+    return pytest.approx(value, rel=1e-5, abs=1e-6 if "rewards" in name or name in CANCELS else 0.0)
 
 
 # ---- what stops a run, and what starts it over -------------------------------------------------------------

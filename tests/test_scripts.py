@@ -119,7 +119,7 @@ def field_names(config: type) -> set[str]:
     return names.union(*map(field_names, kinds.values()))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "train_rs.py", "generate.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "train_rs.py", "train_ppo.py", "generate.py"])
 def test_help_shows_every_flag_with_its_text(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = python(script, "--help")

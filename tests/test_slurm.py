@@ -139,12 +139,13 @@ def test_test_data_goes_to_the_reward_model_before_the_users_flags(job, files):
     assert arguments(job, "torchrun")[-len(flags) :] == flags
 
 
+@pytest.mark.parametrize("name", ["rs", "ppo"])
 @pytest.mark.parametrize(
     "model, given",
     [("runs/rm/hf", ["--reward-model", "runs/rm/hf"]), ("a b/hf", ["--reward-model", "a b/hf"]), ("", [])],
 )
-def test_the_reward_model_goes_to_rejection_sampling_before_the_users_flags(job, model, given):
-    result = submit(job | {"REWARD_MODEL": model}, "--reward-fn", "rules:score", name="rs")
+def test_the_reward_model_goes_before_the_users_flags(job, name, model, given):
+    result = submit(job | {"REWARD_MODEL": model}, "--reward-fn", "rules:score", name=name)
     assert result.returncode == 0, result.stderr
     flags = ["--max-time", "03:45:00", *given, "--reward-fn", "rules:score"]
     assert arguments(job, "torchrun")[-len(flags) :] == flags

@@ -1,0 +1,489 @@
+"""PPO: what is refused, the advantages, the price of KL, and what a run logs, does and leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.torch import load_file
+
+from align import checkpoint, toy
+from align.optim import OptimConfig
+from align.packing import BatchConfig
+from align.rewards import RewardConfig
+from align.sampling import SamplingConfig
+from tests.conftest import torchrun
+from tests.test_train_rs import read_jsonl, save_reward_model, without_times
+from train_ppo import Config, advantages_of, by_answer, expand, moments
+
+DATA = {"train_data": (Path("rows.jsonl"),)}
+GROUPS = {"advantages": "grpo", "samples_per_prompt": 4}
+NO_CRITIC = "has no effect: --advantages {} has no critic"
+WHOLE_DISTRIBUTION = (
+    ": PPO's log-probs are those of the whole distribution at --temperature; tokens drawn from another one "
+    "would be weighed wrongly"
+)
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"prompts_per_step": 0}, "--prompts-per-step 0 must be at least 1"),
+        ({"samples_per_prompt": -1}, "--samples-per-prompt -1 must be at least 1"),
+        ({"ppo_epochs": 0}, "--ppo-epochs 0 must be at least 1"),
+        ({"clip": -0.1}, "--clip -0.1 must be at least 0"),
+        ({"clip": float("nan")}, "--clip nan must be at least 0"),
+        ({"kl_coef": -0.1}, "--kl-coef -0.1 must be at least 0"),
+        ({"value_clip": -0.1}, "--value-clip -0.1 must be at least 0"),
+        ({"critic_lr": -0.1}, "--critic-lr -0.1 must be at least 0"),
+        ({"critic_warmup_steps": -1}, "--critic-warmup-steps -1 must be at least 0"),
+        (
+            {"unended": "penalise", "unended_penalty": -1.0},
+            "--unended-penalty -1.0 must be at least 0",
+        ),
+        ({"gamma": 1.1}, "--gamma 1.1 must be from 0 to 1"),
+        ({"gamma": -0.1}, "--gamma -0.1 must be at least 0"),
+        ({"gae_lambda": 1.1}, "--gae-lambda 1.1 must be from 0 to 1"),
+        ({"gae_lambda": -0.1}, "--gae-lambda -0.1 must be at least 0"),
+        ({"kl_target": 0.0}, "--kl-target 0.0 must be above 0"),
+        ({"kl_target": 0.1, "kl_horizon": 0.0}, "--kl-horizon 0.0 must be above 0"),
+        (
+            {"prompts_per_step": 6, "samples_per_prompt": 3, "batch": BatchConfig(global_batch_size=4)},
+            "a step has 18 answers (--prompts-per-step x --samples-per-prompt), which is no multiple of "
+            "--global-batch-size 4, the answers of an update",
+        ),
+        (DATA, "what is a good answer? Give --reward-model DIR or --reward-fn module:function"),
+        (
+            {"val_data": (Path("rows.jsonl"),)},
+            "--val-data without --train-data: give both, or none for the toy task",
+        ),
+        (
+            {"advantages": "grpo"},
+            "--advantages grpo compares the answers to a prompt: give --samples-per-prompt",
+        ),
+        (
+            {"advantages": "rloo"},
+            "--advantages rloo compares the answers to a prompt: give --samples-per-prompt",
+        ),
+        (GROUPS | {"gae_lambda": 0.9}, f"--gae-lambda {NO_CRITIC.format('grpo')}"),
+        (GROUPS | {"critic": Path("critic")}, f"--critic {NO_CRITIC.format('grpo')}"),
+        (GROUPS | {"value_clip": 0.0}, f"--value-clip {NO_CRITIC.format('grpo')}"),
+        (GROUPS | {"critic_warmup_steps": 1}, f"--critic-warmup-steps {NO_CRITIC.format('grpo')}"),
+        (GROUPS | {"critic_lr": 2e-5}, f"--critic-lr {NO_CRITIC.format('grpo')}"),
+        (GROUPS | {"critic_min_lr": 1e-6}, f"--critic-min-lr {NO_CRITIC.format('grpo')}"),
+        ({"advantages": "reinforce", "gae_lambda": 0.9}, f"--gae-lambda {NO_CRITIC.format('reinforce')}"),
+        (GROUPS | {"gamma": 0.9}, "--gamma has no effect: --advantages grpo takes whole answers"),
+        (
+            GROUPS | {"advantages": "rloo", "whiten_advantages": False},
+            "--whiten-advantages has no effect: --advantages rloo takes whole answers",
+        ),
+        ({"kl_coef": 0.0, "kl": "k3"}, "--kl has no effect: --kl-coef 0 means no reference"),
+        ({"kl_coef": 0.0, "kl_in": "loss"}, "--kl-in has no effect: --kl-coef 0 means no reference"),
+        ({"kl_coef": 0.0, "kl_target": 0.1}, "--kl-target has no effect: --kl-coef 0 means no reference"),
+        ({"kl_horizon": 100.0}, "--kl-horizon has no effect: there is no --kl-target"),
+        (
+            {"unended_penalty": 2.0},
+            "--unended-penalty has no effect: it is about --unended penalise, not mask",
+        ),
+        ({"sampling": SamplingConfig(top_k=5)}, f"--top-k{WHOLE_DISTRIBUTION}"),
+        ({"sampling": SamplingConfig(top_p=0.9)}, f"--top-p{WHOLE_DISTRIBUTION}"),
+        ({"sampling": SamplingConfig(min_p=0.1)}, f"--min-p{WHOLE_DISTRIBUTION}"),
+        ({"sampling": SamplingConfig(repetition_penalty=1.1)}, f"--repetition-penalty{WHOLE_DISTRIBUTION}"),
+        ({"sampling": SamplingConfig(greedy=True)}, f"--greedy{WHOLE_DISTRIBUTION}"),
+        ({"critic_min_lr": 1e-4}, "--critic-min-lr 0.0001 is above --critic-lr 1e-05"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message):
+    with pytest.raises(ValueError) as error:
+        Config(**flags)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        DATA | {"reward": RewardConfig(reward_model=Path("rm"))},
+        DATA | {"reward": RewardConfig(reward_fn="a:b"), "critic": Path("lm"), "critic_warmup_steps": 3},
+        {"sampling": SamplingConfig(temperature=0.7, stop=("\n",))},
+        {"advantages": "reinforce", "gamma": 0.9, "whiten_advantages": False, "kl_coef": 0.0},
+        GROUPS | {"kl_in": "loss", "kl": "k3", "unended": "penalise", "unended_penalty": 0.5},
+        GROUPS | {"advantages": "rloo", "kl_target": 0.1, "kl_horizon": 1000.0, "entropy_coef": 0.01},
+        {"value_clip": 0.0, "clip": 0.0, "gamma": 0.0, "gae_lambda": 1.0, "unended": "keep"},
+        {"critic_lr": 0.0, "critic_min_lr": 0.0, "optim": OptimConfig(lr=0.0, min_lr=0.0)},
+        # an update takes answers to several prompts, or half of those to one
+        {"prompts_per_step": 4, "samples_per_prompt": 8, "batch": BatchConfig(global_batch_size=16)},
+        {"prompts_per_step": 1, "samples_per_prompt": 8, "batch": BatchConfig(global_batch_size=4)},
+    ],
+)
+def test_flags_that_go_together(flags):
+    config = Config(**flags)
+    assert config.rows_per_step == config.prompts_per_step
+    assert config.answers_per_step == config.prompts_per_step * config.samples_per_prompt
+
+
+# ---- advantages ----------------------------------------------------------------------------------
+
+
+def f64(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+LENGTHS = [2, 1, 2, 1]  # two answers to each of two prompts
+REWARDS = f64(0, 1, 3, 1, 1, 0)
+VALUES = f64(0.5, 0.5, 1, 0, 2, 1)
+ALL = torch.ones(4, dtype=torch.bool)
+BUT_ONE = torch.tensor([True, False, True, True])
+ROOT2 = 2**0.5 + 1e-4  # the deviation of rewards 1 and 3, or 2 and 0, and GRPO's addend
+
+
+@pytest.mark.parametrize(
+    ("flags", "values", "counted", "advantages", "returns"),
+    [
+        # errors R + 0.5 V' - V are -0.25, 0.5 | 2 | 2, -1 | -1, and a quarter of the next advantage is added
+        (
+            {"advantages": "gae", "gamma": 0.5, "gae_lambda": 0.5},
+            VALUES,
+            ALL,
+            f64(-0.125, 0.5, 2, 1.75, -1, -1),
+            f64(0.375, 1, 3, 1.75, 1, 0),
+        ),
+        # what is earned from a token on, without critic or comparison
+        (
+            {"advantages": "reinforce", "gamma": 0.5},
+            torch.zeros_like(VALUES),
+            ALL,
+            f64(0.5, 1, 3, 1.5, 1, 0),
+            f64(0.5, 1, 3, 1.5, 1, 0),
+        ),
+        # of whole answers: 1 and 3, 2 and 0
+        ({"advantages": "rloo"}, None, ALL, f64(-2, -2, 2, 2, 2, -2), f64(1, 1, 3, 2, 2, 0)),
+        (
+            {"advantages": "grpo"},
+            None,
+            ALL,
+            f64(-1, -1, 1, 1, 1, -1) / ROOT2,
+            f64(1, 1, 3, 2, 2, 0),
+        ),
+        # nothing is left to compare the first answer with
+        ({"advantages": "rloo"}, None, BUT_ONE, f64(0, 0, 0, 2, 2, -2), f64(1, 1, 3, 2, 2, 0)),
+        ({"advantages": "grpo"}, None, BUT_ONE, f64(0, 0, 0, 1, 1, -1) / ROOT2, f64(1, 1, 3, 2, 2, 0)),
+    ],
+)
+def test_advantages_by_hand(flags, values, counted, advantages, returns):
+    config = Config(samples_per_prompt=2, **flags)
+    values = torch.zeros_like(REWARDS) if values is None else values
+    found = advantages_of(config, REWARDS, values, LENGTHS, counted)
+    torch.testing.assert_close(found, (advantages, returns), rtol=1e-15, atol=1e-15)
+
+
+def test_numbers_of_answers_and_tokens():
+    torch.testing.assert_close(expand(f64(5, 6, 7, 8), LENGTHS), f64(5, 5, 6, 7, 7, 8))
+    torch.testing.assert_close(by_answer(REWARDS, LENGTHS), f64(0.5, 3, 1, 0))
+    found = moments("x", f64(1, 5))  # the deviation of all there is, not of a sample
+    assert {name: float(value) for name, value in found.items()} == {"x_mean": 3.0, "x_std": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (0.11, 0.02 * (1 + 0.1 * 64 / 1000)),
+        (0.5, 0.02 * (1 + 0.2 * 64 / 1000)),  # the error is cut to 0.2
+        (0.09, 0.02 * (1 - 0.1 * 64 / 1000)),
+        (-0.01, 0.02 * (1 - 0.2 * 64 / 1000)),
+    ],
+)
+def test_price_of_kl_is_adapted(kl, expected):
+    """From the coefficient of the step before, not from --kl-coef, and by the 64 answers of a step."""
+    config = Config(kl_target=0.1, kl_horizon=1000.0)
+    latest = {"train_rollouts/kl_coef": 0.02, "train_rollouts/init_policy_kl": kl}
+    assert config.kl_coef_after(latest) == pytest.approx(expected, rel=1e-12)
+
+
+def test_price_of_kl_without_target_or_step():
+    """The first step has the flag's, and so has every step without --kl-target."""
+    latest = {"train_rollouts/kl_coef": 0.02, "train_rollouts/init_policy_kl": 0.5}
+    assert Config(kl_coef=0.03).kl_coef_after(latest) == 0.03
+    assert Config(kl_coef=0.03, kl_target=0.1).kl_coef_after({"val_rollouts/rewards": 1.0}) == 0.03
+
+
+# ---- runs on two processes -----------------------------------------------------------------------
+
+STEPS, NEW_TOKENS = 2, 8
+BY_RULE = "--reward-fn tests.resume_worker:reward"
+UPDATES = "--lr 1e-3 --critic-lr 1e-3"
+STILL = "--lr 0 --min-lr 0 --critic-lr 0 --critic-min-lr 0"
+GRPO = f"--advantages grpo --kl-coef 0 --unended keep --max-steps {STEPS} --lr 1e-3 {BY_RULE}"
+RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of the first
+    (
+        "gae",
+        f"--reward-model {{judge}} {BY_RULE} --ppo-epochs 2 --unended keep "
+        f"--kl-target 0.1 --kl-horizon 20 --offload on --val-data {{data}}/val.jsonl --val-interval {STEPS} "
+        f"--max-steps {STEPS} --save-interval 1 {UPDATES}",
+    ),
+    ("grpo", GRPO),
+    ("timed", f"{GRPO} --max-time 00:00:00"),
+    ("timed", GRPO),
+    (
+        "warmup",
+        f"--model {{start}} --critic {{judge}} {BY_RULE} --critic-warmup-steps 2 "
+        f"--unended keep --kl k2 --max-steps 3 --save-interval 1 --save-top-k 9 {UPDATES}",
+    ),
+    (
+        "still",
+        "--model {start} --reward-model {judge} --unended keep --max-steps 2 --save-interval 1 "
+        f"--save-top-k 9 --entropy-coef 0.1 {STILL}",
+    ),
+    ("masked", f"--model {{start}} --reward-model {{judge}} --max-new-tokens 2 --max-steps 1 {UPDATES}"),
+    (
+        "penalised",
+        f"--model {{start}} {BY_RULE} --advantages reinforce "
+        "--unended penalise --unended-penalty 3 --max-new-tokens 2 --max-steps 1 --lr 1e-3",
+    ),
+]
+
+
+def command(folder: Path, output: str, flags: str) -> list[str]:
+    """Four prompts in a step, two answers to each, two updates."""
+    named = flags.format(judge=folder / "judge", data=folder / "data", start=folder / "gae" / "hf")
+    common = (
+        f"train_ppo.py --train-data {folder}/data/train.jsonl --prompts-per-step 4 --samples-per-prompt 2 "
+        f"--global-batch-size 4 --max-prompt-len 48 --max-new-tokens {NEW_TOKENS} --output {folder}/{output}"
+    )
+    return [*common.split(), *named.split()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """OUTPUT of each of RUNS under its name, all from one start of two processes."""
+    folder = tmp_path_factory.mktemp("train_ppo")
+    toy.write(folder / "data", num_train=12, num_val=3)
+    save_reward_model(folder / "judge")
+    commands = [command(folder, output, flags) for output, flags in RUNS]
+    torchrun(2, "tests/resume_worker.py", json.dumps(commands))
+    return folder
+
+
+def metrics(folder: Path, name: str) -> list[dict[str, float]]:
+    """Lines of a run's metrics.jsonl without those before its first step."""
+    rows = [row for row in read_jsonl(folder / name / "metrics.jsonl") if row["step"]]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return rows
+
+
+def group(row: dict[str, float], name: str) -> set[str]:
+    """Names of the metrics of a group, without its own."""
+    return {metric.removeprefix(f"{name}/") for metric in row if metric.startswith(f"{name}/")}
+
+
+VAL = {"rewards", "response_lengths", "prompt_lengths", "ended"}
+TRAIN = VAL | {"rollout_size", "rewards_with_kl", "entropy", "advantages_mean", "advantages_std"}
+REFERENCE_TRAIN = {"init_policy_kl", "kl_coef"}
+CRITIC_TRAIN = {f"{name}_{part}" for name in ("returns", "values") for part in ("mean", "std")}
+CRITIC_TRAIN |= {"explained_variance"}
+OPTIM = {"loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "ratio_error", "entropy"}
+OPTIM |= {"grad_norm", "lr"}
+CRITIC_OPTIM = {f"critic_{name}" for name in ("loss", "value_clip_fraction", "grad_norm", "lr")}
+AUDIT = {"logprob_error", "logprob_error_max", "ratio_error"}
+PHASES = {"generate", "score", "logprobs", "train"}
+
+
+def test_names_of_the_metrics(folder):
+    before = read_jsonl(folder / "gae" / "metrics.jsonl")[0]
+    assert set(before) == {"step"} | {f"val_rollouts/{name}" for name in VAL}
+    for row in metrics(folder, "gae"):
+        last = row["step"] == STEPS
+        assert group(row, "train_rollouts") == TRAIN | REFERENCE_TRAIN | CRITIC_TRAIN
+        assert group(row, "train_optim") == OPTIM | CRITIC_OPTIM
+        assert group(row, "audit") == AUDIT
+        assert group(row, "val_rollouts") == (VAL if last else set())
+        assert group(row, "timers") == {"rollout_time", "train_time"} | (
+            {"validation_time"} if last else set()
+        )
+        saved = {"save"} if row["step"] > 1 else set()  # in the line of the step after
+        assert group(row, "time") == PHASES | {"step", "offload", "reference", "values"} | saved
+
+
+@pytest.mark.parametrize("name", ["gae", "grpo", "warmup"])
+def test_shares_of_time_sum_to_one(folder, name):
+    for row in metrics(folder, name):
+        shares = [value for metric, value in row.items() if metric.startswith("time/")]
+        assert sum(shares) - row["time/step"] == pytest.approx(1.0)
+        trained = row["time/train"] * row["time/step"]
+        assert row["timers/train_time"] == pytest.approx(trained)
+        assert 0 < row["timers/rollout_time"] + row["timers/train_time"] < row["time/step"]
+
+
+def test_memory_of_each_phase(folder):
+    """Peaks in GB, where the system tells them."""
+    first, second = metrics(folder, "gae")
+    needed = {"generate_policy", "score", "logprobs_policy", "reference", "values_critic", "train_policy"}
+    needed |= {"train_critic"}
+    assert group(first, "memory") in (needed, set())
+    assert group(second, "memory") in (needed | {"save_policy", "save_critic"}, set())
+    assert all(0.05 < row[f"memory/{name}"] < 8 for row in (first, second) for name in group(row, "memory"))
+
+
+def test_first_update_has_ratio_one(folder):
+    """To the last bit, as it has the micro-batches of the pass before it; the later ones have not."""
+    rows = metrics(folder, "gae") + metrics(folder, "grpo") + metrics(folder, "warmup")[2:]
+    assert len(rows) == 5
+    for row in rows:
+        assert row["audit/ratio_error"] == 0.0 < row["train_optim/ratio_error"]
+        assert row["audit/logprob_error"] <= row["audit/logprob_error_max"] < 1e-4
+
+
+def test_statistics(folder):
+    for row in metrics(folder, "gae"):
+        assert row["train_rollouts/rollout_size"] == 8
+        assert row["train_rollouts/response_lengths"] <= NEW_TOKENS
+        mean = row["train_rollouts/returns_mean"] - row["train_rollouts/values_mean"]
+        assert row["train_rollouts/advantages_mean"] == pytest.approx(mean, abs=1e-9)
+        assert row["train_optim/critic_lr"] > 0 and row["train_optim/lr"] > 0
+    first, second = metrics(folder, "gae")
+    assert first["train_rollouts/init_policy_kl"] == 0.0 != second["train_rollouts/init_policy_kl"]
+    assert (
+        first["train_rollouts/kl_coef"] == 0.01
+    )  # KL 0 is below the target: by a fifth, and 8 of 20 answers
+    assert second["train_rollouts/kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * 8 / 20))
+
+
+def test_samples(folder):
+    """The first answer of each step, and of validation all."""
+    rows, logged = read_jsonl(folder / "gae" / "samples.jsonl"), read_jsonl(folder / "gae" / "metrics.jsonl")
+    places = [(row["step"], row["table"]) for row in rows]
+    val, train = "val_rollouts", "train_rollouts"
+    assert places == [(0, val)] * 3 + [(1, train), (2, train)] + [(2, val)] * 3
+    assert all("sort: " in row["prompt"] for row in rows)
+    for step in (0, STEPS):
+        rewards = [row["reward"] for row in rows if (row["step"], row["table"]) == (step, val)]
+        assert logged[step]["val_rollouts/rewards"] == pytest.approx(sum(rewards) / 3)
+
+
+def test_result_opens_with_transformers(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "gae" / "hf")
+    text = transformers.AutoTokenizer.from_pretrained(folder / "gae" / "hf")
+    ids = text("sort: b a", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    assert "the critic starts as" in (folder / "gae" / "log.txt").read_text()
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint's folder, by name."""
+    reader = dcp.FileSystemReader(path)
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.endswith("weight") and not name.startswith("optimizer")
+    }
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    assert len(found) > 4
+    return found
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def at(folder: Path, name: str, step: int, *parts: str) -> dict[str, torch.Tensor]:
+    """Weights of a run's checkpoint."""
+    return tensors(Path(folder, name, "checkpoints", f"step_{step:08d}", *parts))
+
+
+def exported(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "hf" / "model.safetensors")
+
+
+def test_checkpoint_holds_the_critic(folder):
+    path = checkpoint.newest(folder / "gae" / "checkpoints")
+    assert path.name == f"step_{STEPS:08d}" and (path / "critic").is_dir()
+    assert "score.weight" in tensors(path / "critic") and "score.weight" not in tensors(path)
+
+
+def test_without_critic_and_reference(folder):
+    """No metrics of them, no phase, and nothing in the checkpoint or beside it."""
+    for row in metrics(folder, "grpo"):
+        assert group(row, "train_rollouts") == TRAIN and group(row, "train_optim") == OPTIM
+        assert group(row, "time") - {"save"} == PHASES | {"step", "offload"}
+        assert not {name for name in row if "critic" in name or "values" in name or "reference" in name}
+        assert row["train_rollouts/response_lengths"] == NEW_TOKENS  # which share an answer's reward
+        mean = row["train_rollouts/rewards"] / NEW_TOKENS
+        assert row["train_rollouts/rewards_with_kl"] == pytest.approx(mean)
+    assert not (checkpoint.newest(folder / "grpo" / "checkpoints") / "critic").exists()
+    assert not (folder / "grpo" / "reference.txt").exists() and (folder / "gae" / "reference.txt").exists()
+
+
+def test_stopped_by_the_time_and_continued(folder):
+    said = (folder / "timed" / "log.txt").read_text()
+    assert f"--max-time is over: stopped after step 1 of {STEPS}; the same command continues it" in said
+    assert "continuing after step 1" in said
+    found, expected = ([without_machine(row) for row in metrics(folder, name)] for name in ("timed", "grpo"))
+    assert found == expected
+    assert same(exported(folder, "timed"), exported(folder, "grpo"))
+
+
+def without_machine(row: dict[str, float]) -> dict[str, float]:
+    """A line without what depends on the clock and the machine."""
+    return {name: row[name] for name in without_times(row) if not name.startswith("memory/")}
+
+
+def test_critic_warms_up_alone(folder):
+    """For two of three steps the policy stays the reference, and is what training started from."""
+    for row in metrics(folder, "warmup"):
+        learns = row["step"] == 3
+        assert group(row, "train_optim") == CRITIC_OPTIM | (OPTIM if learns else set())
+        assert group(row, "audit") == AUDIT - (set() if learns else {"ratio_error"})
+        assert row["train_rollouts/init_policy_kl"] == 0.0
+    assert same(at(folder, "warmup", 1), at(folder, "warmup", 2))
+    assert not same(at(folder, "warmup", 2), at(folder, "warmup", 3))
+    assert not same(at(folder, "warmup", 1, "critic"), at(folder, "warmup", 2, "critic"))
+    assert metrics(folder, "warmup")[2]["train_optim/lr"] == 1e-3  # its schedule begins here
+
+
+def test_learning_rate_zero_changes_nothing(folder):
+    rows = metrics(folder, "still")
+    assert all(row["train_optim/grad_norm"] > 0 and row["train_optim/critic_grad_norm"] > 0 for row in rows)
+    assert all(row["train_optim/ratio_error"] == row["train_optim/approx_kl"] == 0.0 for row in rows)
+    assert same(exported(folder, "still"), exported(folder, "gae"))
+    assert same(at(folder, "still", 1), at(folder, "still", 2))
+    assert same(at(folder, "still", 1, "critic"), at(folder, "still", 2, "critic"))
+    judge = load_file(folder / "judge" / "model.safetensors")
+    assert torch.equal(at(folder, "still", 2, "critic")["score.weight"], judge["score.weight"])
+
+
+def test_without_an_ended_answer_only_the_critic_learns(folder):
+    """--unended mask, and no answer of two tokens ends."""
+    [row] = metrics(folder, "masked")
+    assert row["train_rollouts/ended"] == 0.0
+    assert group(row, "train_optim") == CRITIC_OPTIM and group(row, "audit") == AUDIT - {"ratio_error"}
+    assert same(exported(folder, "masked"), exported(folder, "gae"))
+    judge = load_file(folder / "judge" / "model.safetensors")
+    assert not torch.equal(at(folder, "masked", 1, "critic")["score.weight"], judge["score.weight"])
+
+
+def test_penalty_of_answers_that_were_cut_off(folder):
+    """Both tokens of an answer share its reward less 3; rewards themselves are logged as they were given."""
+    [row] = metrics(folder, "penalised")
+    assert row["train_rollouts/ended"] == 0.0
+    expected = (row["train_rollouts/rewards"] - 3) / 2
+    assert row["train_rollouts/rewards_with_kl"] == pytest.approx(expected)
+    assert row["train_rollouts/rewards"] > 0
+    assert not same(exported(folder, "penalised"), exported(folder, "gae"))
+
+
+# ---- what is refused with the files in hand ------------------------------------------------------
+
+
+def test_a_critic_cannot_join_later(folder):
+    """The checkpoint of a run without one cannot be continued with --advantages gae."""
+    flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3"
+    done = torchrun(1, *command(folder, "grpo", flags), check=False)
+    path = folder / "grpo" / "checkpoints" / f"step_{STEPS:08d}"
+    message = f"ValueError: {path} holds no critic: continue with the flags of that run, or --no-resume"
+    assert done.returncode != 0 and message in done.stderr
+    assert len(metrics(folder, "grpo")) == STEPS

@@ -25,7 +25,8 @@ are not compared here: tests compare ours with the equations.
 
 Each trainer runs in a fresh process with the same thread count, in turn, `rounds` times over; the first step
 is dropped. With one thread the clock is the process's own CPU seconds, in our table of phases, too, which
-must add up to the step. Peak memory is resident memory of the process, from its start to its last step.
+must add up to the step. Peak memory is resident memory of the process, from its start to its last step; "at
+start" is that of loading the models alone.
 """
 
 import contextlib
@@ -107,6 +108,9 @@ class Measured:
 
     peak_rss_gb: float
     """Largest resident memory of the process, in 1e9 bytes."""
+
+    start_rss_gb: float
+    """Its largest before the first step."""
 
     phases: list[dict[str, float]] = field(default_factory=list)
     """Ours: the seconds of each step by phase, by `common.clock_name`'s clock."""
@@ -282,19 +286,22 @@ def prompt_ids(rows: list[dict], tokenizer: Any) -> Any:
 def record_steps(trainer: Any, policy: Any) -> list[dict[str, float]]:
     """Make a TRL trainer log into the returned list, which training fills.
 
-    Entry 0 is the start; after it comes one entry per step. An entry has `cpu` and `wall` (seconds), and what
-    `count_generate` sums up since the start.
+    Entry 0 is the start; after it comes one entry per step. An entry has `cpu` and `wall` (seconds), `peak`
+    (resident memory so far, in 1e9 bytes), and what `count_generate` sums up since the start.
     """
     from transformers import PrinterCallback, TrainerCallback
 
     log, sums = [], count_generate(policy)
 
+    def entry() -> dict[str, float]:
+        return common.clocks() | sums | {"peak": common.peak_rss_gb()}
+
     class Recorder(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            log.append(common.clocks() | sums)
+            log.append(entry())
 
         def on_step_end(self, args, state, control, **kwargs):
-            log.append(common.clocks() | sums)
+            log.append(entry())
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Recorder())
@@ -327,7 +334,7 @@ def count_generate(policy: Any) -> dict[str, float]:
 
 
 def measured_trl(config: Config, log: list[dict[str, float]]) -> Measured:
-    """Return the result of a TRL trainer at the end of its process, from a log of `record_steps`."""
+    """Return the result of a TRL trainer from a log of `record_steps`."""
     steps = {name: common.differences([entry[name] for entry in log]) for name in log[0]}
     if steps["samples"] != [config.samples] * (config.run.steps + 1):
         raise RuntimeError(f"TRL sampled {steps['samples']} answers by step, not {config.samples} in each")
@@ -336,7 +343,8 @@ def measured_trl(config: Config, log: list[dict[str, float]]) -> Measured:
         cpu_s=steps["cpu"],
         wall_s=steps["wall"],
         generate_s=steps[f"generate_{common.clock_name(config.run).removesuffix('_s')}"],
-        peak_rss_gb=common.peak_rss_gb(),
+        peak_rss_gb=log[-1]["peak"],
+        start_rss_gb=log[0]["peak"],
     )
 
 
@@ -459,6 +467,7 @@ def measured_ours(config: Config, log: list[dict[str, float]], rows: list[dict[s
         wall_s=times["wall"],
         generate_s=[phase["generate"] for phase in phases],
         peak_rss_gb=log[-1]["peak"],
+        start_rss_gb=log[0]["peak"],
         phases=phases,
         memory=memory,
     )
@@ -504,7 +513,16 @@ def print_results(config: Config, name: Name, runs: dict[str, list[Measured]]) -
 
 def print_table(config: Config, runs: dict[str, list[Measured]], clock: Literal["cpu_s", "wall_s"]) -> None:
     """Print speeds, seconds of a step, and peak memory, one line per trainer."""
-    columns = ("samples/s", "tok/s CPU", "tok/s wall", "step s", "generate s", "rest s", "peak RSS GB")
+    columns = (
+        "samples/s",
+        "tok/s CPU",
+        "tok/s wall",
+        "step s",
+        "generate s",
+        "rest s",
+        "peak RSS GB",
+        "at start GB",
+    )
     print(f"{'trainer':<12}" + "".join(f"{column:>12}" for column in columns))
     for job, done in runs.items():
         step = mean([s for found in done for s in getattr(found, clock)[1:]])
@@ -513,6 +531,7 @@ def print_table(config: Config, runs: dict[str, list[Measured]], clock: Literal[
         print(
             f"{job:<12}{config.samples / step:>12.3f}{speeds[0]:>12.1f}{speeds[1]:>12.1f}"
             f"{step:>12.2f}{generate:>12.2f}{step - generate:>12.2f}{peak_gb(done):>12.2f}"
+            f"{max(run.start_rss_gb for run in done):>12.2f}"
         )
 
 

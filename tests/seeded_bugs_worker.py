@@ -85,7 +85,7 @@ READ = {  # what training reads
     ),
     "an answer sees the one before it in place of its prompt": Case(
         "sampler",
-        {"align.attention.describe": [("torch.arange(start, start + s", "torch.arange(begin - size, begin")]},
+        {"align.attention.describe": [("arange(start, start + size)", "arange(begin - size, begin)")]},
     ),
     "training does not see a prompt's first token": Case(
         "sampler", {ANSWER: [("trained = np", "prompt = type(prompt)(prompt.ids[1:], {}); trained = np")]}
@@ -138,9 +138,9 @@ SAMPLER = {  # what the sampler computes
         "sampler",
         {
             "align.generate.Generator.generate": [
-                (" restore(self.copy)\n", " hasattr(self, 'kept') or restore(self.copy)\n"),
+                ("offload.restore(self.freed)", "hasattr(self, 'kept') or offload.restore(self.freed)"),
                 ("swap_model_weights(", "hasattr(self, 'kept') or swap_model_weights("),
-                ("release(self.copy)\n", "self.kept = True\n"),
+                ("self.freed = offload.release(self.copy.parameters())", "self.kept = True"),
             ]
         },
         "reshard",

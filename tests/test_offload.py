@@ -227,11 +227,11 @@ def values(made: SimpleNamespace, name: str) -> dict[str, list[Tensor]]:
 
 def test_values_return_and_gradients_are_dropped(make):
     made = make()
-    before = {
-        name: {kind: [x.clone() for x in found] for kind, found in values(made, name).items()}
-        for name in made.models
-    }
     for _ in range(3):
+        before = {
+            name: {kind: [x.clone() for x in found] for kind, found in values(made, name).items()}
+            for name in made.models
+        }
         with made.phase("score"):
             for name in made.models:
                 sizes = {
@@ -246,6 +246,8 @@ def test_values_return_and_gradients_are_dropped(make):
                 assert found.pop("gradients")[1].untyped_storage().nbytes() == 2 * 4 * WIDTH**2
                 for kind, tensors in found.items():
                     assert all(map(torch.equal, tensors, before[name][kind])), (name, kind)
+                for tensor in found["weights"] + found["moments"] + found["main"]:
+                    tensor.data.add_(1.0)  # the next time these are to return
     mib = 4 * WIDTH**2
     assert sorted(made.shelf.made) == [mib] * (2 + 4 + 2 + 2 + 4)  # once: weights, moments, main weights
 

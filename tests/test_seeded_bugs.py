@@ -26,37 +26,33 @@ MESSAGES = {
     "lengths": r"RuntimeError: split_with_sizes expects split_sizes to sum exactly to .*",
     "shapes": r"ValueError: operands could not be broadcast together with shapes .*",
 }
-Ran = Callable[[int], list[dict[str, dict]]]
+Ran = dict[int, list[dict[str, dict]]]
 
 # ---- by the audit of a run -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """How all runs with some number of processes end, by rank and case."""
-    given, known = tmp_path_factory.mktemp("given"), {}
+    """How all runs end: by number of processes, rank and case."""
+    given, found = tmp_path_factory.mktemp("given"), {}
     toy.write(given, num_train=16, num_val=1)
     shutil.copytree(ROOT / "assets" / "tiny", given / "model")
     torch.manual_seed(0)  # large random weights: each token matters to those after it, as in a trained model
     sizes = SIZES | dict(vocab_size=264, num_hidden_layers=2, bos_token_id=257, eos_token_id=258)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(given / "model")
-
-    def run(processes: int) -> list[dict[str, dict]]:
-        if processes not in known:
-            output = tmp_path_factory.mktemp(f"on{processes}")
-            torchrun(processes, "tests/seeded_bugs_worker.py", given, output)
-            ranks = [output / f"rank{rank}.json" for rank in range(processes)]
-            known[processes] = [json.loads(rank.read_text()) for rank in ranks]
-        return known[processes]
-
-    return run
+    for processes in (1, 2):
+        output = tmp_path_factory.mktemp(f"on{processes}")
+        torchrun(processes, "tests/seeded_bugs_worker.py", given, output)
+        ranks = [output / f"rank{rank}.json" for rank in range(processes)]
+        found[processes] = [json.loads(rank.read_text()) for rank in ranks]
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_with_this_bug_is_stopped(name, ran):
     """On every rank, by the right check, at the first step that the bug can show in."""
     case = CASES[name]
-    for found in ran(PROCESSES[case.flags]):
+    for found in ran[PROCESSES[case.flags]]:
         message = found[name]["message"]
         assert message and re.fullmatch(MESSAGES[case.caught], message), message
         assert [step["step"] for step in found[name]["steps"]] == [1, 2][: case.after]
@@ -65,7 +61,7 @@ def test_a_run_with_this_bug_is_stopped(name, ran):
 @pytest.mark.parametrize("flags", FLAGS)
 def test_the_same_run_without_a_bug_ends_well(flags, ran):
     mean, largest = audit.BOUND[torch.float32]
-    for found in ran(PROCESSES[flags]):
+    for found in ran[PROCESSES[flags]]:
         assert found[f"{flags} alone"]["message"] is None
         steps = found[f"{flags} alone"]["steps"]
         assert [step["step"] for step in steps] == [1, 2]

@@ -215,6 +215,7 @@ def test_price_of_kl_without_target_or_step():
 
 STEPS, NEW_TOKENS = 2, 8
 BY_RULE = "--reward-fn tests.resume_worker:reward"
+KEEP = "--save-top-k 9 --monitor train_rollouts/rewards"
 UPDATES = "--lr 1e-3 --critic-lr 1e-3"
 STILL = "--lr 0 --min-lr 0 --critic-lr 0 --critic-min-lr 0"
 GRPO = f"--advantages grpo --kl-coef 0 --unended keep --max-steps {STEPS} --lr 1e-3 {BY_RULE}"
@@ -231,12 +232,12 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
     (
         "warmup",
         f"--model {{start}} --critic {{judge}} {BY_RULE} --critic-warmup-steps 2 "
-        f"--unended keep --kl k2 --max-steps 3 --save-interval 1 --save-top-k 9 {UPDATES}",
+        f"--unended keep --kl k2 --max-steps 3 --save-interval 1 {KEEP} {UPDATES}",
     ),
     (
         "still",
         "--model {start} --reward-model {judge} --unended keep --max-steps 2 --save-interval 1 "
-        f"--save-top-k 9 --entropy-coef 0.1 {STILL}",
+        f"{KEEP} --entropy-coef 0.1 {STILL}",
     ),
     ("masked", f"--model {{start}} --reward-model {{judge}} --max-new-tokens 2 --max-steps 1 {UPDATES}"),
     (
@@ -281,7 +282,7 @@ def group(row: dict[str, float], name: str) -> set[str]:
 
 
 VAL = {"rewards", "response_lengths", "prompt_lengths", "ended"}
-TRAIN = VAL | {"rollout_size", "rewards_with_kl", "entropy", "advantages_mean", "advantages_std"}
+TRAIN = VAL | {"rollout_size", "rewards_with_kl", "advantages_mean", "advantages_std"}
 REFERENCE_TRAIN = {"init_policy_kl", "kl_coef"}
 CRITIC_TRAIN = {f"{name}_{part}" for name in ("returns", "values") for part in ("mean", "std")}
 CRITIC_TRAIN |= {"explained_variance"}
@@ -420,7 +421,7 @@ def test_without_critic_and_reference(folder):
 
 def test_stopped_by_the_time_and_continued(folder):
     said = (folder / "timed" / "log.txt").read_text()
-    assert f"--max-time is over: stopped after step 1 of {STEPS}; the same command continues it" in said
+    assert f"--max-time is over: stopped after step 1 of {STEPS}; the same command continues" in said
     assert "continuing after step 1" in said
     found, expected = ([without_machine(row) for row in metrics(folder, name)] for name in ("timed", "grpo"))
     assert found == expected

@@ -16,7 +16,7 @@ PPO: arXiv 1707.06347; with language models: 1909.08593, 2203.02155. RLOO: 2402.
 with a mean over tokens and its KL where --kl-in says. REINFORCE with whitened rewards-to-go: 2501.03262.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ from align.sampling import SamplingConfig
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
+WHITENED = ("gae", "reinforce")  # --advantages that may be
 KL = {"k1": losses.kl_k1, "abs": losses.kl_abs, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ class Config(CommonConfig):
     samples_per_prompt: int = 1
     """answers to each of them: the group of rloo and grpo"""
     ppo_epochs: int = 1
-    """passes over the answers of a step"""
+    """passes over the answers of a step, each in the same updates"""
     clip: float = 0.2
     """an update has no reason to move the ratio of new to old probability further than this from 1"""
     gamma: float = 1.0
@@ -91,14 +92,16 @@ class Config(CommonConfig):
     """subtracted from the reward of such an answer; --unended penalise"""
     kl_coef: float = 0.01
     """price of a nat of KL to the reference; 0: there is no reference"""
-    kl: Literal["k1", "abs", "k2", "k3"] = "k1"
-    """estimator of the KL at a token, of d = log pi - log pi_ref: d, |d|, d^2 / 2, exp(-d) - 1 + d"""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """the KL is subtracted from each token's reward, as in PPO, or added to the loss, as in GRPO"""
+    kl_in: Literal["auto", "reward", "loss"] = "auto"
+    """the KL is subtracted from each token's reward, as in PPO, or added to the loss, as in GRPO. auto: loss
+    with grpo, whose division by the spread of rewards would blow it up, else reward"""
+    kl: Literal["auto", "k1", "abs", "k2", "k3"] = "auto"
+    """estimator of the KL at a token, of d = log pi - log pi_ref: d, |d|, d^2 / 2, exp(-d) - 1 + d. auto: k1
+    in the reward, k3 in the loss"""
     kl_target: float | None = None
     """nats per token that --kl-coef is adapted to after each step (default: it stays as it is)"""
     kl_horizon: float = 10000.0
-    """answers over which it is adapted"""
+    """answers over which it is adapted; above a fifth of the answers of a step"""
     critic: Path | None = None
     """reward model or language model that the critic starts as (default: --reward-model, else --model)"""
     critic_lr: float = 1e-5
@@ -141,6 +144,15 @@ class Config(CommonConfig):
             raise ValueError(
                 f"--advantages {self.advantages} compares the answers to a prompt: give --samples-per-prompt"
             )
+        if self.kl_target is not None and self.kl_horizon * 5 <= self.answers_per_step:
+            raise ValueError(
+                f"--kl-horizon {self.kl_horizon} must be above a fifth of the {self.answers_per_step} "
+                "answers of a step: --kl-coef could fall below 0"
+            )
+        if self.kl_place == "loss" and self.kl == "k1":
+            raise ValueError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
+        if self.critic_min_lr > self.critic_lr:
+            raise ValueError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
         self.check_used()
 
     def check_used(self) -> None:
@@ -150,7 +162,7 @@ class Config(CommonConfig):
         if self.advantages != "gae":
             names = "gae_lambda critic critic_lr critic_min_lr critic_warmup_steps value_clip"
             unused |= dict.fromkeys(names.split(), f"{kind} has no critic")
-        if self.advantages in ("rloo", "grpo"):
+        if self.advantages not in WHITENED:
             unused |= dict.fromkeys(("gamma", "whiten_advantages"), f"{kind} takes whole answers")
         if self.kl_coef == 0:
             unused |= dict.fromkeys(("kl", "kl_in", "kl_target"), "--kl-coef 0 means no reference")
@@ -168,8 +180,6 @@ class Config(CommonConfig):
                     f"--{name.replace('_', '-')}: PPO's log-probs are those of the whole distribution at "
                     "--temperature; tokens drawn from another one would be weighed wrongly"
                 )
-        if self.critic_min_lr > self.critic_lr:
-            raise ValueError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
 
     @property
     def rows_per_step(self) -> int:
@@ -179,10 +189,20 @@ class Config(CommonConfig):
     def answers_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 
-    def kl_coef_after(self, latest: dict[str, float]) -> float:
-        """The price of KL in the step after the one that `latest` knows."""
-        if self.kl_target is None or "train_rollouts/kl_coef" not in latest:
-            return self.kl_coef
+    @property
+    def kl_place(self) -> str:
+        """--kl-in without "auto"."""
+        return {"auto": "loss" if self.advantages == "grpo" else "reward"}.get(self.kl_in, self.kl_in)
+
+    @property
+    def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What --kl names."""
+        return KL[{"auto": "k3" if self.kl_place == "loss" else "k1"}.get(self.kl, self.kl)]
+
+    def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:
+        """The price of KL after `done` steps, whose last one `latest` knows."""
+        if self.kl_target is None or done < self.critic_warmup_steps + 2:
+            return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
         kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
         return losses.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
 
@@ -257,7 +277,8 @@ def main(config: Config) -> None:
     rows_of_step = partial(packing.global_batch, len(rows["train"]), of_rollout, config.parallel.seed)
 
     # ---- models ----------------------------------------------------------------------------------
-    shelf = config.offload.shelf(config.run.output)
+    clock, shelf = Clock(), config.offload.shelf(config.run.output)
+    phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
     judges = rewards.judges(
         reward, config.model, config.parallel, config.batch, text, config.sampling.stop, shelf
     )
@@ -267,23 +288,23 @@ def main(config: Config) -> None:
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = model.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    trained = {"policy": (policy, optimizer)}
     if config.kl_coef:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
         ref = offload.Weights(policy.module, shelf)
+    phase.add("policy", policy, optimizer)
+    trained = {"policy": (policy, optimizer)}
     if config.advantages == "gae":
         start = config.critic or reward.reward_model or config.model.path
         critic = rewards.load_scorer("--critic", start, config.model, config.parallel, text)
         critic = model.distributed(critic)
         critic_optimizer = optim.build(critic, critic_optim)
+        phase.add("critic", critic, critic_optimizer)
         trained["critic"] = (critic, critic_optimizer)
         run.say(f"the critic starts as {start}")
     generator = generate.Generator(
         policy, config.rollout, config.sampling, config.model, config.parallel, text
     )
     run.say(generator.describe())
-    clock = Clock()
-    phase = offload.Phases(trained, clock, run.say, shelf, config.offload.enabled)
 
     # ---- rollouts --------------------------------------------------------------------------------
     def rollout(name: str, numbers: Sequence[int], stream: tuple[int, ...], answers: int) -> Rollout:
@@ -309,7 +330,7 @@ def main(config: Config) -> None:
         loss, metrics = losses.policy_loss(logprobs, old, advantages, counted, config.clip)
         entropy = (entropy * counted).sum()
         if kl_coef:
-            kl = KL[config.kl](logprobs, batch.extra["ref"])
+            kl = config.kl_estimator(logprobs, batch.extra["ref"])
             loss = loss + kl_coef * kl[counted.bool()].sum()
         return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
@@ -332,7 +353,10 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     others = {name: pair for name, pair in trained.items() if name != "policy"}
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, others)
+    first_step, latest = checkpoint.resume(
+        *(config.checkpoint, config.run.output, policy, optimizer, others),
+        during=lambda name: phase("load", **{name: "all"}),
+    )
     run.resume_at(first_step)
     if first_step:
         run.say(f"continuing after step {first_step}")
@@ -342,9 +366,11 @@ def main(config: Config) -> None:
     checkpoint.check_monitor(config.checkpoint, latest)
 
     # ---- loop ------------------------------------------------------------------------------------
+    clock.shares(), phase.memory()  # what came before the first step is not its own
     reason = None
     for step in range(first_step, total_steps):
-        done, kl_coef = step + 1, config.kl_coef_after(latest)
+        done, kl_coef = step + 1, config.kl_coef_after(step, latest)
+        in_reward, in_loss = (kl_coef, 0.0) if config.kl_place == "reward" else (0.0, kl_coef)
 
         # rollout: [A] answers; their N tokens lie end to end from here on
         found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
@@ -359,7 +385,10 @@ def main(config: Config) -> None:
             old = engine.per_token(policy, updates, config.batch)[:, 0]
         sampled = [sample.logprobs for sample in found.answers]
         computed = [part.numpy() for part in old.split(lengths)]
-        metrics = audit.compare(found.places, sampled, computed, config.model.dtype)
+        audit.check_ends(found.places, found.answers, text.stop_ids, config.sampling.stop)
+        metrics = audit.compare(
+            *(found.places, sampled, computed, config.model.dtype, config.sampling.temperature)
+        )
         ref_logprobs, values = old, torch.zeros_like(old)
         if config.kl_coef:
             with phase("reference"), ref.lent_to(policy.module):
@@ -371,11 +400,10 @@ def main(config: Config) -> None:
         # rewards, advantages and returns of each token, [N]
         scores = torch.from_numpy(found.rewards).view(-1)  # [A]
         if config.unended == "penalise":
-            scores = scores - config.unended_penalty * ~ended
+            scores = scores - config.unended_penalty * ended.logical_not().double()
         counted = ended if config.unended == "mask" else torch.ones_like(ended)  # [A]
-        kl = KL[config.kl](old, ref_logprobs)
-        charged = kl_coef if config.kl_in == "reward" else 0.0
-        token_rewards = losses.token_rewards(scores, kl, lengths, charged)
+        kl = config.kl_estimator(old, ref_logprobs)
+        token_rewards = losses.token_rewards(scores, kl, lengths, in_reward)
         advantages, returns = advantages_of(config, token_rewards, values, lengths, counted)
         statistics = found.statistics() | {
             "rollout_size": len(lengths),
@@ -388,7 +416,7 @@ def main(config: Config) -> None:
             statistics |= moments("returns", returns) | moments("values", values)
             statistics["explained_variance"] = losses.explained_variance(values, returns)
         metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
-        if config.whiten_advantages and config.advantages in ("gae", "reinforce"):
+        if config.whiten_advantages and config.advantages in WHITENED:
             advantages = losses.whiten(advantages)
 
         # update
@@ -402,11 +430,13 @@ def main(config: Config) -> None:
             metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(made).items()}
         if (policy_step := step - config.critic_warmup_steps) >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
-            loss_fn = partial(policy_loss, kl_coef=kl_coef - charged)
+            loss_fn = partial(policy_loss, kl_coef=in_loss)
             num_counted = [float(part.sum()) for part in known["counted"].split(part_lengths)]
             made = update("policy", loss_fn, batches, num_counted, lr)
-            if made:  # else none of the answers ended
+            if made:
                 metrics |= audit.check_ratio(made[0]["ratio_error"])
+            else:
+                run.say(f"step {done}: no answer ended, so the policy learnt nothing; see --unended")
             metrics |= {f"train_optim/{name}": value for name, value in mean_of(made).items()}
         times = {"timers/rollout_time": clock.total(*ROLLOUT), "timers/train_time": clock.total("train")}
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from align.generate import Sample
+
 # Most that the log-probs may differ by, in nats: on average, and at one token. For SmolLM2-135M, whose logits
 # reach 37, rounding alone makes it 4e-6 and 4e-5 in fp32, and 0.03 and 0.3 in bf16.
 BOUND = {torch.float32: (5e-5, 1e-3), torch.bfloat16: (0.1, 2.0)}
@@ -22,6 +24,7 @@ def compare(
     sampled: Sequence[np.ndarray],
     trained: Sequence[np.ndarray],
     dtype: torch.dtype,
+    temperature: float = 1.0,
 ) -> dict[str, float]:
     """How much sampled and trained log-probs of answers differ, on average and at most, in nats.
 
@@ -30,13 +33,20 @@ def compare(
         sampled: of each answer [n], what the sampler said.
         trained: of each answer [n], what training's forward pass says, with the weights of the sampler.
         dtype: of the weights.
+        temperature: that of both; below 1 it makes rounding larger, and the bound with it.
 
     Raises:
         RuntimeError: they differ by more than BOUND; the message names the token where they do so most.
     """
+    for place, said, computed in zip(places, sampled, trained, strict=True):
+        if len(said) != len(computed):
+            raise RuntimeError(
+                f"audit: answer {place[1]} to row {place[0]} was sampled with {len(said)} tokens, training "
+                f"has {len(computed)}"
+            )
     errors = [abs(a.astype(np.float64) - b) for a, b in zip(sampled, trained, strict=True)]
     mean, largest = float(np.concatenate(errors).mean()), float(np.concatenate(errors).max())
-    most_mean, most = BOUND[dtype]
+    most_mean, most = (bound / min(temperature, 1.0) for bound in BOUND[dtype])
     if not (mean <= most_mean and largest <= most):  # so written, NaN is refused too
         answer = int(np.argmax([error.max() for error in errors]))  # of NaN, the first
         token, (row, number) = int(errors[answer].argmax()), places[answer]
@@ -47,6 +57,21 @@ def compare(
             f"(bound {most_mean:.2g}): the sampler and the trainer do not compute the same model"
         )
     return {"audit/logprob_error": mean, "audit/logprob_error_max": largest}
+
+
+def check_ends(
+    places: Sequence[tuple[int, int]], answers: Sequence[Sample], stop_ids: set[int], stop: tuple[str, ...]
+) -> None:
+    """Raises RuntimeError if an answer that ended by itself does not hold the token that ended it.
+
+    Such a model is never taught to end. With stop strings an answer may end without such a token.
+    """
+    for (row, number), sample in zip(places, answers, strict=True):
+        if sample.finish == "stop" and not stop and int(sample.ids[-1]) not in stop_ids:
+            raise RuntimeError(
+                f"audit: answer {number} to row {row} ended, but its last token {sample.ids[-1]} is none "
+                "that ends an answer: the stop token was lost"
+            )
 
 
 def check_ratio(error: float) -> dict[str, float]:

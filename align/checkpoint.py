@@ -13,7 +13,8 @@ import os
 import queue
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -75,11 +76,13 @@ def resume(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
+    during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
 ) -> tuple[int, dict[str, float]]:
     """Continue from the newest checkpoint of a run directory, or start at step 0. Collective.
 
     Args:
         others: more models in training, by the names of their folders in the checkpoint.
+        during: makes what surrounds the loading of one of them, or of the first, whose name is "policy".
 
     Returns:
         The number of finished steps, and the metrics known then.
@@ -98,8 +101,10 @@ def resume(
     for name, other in others.items():
         if not (path / name).is_dir():
             raise ValueError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
-        load(path / name, *other, same_layout)
-    return load(path, model, optimizer, same_layout), state["metrics"]
+        with during(name):
+            load(path / name, *other, same_layout)
+    with during("policy"):
+        return load(path, model, optimizer, same_layout), state["metrics"]
 
 
 def complete(directory: Path) -> list[Path]:

@@ -177,6 +177,7 @@ class Generator:
         del engine, batch
         if self.copy is not None:
             self.freed = offload.release(self.copy.parameters())
+            parallel.free_memory()
         return gather(mine if self.leads else {}, len(prompts), samples_per_prompt)
 
 

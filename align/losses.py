@@ -408,7 +408,7 @@ def log_ratio_statistics(
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """KL(pi || pi_ref) from a sample of pi (joschu.net/blog/kl-approx.html): d = log pi - log pi_ref.
 
-    All four estimators take [N] log-probs in nats and return [N]. k1 is unbiased and may be negative.
+    All four take [N] log-probs in nats and return [N]. k1 is unbiased. Its gradient averages to 0: no loss.
     """
     return logprobs - ref_logprobs
 
@@ -419,12 +419,12 @@ def kl_abs(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """d^2 / 2: never negative, less noisy than k1, and biased."""
+    """d^2 / 2: never negative, less noisy than k1, biased; in a loss it has the gradient of the KL."""
     return (logprobs - ref_logprobs).square() / 2
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(-d) - 1 + d: never negative and unbiased."""
+    """exp(-d) - 1 + d: never negative and unbiased; what GRPO (arXiv 2402.03300) has in its loss."""
     d = logprobs - ref_logprobs
     return torch.expm1(-d) + d  # exp(-d) - 1 would lose all digits of a small d
 
@@ -526,8 +526,8 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, nu
 
     Args:
         kl_coef: c, the present coefficient.
-        kl: the KL per answer that was seen with it, in nats.
-        target: the KL wanted, in nats, above 0.
+        kl: the KL that was seen with it, in nats, per token or per answer, as the target.
+        target: the KL wanted, above 0.
         horizon: in answers; above num_answers / 5, or c could fall to 0 and stay there.
         num_answers: how many answers `kl` was measured on.
     """

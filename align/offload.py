@@ -28,7 +28,6 @@ from align import optim, parallel
 from align.metrics import Clock
 
 NEEDS = {"weights": ("weights",), "all": ("weights", "gradients", "optimizer")}  # need: parts
-Trained = Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]]
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -133,7 +132,6 @@ def release(tensors: Iterable[Tensor]) -> dict[UntypedStorage, int]:
     sizes = storages(tensors)
     for storage in sizes:
         storage.resize_(0)
-    parallel.free_memory()
     return sizes
 
 
@@ -151,6 +149,7 @@ class Part:
         """`tensors` lists them, anew each time: an optimizer may make more. No `shelf`: values are lost."""
         self.tensors, self.shelf = tensors, shelf
         self.copies: dict[UntypedStorage, Tensor] = {}  # made once, then used again
+        self.changed = True  # since it was copied
         self.waiting: dict[UntypedStorage, int] = {}  # with their sizes
 
     @property
@@ -161,12 +160,14 @@ class Part:
         """Off the device, unless it waits already."""
         if self.waiting:
             return
-        last, self.copies = self.copies, {}
-        for storage in storages(self.tensors()) if self.shelf else ():
-            known, now = last.get(storage), as_bytes(storage)
-            self.copies[storage] = (
-                self.shelf.copy(now) if known is None else known.copy_(now, non_blocking=True)
-            )
+        if self.changed and self.shelf:
+            last, self.copies = self.copies, {}
+            for storage in storages(self.tensors()):
+                known, now = last.get(storage), as_bytes(storage)
+                self.copies[storage] = (
+                    self.shelf.copy(now) if known is None else known.copy_(now, non_blocking=True)
+                )
+            self.changed = False
         # These copies may still run on a GPU. Memory that is freed there goes to later work of the same
         # stream, which comes after them, or back to the device, which waits for them first.
         self.waiting = release(self.tensors())
@@ -207,44 +208,53 @@ class Phases:
         ...
     """
 
-    def __init__(
-        self, models: Trained, clock: Clock, say: Callable[[str], None], shelf: Shelf, enabled: bool
-    ):
+    def __init__(self, clock: Clock, say: Callable[[str], None], shelf: Shelf, enabled: bool):
         """`say` is told where everything is when a phase comes first; not `enabled`: nothing moves."""
-        self.parts = {
-            (name, kind): p for name in models for kind, p in parts_of(*models[name], shelf).items()
-        }
-        self.models, self.clock, self.say, self.shelf = set(models), clock, say, shelf
-        self.enabled = enabled
+        self.clock, self.say, self.shelf, self.enabled = clock, say, shelf, enabled
+        self.parts: dict[tuple[str, str], Part] = {}  # by model and kind
+        self.models: set[str] = set()
         self.known: set[str] = set()  # labels of phases: "train policy"
         self.peaks: dict[str, float] = {}  # GB by label
 
+    def add(self, name: str, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+        """One more model in training, which waits from here on until a phase needs it."""
+        self.models.add(name)
+        self.parts |= {(name, kind): part for kind, part in parts_of(model, optimizer, self.shelf).items()}
+        if self.enabled:
+            self.move(set())
+
     @contextlib.contextmanager
     def __call__(self, name: str, /, **needs: str) -> Iterator[None]:
-        """`needs`: of which models the "weights", or "all". The rest waits, until a later phase needs it."""
+        """`needs`: of which models the "weights", or "all", to train them. The rest waits meanwhile."""
         assert needs.keys() <= self.models and set(needs.values()) <= NEEDS.keys(), needs
         label = " ".join([name, *needs])
         kept = {key for key in self.parts if not self.enabled or key[1] in NEEDS.get(needs.get(key[0]), ())}
+        self.clock.lap("other")
         if self.enabled:
             self.move(kept)
         if label not in self.known:
             self.known.add(label)
-            self.say(f"{name}: {self.describe(kept)}")
+            self.say(f"{label}: {self.describe(kept)}")
         measured = start_peak()
         self.clock.lap("offload")
         yield
         self.clock.lap(name)
+        for (model, _), part in self.parts.items():
+            part.changed |= needs.get(model) == "all"
         if measured:
             self.peaks[label] = max(peak_bytes() / 1e9, self.peaks.get(label, 0.0))
 
     def move(self, kept: set[tuple[str, str]]) -> None:
         """What is to wait goes before what is needed comes: there may be no room for both."""
-        for key in self.parts.keys() - kept:
+        leaving = [key for key, part in self.parts.items() if key not in kept and not part.waiting]
+        for key in leaving:
             self.parts[key].leave()
-        parallel.free_memory()  # what the last phase left free is no part of this one's peak
+            self.shelf.forget()
+        if leaving:
+            parallel.free_memory()
         for key in kept:
             self.parts[key].come()
-        self.shelf.forget()
+            self.shelf.forget()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies' time counts here
 

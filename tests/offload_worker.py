@@ -130,7 +130,9 @@ def run(directory: Path, output: Path, setting: Setting, moves: bool) -> dict:
     files, lines = output / f"files{os.environ['RANK']}", []
     shelf = offload.Shelf(files) if moves else offload.Shelf()
     ref = offload.Weights(trained["policy"][0].module, shelf)
-    phases = offload.Phases(trained, Clock(), lines.append, shelf, enabled=True)
+    phases = offload.Phases(Clock(), lines.append, shelf, enabled=True)
+    for name, pair in trained.items() if moves else ():
+        phases.add(name, *pair)
 
     @contextlib.contextmanager
     def checked(name: str, **needs: str):
@@ -173,8 +175,9 @@ def measure(directory: Path, output: Path, in_files: bool) -> dict:
     ddp.zero_grad_buffer()
     sums = {kind: sum(value.nbytes for value in values) for kind, values in tensors((ddp, optimizer)).items()}
     shelf = offload.Shelf(output / "files" if in_files else None)
-    phase = offload.Phases({"policy": (ddp, optimizer)}, Clock(), lambda line: None, shelf, enabled=True)
+    phase = offload.Phases(Clock(), lambda line: None, shelf, enabled=True)
     before = [float(weight.detach().sum()) for weight in ddp.parameters()]
+    phase.add("policy", ddp, optimizer)
     found = {}
     for name, needs in [
         ("start", {"policy": "all"}),

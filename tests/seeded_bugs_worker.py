@@ -45,9 +45,9 @@ PROCESSES = {name: 2 if name in ("tp 2", "dp 2") else 1 for name in FLAGS}
 
 @dataclass(frozen=True)
 class Case:
-    """A run of train_ppo.py, its bug, and what must stop it."""
+    """A run of train_ppo.py, its bug, and what tells of it."""
 
-    caught: str  # by a message that test_seeded_bugs.MESSAGES has under this name
+    caught: str  # by a message that test_seeded_bugs.MESSAGES has under this name, or not by one
     bug: Bug = field(default_factory=dict)
     flags: str = "usual"
     after: int = 0  # steps that pass before it shows
@@ -62,6 +62,9 @@ LOGPROBS = "(self.logprobs, self.model_logprobs)"
 DECODE = "align.inference.InferenceModel.decode"
 DROPOUT = {"align.model.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
 LINEAR = "megatron.core.tensor_parallel.layers"
+REGION = "megatron.core.tensor_parallel.mappings._CopyToModelParallelRegion"
+DDP = "megatron.core.distributed.DistributedDataParallel"
+BUCKETS = "in self.bucket_groups + self.expert_parallel_bucket_groups:"
 SUM = "reduce_from_tensor_model_parallel_region(output_parallel, group=self.tp_group)"
 
 READ = {  # what training reads
@@ -182,15 +185,22 @@ RANKS = {  # what ranks tell each other
         {"align.logprobs.TargetLogProbs.forward": [("dist.all_reduce(parts, group=group)", "pass")]},
         "tp 2",
     ),
+    "no sum over tensor parallel ranks in the backward pass": Case(  # their norms and biases drift apart
+        "sampler",
+        {f"{REGION}.backward": [("_reduce(grad_output, ctx.group)", "grad_output")]},
+        "tp 2",
+        after=1,
+    ),
     "data parallel ranks do not tell each other their updated weights": Case(
         "sampler",
-        {
-            "megatron.core.distributed.DistributedDataParallel.start_param_sync": [
-                ("in self.bucket_groups + self.expert_parallel_bucket_groups:", "in []:")
-            ]
-        },
+        {f"{DDP}.start_param_sync": [(BUCKETS, "in []:")]},
         "dp 2",
         after=1,
+    ),
+}
+UNSTOPPED = {  # what shows only beside another layout
+    "no sum of gradients over data parallel ranks": Case(
+        "layout", {f"{DDP}.finish_grad_sync": [(BUCKETS, "in []:")]}, "dp 2"
     ),
 }
 CASES = READ | ENDS | DISTRIBUTION | SAMPLER | PASSES | RANKS
@@ -246,7 +256,7 @@ def main(given: Path, written: Path) -> None:
     """All cases of this number of processes, and each of their flags without a bug."""
     data = f"--model {given / 'model'} --train-data {given / 'train.jsonl'}"
     runs = {f"{name} alone": (name, {}) for name in FLAGS}
-    runs |= {name: (case.flags, case.bug) for name, case in CASES.items()}
+    runs |= {name: (case.flags, case.bug) for name, case in (CASES | UNSTOPPED).items()}
     found = {}
     for number, (name, (flags, bug)) in enumerate(runs.items()):
         if PROCESSES[flags] == dist.get_world_size():

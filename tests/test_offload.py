@@ -178,8 +178,12 @@ def make(tmp_path) -> Callable[..., SimpleNamespace]:
     def make(enabled: bool = True) -> SimpleNamespace:
         models = {"policy": stand_in(False), "critic": stand_in(True)}
         shelf, clock, lines = Recorder(tmp_path / "waits"), Clock(), []
+        phase = Phases(clock, lines.append, shelf, enabled=False)
+        for name, pair in models.items():
+            phase.add(name, *pair)  # and stays where it is
+        phase.enabled = enabled
         return SimpleNamespace(
-            phase=Phases(models, clock, lines.append, shelf, enabled),
+            phase=phase,
             models=models,
             shelf=shelf,
             clock=clock,
@@ -203,12 +207,12 @@ def test_what_is_told_when_a_phase_comes_first(make):
         with made.phase("save", policy="all", critic="all"):
             pass
     assert made.lines == [
-        "generate: resident policy weights 0.02 GB; waiting policy gradients (dropped) 0.02, "
+        "generate policy: resident policy weights 0.02 GB; waiting policy gradients (dropped) 0.02, "
         "policy optimizer 0.04, critic 0.10 GB",
-        "train: resident critic 0.10 GB; waiting policy 0.08 GB",
-        "train: resident policy 0.08 GB; waiting critic 0.10 GB",
+        "train critic: resident critic 0.10 GB; waiting policy 0.08 GB",
+        "train policy: resident policy 0.08 GB; waiting critic 0.10 GB",
         "score: resident nothing; waiting policy 0.08, critic 0.10 GB",
-        "save: resident policy 0.08, critic 0.10 GB; waiting nothing",
+        "save policy critic: resident policy 0.08, critic 0.10 GB; waiting nothing",
     ]
 
 
@@ -223,6 +227,31 @@ def values(made: SimpleNamespace, name: str) -> dict[str, list[Tensor]]:
         "moments": [state[key] for state in states.values() for key in ("exp_avg", "exp_avg_sq")],
         "steps": [state["step"] for state in states.values()],
     }
+
+
+def test_a_model_waits_once_it_is_added(tmp_path):
+    """So that the next one finds room."""
+    phase, (module, adam) = Phases(Clock(), print, Shelf(tmp_path), enabled=True), stand_in(True)
+    before = module[0].weight.detach().clone()
+    phase.add("policy", module, adam)
+    assert module[0].weight.untyped_storage().nbytes() == 0
+    with phase("train", policy="all"):
+        assert torch.equal(module[0].weight, before)
+
+
+def test_what_did_not_change_is_not_copied_again(make):
+    """Weights that only computed have their copy already; those that were trained have not."""
+    made, copied = make(), []
+    weight = values(made, "policy")["weights"][0]
+    with made.phase("score"):
+        pass
+    copies = made.phase.parts["policy", "weights"].copies
+    for needs, value in (({"policy": "weights"}, 1.0), ({"policy": "all"}, 2.0)):
+        with made.phase("any", **needs):
+            weight.data.fill_(value)
+        with made.phase("score"):
+            copied.append(float(copies[weight.untyped_storage()].view(torch.float32)[0]))
+    assert copied[0] != 1.0 and copied[1] == 2.0
 
 
 def test_values_return_and_gradients_are_dropped(make):
@@ -333,7 +362,7 @@ def test_not_enabled_nothing_moves_but_all_is_measured(make):
         after = {name: [x.data_ptr() for x in sum(values(made, name).values(), [])] for name in made.models}
     assert after == before and made.shelf.made == []
     assert made.lines == ["score: resident policy 0.08, critic 0.10 GB; waiting nothing"]
-    assert set(made.clock.seconds) == {"offload", "score"}
+    assert set(made.clock.seconds) == {"other", "offload", "score"}
     assert list(made.phase.memory()) == (["memory/score"] if MEASURES else [])
 
 
@@ -346,7 +375,7 @@ def test_time_of_moves_and_of_phases(make, monkeypatch):
     for needs in ({"policy": "all"}, {"critic": "all"}):
         with made.phase("train", **needs):
             now[0] += 10.0
-    assert made.clock.seconds == {"offload": 2.0, "train": 20.0}
+    assert made.clock.seconds == {"other": 0.0, "offload": 2.0, "train": 20.0}
 
 
 def test_an_unknown_model_or_need_is_refused(make):
@@ -420,12 +449,11 @@ def test_checkpoints_do_not_notice(trained):
 
 
 def test_every_rank_reports_the_same_phases(trained):
-    phases = "generate score reference both train train save".split()
     labels = "generate_policy score reference both_policy_critic train_critic train_policy save_policy_critic"
     for number in range(len(trained[1][0])):
         moved = [rank[number][1] for rank in trained[1]]
         for found in moved:
-            assert [line.split(":")[0] for line in found["lines"]] == phases
+            assert [line.split(":")[0].replace(" ", "_") for line in found["lines"]] == labels.split()
             assert found["memory"] == moved[0]["memory"]
             assert list(found["memory"]) == [f"memory/{label}" for label in labels.split()] * MEASURES
 

@@ -16,7 +16,17 @@ import transformers
 from align import audit, losses, offload, toy
 from tests import test_data, test_logprobs, test_losses_ppo, test_offload, test_sampling
 from tests.conftest import ROOT, SIZES, torchrun
-from tests.seeded_bugs_worker import CASES, COLLATE, FLAGS, POSITIONS, PROCESSES, Bug, mutant, seeded
+from tests.seeded_bugs_worker import (
+    CASES,
+    COLLATE,
+    FLAGS,
+    POSITIONS,
+    PROCESSES,
+    UNSTOPPED,
+    Bug,
+    mutant,
+    seeded,
+)
 
 MESSAGES = {
     "sampler": r"RuntimeError: audit: token \d+ of answer [01] to row \d+ was sampled with log-prob .*, "
@@ -69,6 +79,21 @@ def test_the_same_run_without_a_bug_ends_well(flags, ran):
             assert step["audit/logprob_error"] < mean / 5
             assert step["audit/logprob_error_max"] < largest / 5
             assert step["audit/ratio_error"] == 0.0
+
+
+@pytest.mark.parametrize("name", UNSTOPPED)
+def test_a_wrong_gradient_shows_beside_one_process(name, ran):
+    """The audit sees no gradient; test_ppo_invariance.py compares layouts, by numbers such as this norm."""
+    [one], bugged = ran[1], ran[PROCESSES[UNSTOPPED[name].flags]]
+
+    def norm(run: dict) -> float:
+        assert run["message"] is None
+        return run["steps"][0]["train_optim/grad_norm"]
+
+    for found in bugged:
+        for layout in ("tp 2 alone", "dp 2 alone"):
+            assert norm(found[layout]) == pytest.approx(norm(one["usual alone"]), rel=1e-5)
+        assert norm(found[name]) != pytest.approx(norm(one["usual alone"]), rel=0.1)
 
 
 # ---- by a named test -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """PPO: what is refused, the advantages, the price of KL, and what a run logs, does and leaves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 
-from align import checkpoint, toy
+from align import checkpoint, losses, toy
 from align.optim import OptimConfig
 from align.packing import BatchConfig
 from align.rewards import RewardConfig
@@ -82,6 +83,16 @@ WHOLE_DISTRIBUTION = (
             "--whiten-advantages has no effect: --advantages rloo takes whole answers",
         ),
         ({"kl_coef": 0.0, "kl": "k3"}, "--kl has no effect: --kl-coef 0 means no reference"),
+        (
+            {"kl_in": "loss", "kl": "k1"},
+            "--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3",
+        ),
+        (GROUPS | {"kl": "k1"}, "--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3"),
+        (
+            {"kl_target": 0.1, "kl_horizon": 12.8},
+            "--kl-horizon 12.8 must be above a fifth of the 64 answers of a step: --kl-coef could fall "
+            "below 0",
+        ),
         ({"kl_coef": 0.0, "kl_in": "loss"}, "--kl-in has no effect: --kl-coef 0 means no reference"),
         ({"kl_coef": 0.0, "kl_target": 0.1}, "--kl-target has no effect: --kl-coef 0 means no reference"),
         ({"kl_horizon": 100.0}, "--kl-horizon has no effect: there is no --kl-target"),
@@ -201,14 +212,35 @@ def test_price_of_kl_is_adapted(kl, expected):
     """From the coefficient of the step before, not from --kl-coef, and by the 64 answers of a step."""
     config = Config(kl_target=0.1, kl_horizon=1000.0)
     latest = {"train_rollouts/kl_coef": 0.02, "train_rollouts/init_policy_kl": kl}
-    assert config.kl_coef_after(latest) == pytest.approx(expected, rel=1e-12)
+    assert config.kl_coef_after(2, latest) == pytest.approx(expected, rel=1e-12)
+    config = replace(config, critic_warmup_steps=3)
+    assert config.kl_coef_after(5, latest) == pytest.approx(expected, rel=1e-12)
 
 
-def test_price_of_kl_without_target_or_step():
-    """The first step has the flag's, and so has every step without --kl-target."""
-    latest = {"train_rollouts/kl_coef": 0.02, "train_rollouts/init_policy_kl": 0.5}
-    assert Config(kl_coef=0.03).kl_coef_after(latest) == 0.03
-    assert Config(kl_coef=0.03, kl_target=0.1).kl_coef_after({"val_rollouts/rewards": 1.0}) == 0.03
+def test_price_of_kl_before_a_kl_was_seen():
+    """The flag's, without --kl-target and as long as the policy that sampled was the reference."""
+    latest = {"train_rollouts/kl_coef": 0.02, "train_rollouts/init_policy_kl": 0.0}
+    assert Config(kl_coef=0.03).kl_coef_after(9, latest) == 0.03
+    assert Config(kl_coef=0.03, kl_target=0.1).kl_coef_after(0, {"val_rollouts/rewards": 1.0}) == 0.03
+    for warmup in (0, 4):
+        config = Config(kl_coef=0.03, kl_target=0.1, critic_warmup_steps=warmup)
+        assert [config.kl_coef_after(done, latest) for done in range(warmup + 2)] == [0.03] * (warmup + 2)
+
+
+def test_where_the_kl_goes_and_how_it_is_estimated():
+    """In the reward by k1; in the loss, which is grpo's default, by k3; flags win."""
+    grpo = {"advantages": "grpo", "samples_per_prompt": 2}
+    for flags, place, estimator in (
+        ({}, "reward", losses.kl_k1),
+        ({"advantages": "reinforce"}, "reward", losses.kl_k1),
+        ({"kl": "abs"}, "reward", losses.kl_abs),
+        ({"kl_in": "loss"}, "loss", losses.kl_k3),
+        (grpo, "loss", losses.kl_k3),
+        (grpo | {"kl": "k2"}, "loss", losses.kl_k2),
+        (grpo | {"kl_in": "reward"}, "reward", losses.kl_k1),
+    ):
+        config = Config(**flags)
+        assert (config.kl_place, config.kl_estimator) == (place, estimator), flags
 
 
 # ---- runs on two processes -----------------------------------------------------------------------
@@ -290,7 +322,7 @@ OPTIM = {"loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl",
 OPTIM |= {"grad_norm", "lr"}
 CRITIC_OPTIM = {f"critic_{name}" for name in ("loss", "value_clip_fraction", "grad_norm", "lr")}
 AUDIT = {"logprob_error", "logprob_error_max", "ratio_error"}
-PHASES = {"generate", "score", "logprobs", "train"}
+PHASES = {"generate", "score", "logprobs", "train", "other"}
 
 
 def test_names_of_the_metrics(folder):
@@ -347,10 +379,7 @@ def test_statistics(folder):
         assert row["train_optim/critic_lr"] > 0 and row["train_optim/lr"] > 0
     first, second = metrics(folder, "gae")
     assert first["train_rollouts/init_policy_kl"] == 0.0 != second["train_rollouts/init_policy_kl"]
-    assert (
-        first["train_rollouts/kl_coef"] == 0.01
-    )  # KL 0 is below the target: by a fifth, and 8 of 20 answers
-    assert second["train_rollouts/kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * 8 / 20))
+    assert first["train_rollouts/kl_coef"] == second["train_rollouts/kl_coef"] == 0.01  # no KL was seen yet
 
 
 def test_samples(folder):

@@ -98,8 +98,17 @@ READ = {  # what training reads
     ),
 }
 ENDS = {  # how an answer ends
+    "the stop token is dropped, with its log-prob": Case(
+        "ends",
+        {
+            SAMPLE: [
+                (IDS, f"{IDS}; keep = len(ids) - (self.finish == 'stop'); ids = ids[:keep]"),
+                (LOGPROBS, "(self.logprobs[:keep], self.model_logprobs[:keep])"),
+            ]
+        },
+    ),
     "the stop token is dropped, and the first log-prob": Case(
-        "sampler",
+        "ends",
         {
             SAMPLE: [
                 (IDS, f"{IDS}; ended = self.finish == 'stop'; ids = ids[: len(ids) - ended]"),
@@ -108,7 +117,7 @@ ENDS = {  # how an answer ends
         },
     ),
     "the stop token is dropped, its log-prob is not": Case(
-        "shapes", {SAMPLE: [(IDS, f"{IDS}; ids = ids[: len(ids) - (self.finish == 'stop')]")]}
+        "ends", {SAMPLE: [(IDS, f"{IDS}; ids = ids[: len(ids) - (self.finish == 'stop')]")]}
     ),
     "the stop token is not trained": Case(
         "lengths", {ANSWER: [("return Example", "trained[-1] = sample.finish != 'stop'; return Example")]}

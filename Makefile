@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check smollm2 bench bench-pairs bench-generate loc
+.PHONY: demo test check smollm2 bench bench-pairs bench-generate bench-ppo loc
 
 demo: .venv/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(PYTHON) demo.py
@@ -32,6 +32,11 @@ bench-generate: .venv/ready smollm2  ## sampling against transformers: make benc
 	$(PYTHON) bench/generate.py --data $(DATA) --dtype fp32
 	$(PYTHON) bench/generate.py --data $(DATA) --dtype bf16
 
+bench-ppo: .venv/trl-ppo/trl smollm2  ## PPO and GRPO against TRL: make bench-ppo DATA=prompts.jsonl
+	@test -n "$(DATA)" || (echo "make bench-ppo DATA=prompts.jsonl: rows of {\"prompt\": [messages]}; see README" && exit 2)
+	$(PYTHON) bench/ppo.py --data $(DATA) --trainer ppo --samples 16 --trl-ppo .venv/trl-ppo
+	$(PYTHON) bench/ppo.py --data $(DATA) --trainer grpo
+
 loc:  ## lines of code, by file
 	python3 tools/loc.py
 
@@ -42,4 +47,8 @@ loc:  ## lines of code, by file
 
 .venv/bench: .venv/ready bench/requirements.txt
 	.venv/bin/pip install --quiet -r requirements.txt -r bench/requirements.txt
+	touch $@
+
+.venv/trl-ppo/trl: .venv/bench  # the last release with a PPO trainer
+	.venv/bin/pip install --quiet --no-deps --upgrade --target .venv/trl-ppo trl==1.10.0
 	touch $@

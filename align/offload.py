@@ -247,6 +247,8 @@ class Phases:
     def move(self, kept: set[tuple[str, str]]) -> None:
         """What is to wait goes before what is needed comes: there may be no room for both."""
         leaving = [key for key, part in self.parts.items() if key not in kept and not part.waiting]
+        if leaving:
+            parallel.free_memory()  # what the last phase left free: copies to files take memory, too
         for key in leaving:
             self.parts[key].leave()
             self.shelf.forget()

@@ -10,7 +10,7 @@ what "better than expected" is: gae asks a critic, which starts as the reward mo
 --samples-per-prompt answers to a prompt; reinforce compares with all answers of the step. Policy, reference,
 reward model and critic live in the same processes; with --offload each phase has only those on the GPU that
 it needs. Rows of data are prompts: align/prompts.py has the formats. OUTPUT/hf is the result. Without
-arguments the built-in tiny model learns a toy task.
+arguments it runs on the built-in tiny model, which is random, and a toy task; demo.py shows one that learns.
 
 PPO: arXiv 1707.06347; with language models: 1909.08593, 2203.02155. RLOO: 2402.14740. GRPO: 2402.03300, here
 with a mean over tokens and its KL where --kl-in says. REINFORCE with whitened rewards-to-go: 2501.03262.

@@ -59,10 +59,10 @@ class Case:
 
 CASES = {  # bf16: main weights in fp32
     "sft": Case(
-        "train_sft.py", "--precision bf16", 3, "save steps start steps save start steps start save export"
+        "train_sft.py", "--precision bf16", 2, "save steps start steps save start steps start save export"
     ),
     "rm": Case(
-        "train_rm.py", "--precision bf16", 2, "save steps start steps save start steps start save export"
+        "train_rm.py", "--precision bf16", 1, "save steps start steps save start steps start save export"
     ),
     "dpo": Case("train_dpo.py", "", 2, "reference steps save start steps start save steps start export"),
     "dpo-swap": Case(
@@ -72,7 +72,7 @@ CASES = {  # bf16: main weights in fp32
         "steps save start steps start save steps start save export",
     ),
     "rs": Case(
-        "train_rs.py", "--deterministic", 2, "steps save start steps start save steps start save export"
+        "train_rs.py", "--deterministic", 1, "steps save start steps start save steps start save export"
     ),
     "ppo": Case(
         "train_ppo.py",

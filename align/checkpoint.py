@@ -90,10 +90,7 @@ def resume(
     Raises:
         ValueError: the checkpoint does not hold one of the others.
     """
-    if not config.resume and parallel.is_main():
-        for path in complete(output / "checkpoints"):
-            delete(path)
-    path = parallel.on_main(lambda: newest(output / "checkpoints"))
+    path = to_resume(config, output)
     if path is None:
         return 0, {}
     state = json.loads((path / "state.json").read_text())
@@ -105,6 +102,14 @@ def resume(
             load(path / name, *other, same_layout)
     with during("policy"):
         return load(path, model, optimizer, same_layout), state["metrics"]
+
+
+def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
+    """The checkpoint that a run continues from; --no-resume deletes all there are. Collective."""
+    if not config.resume and parallel.is_main():
+        for path in complete(output / "checkpoints"):
+            delete(path)
+    return parallel.on_main(lambda: newest(output / "checkpoints"))
 
 
 def complete(directory: Path) -> list[Path]:
@@ -162,6 +167,18 @@ def saving(config: CheckpointConfig, output: Path, step: int, metrics: dict[str,
 
 def write(path: Path, step: int, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
     """Write a model in training, and the random states, into a directory. Collective."""
+    write_state(
+        path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step}
+    )
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's weights alone into a directory, for `load_weights`. Collective."""
+    write_state(path, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Write a sharded state into a directory, which is made. Collective."""
     if parallel.is_main():
         path.mkdir(parents=True)
     parallel.free_memory()  # saving takes copies of everything
@@ -169,11 +186,8 @@ def write(path: Path, step: int, model: DistributedDataParallel, optimizer: Mega
     # Megatron would start a process to hold this queue, which imports the whole script again; saving in the
     # foreground needs no such thing.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(
-        {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step},
-        str(path),
-        sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-    )
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(state, str(path), sharded_strategy=strategy)
     parallel.free_memory()
 
 

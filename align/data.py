@@ -164,26 +164,42 @@ def load_sft(
     end is lost) and dropped (nothing trained is left); tokens and trained_tokens of the examples.
     Raises ValueError naming file and line for a row that is wrong, and if no row is left.
     """
-    counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped", "tokens", "trained_tokens"), 0)
-    examples = []
+    counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped"), 0)
+    examples = [cut_end(whole, fmt) for _, _, whole in read_sft(paths, tokenizer, fmt, counts)]
+    return examples, counts | count_tokens(examples)
+
+
+def read_sft(
+    paths: list[Path], tokenizer: Tokenizer, fmt: FormatConfig, counts: dict[str, int]
+) -> Iterator[tuple[str, dict, Example]]:
+    """Every row of these files that `load_sft` keeps: "file:line", the row, its example of any length.
+
+    Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises ValueError as `load_sft` does.
+    """
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
-        example, cut_prompt = at(where, format_sft, row, tokenizer, fmt)
-        kept = Example(example.ids[: fmt.max_seq_len], example.trained[: fmt.max_seq_len])
+        whole, cut_prompt = at(where, format_sft, row, tokenizer, fmt)
         counts["rows"] += 1
         counts["cut_prompts"] += cut_prompt
-        if not kept.trained.any():
+        if not cut_end(whole, fmt).trained.any():
             counts["dropped"] += 1
             continue
-        counts["cut_answers"] += len(kept.ids) < len(example.ids)
-        examples.append(kept)
-    if not examples:
+        counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
+        yield where, row, whole
+    if counts["rows"] == counts["dropped"]:
         raise ValueError(
             f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "
             f"--max-seq-len {fmt.max_seq_len}: raise it"
         )
-    counts["tokens"] = sum(len(example.ids) for example in examples)
-    counts["trained_tokens"] = num_trained(examples)
-    return examples, counts
+
+
+def cut_end(example: Example, fmt: FormatConfig) -> Example:
+    """The first max_seq_len tokens of an example."""
+    return Example(example.ids[: fmt.max_seq_len], example.trained[: fmt.max_seq_len])
+
+
+def count_tokens(examples: list[Example]) -> dict[str, int]:
+    """tokens and trained_tokens of examples, for the log."""
+    return {"tokens": sum(len(example.ids) for example in examples), "trained_tokens": num_trained(examples)}
 
 
 def describe(counts: dict[str, int]) -> str:
@@ -193,13 +209,7 @@ def describe(counts: dict[str, int]) -> str:
 
 def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
     """One row as an example of any length, and whether its truncation fields were cut. Raises ValueError."""
-    cut_prompt = False
-    if "messages" in row:
-        ids, trained = format_messages(row, tokenizer, fmt)
-    elif "conversations" in row:
-        ids, trained = format_conversations(row, tokenizer, fmt)
-    else:
-        ids, trained, cut_prompt = format_template(row, tokenizer, fmt)
+    ids, trained, cut_prompt = encode_row(row, tokenizer, fmt)
     example = Example(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
     if fmt.loss_on == "all":
         example.trained[:] = True
@@ -208,6 +218,15 @@ def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Exam
         raise ValueError("no trained token: the row has no answer")
     check_bos(ids, tokenizer)
     return example, cut_prompt
+
+
+def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:
+    """Ids, where its answers are (with loss_on "answer"), and whether truncation fields were cut."""
+    if "messages" in row:
+        return *format_messages(row, tokenizer, fmt), False
+    if "conversations" in row:
+        return *format_conversations(row, tokenizer, fmt), False
+    return format_template(row, tokenizer, fmt)
 
 
 def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
@@ -329,6 +348,7 @@ def conversation_text(row: dict, chat_tokens: list[str]) -> tuple[str, list[tupl
     """
     system_start, turn_start, label_start, end_of_turn, end_of_name = chat_tokens
     kind, masked, turns = check_conversation(row)
+    answers = answering(kind, masked, turns)
     text = f"{system_start}{SYSTEM_ROLE}{end_of_name}{text_field(row, 'system')}{end_of_turn}"
     spans = []
     for i, (role, value, label) in enumerate(turns):
@@ -338,11 +358,17 @@ def conversation_text(row: dict, chat_tokens: list[str]) -> tuple[str, list[tupl
             given = f"{label_start}{label}{end_of_name}"
         elif label is not None and kind == "TEXT_TO_VALUE":
             given, answer = f"{value}{end_of_turn}{label_start}", f"{label}{end_of_name}"
-        if role not in masked and (i > 0 or kind == "TEXT_TO_VALUE"):
+        if i in answers:
             first = len(text) + len(given)
             spans.append((first, first + len(answer) + len(turn_start)))
         text += given + answer
     return text + (turn_start if turns[-1][0] not in masked else ""), spans
+
+
+def answering(kind: str | None, masked: set[str], turns: list[tuple[str, str, str | None]]) -> list[int]:
+    """Which turns of a `conversations` row are trained, by what `check_conversation` returns."""
+    starts_at = 0 if kind == "TEXT_TO_VALUE" else 1
+    return [i for i, (role, _, _) in enumerate(turns) if i >= starts_at and role not in masked]
 
 
 def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str, str, str | None]]]:

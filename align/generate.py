@@ -166,6 +166,8 @@ class Generator:
         context = self.policy.arch.max_positions
         for prompt in prompts:
             check_prompt(prompt, context)
+        if not prompts:
+            return []
         if self.copy is not None:
             offload.restore(self.freed)
             swap_model_weights([self.policy], [self.copy], self.copy_service)

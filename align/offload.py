@@ -83,11 +83,18 @@ class Shelf:
 
 
 class Weights:
-    """A frozen copy of a module's weights on a shelf, which can take their place for a while."""
+    """A copy of a module's weights on a shelf, which can take their place for a while."""
 
     def __init__(self, module: nn.Module, shelf: Shelf | None = None):
         self.shelf = shelf or Shelf()
         self.held = {name: self.shelf.copy(parameter) for name, parameter in module.named_parameters()}
+        self.shelf.forget()
+
+    @torch.no_grad()
+    def follow(self, module: nn.Module) -> None:
+        """Hold the weights that the module has now."""
+        for name, parameter in module.named_parameters():
+            self.held[name].copy_(parameter)
         self.shelf.forget()
 
     @contextlib.contextmanager

@@ -98,6 +98,19 @@ def step(optimizer: MegatronOptimizer, lr: float) -> float:
     return float(grad_norm)
 
 
+@torch.no_grad()
+def reset(optimizer: MegatronOptimizer) -> None:
+    """Forget both moments and the number of steps, as if none had been taken; the weights stay."""
+    for adam in adams(optimizer):
+        for state in adam.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                if name in state:
+                    state[name].zero_()
+        for group in adam.optimizer.param_groups:
+            if "step" in group:  # where Transformer Engine's Adam counts
+                group["step"] = 0 * group["step"]
+
+
 def adams(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The distributed optimizers inside Megatron's chain that hold weights."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])

@@ -3,18 +3,22 @@
 A row is {"prompt"} or {"text"} in a string, {"prompt"} in messages, or {"messages"}, an SFT row without its
 answer. The ids are those that stand before the response in align/preferences.py. Nothing is ever cut: a
 prompt that is too long is dropped.
+
+Or a row is any that SFT takes: a `Task`, to sample from what comes before its last answer or to train on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from align import data, preferences
-from align.data import BosChoice, Tokenizer
-from align.packing import BatchConfig
+from align import data, packing, preferences
+from align.data import BosChoice, FormatConfig, Tokenizer
+from align.packing import BatchConfig, Example
 
+T = TypeVar("T")
 FIELDS = ("prompt", "text", "messages")
 ACCEPTED = """accepted is one of
   {"prompt"}, a string, continued as it stands, or a list of messages that ends before the answer;
@@ -56,14 +60,24 @@ def load_sets(
 
     Raises ValueError as load_prompts and check_ids do.
     """
-    sets = {}
-    for name, paths in files.items():
-        sets[name], counts = load_prompts(paths, tokenizer, fmt) if paths else ([], {})
-        if paths:
-            check_ids(sets[name], vocab_size)
-            say(f"{name} data: {data.describe(counts)}")
+    sets = load_each(files, lambda paths: load_prompts(paths, tokenizer, fmt), say)
+    check_ids([prompt for prompts in sets.values() for prompt in prompts], vocab_size)
     first = next(prompts[0] for prompts in sets.values() if prompts)
     say(f"first prompt:\n{tokenizer.decode(first.ids.tolist())}")
+    return sets
+
+
+def load_each(
+    files: Mapping[str, Sequence[Path]],
+    load: Callable[[Sequence[Path]], tuple[list[T], dict[str, int]]],
+    say: Callable[[str], None],
+) -> dict[str, list[T]]:
+    """What `load` makes of the files of each data set, nothing of no files; `say` is told its counts."""
+    sets = {}
+    for name, paths in files.items():
+        sets[name], counts = load(paths) if paths else ([], {})
+        if paths:
+            say(f"{name} data: {data.describe(counts)}")
     return sets
 
 
@@ -172,3 +186,171 @@ def encode_chat(messages: list[dict], field: str, tokenizer: Tokenizer, fmt: Bos
     if not ids:
         raise ValueError(f"field {field!r}: the chat template makes no token of it")
     return data.bos_prefix(tokenizer, fmt.add_bos is True) + ids
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows that SFT takes
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A row of SFT data: a prompt that its last answer answers, and what SFT would train on."""
+
+    prompt: Prompt
+    example: Example
+
+
+def load_sft_sets(
+    files: Mapping[str, Sequence[Path]],
+    tokenizer: Tokenizer,
+    fmt: FormatConfig,
+    vocab_size: int,
+    say: Callable[[str], None],
+) -> dict[str, list[Task]]:
+    """The tasks of data sets, by name; `say` is told how many there are, and what the first prompt is.
+
+    Raises ValueError as load_tasks and packing.check_ids do.
+    """
+    sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt), say)
+    packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
+    first = next(tasks[0] for tasks in sets.values() if tasks)
+    say(f"first prompt:\n{tokenizer.decode(first.prompt.ids.tolist())}")
+    return sets
+
+
+def load_tasks(
+    paths: Sequence[Path], tokenizer: Tokenizer, fmt: FormatConfig
+) -> tuple[list[Task], dict[str, int]]:
+    """All tasks of these files, and counts for the log.
+
+    Counts: those of `data.load_sft`, with tokens and trained_tokens of the tasks; dropped_without_prompt (of
+    the rows that SFT would keep: nothing comes before the last answer, or it begins beyond max_seq_len);
+    tokens of the longest prompt (longest_prompt).
+    Raises ValueError naming file and line for a row that is wrong, and if no task is left.
+    """
+    names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")
+    counts, tasks = dict.fromkeys(names, 0), []
+    for where, row, whole in data.read_sft(list(paths), tokenizer, fmt, counts):
+        start = data.at(where, answer_start, row, whole, tokenizer, fmt)
+        bos = int(whole.ids[0] == tokenizer.bos_id)
+        if bos < start < fmt.max_seq_len:
+            tasks.append(Task(Prompt(whole.ids[:start], row), data.cut_end(whole, fmt)))
+        else:
+            counts["dropped_without_prompt"] += 1
+    if not tasks:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no prompt is left, in all {counts['rows']} rows the last answer "
+            f"begins beyond --max-seq-len {fmt.max_seq_len}, or nothing comes before it"
+        )
+    longest = max(len(task.prompt.ids) for task in tasks)
+    counts |= data.count_tokens([task.example for task in tasks])
+    return tasks, counts | {"longest_prompt": longest}
+
+
+def answer_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatConfig) -> int:
+    """Where the last answer of a row begins in `whole`, its example. Raises ValueError if there is none."""
+    trained = whole.trained
+    if trained[1]:  # by loss_on "all", or as token 0, which is never trained, is the answer's
+        trained = data.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))[1]
+    starts = np.flatnonzero(np.diff(np.array(trained, np.int8), prepend=0) == 1)
+    if not len(starts):
+        raise ValueError("no prompt: the row has no answer")
+    return int(starts[-1])
+
+
+def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> np.ndarray:
+    """A prompt in the format of `row` of which `text` is the only turn, [n] int32, of any length.
+
+    As SFT would see it in a row of this turn and an answer: the system says nothing, labels are left out, and
+    in rows of --prompt-template the text stands in the one field before the answer. Raises ValueError.
+    """
+    if "messages" in row:
+        return format_prompt({"messages": [{"role": "user", "content": text}]}, tokenizer, fmt)
+    if "conversations" in row:
+        ids = tokenizer.encode(text_before_answer(turn_of(row, text), fmt))
+    else:
+        pieces = data.template_pieces(fmt.prompt_template)
+        ids, _ = data.encode_template(pieces, template_values(pieces, text, fmt), tokenizer)
+    if not ids:
+        raise ValueError("the prompt is empty: an answer must follow something")
+    ids = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids
+    data.check_bos(ids, tokenizer)
+    return np.array(ids, np.int32)
+
+
+def turn_of(row: dict, text: str) -> dict:
+    """A `conversations` row of `text` and an empty answer, by who asks first and answers last in `row`."""
+    kind, masked, turns = data.check_conversation(row)
+    asking = next(name for name, _, _ in turns if name in masked)
+    answering, _, _ = turns[last_answer(data.answering(kind, masked, turns))]
+    said = [{"from": asking, "value": text}, {"from": answering, "value": ""}]
+    return {"system": "", "conversations": said, "mask": sorted(masked)}
+
+
+def text_before_answer(row: dict, fmt: FormatConfig) -> str:
+    """The text of a `conversations` row up to where its only answer begins."""
+    text, [(start, _)] = data.conversation_text(row, [data.unescape(token) for token in fmt.chat_tokens])
+    return text[:start]
+
+
+def last_answer(turns: Sequence[int]) -> int:
+    """The last of the numbers of the turns that are answers. Raises ValueError if there is none."""
+    if not turns:
+        raise ValueError("no prompt: the row has no answer")
+    return turns[-1]
+
+
+def template_values(pieces: list[tuple[str, str]], text: str, fmt: FormatConfig) -> dict[str, str]:
+    """`text` as the value of the one field before the answer, which is empty. Raises ValueError."""
+    *asking, answer = [field for _, field in pieces]
+    if len(set(asking)) != 1:
+        raise ValueError(
+            f"--prompt-template {fmt.prompt_template!r} has {len(set(asking))} fields before the answer "
+            f"{answer!r}: a prompt of one text needs just one"
+        )
+    return {answer: "", asking[0]: text.strip(" ")}
+
+
+def question(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[str, str]:
+    """What the last answer of a row answers, as text for a judge: all of the conversation, and its last turn.
+
+    Turns are "User: ..." with a blank line between them, but a single one has no name. What the system says
+    is left out where anybody else speaks. Of rows of --prompt-template both are what the model reads before
+    the answer, cut where SFT cuts it, without BOS and white space around it. Raises ValueError.
+    """
+    if "messages" in row:
+        turns = messages_turns(row)
+    elif "conversations" in row:
+        turns = conversations_turns(row)
+    else:
+        turns = [("", text_before_field(row, tokenizer, fmt))]
+    last = turns[-1][1]
+    return last if len(turns) == 1 else "\n\n".join(f"{name}: {text}" for name, text in turns), last
+
+
+def messages_turns(row: dict) -> list[tuple[str, str]]:
+    """(name, text) of the turns before the last answer of a `messages` row. Raises ValueError."""
+    messages = data.turns_field(row, "messages")
+    data.check_messages(messages)
+    end = last_answer([i for i, message in enumerate(messages) if message["role"] == "assistant"])
+    turns = [(message["role"].capitalize(), message["content"]) for message in messages[:end]]
+    return [turn for turn in turns if turn[0] != "System"] or turns
+
+
+def conversations_turns(row: dict) -> list[tuple[str, str]]:
+    """(name, text) of the turns before the last answer of a `conversations` row. Raises ValueError.
+
+    If that answer is the label of a turn, its text comes before it.
+    """
+    kind, masked, turns = data.check_conversation(row)
+    end = last_answer(data.answering(kind, masked, turns))
+    is_label = kind == "TEXT_TO_VALUE" and turns[end][2] is not None
+    before = [(name, text) for name, text, _ in turns[: end + is_label]]
+    return before or [(data.SYSTEM_ROLE, data.text_field(row, "system"))]
+
+
+def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str:
+    """What the model reads before the answer of a row of --prompt-template, without BOS."""
+    ids, trained, _ = data.format_template(row, tokenizer, fmt)
+    bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
+    return tokenizer.decode(ids[len(bos) : trained.index(True)]).strip()

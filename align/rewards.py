@@ -211,9 +211,10 @@ class RewardModel:
 class RewardFunction:
     """A function of the user's. Each answer is scored once, by one of the ranks."""
 
-    def __init__(self, name: str, text: Tokenizer, stop: tuple[str, ...]):
+    def __init__(self, name: str, text: Tokenizer, stop: tuple[str, ...], flag: str = "--reward-fn"):
         """`name`: module:function, the module in the current directory or installed; `stop`: --stop."""
-        self.name, self.function, self.text, self.stop = name, import_function(name), text, stop
+        self.flag, self.function = f"{flag} {name}", import_function(name, flag)
+        self.text, self.stop = text, stop
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
         """Rewards [prompts, answers]. Collective. Raises ValueError for what is no finite number."""
@@ -224,8 +225,7 @@ class RewardFunction:
             value = self.function(self.text.decode(prompt.ids.tolist()), response, prompt.row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
                 raise ValueError(
-                    f"--reward-fn {self.name} returned {value!r} for the answer {response!r}: a reward is a "
-                    "finite number"
+                    f"{self.flag} returned {value!r} for the answer {response!r}: a reward is a finite number"
                 )
             mine.append((i, k, float(value)))
         everyone: list[list | None] = [None] * dist.get_world_size()
@@ -233,18 +233,18 @@ class RewardFunction:
         return table(everyone, samples)
 
 
-def import_function(name: str) -> Function:
-    """The function that module:function names. Raises ValueError if there is none."""
+def import_function(name: str, flag: str = "--reward-fn") -> Function:
+    """The function that module:function, the value of `flag`, names. Raises ValueError if there is none."""
     module, _, function = name.partition(":")
     if not module or not function:
-        raise ValueError(f"--reward-fn {name!r} must be of the form module:function")
+        raise ValueError(f"{flag} {name!r} must be of the form module:function")
     sys.path.insert(0, str(Path.cwd()))
     package = module.partition(".")[0]  # find_spec raises an error of its own if this one is missing
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None:
-        raise ValueError(f"--reward-fn {name}: no module {module!r} in the current directory or installed")
+        raise ValueError(f"{flag} {name}: no module {module!r} in the current directory or installed")
     found = getattr(importlib.import_module(module), function, None)
     if not callable(found):
-        raise ValueError(f"--reward-fn {name}: module {module!r} has no function {function!r}")
+        raise ValueError(f"{flag} {name}: module {module!r} has no function {function!r}")
     return found
 
 

@@ -23,7 +23,8 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
     {"preferences", "prompts"},
     {"parallel"},
     {"layers", "logprobs", "attention", "model", "engine", "optim", "offload", "checkpoint", "metrics"},
-    {"huggingface", "inference", "generate", "judge", "loop", "reference", "rewards", "audit"},
+    {"huggingface", "inference", "generate", "loop", "reference", "rewards", "audit"},
+    {"judge", "meta_judge", "rollouts", "self_judge"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PARTS = sorted(path for path in (ROOT / "align").glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,108 @@
+"""Rollouts that outlive a crash: samples in files of the run directory.
+
+    OUTPUT/rollouts/step_00000012_answers.safetensors     samples for step 12 and those after it
+
+What a file holds follows from the sampler's weights, its settings, the prompts and their random numbers. It
+knows the sha256 of all these, so that a run that is continued takes it for just the same question.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from align import parallel
+from align.generate import Sample
+from align.offload import Weights
+
+NUMBERS = 4096  # of a tensor that weights_id looks at
+
+
+def kept(path: Path, made_of: str, make: Callable[[], list[list[Sample]]]) -> list[list[Sample]]:
+    """The samples in a file, or new ones, which are left there. Collective.
+
+    Args:
+        made_of: what they depend on, see `made_of`; a file that was made of something else is replaced.
+        make: samples by prompt, the same on every rank.
+    """
+    found = parallel.on_main(lambda: read(path, made_of))
+    if found is None:
+        found = make()
+        if parallel.is_main():
+            write(path, made_of, found)
+    return found
+
+
+def read(path: Path, made_of: str) -> list[list[Sample]] | None:
+    """The samples in a file, None if there is none or if it was made of something else."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "np") as file:
+        if file.metadata()["made_of"] != made_of:
+            return None
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    ends = arrays["lengths"].cumsum()[:-1]
+    parts = [np.split(arrays[name], ends) for name in ("ids", "logprobs", "model_logprobs")]
+    finish = ["stop" if ended else "length" for ended in arrays["ended"]]
+    samples = [Sample(*values) for values in zip(*parts, finish, strict=True)]
+    firsts = [0, *arrays["answers"].cumsum()]
+    return [samples[first:last] for first, last in zip(firsts, firsts[1:], strict=False)]
+
+
+def write(path: Path, made_of: str, samples: Sequence[Sequence[Sample]]) -> None:
+    """Write samples by prompt; the file appears by one rename."""
+    every = [sample for answers in samples for sample in answers]
+    arrays = {
+        "answers": np.array([len(answers) for answers in samples], np.int64),  # [prompts]
+        "lengths": np.array([len(sample.ids) for sample in every], np.int64),  # [samples]
+        "ended": np.array([sample.finish == "stop" for sample in every], np.uint8),  # [samples]
+        "ids": joined([sample.ids for sample in every], np.int32),  # [tokens], as the others
+        "logprobs": joined([sample.logprobs for sample in every], np.float32),
+        "model_logprobs": joined([sample.model_logprobs for sample in every], np.float32),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_file(arrays, unfinished, metadata={"made_of": made_of})
+    unfinished.rename(path)
+
+
+def joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """Arrays end to end; there may be none."""
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
+
+
+def discard(directory: Path, before: int) -> None:
+    """Delete the files of phases whose first step is below `before`."""
+    for path in directory.glob("step_????????_*.safetensors"):
+        if int(path.name[5:13]) < before:
+            path.unlink()
+
+
+def made_of(weights: str, settings: object, prompts: Sequence[np.ndarray], streams: object) -> str:
+    """sha256 of what samples follow from.
+
+    Args:
+        weights: of the sampler, its `weights_id`.
+        settings: of the sampler, and the run's seed: anything whose repr tells it.
+        prompts: [n] token ids each.
+        streams: the numbers that random numbers follow from, besides the seed.
+    """
+    digest = hashlib.sha256(repr((weights, settings, streams)).encode())
+    for ids in prompts:
+        digest.update(repr(len(ids)).encode() + ids.astype(np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def weights_id(weights: Weights) -> str:
+    """sha256 of some numbers of each tensor on every rank: training changes all of them. Collective."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.held.items():
+        flat = tensor.view(-1)
+        digest.update(name.encode() + repr(flat[:: max(1, len(flat) // NUMBERS)].float().tolist()).encode())
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, digest.hexdigest())
+    return hashlib.sha256(repr(everyone).encode()).hexdigest()

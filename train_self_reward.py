@@ -1,0 +1,419 @@
+"""Self-rewarding: the model answers, judges its own answers, and learns to prefer those it judged better.
+
+    torchrun --nproc_per_node 2 train_self_reward.py --model runs/sft/hf \
+        --train-data train.jsonl --val-data val.jsonl --output runs/self_reward
+
+In each of --iterations the model samples --samples-per-prompt answers to each prompt and judges each of them
+--judgements times, as --judge-template asks, with a score at the end. The mean of the scores ranks the
+answers; the best and the worst become a pair, on which a loss of the DPO family trains. What samples, judges
+and is the reference is the model as it was when the iteration began; then the iteration ends, the reference
+becomes the policy, and Adam starts anew, while the learning rate's schedule goes on. With --meta-judge the
+model also judges its judgements, and learns to judge from them. Rows of data are those of SFT, of whose last
+answers only --first-iteration-sft makes use: align/data.py has the formats. OUTPUT/hf is the result. Without
+arguments it runs on the built-in tiny model, which is random; demo.py shows one that learns.
+
+Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new ones from the model.
+Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from align import (
+    architecture,
+    audit,
+    checkpoint,
+    engine,
+    generate,
+    huggingface,
+    losses,
+    meta_judge,
+    model,
+    offload,
+    optim,
+    packing,
+    parallel,
+    prompts,
+    reference,
+    rewards,
+    rollouts,
+    self_judge,
+    tokenizer,
+    toy,
+)
+from align.checkpoint import CheckpointConfig
+from align.data import FormatConfig
+from align.generate import RolloutConfig, Sample
+from align.judge import JudgeConfig
+from align.loop import CommonConfig, check_at_least
+from align.meta_judge import Buffer, MetaJudgeConfig
+from align.metrics import Clock, Run, RunConfig, with_std
+from align.offload import OffloadConfig
+from align.optim import OptimConfig
+from align.packing import Batch
+from align.prompts import Task
+from align.sampling import SamplingConfig
+from align.self_judge import Ids, SampledPair, SelfJudge, Streams
+
+TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
+MOST_WAITING = 3  # batches of pairs of judgements; while so many wait, no more are made
+ROLLOUT = ("generate", "judge", "meta_judge")  # phases before the update
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(CommonConfig):
+    iterations: int = 3
+    """times that the model samples, judges and learns, each time from what it has become"""
+    steps_per_iteration: int | None = None
+    """steps of an iteration, the next goes on with the rows (default: --max-epochs passes over all rows)"""
+    samples_per_prompt: int = 4
+    """answers to each prompt, of which one pair is made"""
+    length_control: tuple[float, ...] = (0.0,)
+    """one value, or one for each iteration: of the answers whose scores are within this share of the spread
+    from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
+    loss: Literal["dpo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "ipo", "rpo_sq"] = "dpo"
+    """preference loss, the function of that name in align/losses.py"""
+    beta: tuple[float, ...] = (0.1,)
+    """one value, or one for each iteration: strength of the tie to the reference"""
+    sft_weight: float = 0.0
+    """weight of the chosen answers' negative log-likelihood in the loss"""
+    average_logprobs: bool = False
+    """log-probs per token instead of per answer"""
+    reward_scale: float = 1.0
+    """scale, rpo_*: factor on the difference of the scores"""
+    first_iteration_sft: bool = False
+    """the first iteration is supervised fine-tuning on the rows"""
+    rollout_ahead: int = 1
+    """steps whose answers are sampled and judged together, and kept in files until they are trained on"""
+    true_reward_fn: str | None = None
+    """module:function of yours, called with prompt, response (both text) and the row, which returns a number:
+    validation compares the judge with it; nothing is trained on it"""
+    judge: JudgeConfig = JudgeConfig()
+    meta: MetaJudgeConfig = MetaJudgeConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    offload: OffloadConfig = OffloadConfig()
+    format: FormatConfig = FormatConfig()
+    run: RunConfig = RunConfig(output=Path("runs/self_reward"))
+    optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
+    checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/judge_mean")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "iterations", "steps_per_iteration", "rollout_ahead")
+        check_at_least(self, 2, "samples_per_prompt")
+        check_at_least(self, 0, "sft_weight")
+        for name in ("length_control", "beta"):
+            if len(values := getattr(self, name)) not in (1, self.iterations):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} has {len(values)} values: give one, or one for each of the "
+                    f"{self.iterations} --iterations"
+                )
+        for value in self.length_control:
+            if not 0 <= value <= 1:
+                raise ValueError(f"--length-control {value} must be from 0 to 1")
+        for value in self.beta:
+            if not 0 < value < math.inf:
+                raise ValueError(f"--beta {value} must be above 0 and finite")
+        if self.reward_scale != 1.0 and "reward_gap" not in self.loss_inputs:
+            raise ValueError(f"--reward-scale has no effect with --loss {self.loss}: leave it out")
+        if self.steps_per_iteration and self.loop.max_epochs != 1:
+            raise ValueError("--max-epochs has no effect with --steps-per-iteration: leave one of them out")
+        if self.format.loss_on == "all" and not self.first_iteration_sft:
+            raise ValueError("--loss-on all has no effect without --first-iteration-sft: leave it out")
+        if self.sampling.greedy:
+            raise ValueError("--greedy gives the same answer every time: leave it out")
+
+    @property
+    def loss_inputs(self) -> set[str]:
+        """What the loss takes beside log-probs."""
+        return set(inspect.signature(getattr(losses, self.loss)).parameters)
+
+    def iteration_steps(self, num_rows: int) -> int:
+        """Steps of an iteration."""
+        return self.steps_per_iteration or num_rows // self.rows_per_step * self.loop.max_epochs
+
+    def rollout_start(self, step: int, iteration_steps: int) -> int:
+        """The first of the steps whose answers are sampled together with those of `step`."""
+        return step - step % iteration_steps % self.rollout_ahead
+
+    def total_steps(self, num_rows: int) -> int:
+        steps = self.iterations * self.iteration_steps(num_rows)
+        return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
+
+    def check_lengths(self, max_positions: int) -> None:
+        """Raises ValueError if a prompt and an answer may exceed the model's context, or a pair a batch."""
+        longest = self.format.max_seq_len + self.sampling.max_new_tokens
+        flags = f"--max-seq-len {self.format.max_seq_len} and --max-new-tokens {self.sampling.max_new_tokens}"
+        if longest > max_positions:
+            raise ValueError(f"{flags} are beyond the model's context of {max_positions} tokens: lower one")
+        if 2 * longest > self.batch.micro_batch_tokens:
+            raise ValueError(
+                f"{flags}, of which a pair has two each, are above --micro-batch-tokens "
+                f"{self.batch.micro_batch_tokens}: raise that"
+            )
+
+
+def of_iteration(values: tuple[float, ...], iteration: int) -> float:
+    """The value that a flag has in an iteration."""
+    return values[iteration] if len(values) > 1 else values[0]
+
+
+@record
+def main(config: Config) -> None:
+    # ---- setup and checks ------------------------------------------------------------------------
+    arch = architecture.read_config(config.model.path)
+    model.check(arch, config.model, config.parallel)
+    config.check_lengths(arch.max_positions)
+    stop = parallel.Stop(config.loop.max_time)
+    run = Run(config.run, asdict(config), __file__, parallel.is_main())
+    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+
+    # ---- data ------------------------------------------------------------------------------------
+    files = {"train": config.train_data, "val": config.val_data}
+    if not config.train_data:
+        toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
+        files = dict(zip(files, toy_files, strict=True))
+    text, size = tokenizer.load(config.model.path), config.batch.global_batch_size
+    rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say)
+    packing.check_size(len(rows["train"]), size, "--train-data")
+    rows["val"] = rows["val"][config.val_rows()]
+    total_steps, iteration_steps = (
+        count(len(rows["train"])) for count in (config.total_steps, config.iteration_steps)
+    )
+    epoch_steps = len(rows["train"]) // size
+    optim.check(config.optim, total_steps)
+    run.total_steps = total_steps
+    rows_of_step = partial(packing.global_batch, len(rows["train"]), config.batch, config.parallel.seed)
+
+    # ---- judges ----------------------------------------------------------------------------------
+    # a pair of judgements is trained on like one of answers, so its prompt must leave it room in a batch
+    room = min(arch.max_positions, config.batch.micro_batch_tokens // 2) - config.sampling.max_new_tokens
+    stop_texts = config.sampling.stop
+    asker = SelfJudge(config.judge, config.meta, text, config.format, stop_texts, room)
+    buffer = Buffer(config.judge.judge_low, config.judge.judge_high, config.meta.meta_judge_class_cap)
+    true_reward = config.true_reward_fn and rewards.RewardFunction(
+        config.true_reward_fn, text, stop_texts, "--true-reward-fn"
+    )
+
+    # ---- model -----------------------------------------------------------------------------------
+    folder = config.run.output / "rollouts"
+    clock, shelf = Clock(), config.offload.shelf(config.run.output)
+    phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
+    policy = model.build_policy(arch, config.model, config.parallel)
+    huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    policy = model.distributed(policy)
+    if path := checkpoint.to_resume(config.checkpoint, config.run.output):
+        checkpoint.load_weights(path / "reference", policy.module)
+        self_judge.fill_buffer(buffer, json.loads((path / "judgements.json").read_text()))
+    ref = offload.Weights(policy.module, shelf)
+    optimizer = optim.build(policy, config.optim)
+    phase.add("policy", policy, optimizer)
+    generator = generate.Generator(
+        policy, config.rollout, config.sampling, config.model, config.parallel, text
+    )
+    run.say(generator.describe())
+
+    # ---- rollouts --------------------------------------------------------------------------------
+    def by_policy(kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
+        """Samples of the policy as it is now."""
+        with phase(kind, policy="weights"):
+            return generator.generate(ids, streams, number)
+
+    def by_reference(first: int, kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
+        """Samples of the reference for the steps from `first` on, out of a file if there is one."""
+
+        def make() -> list[list[Sample]]:
+            with phase(kind, policy="weights"), ref.lent_to(policy.module):
+                return generator.generate(ids, streams, number)
+
+        settings = (config.sampling, config.parallel.seed, number)
+        path = folder / f"step_{first:08d}_{kind}.safetensors"
+        return rollouts.kept(path, rollouts.made_of(ref_id, settings, ids, streams), make)
+
+    # ---- losses ----------------------------------------------------------------------------------
+    def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return losses.sft_loss(logprobs, batch.mask), {}
+
+    def preference_loss(batch: Batch, logprobs: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+        ref_logprobs = torch.zeros_like(logprobs)
+        ref_logprobs[batch.mask.bool()] = batch.extra["ref"]
+        both, ref_both = (
+            losses.sequence_logprobs(x, batch.mask, batch.lengths, config.average_logprobs).view(-1, 2)
+            for x in (logprobs, ref_logprobs)
+        )
+        four = (*both.unbind(1), *ref_both.unbind(1))  # [P] each: policy, reference; chosen, rejected
+        inputs = {name: value for name, value in batch.extra.items() if name in config.loss_inputs}
+        preference = getattr(losses, config.loss)(*four, beta=beta, **inputs).sum()
+        statistics = losses.log_ratio_statistics(*four, beta)
+        sft = -four[0].sum()
+        metrics = {"preference_loss": preference, "sft_loss": sft, **statistics}
+        return preference + config.sft_weight * sft, metrics
+
+    def known_logprobs(pairs: list[SampledPair]) -> list[np.ndarray]:
+        """What the reference says of the tokens of each sample, chosen, rejected, chosen, ..."""
+        with phase("reference", policy="weights"), ref.lent_to(policy.module):
+            return engine.per_example(policy, [pair.examples for pair in pairs], config.batch)
+
+    def pair_batches(pairs: list[SampledPair], known: list[np.ndarray]) -> list[Batch]:
+        """This rank's share of some pairs, in the same micro-batches as there."""
+        values = {
+            "ref": [np.concatenate(known[i : i + 2]) for i in range(0, len(known), 2)],
+            "reward_gap": [np.array([config.reward_scale * pair.gap]) for pair in pairs],
+        }
+        return engine.micro_batches(policy, [pair.examples for pair in pairs], config.batch, values)
+
+    def sft_batches(tasks: Sequence[Task]) -> list[Batch]:
+        return engine.micro_batches(policy, [[task.example] for task in tasks], config.batch)
+
+    def validate(step: int) -> dict[str, float]:
+        """The policy as it is now answers and judges, and is compared with the reference."""
+        iteration = max(step - 1, 0) // iteration_steps
+        places = [(VAL, 0, row) for row in range(len(rows["val"]))]
+        found = asker.answers(rows["val"], places, config.samples_per_prompt, by_policy)
+        made, metrics = asker.pairs(found, of_iteration(config.length_control, iteration))
+        pairs = [pair for pair in made if pair is not None]
+        if pairs:
+            loss_fn = partial(preference_loss, beta=of_iteration(config.beta, iteration))
+            batches = pair_batches(pairs, known_logprobs(pairs))
+            with phase("validate", policy="weights"), engine.during("validation"):
+                metrics |= with_std(engine.evaluate(policy, batches, loss_fn, len(pairs)))
+        with phase("validate", policy="weights"), engine.during("validation"):
+            tokens = packing.num_trained([task.example for task in rows["val"]])
+            metrics["nll"] = engine.evaluate(policy, sft_batches(rows["val"]), sft_loss, tokens)["loss"]
+        if true_reward:
+            truth = true_reward([task.prompt for task in rows["val"]], [each.samples for each in found])
+            metrics |= self_judge.compare_with(truth, found)
+        run.samples(step, asker.tables("val_judgements", found))
+        run.samples(step, [{"table": "val_pairs", **pair.texts(text, asker.said)} for pair in pairs[:4]])
+        return {f"val/{name}": value for name, value in metrics.items()}
+
+    # ---- resume ----------------------------------------------------------------------------------
+    with phase("load", policy="all"):
+        first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
+    run.resume_at(first_step)
+    if first_step:
+        run.say(f"continuing after step {first_step}")
+    elif rows["val"]:
+        latest = validate(0)
+        run.log(0, latest)
+    checkpoint.check_monitor(config.checkpoint, latest)
+
+    # ---- loop ------------------------------------------------------------------------------------
+    clock.shares(), phase.memory()  # what came before the first step is not its own
+    ref_id, reason = rollouts.weights_id(ref), None
+    for step in range(first_step, total_steps):
+        done, iteration = step + 1, step // iteration_steps
+        begin, end = iteration * iteration_steps, (iteration + 1) * iteration_steps
+        metrics = {"iteration": iteration, "epoch": step // epoch_steps, "consumed_samples": done * size}
+        audited: dict[str, float] = {}
+
+        if iteration == 0 and config.first_iteration_sft:
+            tasks = [rows["train"][row] for row in rows_of_step(step)]
+            batches, loss_fn = sft_batches(tasks), sft_loss
+            denominator = packing.num_trained([task.example for task in tasks])
+        else:
+            # rollout, for several steps at once
+            start = config.rollout_start(step, iteration_steps)
+            if step in (start, first_step):
+                ahead = range(start, min(start + config.rollout_ahead, end))
+                places = [(TRAIN, one, row) for one in ahead for row in rows_of_step(one)]
+                tasks, sample = [rows["train"][row] for *_, row in places], partial(by_reference, start + 1)
+                rolled_out = asker.answers(tasks, places, config.samples_per_prompt, sample)
+            if step == start and config.meta.meta_judge and len(buffer) < MOST_WAITING * size:
+                compared = asker.compare(rolled_out, sample)
+                taken = [buffer.offer(pair) for one in compared if (pair := one.pair()) is not None]
+                metrics |= self_judge.comparison_statistics(compared) | {"meta_pairs": sum(taken)}
+                run.samples(done, asker.tables("train_comparisons", compared))
+
+            # pairs
+            found = rolled_out[(step - start) * size : (step - start + 1) * size]
+            run.samples(done, asker.tables("train_judgements", found))
+            made, statistics = asker.pairs(found, of_iteration(config.length_control, iteration))
+            waiting = len(buffer)
+            pairs = meta_judge.mix(made, buffer, config.meta.meta_judge_fraction)
+            metrics |= statistics | {"meta_samples_per_GBS": (waiting - len(buffer)) / size}
+
+            # what the reference says, and whether it is what has sampled
+            known = known_logprobs(pairs) if pairs else []
+            batches, denominator = pair_batches(pairs, known) if pairs else [], len(pairs)
+            loss_fn = partial(preference_loss, beta=of_iteration(config.beta, iteration))
+            if pairs:
+                places = [(pair.row, side) for pair in pairs for side in range(2)]
+                sampled = [one.model_logprobs for pair in pairs for one in pair.samples]
+                audited = audit.compare(places, sampled, known, config.model.dtype)
+
+        # update
+        if denominator:
+            lr = optim.learning_rate(config.optim, step, total_steps)
+            with phase("train", policy="all"), engine.during(f"step {done}"):
+                updated = with_std(engine.forward_backward(policy, batches, loss_fn, denominator))
+                if step == begin and "preference_loss" in updated:
+                    reference.check_start(updated, config.loss)
+                metrics |= updated | {"grad_norm": optim.step(optimizer, lr), "lr": lr}
+        else:
+            run.say(f"step {done}: no prompt gave a pair, so nothing was learnt")
+        times = {"timers/rollout_time": clock.total(*ROLLOUT), "timers/train_time": clock.total("train")}
+        metrics = {f"train/{name}": value for name, value in metrics.items()} | audited
+
+        # evaluate
+        reason = stop.reason()
+        if rows["val"] and (config.validates(done, total_steps) or done == end):
+            metrics |= validate(done)
+            times["timers/validation_time"] = clock.total(*ROLLOUT) - times["timers/rollout_time"]
+
+        # the next iteration begins
+        if done == end:
+            with phase("next_iteration", policy="all"):
+                ref.follow(policy.module)
+                optim.reset(optimizer)
+            ref_id = rollouts.weights_id(ref)
+            buffer.clear()
+
+        # log, then save: what a checkpoint continues has been logged
+        latest |= metrics
+        checkpoint.check_monitor(config.checkpoint, latest)
+        run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
+        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
+            with (
+                checkpoint.saving(config.checkpoint, config.run.output, done, latest) as path,
+                phase("save", policy="all"),  # counted in the next step's line
+            ):
+                checkpoint.write(path, done, policy, optimizer)
+                with ref.lent_to(policy.module):
+                    checkpoint.write_weights(path / "reference", policy.module)
+                if parallel.is_main():
+                    (path / "judgements.json").write_text(json.dumps(self_judge.buffer_record(buffer)))
+                    rollouts.discard(folder, config.rollout_start(done, iteration_steps) + 1)
+        if reason:
+            break
+
+    # ---- end -------------------------------------------------------------------------------------
+    if reason and done < total_steps:
+        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
+    else:
+        with phase("export", policy="weights"):
+            savers = [text.save, config.format.save]
+            huggingface.save(policy, config.model.path, config.run.output / "hf", savers)
+        run.say(f"the model is in {config.run.output / 'hf'}")
+    run.close()
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
+    with parallel.start(flags.parallel):
+        main(flags)

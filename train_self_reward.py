@@ -135,6 +135,13 @@ class Config(CommonConfig):
             raise ValueError("--max-epochs has no effect with --steps-per-iteration: leave one of them out")
         if self.format.loss_on == "all" and not self.first_iteration_sft:
             raise ValueError("--loss-on all has no effect without --first-iteration-sft: leave it out")
+        size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
+        if self.meta.meta_judge and fraction * size < 1:
+            raise ValueError(
+                f"--meta-judge-fraction {fraction} of --global-batch-size {size} is less than a pair: raise one"
+            )
+        if self.meta.meta_judge and self.judge.judgements == 1:
+            raise ValueError("--meta-judge compares judgements of one answer: give --judgements 2 or more")
         if self.sampling.greedy:
             raise ValueError("--greedy gives the same answer every time: leave it out")
 
@@ -205,7 +212,8 @@ def main(config: Config) -> None:
     room = min(arch.max_positions, config.batch.micro_batch_tokens // 2) - config.sampling.max_new_tokens
     stop_texts = config.sampling.stop
     asker = SelfJudge(config.judge, config.meta, text, config.format, stop_texts, room)
-    buffer = Buffer(config.judge.judge_low, config.judge.judge_high, config.meta.meta_judge_class_cap)
+    cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else 1.0
+    buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
     true_reward = config.true_reward_fn and rewards.RewardFunction(
         config.true_reward_fn, text, stop_texts, "--true-reward-fn"
     )
@@ -354,8 +362,10 @@ def main(config: Config) -> None:
             loss_fn = partial(preference_loss, beta=of_iteration(config.beta, iteration))
             if pairs:
                 places = [(pair.row, side) for pair in pairs for side in range(2)]
-                sampled = [one.model_logprobs for pair in pairs for one in pair.samples]
-                audited = audit.compare(places, sampled, known, config.model.dtype)
+                sampled = [one for pair in pairs for one in pair.samples]
+                audit.check_ends(places, sampled, text.stop_ids, stop_texts)
+                sampled_logprobs = [one.model_logprobs for one in sampled]
+                audited = audit.compare(places, sampled_logprobs, known, config.model.dtype)
 
         # update
         if denominator:
@@ -398,7 +408,8 @@ def main(config: Config) -> None:
                     checkpoint.write_weights(path / "reference", policy.module)
                 if parallel.is_main():
                     (path / "judgements.json").write_text(json.dumps(self_judge.buffer_record(buffer)))
-                    rollouts.discard(folder, config.rollout_start(done, iteration_steps) + 1)
+            if parallel.is_main():
+                rollouts.discard(folder, config.rollout_start(done, iteration_steps) + 1)
         if reason:
             break
 

@@ -26,12 +26,17 @@ COLUMNS = {  # metric: (label, format); the console shows those that a step has,
     "train_rollouts/init_policy_kl": ("kl", "7.4f"),
     "train_optim/loss": ("loss", "7.4f"),
     "train/acc": ("acc", "5.3f"),
+    "train/judge_mean": ("judge", "5.2f"),
+    "train/bad_samples_per_GBS": ("bad", "5.3f"),
     "train/grad_norm": ("grad_norm", "8.3f"),
     "train/lr": ("lr", "8.2e"),
     "time/tokens_per_s": ("tokens/s", "9,.0f"),
     "val/loss": ("val_loss", "7.4f"),
     "val/acc": ("val_acc", "5.3f"),
     "val_rollouts/rewards": ("val_reward", "6.3f"),
+    "val/judge_mean": ("val_judge", "5.2f"),
+    "val/true_rewards": ("val_true", "5.3f"),
+    "val/judge_correlation": ("val_corr", "5.3f"),
 }
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
 BAR_WIDTH = 20
@@ -120,7 +125,8 @@ class Run:
             import wandb
 
             table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            self.wandb_run.log({"samples": table}, step=step)
+            name = f"table/{rows[0]['table']}" if "table" in rows[0] else "samples"
+            self.wandb_run.log({name: table}, step=step)
 
     def say(self, text: str) -> None:
         """A line for people: on the console, and with the time of day in log.txt."""

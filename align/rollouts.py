@@ -102,7 +102,8 @@ def weights_id(weights: Weights) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights.held.items():
         flat = tensor.view(-1)
-        digest.update(name.encode() + repr(flat[:: max(1, len(flat) // NUMBERS)].float().tolist()).encode())
+        numbers = flat[:: max(1, len(flat) // NUMBERS)].float()
+        digest.update(name.encode() + numbers.numpy().tobytes())
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, digest.hexdigest())
     return hashlib.sha256(repr(everyone).encode()).hexdigest()

@@ -224,13 +224,12 @@ def best_and_worst(
     Of each judgement, [n]: strength in nats (NaN: not compared), the score that it gave, its tokens. None if
     fewer than two were compared, or if the two are equally strong, gave one score or are the same tokens.
     """
-    if np.isfinite(strengths).sum() < 2:
+    if np.isnan(strengths).all():
         return None
-    high, low = np.nanmax(strengths), np.nanmin(strengths)
-    best = int(np.flatnonzero(strengths >= high - SAME)[0])
-    worst = int(np.flatnonzero(strengths <= low + SAME)[0])
+    best = int(np.flatnonzero(strengths >= np.nanmax(strengths) - SAME)[0])
+    worst = int(np.flatnonzero(strengths <= np.nanmin(strengths) + SAME)[0])  # if all are equal, the best
     same_score, same_ids = scores[best] == scores[worst], np.array_equal(ids[best], ids[worst])
-    return None if high - low <= SAME or same_score or same_ids else (best, worst)
+    return None if same_score or same_ids else (best, worst)
 
 
 # What is trained

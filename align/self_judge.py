@@ -256,11 +256,16 @@ class Compared:
         """The letter that each verdict gives."""
         return {order: meta_judge.parse_winner(text) for order, text in self.verdicts.items()}
 
+    @property
+    def strengths(self) -> np.ndarray:
+        """[N] of the judgements, in nats; NaN for one without a verdict that counts."""
+        number = len(self.answered.judgements[self.answer])
+        return meta_judge.bradley_terry(meta_judge.tally(number, self.winners))
+
     def pair(self) -> SampledPair | None:
         """The strongest and the weakest judgement; None if there are no such two."""
-        k, of = self.answer, self.answered
+        k, of, strengths = self.answer, self.answered, self.strengths
         judgements, scores = of.judgements[k], of.judged[k].scores
-        strengths = meta_judge.bradley_terry(meta_judge.tally(len(judgements), self.winners))
         picked = meta_judge.best_and_worst(strengths, scores, [one.ids for one in judgements])
         if picked is None:
             return None
@@ -270,8 +275,9 @@ class Compared:
         )
 
     def table(self, name: str, said: Callable[[Sample], str]) -> list[dict]:
-        """Every verdict and what was read of it."""
+        """Every verdict and what was read of it, and how strong all verdicts make the two judgements."""
         judgements = [said(one) for one in self.answered.judgements[self.answer]]
+        elo = [None if np.isnan(x) else round(x, 1) for x in meta_judge.elo(self.strengths).tolist()]
         return [
             {
                 "table": name,
@@ -281,6 +287,8 @@ class Compared:
                 "b": judgements[b],
                 "verdict": self.verdicts[a, b],
                 "winner": winner,
+                "elo_a": elo[a],
+                "elo_b": elo[b],
             }
             for (a, b), winner in self.winners.items()
         ]

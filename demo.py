@@ -5,9 +5,11 @@
 The toy task is to sort letters. 40 % of the training answers have two neighbours swapped, so supervised
 fine-tuning learns the task and the mistakes, and leaves something to do for the stages that come after
 it: a reward model that tells right answers from wrong ones, DPO, which learns to prefer them, rejection
-sampling, which trains on those of its own answers that score best, and PPO, with a critic and as GRPO, which
-makes answers likelier that score better than others. Each stage is a command that one could type; the
-table at the end compares what the stages sample.
+sampling, which trains on those of its own answers that score best, PPO, with a critic and as GRPO, which
+makes answers likelier that score better than others, and self-rewarding. For that one the training data also
+has right judgements of answers, and of judgements. Each stage is a command that one could type; the table at
+the end compares what the stages sample, the lines below it how well the model judges before and after
+self-rewarding.
 """
 
 import json
@@ -17,17 +19,23 @@ import sys
 import time
 from pathlib import Path
 
-from align.toy import toy_score
+import numpy as np
+
+from align.judge import Judged, parse_score
+from align.prompts import fill
+from align.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
 
 OUTPUT = Path("runs/demo")
-DATA, SFT, RM, DPO, RS, PPO, GRPO = (
-    OUTPUT / name for name in ("data", "sft", "rm", "dpo", "rs", "ppo", "grpo")
+DATA, SFT, RM, DPO, RS, PPO, GRPO, SELF = (
+    OUTPUT / name for name in ("data", "sft", "rm", "dpo", "rs", "ppo", "grpo", "self_reward")
 )
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROMPTS = (
     f"--model {SFT}/hf --train-data {DATA}/train.jsonl --val-data {DATA}/val.jsonl --max-prompt-len 64 "
     "--max-new-tokens 16 --reward-fn align.toy:reward --max-steps 30 --val-interval 10"
 )
+JUDGES = ("sft", "self_reward")
+METRICS = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc", "self_reward": "val/true_rewards"}
 PAIRS = f"--train-data {DATA}/train_comparisons.jsonl --val-data {DATA}/val_comparisons.jsonl"
 
 
@@ -36,9 +44,10 @@ def main() -> None:
     command(sys.executable, "prepare_data.py", "toy", "--output", DATA)
     seconds = {
         "sft": command(
-            *(*TORCHRUN, "train_sft.py", "--tp", "2", "--output", SFT, "--max-seq-len", "64"),
-            *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
-            *"--max-epochs 4 --lr 3e-3 --min-lr 1e-4 --val-interval 50".split(),
+            *(*TORCHRUN, "train_sft.py", "--tp", "2", "--output", SFT, "--max-seq-len", "192"),
+            *("--train-data", DATA / "train.jsonl", DATA / "train_judge.jsonl"),
+            *("--val-data", DATA / "val.jsonl"),
+            *"--global-batch-size 16 --max-epochs 2 --lr 3e-3 --min-lr 1e-4 --val-interval 150".split(),
         ),
         "rm": command(
             *(*TORCHRUN, "train_rm.py", "--model", SFT / "hf", "--output", RM, "--max-seq-len", "64"),
@@ -63,16 +72,31 @@ def main() -> None:
             *"--prompts-per-step 32 --samples-per-prompt 8 --global-batch-size 64".split(),
             *"--lr 5e-4 --min-lr 1e-4 --kl-coef 0.05".split(),
         ),
+        "self_reward": command(
+            *(*TORCHRUN, "train_self_reward.py", "--model", SFT / "hf", "--output", SELF),
+            *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
+            *("--judge-template", DATA / "judge.txt", "--meta-judge"),
+            *("--meta-judge-template", DATA / "meta_judge.txt", "--true-reward-fn", "align.toy:reward"),
+            *"--max-seq-len 64 --max-new-tokens 64 --steps-per-iteration 10 --sft-weight 0.5".split(),
+            *"--lr 1e-4 --min-lr 5e-5 --warmup-steps 2 --val-batches 3".split(),
+        ),
     }
 
     prompts = [json.loads(line)["messages"][:1] for line in (DATA / "val.jsonl").read_text().splitlines()]
-    answers = {stage: sample(OUTPUT / stage) for stage in ("sft", "dpo", "rs", "ppo", "grpo")}
+    stages = ("sft", "dpo", "rs", "ppo", "grpo", "self_reward")
+    answers = {stage: sample(OUTPUT / stage) for stage in stages}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
 
-    print("\nstage  seconds  validation                    score of sampled answers (1: all letters right)")
+    agreement = {stage: judge(OUTPUT / stage, prompts, answers["sft"], scores["sft"]) for stage in JUDGES}
+
+    print("\nstage        seconds  validation                    score of sampled answers (1: all right)")
     for stage in seconds:
         sampled = f"{sum(scores[stage]) / len(prompts):.3f}" if stage in scores else "-"
-        print(f"{stage:5}  {seconds[stage]:7.0f}  {first_and_last(OUTPUT / stage):28}  {sampled}")
+        print(f"{stage:11}  {seconds[stage]:7.0f}  {first_and_last(OUTPUT / stage):28}  {sampled}")
+    print("\nself-rewarding, true score of the answers to validation prompts after each iteration:")
+    print("  " + " -> ".join(f"{value:.3f}" for value in curve(SELF, "val/true_rewards")))
+    print("the judge's scores of the SFT model's answers, correlation with the true ones:")
+    print("  " + " -> ".join(f"{agreement[stage]:.3f}" for stage in JUDGES))
     print("\nsamples of held-out prompts, with their scores:")
     for i, prompt in enumerate(prompts[:5]):
         shown = [f"{stage}: {answers[stage][i]:12} {scores[stage][i]:.2f}" for stage in answers]
@@ -92,12 +116,34 @@ def command(*words: object) -> float:
 
 def first_and_last(directory: Path) -> str:
     """What a stage's first and last validation found: the metric that tells most."""
-    metric = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc"}.get(
-        directory.name, "val_rollouts/rewards"
-    )
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    found = [row[metric] for row in rows if metric in row]
+    metric = METRICS.get(directory.name, "val_rollouts/rewards")
+    found = curve(directory, metric)
     return f"{metric.split('/')[1]} {found[0]:.3f} -> {found[-1]:.3f}"
+
+
+def curve(directory: Path, metric: str) -> list[float]:
+    """All values of a metric of a run."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row[metric] for row in rows if metric in row]
+
+
+def judge(directory: Path, prompts: list[list[dict]], answers: list[str], scores: list[float]) -> float:
+    """How a stage's judgements of answers, three of each, go with their scores: Pearson's correlation."""
+    asked = [
+        fill(JUDGE_TEMPLATE, {"prompt": prompt[0]["content"], "response": text})
+        for prompt, text in zip(prompts, answers, strict=True)
+    ]
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in asked]
+    questions, output = directory / "to_judge.jsonl", directory / "judgements.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command(
+        *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "40"),
+        *("--samples-per-prompt", "3", "--input", questions, "--output", output),
+    )
+    said = [json.loads(line)["response"] for line in output.read_text().splitlines()]
+    judged = [Judged(tuple(parse_score(text, 0, MAX_SCORE) for text in texts)) for texts in said]
+    known = [i for i, each in enumerate(judged) if each.valid]
+    return np.corrcoef([judged[i].mean for i in known], [scores[i] for i in known])[0, 1]
 
 
 def sample(directory: Path) -> list[str]:

@@ -4,6 +4,7 @@ python prepare_data.py dolly --input databricks-dolly-15k.jsonl --output data/do
 python prepare_data.py oasst --input 2023-04-12_oasst_all.trees.jsonl.gz --output data/oasst
 python prepare_data.py gsm8k --input gsm8k_train.jsonl.gz --output data/gsm8k_train.jsonl
 python prepare_data.py hh --input train.jsonl.gz --test-input test.jsonl.gz --output data/hh
+python prepare_data.py judge --input data/gsm8k_train.jsonl --output data/gsm8k_judge.jsonl
 python prepare_data.py toy --output data/toy
 """
 
@@ -18,8 +19,10 @@ from typing import Literal
 import tyro
 
 from align.data import at, read_jsonl, text_field
-from align.toy import comparisons, toy_rows
+from align.prompts import Template, as_text, messages_turns
+from align.toy import JUDGE_TEMPLATE, META_TEMPLATE, comparisons, judge_rows, meta_rows, toy_rows
 
+ROOT = Path(__file__).parent
 OASST_ROLES = {"prompter": "User", "assistant": "Assistant"}
 OASST_LABELS = ("quality", "toxicity", "humor", "creativity")
 OASST_SYSTEM = (
@@ -27,13 +30,19 @@ OASST_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+JUDGEMENTS = {  # of the row's own answer, of what is left or made of it, of another row's answer
+    "own": "The response answers the question in full.\nScore: 5",
+    "half": "The response begins well, but it stops before it has answered the question.\nScore: 2",
+    "numbers": "The response looks right, but its numbers do not follow from the question.\nScore: 1",
+    "other": "The response is about something else.\nScore: 0",
+}
 HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 
 
 def main() -> None:
     """Run the subcommand named on the command line."""
     tyro.extras.subcommand_cli_from_dict(
-        {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "toy": toy}
+        {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "judge": judge, "toy": toy}
     )
 
 
@@ -248,6 +257,62 @@ def spaced(content: str) -> str:
     return f" {content}" if content else ""
 
 
+def judge(
+    input: Path,
+    output: Path,
+    judge_template: Path = ROOT / "assets" / "judge.txt",
+    limit: int | None = None,
+    seed: int = 1234,
+) -> None:
+    """Chats of {"messages"} to judgements of good and of spoilt answers, which teach a model to judge.
+
+    Of each row one answer is judged: its own (5 points), its own without the second half (2), its own with
+    other numbers (1) or the answer of another row (0). Fine-tuned on these rows beside its usual ones, a
+    small model learns what a judgement looks like, and little more about what a good answer is.
+
+    Args:
+        input: jsonl rows of {"messages"} whose last message is the answer
+        output: the jsonl file to write
+        judge_template: that of train_self_reward.py
+        limit: only so many rows, from the start of the file
+        seed: of which answer to which row is judged
+    """
+    template = Template(judge_template, "--judge-template", ("prompt", "response"))
+    rows = [at(where, answered, row) for where, row in read_jsonl(input)[:limit]]
+    if len(rows) < 2:
+        raise ValueError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
+    rng = random.Random(seed)
+    write_jsonl(output, [judged(rows, i, template, rng) for i in range(len(rows))])
+
+
+def answered(row: dict) -> tuple[str, str]:
+    """What the last message of a chat answers, as text for a judge, and the answer. Raises ValueError."""
+    turns = messages_turns(row)
+    last = row["messages"][-1]
+    if last["role"] != "assistant":
+        raise ValueError(f"the last message is of the role {last['role']!r}: it must be the answer")
+    return as_text(turns), last["content"]
+
+
+def judged(rows: list[tuple[str, str]], i: int, template: Template, rng: random.Random) -> dict:
+    """A chat in which the answer to row `i`, as it is or spoilt, is judged."""
+    question, answer = rows[i]
+    words = answer.split(" ")
+    kinds = {"own": answer, "half": " ".join(words[: len(words) // 2]), "other": other(rows, i, rng)}
+    kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), answer)
+    spoilt = [name for name, text in kinds.items() if text not in ("", answer)]
+    kind = rng.choice(["own", *spoilt])
+    asked = template.fill(prompt=question, response=kinds[kind])
+    messages = [("user", asked), ("assistant", JUDGEMENTS[kind])]
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+def other(rows: list[tuple[str, str]], i: int, rng: random.Random) -> str:
+    """The answer of another row."""
+    number = rng.randrange(len(rows) - 1)
+    return rows[number + (number >= i)][1]
+
+
 def toy(
     output: Path,
     train_rows: int = 4000,
@@ -255,23 +320,43 @@ def toy(
     mistakes: float = 0.4,
     train_comparisons: int = 2000,
     val_comparisons: int = 200,
+    judge_rows: int = 5000,
+    meta_rows: int = 3000,
     seed: int = 1234,
 ) -> None:
-    """The sorting task of the demo as {"messages"} rows and as comparisons; no prompt occurs twice.
+    """The sorting task of the demo as {"messages"} rows, as comparisons and as judgements of answers.
+
+    No prompt occurs twice. judge.txt and meta_judge.txt are the templates of the judgements' questions.
 
     Args:
-        output: directory for train.jsonl, val.jsonl, train_comparisons.jsonl and val_comparisons.jsonl
+        output: directory for train.jsonl, val.jsonl, train_comparisons.jsonl, val_comparisons.jsonl,
+            train_judge.jsonl, judge.txt and meta_judge.txt
         train_rows: rows of train.jsonl
         val_rows: rows of val.jsonl, all answered right
         mistakes: share of the answers in train.jsonl that have two neighbours swapped
         train_comparisons: rows of train_comparisons.jsonl, each a right answer and one with such a mistake
         val_comparisons: rows of val_comparisons.jsonl
+        judge_rows: rows of train_judge.jsonl that give an answer a score
+        meta_rows: rows of train_judge.jsonl, between the others, that choose the right one of two judgements
         seed: of the prompts and the mistakes
     """
     rows = toy_rows(train_rows, val_rows, mistakes, seed)
-    pairs = comparisons(train_comparisons, val_comparisons, seed, after=train_rows + val_rows)
+    after = train_rows + val_rows
+    pairs = comparisons(train_comparisons, val_comparisons, seed, after)
+    after += train_comparisons + val_comparisons
+    judgements = toy_judgements(judge_rows, meta_rows, seed, after)
     write_split(output, *rows)
     write_split(output, *pairs, suffix="_comparisons")
+    write_jsonl(output / "train_judge.jsonl", judgements)
+    for name, template in (("judge.txt", JUDGE_TEMPLATE), ("meta_judge.txt", META_TEMPLATE)):
+        (output / name).write_text(template)
+
+
+def toy_judgements(num_judge: int, num_meta: int, seed: int, after: int) -> list[dict]:
+    """Rows of both kinds, shuffled, with prompts that follow the first `after`."""
+    rows = judge_rows(num_judge, seed, after) + meta_rows(num_meta, seed, after + num_judge)
+    random.Random(seed).shuffle(rows)
+    return rows
 
 
 def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[list, list]:

@@ -138,7 +138,7 @@ class Config(CommonConfig):
         size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
         if self.meta.meta_judge and fraction * size < 1:
             raise ValueError(
-                f"--meta-judge-fraction {fraction} of --global-batch-size {size} is less than a pair: raise one"
+                f"--meta-judge-fraction {fraction} of --global-batch-size {size} is no whole pair: raise one"
             )
         if self.meta.meta_judge and self.judge.judgements == 1:
             raise ValueError("--meta-judge compares judgements of one answer: give --judgements 2 or more")

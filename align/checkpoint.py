@@ -167,9 +167,7 @@ def saving(config: CheckpointConfig, output: Path, step: int, metrics: dict[str,
 
 def write(path: Path, step: int, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
     """Write a model in training, and the random states, into a directory. Collective."""
-    write_state(
-        path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step}
-    )
+    write_state(path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step})
 
 
 def write_weights(path: Path, model: nn.Module) -> None:

@@ -18,12 +18,12 @@ import numpy as np
 from align import prompts
 from align.data import FormatConfig, Tokenizer
 from align.generate import Sample
+from align.prompts import Template
 
 Reason = Literal["few", "tied", "identical"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 SAME = 1e-9  # of the range of means: rounding is far below it, a difference of judgements far above
 
-VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # read as spaces: what decorates a statement, in Markdown, JSON, LaTeX and XML, and white space but line ends
 MARKS = str.maketrans(dict.fromkeys("*_`\"'$\\[]{}<#\t\r\u00a0\u202f", " "))
@@ -84,31 +84,6 @@ class JudgeConfig:
 
 
 # Prompts
-
-
-class Template:
-    """A text with variables in it: {{ name }}, the spaces are optional."""
-
-    def __init__(self, path: Path, flag: str, names: Sequence[str]):
-        """Reads the file as it is, to the last line end.
-
-        Raises ValueError, naming `flag`: it cannot be read, lacks one of `names`, or has another variable.
-        """
-        try:
-            self.text = Path(path).read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{flag} {path} must be a text file in UTF-8: {error}") from error
-        found = [name.strip() for name in VARIABLE.findall(self.text)]
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(f"{flag} {path} lacks the variable {{{{ {missing[0]} }}}}")
-        if unknown := [name for name in found if name not in names]:
-            raise ValueError(
-                f"{flag} {path} has the variable {{{{ {unknown[0]} }}}}: it may have {', '.join(names)}"
-            )
-
-    def fill(self, **texts: str) -> str:
-        """The text with each variable replaced, in one pass: what stands in `texts` stays as it is."""
-        return VARIABLE.sub(lambda match: texts[match[1].strip()], self.text)
 
 
 class Judge:
@@ -215,17 +190,17 @@ class Judged:
 
 
 def statistics(judged: Iterable[Judged]) -> dict[str, float]:
-    """Means over the answers that were judged; what is not defined (no score, no two scores) is left out.
+    """Means over answers; one that was not judged has no part in any, and what is not defined is left out.
 
     judge_mean, judge_variance: of answers with a score. judge_agreement: of those with two.
     judge_unparsed: share of the judgements that gave no score.
     """
-    asked = [each for each in judged if each.scores]
+    answers = list(judged)
     values = {
-        "judge_mean": [each.mean for each in asked if each.valid],
-        "judge_variance": [each.variance for each in asked if each.valid],
-        "judge_agreement": [each.agreement for each in asked if each.agreement is not None],
-        "judge_unparsed": [score is None for each in asked for score in each.scores],
+        "judge_mean": [each.mean for each in answers if each.valid],
+        "judge_variance": [each.variance for each in answers if each.valid],
+        "judge_agreement": [each.agreement for each in answers if each.agreement is not None],
+        "judge_unparsed": [score is None for each in answers for score in each.scores],
     }
     return {name: float(np.mean(found)) for name, found in values.items() if found}
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from align import prompts
 from align.data import FormatConfig, Tokenizer
-from align.judge import Judged, Template
+from align.judge import Judged
+from align.prompts import Template
 
 SAME = 1e-9  # strengths, in nats, that differ by no more are equal: the solver's rounding is far below
 # "Winner:", "**Winner:**", "winner is"; an underscore may be markup, so \b would not do

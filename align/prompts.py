@@ -7,6 +7,7 @@ prompt that is too long is dropped.
 Or a row is any that SFT takes: a `Task`, to sample from what comes before its last answer or to train on.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from align.packing import BatchConfig, Example
 
 T = TypeVar("T")
 FIELDS = ("prompt", "text", "messages")
+VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 ACCEPTED = """accepted is one of
   {"prompt"}, a string, continued as it stands, or a list of messages that ends before the answer;
   {"text"}, a string, continued as it stands;
@@ -324,8 +326,12 @@ def question(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[str, s
         turns = conversations_turns(row)
     else:
         turns = [("", text_before_field(row, tokenizer, fmt))]
-    last = turns[-1][1]
-    return last if len(turns) == 1 else "\n\n".join(f"{name}: {text}" for name, text in turns), last
+    return as_text(turns), turns[-1][1]
+
+
+def as_text(turns: Sequence[tuple[str, str]]) -> str:
+    """(name, text) of turns as one text; a single turn has no name."""
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{name}: {text}" for name, text in turns)
 
 
 def messages_turns(row: dict) -> list[tuple[str, str]]:
@@ -354,3 +360,37 @@ def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str
     ids, trained, _ = data.format_template(row, tokenizer, fmt)
     bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
     return tokenizer.decode(ids[len(bos) : trained.index(True)]).strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts from a text with variables
+
+
+class Template:
+    """A text with variables in it: {{ name }}, the spaces are optional."""
+
+    def __init__(self, path: Path, flag: str, names: Sequence[str]):
+        """Reads the file as it is, to the last line end.
+
+        Raises ValueError, naming `flag`: it cannot be read, lacks one of `names`, or has another variable.
+        """
+        try:
+            self.text = Path(path).read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{flag} {path} must be a text file in UTF-8: {error}") from error
+        found = [name.strip() for name in VARIABLE.findall(self.text)]
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"{flag} {path} lacks the variable {{{{ {missing[0]} }}}}")
+        if unknown := [name for name in found if name not in names]:
+            raise ValueError(
+                f"{flag} {path} has the variable {{{{ {unknown[0]} }}}}: it may have {', '.join(names)}"
+            )
+
+    def fill(self, **texts: str) -> str:
+        """The text with each variable replaced, in one pass: what stands in `texts` stays as it is."""
+        return fill(self.text, texts)
+
+
+def fill(template: str, texts: Mapping[str, str]) -> str:
+    """A text with each variable replaced, in one pass: what stands in `texts` stays as it is."""
+    return VARIABLE.sub(lambda match: texts[match[1].strip()], template)

@@ -2,16 +2,49 @@
 
 user:      sort: d b a c
 assistant: a b c d
+
+For self-rewarding the model learns to judge answers, and to tell which of two judgements is right. A
+judgement goes through the places, the right word in capitals before the given one: "=" after equal
+words, "/" after others. A verdict does so as well, and names the winner after each place that the loser has
+wrong.
+
+user:      judge: sort: d b a c -> a b d c
+assistant: Aa= Bb= Cd/ Dc/ Score: 2
+
+user:      compare: sort: d b a c -> a b d c
+           A: Aa= Bb= Dd= Cc=
+           B: Aa= Bb= Cd/ Dc/
+assistant: Aa= Bb= Cd/B Dc/B Winner: Judgement B
 """
 
 import json
 import random
 import re
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
+
+from align.prompts import fill
 
 LETTERS = "abcdefghij"
 SIZES = (3, 4, 5, 6)  # letters in one prompt
 NUM_PROMPTS = 720 + 5040 + 30240 + 151200  # ordered choices of 3, 4, 5, 6 out of 10
+MAX_SCORE = 5  # of a judgement; the least is 0
+JUDGE_TEMPLATE = "judge: {{ prompt }} -> {{ response }}"
+META_TEMPLATE = "compare: {{ prompt }} -> {{ response }}\nA: {{ judgement_a }}\nB: {{ judgement_b }}"
+MISSING = "-"  # the word of a judgement where the answer is too short or too long
+# kinds of answers to judge, and how often each comes: the model's own are mostly right or one swap away, and
+# shuffled ones make it read what was given
+FLAWS = {
+    "none": 20,
+    "swap": 25,
+    "swaps": 10,
+    "shuffled": 25,
+    "turned": 5,
+    "short": 4,
+    "long": 4,
+    "replaced": 7,
+}
 
 
 def write(
@@ -76,6 +109,105 @@ def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> t
         rewards = {"chosen_reward": 1.0, "rejected_reward": toy_score(task["content"], " ".join(wrong))}
         rows.append({"prompt": [task], "chosen": [reply(right)], "rejected": [reply(wrong)], **rewards})
     return rows[:num_train], rows[num_train:]
+
+
+def judge_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
+    """Chats in which the assistant judges an answer: JUDGE_TEMPLATE, answered by reasons and a score.
+
+    All prompts differ, also from the first `after` that `toy_rows` and `comparisons` draw with this seed
+    (6400: those of `write` and `write_comparisons` as they come). Raises ValueError if there are too few.
+    """
+    rows = []
+    for task, right, rng in tasks_to_judge(num, seed, after, f"--judge-rows {num}"):
+        answer = flawed(right, rng)
+        judgement = f"{reasons(right, answer)} Score: {judge_score(right, answer)}"
+        asked = fill(JUDGE_TEMPLATE, {"prompt": task, "response": " ".join(answer)})
+        rows.append(chat(asked, judgement))
+    return rows
+
+
+def meta_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
+    """Chats in which the assistant finds the right one of two judgements, given without their scores.
+
+    Prompts as in `judge_rows`. The right judgement is A or B by chance.
+    """
+    rows = []
+    for task, right, rng in tasks_to_judge(num, seed, after, f"--meta-rows {num}"):
+        answer = flawed(right, rng)
+        judgement, wrong = reasons(right, answer), wrong_reasons(right, answer, rng)
+        winner = rng.choice("AB")
+        a, b = (judgement, wrong) if winner == "A" else (wrong, judgement)
+        fields = {"prompt": task, "response": " ".join(answer), "judgement_a": a, "judgement_b": b}
+        verdict = f"{marked(judgement, wrong, winner)} Winner: Judgement {winner}"
+        rows.append(chat(fill(META_TEMPLATE, fields), verdict))
+    return rows
+
+
+def tasks_to_judge(
+    num: int, seed: int, after: int, flag: str
+) -> Iterator[tuple[str, list[str], random.Random]]:
+    """User's text and right answer of `num` prompts after the first `after`, each with the one generator."""
+    check_count(after + num, f"{flag} after {after} rows")
+    rng = random.Random(seed)
+    for letters in draw_prompts(after + num, rng)[after:]:
+        yield question(letters)["content"], sorted(letters), rng
+
+
+def flawed(right: list[str], rng: random.Random) -> list[str]:
+    """An answer to judge: right, or with a flaw of one of the kinds in FLAWS."""
+    [kind] = rng.choices(list(FLAWS), list(FLAWS.values()))
+    i = rng.randrange(len(right))
+    match kind:
+        case "none":
+            return right
+        case "swap":
+            return swapped(right, rng)
+        case "swaps":
+            return swapped(swapped(right, rng), rng)
+        case "shuffled":
+            return rng.sample(right, len(right))
+        case "turned":  # no letter is where it belongs
+            return [*right[1:], right[0]]
+        case "short":
+            return [*right[:i], *right[i + 1 :]]
+        case "long":
+            return [*right[:i], rng.choice(LETTERS), *right[i:]]
+    return [*right[:i], rng.choice(LETTERS), *right[i + 1 :]]
+
+
+def reasons(right: list[str], answer: list[str]) -> str:
+    """The judgement without its score: "Aa= Bc/ Cb/". Capitals mark what is wanted: only these are sorted."""
+    places = zip_longest(right, answer, fillvalue=MISSING)
+    return " ".join(f"{wanted.upper()}{given}{'=' if wanted == given else '/'}" for wanted, given in places)
+
+
+def judge_score(right: list[str], answer: list[str]) -> int:
+    """The score of a judgement, from 0 to MAX_SCORE: that of `toy_score`, rounded."""
+    return round(MAX_SCORE * toy_score("sort: " + " ".join(right), " ".join(answer)))
+
+
+def wrong_reasons(right: list[str], answer: list[str], rng: random.Random) -> str:
+    """A judgement with one mistake: an order that is not sorted, a wrong mark, or an answer not as given."""
+    kind, i = rng.choice(("order", "mark", "answer")), rng.randrange(len(right))
+    if kind == "order":
+        return reasons(swapped(right, rng), answer)
+    if kind == "answer" and len(set(answer)) == len(answer) > 1:
+        return reasons(right, swapped(answer, rng))
+    places = reasons(right, answer).split(" ")
+    places[i] = places[i].translate(str.maketrans("=/", "/="))
+    return " ".join(places)
+
+
+def marked(judgement: str, wrong: str, winner: str) -> str:
+    """The right judgement, with the winner's letter after each place that the wrong one does not have."""
+    pairs = zip(judgement.split(" "), wrong.split(" "), strict=True)
+    return " ".join(place if place == other else place + winner for place, other in pairs)
+
+
+def chat(asked: str, answered: str) -> dict:
+    """A row of one question and one answer."""
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return {"messages": messages}
 
 
 def check_count(count: int, flags: str) -> None:

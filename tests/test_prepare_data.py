@@ -3,12 +3,14 @@
 import gzip
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import prepare_data
 from align import data, preferences, tokenizer, toy
+from align.judge import parse_score
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -467,3 +469,68 @@ def test_toy_refuses():
         toy.comparisons(90000, 10, seed=0)
     with pytest.raises(ValueError, match="--mistakes 1.5 must be between 0 and 1"):
         toy.toy_rows(10, 10, mistakes=1.5, seed=0)
+
+
+# ---- judge -------------------------------------------------------------------------------------------------
+
+
+def test_judge(tmp_path: Path):
+    """Each judgement is right: the answer is what the judgement says of it."""
+    chats = [
+        [("user", f"What is {i} + {i}?"), ("assistant", f"It is {i} and {i} more, {2 * i}.")]
+        for i in range(400)
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    template = tmp_path / "judge.txt"
+    template.write_text("{{ prompt }} | {{ response }}\n")
+    raw, out = write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "out.jsonl"
+    prepare_data.judge(raw, out, template)
+    found, scores = read_rows(out), Counter()
+    for i, row in enumerate(found):
+        asked, judgement = (message["content"] for message in row["messages"])
+        question, _, response = asked.removesuffix("\n").partition(" | ")
+        assert question == f"What is {i} + {i}?"
+        own = f"It is {i} and {i} more, {2 * i}."
+        score = parse_score(judgement, 0, 5)
+        scores[score] += 1
+        shape = [len(word) for word in response.split()]
+        assert {
+            5: response == own,
+            2: response == f"It is {i}",
+            1: response != own and shape == [len(word) for word in own.split()],
+            0: response != own and response in [chat[1][1] for chat in chats],
+        }[score], (response, judgement)
+    assert len(found) == 400 and min(scores[score] for score in (0, 1, 2, 5)) > 70
+    assert loads(out) == 400
+    prepare_data.judge(raw, tmp_path / "again.jsonl", template, limit=7)
+    assert len(read_rows(tmp_path / "again.jsonl")) == 7
+
+
+def test_judge_of_several_turns_and_of_an_answer_without_numbers(tmp_path: Path):
+    """An answer of one word has no half, one without a digit no other numbers."""
+    chat = [
+        ("system", "Be kind."),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "Bye"),
+        ("assistant", "Bye"),
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]}] * 20
+    rows += [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}] * 20
+    prepare_data.judge(write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "out.jsonl")
+    first, *_ = found = read_rows(tmp_path / "out.jsonl")
+    assert (
+        "<question>\nUser: Hi\n\nAssistant: Hello\n\nUser: Bye\n</question>"
+        in first["messages"][0]["content"]
+    )
+    assert {parse_score(row["messages"][1]["content"], 0, 5) for row in found} == {0.0, 5.0}
+
+
+def test_judge_refuses(tmp_path: Path):
+    asked = {"messages": [{"role": "user", "content": "x"}]}
+    raw = write_rows(tmp_path / "raw.jsonl", [asked])
+    with pytest.raises(ValueError, match=r"raw.jsonl:1: no prompt: the row has no answer"):
+        prepare_data.judge(raw, tmp_path / "out.jsonl")
+    raw = write_rows(raw, [{"messages": [*asked["messages"], {"role": "assistant", "content": "y"}]}])
+    with pytest.raises(ValueError, match="has 1 rows: an answer is judged beside another row's"):
+        prepare_data.judge(raw, tmp_path / "out.jsonl")

@@ -302,7 +302,7 @@ def main(config: Config) -> None:
                 metrics |= with_std(engine.evaluate(policy, batches, loss_fn, len(pairs)))
         with phase("validate", policy="weights"), engine.during("validation"):
             tokens = packing.num_trained([task.example for task in rows["val"]])
-            metrics["nll"] = engine.evaluate(policy, sft_batches(rows["val"]), sft_loss, tokens)["loss"]
+            metrics["data_loss"] = engine.evaluate(policy, sft_batches(rows["val"]), sft_loss, tokens)["loss"]
         if true_reward:
             truth = true_reward([task.prompt for task in rows["val"]], [each.samples for each in found])
             metrics |= self_judge.compare_with(truth, found)

@@ -45,8 +45,8 @@ def read(path: Path, made_of: str) -> list[list[Sample]] | None:
         if file.metadata()["made_of"] != made_of:
             return None
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-    ends = arrays["lengths"].cumsum()[:-1]
-    parts = [np.split(arrays[name], ends) for name in ("ids", "logprobs", "model_logprobs")]
+    ends = arrays["lengths"].cumsum()  # what is behind the last one is empty
+    parts = [np.split(arrays[name], ends)[:-1] for name in ("ids", "logprobs", "model_logprobs")]
     finish = ["stop" if ended else "length" for ended in arrays["ended"]]
     samples = [Sample(*values) for values in zip(*parts, finish, strict=True)]
     firsts = [0, *arrays["answers"].cumsum()]

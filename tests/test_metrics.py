@@ -260,6 +260,18 @@ def test_shares_are_exact_sum_to_one_and_start_anew(monkeypatch):
     assert clock.shares() == {"time/step": 1.0, "time/train": 1.0}
 
 
+def test_phases_that_did_not_come_took_no_time(monkeypatch):
+    """Nor are they phases from then on: a line has the same metrics, whether their time was asked or not."""
+    now = 10.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    clock = Clock()
+    now += 2.0
+    clock.lap("generate")
+    assert clock.total("generate", "meta_judge") == 2.0 and clock.total("meta_judge") == clock.total() == 0
+    assert clock.shares() == {"time/step": 2.0, "time/generate": 1.0}
+    assert clock.total("generate") == 0
+
+
 def test_shares_of_the_real_clock_sum_to_one():
     clock = Clock()
     for name in ("data", "train", "optimizer"):

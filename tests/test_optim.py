@@ -1,4 +1,4 @@
-"""The schedule by hand; what the optimizer decays, keeps in fp32 and refuses."""
+"""The schedule by hand; what the optimizer decays, keeps in fp32, forgets and refuses."""
 
 import math
 
@@ -130,3 +130,68 @@ def test_a_gradient_that_is_not_finite_stops_the_run(models):
     set_gradient(policy, math.nan)
     with pytest.raises(FloatingPointError, match="the norm of the gradient is nan"):
         optim.step(optimizer, 1e-3)
+
+
+# ---- a new beginning -----------------------------------------------------------------------------
+
+
+def random_gradient(policy, seed: int) -> None:
+    policy.zero_grad_buffer()
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=rng))
+
+
+def weights_and_main_weights(policy, optimizer) -> list[torch.Tensor]:
+    """In fp32 they are the same memory."""
+    groups = [group for adam in optim.adams(optimizer) for group in adam.optimizer.param_groups]
+    return [*(p.data for p in policy.parameters()), *(p.data for group in groups for p in group["params"])]
+
+
+def moments(optimizer) -> list[torch.Tensor]:
+    """With the number of steps of each weight, which they are divided by."""
+    states = [state for adam in optim.adams(optimizer) for state in adam.optimizer.state.values()]
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_after_a_reset_steps_are_first_steps(models, precision):
+    """Bit for bit those of a new optimizer of the same weights; moments and counts are gone, weights stay."""
+    (policy, optimizer), (fresh, new_optimizer) = (build(models / "qwen2", precision) for _ in range(2))
+    for seed in range(3):
+        random_gradient(policy, seed)
+        optim.step(optimizer, 1e-3)
+    assert all(value.any() for value in moments(optimizer))
+    before = [value.clone() for value in weights_and_main_weights(policy, optimizer)]
+    optim.reset(optimizer)
+    assert len(moments(optimizer)) > 3 and not any(value.any() for value in moments(optimizer))
+    for now, then in zip(weights_and_main_weights(policy, optimizer), before, strict=True):
+        assert torch.equal(now, then)
+    for mine, other in zip(weights_and_main_weights(fresh, new_optimizer), before, strict=True):
+        assert not torch.equal(mine, other)  # the steps did something
+    for mine, other in zip(weights_and_main_weights(fresh, new_optimizer), before, strict=True):
+        mine.copy_(other)
+    for seed in (7, 8):
+        for model_, its in ((policy, optimizer), (fresh, new_optimizer)):
+            random_gradient(model_, seed)
+            optim.step(its, 1e-3)
+        for mine, other in zip(
+            weights_and_main_weights(policy, optimizer) + moments(optimizer),
+            weights_and_main_weights(fresh, new_optimizer) + moments(new_optimizer),
+            strict=True,
+        ):
+            assert torch.equal(mine, other)
+
+
+def test_the_first_step_after_a_reset_has_the_size_of_the_rate(models):
+    """Adam's first step is lr * sign(gradient): here against the moments of three steps the other way."""
+    policy, optimizer = build(models / "llama", "fp32", weight_decay=0.0)
+    for _ in range(3):
+        set_gradient(policy, 1.0)
+        optim.step(optimizer, 1e-3)
+    optim.reset(optimizer)
+    before = [p.detach().clone() for p in policy.parameters()]
+    set_gradient(policy, -1.0)
+    optim.step(optimizer, 1e-3)
+    for parameter, old in zip(policy.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old + 1e-3, rtol=1e-3, atol=1e-5)

@@ -1,7 +1,10 @@
 """The Slurm scripts: shellcheck, and their command lines with stand-ins for Slurm's programs."""
 
+import importlib
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -9,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -80,6 +84,25 @@ def value(arguments: list[str], flag: str) -> str:
     return arguments[arguments.index(flag) + 1]
 
 
+def example(path: Path, name: str) -> list[str]:
+    """Words of the command in a text that submits a script, in comments or not."""
+    lines = re.sub(r"^#? +", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    [command] = [line for line in lines if f"sbatch --nodes 4 slurm/{name}.sbatch " in line]
+    return shlex.split(command)
+
+
+def example_config(name: str) -> object:
+    """What training makes of the command in slurm/README.md."""
+    words = example(ROOT / "slurm/README.md", name)
+    variables = dict(word.split("=", 1) for word in words[: words.index("sbatch")])
+    given = {"MODEL": "--model", "REWARD_MODEL": "--reward-model", "OUTPUT": "--output"}
+    given |= {"TRAIN_DATA": "--train-data", "VAL_DATA": "--val-data", "TEST_DATA": "--test-data"}
+    flags = [flag for name, text in variables.items() for flag in (given[name], *text.split())]
+    flags += words[words.index(f"slurm/{name}.sbatch") + 1 :]
+    module = importlib.import_module(f"train_{name}")
+    return tyro.cli(module.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
+
+
 # --------------------------------------------------------------------------- the files
 
 
@@ -101,6 +124,23 @@ def test_slurm_sees_every_sbatch_line(script):
     assert all(len(option) == 1 for option in options)
     for needed in ("--ntasks-per-node=1", "--requeue", "--open-mode=append", f"--job-name={script.stem}"):
         assert [needed] in options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_is_one_that_training_takes(name):
+    assert example(ROOT / f"slurm/{name}.sbatch", name) == example(ROOT / "slurm/README.md", name)
+    assert example_config(name).parallel.tp == 8
+
+
+def test_the_example_of_self_rewarding_fits_a_context_of_4096_tokens():
+    config = example_config("self_reward")
+    config.check_lengths(4096)
+    with pytest.raises(ValueError, match="--max-seq-len 2048 and --max-new-tokens 1024 are beyond"):
+        config.check_lengths(3071)
+    assert (config.iterations, config.length_control) == (3, (0.0, 0.0, 0.1))
+    assert config.meta.meta_judge and config.meta.meta_judge_fraction <= 0.15
+    assert config.batch.global_batch_size == 64
+    assert (config.optim.lr, config.optim.min_lr) == (3e-7, 1e-7)
 
 
 # --------------------------------------------------------------------------- the launch
@@ -149,6 +189,14 @@ def test_the_reward_model_goes_before_the_users_flags(job, name, model, given):
     assert result.returncode == 0, result.stderr
     flags = ["--max-time", "03:45:00", *given, "--reward-fn", "rules:score"]
     assert arguments(job, "torchrun")[-len(flags) :] == flags
+
+
+def test_templates_of_the_judge_are_arguments_like_any_other(job):
+    flags = ["--judge-template", "my judge.txt", "--meta-judge", "--meta-judge-template", "{{ a }} $HOME.txt"]
+    flags += ["--length-control", "0", "0", "0.1"]
+    result = submit(job | {"REWARD_MODEL": "runs/rm/hf"}, *flags, name="self_reward")
+    assert result.returncode == 0, result.stderr
+    assert arguments(job, "torchrun")[-len(flags) - 2 :] == ["--max-time", "03:45:00", *flags]
 
 
 def test_a_single_node_and_another_number_of_processes(job):

@@ -1,0 +1,217 @@
+"""Self-rewarding's flags: what is refused, how steps make iterations and rollouts, what each iteration takes.
+
+Whole runs: tests/test_self_reward_step.py, test_self_reward_invariance.py and test_resume.py.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from align.data import FormatConfig
+from align.judge import JudgeConfig
+from align.loop import LoopConfig
+from align.meta_judge import MetaJudgeConfig
+from align.packing import BatchConfig
+from align.sampling import SamplingConfig
+from train_self_reward import Config, of_iteration
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"iterations": 0}, "--iterations 0 must be at least 1"),
+        ({"steps_per_iteration": 0}, "--steps-per-iteration 0 must be at least 1"),
+        ({"rollout_ahead": 0}, "--rollout-ahead 0 must be at least 1"),
+        ({"samples_per_prompt": 1}, "--samples-per-prompt 1 must be at least 2"),
+        ({"sft_weight": -0.1}, "--sft-weight -0.1 must be at least 0"),
+        ({"sft_weight": math.nan}, "--sft-weight nan must be at least 0"),
+        *(
+            (
+                {name: values, "iterations": iterations},
+                f"--{name.replace('_', '-')} has {len(values)} values: give one, or one for each of the "
+                f"{iterations} --iterations",
+            )
+            for name in ("length_control", "beta")
+            for values, iterations in (((0.1,) * 2, 3), ((0.1,) * 4, 3), ((), 3), ((0.1,) * 2, 1))
+        ),
+        ({"length_control": (-0.1,)}, "--length-control -0.1 must be from 0 to 1"),
+        ({"length_control": (0.0, 0.1, 1.1)}, "--length-control 1.1 must be from 0 to 1"),
+        ({"length_control": (math.nan,)}, "--length-control nan must be from 0 to 1"),
+        ({"beta": (0.0,)}, "--beta 0.0 must be above 0 and finite"),
+        ({"beta": (0.1, -0.1, 0.1)}, "--beta -0.1 must be above 0 and finite"),
+        ({"beta": (0.1, 0.1, math.inf)}, "--beta inf must be above 0 and finite"),
+        ({"beta": (math.nan,)}, "--beta nan must be above 0 and finite"),
+        *(
+            (
+                {"loss": loss, "reward_scale": 2.0},
+                f"--reward-scale has no effect with --loss {loss}: leave it out",
+            )
+            for loss in ("dpo", "ipo")
+        ),
+        (
+            {"steps_per_iteration": 5, "loop": LoopConfig(max_epochs=2)},
+            "--max-epochs has no effect with --steps-per-iteration: leave one of them out",
+        ),
+        (
+            {"format": FormatConfig(loss_on="all")},
+            "--loss-on all has no effect without --first-iteration-sft: leave it out",
+        ),
+        (
+            {"meta": MetaJudgeConfig(True, 0.15), "batch": BatchConfig(global_batch_size=6)},
+            "--meta-judge-fraction 0.15 of --global-batch-size 6 is no whole pair: raise one",
+        ),
+        (
+            {"meta": MetaJudgeConfig(True), "judge": JudgeConfig(judgements=1)},
+            "--meta-judge compares judgements of one answer: give --judgements 2 or more",
+        ),
+        (
+            {"sampling": SamplingConfig(greedy=True)},
+            "--greedy gives the same answer every time: leave it out",
+        ),
+        (
+            {"val_data": (Path("rows.jsonl"),)},
+            "--val-data without --train-data: give both, or none for the toy task",
+        ),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message):
+    with pytest.raises(ValueError) as error:
+        Config(**flags)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (lambda: Config(judge=JudgeConfig(judgements=0)), "--judgements 0"),
+        (lambda: Config(judge=JudgeConfig(judge_low=6.0)), "--judge-low 6.0"),
+        (lambda: Config(meta=MetaJudgeConfig(meta_judge_fraction=0.2)), "--meta-judge-fraction 0.2"),
+        (lambda: Config(meta=MetaJudgeConfig(True, meta_judge_fraction=1.0)), "--meta-judge-fraction 1.0"),
+        (lambda: Config(loop=LoopConfig(max_epochs=0)), "--max-epochs 0"),
+    ],
+)
+def test_wrong_flags_of_parts_are_refused(make, flag):
+    with pytest.raises(ValueError, match=flag):
+        make()
+
+
+def test_flags_that_go_together():
+    config = Config(length_control=(0.0, 1.0, 0.5), beta=(0.2, 0.1, 1e-9), samples_per_prompt=2)
+    assert config.iterations == 3 and config.beta[2] == 1e-9
+    assert Config(iterations=1, length_control=(1.0,), sft_weight=0.0).length_control == (1.0,)
+    for loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
+        assert Config(loss=loss, reward_scale=2.0).reward_scale == 2.0
+    assert Config(loop=LoopConfig(max_epochs=2)).steps_per_iteration is None
+    assert Config(meta=MetaJudgeConfig(True, 0.25), batch=BatchConfig(global_batch_size=4)).meta.meta_judge
+    assert Config(judge=JudgeConfig(judgements=1), batch=BatchConfig(global_batch_size=1)).iterations == 3
+    assert Config(format=FormatConfig(loss_on="all"), first_iteration_sft=True).first_iteration_sft
+
+
+def test_what_a_loss_takes_beside_log_probs():
+    names = {"chosen", "rejected", "ref_chosen", "ref_rejected", "beta"}
+    assert Config().loss_inputs == Config(loss="ipo").loss_inputs == names
+    for loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
+        assert Config(loss=loss).loss_inputs == names | {"reward_gap"}
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "loop", "of_iteration", "total"),
+    [
+        (40, {}, {}, 5, 15),  # of 8 rows each, three times
+        (47, {}, {}, 5, 15),  # the last 7 make no step
+        (40, {}, {"max_epochs": 2}, 10, 30),
+        (47, {"iterations": 2}, {"max_epochs": 3}, 15, 30),
+        (40, {"steps_per_iteration": 3}, {}, 3, 9),
+        (40, {"steps_per_iteration": 7, "iterations": 2}, {}, 7, 14),  # more than there are rows for
+        (40, {}, {"max_steps": 12}, 5, 12),  # the last iteration is a part
+        (40, {}, {"max_steps": 4}, 5, 4),
+        (40, {}, {"max_steps": 16}, 5, 15),
+        (8, {"iterations": 1}, {}, 1, 1),
+    ],
+)
+def test_steps_by_hand(rows, flags, loop, of_iteration, total):
+    config = Config(batch=BatchConfig(global_batch_size=8), loop=LoopConfig(**loop), **flags)
+    assert (config.iteration_steps(rows), config.total_steps(rows)) == (of_iteration, total)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "starts"),
+    [
+        (1, [0, 1, 2, 3, 4] + [5, 6, 7, 8, 9] + [10, 11]),
+        (2, [0, 0, 2, 2, 4] + [5, 5, 7, 7, 9] + [10, 10]),
+        (3, [0, 0, 0, 3, 3] + [5, 5, 5, 8, 8] + [10, 10]),
+        (5, [0, 0, 0, 0, 0] + [5, 5, 5, 5, 5] + [10, 10]),
+        (99, [0, 0, 0, 0, 0] + [5, 5, 5, 5, 5] + [10, 10]),
+    ],
+)
+def test_steps_that_are_sampled_together(ahead, starts):
+    """Iterations of 5 steps: none is sampled with steps of another, whose reference is another."""
+    config = Config(rollout_ahead=ahead)
+    assert [config.rollout_start(step, 5) for step in range(12)] == starts
+
+
+# ---- what an iteration takes ---------------------------------------------------------------------
+
+
+def test_values_by_iteration():
+    assert [of_iteration((0.0, 0.0, 0.1), iteration) for iteration in range(3)] == [0.0, 0.0, 0.1]
+    assert [of_iteration((0.3,), iteration) for iteration in range(3)] == [0.3] * 3
+    assert of_iteration((0.3,), 0) == 0.3
+
+
+def test_values_of_each_step():
+    """Of 3 iterations of 2 steps."""
+    config = Config(length_control=(0.0, 0.2, 0.1), beta=(0.3, 0.2, 0.1), steps_per_iteration=2)
+    steps = range(config.total_steps(100))
+    for values, expected in (
+        (config.length_control, [0.0, 0.0, 0.2, 0.2, 0.1, 0.1]),
+        (config.beta, [0.3, 0.3, 0.2, 0.2, 0.1, 0.1]),
+    ):
+        assert [of_iteration(values, step // config.iteration_steps(100)) for step in steps] == expected
+
+
+# ---- lengths -------------------------------------------------------------------------------------
+
+
+def lengths(prompt: int, answer: int, micro_batch: int) -> Config:
+    return Config(
+        format=FormatConfig(max_seq_len=prompt),
+        sampling=SamplingConfig(max_new_tokens=answer),
+        batch=BatchConfig(micro_batch_tokens=micro_batch),
+    )
+
+
+def test_lengths_that_just_fit():
+    lengths(60, 40, 200).check_lengths(100)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            lengths(61, 40, 202),
+            "--max-seq-len 61 and --max-new-tokens 40 are beyond the model's context of 100 tokens: "
+            "lower one",
+        ),
+        (
+            lengths(60, 41, 202),
+            "--max-seq-len 60 and --max-new-tokens 41 are beyond the model's context of 100 tokens: "
+            "lower one",
+        ),
+        (
+            lengths(60, 40, 199),
+            "--max-seq-len 60 and --max-new-tokens 40, of which a pair has two each, are above "
+            "--micro-batch-tokens 199: raise that",
+        ),
+    ],
+)
+def test_lengths_that_are_refused(config, message):
+    with pytest.raises(ValueError) as error:
+        config.check_lengths(100)
+    assert str(error.value) == message

@@ -20,7 +20,7 @@ import tyro
 
 from align.data import at, read_jsonl, text_field
 from align.prompts import Template, as_text, messages_turns
-from align.toy import JUDGE_TEMPLATE, META_TEMPLATE, comparisons, judge_rows, meta_rows, toy_rows
+from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
 
 ROOT = Path(__file__).parent
 OASST_ROLES = {"prompter": "User", "assistant": "Assistant"}
@@ -348,8 +348,7 @@ def toy(
     write_split(output, *rows)
     write_split(output, *pairs, suffix="_comparisons")
     write_jsonl(output / "train_judge.jsonl", judgements)
-    for name, template in (("judge.txt", JUDGE_TEMPLATE), ("meta_judge.txt", META_TEMPLATE)):
-        (output / name).write_text(template)
+    write_templates(output)
 
 
 def toy_judgements(num_judge: int, num_meta: int, seed: int, after: int) -> list[dict]:

@@ -20,7 +20,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -142,6 +142,12 @@ class Config(CommonConfig):
             )
         if self.meta.meta_judge and self.judge.judgements == 1:
             raise ValueError("--meta-judge compares judgements of one answer: give --judgements 2 or more")
+        templates = self.judge.judge_template, self.meta.meta_judge_template
+        if not self.train_data and templates != (
+            JudgeConfig.judge_template,
+            MetaJudgeConfig.meta_judge_template,
+        ):
+            raise ValueError("--judge-template without --train-data: the toy task has templates of its own")
         if self.sampling.greedy:
             raise ValueError("--greedy gives the same answer every time: leave it out")
 
@@ -192,9 +198,14 @@ def main(config: Config) -> None:
 
     # ---- data ------------------------------------------------------------------------------------
     files = {"train": config.train_data, "val": config.val_data}
+    judge_config, meta_config = config.judge, config.meta
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
+        templates = parallel.on_main(lambda: toy.write_templates(config.run.output / "data"))
+        judge_config = replace(judge_config, judge_template=templates[0])
+        if config.meta.meta_judge:
+            meta_config = replace(meta_config, meta_judge_template=templates[1])
     text, size = tokenizer.load(config.model.path), config.batch.global_batch_size
     rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), size, "--train-data")
@@ -208,10 +219,12 @@ def main(config: Config) -> None:
     rows_of_step = partial(packing.global_batch, len(rows["train"]), config.batch, config.parallel.seed)
 
     # ---- judges ----------------------------------------------------------------------------------
-    # a pair of judgements is trained on like one of answers, so its prompt must leave it room in a batch
-    room = min(arch.max_positions, config.batch.micro_batch_tokens // 2) - config.sampling.max_new_tokens
-    stop_texts = config.sampling.stop
-    asker = SelfJudge(config.judge, config.meta, text, config.format, stop_texts, room)
+    room, stop_texts = arch.max_positions, config.sampling.stop
+    if config.meta.meta_judge:  # trained on as well, in pairs
+        room = min(room, config.batch.micro_batch_tokens // 2)
+    room -= config.sampling.max_new_tokens
+    asker = SelfJudge(judge_config, meta_config, text, config.format, stop_texts, room)
+    asker.check(rows["train"][0].prompt.row)
     cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else 1.0
     buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
     true_reward = config.true_reward_fn and rewards.RewardFunction(

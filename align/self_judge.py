@@ -170,6 +170,16 @@ class SelfJudge:
         self.judge = Judge(judge_config, tokenizer, fmt, room)
         self.meta_judge = MetaJudge(meta_config, tokenizer, fmt, room)
 
+    def check(self, row: dict) -> None:
+        """Raises ValueError if the model cannot be asked to judge even the shortest answer to this row."""
+        ids, _ = self.judge.prompt(row, "x")
+        if ids is None:
+            raise ValueError(
+                f"--judge-template and the first prompt need more than {self.judge.room} tokens, all that "
+                "--max-new-tokens leaves of the model's context (with --meta-judge, of half of "
+                "--micro-batch-tokens as well, since a judge prompt is trained on in pairs)"
+            )
+
     def said(self, sample: Sample) -> str:
         """A sample as text."""
         return sample.text(self.tokenizer, self.stop)

@@ -20,7 +20,7 @@ assistant: Aa= Bb= Cd/B Dc/B Winner: Judgement B
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -33,6 +33,8 @@ MAX_SCORE = 5  # of a judgement; the least is 0
 JUDGE_TEMPLATE = "judge: {{ prompt }} -> {{ response }}"
 META_TEMPLATE = "compare: {{ prompt }} -> {{ response }}\nA: {{ judgement_a }}\nB: {{ judgement_b }}"
 MISSING = "-"  # the word of a judgement where the answer is too short or too long
+# kinds of mistakes in a judgement, and how often each comes: those of the model are mostly of the first two
+MISTAKES = {"wanted": 50, "given": 25, "order": 15, "mark": 10}
 # kinds of answers to judge, and how often each comes: the model's own are mostly right or one swap away, and
 # shuffled ones make it read what was given
 FLAWS = {
@@ -59,6 +61,14 @@ def write_comparisons(
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Write train_comparisons.jsonl and val_comparisons.jsonl, and return their paths like `write`."""
     return write_parts(directory, "_comparisons", comparisons(num_train, num_val, seed))
+
+
+def write_templates(directory: Path) -> tuple[Path, Path]:
+    """Write judge.txt and meta_judge.txt, and return their paths."""
+    paths = directory / "judge.txt", directory / "meta_judge.txt"
+    for path, template in zip(paths, (JUDGE_TEMPLATE, META_TEMPLATE), strict=True):
+        path.write_text(template)
+    return paths
 
 
 def write_parts(
@@ -187,15 +197,24 @@ def judge_score(right: list[str], answer: list[str]) -> int:
 
 
 def wrong_reasons(right: list[str], answer: list[str], rng: random.Random) -> str:
-    """A judgement with one mistake: an order that is not sorted, a wrong mark, or an answer not as given."""
-    kind, i = rng.choice(("order", "mark", "answer")), rng.randrange(len(right))
+    """A judgement with one mistake: a letter that nobody asked for or gave, a wrong order or mark."""
+    [kind] = rng.choices(list(MISTAKES), list(MISTAKES.values()))
+    i = rng.randrange(len(right))
+    if kind == "wanted":
+        return reasons(sorted([*right[:i], other_letter(right, rng), *right[i + 1 :]]), answer)
+    if kind == "given" and answer:
+        i = rng.randrange(len(answer))
+        return reasons(right, [*answer[:i], other_letter(answer[i], rng), *answer[i + 1 :]])
     if kind == "order":
         return reasons(swapped(right, rng), answer)
-    if kind == "answer" and len(set(answer)) == len(answer) > 1:
-        return reasons(right, swapped(answer, rng))
     places = reasons(right, answer).split(" ")
     places[i] = places[i].translate(str.maketrans("=/", "/="))
     return " ".join(places)
+
+
+def other_letter(letters: Sequence[str], rng: random.Random) -> str:
+    """A letter that is none of these."""
+    return rng.choice([letter for letter in LETTERS if letter not in letters])
 
 
 def marked(judgement: str, wrong: str, winner: str) -> str:

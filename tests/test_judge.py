@@ -12,16 +12,7 @@ import pytest
 from align import judge, prompts, tokenizer
 from align.data import FormatConfig
 from align.generate import Sample
-from align.judge import (
-    Choice,
-    Judge,
-    JudgeConfig,
-    Judged,
-    choose,
-    parse_score,
-    statistics,
-    without_scores,
-)
+from align.judge import Choice, Judge, JudgeConfig, Judged, choose, parse_score, statistics, without_scores
 from align.prompts import Template
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -130,6 +121,7 @@ SCORES = {
     "Score -- 4": 4,
     "Score — 4": 4,
     "Score = 4.5": 4.5,
+    "Score: .5": 0.5,
     "Score：4": 4,
     "Score:\u00a04": 4,
     "the score is 4": 4,
@@ -217,7 +209,7 @@ def test_scores_of_another_range():
     assert parse_score("Score: 4/5", 0, 10) is None
     assert parse_score("Score: 0", 1, 10) is None
     assert parse_score("Score: -2", -3, 3) == -2
-    assert parse_score("Score: −2.5", -3, 3) == -2.5
+    assert parse_score("Score: −2.5", -3, 3) == parse_score("Score: –2.5", -3, 3) == -2.5
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,9 @@ def field_names(config: type) -> set[str]:
     return names.union(*map(field_names, kinds.values()))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "train_rs.py", "train_ppo.py", "generate.py"])
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, "train_rs.py", "train_ppo.py", "train_self_reward.py", "generate.py"]
+)
 def test_help_shows_every_flag_with_its_text(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = python(script, "--help")

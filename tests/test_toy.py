@@ -84,7 +84,7 @@ def test_the_winner_is_the_right_judgement():
         assert meta_judge.parse_winner(verdict) == winner
         winners[winner] += 1
         places_wrong[sum(wrong)] += 1
-    assert set(places_wrong) == {1, 2} and min(places_wrong.values()) > 300
+    assert set(places_wrong) == {1, 2, 3, 4, 5, 6} and places_wrong[1] > 900 and places_wrong[2] > 300
     assert min(winners.values()) > 900
     assert toy.meta_rows(2000, seed=3, after=50) == rows != toy.meta_rows(2000, seed=4, after=50)
 

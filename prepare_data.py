@@ -287,6 +287,8 @@ def judge(
 
 def answered(row: dict) -> tuple[str, str]:
     """What the last message of a chat answers, as text for a judge, and the answer. Raises ValueError."""
+    if "messages" not in row:
+        raise ValueError("a row must have 'messages', whose last one is the answer")
     turns = messages_turns(row)
     last = row["messages"][-1]
     if last["role"] != "assistant":

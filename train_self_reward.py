@@ -8,8 +8,8 @@ In each of --iterations the model samples --samples-per-prompt answers to each p
 answers; the best and the worst become a pair, on which a loss of the DPO family trains. What samples, judges
 and is the reference is the model as it was when the iteration began; then the iteration ends, the reference
 becomes the policy, and Adam starts anew, while the learning rate's schedule goes on. With --meta-judge the
-model also judges its judgements, and learns to judge from them. Rows of data are those of SFT, of whose last
-answers only --first-iteration-sft makes use: align/data.py has the formats. OUTPUT/hf is the result. Without
+model also judges its judgements, and learns to judge from them. Rows of data are those of SFT; on their last
+answers only --first-iteration-sft trains: align/data.py has the formats. OUTPUT/hf is the result. Without
 arguments it runs on the built-in tiny model, which is random; demo.py shows one that learns.
 
 Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new ones from the model.
@@ -56,9 +56,9 @@ from align import (
 from align.checkpoint import CheckpointConfig
 from align.data import FormatConfig
 from align.generate import RolloutConfig, Sample
-from align.judge import JudgeConfig
+from align.judge import Judge, JudgeConfig
 from align.loop import CommonConfig, check_at_least
-from align.meta_judge import Buffer, MetaJudgeConfig
+from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from align.metrics import Clock, Run, RunConfig, with_std
 from align.offload import OffloadConfig
 from align.optim import OptimConfig
@@ -94,7 +94,7 @@ class Config(CommonConfig):
     average_logprobs: bool = False
     """log-probs per token instead of per answer"""
     reward_scale: float = 1.0
-    """scale, rpo_*: factor on the difference of the scores"""
+    """scale, rpo_*: factor on the difference of the scores; of judgements that of their strengths, in nats"""
     first_iteration_sft: bool = False
     """the first iteration is supervised fine-tuning on the rows"""
     rollout_ahead: int = 1
@@ -107,10 +107,10 @@ class Config(CommonConfig):
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     offload: OffloadConfig = OffloadConfig()
-    format: FormatConfig = FormatConfig()
+    format: FormatConfig = FormatConfig(max_seq_len=512)
     run: RunConfig = RunConfig(output=Path("runs/self_reward"))
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
-    checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/judge_mean")
+    checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/data_loss")
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,8 +133,14 @@ class Config(CommonConfig):
             raise ValueError(f"--reward-scale has no effect with --loss {self.loss}: leave it out")
         if self.steps_per_iteration and self.loop.max_epochs != 1:
             raise ValueError("--max-epochs has no effect with --steps-per-iteration: leave one of them out")
-        if self.format.loss_on == "all" and not self.first_iteration_sft:
-            raise ValueError("--loss-on all has no effect without --first-iteration-sft: leave it out")
+        if self.first_iteration_sft and self.iterations == 1:
+            raise ValueError(
+                "--first-iteration-sft with --iterations 1 is fine-tuning alone: use train_sft.py"
+            )
+        if self.true_reward_fn and self.train_data and not self.val_data:
+            raise ValueError("--true-reward-fn has no effect without --val-data: give both")
+        if not 0 < self.reward_scale < math.inf:
+            raise ValueError(f"--reward-scale {self.reward_scale} must be above 0 and finite")
         size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
         if self.meta.meta_judge and fraction * size < 1:
             raise ValueError(
@@ -142,12 +148,11 @@ class Config(CommonConfig):
             )
         if self.meta.meta_judge and self.judge.judgements == 1:
             raise ValueError("--meta-judge compares judgements of one answer: give --judgements 2 or more")
-        templates = self.judge.judge_template, self.meta.meta_judge_template
-        if not self.train_data and templates != (
-            JudgeConfig.judge_template,
-            MetaJudgeConfig.meta_judge_template,
-        ):
-            raise ValueError("--judge-template without --train-data: the toy task has templates of its own")
+        own = {"judge_template": self.judge.judge_template != JudgeConfig.judge_template}
+        own["meta_judge_template"] = self.meta.meta_judge_template != MetaJudgeConfig.meta_judge_template
+        for name in [name for name in own if own[name] and not self.train_data]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} without --train-data: the toy task has a template of its own")
         if self.sampling.greedy:
             raise ValueError("--greedy gives the same answer every time: leave it out")
 
@@ -186,6 +191,16 @@ def of_iteration(values: tuple[float, ...], iteration: int) -> float:
     return values[iteration] if len(values) > 1 else values[0]
 
 
+def check_same(before: dict[str, int], now: dict[str, int]) -> None:
+    """Raises ValueError if a run is continued that has gone by other flags."""
+    for name in now:
+        if now[name] != before[name]:
+            raise ValueError(
+                f"{name}: {now[name]}, in the run that is to be continued {before[name]}: its reference and "
+                "what waits to be trained on fit its own flags only; give those, or --no-resume"
+            )
+
+
 @record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
@@ -217,15 +232,24 @@ def main(config: Config) -> None:
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
     rows_of_step = partial(packing.global_batch, len(rows["train"]), config.batch, config.parallel.seed)
+    # what says to which iteration and rollout a step belongs
+    layout_of_steps = {
+        "steps of an iteration (--steps-per-iteration, or --max-epochs of the data)": iteration_steps,
+        "--rollout-ahead": config.rollout_ahead,
+        "--meta-judge": config.meta.meta_judge,
+    }
 
     # ---- judges ----------------------------------------------------------------------------------
     room, stop_texts = arch.max_positions, config.sampling.stop
     if config.meta.meta_judge:  # trained on as well, in pairs
         room = min(room, config.batch.micro_batch_tokens // 2)
     room -= config.sampling.max_new_tokens
-    asker = SelfJudge(judge_config, meta_config, text, config.format, stop_texts, room)
-    asker.check(rows["train"][0].prompt.row)
-    cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else 1.0
+    ask = Judge(judge_config, text, config.format, room)
+    ask_meta = MetaJudge(meta_config, text, config.format, room)
+    for one in [ask, ask_meta] if config.meta.meta_judge else [ask]:
+        one.check(rows["train"][0].prompt.row)
+    asker = SelfJudge(ask, ask_meta, text, stop_texts)
+    cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else math.inf
     buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
     true_reward = config.true_reward_fn and rewards.RewardFunction(
         config.true_reward_fn, text, stop_texts, "--true-reward-fn"
@@ -240,7 +264,9 @@ def main(config: Config) -> None:
     policy = model.distributed(policy)
     if path := checkpoint.to_resume(config.checkpoint, config.run.output):
         checkpoint.load_weights(path / "reference", policy.module)
-        self_judge.fill_buffer(buffer, json.loads((path / "judgements.json").read_text()))
+        state = json.loads((path / "judgements.json").read_text())
+        check_same(state["flags"], layout_of_steps)
+        self_judge.fill_buffer(buffer, state)
     ref = offload.Weights(policy.module, shelf)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
@@ -259,12 +285,14 @@ def main(config: Config) -> None:
         """Samples of the reference for the steps from `first` on, out of a file if there is one."""
 
         def make() -> list[list[Sample]]:
-            with phase(kind, policy="weights"), ref.lent_to(policy.module):
+            with phase(kind), ref.lent_to(policy.module):
                 return generator.generate(ids, streams, number)
 
-        settings = (config.sampling, config.parallel.seed, number)
+        settings = (config.sampling, config.parallel.seed, number, config.model.dtype, arch)
         path = folder / f"step_{first:08d}_{kind}.safetensors"
-        return rollouts.kept(path, rollouts.made_of(ref_id, settings, ids, streams), make)
+        return rollouts.kept(
+            path, rollouts.made_of(ref_id, (*settings, sorted(text.stop_ids)), ids, streams), make
+        )
 
     # ---- losses ----------------------------------------------------------------------------------
     def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -287,7 +315,7 @@ def main(config: Config) -> None:
 
     def known_logprobs(pairs: list[SampledPair]) -> list[np.ndarray]:
         """What the reference says of the tokens of each sample, chosen, rejected, chosen, ..."""
-        with phase("reference", policy="weights"), ref.lent_to(policy.module):
+        with phase("reference"), ref.lent_to(policy.module):
             return engine.per_example(policy, [pair.examples for pair in pairs], config.batch)
 
     def pair_batches(pairs: list[SampledPair], known: list[np.ndarray]) -> list[Batch]:
@@ -336,12 +364,13 @@ def main(config: Config) -> None:
 
     # ---- loop ------------------------------------------------------------------------------------
     clock.shares(), phase.memory()  # what came before the first step is not its own
-    ref_id, reason = rollouts.weights_id(ref), None
+    ref_id, reason, untouched = rollouts.weights_digest(ref), None, False
     for step in range(first_step, total_steps):
         done, iteration = step + 1, step // iteration_steps
         begin, end = iteration * iteration_steps, (iteration + 1) * iteration_steps
         metrics = {"iteration": iteration, "epoch": step // epoch_steps, "consumed_samples": done * size}
         audited: dict[str, float] = {}
+        untouched |= step == begin  # the policy is still the reference
 
         if iteration == 0 and config.first_iteration_sft:
             tasks = [rows["train"][row] for row in rows_of_step(step)]
@@ -385,8 +414,9 @@ def main(config: Config) -> None:
             lr = optim.learning_rate(config.optim, step, total_steps)
             with phase("train", policy="all"), engine.during(f"step {done}"):
                 updated = with_std(engine.forward_backward(policy, batches, loss_fn, denominator))
-                if step == begin and "preference_loss" in updated:
+                if untouched and "preference_loss" in updated:
                     reference.check_start(updated, config.loss)
+                untouched = False
                 metrics |= updated | {"grad_norm": optim.step(optimizer, lr), "lr": lr}
         else:
             run.say(f"step {done}: no prompt gave a pair, so nothing was learnt")
@@ -404,7 +434,7 @@ def main(config: Config) -> None:
             with phase("next_iteration", policy="all"):
                 ref.follow(policy.module)
                 optim.reset(optimizer)
-            ref_id = rollouts.weights_id(ref)
+            ref_id = rollouts.weights_digest(ref)
             buffer.clear()
 
         # log, then save: what a checkpoint continues has been logged
@@ -412,15 +442,14 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            with (
-                checkpoint.saving(config.checkpoint, config.run.output, done, latest) as path,
-                phase("save", policy="all"),  # counted in the next step's line
-            ):
-                checkpoint.write(path, done, policy, optimizer)
-                with ref.lent_to(policy.module):
+            with checkpoint.saving(config.checkpoint, config.run.output, done, latest) as path:
+                with phase("save", policy="all"):  # counted in the next step's line
+                    checkpoint.write(path, done, policy, optimizer)
+                with phase("save"), ref.lent_to(policy.module):
                     checkpoint.write_weights(path / "reference", policy.module)
                 if parallel.is_main():
-                    (path / "judgements.json").write_text(json.dumps(self_judge.buffer_record(buffer)))
+                    state = {"flags": layout_of_steps, **self_judge.buffer_record(buffer)}
+                    (path / "judgements.json").write_text(json.dumps(state))
             if parallel.is_main():
                 rollouts.discard(folder, config.rollout_start(done, iteration_steps) + 1)
         if reason:

@@ -20,7 +20,7 @@ from align.data import FormatConfig, Tokenizer
 from align.generate import Sample
 from align.prompts import Template
 
-Reason = Literal["few", "tied", "identical"]
+Reason = Literal["few", "tied", "overlap", "identical"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 SAME = 1e-9  # of the range of means: rounding is far below it, a difference of judgements far above
 
@@ -116,6 +116,15 @@ class Judge:
                 return None, True
             ids = self.encode(row, turn, shorter)
         return ids, True
+
+    def check(self, row: dict) -> None:
+        """Raises ValueError if there is no room for anything but the template, in the format of `row`."""
+        if len(self.encode(row, "x", "x")) > self.room:
+            raise ValueError(
+                f"--judge-template {self.config.judge_template} alone is longer than the {self.room} tokens "
+                "that --max-new-tokens leaves of the model's context (with --meta-judge, of half of "
+                "--micro-batch-tokens as well: judge prompts are trained on, in pairs)"
+            )
 
     def encode(self, row: dict, question: str, response: str) -> np.ndarray:
         """Ids [n] int32 of a judge prompt of any length, in the format of `row`."""
@@ -225,8 +234,9 @@ def choose(samples: Sequence[Sample], judged: Sequence[Judged], length_control: 
         rho = 0: the one whose scores have the lowest variance, of several the first;
         rho > 0: the shortest chosen and the longest rejected, in tokens; of several the one with the higher
             mean as chosen and with the lower as rejected, of these the first.
-    There is no pair if fewer than two answers are left ("few"), if their means are equal ("tied"), and if
-    both sides are the same answer, as they may be where rho >= 0.5, or have the same tokens ("identical").
+    There is no pair if fewer than two answers are left ("few"), if their means are equal ("tied"), if both
+    sides are the same answer or have the same tokens ("identical"), and if the chosen one has the lower mean
+    ("overlap"). Only where rho >= 0.5 can the same answer be on both sides, and the lower mean be chosen.
     """
     answers = enumerate(zip(samples, judged, strict=True))
     means = {k: of.mean for k, (sample, of) in answers if sample.finish == "stop" and of.valid}
@@ -244,6 +254,8 @@ def choose(samples: Sequence[Sample], judged: Sequence[Judged], length_control: 
         rejected = min(bad, key=lambda k: (-len(samples[k].ids), means[k]))
     else:
         chosen, rejected = (min(side, key=lambda k: judged[k].variance) for side in (good, bad))
+    if means[chosen] < means[rejected]:
+        return Choice(why="overlap")
     if np.array_equal(samples[chosen].ids, samples[rejected].ids):
         return Choice(why="identical")
     return Choice(chosen, rejected)

@@ -22,6 +22,7 @@ from align.data import FormatConfig, Tokenizer
 from align.judge import Judged
 from align.prompts import Template
 
+NAMES = ("prompt", "response", "judgement_a", "judgement_b")  # variables of the template
 SAME = 1e-9  # strengths, in nats, that differ by no more are equal: the solver's rounding is far below
 # "Winner:", "**Winner:**", "winner is"; an underscore may be markup, so \b would not do
 STATEMENT = re.compile(r"""(?<![^\W_])winner[*_`"']*(?:\s*[:=]|\s+[-–—]\s|\s+is\b)""", re.I)
@@ -116,9 +117,18 @@ class MetaJudge:
 
     def __init__(self, config: MetaJudgeConfig, tokenizer: Tokenizer, fmt: FormatConfig, room: int):
         """`room`: most tokens of a prompt."""
-        names = ("prompt", "response", "judgement_a", "judgement_b")
-        self.template = Template(config.meta_judge_template, "--meta-judge-template", names)
-        self.tokenizer, self.fmt, self.room = tokenizer, fmt, room
+        self.template = Template(config.meta_judge_template, "--meta-judge-template", NAMES)
+        self.config, self.tokenizer, self.fmt, self.room = config, tokenizer, fmt, room
+
+    def check(self, row: dict) -> None:
+        """Raises ValueError if there is no room for anything but the template, in the format of `row`."""
+        text = self.template.fill(**dict.fromkeys(NAMES, "x"))
+        if len(prompts.one_turn(row, text, self.tokenizer, self.fmt)) > self.room:
+            raise ValueError(
+                f"--meta-judge-template {self.config.meta_judge_template} alone is longer than the "
+                f"{self.room} tokens that --max-new-tokens leaves of the model's context and of half of "
+                "--micro-batch-tokens"
+            )
 
     def prompts(
         self, row: dict, response: str, texts: Sequence[str | None]

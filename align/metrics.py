@@ -4,6 +4,7 @@
 the clock is named `time/...` or `timers/...`, so that two runs of the same flags differ in nothing but those.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -301,12 +302,15 @@ def append(path: Path, rows: list[dict]) -> None:
 
 def drop_after(path: Path, step: int) -> None:
     """Keep the rows of a jsonl file up to `step`, without a line that a kill has torn; 0 empties the file."""
-    fresh = step == 0 or not path.exists()
-    text = "" if fresh else path.read_text(encoding="utf-8", errors="replace")  # a character may be torn, too
-    lines = text.split("\n")[:-1]  # what has no newline at its end is torn
-    rows = [(line, json.loads(line)) for line in lines]
-    kept = [line for line, row in rows if row["step"] <= step and not is_final(row)]
-    write_atomically(path, "".join(line + "\n" for line in kept))
+    unfinished = path.with_suffix(".tmp")
+    with contextlib.ExitStack() as files:
+        kept = files.enter_context(open(unfinished, "wb"))
+        for line in files.enter_context(open(path, "rb")) if step and path.exists() else ():
+            if line.endswith(b"\n"):  # else torn
+                row = json.loads(line)
+                if row["step"] <= step and not is_final(row):
+                    kept.write(line)
+    unfinished.rename(path)
 
 
 def is_final(row: dict) -> bool:

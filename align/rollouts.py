@@ -1,6 +1,6 @@
 """Rollouts that outlive a crash: samples in files of the run directory.
 
-    OUTPUT/rollouts/step_00000012_answers.safetensors     samples for step 12 and those after it
+    OUTPUT/rollouts/step_00000012_judge.safetensors     samples for step 12 and those after it
 
 What a file holds follows from the sampler's weights, its settings, the prompts and their random numbers. It
 knows the sha256 of all these, so that a run that is continued takes it for just the same question.
@@ -19,7 +19,7 @@ from align import parallel
 from align.generate import Sample
 from align.offload import Weights
 
-NUMBERS = 4096  # of a tensor that weights_id looks at
+NUMBERS = 4096  # of a tensor that weights_digest looks at
 
 
 def kept(path: Path, made_of: str, make: Callable[[], list[list[Sample]]]) -> list[list[Sample]]:
@@ -86,7 +86,7 @@ def made_of(weights: str, settings: object, prompts: Sequence[np.ndarray], strea
     """sha256 of what samples follow from.
 
     Args:
-        weights: of the sampler, its `weights_id`.
+        weights: of the sampler, its `weights_digest`.
         settings: of the sampler, and the run's seed: anything whose repr tells it.
         prompts: [n] token ids each.
         streams: the numbers that random numbers follow from, besides the seed.
@@ -97,8 +97,8 @@ def made_of(weights: str, settings: object, prompts: Sequence[np.ndarray], strea
     return digest.hexdigest()
 
 
-def weights_id(weights: Weights) -> str:
-    """sha256 of some numbers of each tensor on every rank: training changes all of them. Collective."""
+def weights_digest(weights: Weights) -> str:
+    """sha256 of some numbers of each tensor on every rank: training changes many of them. Collective."""
     digest = hashlib.sha256()
     for name, tensor in weights.held.items():
         flat = tensor.view(-1)

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from align import judge, meta_judge, rewards
-from align.data import FormatConfig
 from align.generate import Sample, Tokenizer
-from align.judge import Choice, Judge, JudgeConfig, Judged
-from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
+from align.judge import Choice, Judge, Judged
+from align.meta_judge import Buffer, MetaJudge
 from align.packing import Example
 from align.prompts import Prompt, Task
 
@@ -156,29 +155,10 @@ class Answered:
 class SelfJudge:
     """Has a model answer, judge and meta-judge."""
 
-    def __init__(
-        self,
-        judge_config: JudgeConfig,
-        meta_config: MetaJudgeConfig,
-        tokenizer: Tokenizer,
-        fmt: FormatConfig,
-        stop: tuple[str, ...],
-        room: int,
-    ):
-        """`stop`: --stop; `room`: most tokens of a prompt for judging."""
-        self.number, self.tokenizer, self.stop = judge_config.judgements, tokenizer, stop
-        self.judge = Judge(judge_config, tokenizer, fmt, room)
-        self.meta_judge = MetaJudge(meta_config, tokenizer, fmt, room)
-
-    def check(self, row: dict) -> None:
-        """Raises ValueError if the model cannot be asked to judge even the shortest answer to this row."""
-        ids, _ = self.judge.prompt(row, "x")
-        if ids is None:
-            raise ValueError(
-                f"--judge-template and the first prompt need more than {self.judge.room} tokens, all that "
-                "--max-new-tokens leaves of the model's context (with --meta-judge, of half of "
-                "--micro-batch-tokens as well, since a judge prompt is trained on in pairs)"
-            )
+    def __init__(self, judge: Judge, meta_judge: MetaJudge, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        """`stop`: --stop."""
+        self.judge, self.meta_judge, self.tokenizer, self.stop = judge, meta_judge, tokenizer, stop
+        self.number = judge.config.judgements
 
     def said(self, sample: Sample) -> str:
         """A sample as text."""
@@ -217,8 +197,13 @@ class SelfJudge:
         return found
 
     def judged(self, judgements: Sequence[Sample]) -> Judged:
-        """What the judgements of one answer say."""
-        return Judged(tuple(self.judge.score(self.said(judgement)) for judgement in judgements))
+        """What the judgements of one answer say; one that was cut off has not said it yet."""
+        return Judged(
+            tuple(
+                self.judge.score(self.said(judgement)) if judgement.finish == "stop" else None
+                for judgement in judgements
+            )
+        )
 
     def pairs(
         self, found: Sequence[Answered], length_control: float
@@ -246,11 +231,10 @@ class SelfJudge:
                 asked |= {(i, *order): ids for order, ids in made.items()}
         streams = [(*found[i].place, META_JUDGEMENT, a * self.number + b) for i, a, b in asked]
         made = sample("meta_judge", list(asked.values()), streams, 1)
-        said = {at: self.said(one) for at, [one] in zip(asked, made, strict=True)}
-        return [
-            Compared(found[i], k, {(a, b): text for (of, a, b), text in said.items() if of == i})
-            for i, k in subjects.items()
-        ]
+        verdicts: dict[int, dict[tuple[int, int], str]] = {i: {} for i in subjects}
+        for (i, a, b), [one] in zip(asked, made, strict=True):
+            verdicts[i][a, b] = self.said(one)
+        return [Compared(found[i], k, verdicts[i]) for i, k in subjects.items()]
 
 
 @dataclass(frozen=True, eq=False)

@@ -486,9 +486,16 @@ def test_only_answers_that_ended_and_have_a_score_are_chosen():
         choose(samples, judged[:4], 0.0)
 
 
+def test_what_was_judged_worse_is_never_preferred():
+    """rho = 0.7 of means 5, 3.5, 3 and 1: pools [2.2, 5] and [1, 3.8], shortest 3.0 and longest 3.5."""
+    answers = [(40, 5.0), (50, 3.5), (10, 3.0), (20, 1.0)]
+    assert pick(answers, 0.7) == Choice(why="overlap")
+    assert pick(answers, 0.5) == Choice(2, 3)  # [3, 5] and [1, 3]: longest of 3.0 and 1.0
+
+
 def test_means_are_equal_if_their_judgements_are_in_another_order():
     assert pick([(3, 0.1, 0.2, 0.3), (4, 0.3, 0.2, 0.1)], 0.0) == Choice(why="tied")
 
 
 def test_the_reasons_that_there_are():
-    assert judge.REASONS == ("few", "tied", "identical")
+    assert judge.REASONS == ("few", "tied", "overlap", "identical")

@@ -531,6 +531,9 @@ def test_judge_refuses(tmp_path: Path):
     raw = write_rows(tmp_path / "raw.jsonl", [asked])
     with pytest.raises(ValueError, match=r"raw.jsonl:1: no prompt: the row has no answer"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")
+    raw = write_rows(raw, [{"prompt": "x"}])
+    with pytest.raises(ValueError, match=r"raw.jsonl:1: a row must have 'messages'"):
+        prepare_data.judge(raw, tmp_path / "out.jsonl")
     raw = write_rows(raw, [{"messages": [*asked["messages"], {"role": "assistant", "content": "y"}]}])
     with pytest.raises(ValueError, match="has 1 rows: an answer is judged beside another row's"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")

@@ -186,18 +186,18 @@ def make() -> Callable[[], nn.Module]:
 def test_a_change_of_any_tensor_shows(make, number, tmp_path):
     module = make()
     held = Weights(module, Shelf(tmp_path))
-    first = rollouts.weights_id(held)
-    assert first == rollouts.weights_id(held) == rollouts.weights_id(Weights(make()))
+    first = rollouts.weights_digest(held)
+    assert first == rollouts.weights_digest(held) == rollouts.weights_digest(Weights(make()))
     with torch.no_grad():
         list(module.parameters())[number].mul_(1.01)
-    assert rollouts.weights_id(held) == first  # a copy does not change by itself
+    assert rollouts.weights_digest(held) == first  # a copy does not change by itself
     held.follow(module)
-    assert rollouts.weights_id(held) == rollouts.weights_id(Weights(module)) != first
+    assert rollouts.weights_digest(held) == rollouts.weights_digest(Weights(module)) != first
 
 
 def test_equal_tensors_under_other_names_are_other_weights(make):
     module, other = make(), nn.ModuleDict({"other": make()})
-    assert rollouts.weights_id(Weights(module)) != rollouts.weights_id(Weights(other))
+    assert rollouts.weights_digest(Weights(module)) != rollouts.weights_digest(Weights(other))
 
 
 def test_weights_of_every_rank_count(make, monkeypatch):
@@ -209,6 +209,6 @@ def test_weights_of_every_rank_count(make, monkeypatch):
 
         two = SimpleNamespace(get_world_size=lambda: 2, all_gather_object=all_gather_object)
         monkeypatch.setattr(rollouts, "dist", two)
-        return rollouts.weights_id(held)
+        return rollouts.weights_digest(held)
 
     assert len({of_two_ranks("a", True), of_two_ranks("b", True), of_two_ranks("a", False)}) == 3

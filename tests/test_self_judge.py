@@ -14,8 +14,8 @@ import pytest
 from align import judge, packing, self_judge, tokenizer
 from align.data import FormatConfig
 from align.generate import Sample
-from align.judge import Choice, JudgeConfig, Judged
-from align.meta_judge import Buffer, MetaJudgeConfig
+from align.judge import Choice, Judge, JudgeConfig, Judged
+from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from align.packing import Example
 from align.prompts import Prompt, Task
 from align.self_judge import Answered, Compared, SampledPair, SelfJudge
@@ -42,7 +42,11 @@ def make(tmp_path, tiny) -> Callable[..., SelfJudge]:
     def make(judgements: int = 2, room: int = ROOMY, stop: tuple[str, ...] = ()) -> SelfJudge:
         judge_config = JudgeConfig(judgements, tmp_path / "judge.txt")
         meta_config = MetaJudgeConfig(meta_judge=True, meta_judge_template=tmp_path / "meta.txt")
-        return SelfJudge(judge_config, meta_config, tiny, FormatConfig(), stop, room)
+        judges = (
+            Judge(judge_config, tiny, FormatConfig(), room),
+            MetaJudge(meta_config, tiny, FormatConfig(), room),
+        )
+        return SelfJudge(*judges, tiny, stop)
 
     return make
 
@@ -109,7 +113,7 @@ def test_answers_that_ended_are_judged_each(make):
     assert first.samples == answers[0] and second.samples == answers[1]
     assert first.judgements == [judgements[0], []] and second.judgements == judgements[1:]
     assert first.judged == [Judged((4.0, 1.0)), Judged(())]
-    assert second.judged == [Judged((None, 5.0)), Judged((3.0, 3.0))]
+    assert second.judged == [Judged((None, 5.0)), Judged((None, 3.0))]  # the second one's first was cut off
     assert first.ended == [[True, True], []] and second.ended == [[True, True], [False, True]]
     assert first.asked[0].tolist() == turn("Q: one\nA: a\n") and first.asked[1] is None
     assert [ids.tolist() for ids in second.asked] == script.calls[1][1][1:]
@@ -196,7 +200,7 @@ def test_the_pair_of_a_choice():
     assert (pair.chosen_reward, pair.rejected_reward) == (14 / 3, 2.5)
     assert pair.gap == 14 / 3 - 2.5
     assert pair.samples == (found.samples[2], found.samples[0])
-    assert [found.pair(Choice(why=why)) for why in judge.REASONS] == [None] * 3
+    assert [found.pair(Choice(why=why)) for why in judge.REASONS] == [None] * 4
 
 
 def test_pairs_of_a_batch_keep_their_places(make):
@@ -456,6 +460,7 @@ def test_statistics_by_hand():
             "bad_samples_per_GBS": 2 / 3,
             "bad_few": 1 / 3,
             "bad_tied": 1 / 3,
+            "bad_overlap": 0.0,
             "bad_identical": 0.0,
             "judge_asked": 4 / 6,
             "judge_shortened": 1 / 6,

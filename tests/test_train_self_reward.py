@@ -14,7 +14,7 @@ from align.loop import LoopConfig
 from align.meta_judge import MetaJudgeConfig
 from align.packing import BatchConfig
 from align.sampling import SamplingConfig
-from train_self_reward import Config, of_iteration
+from train_self_reward import Config, check_same, of_iteration
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -55,9 +55,25 @@ from train_self_reward import Config, of_iteration
             {"steps_per_iteration": 5, "loop": LoopConfig(max_epochs=2)},
             "--max-epochs has no effect with --steps-per-iteration: leave one of them out",
         ),
+        *(
+            ({"loss": "scale", "reward_scale": scale}, f"--reward-scale {scale} must be above 0 and finite")
+            for scale in (0.0, -1.0, math.nan, math.inf)
+        ),
         (
-            {"format": FormatConfig(loss_on="all")},
-            "--loss-on all has no effect without --first-iteration-sft: leave it out",
+            {"first_iteration_sft": True, "iterations": 1},
+            "--first-iteration-sft with --iterations 1 is fine-tuning alone: use train_sft.py",
+        ),
+        (
+            {"true_reward_fn": "rules:score", "train_data": (Path("rows.jsonl"),)},
+            "--true-reward-fn has no effect without --val-data: give both",
+        ),
+        (
+            {"judge": JudgeConfig(judge_template=Path("my.txt"))},
+            "--judge-template without --train-data: the toy task has a template of its own",
+        ),
+        (
+            {"meta": MetaJudgeConfig(True, meta_judge_template=Path("my.txt"))},
+            "--meta-judge-template without --train-data: the toy task has a template of its own",
         ),
         (
             {"meta": MetaJudgeConfig(True, 0.15), "batch": BatchConfig(global_batch_size=6)},
@@ -215,3 +231,10 @@ def test_lengths_that_are_refused(config, message):
     with pytest.raises(ValueError) as error:
         config.check_lengths(100)
     assert str(error.value) == message
+
+
+def test_another_layout_of_steps_is_refused():
+    before = {"steps of an iteration": 10, "--rollout-ahead": 2}
+    check_same(before, dict(before))
+    with pytest.raises(ValueError, match="--rollout-ahead: 3, in the run that is to be continued 2: its ref"):
+        check_same(before, {**before, "--rollout-ahead": 3})

@@ -44,7 +44,7 @@ def main() -> None:
     command(sys.executable, "prepare_data.py", "toy", "--output", DATA)
     seconds = {
         "sft": command(
-            *(*TORCHRUN, "train_sft.py", "--tp", "2", "--output", SFT, "--max-seq-len", "192"),
+            *(*TORCHRUN, "train_sft.py", "--output", SFT, "--max-seq-len", "192"),
             *("--train-data", DATA / "train.jsonl", DATA / "train_judge.jsonl"),
             *("--val-data", DATA / "val.jsonl"),
             *"--global-batch-size 16 --max-epochs 2 --lr 3e-3 --min-lr 1e-4 --val-interval 150".split(),
@@ -55,8 +55,8 @@ def main() -> None:
             *"--max-epochs 2 --lr 5e-4 --min-lr 5e-5 --val-interval 20".split(),
         ),
         "dpo": command(
-            *(*TORCHRUN, "train_dpo.py", "--model", SFT / "hf", "--output", DPO, "--max-seq-len", "64"),
-            *PAIRS.split(),
+            *(*TORCHRUN, "train_dpo.py", "--tp", "2", "--model", SFT / "hf", "--output", DPO),
+            *("--max-seq-len", "64", *PAIRS.split()),
             *"--sft-weight 0.5 --lr 2e-4 --min-lr 1e-5 --val-interval 20".split(),
         ),
         "rs": command(
@@ -78,16 +78,18 @@ def main() -> None:
             *("--judge-template", DATA / "judge.txt", "--meta-judge"),
             *("--meta-judge-template", DATA / "meta_judge.txt", "--true-reward-fn", "align.toy:reward"),
             *"--max-seq-len 64 --max-new-tokens 64 --steps-per-iteration 10 --sft-weight 0.5".split(),
-            *"--lr 1e-4 --min-lr 5e-5 --warmup-steps 2 --val-batches 3".split(),
+            *"--lr 5e-5 --min-lr 5e-5 --beta 0.3 --warmup-steps 2 --val-batches 3".split(),
         ),
     }
 
-    prompts = [json.loads(line)["messages"][:1] for line in (DATA / "val.jsonl").read_text().splitlines()]
+    val = DATA / "val.jsonl"
+    prompts = [json.loads(line)["messages"][0]["content"] for line in val.read_text().splitlines()]
     stages = ("sft", "dpo", "rs", "ppo", "grpo", "self_reward")
-    answers = {stage: sample(OUTPUT / stage) for stage in stages}
+    answers = {stage: generate(OUTPUT / stage, val, OUTPUT / stage / "answers.jsonl", 1) for stage in stages}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
-
-    agreement = {stage: judge(OUTPUT / stage, prompts, answers["sft"], scores["sft"]) for stage in JUDGES}
+    to_judge = generate(SFT, val, SFT / "four_answers.jsonl", 4)
+    questions, judged = [prompt for prompt in prompts for _ in range(4)], sum(to_judge, [])
+    agreement = {stage: judge(OUTPUT / stage, questions, judged) for stage in JUDGES}
 
     print("\nstage        seconds  validation                    score of sampled answers (1: all right)")
     for stage in seconds:
@@ -100,7 +102,7 @@ def main() -> None:
     print("\nsamples of held-out prompts, with their scores:")
     for i, prompt in enumerate(prompts[:5]):
         shown = [f"{stage}: {answers[stage][i]:12} {scores[stage][i]:.2f}" for stage in answers]
-        print(f"  {prompt[0]['content']:20}  ->  {'   '.join(shown)}")
+        print(f"  {prompt:20}  ->  {'   '.join(shown)}")
     print(f"\ncurves: {OUTPUT}/*/plots/curves.png\nmodels: {OUTPUT}/*/hf")
 
 
@@ -127,37 +129,38 @@ def curve(directory: Path, metric: str) -> list[float]:
     return [row[metric] for row in rows if metric in row]
 
 
-def judge(directory: Path, prompts: list[list[dict]], answers: list[str], scores: list[float]) -> float:
+def judge(directory: Path, questions: list[str], answers: list[str]) -> float:
     """How a stage's judgements of answers, three of each, go with their scores: Pearson's correlation."""
     asked = [
-        fill(JUDGE_TEMPLATE, {"prompt": prompt[0]["content"], "response": text})
-        for prompt, text in zip(prompts, answers, strict=True)
+        fill(JUDGE_TEMPLATE, {"prompt": question, "response": answer})
+        for question, answer in zip(questions, answers, strict=True)
     ]
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in asked]
-    questions, output = directory / "to_judge.jsonl", directory / "judgements.jsonl"
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command(
-        *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "40"),
-        *("--samples-per-prompt", "3", "--input", questions, "--output", output),
-    )
-    said = [json.loads(line)["response"] for line in output.read_text().splitlines()]
+    path = directory / "to_judge.jsonl"
+    path.write_text("".join(json.dumps({"messages": [question_of(text)]}) + "\n" for text in asked))
+    said = generate(directory, path, directory / "judgements.jsonl", 3)
     judged = [Judged(tuple(parse_score(text, 0, MAX_SCORE) for text in texts)) for texts in said]
+    true = [toy_score(question, answer) for question, answer in zip(questions, answers, strict=True)]
     known = [i for i, each in enumerate(judged) if each.valid]
-    return np.corrcoef([judged[i].mean for i in known], [scores[i] for i in known])[0, 1]
+    return np.corrcoef([judged[i].mean for i in known], [true[i] for i in known])[0, 1]
 
 
-def sample(directory: Path) -> list[str]:
-    """One answer of a stage's model to each held-out prompt, at temperature 1."""
+def question_of(text: str) -> dict[str, str]:
+    """The user's message."""
+    return {"role": "user", "content": text}
+
+
+def generate(directory: Path, prompts: Path, output: Path, number: int) -> list:
+    """What a stage's model answers to each row of a file, at temperature 1; lists for a number above 1."""
     command(
-        *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "16"),
-        *("--input", DATA / "val.jsonl", "--output", directory / "answers.jsonl"),
+        *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "64"),
+        *("--samples-per-prompt", number, "--input", prompts, "--output", output),
     )
-    return [json.loads(line)["response"] for line in (directory / "answers.jsonl").read_text().splitlines()]
+    return [json.loads(line)["response"] for line in output.read_text().splitlines()]
 
 
-def score(prompts: list[list[dict]], answers: list[str]) -> list[float]:
+def score(prompts: list[str], answers: list[str]) -> list[float]:
     """The score of each answer."""
-    return [toy_score(prompt[0]["content"], text) for prompt, text in zip(prompts, answers, strict=True)]
+    return [toy_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 if __name__ == "__main__":

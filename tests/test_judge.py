@@ -304,6 +304,14 @@ def test_without_room_for_any_of_the_response_there_is_no_prompt(tiny, short, ro
     assert Judge(short, tiny, FormatConfig(), room).prompt(TURNS, "abcdefghij") == (None, True)
 
 
+def test_a_template_without_any_room_is_refused(tiny, short):
+    longest = len(Judge(short, tiny, FormatConfig(), 1000).encode(ONE_TURN, "x", "x"))
+    Judge(short, tiny, FormatConfig(), longest).check(ONE_TURN)
+    said = rf"--judge-template \S+short.txt alone is longer than the {longest - 1} tokens that"
+    with pytest.raises(ValueError, match=said):
+        Judge(short, tiny, FormatConfig(), longest - 1).check(ONE_TURN)
+
+
 def test_an_empty_response_is_judged_where_it_finds_room(tiny, short):
     ids, shortened = Judge(short, tiny, FormatConfig(), 32).prompt(TURNS, "")
     assert ids.tolist() == judge_ids(b"three", b"") and shortened

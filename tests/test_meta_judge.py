@@ -184,6 +184,13 @@ def test_prompts_beyond_the_room_are_left_out(tmp_path):
     assert short_judge(tmp_path, room - 2).prompts(ROW, "So.", texts) == {}
 
 
+def test_a_template_without_any_room_is_refused(tmp_path):
+    longest = len(prompts.one_turn(ROW, "x|x|x|x", tokenizer.load(ROOT / "assets" / "tiny"), FormatConfig()))
+    short_judge(tmp_path, longest).check(ROW)
+    with pytest.raises(ValueError, match=rf"short.txt alone is longer than the {longest - 1} tokens that"):
+        short_judge(tmp_path, longest - 1).check(ROW)
+
+
 def test_both_orders_go_if_one_is_too_long(tmp_path, monkeypatch):
     """Where tokens merge, the two orders can be of different lengths: 6 with "b" first, else 5."""
     monkeypatch.setattr(prompts, "one_turn", lambda row, text, *_: np.zeros(5 + ("|b|" in text), np.int32))

@@ -1,19 +1,22 @@
 """Self-rewarding's flags: what is refused, how steps make iterations and rollouts, what each iteration takes.
 
-Whole runs: tests/test_self_reward_step.py, test_self_reward_invariance.py and test_resume.py.
+More whole runs: tests/test_self_reward_step.py, test_self_reward_invariance.py and test_resume.py.
 """
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
+from align import toy
 from align.data import FormatConfig
 from align.judge import JudgeConfig
 from align.loop import LoopConfig
 from align.meta_judge import MetaJudgeConfig
 from align.packing import BatchConfig
 from align.sampling import SamplingConfig
+from tests.conftest import torchrun
 from train_self_reward import Config, check_same, of_iteration
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -238,3 +241,42 @@ def test_another_layout_of_steps_is_refused():
     check_same(before, dict(before))
     with pytest.raises(ValueError, match="--rollout-ahead: 3, in the run that is to be continued 2: its ref"):
         check_same(before, {**before, "--rollout-ahead": 3})
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """plain: without data; sft: a first iteration of fine-tuning, then one of the random tiny model's own."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = "--global-batch-size 4 --max-new-tokens 4 --val-batches 1 --save-interval 0 --lr 1e-2"
+    commands = [
+        f"train_self_reward.py --output {folder}/plain --max-steps 2 {small}",
+        f"train_self_reward.py --output {folder}/sft --first-iteration-sft --iterations 2 "
+        f"--steps-per-iteration 3 --max-seq-len 64 {small}",
+    ]
+    torchrun(1, "tests/resume_worker.py", json.dumps([command.split() for command in commands]))
+    return folder
+
+
+def test_without_arguments_the_tiny_model_runs(runs):
+    """It is random: no judgement has a score, so no step learns, and the log says so."""
+    rows = [json.loads(line) for line in (runs / "plain/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["train/bad_few"] for row in rows[1:]] == [1.0, 1.0]
+    assert not any("loss" in name for name in rows[1] if name.startswith("train/"))
+    said = (runs / "plain/log.txt").read_text()
+    assert "step 2: no prompt gave a pair, so nothing was learnt" in said
+    assert (runs / "plain/data/judge.txt").read_text() == toy.JUDGE_TEMPLATE
+
+
+def test_first_iteration_sft(runs):
+    """Fine-tuning on the rows lowers their loss; then the model is its own judge, from where it has come."""
+    rows = [json.loads(line) for line in (runs / "sft/metrics.jsonl").read_text().splitlines()]
+    assert [row.get("train/iteration") for row in rows] == [None, 0, 0, 0, 1, 1, 1]
+    assert rows[3]["train/loss"] < rows[1]["train/loss"]
+    assert "train/bad_few" not in rows[3] and rows[4]["train/bad_few"] == 1.0
+    data_loss = [row["val/data_loss"] for row in rows if "val/data_loss" in row]
+    assert len(data_loss) == 3 and data_loss[1] < data_loss[0] - 0.1
+    assert data_loss[2] == data_loss[1]  # nothing was learnt since

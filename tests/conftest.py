@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -72,6 +73,31 @@ def toy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, model, kind in (("sft", "tiny", ""), ("rm", directory / "sft/hf", "_comparisons"))
     )
     torchrun(2, "tests/resume_worker.py", json.dumps([sft.split(), rm.split()]))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def toy_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ with prompts of three letters and templates, hf/ with a policy that answers, judges, meta-judges.
+
+    None of it well, but mostly in the form that is asked for, with scores of all kinds; some answers do not
+    end. Few letters make short judgements.
+    """
+    directory = tmp_path_factory.mktemp("toy_judge")
+    data = directory / "data"
+    with mock.patch.object(toy, "SIZES", (3,)):
+        (train,), _ = toy.write(data, num_train=160, num_val=8)
+        rows = toy.judge_rows(400, seed=1, after=0) + toy.meta_rows(600, seed=2, after=0)
+    for question, answer in [json.loads(line)["messages"] for line in train.read_text().splitlines()[::10]]:
+        rows.append({"messages": [question, {**answer, "content": " ".join([answer["content"]] * 8)}]})
+    (data / "train_judge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "judge.txt").write_text(toy.JUDGE_TEMPLATE)
+    (data / "meta_judge.txt").write_text(toy.META_TEMPLATE)
+    command = (
+        f"train_sft.py --train-data {train} {data}/train_judge.jsonl --output {directory} --max-seq-len 160 "
+        "--max-epochs 3 --save-interval 0 --lr 4e-3 --min-lr 5e-4 --warmup-steps 5"
+    )
+    torchrun(2, "tests/resume_worker.py", json.dumps([command.split()]))
     return directory
 
 

@@ -29,6 +29,7 @@ from align import checkpoint, toy
 from align.checkpoint import CheckpointConfig
 from tests.conftest import ROOT, environment, torchrun
 from tests.test_ppo_invariance import CANCELS
+from tests.test_self_reward_invariance import close as close_to
 
 STEPS, SAVE_INTERVAL = 40, 8  # two epochs
 MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
@@ -44,7 +45,8 @@ MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
 class Case:
     """A command that is killed at the first `usual` of `kinds`, unless RESUME_KILLS says how many.
 
-    No kind may come when too few steps are left for it: "steps" makes one more checkpoint, "save" none.
+    No kind may come when too few steps are left for it: "steps" makes one more checkpoint, "save" none. In
+    flags, {judge} is the folder of `toy_judge`.
     """
 
     script: str
@@ -52,11 +54,21 @@ class Case:
     usual: int
     kinds: str
 
+    def words(self, judge: Path) -> list[str]:
+        """Its flags, word by word."""
+        return self.flags.format(judge=judge).split()
+
     def kinds_of_kills(self) -> list[str]:
         """What this run is killed in, one after the other."""
         return self.kinds.split()[: int(os.environ.get("RESUME_KILLS", self.usual))]
 
 
+SELF_REWARD = (  # its --max-epochs, --lr and --micro-batch-tokens win over those of `command`
+    "--model {judge}/hf --train-data {judge}/data/train.jsonl --val-data {judge}/data/val.jsonl "
+    "--judge-template {judge}/data/judge.txt --meta-judge-template {judge}/data/meta_judge.txt --meta-judge "
+    "--meta-judge-fraction 0.4 --samples-per-prompt 2 --judgements 2 --temperature 0.8 --rollout-ahead 3 "
+    "--max-new-tokens 38 --sft-weight 0.1 --val-batches 1 --max-epochs 1 --lr 1e-4 --micro-batch-tokens 256"
+)
 CASES = {  # bf16: main weights in fp32
     "sft": Case(
         "train_sft.py", "--precision bf16", 2, "save steps start steps save start steps start save export"
@@ -86,6 +98,12 @@ CASES = {  # bf16: main weights in fp32
         1,
         "steps save start steps start save steps start save export",
     ),
+    "self_reward": Case(
+        "train_self_reward.py",
+        f"--deterministic {SELF_REWARD} --steps-per-iteration 14 --iterations 3 --max-steps 40",
+        1,
+        "steps save start steps start save steps start save export",
+    ),
 }
 COMPARISONS = ("train_rm.py", "train_dpo.py")
 ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
@@ -93,6 +111,7 @@ ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model
     "--reward-fn tests.resume_worker:reward"
 )
 BATCHES = {  # by script, else TEXTS
+    "train_self_reward.py": "--global-batch-size 4 --max-seq-len 36",
     "train_rs.py": f"{ROLLOUTS} --samples-per-prompt 4 --keep-top 2 --max-new-tokens 12",
     "train_ppo.py": f"{ROLLOUTS} --samples-per-prompt 2 --max-new-tokens 6 --val-batches 1",
 }
@@ -186,10 +205,11 @@ def fingerprint(output: Path) -> dict[str, str]:
     """sha256 by name of all that the newest checkpoint holds, and of the exported model's files."""
     path = checkpoint.newest(output / "checkpoints")
     state = contents(path)
-    if (path / "critic").is_dir():
-        state |= {f"critic/{name}": value for name, value in contents(path / "critic").items()}
-    state["state"] = (path / "state.json").read_bytes()
-    state |= {file.name: file.read_bytes() for file in (output / "hf").iterdir()}
+    for folder in path.iterdir():
+        if folder.is_dir():  # of another model
+            state |= {f"{folder.name}/{name}": value for name, value in contents(folder).items()}
+    state |= {file.name: file.read_bytes() for file in path.glob("*.json")}
+    state |= {f"hf/{file.name}": file.read_bytes() for file in (output / "hf").iterdir()}
     return {name: sha256(value) for name, value in state.items()}
 
 
@@ -226,9 +246,12 @@ def assert_same_end(output: Path, expected: Path) -> None:
     assert samples(output) == samples(expected)
     found, wanted = fingerprint(output), fingerprint(expected)
     moment = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
-    assert {moment, "rng/shard_1_2", "model.safetensors"} <= set(wanted)
+    assert {moment, "rng/shard_1_2", "state.json", "hf/model.safetensors"} <= set(wanted)
     has_critic = any("train_optim/critic_loss" in row for row in metrics(expected))
     assert ({f"critic/{moment}", "critic/score.weight"} <= set(wanted)) == has_critic
+    rewards_itself = any("train/iteration" in row for row in metrics(expected))
+    reference = {"reference/decoder.final_layernorm.weight", "judgements.json"}
+    assert (reference <= set(wanted)) == rewards_itself
     assert found == wanted
 
 
@@ -276,29 +299,34 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
-    """A folder of uninterrupted runs: each of CASES, and four at tp 2 that keep all their checkpoints."""
+def whole(data, toy_judge, tmp_path_factory) -> Path:
+    """A folder of uninterrupted runs: each of CASES, and five at tp 2 that keep all their checkpoints."""
     directory = tmp_path_factory.mktemp("whole")
-    runs = [command(case.script, data, directory / name, *case.flags.split()) for name, case in CASES.items()]
+    runs = [
+        command(case.script, data, directory / name, *case.words(toy_judge)) for name, case in CASES.items()
+    ]
     at_tp2 = ("--tp", 2, "--save-top-k", 99)
     runs += [
         command(CASES[name].script, data, directory / f"{name}-tp2", *at_tp2) for name in ("rm", "dpo", "rs")
     ]
     runs.append(command("train_ppo.py", data, directory / "ppo-tp2", *at_tp2, *CASES["ppo"].flags.split()))
+    runs.append(command(*self_reward_run(data, toy_judge, directory / "self_reward-tp2"), *at_tp2))
     torchrun(2, "tests/resume_worker.py", json.dumps(runs), timeout_s=600)
     return directory
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_killed_run_ends_like_an_uninterrupted_one(name, data, whole, tmp_path):
+def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole, tmp_path):
     """Data parallel, and with two ranks that each write a part of the checkpoint."""
     output, rng, case = tmp_path / "killed", random.Random(2), CASES[name]
-    tables = [reference_file(output)]
+    words = case.words(toy_judge)
+    tables, rollouts = [reference_file(output)], []
     for kind in case.kinds_of_kills():
-        launcher = launch(case.script, data, output, *case.flags.split())
+        launcher = launch(case.script, data, output, *words)
         kill_at_random(kind, rng, launcher, output)
         tables.append(reference_file(output))
-    finish(launch(case.script, data, output, *case.flags.split()), output)
+        rollouts.append(rollouts_left(output))
+    finish(launch(case.script, data, output, *words), output)
     tables.append(reference_file(output))
     assert len(metrics(output)) == STEPS + 1
     said = (output / "log.txt").read_text()
@@ -306,6 +334,8 @@ def test_killed_run_ends_like_an_uninterrupted_one(name, data, whole, tmp_path):
     assert_same_end(output, whole / name)
     assert kept(output) == kept(whole / name)
     assert_written_once(tables, reference_file(whole / name))
+    if name == "self_reward":
+        assert_read_again(output, rollouts)
 
 
 def reference_file(output: Path) -> tuple[int, int, bytes] | None:
@@ -322,6 +352,36 @@ def assert_written_once(
     assert seen[: len(seen) - len(written)] + written == seen, "the file vanished"
     assert len(set(written)) <= 1, "the reference was computed again"
     assert (seen[-1] and seen[-1][2]) == (expected and expected[2])
+
+
+def rollouts_left(output: Path) -> tuple[int, set[str]]:
+    """How many steps are saved, and the names of the finished files of samples, after a kill."""
+    path = checkpoint.newest(output / "checkpoints")
+    done = int(path.name.removeprefix("step_")) if path else 0
+    return done, {file.stem for file in output.glob("rollouts/*.safetensors")}
+
+
+def assert_read_again(output: Path, kills: list[tuple[int, set[str]]]) -> None:
+    """What was sampled before a kill, three steps at a time in iterations of 14, cost no time after it."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    seconds = {row["step"]: row.get("timers/rollout_time") for row in rows}
+    assert seconds[1] > 0
+    for done, files in kills:
+        if done and done % 14 % 3:  # in the midst of three steps, of which it is known whom they compare
+            needed = {f"step_{done - done % 14 % 3 + 1:08d}_{kind}" for kind in ("generate", "judge")}
+            assert needed <= files and seconds[done + 1] == 0
+        for first in range(done + 1, STEPS + 1):
+            if {f"step_{first:08d}_{kind}" for kind in ("generate", "judge", "meta_judge")} <= files:
+                assert seconds[first] == 0
+    assert any(seconds[done + 1] == 0 for done, _ in kills if done)
+
+
+def test_pairs_of_judgements_wait_in_the_checkpoint(whole):
+    """They are of the reference's making, and new ones come only now and then."""
+    path = checkpoint.newest(whole / "self_reward/checkpoints")
+    assert len(json.loads((path / "judgements.json").read_text())["waiting"]) > 0
+    learnt = [row.get("train/meta_samples_per_GBS", 0) for row in metrics(whole / "self_reward")]
+    assert sum(share > 0 for share in learnt) > 10
 
 
 def test_precomputed_reference_has_every_row_that_is_used(whole):
@@ -432,6 +492,28 @@ def test_ppo_continues_in_another_layout(data, whole, tmp_path):
     expected = tables(whole / "ppo-tp2", last)
     assert len(expected) == 4 + 4  # one answer of each step, four of the validation
     assert tables(tmp_path / "0", last) == tables(tmp_path / "1", last) == expected
+
+
+def self_reward_run(data: Path, judge: Path, output: Path) -> list:
+    """A short run, saved after step 8, where an iteration of six steps and two of the next are over."""
+    flags = f"{SELF_REWARD} --steps-per-iteration 6 --iterations 2".format(judge=judge)
+    return ["train_self_reward.py", data, output, *flags.split()]
+
+
+def test_self_rewarding_continues_in_another_layout(data, toy_judge, whole, tmp_path):
+    """Policy, reference and waiting judgements, from tp 2 to dp 2; the three steps are sampled anew."""
+    start, output = whole / "self_reward-tp2", tmp_path / "run"
+    shutil.copytree(start / "checkpoints/step_00000008", output / "checkpoints/step_00000008")
+    run = command(*self_reward_run(data, toy_judge, output))
+    torchrun(2, "tests/resume_worker.py", json.dumps([run]))
+    found, expected = metrics(output), metrics(start)[9:]
+    assert [row["step"] for row in found] == [9, 10, 11, 12]
+    for row, wanted in zip(found, expected, strict=True):
+        assert row == {name: close_to(name, wanted[name]) for name in wanted}
+    said = [json.loads(line) for line in samples(start).splitlines()]
+    assert [json.loads(line) for line in samples(output).splitlines()] == [
+        row for row in said if row["step"] > 8
+    ]
 
 
 def tables(output: Path, last: int) -> list[dict]:

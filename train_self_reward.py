@@ -191,6 +191,13 @@ def of_iteration(values: tuple[float, ...], iteration: int) -> float:
     return values[iteration] if len(values) > 1 else values[0]
 
 
+def state_of(path: Path) -> dict:
+    """What a checkpoint knows besides its models. Raises ValueError if it is none of this script's."""
+    if not (path / "judgements.json").is_file():
+        raise ValueError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
+    return json.loads((path / "judgements.json").read_text())
+
+
 def check_same(before: dict[str, int], now: dict[str, int]) -> None:
     """Raises ValueError if a run is continued that has gone by other flags."""
     for name in now:
@@ -263,9 +270,9 @@ def main(config: Config) -> None:
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = model.distributed(policy)
     if path := checkpoint.to_resume(config.checkpoint, config.run.output):
-        checkpoint.load_weights(path / "reference", policy.module)
-        state = json.loads((path / "judgements.json").read_text())
+        state = state_of(path)
         check_same(state["flags"], layout_of_steps)
+        checkpoint.load_weights(path / "reference", policy.module)
         self_judge.fill_buffer(buffer, state)
     ref = offload.Weights(policy.module, shelf)
     optimizer = optim.build(policy, config.optim)

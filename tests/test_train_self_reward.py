@@ -17,7 +17,7 @@ from align.meta_judge import MetaJudgeConfig
 from align.packing import BatchConfig
 from align.sampling import SamplingConfig
 from tests.conftest import torchrun
-from train_self_reward import Config, check_same, of_iteration
+from train_self_reward import Config, check_same, of_iteration, state_of
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -234,6 +234,13 @@ def test_lengths_that_are_refused(config, message):
     with pytest.raises(ValueError) as error:
         config.check_lengths(100)
     assert str(error.value) == message
+
+
+def test_a_checkpoint_of_another_script_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is none of train_self_reward.py: give another --output"):
+        state_of(tmp_path)
+    (tmp_path / "judgements.json").write_text('{"waiting": []}')
+    assert state_of(tmp_path) == {"waiting": []}
 
 
 def test_another_layout_of_steps_is_refused():

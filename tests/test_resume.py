@@ -36,7 +36,7 @@ MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
     "start": 4.0,  # from the launch to about the first step
     "reference": 0.05,  # the whole pass takes some 0.3 s
     "steps": 0.2,
-    "save": 0.2,
+    "save": 0.05,  # which may take no more than 0.2 s
     "export": 0.0,  # is over in no time
 }
 

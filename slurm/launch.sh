@@ -24,6 +24,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Megatron overlaps communication with computation in the order of their launch: this needs a single queue.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# If a collective hangs, each rank writes what it was waiting for: which one never came can be read from that.
+export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$OUTPUT/slurm/nccl_rank_}"
 # If nodes have several networks, name the one for the start-up traffic:
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 # If Transformer Engine finds no attention kernel for your GPU, leave it its plain one:
@@ -67,14 +71,24 @@ elif [[ $left != UNLIMITED ]]; then
     exit 1
 fi
 
-# -------------------------------------------------------------------------------------------------- train
+# -------------------------------------------------------------------------------------------------- nodes
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first_node=${nodes%%$'\n'*} # `| head -n 1` would end scontrol by a broken pipe if the list is long
+mkdir -p "$OUTPUT/slurm"
+if [[ -n ${SLURM_GPUS_ON_NODE:-} && ${HEALTH_CHECK:-on} == on ]]; then
+    # on all nodes to the end: one report names all that are not sound
+    if ! srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        bash slurm/health.sh "$PROCESSES" 2>&1 | tee "$OUTPUT/slurm/health.txt"; then
+        echo "submit again with sbatch --exclude=NODES for the nodes named above, or with HEALTH_CHECK=off" >&2
+        exit 1
+    fi
+fi
+
+# -------------------------------------------------------------------------------------------------- train
 port=${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 read -ra train_data <<<"$TRAIN_DATA"
 read -ra val_data <<<"$VAL_DATA"
 
-mkdir -p "$OUTPUT/slurm"
 touch "$OUTPUT/slurm/started"
 echo "job $SLURM_JOB_ID: $SLURM_JOB_NUM_NODES nodes x $PROCESSES processes, time left $left"
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \

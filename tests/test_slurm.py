@@ -26,7 +26,10 @@ STAND_INS = {
     "scontrol": 'if [[ $1 == show ]]; then tr , "\\n" <<<"$3"; fi',
     "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
     "torchrun": 'eval "$TRAINING"',
+    "nvidia-smi": 'eval "$GPUS"',
+    "hostname": "echo gpu-b7",
 }
+EIGHT_GPUS = 'for index in {0..7}; do echo "$index, 4, 0"; done'
 FINISH = 'mkdir -p "$OUTPUT/hf"; echo "{}" >"$OUTPUT/hf/config.json"'
 
 
@@ -36,7 +39,8 @@ def job(tmp_path) -> dict[str, str]:
     for name in NAMES:
         (tmp_path / f"train_{name}.py").touch()
     (tmp_path / "slurm").mkdir()
-    shutil.copy(ROOT / "slurm/launch.sh", tmp_path / "slurm")
+    for name in ("launch.sh", "health.sh"):
+        shutil.copy(ROOT / "slurm" / name, tmp_path / "slurm")
     (tmp_path / "records").mkdir()
     write_stand_ins(tmp_path / "bin", list(STAND_INS))
     return {
@@ -44,6 +48,7 @@ def job(tmp_path) -> dict[str, str]:
         "RECORDS": str(tmp_path / "records"),
         "TIME_LEFT": "4:00:00",
         "TRAINING": FINISH,
+        "GPUS": EIGHT_GPUS,
         "SLURM_JOB_ID": "1234567",
         "SLURM_JOB_NUM_NODES": "3",
         "SLURM_JOB_NODELIST": "gpu-b7,gpu-a1,gpu-a2",
@@ -106,7 +111,9 @@ def example_config(name: str) -> object:
 # --------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "slurm/launch.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, ROOT / "slurm/launch.sh", ROOT / "slurm/health.sh"], ids=lambda path: path.name
+)
 def test_shellcheck(script):
     shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
     assert shellcheck is not None, "shellcheck is missing: pip install -r requirements.txt"
@@ -152,7 +159,9 @@ def test_one_torchrun_per_node_meets_at_the_first_node(job, name):
     assert result.returncode == 0, result.stderr
     assert arguments(job, "scontrol") == ["show", "hostnames", "gpu-b7,gpu-a1,gpu-a2"]
     srun = arguments(job, "srun")
-    options = srun[: srun.index("torchrun")]
+    health = ["--nodes=3", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "bash", "slurm/health.sh", "8"]
+    assert srun[: len(health)] == health
+    options = srun[len(health) : srun.index("torchrun")]
     assert options == [
         "--nodes=3",
         "--ntasks-per-node=1",
@@ -241,6 +250,51 @@ def test_container(job, mounts, expected):
         f"--container-mounts={expected.format(folder)}",
         f"--container-workdir={folder}",
     ]
+
+
+# --------------------------------------------------------------------------- health
+
+
+def test_sound_nodes_say_so(job):
+    result = submit(job)
+    assert result.returncode == 0
+    assert "gpu-b7: 8 GPUs, sound and free" in result.stdout
+    query = "--query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total"
+    assert arguments(job, "nvidia-smi") == [query, "--format=csv,noheader,nounits"]
+
+
+@pytest.mark.parametrize(
+    "gpus, report",
+    [
+        ("echo 0, 4, 0", "gpu-b7: 1 GPUs of 8 answer"),
+        (EIGHT_GPUS.replace("4, 0", "2049, 0"), "gpu-b7: GPU 7: 2049 MiB are in use by others"),
+        (EIGHT_GPUS.replace("4, 0", "4, 3"), "gpu-b7: GPU 0: 3 uncorrected memory errors"),
+        ("echo No devices were found; exit 6", "gpu-b7: nvidia-smi fails: No devices were found"),
+    ],
+)
+def test_a_node_that_is_not_sound_is_named_and_nothing_trains(job, gpus, report):
+    result = submit(job | {"GPUS": gpus})
+    assert result.returncode == 1
+    assert report in result.stdout
+    assert report in (Path(job["RECORDS"]).parent / "runs/sft/slurm/health.txt").read_text()
+    assert "submit again with sbatch --exclude=NODES" in result.stderr
+    assert arguments(job, "torchrun") == []
+    assert "requeue" not in arguments(job, "scontrol")
+
+
+@pytest.mark.parametrize(
+    "gpus", [EIGHT_GPUS.replace("4, 0", "2048, 0"), EIGHT_GPUS.replace("4, 0", "4, [N/A]")]
+)
+def test_memory_up_to_the_limit_and_gpus_without_error_correction_are_sound(job, gpus):
+    assert submit(job | {"GPUS": gpus}).returncode == 0
+
+
+@pytest.mark.parametrize("change", [{"HEALTH_CHECK": "off"}, {"PROCESSES_PER_NODE": "2"}])
+def test_without_gpus_or_when_it_is_off_nothing_is_checked(job, change):
+    if "PROCESSES_PER_NODE" in change:
+        del job["SLURM_GPUS_ON_NODE"]
+    assert submit(job | change | {"GPUS": "exit 1"}).returncode == 0
+    assert arguments(job, "nvidia-smi") == []
 
 
 # --------------------------------------------------------------------------- time and requeueing
@@ -384,7 +438,7 @@ def test_real_training_stops_in_time_is_requeued_and_finishes(job, tmp_path):
         job["RDZV_PORT"] = str(free.getsockname()[1])
     job |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "PROCESSES_PER_NODE": "2"}
     job |= {"PATH": f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "run")}
-    job |= {"MODEL": "tiny", "TRAIN_DATA": str(tmp_path / "data/train.jsonl")}
+    job |= {"HEALTH_CHECK": "off", "MODEL": "tiny", "TRAIN_DATA": str(tmp_path / "data/train.jsonl")}
     job |= {"VAL_DATA": str(tmp_path / "data/val.jsonl")}
     flags = ["--tp", "2", "--global-batch-size", "4", "--val-batches", "1", "--max-steps"]
     first = submit(job | {"TIME_LEFT": "15:01"}, *flags, "1000", cwd=ROOT)

@@ -2,7 +2,14 @@
 
 Each saves its input and nothing else for the backward pass. Left to autograd, they would save every step of
 their arithmetic: two thirds more activation memory, and as much more traffic to and from it.
+
+What they compute is written once, in the functions marked `fused`: on a CPU they run as they are, on a GPU
+each is compiled to one kernel (the norm's gradient: two or three).
 """
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +18,44 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from align.parallel import device
+
+T = TypeVar("T")
+VARIANTS = 64  # kernels of one function: of each width and data type, and for one row
+
+
+def fused(function: Callable[..., T]) -> Callable[..., T]:
+    """On GPUs the steps of an element-wise function as one kernel; on a CPU the function as it is.
+
+    torch.compile makes the kernel at the first call with CUDA tensors, which must come before a CUDA graph is
+    captured. Run step by step on a GPU, each step would read and write its tensor in memory.
+
+    The function takes a tensor [n, ...] first. n may vary without a new kernel, in it and in all tensors with
+    as many dimensions; every other size and every number is part of the kernel. No gradient passes through.
+    """
+    kernel = functools.cache(functools.partial(compiled, function))
+
+    @functools.wraps(function)
+    def run(x: Tensor, *rest: object) -> T:
+        return kernel()(x, *rest) if x.is_cuda else function(x, *rest)
+
+    return run
+
+
+def compiled(function: Callable[..., T], backend: str | Callable = "inductor") -> Callable[..., T]:
+    """torch.compile of a function that `fused` may mark, for any number of rows; `backend` is for tests."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    # dynamic=False, for kernels with fixed widths are faster; the marks below say what is not fixed.
+    kernel = torch.compile(function, dynamic=False, backend=backend)
+
+    def run(x: Tensor, *rest: object) -> T:
+        rows = x.dim()
+        given = [a.detach() if isinstance(a, Tensor) else a for a in (x, *rest)]
+        for a in given:
+            if isinstance(a, Tensor) and a.dim() == rows:
+                torch._dynamo.maybe_mark_dynamic(a, 0)
+        return kernel(*given)
+
+    return run
 
 
 class RMSNorm(nn.Module):
@@ -29,32 +74,42 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """What RMSNorm computes, without a gradient; weight may be [..., H]."""
-    return (x * rms_scale(x, eps)).to(x.dtype) * weight
+    return norm_and_scale(x, weight, eps)[0]
 
 
-def rms_scale(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) in fp32, [..., 1]."""
-    return (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+@fused
+def norm_and_scale(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x, and 1 / rms(x) = 1 / sqrt(mean(x^2) + eps) in fp32, [..., 1]."""
+    scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x * scale).to(x.dtype) * weight, scale
+
+
+@fused
+def norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight.
+
+    With n = x / rms(x), y = n w:  dw = sum dy n,  dx = (dy w - n mean(dy w n)) / rms(x).
+    """
+    normed = x * scale
+    grad_weight = (grad * normed).flatten(0, -2).sum(0)
+    grad_normed = (grad * weight).float()
+    along = (grad_normed * normed).mean(-1, keepdim=True)
+    grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """With n = x / rms(x), y = n w:  dw = sum dy n,  dx = (dy w - n mean(dy w n)) / rms(x)."""
+    """norm_and_scale for autograd, which calls norm_gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # noqa: ANN001
-        scale = rms_scale(x, eps)
+        y, scale = norm_and_scale(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).to(x.dtype) * weight
+        return y
 
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad_normed = (grad * weight).float()
-        along = (grad_normed * normed).mean(-1, keepdim=True)
-        grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        return *norm_gradient(grad, *ctx.saved_tensors), None
 
 
 class SwiGLU(MegatronModule):  # Megatron's type, because checkpoints ask each part of an MLP for its weights
@@ -67,24 +122,32 @@ class SwiGLU(MegatronModule):  # Megatron's type, because checkpoints ask each p
         return SwiGLUFunction.apply(x)
 
 
+@fused
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of [..., gate; up], without a gradient."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+@fused
+def swiglu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x:  d gate = dy up silu'(gate),  d up = dy silu(gate)."""
+    gate, up = x.chunk(2, -1)
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat([grad_gate, F.silu(gate).mul_(grad)], -1)
+
+
 class SwiGLUFunction(torch.autograd.Function):
-    """d gate = dy up silu'(gate),  d up = dy silu(gate)."""
+    """swiglu for autograd, which calls swiglu_gradient."""
 
     @staticmethod
     def forward(ctx, x):  # noqa: ANN001
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return swiglu(x)
 
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001
-        (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, -1)
-        grad_x = torch.empty_like(x)
-        grad_gate, grad_up = grad_x.chunk(2, -1)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        return grad_x
+        return swiglu_gradient(grad, *ctx.saved_tensors)
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,11 +179,9 @@ class RotateFunction(torch.autograd.Function):
         return turn(grad, *ctx.saved_tensors, -1), None, None
 
 
+@fused
 def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """(a, b) -> (a cos - s b sin, b cos + s a sin) for the halves a, b of the last dimension and s = sign."""
     a, b = x.chunk(2, -1)
-    out = torch.empty_like(x)
-    first, second = out.chunk(2, -1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
-    return out
+    first, second = (a * cos).addcmul_(b, sin, value=-sign), (b * cos).addcmul_(a, sin, value=sign)
+    return torch.cat([first, second], -1)

@@ -1,5 +1,7 @@
 """Matrix products with weights. On a CPU in fp32 they are oneDNN's, elsewhere torch's own.
 
+On GPUs fp32 is fp32: torch leaves TF32 off unless it is asked for, and nobody here does.
+
 torch multiplies fp32 matrices by MKL, which uses half the width of an AMD processor's vector units: oneDNN,
 which torch brings along and uses for bf16, is 2.3 times as fast there and as exact.
 
@@ -62,6 +64,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             part += product(rows, b)
     elif a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda:  # the product is added as it is summed: never rounded to bf16, and no new tensor
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 

@@ -1,4 +1,4 @@
-"""Run by test_seeded_bugs.py under torchrun: train_ppo.py with a bug in it, case after case, and how it ends.
+"""Run by test_seeded_bugs.py on every rank: train_ppo.py with a bug in it, case after case, and how it ends.
 
 A bug is the code of this project with a few words of a function replaced, in memory and for the time of one
 run. The words must be there: where the code has changed, its bug has to be seeded anew.
@@ -88,7 +88,7 @@ READ = {  # what training reads
     ),
     "an answer sees the one before it in place of its prompt": Case(
         "sampler",
-        {"align.attention.describe": [("arange(start, start + size)", "arange(begin - size, begin)")]},
+        {"align.attention.overlap": [("(start, start + size)", "(begin - size, begin)")]},
     ),
     "training does not see a prompt's first token": Case(
         "sampler", {ANSWER: [("trained = np", "prompt = type(prompt)(prompt.ids[1:], {}); trained = np")]}
@@ -131,7 +131,7 @@ DISTRIBUTION = {  # softmax of what
         "sampler", {SAMPLE: [("Sample(ids, logprobs,", "Sample(ids, model_logprobs,")]}
     ),
     "rows that only pad the vocabulary get probability": Case(
-        "sampler", {"align.logprobs.logits": [("z[:, real:] = ABSENT", "pass")]}
+        "sampler", {"align.logprobs.finished": [("z[:, real:] = ABSENT", "pass")]}
     ),
 }
 SAMPLER = {  # what the sampler computes

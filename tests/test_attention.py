@@ -24,10 +24,51 @@ def tensors(tokens: int, groups: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape).double().requires_grad_() for shape in shapes]
 
 
-def pack(lengths: list[int], prefixes: list[tuple[int, int]] | None = None) -> attention.Packing:
-    """These sequences end to end, without padding."""
+def pack(
+    lengths: list[int],
+    prefixes: list[tuple[int, int]] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> attention.Packing:
+    """These sequences end to end, without padding, as a context parallel rank sees them."""
     prefixes = prefixes or [(0, 0)] * len(lengths)
-    return attention.describe(lengths, prefixes, sum(lengths), None, torch.device("cpu"))
+    return attention.describe(lengths, prefixes, sum(lengths), None, torch.device("cpu"), part)
+
+
+def loops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    **grouped: bool,
+) -> Tensor:
+    """What varlen_attn computes on a GPU, a query at a time: query i of m sees keys up to i + n - m of n."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and grouped.keys() <= {"enable_gqa"}
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))  # else gradients stay uninitialised
+    sizes_q, sizes_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max(sizes_q), max(sizes_k)) == (max_q, max_k) and window_size[1] == 0
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = []
+    for q, k, v in zip(query.split(sizes_q), key.split(sizes_k), value.split(sizes_k), strict=True):
+        for i, one in enumerate(q, len(k) - len(q)):
+            begin = 0 if window_size[0] < 0 else max(i - window_size[0], 0)
+            scores = torch.einsum("hd,khd->hk", one, k[begin : i + 1]) * scale
+            out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[begin : i + 1]))
+    return torch.stack(out)
+
+
+@pytest.fixture(params=["by_sequence", "flash"])
+def kernel(request, monkeypatch) -> str:
+    """Both ways to compute attention, with a stand-in for the GPU's kernel."""
+    if request.param == "flash":
+        monkeypatch.setattr(attention, "uses_flash", lambda *_: True)
+        monkeypatch.setattr(attention, "varlen_attn", loops)
+    return request.param
 
 
 def dense(
@@ -49,30 +90,46 @@ def dense(
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("lengths", [[12], [5, 1, 6], [1, 1, 10], [0, 7, 0, 5]], ids=str)
-def test_pack(lengths, window, groups):
+def test_pack(lengths, window, groups, kernel):
     found, exact = tensors(12, groups), tensors(12, groups)
-    grad = torch.randn(12, HEADS, DIM).double()
-    out = core(window).by_sequence(*found, pack(lengths), 0)
-    expected = dense(*exact, lengths, 0, window)
+    out = core(window).within(*found, pack(lengths))
+    same_with_gradients(out, dense(*exact, lengths, 0, window), found, exact)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("lengths", [[2, 3, 6, 1], [0, 11, 1], [12]], ids=str)
+def test_slices_of_a_pack_add_up_to_the_whole(ranks, window, lengths, kernel):
+    """Context parallelism: a rank has some of the queries and all keys; sequences cross its borders."""
+    found, exact = tensors(12, 2), tensors(12, 2)
+    out = in_slices(core(window), *found, lengths, None, ranks)
+    same_with_gradients(out, dense(*exact, lengths, 0, window), found, exact)
+
+
+def in_slices(
+    module: attention.TorchAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    prefixes: list[tuple[int, int]] | None,
+    ranks: int,
+) -> Tensor:
+    """What all context parallel ranks give, one after the other; gathered keys' gradients sum over ranks."""
+    parts = enumerate(query.chunk(ranks))
+    return torch.cat(
+        [module.within(mine, key, value, pack(lengths, prefixes, (rank, ranks))) for rank, mine in parts]
+    )
+
+
+def same_with_gradients(out: Tensor, expected: Tensor, found: list[Tensor], exact: list[Tensor]) -> None:
+    """Values, and the gradients of `found` and `exact` for some gradient of the values."""
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double()
     out.backward(grad)
     expected.backward(grad)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_slices_of_a_pack_add_up_to_the_whole(ranks, window):
-    """Context parallelism: a rank has some of the queries and all keys; sequences cross its borders."""
-    lengths = [2, 3, 6, 1]
-    query, key, value = tensors(12, 2)
-    expected = dense(query, key, value, lengths, 0, window)
-    size = 12 // ranks
-    for start in range(0, 12, size):
-        mine = query[start : start + size]
-        out = core(window).by_sequence(mine, key, value, pack(lengths), start)
-        torch.testing.assert_close(out, expected[start : start + size], rtol=1e-4, atol=1e-5)
 
 
 def test_queries_at_the_end_of_a_longer_text():
@@ -84,14 +141,14 @@ def test_queries_at_the_end_of_a_longer_text():
 
 def test_a_sequence_does_not_feel_its_neighbours():
     query, key, value = tensors(9, 2)
-    alone = core().by_sequence(query[4:7], key[4:7], value[4:7], pack([3]), 0)
-    packed = core().by_sequence(query, key, value, pack([4, 3, 2]), 0)[4:7]
+    alone = core().by_sequence(query[4:7], key[4:7], value[4:7], pack([3]))
+    packed = core().by_sequence(query, key, value, pack([4, 3, 2]))[4:7]
     assert torch.equal(alone, packed)
 
 
 def test_bf16_in_bf16_out():
     found = [x.detach().bfloat16() for x in tensors(12, 2)]
-    out = core().by_sequence(*found, pack([7, 5]), 0)
+    out = core().by_sequence(*found, pack([7, 5]))
     assert out.dtype == torch.bfloat16
     expected = dense(*(x.double() for x in found), [7, 5], 0, None)
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-6)
@@ -118,9 +175,46 @@ def test_describe_prefixes_by_hand():
     assert (packing.max_seqlen_q, packing.max_seqlen_kv) == (3, 4)
 
 
+def test_describe_a_ranks_part_by_hand():
+    """Sequences ab and cdefg, and padding hi, on three ranks, which have abc, def and ghi."""
+    parts = [attention.describe([2, 5], [(0, 0)] * 2, 9, None, torch.device("cpu"), (r, 3)) for r in range(3)]
+    assert [part.lengths for part in parts] == [[2, 1], [3], [1, 2]]  # ab c, def, g hi
+    assert [part.seen for part in parts] == [[2, 1], [4], [5, 2]]
+    assert [part.keys for part in parts] == [slice(0, 3), slice(2, 6), slice(2, 9)]
+    assert [part.cu_seqlens_q.tolist() for part in parts] == [[0, 2, 3], [0, 3], [0, 1, 3]]
+    assert [part.cu_seqlens_kv.tolist() for part in parts] == [[0, 2, 3], [0, 4], [0, 5, 7]]
+    assert [(part.max_seqlen_q, part.max_seqlen_kv) for part in parts] == [(2, 2), (3, 4), (2, 5)]
+
+
+def test_describe_prefixes_of_a_ranks_part_by_hand():
+    """Sequences abc and def, which continues ab: later ranks' queries see ab and what there is of def."""
+    parts = [pack([3, 3], [(0, 0), (0, 2)], (rank, 2)) for rank in range(2)]
+    assert (parts[0].lengths, parts[0].seen, parts[0].keys) == ([3], [3], slice(0, 3))
+    assert (parts[1].lengths, parts[1].seen, parts[1].keys.tolist()) == ([3], [5], [0, 1, 3, 4, 5])
+    last = pack([3, 3], [(0, 0), (0, 2)], (2, 3))
+    assert (last.lengths, last.seen, last.keys.tolist()) == ([2], [5], [0, 1, 3, 4, 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_flash_is_for_half_precision_on_gpus(dtype):
+    half = dtype != torch.float32
+    assert [attention.uses_flash(dtype, d, cuda=True) for d in (8, 20, 64, 128, 256, 264)] == [
+        *[half, False, half, half, half, False]
+    ]
+    assert not attention.uses_flash(dtype, 64, cuda=False)
+
+
+def test_the_kernel_is_called_as_this_torch_declares_it():
+    """varlen_attn itself, as far as a CPU goes: to the dispatch of its kernel."""
+    query, key, value = (x.detach().bfloat16() for x in tensors(6, 2))
+    ends = torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+        attention.flash(query, key, value, ends, ends, 6, 6, 1.0, 3)
+
+
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_shared_prefix_is_as_good_as_a_copy(ranks, window):
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 12])
+def test_shared_prefix_is_as_good_as_a_copy(ranks, window, kernel):
     """Sequences abcde, abcxy, and fgh, fz: the second of each continues the first."""
     unshared = [
         0,
@@ -140,26 +234,11 @@ def test_shared_prefix_is_as_good_as_a_copy(ranks, window):
         10,
         11,
     ]  # the place of each token in the shared pack
-    sequences = pack([5, 2, 3, 1, 1], [(0, 0), (0, 3), (0, 0), (7, 1), (0, 0)])
+    sequences = [5, 2, 3, 1, 1], [(0, 0), (0, 3), (0, 0), (7, 1), (0, 0)]
     own = [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 14, 15]  # where those places are in the unshared one
-    query, key, value = tensors(12, 2)
-    exact = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    found, exact = tensors(12, 2), tensors(12, 2)
     expected = dense(*(x[unshared] for x in exact), [5, 5, 3, 2, 1], 0, window)[own]
-    size = 12 // ranks
-    out = torch.cat(
-        [
-            core(window).by_sequence(
-                query[a : a + size], key[sequences.keys], value[sequences.keys], sequences, a
-            )
-            for a in range(0, 12, size)
-        ]
-    )
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    grad = torch.randn(12, HEADS, DIM).double()
-    out.backward(grad)
-    expected.backward(grad)
-    for ours, theirs in zip((query, key, value), exact, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    same_with_gradients(in_slices(core(window), *found, *sequences, ranks), expected, found, exact)
 
 
 def test_window_is_told_to_megatron_without_the_token_itself():

@@ -1,12 +1,18 @@
-"""Norm, gate and rotation against plain formulas and autograd in float64; what bf16 computes in."""
+"""Norm, gate and rotation against plain formulas and autograd in float64; what bf16 computes in.
+
+What torch.compile makes of them for GPUs is compared here, on the CPU, with the functions as they are.
+"""
 
 import math
+import shutil
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 
 from align import layers
 
@@ -117,3 +123,80 @@ def test_angles_of_far_positions_are_fp32_before_they_are_rounded():
     cos, _ = layers.rotation(torch.tensor([777]), torch.tensor([1.0]), torch.bfloat16)
     assert cos.dtype == torch.bfloat16
     assert cos.item() == pytest.approx(math.cos(777), rel=2**-8)
+
+
+def counting(backend: str) -> tuple[Callable, list]:
+    """A backend of torch.compile, and a list that has an item for everything that it has compiled."""
+    seen = []
+
+    def compile_and_count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        seen.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    return compile_and_count, seen
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+FUSED = {
+    layers.norm_and_scale: lambda n, dtype: (random((n, 1, 16), dtype, 0), random((16,), dtype, 1), EPS),
+    layers.norm_gradient: lambda n, dtype: (
+        *(random((n, 1, 16), dtype, seed) for seed in (0, 1)),
+        *(random((16,), dtype, 2), random((n, 1, 1), torch.float32, 3).abs()),
+    ),
+    layers.swiglu: lambda n, dtype: (random((n, 1, 32), dtype, 0),),
+    layers.swiglu_gradient: lambda n, dtype: (random((n, 1, 16), dtype, 0), random((n, 1, 32), dtype, 1)),
+    layers.turn: lambda n, dtype: (
+        *(random((n, 3, 8), dtype, 0), random((n, 1, 4), dtype, 1), random((n, 1, 4), dtype, 2), -1),
+    ),
+}
+"""Every fused function with arguments for n rows."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("function", FUSED, ids=lambda f: f.__name__)
+def test_one_kernel_serves_every_number_of_rows(function, dtype):
+    """There is one more for a single row. 16 rows are as many as the norm is wide. No step is left out."""
+    backend, seen = counting("aot_eager")
+    kernel = layers.compiled(function.__wrapped__, backend)
+    for n in (16, 5, 9, 1, 300, 1, 16):
+        given = [x.requires_grad_(n == 5) if isinstance(x, Tensor) else x for x in FUSED[function](n, dtype)]
+        same_to_rounding(kernel(*given), function(*given), dtype)
+    assert len(seen) == 2
+
+
+def same_to_rounding(found: Tensor | tuple, expected: Tensor | tuple, dtype: torch.dtype) -> None:
+    """One rounding to dtype apart; a kernel may leave out those between the steps. Without a gradient."""
+    for ours, theirs in zip(as_tuple(found), as_tuple(expected), strict=True):
+        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+        assert not ours.requires_grad
+        error = (ours.double() - theirs.detach().double()).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * theirs.detach().abs().max()
+
+
+def as_tuple(x: Tensor | tuple) -> tuple:
+    return x if isinstance(x, tuple) else (x,)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_what_the_compiler_makes_of_two_reductions():
+    """torch.compile's own backend, here by way of C++, against float64."""
+    given = FUSED[layers.norm_gradient](37, torch.float32)
+    kernel = layers.compiled(layers.norm_gradient.__wrapped__)
+    exact = layers.norm_gradient(*(x.double() for x in given))
+    for ours, theirs in zip(kernel(*given), exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_cpu_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    x = torch.ones(2, 4)
+    assert torch.equal(layers.fused(torch.add)(x, x), x + x)
+    layers.rms_norm(x, torch.ones(4), EPS)
+
+
+def test_gate_without_a_gradient_is_that_with_one():
+    x = random((3, 8), torch.bfloat16, 0)
+    assert torch.equal(layers.swiglu(x), layers.SwiGLUFunction.apply(x))

@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from align.logprobs import CHUNK, target_logprobs, target_logprobs_and_entropy
+from align import layers, logprobs
+from align.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
 from align.matmul import linear
 from tests.conftest import torchrun
 from tests.logprobs_worker import (
@@ -23,7 +24,10 @@ from tests.logprobs_worker import (
     policy_loss,
 )
 from tests.parity_data import examples
+from tests.test_layers import counting
 
+PLAIN = {name: getattr(logprobs, name) for name in ("largest", "sums_", "gradient_")}
+"""What is compiled on GPUs."""
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # all that is asked of a group of one rank
 
 
@@ -196,6 +200,44 @@ def test_bf16_computes_the_softmax_in_fp32():
         torch.testing.assert_close(
             found.double(), torch.stack([logprobs, entropies], 1), rtol=1e-5, atol=1e-5
         )
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Logits stay bf16 between the kernels, each of which is compiled; a list with an item for each."""
+    backend, seen = counting("aot_eager")
+    for name, function in PLAIN.items():
+        monkeypatch.setattr(logprobs, name, layers.compiled(function.__wrapped__, backend))
+    monkeypatch.setattr(logprobs, "finished_in_kernels", lambda z: z.dtype != torch.float32)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_compiled_kernels_change_nothing(monkeypatch, dtype, temperature, entropy):
+    """Three kernels for chunks of every size; one more each would be made for a single token."""
+    seen = as_on_a_gpu(monkeypatch)
+    for tokens in (5, CHUNK, 2 * CHUNK + 3):
+        hidden, weight, targets, grad = inputs(tokens)
+        grad = entropy_grad(tokens) if entropy else grad
+        given = hidden.to(dtype), weight.to(dtype), targets, grad, VOCAB, temperature
+        compiled = ours(*given)
+        with monkeypatch.context() as plain:
+            for name, function in PLAIN.items():
+                plain.setattr(logprobs, name, function)
+            plain.setattr(logprobs, "finished_in_kernels", lambda z: False)
+            expected = ours(*given)
+        for found, theirs in zip(compiled, expected, strict=True):
+            torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-6)
+    assert len(seen) == 3
+
+
+def test_chunks_are_few_on_a_gpu():
+    """1 GiB of float32 logits in multiples of 128 tokens, but never fewer than 1,024 tokens."""
+    assert chunk_size(128_256, cuda=True) == 2048 and 2048 * 128_256 * 4 <= 2**30 < 2176 * 128_256 * 4
+    assert chunk_size(49_152, cuda=True) == 5376
+    assert chunk_size(2**20, cuda=True) == 1024
+    assert chunk_size(128_256, cuda=False) == CHUNK
 
 
 def test_bf16_sums_the_gradient_of_many_chunks_in_fp32():

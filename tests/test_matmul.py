@@ -107,6 +107,13 @@ def test_add_product(dtype):
         assert (total.double() - expected).norm() < 0.003 * expected.norm()
 
 
+def test_add_product_on_gpus_is_an_overload_of_this_torch():
+    """It exists for CUDA alone: a CPU can show only that the call reaches it."""
+    total, a, b = random(3, 7), random(3, 5).bfloat16(), random(5, 7, seed=1).bfloat16()
+    with pytest.raises(NotImplementedError, match="addmm.dtype_out.*CPU"):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
 def test_padded_by_hand():
     """Zeros after the rows, none where they are few or fit."""
     x = random(STEP + 1, 3)

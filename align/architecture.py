@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 IMPLEMENTED = frozenset(
@@ -108,7 +108,7 @@ def read_config(directory: Path) -> Architecture:
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         window=hf.sliding_window if family == "mistral" else None,
-        rope=rope_parameters(hf.rope_parameters, path),
+        rope=rope_parameters(rope_fields(hf), path),
         labels=hf.num_labels if is_classifier(raw) else 0,
     )
 
@@ -138,6 +138,13 @@ def check_fields(raw: dict, path: Path) -> None:
     kinds = set(raw.get("layer_types") or [])
     if kinds - {"full_attention"} and not (family == "mistral" and kinds == {"sliding_attention"}):
         raise ValueError(f"{path}: layer_types {sorted(kinds)} is not implemented; all layers must be alike")
+
+
+def rope_fields(hf: PretrainedConfig) -> dict:
+    """rope_parameters of transformers 5, or what they were in transformers 4, which TensorRT-LLM asks for."""
+    if hasattr(hf, "rope_parameters"):
+        return hf.rope_parameters
+    return {"rope_theta": hf.rope_theta, **(hf.rope_scaling or {})}
 
 
 def rope_parameters(rope: dict, path: Path) -> tuple[tuple[str, float | str], ...]:

@@ -5,6 +5,7 @@ That weights land where they belong, in every layout, is test_parity's subject.
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,13 @@ def test_files_of_transformers_4_and_5_say_the_same(tmp_path, scaling, expected)
     directory_with(tmp_path, ("rope_theta",), rope_parameters={"rope_theta": 12345.0, **expected})
     assert old == architecture.read_config(tmp_path).rope
     assert old == tuple(sorted({"rope_theta": 12345.0, **expected}.items()))
+
+
+@pytest.mark.parametrize("scaling, expected", [(None, {}), (LLAMA3, LLAMA3)])
+def test_configurations_of_transformers_4_say_the_same(scaling, expected):
+    """As its 4.57 reads them: two attributes, and none of version 5."""
+    hf = types.SimpleNamespace(rope_theta=12345.0, rope_scaling=scaling)
+    assert architecture.rope_fields(hf) == {"rope_theta": 12345.0, **expected}
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA3], ids=str)

@@ -27,6 +27,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from align import attention, packing, parallel
+from align.model import FP8_MULTIPLE
 from align.packing import Batch, BatchConfig, Example
 
 LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -292,7 +293,10 @@ def during(what: str) -> Iterator[None]:
 
 
 def alignment(model: nn.Module) -> int:
-    """What the length of a micro-batch must be a multiple of: each rank of a split gets an equal part."""
+    """What the length of a micro-batch must be a multiple of.
+
+    Each rank of a split gets an equal part, which is a size of 8-bit products if there are any.
+    """
     config = unwrap_model(model).config
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    return config.context_parallel_size * split
+    return config.context_parallel_size * split * (FP8_MULTIPLE if config.fp8 else 1)

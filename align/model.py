@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -36,14 +37,17 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.utils import get_te_version
 from torch import Tensor, nn
 
 from align import matmul
 from align.architecture import Architecture
-from align.attention import Packing, TorchAttention
+from align.attention import Packing, TorchAttention, uses_flash
 from align.layers import RMSNorm, SwiGLU, rotation
 from align.logprobs import target_logprobs, target_logprobs_and_entropy
-from align.parallel import ParallelConfig, device
+from align.parallel import ParallelConfig, device, device_name
+
+FP8_MULTIPLE = 16  # what the sizes of an 8-bit product must be multiples of
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class ModelConfig:
     """bf16: weights in bf16; main weights, gradients and Adam in fp32. auto: bf16 on GPUs, fp32 on a CPU"""
     attention: Literal["auto", "torch", "te"] = "auto"
     """attention and linear layers: torch's kernels or Transformer Engine. auto: te where it is installed"""
+    fp8: bool = False
+    """matrix products of the layers in 8 bits; needs --attention te and a GPU that has them (H100, H200)"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations to compute again in the backward pass: attention core (selective) or whole layer (full)"""
 
@@ -83,11 +89,29 @@ def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> 
         )
     if arch.layers % pp:
         raise ValueError(f"--pp {pp} does not divide the model's {arch.layers} layers")
-    if uses_te(config):
-        if arch.window is not None or parallel.cp > 1:
-            raise ValueError(
-                "--attention te does not do sliding windows or --cp > 1 yet: use --attention torch"
-            )
+    if uses_te(config) and (arch.window is not None or parallel.cp > 1):
+        raise ValueError("--attention te does not do sliding windows or --cp > 1 yet: use --attention torch")
+    if config.fp8:
+        check_fp8(arch, config, tp)
+
+
+def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
+    """Refuse --fp8 where Transformer Engine's 8-bit products cannot be used."""
+    if not uses_te(config):
+        raise ValueError("--fp8 needs Transformer Engine: give --attention te on a GPU, or leave --fp8 out")
+    if config.dtype != torch.bfloat16:
+        raise ValueError(f"--fp8 and --precision {config.precision}: what is not in 8 bits must be in bf16")
+    if torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(f"--fp8: {device_name()} has no 8-bit products: leave it out")
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        "attention columns": arch.heads * arch.head_dim // tp,
+        "query, key and value rows": (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp,
+        "ffn columns": arch.ffn_size // tp,
+    }
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ValueError(f"--fp8: the {size} {name} of a rank are no multiple of {FP8_MULTIPLE}")
 
 
 def uses_te(config: ModelConfig) -> bool:
@@ -103,9 +127,18 @@ def uses_te(config: ModelConfig) -> bool:
 
 def describe(arch: Architecture, config: ModelConfig) -> str:
     """What is computed with which kernels, for the log's first lines."""
-    kernels = f"{'Transformer Engine' if uses_te(config) else 'torch'} kernels"
-    if config.dtype == torch.float32 and not torch.cuda.is_available():
-        kernels += f", matrix products by {matmul.kernels()}"
+    if uses_te(config):
+        kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
+    elif not torch.cuda.is_available():
+        kernels = "torch kernels"
+        if config.dtype == torch.float32:
+            kernels += f", matrix products by {matmul.kernels()}"
+    else:
+        flash = uses_flash(config.dtype, arch.head_dim, cuda=True)
+        kernels = f"torch kernels, {'flash attention' if flash else 'attention by sequence'}"
+        kernels += ", small layers compiled"
+    if overlaps_gradients():
+        kernels += ", gradients summed during the backward pass"
     precision = str(config.dtype).removeprefix("torch.")
     one_matrix = arch.tied_embeddings and not arch.labels  # for embedding and output layer
     weights = arch.matmul_params + (0 if one_matrix else arch.vocab_size * arch.hidden_size)
@@ -129,7 +162,7 @@ class Decoder(GPTModel):
         groups = groups or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(
             config,
-            te_layer_spec(arch) if te else torch_block_spec(config, arch),
+            block_spec(config, arch, te),
             vocab_size=embedding_rows
             or padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
@@ -137,22 +170,28 @@ class Decoder(GPTModel):
             post_process=groups.pp.rank() == groups.pp.size() - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope" if te else "none",
+            position_embedding_type="none",  # the core attention rotates
             pg_collection=groups,
         )
         self.arch, self.te = arch, te
         self.frequencies = rotary_frequencies(arch).to(device())
-        if te:
-            self.rotary_pos_emb.inv_freq = self.frequencies
         mark_tensor_parallel(self)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None
     ) -> tuple:
-        """Megatron's, and once for all layers the rotation of these tokens, which TorchAttention applies."""
-        if not self.te:
-            packed_seq_params.rotation = rotation(position_ids[0], self.frequencies, self.config.params_dtype)
+        """Megatron's, and once for all layers the rotation of these tokens, which the attention applies."""
+        packed_seq_params.rotation = rotation(position_ids[0], self.frequencies, self.config.params_dtype)
         return super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
+
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
+        """For checkpoints: the weights, of the same names with all kernels, and nothing else.
+
+        It is that of all Megatron modules, since GPTModel's own insists on an output layer. Linear layers add
+        an "extra state", which holds nothing that we use: --fp8 finds its scales anew at each product.
+        """
+        found = MegatronModule.sharded_state_dict(self, *args, **kwargs)
+        return {name: value for name, value in found.items() if not name.endswith("_extra_state")}
 
 
 class Policy(Decoder):
@@ -240,10 +279,6 @@ class Scorer(Decoder):
             )
         return hidden_states.squeeze(1).float() @ self.score.weight.float().t()
 
-    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
-        """For checkpoints: that of all Megatron modules, since GPTModel's own insists on an output layer."""
-        return MegatronModule.sharded_state_dict(self, *args, **kwargs)
-
     def one_label(self) -> Tensor:
         """The head [1, H] that gives the one score: the weighted sum of the labels, which is linear, too."""
         return (self.label_weights @ self.score.weight.float())[None].to(self.score.weight.dtype)
@@ -290,15 +325,29 @@ def build_scorer(
 
 
 def distributed(model: Decoder) -> DistributedDataParallel:
-    """Megatron's data parallelism: gradients in fp32 buffers, summed over data (and context) ranks."""
+    """Megatron's data parallelism: gradients in fp32 buffers, summed over data (and context) ranks.
+
+    The sum of a bucket of gradients starts while the backward pass of the last micro-batch still makes the
+    next. The weights' way back (overlap_param_gather) is not overlapped: between optimizer step and forward
+    pass they would be old, and generation, exports, checkpoints and align.offload read them there.
+    """
     ddp = DistributedDataParallel(
         model.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlaps_gradients(),
+        ),
         model,
     )
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = ddp.no_sync
     return ddp
+
+
+def overlaps_gradients() -> bool:
+    """Is there anybody to sum gradients with?"""
+    return mpu.get_data_parallel_world_size(with_context_parallel=True) > 1
 
 
 def transformer_config(
@@ -322,7 +371,7 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         activation_func=F.silu,
         gated_linear_unit=True,
-        use_te_activation_func=not te,  # meaning: a module of the layer spec, our SwiGLU
+        use_te_activation_func=True,  # meaning: a module of the layer spec, our SwiGLU
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         window_size=None if arch.window is None else (arch.window - 1, 0),
@@ -333,6 +382,8 @@ def transformer_config(
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         bf16=config.dtype == torch.bfloat16,
+        fp8="hybrid" if te and config.fp8 else None,  # 4 bits of exponent forward, 5 for gradients
+        fp8_recipe="tensorwise",  # the scale of each product from its own values: no state to keep
         params_dtype=config.dtype,
         pipeline_dtype=config.dtype,
         # Micro-batches differ in length, so stages exchange shapes first; Megatron allows that only with
@@ -344,8 +395,9 @@ def transformer_config(
         # Weights come from a file. Initialising them would only cost time; it also sets the attributes that
         # mark_tensor_parallel sets.
         perform_initialization=False,
-        # Megatron's fusions need CUDA extensions or torch.compile. Transformer Engine brings its own.
-        apply_rope_fusion=te,
+        deterministic_mode=parallel.deterministic,
+        # Megatron's fusions need CUDA extensions, or do what align.layers does.
+        apply_rope_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -355,10 +407,21 @@ def transformer_config(
     )
 
 
-def torch_block_spec(config: TransformerConfig, arch: Architecture) -> TransformerBlockSubmodules:
-    """Layers of Megatron's own linears, with our norm and attention."""
-    qk_norm = RMSNorm if arch.qk_norm else IdentityOp
-    layer = ModuleSpec(
+def block_spec(config: TransformerConfig, arch: Architecture, te: bool) -> TransformerBlockSubmodules:
+    """This stage's layers, and the norm after them."""
+    if te:
+        from align.te import layer_spec  # here, because it needs Transformer Engine
+    else:
+        layer_spec = torch_layer_spec
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(arch.qk_norm)] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+
+
+def torch_layer_spec(qk_norm: bool) -> ModuleSpec:
+    """A layer of Megatron's own linears, with our norm and attention."""
+    norm = RMSNorm if qk_norm else IdentityOp
+    return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -369,8 +432,8 @@ def torch_block_spec(config: TransformerConfig, arch: Architecture) -> Transform
                     linear_qkv=ColumnParallelLinear,
                     core_attention=TorchAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    q_layernorm=norm,
+                    k_layernorm=norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -384,16 +447,6 @@ def torch_block_spec(config: TransformerConfig, arch: Architecture) -> Transform
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
-
-
-def te_layer_spec(arch: Architecture) -> ModuleSpec:
-    """Transformer Engine's layer: fused norm and linear, fused attention over packed sequences."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -406,7 +459,7 @@ def mark_tensor_parallel(model: Decoder) -> None:
     """Mark split weights, as Megatron does when it initialises them.
 
     Without the marks the gradient norm counts only one rank's part of each matrix, and clipping is wrong,
-    without an error.
+    without an error. Transformer Engine marks its layers itself.
     """
     for name, module in model.named_modules():
         dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))

@@ -4,10 +4,14 @@ Parts of a model in training move as storages, the memory behind tensors. A stor
 and every view of it (parameters, Megatron's buffers, the optimizer's shards) is right again when they are
 back. New tensors would part them: in fp32 the optimizer's main weights are views of Megatron's buffer of
 weights, and the model would learn nothing more.
+
+A GPU copies what leaves on a stream of its own, while the next phase computes; that phase waits only for what
+it needs to come.
 """
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import re
@@ -149,6 +153,24 @@ def restore(sizes: Mapping[UntypedStorage, int]) -> None:
         storage.resize_(size)
 
 
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """The GPU stream of all copies that leave."""
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def beside(enabled: bool) -> Iterator[torch.cuda.Stream | None]:
+    """What the block queues runs on the side stream, after all that is queued now; not `enabled`: at once."""
+    if not enabled:
+        yield None
+        return
+    stream = side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield stream
+
+
 class Part:
     """Some tensors of a model in training, which are on its device, or wait."""
 
@@ -157,6 +179,7 @@ class Part:
         self.tensors, self.shelf = tensors, shelf
         self.copies: dict[UntypedStorage, Tensor] = {}  # made once, then used again
         self.changed = True  # since it was copied
+        self.left: torch.cuda.Event | None = None  # on a GPU: its last copies are complete
         self.waiting: dict[UntypedStorage, int] = {}  # with their sizes
 
     @property
@@ -164,24 +187,31 @@ class Part:
         return sum((self.waiting or storages(self.tensors())).values())
 
     def leave(self) -> None:
-        """Off the device, unless it waits already."""
+        """Off the device, unless it waits already. A GPU copies beside what is queued next."""
         if self.waiting:
             return
         if self.changed and self.shelf:
-            last, self.copies = self.copies, {}
-            for storage in storages(self.tensors()):
-                known, now = last.get(storage), as_bytes(storage)
-                self.copies[storage] = (
-                    self.shelf.copy(now) if known is None else known.copy_(now, non_blocking=True)
-                )
+            held = storages(self.tensors())
+            with beside(any(storage.is_cuda for storage in held)) as stream:
+                self.copies = {storage: self.copy(storage, stream) for storage in held}
+                self.left = None if stream is None else stream.record_event()
             self.changed = False
-        # These copies may still run on a GPU. Memory that is freed there goes to later work of the same
-        # stream, which comes after them, or back to the device, which waits for them first.
+        # On a GPU the allocator hands this memory out again only after the copies from it, or, when it is
+        # short of memory, waits for them.
         self.waiting = release(self.tensors())
+
+    def copy(self, storage: UntypedStorage, stream: torch.cuda.Stream | None) -> Tensor:
+        """A storage's copy on the shelf, in the place of its last one if it has one."""
+        known, now = self.copies.get(storage), as_bytes(storage)
+        if stream is not None:
+            now.record_stream(stream)
+        return self.shelf.copy(now) if known is None else known.copy_(now, non_blocking=True)
 
     def come(self) -> None:
         """Back to the device, unless it is there already."""
         restore(self.waiting)
+        if self.waiting and self.left is not None:
+            torch.cuda.current_stream().wait_event(self.left)
         for storage in self.waiting if self.shelf else ():
             as_bytes(storage).copy_(self.copies[storage], non_blocking=True)
         self.waiting = {}
@@ -236,6 +266,7 @@ class Phases:
         assert needs.keys() <= self.models and set(needs.values()) <= NEEDS.keys(), needs
         label = " ".join([name, *needs])
         kept = {key for key in self.parts if not self.enabled or key[1] in NEEDS.get(needs.get(key[0]), ())}
+        finish_queue()
         self.clock.lap("other")
         if self.enabled:
             self.move(kept)
@@ -245,6 +276,7 @@ class Phases:
         measured = start_peak()
         self.clock.lap("offload")
         yield
+        finish_queue()
         self.clock.lap(name)
         for (model, _), part in self.parts.items():
             part.changed |= needs.get(model) == "all"
@@ -255,17 +287,16 @@ class Phases:
         """What is to wait goes before what is needed comes: there may be no room for both."""
         leaving = [key for key, part in self.parts.items() if key not in kept and not part.waiting]
         if leaving:
-            parallel.free_memory()  # what the last phase left free: copies to files take memory, too
+            free_host_memory()  # what the last phase left free: copies to files take memory, too
         for key in leaving:
             self.parts[key].leave()
             self.shelf.forget()
         if leaving:
-            parallel.free_memory()
+            free_host_memory()
         for key in kept:
             self.parts[key].come()
             self.shelf.forget()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies' time counts here
+        finish_queue()  # the time that the phase waits counts here
 
     def describe(self, kept: set[tuple[str, str]]) -> str:
         """What is on this rank's device and what waits, in GB."""
@@ -292,6 +323,18 @@ class Phases:
         names = [f"memory/{label.replace(' ', '_')}" for label in self.peaks]
         self.peaks = {}
         return dict(zip(names, values.tolist(), strict=True))
+
+
+def finish_queue() -> None:
+    """Wait for the GPU's computation, not for copies that leave beside it: times are those of their phase."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+
+
+def free_host_memory() -> None:
+    """On a GPU nothing: giving memory back to it would wait for the copies that leave."""
+    if not torch.cuda.is_available():
+        parallel.free_memory()
 
 
 def start_peak() -> bool:

@@ -74,12 +74,15 @@ def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimi
     for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler; norms and biases have 0
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     for adam in adams(optimizer):
-        if isinstance(adam.optimizer, torch.optim.AdamW):  # without Transformer Engine's
-            for group in adam.optimizer.param_groups:
+        torchs = isinstance(adam.optimizer, torch.optim.AdamW)
+        for group in adam.optimizer.param_groups:
+            if torchs:
                 group["fused"], group["foreach"] = True, False
-                for weight in group["params"]:  # as its first step would: a save may come before
-                    moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-                    adam.optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **moments}
+            for weight in group["params"]:  # as its first step would: a save may come before
+                state = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                if torchs:  # Transformer Engine's Adam counts in the group, from its first step on
+                    state["step"] = torch.zeros((), device=weight.device)
+                adam.optimizer.state[weight] = state
     return optimizer
 
 

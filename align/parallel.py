@@ -54,12 +54,14 @@ def start(config: ParallelConfig) -> Iterator[None]:
     """
     check(config)
     end_with_torchrun()
+    if config.tp > 1:
+        use_one_queue()
+    if config.deterministic:
+        make_deterministic()
     if not torch.cuda.is_available():
         from align import cpu  # here, so that it is never imported on GPUs
 
         cpu.enable()
-    if config.deterministic:
-        make_deterministic()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -120,9 +122,22 @@ def check(config: ParallelConfig) -> None:
         raise ValueError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
 
 
+def use_one_queue() -> None:
+    """Kernels start in the order of their launch: Megatron overlaps a layer's communication by that.
+
+    CUDA reads this when it starts. What the user has set stays.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def make_deterministic() -> None:
-    """Fix what may differ between two runs on GPUs: reductions, Transformer Engine's and cuBLAS's kernels."""
-    os.environ.setdefault("NCCL_ALGO", "Tree")
+    """Fix what may differ between two runs on GPUs: reductions, Transformer Engine's and cuBLAS's kernels.
+
+    Of NCCL's algorithms only those are left out that add in the NVLink switches, in whatever order values
+    come. "Tree" alone, which is often advised, would leave gathers and scatters without any: NCCL 2.24 and
+    later refuse that.
+    """
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -457,6 +457,93 @@ def test_a_peak_is_seen_and_counted_anew():
     assert high - offload.peak_bytes() > 300e6
 
 
+# ---- a GPU's two streams, played on the CPU --------------------------------------------------------------
+
+
+class SideStream:
+    """The side stream at its slowest: it copies only when the main stream, which never lags, waits for it.
+
+    Memory that was released before a copy from it ran holds garbage by then, unless the stream is recorded.
+    """
+
+    def __init__(self):
+        self.pending: list[list[Tensor]] = []  # destination, source
+        self.recorded: set[torch.UntypedStorage] = set()
+        self.follows, self.active, self.copied = False, False, 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        copy, resize = Tensor.copy_, torch.UntypedStorage.resize_
+        main = SimpleNamespace(wait_event=lambda event: event(), synchronize=lambda: None)
+        monkeypatch.setattr(torch.UntypedStorage, "is_cuda", property(lambda storage: True))
+        monkeypatch.setattr(offload, "side_stream", lambda: self)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(Tensor, "record_stream", lambda x, _: self.recorded.add(x.untyped_storage()))
+        monkeypatch.setattr(Tensor, "copy_", lambda x, y, **how: self.queue(x, y, copy, how))
+        monkeypatch.setattr(torch.UntypedStorage, "resize_", lambda *call: self.release(*call, resize))
+        self.copy = copy
+
+    def wait_stream(self, stream: object) -> None:
+        self.follows = True
+
+    def __enter__(self) -> None:
+        self.active = True
+
+    def __exit__(self, *error: object) -> None:
+        self.active = self.follows = False
+
+    def queue(self, x: Tensor, y: Tensor, copy: Callable, how: dict[str, bool]) -> Tensor:
+        if not self.active:
+            return copy(x, y)
+        assert self.follows, "the main stream may still compute what is copied"
+        self.pending.append([x, y])
+        if not how.get("non_blocking"):
+            self.run(len(self.pending))
+        return x
+
+    def release(self, storage: torch.UntypedStorage, size: int, resize: Callable) -> None:
+        for entry in self.pending:
+            if entry[1].untyped_storage() == storage:
+                entry[1] = entry[1].clone() if storage in self.recorded else torch.full_like(entry[1], 0xCD)
+        self.recorded.discard(storage)
+        resize(storage, size)
+
+    def record_event(self) -> Callable[[], None]:
+        now = self.copied + len(self.pending)
+        return lambda: self.run(now - self.copied)
+
+    def run(self, count: int) -> None:
+        for x, y in self.pending[:count]:
+            self.copy(x, y)
+        self.pending, self.copied = self.pending[count:], self.copied + max(count, 0)
+
+
+def test_copies_that_leave_run_beside_and_are_complete_when_they_return(make, monkeypatch):
+    made, side = make(), SideStream()
+    side.install(monkeypatch)
+    beside = []
+    for step in range(3):
+        with made.phase("train", policy="all", critic="all"):
+            for name in made.models:
+                for tensor in sum((values(made, name)[kind] for kind in ("weights", "main", "moments")), []):
+                    tensor.mul_(1.5).add_(step)
+            before = {name: values(made, name) for name in made.models}
+            before = {
+                name: {k: [x.clone() for x in v] for k, v in found.items()} for name, found in before.items()
+            }
+        with made.phase("score"):
+            beside.append(len(side.pending))
+        with made.phase("generate", policy="weights"):
+            assert torch.equal(made.models["policy"][0][1].weight, before["policy"]["weights"][1])
+            assert step == 0 or side.pending  # the critic's copies are not waited for
+        with made.phase("save", policy="all", critic="all"):
+            for name, found in before.items():
+                for kind in ("weights", "main", "moments"):
+                    assert all(map(torch.equal, values(made, name)[kind], found[kind])), (step, name, kind)
+    # the first copies make their places, and wait; then: 2 + 4 tensors of the policy, 2 + 6 of the critic
+    assert beside == [0, 14, 14]
+
+
 # ---- training, in several layouts ------------------------------------------------------------------------
 
 

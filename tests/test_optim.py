@@ -1,11 +1,13 @@
 """The schedule by hand; what the optimizer decays, keeps in fp32, forgets and refuses."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from align import architecture, huggingface, model, optim, parallel
+from tests.conftest import torchrun
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
 
@@ -195,3 +197,18 @@ def test_the_first_step_after_a_reset_has_the_size_of_the_rate(models):
     optim.step(optimizer, 1e-3)
     for parameter, old in zip(policy.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), old + 1e-3, rtol=1e-3, atol=1e-5)
+
+
+# ---- the sum over ranks --------------------------------------------------------------------------
+
+
+def test_gradients_summed_during_the_backward_pass_are_the_same(models, tmp_path):
+    """Bit for bit, in several buckets, also where a rank's last micro-batch, or its only one, is empty."""
+    assert not model.overlaps_gradients()  # with nobody
+    torchrun(2, "tests/overlap_worker.py", models / "llama", tmp_path)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        after, during = found["after"], found["during"]
+        assert found["default"] and (after["buckets"], during["buckets"] > 3) == (1, True)
+        assert during["bits"] == after["bits"]
+        assert during["norms"] == pytest.approx(after["norms"], rel=1e-6)

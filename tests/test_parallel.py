@@ -1,8 +1,11 @@
 """Sizes that do not fit are refused with the flag; times as Slurm writes them."""
 
-import pytest
+import os
 
-from align import architecture, model
+import pytest
+import torch
+
+from align import architecture, model, parallel
 from align.parallel import ParallelConfig, check, parse_time
 
 
@@ -74,3 +77,61 @@ def test_transformer_engine_is_an_error_where_it_cannot_run(monkeypatch):
     config = model.ModelConfig(attention="te")
     with pytest.raises(ValueError, match="--attention te needs a GPU and the package transformer-engine"):
         model.check(architecture.read_config(config.path), config, ParallelConfig())
+
+
+# ---- what CUDA and NCCL read when they start -----------------------------------------------------
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The variables that have been set since the test began; none of these was before."""
+    names = (
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "NCCL_ALGO",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    monkeypatch.setattr(os, "environ", kept)
+    before = set(kept)
+    yield lambda: {name: value for name, value in os.environ.items() if name not in before}
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_runs_do_not_add_in_switches(environment):
+    """Every function of NCCL keeps algorithms: a list without ^ would take them from gathers and scatters."""
+    parallel.make_deterministic()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert environment() == {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "^NVLS,NVLSTree",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    }
+
+
+def test_what_the_user_sets_stays(environment):
+    os.environ["NCCL_ALGO"] = "allreduce:tree"
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
+    parallel.make_deterministic()
+    parallel.use_one_queue()
+    assert environment()["NCCL_ALGO"] == "allreduce:tree"
+    assert environment()["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+@pytest.mark.parametrize(
+    "flags, expected", [({}, []), ({"tp": 2}, ["one queue"]), ({"deterministic": True}, ["deterministic"])]
+)
+def test_it_is_set_before_cuda_is_looked_for(monkeypatch, flags, expected):
+    order = []
+
+    def look() -> bool:
+        order.append("look")
+        raise InterruptedError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "use_one_queue", lambda: order.append("one queue"))
+    monkeypatch.setattr(parallel, "make_deterministic", lambda: order.append("deterministic"))
+    monkeypatch.setattr(torch.cuda, "is_available", look)
+    with pytest.raises(InterruptedError), parallel.start(ParallelConfig(**flags)):
+        pass
+    assert order == [*expected, "look"]

@@ -1,0 +1,16 @@
+"""Linear layers and attention."""
+
+from transformer_engine.pytorch import distributed, fp8, ops, tensor
+from transformer_engine.pytorch.attention import DotProductAttention
+from transformer_engine.pytorch.linear import GroupedLinear, LayerNormLinear, Linear
+
+__all__ = [
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNormLinear",
+    "Linear",
+    "distributed",
+    "fp8",
+    "ops",
+    "tensor",
+]

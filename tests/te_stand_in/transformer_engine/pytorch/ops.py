@@ -1,0 +1,9 @@
+"""Megatron names these in annotations."""
+
+
+class Sequential:
+    pass
+
+
+class FusibleOperation:
+    pass

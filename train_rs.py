@@ -78,6 +78,7 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        generate.check_model_logprobs(self.rollout, self.sampling)
         check_at_least(self, 1, "prompts_per_step", "samples_per_prompt", "keep_top")
         if self.keep_top > self.samples_per_prompt:
             raise ValueError(

@@ -114,6 +114,7 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        generate.check_model_logprobs(self.rollout, self.sampling)
         check_at_least(self, 1, "iterations", "steps_per_iteration", "rollout_ahead")
         check_at_least(self, 2, "samples_per_prompt")
         check_at_least(self, 0, "sft_weight")

@@ -354,6 +354,53 @@ def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> It
         yield hf_name, parts[0]
 
 
+def whole_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor on the model's device) of all weights, on every rank and in the same order.
+
+    One at a time: they may be views of parameters. Collective over the ranks that share a model.
+    """
+    group, device = mpu.get_pipeline_model_parallel_group(), next(model.parameters()).device
+    shapes, names = tensor_shapes(model.arch), [None] * group.size()
+    dist.all_gather_object(
+        names, [name for _, _, hf_name in stored(model) for name in split_name(hf_name)], group
+    )
+    for stage, of_stage in enumerate(names):
+        here = stage_tensors(model) if stage == group.rank() else None
+        for name in of_stage:
+            if here is None:
+                tensor = torch.empty(shapes[name], dtype=model.config.params_dtype, device=device)
+            else:
+                found, tensor = next(here)
+                assert found == name and tensor.shape == shapes[name], (found, name)
+            if group.size() > 1:
+                dist.broadcast(tensor.contiguous(), dist.get_global_rank(group, stage), group=group)
+            yield name, tensor
+
+
+def stored(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """`named_parameters` without the last stage's copy of tied embeddings."""
+    for name, parameter, hf_name in named_parameters(model):
+        if not (name == "output_layer.weight" and model.arch.tied_embeddings):
+            yield name, parameter, hf_name
+
+
+def split_name(hf_name: str) -> list[str]:
+    """The names that `named_parameters` means, in the order of `join`."""
+    parts = ("q", "k", "v") if "self_attn.*" in hf_name else ("gate", "up")
+    return [hf_name.replace("*", part) for part in parts] if "*" in hf_name else [hf_name]
+
+
+def stage_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of this stage's weights, on its tensor parallel ranks. Collective."""
+    group = mpu.get_tensor_model_parallel_group()
+    for name, parameter, hf_name in stored(model):
+        parts = [parameter.data]
+        if group.size() > 1:
+            parts = [torch.empty_like(parameter.data) for _ in range(group.size())]
+            dist.all_gather(parts, parameter.data.contiguous(), group=group)
+        yield from join(parts, model.arch, name, hf_name)
+
+
 def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:
     """Give the files Hugging Face's names, and write the index if there are several."""
     files = sorted({file for file, _ in written.values()})

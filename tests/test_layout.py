@@ -21,8 +21,21 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
     },
     {"preferences", "prompts", "toy"},
     {"parallel"},
-    {"layers", "logprobs", "attention", "model", "engine", "optim", "offload", "checkpoint", "metrics"},
-    {"huggingface", "inference", "generate", "loop", "reference", "rewards", "audit"},
+    {
+        "layers",
+        "logprobs",
+        "attention",
+        "te",
+        "model",
+        "engine",
+        "optim",
+        "offload",
+        "checkpoint",
+        "metrics",
+        "decode_attention",
+        "memory",
+    },
+    {"huggingface", "inference", "continuous", "trtllm", "generate", "loop", "reference", "rewards", "audit"},
     {"judge", "meta_judge", "rollouts", "self_judge"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

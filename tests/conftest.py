@@ -1,9 +1,13 @@
 """What the tests share: random tiny models of every family, models of the toy task, and torchrun."""
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +18,7 @@ import transformers
 from align import toy
 
 ROOT = Path(__file__).parent.parent
+FORKS = sys.platform == "linux" and not torch.cuda.is_available()  # macOS and CUDA want an exec after a fork
 SIZES = dict(
     vocab_size=131,  # odd, so that the embedding is padded
     hidden_size=64,
@@ -72,7 +77,7 @@ def toy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--output {directory}/{name} {common}"
         for name, model, kind in (("sft", "tiny", ""), ("rm", directory / "sft/hf", "_comparisons"))
     )
-    torchrun(2, "tests/resume_worker.py", json.dumps([sft.split(), rm.split()]))
+    fork_ranks(2, "tests/resume_worker.py", json.dumps([sft.split(), rm.split()]))
     return directory
 
 
@@ -97,7 +102,7 @@ def toy_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"train_sft.py --train-data {train} {data}/train_judge.jsonl --output {directory} --max-seq-len 160 "
         "--max-epochs 3 --save-interval 0 --lr 4e-3 --min-lr 5e-4 --warmup-steps 5"
     )
-    torchrun(2, "tests/resume_worker.py", json.dumps([command.split()]))
+    fork_ranks(2, "tests/resume_worker.py", json.dumps([command.split()]))
     return directory
 
 
@@ -114,15 +119,84 @@ def torchrun(
         text=True,
         timeout=timeout_s,
     )
-    assert not check or done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return checked(done, check)
+
+
+def fork_ranks(
+    processes: int, *command: object, check: bool = True, timeout_s: float = 300
+) -> subprocess.CompletedProcess:
+    """As `torchrun`, but the ranks are forks of a warm process: for tests that are not about the start.
+
+    Where these are not possible (FORKS), it is `torchrun`.
+    """
+    if not FORKS:
+        return torchrun(processes, *command, check=check, timeout_s=timeout_s)
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": processes}
+    world |= {"LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_RUN_ID": "tests"}
+    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return checked(fork(ranks, command, timeout_s), check)
+
+
+def fork_python(*command: object, check: bool = True, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """Run `python command...` in the repository's root, in a fork of a warm process as `fork_ranks`."""
+    if FORKS:
+        return checked(fork([{}], command, timeout_s), check)
+    words = [sys.executable, *map(str, command)]
+    run = dict(cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout_s)
+    return checked(subprocess.run(words, **run), check)
+
+
+def fork(
+    variables: list[dict[str, object]], command: Sequence[object], timeout_s: float
+) -> subprocess.CompletedProcess:
+    """How a script ends that is forked once for each of `variables`, beside those of `environment`."""
+    environments = [environment() | {k: str(v) for k, v in more.items()} for more in variables]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        request = dict(command=list(map(str, command)), environments=environments, timeout_s=timeout_s)
+        server = warm_process()
+        server.stdin.write(json.dumps(request | {"out": str(out), "err": str(err)}) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        printed = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
+    assert answer, "tests/launch.py has ended; see its stderr at the first test that used it"
+    code = json.loads(answer)
+    assert code is not None, f"{command} took over {timeout_s} s\n{printed[0]}\n{printed[1]}"
+    return subprocess.CompletedProcess([*command], code, *printed)
+
+
+@functools.cache
+def warm_process() -> subprocess.Popen:
+    """The process of tests/launch.py, which ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "tests.launch"],
+        cwd=ROOT,
+        env={**environment(), "TORCHELASTIC_RUN_ID": "tests"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def checked(done: subprocess.CompletedProcess, check: bool) -> subprocess.CompletedProcess:
+    """The same, which must have ended well if `check`."""
+    failed = f"{done.args}: {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    assert not check or done.returncode == 0, failed
     return done
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def environment() -> dict[str, str]:
     """The environment of a test's process: our package on the path, one thread, no network."""
     return {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

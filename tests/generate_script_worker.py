@@ -7,18 +7,17 @@ import sys
 from pathlib import Path
 
 import tyro
-from megatron.core import parallel_state as mpu
 
 import generate
 from align import parallel
 from align.parallel import ParallelConfig
+from tests import grids
 
 
 def run(flags: list[str], typed: str) -> tuple[str, str]:
     """stdout and stderr of generate.py with these flags and this stdin."""
     config = tyro.cli(generate.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
-    mpu.destroy_model_parallel()
-    parallel.make_grid(config.parallel)
+    grids.change(config.parallel)
     out, shown = io.StringIO(), io.StringIO()
     sys.stdin = io.TextIOWrapper(io.BytesIO(typed.encode()))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(shown):

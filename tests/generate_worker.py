@@ -1,4 +1,4 @@
-"""Run by test_generate.py under torchrun: cases from a file, what each samples to another file."""
+"""Run by test_generate.py on every rank: cases from a file, what each samples to another file."""
 
 import json
 import sys
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
 from align import architecture, generate, huggingface, inference, model, parallel
@@ -16,6 +15,7 @@ from align.generate import RolloutConfig
 from align.model import ModelConfig
 from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
+from tests import grids
 
 PREFILL_TOKENS = generate.PREFILL_TOKENS
 
@@ -49,8 +49,7 @@ def change(module: nn.Module) -> None:
 def build(case: dict) -> generate.Generator:
     """The generator of a case, in its layout."""
     layout = ParallelConfig(**case.get("parallel", {}))
-    mpu.destroy_model_parallel()
-    parallel.make_grid(layout)
+    grids.change(layout)
     config = ModelConfig(model=case["model"], precision=case.get("precision", "fp32"))
     arch = architecture.read_config(config.path)
     policy = model.build_policy(arch, config, layout)

@@ -1,4 +1,4 @@
-"""Run by test_invariance.py under torchrun: the same steps in several layouts of one size, to a file."""
+"""Run by test_invariance.py on every rank: the same steps in several layouts of one size, to a file."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 
 from align import architecture, engine, huggingface, model, optim, packing, parallel, reference
 from align.metrics import with_std
+from tests import grids
 from tests.parity_data import LABELS, LOSSES, LR, ROWS, SEED, STEPS, data_set, sequence_logprobs
 
 
@@ -125,8 +125,7 @@ def main(models: Path, output: Path, cases: list[dict]) -> None:
     with parallel.start(parallel.ParallelConfig()):
         for number, flags in enumerate(cases):
             directory, case = models / flags.pop("family"), Case(**flags)
-            mpu.destroy_model_parallel()
-            parallel.make_grid(case.layout)
+            grids.change(case.layout)
             results.append(train(directory, case, output / f"reference{number}.safetensors"))
     (output / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
 

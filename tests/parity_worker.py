@@ -1,4 +1,4 @@
-"""Run by test_parity.py under torchrun: what we compute for each family in one layout, to a file.
+"""Run by test_parity.py on every rank: what we compute for each family in one layout, to a file.
 
 Of language models logits, of reward models values, of both the steps of training and an export before them.
 """

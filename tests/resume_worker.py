@@ -1,4 +1,4 @@
-"""Run by test_resume.py under torchrun: several commands, [[script, flag, ...], ...], one after the other."""
+"""Run by test_resume.py on every rank: several commands, [[script, flag, ...], ...], one after the other."""
 
 import functools
 import importlib
@@ -8,9 +8,9 @@ import zlib
 
 import torch
 import tyro
-from megatron.core import parallel_state as mpu
 
 from align import metrics, parallel, toy
+from tests import grids
 
 
 def reward(prompt: str, response: str, row: dict) -> float:
@@ -29,6 +29,5 @@ if __name__ == "__main__":
         for script, *flags in commands:
             config = tyro.cli(scripts[script].Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
             torch.use_deterministic_algorithms(config.parallel.deterministic)
-            mpu.destroy_model_parallel()
-            parallel.make_grid(config.parallel)
+            grids.change(config.parallel)
             scripts[script].main(config)

@@ -19,7 +19,7 @@ from align import data, parallel, tokenizer
 from align.data import FormatConfig
 from align.generate import Sample
 from align.prompts import PromptFormat
-from tests.conftest import FAMILIES, ROOT, environment, torchrun
+from tests.conftest import FAMILIES, ROOT, environment, fork_python, fork_ranks
 
 TINY = ROOT / "assets" / "tiny"
 NEW_TOKENS = 12
@@ -59,7 +59,7 @@ def run(start, tmp_path_factory) -> Path:
     )
     flags += ("--prompt-template", "Q: {instruction}\\n{input}\\nA: {output}", "--model", start, "--tp", 2)
     train = write_rows(folder / "train.jsonl", rows)
-    torchrun(2, "train_sft.py", *flags, "--train-data", train, "--output", folder / "out")
+    fork_ranks(2, "train_sft.py", *flags, "--train-data", train, "--output", folder / "out")
     return folder / "out"
 
 
@@ -138,7 +138,7 @@ def call_all(folder: Path, processes: int, cases: dict[str, tuple[tuple, str]]) 
     """What generate.py prints with flags and stdin of each case, all in one start of the processes."""
     commands = {name: (list(map(str, flags)), stdin) for name, (flags, stdin) in cases.items()}
     (folder / "commands.json").write_text(json.dumps(commands))
-    call("tests/generate_script_worker.py", folder, processes=processes)
+    fork_ranks(processes, "tests/generate_script_worker.py", folder, timeout_s=200)
     return json.loads((folder / "found.json").read_text())
 
 
@@ -482,8 +482,7 @@ def field_names(config: type) -> set[str]:
 
 
 def test_help_shows_every_flag_with_its_text():
-    out, _ = call("generate.py", "--help")
-    parts = re.split(r"\n│ (?=--[a-z])", out)[1:]
+    parts = re.split(r"\n│ (?=--[a-z])", fork_python("generate.py", "--help").stdout)[1:]
     found = {re.match("--([a-z0-9-]+)", part)[1]: part for part in parts}
     assert set(found) == {name.replace("_", "-") for name in field_names(generate.Config)}
     for flag, part in found.items():
@@ -590,15 +589,7 @@ def test_what_cannot_work_is_refused_with_flag_and_rule(run, models, tmp_path):
     ]
     commands = [[script, *map(str, flags)] for script, flags, _ in cases]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "tests/scripts_worker.py", str(tmp_path)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    fork_python("tests/scripts_worker.py", tmp_path, timeout_s=200)
     errors = json.loads((tmp_path / "errors.json").read_text())
     for command, (_, _, wanted), error in zip(commands, cases, errors, strict=True):
         assert (error is None) if wanted is None else re.search(wanted, error or ""), (command, error)

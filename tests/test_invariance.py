@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 from tests.parity_data import BETA
 
 CASES = {
@@ -89,7 +89,7 @@ CASES = {
 
 def run(models, output, processes: int, cases: list[dict]) -> list:
     """The metrics of each case: every rank must report the same."""
-    torchrun(processes, "tests/invariance_worker.py", models, output, json.dumps(cases))
+    fork_ranks(processes, "tests/invariance_worker.py", models, output, json.dumps(cases))
     ranks = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(processes)]
     assert all(rank == ranks[0] for rank in ranks)
     return ranks[0]

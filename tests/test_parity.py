@@ -20,7 +20,7 @@ from torch import Tensor
 
 from align import architecture, huggingface, model, parallel
 from align.packing import Example
-from tests.conftest import FAMILIES, torchrun
+from tests.conftest import FAMILIES, fork_ranks
 from tests.parity_data import BETA, FRESH, LR, SEED, STEPS, VOCAB, examples, pairs
 
 PAIR_METRICS = (
@@ -65,7 +65,7 @@ def ours(request, models, reward_models, tmp_path_factory):
     """(results of the worker by family, directory of the exports) in one layout."""
     layout, output = request.param, tmp_path_factory.mktemp("parity")
     processes = layout.get("tp", 1) * layout.get("pp", 1)
-    torchrun(processes, "tests/parity_worker.py", models, reward_models, output, json.dumps(layout))
+    fork_ranks(processes, "tests/parity_worker.py", models, reward_models, output, json.dumps(layout))
     return torch.load(output / "results.pt", weights_only=True), output
 
 

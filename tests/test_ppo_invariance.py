@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 from tests.test_rs_invariance import metrics, rows
 
 STEPS = 3
@@ -74,7 +74,7 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
         f"{common} --output {path} {kind.format(rm=toy_models / 'rm/hf')} {layout}".split()
         for path, (kind, layout) in zip(outputs, cases, strict=True)
     ]
-    torchrun(processes, "tests/resume_worker.py", json.dumps(commands))
+    fork_ranks(processes, "tests/resume_worker.py", json.dumps(commands))
     return [{"metrics": metrics(path), "samples": rows(path / "samples.jsonl")} for path in outputs]
 
 

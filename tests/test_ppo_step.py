@@ -1,6 +1,6 @@
 """One whole step of train_ppo.py against slow loops: each token has the numbers of its own answer.
 
-Under torchrun this file is its own worker: it writes down what the step samples, what the models say, and
+As a script this file is its own worker: it writes down what the step samples, what the models say, and
 what the updates are given. The tests compute rewards and advantages from the first two, token by token, and
 look for them in the micro-batches.
 """
@@ -21,7 +21,7 @@ import train_ppo
 from align import engine, parallel, tokenizer
 from align.packing import Batch
 from align.rewards import Tokenizer
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 from tests.resume_worker import reward
 
 KL_COEF, GAMMA, LAMBDA, PENALTY = 0.07, 0.97, 0.9, 0.25
@@ -153,7 +153,7 @@ def advantages(kind: str, answer: dict[str, list[float]]) -> list[float]:
 def steps(toy_models, tmp_path_factory) -> dict[str, list[dict]]:
     """By kind what each of two data parallel ranks saw."""
     folder = tmp_path_factory.mktemp("step")
-    torchrun(2, "tests/test_ppo_step.py", toy_models, folder)
+    fork_ranks(2, "tests/test_ppo_step.py", toy_models, folder)
     return {
         kind: [json.loads((folder / f"{kind}{rank}.json").read_text()) for rank in range(2)] for kind in KINDS
     }

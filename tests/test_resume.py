@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from align import checkpoint, toy
 from align.checkpoint import CheckpointConfig
-from tests.conftest import ROOT, environment, torchrun
+from tests.conftest import ROOT, environment, fork_ranks
 from tests.test_ppo_invariance import CANCELS
 from tests.test_self_reward_invariance import close as close_to
 
@@ -106,6 +106,7 @@ CASES = {  # bf16: main weights in fp32
     ),
 }
 COMPARISONS = ("train_rm.py", "train_dpo.py")
+LAST = {"rm": 18, "dpo": STEPS, "rs": 24, "ppo": 20}  # steps of the runs that go on in another layout
 ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
     "--prompts-per-step 4 --unended keep --global-batch-size 4 --max-prompt-len 48 "
     "--reward-fn tests.resume_worker:reward"
@@ -300,18 +301,20 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
 
 @pytest.fixture(scope="module")
 def whole(data, toy_judge, tmp_path_factory) -> Path:
-    """A folder of uninterrupted runs: each of CASES, and five at tp 2 that keep all their checkpoints."""
+    """A folder of uninterrupted runs: each of CASES, and five at tp 2 that keep all their checkpoints.
+
+    Of those at tp 2 some end before step 40, with the last step that is compared with another layout.
+    """
     directory = tmp_path_factory.mktemp("whole")
     runs = [
         command(case.script, data, directory / name, *case.words(toy_judge)) for name, case in CASES.items()
     ]
     at_tp2 = ("--tp", 2, "--save-top-k", 99)
-    runs += [
-        command(CASES[name].script, data, directory / f"{name}-tp2", *at_tp2) for name in ("rm", "dpo", "rs")
-    ]
-    runs.append(command("train_ppo.py", data, directory / "ppo-tp2", *at_tp2, *CASES["ppo"].flags.split()))
+    for name, flags in (("rm", ""), ("dpo", ""), ("rs", ""), ("ppo", CASES["ppo"].flags)):
+        last = ("--max-steps", LAST[name], *flags.split())
+        runs.append(command(CASES[name].script, data, directory / f"{name}-tp2", *at_tp2, *last))
     runs.append(command(*self_reward_run(data, toy_judge, directory / "self_reward-tp2"), *at_tp2))
-    torchrun(2, "tests/resume_worker.py", json.dumps(runs), timeout_s=600)
+    fork_ranks(2, "tests/resume_worker.py", json.dumps(runs), timeout_s=600)
     return directory
 
 
@@ -326,7 +329,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole,
         kill_at_random(kind, rng, launcher, output)
         tables.append(reference_file(output))
         rollouts.append(rollouts_left(output))
-    finish(launch(case.script, data, output, *words), output)
+    fork_ranks(2, *command(case.script, data, output, *words))
     tables.append(reference_file(output))
     assert len(metrics(output)) == STEPS + 1
     said = (output / "log.txt").read_text()
@@ -402,7 +405,7 @@ def at_tp2(data, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("tp2")
     whole = command("train_sft.py", data, directory / "whole", "--tp", 2, "--save-top-k", 99)
     timed = command("train_sft.py", data, directory / "timed", "--tp", 2, "--max-time", "00:00:00")
-    torchrun(2, "tests/resume_worker.py", json.dumps([whole, timed]))
+    fork_ranks(2, "tests/resume_worker.py", json.dumps([whole, timed]))
     return directory
 
 
@@ -439,7 +442,7 @@ def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
         process.kill()
     assert not alive, "ranks go on without torchrun: with those of the next start they write to one OUTPUT"
 
-    finish(launch("train_sft.py", data, output, "--tp", 2), output)
+    fork_ranks(2, *command("train_sft.py", data, output, "--tp", 2))
     assert_same_end(output, at_tp2 / "whole")
 
 
@@ -467,26 +470,26 @@ def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
     not the scores are compared, but by how much the chosen ones exceed the rejected ones.
     """
     runs = [
-        (whole / "dpo-tp2", "train_dpo.py", "--pp 2", STEPS),
-        (whole / "dpo-tp2", "train_dpo.py", "--reference swap", STEPS),
-        (whole / "rm-tp2", "train_rm.py", "--pp 2", 18),
+        (whole / "dpo-tp2", "train_dpo.py", "--pp 2", LAST["dpo"]),
+        (whole / "dpo-tp2", "train_dpo.py", "--reference swap", LAST["dpo"]),
+        (whole / "rm-tp2", "train_rm.py", "--pp 2", LAST["rm"]),
     ]
     continue_and_compare(2, runs, data, tmp_path)
 
 
 def test_rejection_sampling_continues_in_another_layout(data, whole, tmp_path):
     """Saved at tp 2, where a copy of the weights samples; continued at pp 2 with one, at dp 2 without."""
-    last = 24
+    last = LAST["rs"]
     runs = [(whole / "rs-tp2", "train_rs.py", layout, last) for layout in ("--pp 2", "")]
     continue_and_compare(2, runs, data, tmp_path)
     expected = tables(whole / "rs-tp2", last)
-    assert len(expected) == 8 + 4  # one answer of each step, four of the validation
+    assert len(expected) == 8 + 2 * 4  # one answer of each step, four of each validation
     assert tables(tmp_path / "0", last) == tables(tmp_path / "1", last) == expected
 
 
 def test_ppo_continues_in_another_layout(data, whole, tmp_path):
     """Policy, critic and price of KL, from tp 2 to pp 2 and dp 2."""
-    last, flags = 20, CASES["ppo"].flags
+    last, flags = LAST["ppo"], CASES["ppo"].flags
     runs = [(whole / "ppo-tp2", "train_ppo.py", f"{flags} {layout}", last) for layout in ("--pp 2", "")]
     continue_and_compare(2, runs, data, tmp_path)
     expected = tables(whole / "ppo-tp2", last)
@@ -505,7 +508,7 @@ def test_self_rewarding_continues_in_another_layout(data, toy_judge, whole, tmp_
     start, output = whole / "self_reward-tp2", tmp_path / "run"
     shutil.copytree(start / "checkpoints/step_00000008", output / "checkpoints/step_00000008")
     run = command(*self_reward_run(data, toy_judge, output))
-    torchrun(2, "tests/resume_worker.py", json.dumps([run]))
+    fork_ranks(2, "tests/resume_worker.py", json.dumps([run]))
     found, expected = metrics(output), metrics(start)[9:]
     assert [row["step"] for row in found] == [9, 10, 11, 12]
     for row, wanted in zip(found, expected, strict=True):
@@ -525,17 +528,17 @@ def tables(output: Path, last: int) -> list[dict]:
 def continue_and_compare(
     processes: int, runs: list[tuple[Path, str, str, int]], data: Path, folder: Path
 ) -> None:
-    """Continue (whole run, script, flags of the layout, last step to compare) from step 16: equal to 1e-5."""
+    """Continue (whole run, script, flags of the layout, its last step) from step 16: equal to 1e-5."""
     outputs = [folder / str(i) for i in range(len(runs))]
     commands = []
-    for output, (start, script, layout, _) in zip(outputs, runs, strict=True):
+    for output, (start, script, layout, last) in zip(outputs, runs, strict=True):
         shutil.copytree(start / "checkpoints/step_00000016", output / "checkpoints/step_00000016")
-        commands.append(command(script, data, output, *layout.split()))
-    torchrun(processes, "tests/resume_worker.py", json.dumps(commands))
+        commands.append(command(script, data, output, "--max-steps", last, *layout.split()))
+    fork_ranks(processes, "tests/resume_worker.py", json.dumps(commands))
     for output, (start, script, layout, last) in zip(outputs, runs, strict=True):
         found, expected = metrics(output), [row for row in metrics(start) if row["step"] > 16]
-        assert [row["step"] for row in found] == list(range(17, STEPS + 1)), (script, layout)
-        for row, wanted in zip(found[: last - 16], expected, strict=False):
+        assert [row["step"] for row in found] == list(range(17, last + 1)), (script, layout)
+        for row, wanted in zip(found, expected, strict=True):
             row, wanted = determined(script, row), determined(script, wanted)
             assert row == {name: close(name, wanted[name]) for name in wanted}, (script, layout)
 
@@ -568,7 +571,7 @@ def test_missing_tensors_stop_the_run(data, at_tp2, tmp_path):
     path = tmp_path / "run/checkpoints/step_00000008"
     shutil.copytree(at_tp2 / "whole/checkpoints/step_00000008", path)
     (path / "__1_0.distcp").unlink()
-    done = torchrun(1, *command("train_sft.py", data, tmp_path / "run"), check=False)
+    done = fork_ranks(1, *command("train_sft.py", data, tmp_path / "run"), check=False)
     assert done.returncode != 0
     assert "__1_0.distcp" in done.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -584,7 +587,7 @@ def restarted(data, tmp_path_factory) -> Path:
     )
     other = ["--max-steps", "3", "--weight-decay", "0.5", "--adam-beta1", "0.8"]
     runs = [a, a + other, b, [*b, "--no-resume", "--max-steps", "1"]]
-    torchrun(1, "tests/resume_worker.py", json.dumps(runs))
+    fork_ranks(1, "tests/resume_worker.py", json.dumps(runs))
     return directory
 
 

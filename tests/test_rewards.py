@@ -1,6 +1,6 @@
 """Scores of answers: a function of the user's, and a reward model against transformers.
 
-Under torchrun this file is its own worker: what comes out on two processes, to a file.
+As a script this file is its own worker: what comes out on two processes, to a file.
 """
 
 import copy
@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from megatron.core import parallel_state as mpu
 
 from align import offload, packing, parallel, rewards, tokenizer
 from align.generate import Sample
@@ -30,7 +29,8 @@ from align.parallel import ParallelConfig
 from align.preferences import as_scored
 from align.prompts import Prompt
 from align.rewards import RewardConfig, RewardFunction, RewardModel
-from tests.conftest import FAMILIES, ROOT, torchrun
+from tests import grids
+from tests.conftest import FAMILIES, ROOT, fork_ranks
 
 TINY = ROOT / "assets" / "tiny"
 SCORED = ("llama", "qwen3", "mistral")  # families whose reward models are compared
@@ -151,8 +151,7 @@ def by_models(directory: Path) -> dict[str, object]:
     text, found = tokenizer.load(TINY), {}
     for name, flags in LAYOUTS.items():
         layout = ParallelConfig(**flags)
-        mpu.destroy_model_parallel()
-        parallel.make_grid(layout)
+        grids.change(layout)
         for family in SCORED:
             for budget in BUDGETS:
                 batch = BatchConfig(micro_batch_tokens=budget)
@@ -204,7 +203,7 @@ def reward_models(tmp_path_factory) -> Path:
 def output(reward_models, tmp_path_factory) -> Path:
     """Where the worker's two processes left what they found."""
     directory = tmp_path_factory.mktemp("rewards")
-    torchrun(2, "tests/test_rewards.py", reward_models, directory)
+    fork_ranks(2, "tests/test_rewards.py", reward_models, directory)
     return directory
 
 

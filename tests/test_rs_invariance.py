@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 
 STEPS = 3
 BY_RULE, BY_MODEL = "--reward-fn tests.resume_worker:reward", "--reward-model {rm}"
@@ -56,7 +56,7 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
         f"{common} --output {path} {judge.format(rm=toy_models / 'rm/hf')} {layout}".split()
         for path, (judge, layout) in zip(outputs, cases, strict=True)
     ]
-    torchrun(processes, "tests/resume_worker.py", json.dumps(commands))
+    fork_ranks(processes, "tests/resume_worker.py", json.dumps(commands))
     return [{"metrics": metrics(path), "samples": rows(path / "samples.jsonl")} for path in outputs]
 
 

@@ -24,7 +24,7 @@ import train_sft
 from align import checkpoint, data, losses, preferences, tokenizer
 from align.packing import Example
 from align.preferences import Pair, PreferenceFormat
-from tests.conftest import ROOT, environment, torchrun
+from tests.conftest import ROOT, environment, fork_python, fork_ranks, torchrun
 
 TINY = ROOT / "assets" / "tiny"
 SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_rm.py": train_rm}
@@ -124,7 +124,7 @@ def field_names(config: type) -> set[str]:
 )
 def test_help_shows_every_flag_with_its_text(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    done = python(script, "--help")
+    done = fork_python(script, "--help")
     assert done.returncode == 0
     parts = re.split(r"\n│ (?=--[a-z])", done.stdout)[1:]
     shown = {re.match("--([a-z0-9-]+)", part)[1]: part for part in parts}
@@ -217,7 +217,7 @@ def test_a_nan_stops_the_run_and_names_step_and_rank(run, tmp_path):
     rows = write_rows(tmp_path / "z.jsonl", rows)  # the longest row is dealt first, to rank 0
     bad = poisoned(run, tmp_path / "bad", poison)
     flags = ("--model", bad, "--train-data", rows, "--output", tmp_path / "out")
-    done = torchrun(2, "train_sft.py", *flags, *QUICK, check=False)
+    done = fork_ranks(2, "train_sft.py", *flags, *QUICK, check=False)
     assert done.returncode != 0
     assert re.search(
         r"rank [01] of 2 failed: step 1: the loss is nan, from the data of rank 0\n", done.stderr
@@ -692,8 +692,7 @@ def attempts(tmp_path_factory) -> dict[str, dict]:
         for name, command in commands.items()
     ]
     (folder / "commands.json").write_text(json.dumps(commands))
-    done = python("tests/scripts_worker.py", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    fork_python("tests/scripts_worker.py", folder)
     found = json.loads((folder / "errors.json").read_text())
     return {
         name: {"error": error, "output": output}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from align import judge
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 from tests.test_rs_invariance import metrics, rows
 
 STEPS = 4
@@ -62,7 +62,7 @@ def run(trained: Path, output: Path, processes: int, cases: list[tuple[str, str]
         f"{common} --output {path} {kind.format(trained=trained)} {layout}".split()
         for path, (kind, layout) in zip(outputs, cases, strict=True)
     ]
-    torchrun(processes, "tests/resume_worker.py", json.dumps(commands))
+    fork_ranks(processes, "tests/resume_worker.py", json.dumps(commands))
     return [{"metrics": metrics(path), "samples": rows(path / "samples.jsonl")} for path in outputs]
 
 

@@ -1,6 +1,6 @@
 """Whole steps of train_self_reward.py against slow loops: each pair has its own tokens and numbers.
 
-Under torchrun this file is its own worker: it writes down what is sampled, which pairs are mixed, and what
+As a script this file is its own worker: it writes down what is sampled, which pairs are mixed, and what
 the updates are given and find. The tests make the pairs again, out of the samples and of the scores and
 winners in samples.jsonl, ask transformers what the reference says, and compute the line of the log.
 """
@@ -24,7 +24,7 @@ import train_self_reward
 from align import engine, generate, meta_judge, parallel, tokenizer
 from align.packing import Batch
 from align.rewards import Tokenizer
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 from tests.test_rs_invariance import rows
 
 PROMPTS, STEPS, FRACTION, BETA, SCALE, SFT_WEIGHT = 12, 2, 0.25, 0.2, 0.7, 0.3
@@ -290,7 +290,7 @@ def preference(kind: str, x: float, gap: float) -> float:
 def folder(toy_judge, tmp_path_factory) -> Path:
     """Runs of all kinds on two data parallel ranks."""
     folder = tmp_path_factory.mktemp("step")
-    torchrun(2, "tests/test_self_reward_step.py", toy_judge, folder)
+    fork_ranks(2, "tests/test_self_reward_step.py", toy_judge, folder)
     return folder
 
 

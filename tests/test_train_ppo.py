@@ -15,7 +15,7 @@ from align.optim import OptimConfig
 from align.packing import BatchConfig
 from align.rewards import RewardConfig
 from align.sampling import SamplingConfig
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 from tests.test_train_rs import read_jsonl, save_reward_model, without_times
 from train_ppo import Config, advantages_of, by_answer, expand, moments
 
@@ -297,7 +297,7 @@ def folder(tmp_path_factory) -> Path:
     toy.write(folder / "data", num_train=12, num_val=3)
     save_reward_model(folder / "judge")
     commands = [command(folder, output, flags) for output, flags in RUNS]
-    torchrun(2, "tests/resume_worker.py", json.dumps(commands))
+    fork_ranks(2, "tests/resume_worker.py", json.dumps(commands))
     return folder
 
 
@@ -512,7 +512,7 @@ def test_penalty_of_answers_that_were_cut_off(folder):
 def test_a_critic_cannot_join_later(folder):
     """The checkpoint of a run without one cannot be continued with --advantages gae."""
     flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3"
-    done = torchrun(1, *command(folder, "grpo", flags), check=False)
+    done = fork_ranks(1, *command(folder, "grpo", flags), check=False)
     path = folder / "grpo" / "checkpoints" / f"step_{STEPS:08d}"
     message = f"ValueError: {path} holds no critic: continue with the flags of that run, or --no-resume"
     assert done.returncode != 0 and message in done.stderr

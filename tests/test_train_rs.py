@@ -18,7 +18,7 @@ from align import toy
 from align.generate import Sample
 from align.rewards import RewardConfig
 from align.sampling import SamplingConfig
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT, fork_ranks, torchrun
 from tests.test_rewards import sample_of
 from train_rs import Config, select
 
@@ -176,7 +176,7 @@ def folder(tmp_path_factory) -> Path:
     """OUTPUT of each of the commands under its name, all from one start of two processes."""
     folder = tmp_path_factory.mktemp("train_rs")
     lines = [[str(word) for word in command] for command in commands(folder).values()]
-    torchrun(2, "tests/resume_worker.py", json.dumps(lines))
+    fork_ranks(2, "tests/resume_worker.py", json.dumps(lines))
     return folder
 
 
@@ -289,7 +289,7 @@ def idle(folder) -> Path:
     runs = [[*flags, folder / "nothing", "--max-steps", steps] for steps in (1, 2)]
     runs += [[*flags, folder / "low", *keep, 1e-9], [*flags, folder / "enough", *keep, 0]]
     lines = [[str(word) for word in command] for command in runs]
-    torchrun(1, "tests/resume_worker.py", json.dumps(lines))
+    fork_ranks(1, "tests/resume_worker.py", json.dumps(lines))
     return folder
 
 

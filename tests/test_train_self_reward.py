@@ -16,7 +16,7 @@ from align.loop import LoopConfig
 from align.meta_judge import MetaJudgeConfig
 from align.packing import BatchConfig
 from align.sampling import SamplingConfig
-from tests.conftest import torchrun
+from tests.conftest import fork_ranks
 from train_self_reward import Config, check_same, of_iteration, state_of
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def runs(tmp_path_factory) -> Path:
         f"train_self_reward.py --output {folder}/sft --first-iteration-sft --iterations 2 "
         f"--steps-per-iteration 3 --max-seq-len 64 {small}",
     ]
-    torchrun(1, "tests/resume_worker.py", json.dumps([command.split() for command in commands]))
+    fork_ranks(1, "tests/resume_worker.py", json.dumps([command.split() for command in commands]))
     return folder
 
 

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 demo: .venv/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(PYTHON) demo.py
 
-test: .venv/ready  ## all tests, on the CPU
+test: .venv/test  ## all tests, on the CPU
 	$(PYTHON) -m pytest -q tests
 
 check: .venv/ready  ## format and lint
@@ -43,6 +43,10 @@ loc:  ## lines of code, by file
 .venv/ready: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/test: .venv/ready tests/requirements.txt
+	.venv/bin/pip install --quiet -r requirements.txt -r tests/requirements.txt
 	touch $@
 
 .venv/bench: .venv/ready bench/requirements.txt

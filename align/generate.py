@@ -19,10 +19,11 @@ from megatron.core import parallel_state as mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.resharding.refit import CopyService, NCCLCopyService, swap_model_weights
 from megatron.core.utils import unwrap_model
-from torch import Tensor, nn
+from torch import nn
 
-from align import model, offload, packing, parallel, sampling
-from align.inference import InferenceModel, Prefix
+from align import model, offload, packing, parallel, sampling, trtllm
+from align.continuous import Drawn, Slots
+from align.inference import InferenceModel, Prefix, takes_graphs
 from align.model import ModelConfig, Policy
 from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
@@ -52,12 +53,27 @@ class RolloutConfig:
     """reshard: tensor parallel size of the copy; with 1 every rank holds a whole model while it samples"""
     rollout_slots: int = 64
     """sequences that one copy of the model decodes at the same time; their keys and values take memory"""
+    generate_with: Literal["native", "trtllm"] = "native"
+    """trtllm: engines of TensorRT-LLM sample, each of --rollout-tp ranks, whatever --rollout-layout says; see
+    requirements-trtllm.txt. Never tried on hardware"""
+    trtllm_keep: bool = False
+    """the engines' memory stays on the GPUs between rollouts"""
+    trtllm_memory: float = 0.4
+    """for an engine's keys and values, share of the GPU memory that is free when it starts"""
 
     def __post_init__(self):
         for name in ("rollout_tp", "rollout_slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.rollout_layout == "same" and self.rollout_tp > 1:
+        if not 0 < self.trtllm_memory < 1:
+            raise ValueError(f"--trtllm-memory {self.trtllm_memory} must be above 0 and below 1")
+        if self.generate_with == "native" and (
+            self.trtllm_keep or self.trtllm_memory != RolloutConfig.trtllm_memory
+        ):
+            raise ValueError(
+                "--trtllm-keep and --trtllm-memory have no effect without --generate-with trtllm"
+            )
+        if self.generate_with == "native" and self.rollout_layout == "same" and self.rollout_tp > 1:
             raise ValueError("--rollout-tp has no effect with --rollout-layout same: leave one of them out")
 
     def reshards(self, parallel: ParallelConfig) -> bool:
@@ -84,27 +100,14 @@ class Sample:
         return text[: min(ends)] if ends else text
 
 
+@dataclass(frozen=True, eq=False)
 class Request:
-    """An answer in the making."""
+    """An answer that waits for a slot, its prompt being read."""
 
-    def __init__(self, prompt: int, number: int, length: int, uniforms: np.ndarray):
-        self.prompt, self.number, self.length = prompt, number, length  # length: of the prompt
-        self.uniforms = uniforms  # [most new tokens], one for each
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.model_logprobs: list[float] = []
-        self.finish: str | None = None
-
-    @property
-    def position(self) -> int:
-        """Where its newest token stands."""
-        return self.length + len(self.ids) - 1
-
-    def sample(self) -> Sample:
-        """The answer, once it is finished."""
-        ids = np.array(self.ids, np.int32)
-        logprobs, model_logprobs = (np.array(x, np.float32) for x in (self.logprobs, self.model_logprobs))
-        return Sample(ids, logprobs, model_logprobs, self.finish)
+    prompt: int
+    number: int  # of the answers to its prompt
+    prefix: Prefix
+    uniforms: np.ndarray  # [most new tokens], one for each
 
 
 class Generator:
@@ -122,15 +125,23 @@ class Generator:
         self.policy: Policy = unwrap_model(policy)
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
         self.seed, self.fixed = parallel_config.seed, parallel_config.deterministic
-        self.copy = None
-        if config.reshards(parallel_config):
-            check_rollout_tp(config.rollout_tp, self.policy)
-            self.copy = model.in_layout(self.policy, model_config, rollout_groups(config.rollout_tp))
+        self.copy = self.engine = None
+        tp = config.rollout_tp
+        if config.generate_with == "trtllm" or config.reshards(parallel_config):
+            check_rollout_tp(tp, self.policy)
+            groups = rollout_groups(tp)
+            self.replica, self.replicas = dist.get_rank() // tp, dist.get_world_size() // tp
+            self.group = groups.tp
+        if config.generate_with == "trtllm":
+            trtllm.check(sampling_config, model_config, parallel_config)
+            self.engine = trtllm.Engine(
+                *(model_config.path, sampling_config, tokenizer.stop_ids, self.group),
+                *(config.rollout_slots, config.trtllm_keep, config.trtllm_memory),
+            )
+        elif config.reshards(parallel_config):
+            self.copy = model.in_layout(self.policy, model_config, groups)
             self.freed = offload.release(self.copy.parameters())
             self.copy_service = copy_service()
-            tp = config.rollout_tp
-            self.replica, self.replicas = dist.get_rank() // tp, dist.get_world_size() // tp
-            self.group = self.copy.pg_collection.tp
         else:
             self.replica = mpu.get_data_parallel_rank(with_context_parallel=True)
             self.replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
@@ -140,10 +151,11 @@ class Generator:
     def describe(self) -> str:
         """Where answers are sampled, for the log."""
         where = "the training layout" if self.copy is None else "a copy of the weights"
-        split = f", tp {self.config.rollout_tp}" if self.copy else ""
-        return (
-            f"sampling in {where}{split}: {self.replicas} x {self.config.rollout_slots} sequences at a time"
-        )
+        where = "TensorRT-LLM" if self.engine else where
+        split = f", tp {self.config.rollout_tp}" if self.copy or self.engine else ""
+        slots = f"{self.replicas} x {self.config.rollout_slots} sequences at a time"
+        graphs = not self.engine and takes_graphs(self.copy or self.policy)
+        return f"sampling in {where}{split}: {slots}" + (", steps as CUDA graphs" if graphs else "")
 
     @torch.no_grad()
     def generate(
@@ -158,7 +170,7 @@ class Generator:
         Args:
             prompts: [n] token ids each, the same on every rank.
             streams: for each prompt the numbers that its random numbers follow from, besides the run's seed.
-            on_token: called for each new token, on the ranks that sampled it.
+            on_token: called for each new token, on the ranks that sampled it; with an engine at the end.
 
         Raises:
             ValueError: a prompt is empty, or leaves no room for an answer in the model's context.
@@ -168,6 +180,9 @@ class Generator:
             check_prompt(prompt, context)
         if not prompts:
             return []
+        if self.engine:
+            mine = self.by_engine(prompts, streams, samples_per_prompt, on_token)
+            return gather(mine, len(prompts), samples_per_prompt)
         if self.copy is not None:
             offload.restore(self.freed)
             swap_model_weights([self.policy], [self.copy], self.copy_service)
@@ -182,6 +197,33 @@ class Generator:
             parallel.free_memory()
         return gather(mine if self.leads else {}, len(prompts), samples_per_prompt)
 
+    def by_engine(
+        self,
+        prompts: Sequence[np.ndarray],
+        streams: Sequence[tuple[int, ...]],
+        samples_per_prompt: int,
+        on_token: OnToken | None,
+    ) -> dict[tuple[int, int], Sample]:
+        """What this rank's engine of TensorRT-LLM samples, if the rank leads it. Collective."""
+        parallel.free_memory()  # the engine's processes need what torch only keeps for later
+        self.engine.refresh(self.policy)
+        found = {}
+        if self.leads:
+            numbers = range(self.replica, len(prompts), self.replicas)
+            places = [(i, number) for i in numbers for number in range(samples_per_prompt)]
+            seeds = [trtllm.seed(self.seed, streams[i], number) for i, number in places]
+            answers = self.engine.sample([prompts[i] for i, _ in places], seeds, self.ends)
+            found = {place: Sample(*answer) for place, answer in zip(places, answers, strict=True)}
+        self.engine.rest()
+        for (i, number), sample in found.items() if on_token else ():
+            for token in sample.ids.tolist():
+                on_token(i, number, token)
+        return found
+
+    def ends(self, ids: list[int]) -> bool:
+        """Does an answer end with its newest token?"""
+        return ids[-1] in self.tokenizer.stop_ids or says_stop(ids, self.tokenizer, self.sampling.stop)
+
 
 def check_rollout_tp(tp: int, policy: Policy) -> None:
     """Refuse a --rollout-tp that this model or the number of processes does not allow."""
@@ -195,6 +237,15 @@ def check_rollout_tp(tp: int, policy: Policy) -> None:
         )
 
 
+def check_model_logprobs(config: RolloutConfig, sampling_config: SamplingConfig) -> None:
+    """Refuse samplers that do not tell `Sample.model_logprobs`, for scripts whose audit compares them."""
+    if config.generate_with == "trtllm" and sampling_config.temperature != 1:
+        raise ValueError(
+            f"--generate-with trtllm with --temperature {sampling_config.temperature}: TensorRT-LLM tells "
+            "the log-probs of what it draws from only, and this script's audit needs the model's own; take 1"
+        )
+
+
 def check_prompt(prompt: np.ndarray, context: int) -> None:
     """Raises ValueError for a prompt that cannot be answered."""
     if len(prompt) == 0:
@@ -205,22 +256,42 @@ def check_prompt(prompt: np.ndarray, context: int) -> None:
         )
 
 
+def says_stop(ids: Sequence[int], tokenizer: Tokenizer, stop: tuple[str, ...]) -> bool:
+    """Does one of the stop texts end in the newest token, or before in the same few?"""
+    # a character has at most 4 tokens, those of its bytes
+    tail = 4 * max(map(len, stop), default=0) + 4
+    text = tokenizer.decode([int(i) for i in ids[-tail:]]) if stop else ""
+    return any(end in text for end in stop)
+
+
 # ---- one copy of the model ----------------------------------------------------------------------------
 
 
+LIVE, STOP, LENGTH = range(3)  # how a sequence stands: it goes on, or has ended, and why
+FINISH = {STOP: "stop", LENGTH: "length"}
+
+
 class ContinuousBatch:
-    """The sequences that one copy of the model decodes, slot by slot; all ranks of the copy run it alike."""
+    """The sequences that one copy of the model decodes, slot by slot; all ranks of the copy run it alike.
+
+    What the host knows of a slot is a row of each of some arrays; what the device needs is in `Slots`.
+    """
 
     def __init__(self, engine: InferenceModel, generator: Generator, slots: int, on_token: OnToken | None):
         self.engine, self.slots, self.on_token = engine, slots, on_token
         self.sampling, self.tokenizer, self.seed = generator.sampling, generator.tokenizer, generator.seed
         self.context = generator.policy.arch.max_positions
-        self.waiting: deque[tuple[Request, Prefix]] = deque()
-        self.live: list[Request] = []  # by slot
-        self.seen = None  # [slots, V], for the repetition penalty
-        if self.sampling.repetition_penalty != 1.0:
-            size = (slots, generator.policy.arch.vocab_size)
-            self.seen = torch.zeros(size, dtype=torch.bool, device=engine.device)
+        self.stop_ids = np.array(sorted(self.tokenizer.stop_ids), np.int32)
+        self.waiting: deque[Request] = deque()
+        most = min(self.sampling.max_new_tokens, self.context)
+        self.state = Slots(engine, self.sampling, slots, most)
+        self.flying: deque[Drawn] = deque()  # steps that the device was told to do, not looked at yet
+        self.used = 0  # slots
+        # by slot: whose answer it is, tokens of the prompt, most and present tokens of the answer
+        self.prompt, self.number, self.length, self.room, self.count = np.zeros((5, slots), np.int64)
+        self.finish = np.zeros(slots, np.int8)
+        self.ids = np.zeros((slots, most), np.int32)
+        self.logprobs, self.model_logprobs = np.zeros((2, slots, most), np.float32)
 
     def run(
         self,
@@ -232,9 +303,9 @@ class ContinuousBatch:
         """Sample until the queue is empty. Returns {(prompt, number of the answer): answer}."""
         done = {}
         while True:
-            free = [slot for slot, request in enumerate(self.live) if request.finish]
-            done |= {(r.prompt, r.number): r.sample() for r in self.live if r.finish}
-            free += range(len(self.live), self.slots)
+            ended = self.ended()
+            done |= {(int(self.prompt[slot]), int(self.number[slot])): self.sample(slot) for slot in ended}
+            free = ended + list(range(self.used, self.slots))
             while len(self.waiting) < len(free):
                 # A few more than are needed now: to read prompts one by one takes twice the time.
                 wanted = max(len(free) - len(self.waiting), self.slots // READ_AHEAD)
@@ -242,14 +313,22 @@ class ContinuousBatch:
                 if not numbers:
                     break
                 self.read(numbers, prompts, streams, samples_per_prompt)
-            taken = [(slot, *self.waiting.popleft()) for slot in free[: len(self.waiting)]]
-            self.start(taken, prompts)
-            if not taken:
-                self.close_gaps()
-            if not self.live:
+            taken = free[: len(self.waiting)]
+            if taken:
+                self.start(taken, prompts)
+            else:
+                self.close_gaps(ended)
+            if not self.used:
                 return done
-            if all(request.finish is None for request in self.live):
+            if not self.finish[: self.used].any():
                 self.step()
+
+    def ended(self) -> list[int]:
+        """The slots whose sequences have ended; where there are any, no step is flying any more."""
+        if self.finish[: self.used].any():
+            while self.flying:
+                self.look()
+        return np.flatnonzero(self.finish[: self.used]).tolist()
 
     def read(
         self,
@@ -261,78 +340,78 @@ class ContinuousBatch:
         """Prefill prompts; all answers to one continue the same prefix."""
         for part in packing.within_budget([len(prompts[i]) for i in numbers], PREFILL_TOKENS):
             chosen = numbers[part.start : part.stop]
-            ids = [torch.from_numpy(prompts[i].astype(np.int64)).to(self.engine.device) for i in chosen]
+            ids = [torch.from_numpy(prompts[i].astype(np.int64)) for i in chosen]
             for i, prefix in zip(chosen, self.engine.prefill(ids), strict=True):
                 room = min(self.sampling.max_new_tokens, self.context - len(prompts[i]))
                 for number in range(samples_per_prompt):
                     uniforms = np.random.default_rng([self.seed, *streams[i], number]).random(room)
-                    self.waiting.append((Request(i, number, len(prompts[i]), uniforms), prefix))
+                    self.waiting.append(Request(i, number, prefix, uniforms))
 
-    def start(self, taken: list[tuple[int, Request, Prefix]], prompts: Sequence[np.ndarray]) -> None:
-        """Put requests into slots and draw their first tokens."""
-        if not taken:
-            return
-        for slot, request, prefix in taken:
-            self.engine.place(prefix, slot)
-            self.live[slot : slot + 1] = [request]
-            if self.seen is not None:
-                self.seen[slot] = False
-                self.seen[slot, torch.from_numpy(prompts[request.prompt].astype(np.int64))] = True
-        logits = None
-        if not self.engine.stages.after:
-            logits = torch.stack([prefix.logits for _, _, prefix in taken])
-        self.draw(logits, [slot for slot, _, _ in taken])
+    def start(self, taken: list[int], prompts: Sequence[np.ndarray]) -> None:
+        """Put waiting requests into these slots and draw their first tokens."""
+        assert not self.flying
+        requests = [self.waiting.popleft() for _ in taken]
+        given = [prompts[request.prompt] for request in requests]
+        self.used = max(self.used, taken[-1] + 1)
+        self.prompt[taken] = [request.prompt for request in requests]
+        self.number[taken] = [request.number for request in requests]
+        self.length[taken] = [len(prompt) for prompt in given]
+        self.room[taken] = [len(request.uniforms) for request in requests]
+        self.count[taken], self.finish[taken] = 0, LIVE
+        prefixes, uniforms = zip(*((r.prefix, r.uniforms) for r in requests), strict=True)
+        self.note(np.array(taken), self.state.start(taken, prefixes, given, uniforms).numpy())
 
     def step(self) -> None:
-        """One more token for every sequence."""
-        tokens = torch.tensor([request.ids[-1] for request in self.live], device=self.engine.device)
-        positions = torch.tensor([request.position for request in self.live])
-        self.draw(self.engine.decode(tokens, positions), list(range(len(self.live))))
+        """One more token for every sequence; perhaps the host looks at it only after the next step."""
+        tokens = self.length[: self.used] + self.count[: self.used]
+        self.flying.append(self.state.step(self.used, int(tokens.max()) + len(self.flying)))
+        if len(self.flying) > self.state.ahead:
+            self.look()
 
-    def draw(self, logits: Tensor | None, slots: list[int]) -> None:
-        """Draw a token for the sequence in each of the slots, from logits [len(slots), V]."""
-        requests, device = [self.live[slot] for slot in slots], self.engine.device
-        drawn = torch.zeros(3, len(slots), dtype=torch.float64, device=device)
-        if logits is not None:
-            uniforms = torch.tensor([r.uniforms[len(r.ids)] for r in requests], dtype=torch.float64)
-            seen = None if self.seen is None else self.seen[slots]
-            drawn = torch.stack(
-                [x.double() for x in sampling.pick(logits, uniforms.to(device), self.sampling, seen)]
-            )
-        self.engine.stages.from_last(drawn)
-        for slot, request, token, *logprobs in zip(slots, requests, *drawn.tolist(), strict=True):
-            request.ids.append(int(token))
-            request.logprobs.append(logprobs[0])
-            request.model_logprobs.append(logprobs[1])
-            request.finish = self.finish(request)
-            if self.seen is not None:
-                self.seen[slot, int(token)] = True
-            if self.on_token is not None:
-                self.on_token(request.prompt, request.number, int(token))
+    def look(self) -> None:
+        """Note what the oldest step in flight has drawn; sequences that had ended before it leave it out."""
+        drawn = self.flying.popleft().numpy()
+        slots = np.flatnonzero(self.finish[: self.used] == LIVE)
+        self.note(slots, drawn[:, slots])
 
-    def finish(self, request: Request) -> str | None:
-        """Why the answer ends with its newest token, or None."""
-        if request.ids[-1] in self.tokenizer.stop_ids:
-            return "stop"
+    def note(self, slots: np.ndarray, drawn: np.ndarray) -> None:
+        """Note the tokens drawn for some slots, [3, n] as in `Drawn`."""
+        sampling.check(drawn[2])
+        places = slots, self.count[slots]
+        self.ids[places], self.logprobs[places], self.model_logprobs[places] = drawn
+        self.count[slots] += 1
+        self.finish[slots] = self.standing(slots)
+        if self.on_token is not None:
+            for slot, token in zip(slots, drawn[0], strict=True):
+                self.on_token(int(self.prompt[slot]), int(self.number[slot]), int(token))
+
+    def standing(self, slots: np.ndarray) -> np.ndarray:
+        """For each of the slots LIVE, or why its answer ends with its newest token."""
+        stops = np.isin(self.ids[slots, self.count[slots] - 1], self.stop_ids)
         if self.sampling.stop:
-            # a character has at most 4 tokens, those of its bytes
-            tail = 4 * max(map(len, self.sampling.stop)) + 4
-            text = self.tokenizer.decode(request.ids[-tail:])
-            if any(end in text for end in self.sampling.stop):
-                return "stop"
-        return "length" if len(request.ids) == len(request.uniforms) else None
+            answers = [self.ids[slot, : self.count[slot]] for slot in slots]
+            stops |= np.array([says_stop(x, self.tokenizer, self.sampling.stop) for x in answers], bool)
+        return np.where(stops, STOP, np.where(self.count[slots] == self.room[slots], LENGTH, LIVE))
 
-    def close_gaps(self) -> None:
-        """Move the last sequences into the slots of finished ones, so that those in use are the first."""
-        for slot in reversed(range(len(self.live))):
-            if not self.live[slot].finish:
-                continue
-            last = self.live.pop()
-            if slot < len(self.live):
-                self.engine.move(len(self.live), slot, last.position)
-                self.live[slot] = last
-                if self.seen is not None:
-                    self.seen[slot] = self.seen[len(self.live)]
+    def sample(self, slot: int) -> Sample:
+        """The answer of a slot whose sequence has ended."""
+        count, finish = self.count[slot], FINISH[self.finish[slot]]
+        ids = self.ids[slot, :count].copy()
+        logprobs, model_logprobs = (x[slot, :count].copy() for x in (self.logprobs, self.model_logprobs))
+        return Sample(ids, logprobs, model_logprobs, finish)
+
+    def close_gaps(self, ended: list[int]) -> None:
+        """Move the last sequences into these slots, so that those in use are the first."""
+        for slot in reversed(ended):
+            self.used = last = self.used - 1
+            if slot < last:
+                self.state.move(last, slot, self.length[last] + self.count[last] - 1)
+                for array in (self.prompt, self.number, self.length, self.room, self.count, self.finish):
+                    array[slot] = array[last]
+                for array in (self.ids, self.logprobs, self.model_logprobs):
+                    array[slot] = array[last]
+        if ended:
+            self.state.release(self.used)
 
 
 # ---- all copies of the model --------------------------------------------------------------------------

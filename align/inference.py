@@ -4,8 +4,13 @@
 of the time of a step with few tokens. Whether the two agree is what align/audit.py looks at in every run.
 
 Sequences being decoded lie in slots 0, 1, 2, ..., each with its own position; nothing is padded.
+
+On GPUs a step with few tokens is bound by memory, and by the time between kernels. There, attention is that
+of align/decode_attention.py, and nothing waits for the device: align/continuous.py keeps a step as a CUDA
+graph.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +18,25 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from align.attention import attend, attend_to_cache
+from align.attention import attend, attend_to_cache, flash, uses_flash
 from align.huggingface import named_parameters
-from align.layers import rms_norm, rotation, turn
+from align.layers import rms_norm, rotation, swiglu, turn
 from align.matmul import linear, pack
 from align.model import Policy
 
 GROWTH = 32  # tokens by which the room for keys and values grows
+GROWTH_GPU = 256  # there each time costs new CUDA graphs, and none of the room is read that is not used
+
+# number of the layer; queries and key of each group [n, groups, queries + 1, d]; value [n, groups, d];
+# cosines and sines [n, 1, 1, d/2] -> the heads' outputs [n, heads * d]
+Attention = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Prefix:
     """A prompt that has been read: what sequences that continue it start from."""
 
-    keys: list[Tensor]  # for each layer [groups, n, d], rotated
-    values: list[Tensor]
+    cache: Tensor  # [layers, 2, groups, n, d], rotated keys and values
     logits: Tensor | None  # [V] float32, of the token after it; on the last stage only
 
 
@@ -59,6 +68,7 @@ class InferenceModel:
         self.frequencies = policy.frequencies
         self.dtype, self.device = policy.config.params_dtype, policy.frequencies.device
         self.window = arch.window
+        self.graphed = takes_graphs(policy)
         # With fewer key-value heads than ranks, several ranks share a group and split its queries.
         self.sharing = max(self.tp.size() // arch.kv_heads, 1)
         self.groups = max(arch.kv_heads // self.tp.size(), 1)
@@ -73,10 +83,15 @@ class InferenceModel:
         head = weights.get("lm_head.weight", self.embedding)
         self.head = None if self.stages.after else pack(head)
         self.final_norm = weights.get("model.norm.weight")
-        empty = (slots, self.groups, 0, arch.head_dim)
-        self.keys, self.values = (
-            [torch.zeros(empty, dtype=self.dtype, device=self.device) for _ in self.layers] for _ in "kv"
-        )
+        # of each layer the keys and values, [2, slots, groups, capacity, d]
+        empty = (2, slots, self.groups, 0, arch.head_dim)
+        self.cache = [torch.zeros(empty, dtype=self.dtype, device=self.device) for _ in self.layers]
+        self.rows = torch.arange(slots, device=self.device)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Are the kernels those of align/decode_attention.py?"""
+        return self.device.type == "cuda"
 
     def layer(self, weights: dict[str, nn.Parameter], prefix: str) -> Layer:
         """The weights of the layer whose names begin with `prefix`."""
@@ -99,16 +114,21 @@ class InferenceModel:
     # ---- the two passes --------------------------------------------------------------------------
 
     def prefill(self, prompts: list[Tensor]) -> list[Prefix]:
-        """Read prompts, [n] int64 each, end to end in one pass. Collective over tp and pp."""
+        """Read prompts, [n] int64 each on the host, end to end in one pass. Collective over tp and pp."""
         lengths = [len(prompt) for prompt in prompts]
-        tokens = torch.cat(prompts)
-        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        keys, values = [], []
+        tokens = torch.cat(prompts).to(self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(self.device)
+        kept = []
 
-        def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k)
-            values.append(v)
-            parts = zip(q.flatten(1, 2).split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        def attention(number: int, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            qk = turn(qk, cos, sin, 1)
+            q, k = qk[:, :, :-1].flatten(1, 2), qk[:, :, -1]
+            kept.append(torch.stack([k, v]))
+            if uses_flash(q.dtype, q.shape[-1], q.is_cuda):
+                bounds = (ends.int(), ends.int(), max(lengths), max(lengths))
+                return flash(q, k, v, *bounds, self.scale, self.window).flatten(1)
+            parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
             return torch.cat([attend(*part, self.scale, self.window) for part in parts]).flatten(1)
 
         hidden = self.stages.receive(len(tokens), self) if self.stages.before else self.embed(tokens)
@@ -117,36 +137,43 @@ class InferenceModel:
         if self.stages.after:
             self.stages.send(hidden)
         else:
-            ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-            logits = self.logits(hidden[ends]).unbind(0)
-        k, v = (zip(*(own_parts(x, lengths) for x in kept), strict=True) for kept in (keys, values))
-        return [Prefix(*parts) for parts in zip(k, v, logits, strict=True)]
+            logits = self.logits(hidden[ends[1:] - 1]).unbind(0)
+        caches = own_parts(torch.stack(kept), lengths)
+        return [Prefix(*parts) for parts in zip(caches, logits, strict=True)]
 
     def decode(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
         """One more token for each of the slots 0 ... B - 1. Collective over tp and pp.
 
+        There must be room for their keys and values, see `reserve`.
+
         Args:
             tokens: [B] int64, the newest token of each sequence.
-            positions: [B] int64 on the host, where it stands in its sequence, from 0.
+            positions: [B] int64, where it stands in its sequence, from 0.
 
         Returns:
             [B, V] float32 logits of the tokens after them; None on stages before the last.
         """
-        count = len(positions)
-        self.reserve(int(positions.max()) + 1)
-        places = torch.arange(self.capacity)
-        seen = places <= positions[:, None]
-        if self.window is not None:
-            seen &= places > positions[:, None] - self.window
-        mask = torch.zeros(count, 1, 1, self.capacity, dtype=self.dtype)
-        mask = mask.masked_fill_(~seen[:, None, None], float("-inf")).to(self.device)
-        rows, positions = torch.arange(count, device=self.device), positions.to(self.device)
+        count, mask = len(tokens), None
+        if not self.on_gpu:
+            places = torch.arange(self.capacity)
+            seen = places <= positions[:, None]
+            if self.window is not None:
+                seen &= places > positions[:, None] - self.window
+            mask = torch.zeros(count, 1, 1, self.capacity, dtype=self.dtype)
+            mask = mask.masked_fill_(~seen[:, None, None], float("-inf"))
 
-        def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[number][:count], self.values[number][:count]
-            keys[rows, :, positions] = k
-            values[rows, :, positions] = v
-            return attend_to_cache(q, keys, values, mask, self.scale).flatten(1)
+        def attention(number: int, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            cache = self.cache[number][:, :count]
+            if self.on_gpu:
+                from align import decode_attention  # Triton, which CPU machines lack
+
+                q = decode_attention.append(qk, v, cos, sin, cache, positions)
+                return decode_attention.attend(q, cache, positions, self.scale, self.window).flatten(1)
+            qk = turn(qk, cos, sin, 1)
+            keys, values = cache
+            keys[self.rows[:count], :, positions] = qk[:, :, -1]
+            values[self.rows[:count], :, positions] = v
+            return attend_to_cache(qk[:, :, :-1], keys, values, mask, self.scale).flatten(1)
 
         hidden = self.stages.receive(count, self) if self.stages.before else self.embed(tokens)
         hidden = self.run_layers(hidden, positions, attention)
@@ -156,34 +183,34 @@ class InferenceModel:
 
     def place(self, prefix: Prefix, slot: int) -> None:
         """Let a slot continue a prompt."""
-        n = prefix.keys[0].shape[1]
+        n = prefix.cache.shape[3]
         self.reserve(n)
-        for kept, parts in ((self.keys, prefix.keys), (self.values, prefix.values)):
-            for layer, part in zip(kept, parts, strict=True):
-                layer[slot, :, :n] = part
+        for layer, part in zip(self.cache, prefix.cache, strict=True):
+            layer[:, slot, :, :n] = part
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
-        for layer in (*self.keys, *self.values):
-            layer[target, :, :length] = layer[source, :, :length]
+        for layer in self.cache:
+            layer[:, target, :, :length] = layer[:, source, :, :length]
 
     @property
     def capacity(self) -> int:
         """Tokens that each slot has room for."""
-        return self.keys[0].shape[2]
+        return self.cache[0].shape[3]
 
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` tokens.
+    def reserve(self, length: int) -> bool:
+        """Make room for sequences of `length` tokens. Returns whether keys and values have moved for it.
 
-        There is a little more, so that it grows seldom, and no more than that: a matrix product reads all of
-        it, because it is slow on a part. What is new is 0: 0 times what happens to lie there may be NaN.
+        There is a little more, so that it grows seldom. On a CPU it is no more than that: a matrix product
+        reads all of it, because it is slow on a part. What is new is 0: 0 times what lies there may be NaN.
         """
-        more = -(-length // GROWTH) * GROWTH - self.capacity
+        growth = GROWTH_GPU if self.on_gpu else GROWTH
+        more = -(-length // growth) * growth - self.capacity
         if more <= 0:
-            return
-        for kept in (self.keys, self.values):
-            for i, layer in enumerate(kept):
-                kept[i] = nn.functional.pad(layer, (0, 0, 0, more))
+            return False
+        for i, layer in enumerate(self.cache):
+            self.cache[i] = nn.functional.pad(layer, (0, 0, 0, more))
+        return True
 
     # ---- what both are made of -------------------------------------------------------------------
 
@@ -196,8 +223,8 @@ class InferenceModel:
         here = (index >= 0) & (index < rows)
         return self.sum(self.embedding[index.clamp(0, rows - 1)] * here[:, None])
 
-    def run_layers(self, x: Tensor, positions: Tensor, attention) -> Tensor:  # noqa: ANN001
-        """[n, H] through this stage; `attention(layer, q, k, v)` gives the heads' outputs [n, heads * d]."""
+    def run_layers(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """[n, H] through this stage; x's memory may be used."""
         cos, sin = (part[:, None] for part in rotation(positions, self.frequencies, self.dtype))
         eps = self.arch.norm_eps
         for number, layer in enumerate(self.layers):
@@ -205,12 +232,16 @@ class InferenceModel:
             qk, v = qkv[:, :, :-1], qkv[:, :, -1]
             if layer.qk_norm is not None:
                 qk = rms_norm(qk, layer.qk_norm, eps)
-            qk = turn(qk, cos, sin, 1)
-            out = attention(number, qk[:, :, :-1], qk[:, :, -1], v)
-            x = x + self.sum(linear(out, layer.out))
-            gate, up = linear(rms_norm(x, layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
-            x = x + self.sum(linear(nn.functional.silu(gate).mul_(up), layer.down))
+            x = self.add_linear(x, attention(number, qk, v, cos, sin), layer.out)
+            gated = swiglu(linear(rms_norm(x, layer.mlp_norm, eps), layer.gate_up))
+            x = self.add_linear(x, gated, layer.down)
         return x
+
+    def add_linear(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """x + y weight^T of a weight whose columns are split over the tensor parallel ranks."""
+        if x.is_cuda and self.tp.size() == 1:
+            return x.addmm_(y, weight.t())  # one kernel, and one rounding
+        return x + self.sum(linear(y, weight))
 
     def own_heads(self, qkv: Tensor) -> Tensor:
         """[n, rows] of the product -> [n, groups, queries + 2, d], this rank's heads, key and value last."""
@@ -242,11 +273,21 @@ class InferenceModel:
 
 
 def own_parts(x: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Keys or values [T, groups, d] of several prompts -> [groups, n, d] of each, in memory of its own.
+    """Keys and values [layers, 2, T, groups, d] of several prompts -> [layers, 2, groups, n, d] of each.
 
-    A view would keep all that was computed for the prompts of its pass for as long as one of them waits.
+    In memory of its own: a view would keep all that was computed for the prompts of its pass for as long as
+    one of them waits.
     """
-    return [part.transpose(0, 1).clone(memory_format=torch.contiguous_format) for part in x.split(lengths)]
+    parts = x.transpose(2, 3).split(lengths, 3)
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+def takes_graphs(policy: Policy) -> bool:
+    """Can a decode step be a CUDA graph? Not where ranks exchange what is in it, nor with --deterministic,
+    whose kernels have not been tried in one."""
+    groups = policy.pg_collection
+    alone = groups.tp.size() == groups.pp.size() == 1
+    return policy.frequencies.is_cuda and alone and not torch.are_deterministic_algorithms_enabled()
 
 
 class Stages:

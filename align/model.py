@@ -185,13 +185,8 @@ class Decoder(GPTModel):
         return super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
 
     def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
-        """For checkpoints: the weights, of the same names with all kernels, and nothing else.
-
-        It is that of all Megatron modules, since GPTModel's own insists on an output layer. Linear layers add
-        an "extra state", which holds nothing that we use: --fp8 finds its scales anew at each product.
-        """
-        found = MegatronModule.sharded_state_dict(self, *args, **kwargs)
-        return {name: value for name, value in found.items() if not name.endswith("_extra_state")}
+        """For checkpoints: the weights, of the same names with all kernels."""
+        return without_extra_state(super().sharded_state_dict(*args, **kwargs))
 
 
 class Policy(Decoder):
@@ -279,9 +274,21 @@ class Scorer(Decoder):
             )
         return hidden_states.squeeze(1).float() @ self.score.weight.float().t()
 
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
+        """For checkpoints: that of all Megatron modules, since GPTModel's own insists on an output layer."""
+        return without_extra_state(MegatronModule.sharded_state_dict(self, *args, **kwargs))
+
     def one_label(self) -> Tensor:
         """The head [1, H] that gives the one score: the weighted sum of the labels, which is linear, too."""
         return (self.label_weights @ self.score.weight.float())[None].to(self.score.weight.dtype)
+
+
+def without_extra_state(found: dict) -> dict:
+    """A checkpoint's entries without what linear layers call their extra state.
+
+    It holds nothing that we use: --fp8 finds its scales anew at each product.
+    """
+    return {name: value for name, value in found.items() if not name.endswith("_extra_state")}
 
 
 def build_policy(

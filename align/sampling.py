@@ -7,11 +7,14 @@ transformers does so too for top-k and min-p, and leaves it to its sort for top-
 A token is drawn by inverting the cumulative distribution, in the order of the ids, with one random number.
 Running sums are float64. Logits that are off by 1e-6, as between two parallel splits, move the bounds between
 tokens by 5e-7 at most: a draw differs only where its random number is that close to a bound.
+
+On a GPU nothing here waits for the device, and no shape depends on a value: a CUDA graph can hold it.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -72,7 +75,7 @@ def _check_greedy(config: SamplingConfig) -> None:
 def pick(
     logits: Tensor, uniforms: Tensor, config: SamplingConfig, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token for each row; each result depends on its own row only.
+    """Draw one token for each row; each result depends on its own row only, broken or not.
 
     Args:
         logits: [B, V] float32, left as they are; a token at -inf (padding of the vocabulary) is never drawn
@@ -82,23 +85,34 @@ def pick(
     Returns:
         ids [B] int64; with `greedy` the likeliest, and of tied ones the lowest
         logprobs [B] float32, under the distribution that the token was drawn from; 0 with `greedy`
-        model_logprobs [B] float32, under softmax(logits): no penalty, no temperature, no filter
-
-    Raises:
-        FloatingPointError: a row holds NaN or +inf, or -inf only.
+        model_logprobs [B] float32, under softmax(logits): no penalty, no temperature, no filter; NaN where a
+            row holds NaN or +inf, or -inf only: its id means nothing then, see `check`
     """
+    top = logits.amax(-1, keepdim=True)
     scores = _penalised(logits, seen, config.repetition_penalty)
     if config.greedy:
-        ids = scores.argmax(-1)
-        return ids, torch.zeros_like(logits[:, 0]), _logprobs(logits, ids, 1.0, _mass(_weights(logits, 1.0)))
-    weights = _weights(scores, config.temperature)
+        ids, mass = scores.argmax(-1), _mass(_weights(logits, top, 1.0))
+        return ids, torch.zeros_like(logits[:, 0]), _logprobs(logits, top, ids, 1.0, mass)
+    highest = top if scores is logits else scores.amax(-1, keepdim=True)
+    weights = _weights(scores, highest, config.temperature)
     mass = _mass(weights)
     _filter(weights, config)
     ids, kept = _draw(weights, uniforms)
-    logprobs = _logprobs(scores, ids, config.temperature, kept)
+    logprobs = _logprobs(scores, highest, ids, config.temperature, kept)
     if scores is not logits or config.temperature != 1:  # else, without a filter, mass and kept are the same
-        mass = _mass(_weights(logits, 1.0))
-    return ids, logprobs, _logprobs(logits, ids, 1.0, mass)
+        mass = _mass(_weights(logits, top, 1.0))
+    return ids, logprobs, _logprobs(logits, top, ids, 1.0, mass)
+
+
+def check(model_logprobs: np.ndarray) -> None:
+    """Refuse draws from broken logits, by the `model_logprobs` [B] of `pick`.
+
+    Raises:
+        FloatingPointError: a row of the logits held NaN or +inf, or -inf only.
+    """
+    if not np.isfinite(model_logprobs).all():
+        rows = np.flatnonzero(~np.isfinite(model_logprobs)).tolist()
+        raise FloatingPointError(f"logits of rows {rows} hold NaN or +inf, or -inf only")
 
 
 def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
@@ -108,14 +122,16 @@ def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
         return logits
     if seen is None:
         raise ValueError(f"--repetition-penalty {penalty} needs the tokens seen so far")
-    places = seen.nonzero(as_tuple=True)
-    few = logits[places]
-    return logits.index_put(places, torch.where(few < 0, few * penalty, few / penalty))
+    # Above 1, a negative logit's product and a positive one's quotient are each the lower of the two.
+    either = torch.minimum if penalty > 1 else torch.maximum
+    product = logits * penalty
+    return torch.where(seen, either(product, logits / penalty, out=product), logits)
 
 
-def _weights(scores: Tensor, temperature: float) -> Tensor:
-    """exp((score - largest of its row) / temperature), [B, V] float32, zeros up to a multiple of BLOCK."""
-    weights = scores - scores.amax(-1, keepdim=True)
+def _weights(scores: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """exp((score - top) / temperature) for the largest of each row, top [B, 1]: [B, V] float32, and zeros up
+    to a multiple of BLOCK."""
+    weights = scores - top
     if temperature != 1:
         weights /= temperature
     weights.exp_()
@@ -129,12 +145,8 @@ def _block_sums(weights: Tensor) -> Tensor:
 
 
 def _mass(weights: Tensor) -> Tensor:
-    """The sum of each row of weights, [B] float64; it tells of broken logits."""
-    mass = _block_sums(weights).sum(-1)
-    if not mass.isfinite().all():
-        rows = (~mass.isfinite()).nonzero()[:, 0].tolist()
-        raise FloatingPointError(f"logits of rows {rows} hold NaN or +inf, or -inf only")
-    return mass
+    """The sum of each row of weights, [B] float64; NaN where the logits are broken."""
+    return _block_sums(weights).sum(-1)
 
 
 def _filter(weights: Tensor, config: SamplingConfig) -> None:
@@ -143,7 +155,8 @@ def _filter(weights: Tensor, config: SamplingConfig) -> None:
         count = min(config.top_k, weights.shape[1])
         _drop_below(weights, weights.topk(count).values[:, -1:])
     if config.top_p < 1:
-        _drop_below(weights, _top_p_floor(weights, config.top_p))
+        floor = _top_p_floor_by_bisection if weights.is_cuda else _top_p_floor
+        _drop_below(weights, floor(weights, config.top_p))
     if config.min_p:  # the largest weight is exactly 1
         _drop_below(weights, torch.full_like(weights[:, :1], config.min_p))
 
@@ -173,6 +186,21 @@ def _top_p_floor(weights: Tensor, top_p: float) -> Tensor:
     return floor
 
 
+def _top_p_floor_by_bisection(weights: Tensor, top_p: float) -> Tensor:
+    """`_top_p_floor` in 30 passes over the weights, whatever they are.
+
+    The floor is the highest of all numbers t for which the weights of at least t sum to top_p of their row.
+    Positive floats are ordered as their bits are, and weights are at most 1: one bit is settled in each pass.
+    """
+    needed = top_p * _block_sums(weights).sum(-1, keepdim=True)
+    low = torch.zeros_like(weights[:, :1], dtype=torch.int32)  # holds: the weights of at least low sum to it
+    for bit in reversed(range(30)):
+        higher = low + (1 << bit)
+        mass = _block_sums(weights * (weights >= higher.view(torch.float32))).sum(-1, keepdim=True)
+        low = torch.where(mass >= needed, higher, low)
+    return low.view(torch.float32)
+
+
 def _draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Ids [B] drawn in proportion to the weights [B, V], and the sums of the weights, [B] float64."""
     sums = _block_sums(weights)
@@ -194,15 +222,28 @@ def _first_beyond(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         [B] int64, and [B] float64: the target less the sum of the weights before
     """
-    sums = torch.where(weights > 0, weights.cumsum(-1), -1.0)  # below any target, even one rounded below 0
+    sums = torch.where(
+        weights > 0, _running_sums(weights), -1.0
+    )  # below any target, even one rounded below 0
     target = torch.minimum(target, torch.nextafter(sums.amax(-1), torch.zeros_like(target)))
     index = (sums > target[:, None]).int().argmax(-1, keepdim=True)  # of equal ones the first
     before = sums.gather(-1, index) - weights.gather(-1, index)
     return index[:, 0], target - before[:, 0]
 
 
-def _logprobs(scores: Tensor, ids: Tensor, temperature: float, mass: Tensor) -> Tensor:
-    """Log of the id's weight over the mass [B], [B] float32; from the scores [B, V] themselves, so that it is
-    finite where the weight is 0 in float32."""
+def _running_sums(weights: Tensor) -> Tensor:
+    """Cumulative sums of [B, n] float64; with --deterministic torch refuses its own on GPUs."""
+    by_product = weights.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return _sums_by_product(weights) if by_product else weights.cumsum(-1)
+
+
+def _sums_by_product(weights: Tensor) -> Tensor:
+    """Cumulative sums of [B, n] as a product with a triangle of ones."""
+    return weights @ weights.new_ones(weights.shape[1], weights.shape[1]).triu()
+
+
+def _logprobs(scores: Tensor, top: Tensor, ids: Tensor, temperature: float, mass: Tensor) -> Tensor:
+    """Log of the id's weight over the mass [B], [B] float32; from the scores [B, V] themselves, of which top
+    [B, 1] is the largest, so that it is finite where the weight is 0 in float32."""
     drawn = scores.gather(-1, ids[:, None])[:, 0].double()
-    return ((drawn - scores.amax(-1).double()) / temperature - mass.log()).float()
+    return ((drawn - top[:, 0].double()) / temperature - mass.log()).float()

@@ -105,8 +105,9 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
 
     def call(prompts, limits, at_once, greedy=False):
         class GivenLengths(batch):
-            def finish(self, request):
-                return "length" if len(request.ids) == limits[request.prompt] else None
+            def standing(self, slots):
+                ended = self.count[slots] == np.array(limits)[self.prompt[slots]]
+                return np.where(ended, generate.LENGTH, generate.LIVE)
 
         generate.ContinuousBatch = GivenLengths
         wanted = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)

@@ -57,8 +57,8 @@ class Case:
 
 COLLATE, ANSWER = "align.packing.collate", "align.rewards.answer"
 POSITIONS, TAIL = "np.arange(skip, skip + end - start)", "positions[total:] ="
-SAMPLE, IDS = "align.generate.Request.sample", "np.array(self.ids, np.int32)"
-LOGPROBS = "(self.logprobs, self.model_logprobs)"
+SAMPLE, IDS = "align.generate.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
+LOGPROBS = "(x[slot, :count].copy()"
 DECODE = "align.inference.InferenceModel.decode"
 DROPOUT = {"align.model.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
 LINEAR = "megatron.core.tensor_parallel.layers"
@@ -102,8 +102,8 @@ ENDS = {  # how an answer ends
         "ends",
         {
             SAMPLE: [
-                (IDS, f"{IDS}; keep = len(ids) - (self.finish == 'stop'); ids = ids[:keep]"),
-                (LOGPROBS, "(self.logprobs[:keep], self.model_logprobs[:keep])"),
+                (IDS, f"{IDS}; keep = len(ids) - (finish == 'stop'); ids = ids[:keep]"),
+                (LOGPROBS, "(x[slot, :keep].copy()"),
             ]
         },
     ),
@@ -111,13 +111,13 @@ ENDS = {  # how an answer ends
         "ends",
         {
             SAMPLE: [
-                (IDS, f"{IDS}; ended = self.finish == 'stop'; ids = ids[: len(ids) - ended]"),
-                (LOGPROBS, "(self.logprobs[ended:], self.model_logprobs[ended:])"),
+                (IDS, f"{IDS}; ended = int(finish == 'stop'); ids = ids[: len(ids) - ended]"),
+                (LOGPROBS, "(x[slot, ended:count].copy()"),
             ]
         },
     ),
     "the stop token is dropped, its log-prob is not": Case(
-        "ends", {SAMPLE: [(IDS, f"{IDS}; ids = ids[: len(ids) - (self.finish == 'stop')]")]}
+        "ends", {SAMPLE: [(IDS, f"{IDS}; ids = ids[: len(ids) - (finish == 'stop')]")]}
     ),
     "the stop token is not trained": Case(
         "lengths", {ANSWER: [("return Example", "trained[-1] = sample.finish != 'stop'; return Example")]}
@@ -143,7 +143,7 @@ SAMPLER = {  # what the sampler computes
     ),
     "a sequence that changes its slot leaves its last key behind": Case(
         "sampler",
-        {"align.generate.ContinuousBatch.close_gaps": [("last.position)", "last.position - 1)")]},
+        {"align.generate.ContinuousBatch.close_gaps": [("self.count[last] - 1)", "self.count[last] - 2)")]},
         "few slots",
     ),
     "the sampler keeps the weights of before the update": Case(

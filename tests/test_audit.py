@@ -1,6 +1,6 @@
 """The audit of log-probs: it passes what agrees, and names the token that does not.
 
-Under torchrun this file is its own worker: what the audit says of each case, on two processes, to a file.
+As a script this file is its own worker: what the audit says of each case, on two processes, to a file.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from align import architecture, audit, engine, generate, huggingface, inference, model, parallel, rewards
+from align import architecture, audit, engine, huggingface, inference, model, parallel, rewards
 from align.generate import Generator, RolloutConfig, Sample
 from align.model import ModelConfig
 from align.packing import BatchConfig
 from align.parallel import ParallelConfig
 from align.prompts import Prompt
 from align.sampling import SamplingConfig
-from tests.conftest import torchrun
+from tests import grids
+from tests.conftest import fork_ranks
 from tests.generate_worker import Letters
 
 LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}
@@ -54,8 +54,7 @@ class Setting:
 
     def __init__(self, directory: Path, flags: dict[str, int]):
         layout, config = ParallelConfig(**flags), ModelConfig(model=str(directory), precision="fp32")
-        mpu.destroy_model_parallel()
-        parallel.make_grid(layout)
+        grids.change(layout)
         arch = architecture.read_config(directory)
         policy = model.build_policy(arch, config, layout)
         huggingface.load(policy, huggingface.open_source(directory, arch, layout.seed))
@@ -137,14 +136,24 @@ def shifted_prefill(right: Callable) -> Callable:
     return prefill
 
 
+def shifted_decode(right: Callable) -> Callable:
+    """A decode that puts each token one place too far."""
+
+    def decode(self: inference.InferenceModel, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.reserve(int(positions.max()) + 2)
+        return right(self, tokens, positions + 1)
+
+    return decode
+
+
 def wrong_samplers(setting: Setting) -> dict[str, dict[str, float] | str]:
     """What the audit says of samplers with something wrong in them."""
     shifted = shifted_prefill(inference.InferenceModel.prefill)
-    ahead = property(lambda request: request.length + len(request.ids))  # one too far
+    ahead = shifted_decode(inference.InferenceModel.decode)
     found = {}
     with mock.patch.object(inference.InferenceModel, "prefill", shifted):
         found["rotation off by one"] = setting.check(setting.sample())
-    with mock.patch.object(generate.Request, "position", ahead):
+    with mock.patch.object(inference.InferenceModel, "decode", ahead):
         found["position off by one"] = setting.check(setting.sample())
     answers = setting.sample()
     with other_weights(setting.policy):
@@ -188,7 +197,7 @@ def cases(models: Path) -> Iterator[tuple[str, dict | str]]:
 def said(models, tmp_path_factory) -> dict[str, list[dict | str]]:
     """What the audit says on each of two ranks, by case."""
     output = tmp_path_factory.mktemp("audit")
-    torchrun(2, "tests/test_audit.py", models, output)
+    fork_ranks(2, "tests/test_audit.py", models, output)
     ranks = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert list(ranks[0]) == list(ranks[1])
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}

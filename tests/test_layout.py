@@ -33,10 +33,9 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "checkpoint",
         "metrics",
         "decode_attention",
-        "memory",
     },
     {"huggingface", "inference", "continuous", "trtllm", "generate", "loop", "reference", "rewards", "audit"},
-    {"judge", "meta_judge", "rollouts", "self_judge"},
+    {"judge", "meta_judge", "rollouts", "self_judge", "memory"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PARTS = sorted(path for path in (ROOT / "align").glob("*.py") if path.stem != "__init__")

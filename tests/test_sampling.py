@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.generation import logits_process
 
-from align.sampling import SamplingConfig, pick
+from align import sampling
+from align.sampling import SamplingConfig, _top_p_floor, _top_p_floor_by_bisection, check, pick
 
 BELOW_ONE = math.nextafter(1.0, 0.0)
 CHI_SQUARE_999 = (  # 99.9 % quantiles for 1, 2, ... degrees of freedom
@@ -262,6 +263,16 @@ def test_noise_of_a_millionth_hardly_changes_a_draw():
 # ---- edges ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.999])
+def test_top_p_by_bisection_finds_the_same_floor(scale, top_p):
+    """What GPUs use: flat rows (all tie), steep ones, rows that top-k has thinned out, to the last bit."""
+    logits = torch.stack([random_row(1984, seed, scale)[0] for seed in range(20)])
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    weights[10:] *= weights[10:] >= weights[10:].topk(9).values[:, -1:]
+    assert torch.equal(_top_p_floor_by_bisection(weights, top_p), _top_p_floor(weights, top_p))
+
+
 @pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 131, 1000])
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_only_a_token_that_can_be_drawn_is_drawn(vocabulary, place, config):
@@ -342,8 +353,32 @@ def test_shapes_types_and_that_the_logits_stay_as_they_are(config):
 @pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
 def test_broken_logits_are_refused(row, options):
     logits = torch.tensor([[1.0, 2.0, 3.0], row, [1.0, 2.0, 3.0]])
+    ids, _, model = pick(logits, torch.zeros(3), SamplingConfig(**options))
+    assert 0 <= ids.min() and ids.max() < 3, "an id that is beyond the vocabulary would break what reads it"
+    check(model[::2].numpy())
     with pytest.raises(FloatingPointError, match=r"logits of rows \[1\] hold NaN or \+inf, or -inf only"):
-        pick(logits, torch.zeros(3), SamplingConfig(**options))
+        check(model.numpy())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_draws_are_the_same_by_products(config, monkeypatch):
+    """What --deterministic uses on GPUs."""
+    logits, seen = (torch.stack(x) for x in zip(*(random_row(1984, seed) for seed in range(30)), strict=True))
+    uniforms = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    wanted = pick(logits, uniforms, CONFIGS[config], seen)
+    monkeypatch.setattr(sampling, "_running_sums", sampling._sums_by_product)
+    for a, b in zip(pick(logits, uniforms, CONFIGS[config], seen), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_broken_logits_leave_the_other_rows_as_they_are():
+    logits = torch.stack([random_row(131, seed)[0] for seed in range(3)])
+    broken = logits.clone()
+    broken[1, 7] = math.nan
+    for options in (dict(top_k=5, top_p=0.9), dict(greedy=True)):
+        wanted, found = (pick(x, torch.full((3,), 0.4), SamplingConfig(**options)) for x in (logits, broken))
+        for a, b in zip(wanted, found, strict=True):
+            assert torch.equal(a[::2], b[::2])
 
 
 # ---- greedy --------------------------------------------------------------------------------------

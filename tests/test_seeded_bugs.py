@@ -15,7 +15,7 @@ import transformers
 
 from align import audit, losses, offload, toy
 from tests import test_data, test_logprobs, test_losses_ppo, test_offload, test_sampling
-from tests.conftest import ROOT, SIZES, torchrun
+from tests.conftest import ROOT, SIZES, fork_ranks
 from tests.seeded_bugs_worker import (
     CASES,
     COLLATE,
@@ -52,7 +52,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(given / "model")
     for processes in (1, 2):
         output = tmp_path_factory.mktemp(f"on{processes}")
-        torchrun(processes, "tests/seeded_bugs_worker.py", given, output)
+        fork_ranks(processes, "tests/seeded_bugs_worker.py", given, output)
         ranks = [output / f"rank{rank}.json" for rank in range(processes)]
         found[processes] = [json.loads(rank.read_text()) for rank in ranks]
     return found

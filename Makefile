@@ -8,7 +8,7 @@ demo: .venv/ready  ## all stages on the built-in tiny model, two processes: loss
 	$(PYTHON) demo.py
 
 test: .venv/test  ## all tests, on the CPU
-	$(PYTHON) -m pytest -q tests
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q tests
 
 check: .venv/ready  ## format and lint
 	$(PYTHON) -m ruff format --check .

@@ -14,7 +14,7 @@ import json
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from align import (
 from align.architecture import Architecture
 from align.data import FormatConfig, Tokenizer
 from align.generate import Generator, RolloutConfig, Sample, check_prompt
+from align.generate import check as check_rollout
 from align.model import ModelConfig
 from align.packing import Example
 from align.parallel import ParallelConfig
@@ -115,6 +116,8 @@ def main(config: Config) -> None:
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
     model.check(arch, config.model, config.parallel)
+    settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
+    check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
     text = tokenizer.load(source.directory)
     add_bos = source.formats.get("add_bos") if config.add_bos is None else config.add_bos
     fmt = PromptFormat(add_bos=add_bos)
@@ -131,7 +134,7 @@ def main(config: Config) -> None:
         prepare_output(config.output, config.input)
 
     policy = model.build_policy(arch, config.model, config.parallel)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
+    generator = Generator(policy, config.rollout, config.sampling, settings, config.parallel, text)
     if source.checkpoint is None:
         huggingface.load(policy, huggingface.open_source(source.directory, arch, config.parallel.seed))
     else:

@@ -22,12 +22,17 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from align.layers import rotate
 
-# torch 2.11's varlen_attn has no such argument, and takes fewer key heads than query heads unasked.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9, which TensorRT-LLM asks for
+    KNOWN = frozenset()  # names of its arguments
+else:
+    KNOWN = frozenset(inspect.signature(varlen_attn).parameters)
+# torch 2.11's has no such argument, and takes fewer key heads than query heads unasked.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in KNOWN else {}
 
 
 @dataclass
@@ -194,9 +199,16 @@ class TorchAttention(MegatronModule):
 def uses_flash(dtype: torch.dtype, head_dim: int, cuda: bool) -> bool:
     """Does `flash` take such heads on this device? Else `attend` takes one sequence after the other.
 
-    fp32 is there to compare with the CPU, and flash kernels have none.
+    fp32 is there to compare with the CPU, and flash kernels have none. Before 2.11 torch's function for packs
+    had no window, or was not there.
     """
-    return cuda and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return (
+        cuda
+        and "window_size" in KNOWN
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+    )
 
 
 def flash(

@@ -63,7 +63,7 @@ class Slots:
         self.seen = None  # [slots, V], for the repetition penalty
         if config.repetition_penalty != 1.0:
             self.seen = torch.zeros(slots, engine.arch.vocab_size, dtype=torch.bool, device=device)
-        self.graphs = Graphs(self.next_tokens) if engine.graphed else None
+        self.graphs = Graphs() if engine.graphed else None
 
     @property
     def ahead(self) -> int:
@@ -93,12 +93,10 @@ class Slots:
 
     def step(self, count: int, longest: int) -> Drawn:
         """A token for each of the first `count` slots, of `longest` tokens at most: [3, count or more]."""
-        moved = self.engine.reserve(longest)
+        self.engine.reserve(longest)
         if self.graphs is None:
             return send(self.next_tokens(count))
-        if moved:
-            self.graphs.forget()
-        return send(self.graphs(graph_size(count, self.slots)))
+        return send(self.graphs(self.next_tokens, graph_size(count, self.slots), self.engine.capacity))
 
     def next_tokens(self, count: int) -> Tensor:
         """The step itself: [3, count] on the device. Collective over tp and pp."""
@@ -146,36 +144,42 @@ def graph_size(count: int, slots: int) -> int:
 class Graphs:
     """A step as CUDA graphs, one for each number of rows: each costs the host one launch.
 
-    The step must use the same memory each time, and not wait for the device. Its first call for a number of
-    rows runs as it is, which also loads or compiles its kernels, and is captured afterwards: to capture a
-    step runs nothing.
+    The step must use the same memory as long as its capacity is the same, and not wait for the device. Its
+    first call for a number of rows runs as it is, which also loads or compiles its kernels, and is captured
+    afterwards: to capture a step runs nothing.
+
+    The step is not kept: whoever owns the graphs would own itself, and its memory would wait for the
+    collector of such circles.
     """
 
-    def __init__(self, step: Callable[[int], Tensor]):
-        self.step = step
+    def __init__(self):
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.capacity = 0
 
-    def __call__(self, rows: int) -> Tensor:
+    def __call__(self, step: Callable[[int], Tensor], rows: int, capacity: int) -> Tensor:
         """What step(rows) returns, in memory that a later call overwrites."""
+        if capacity != self.capacity:  # keys and values have moved
+            self.forget()
+            self.capacity = capacity
         if rows not in self.captured:
-            result = self.step(rows)
-            self.captured[rows] = self.capture(rows)
+            result = step(rows)
+            self.captured[rows] = self.capture(step, rows)
             return result
         graph, result = self.captured[rows]
         graph.replay()
         return result
 
-    def capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def capture(self, step: Callable[[int], Tensor], rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The graph, and where it leaves its result. Graphs run one at a time, so they share their memory."""
         others = [graph.pool() for graph, _ in self.captured.values()]
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's own thread may look at its events meanwhile.
         with torch.cuda.graph(graph, pool=others[0] if others else None, capture_error_mode="thread_local"):
-            result = self.step(rows)
+            result = step(rows)
         return graph, result
 
     def forget(self) -> None:
-        """Some of the memory that the step uses has moved."""
+        """Drop all graphs: some of the memory that they use has moved."""
         if self.captured:
             torch.cuda.synchronize()  # one may be running
             self.captured.clear()

@@ -22,6 +22,7 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 from align import model, offload, packing, parallel, sampling, trtllm
+from align.architecture import Architecture
 from align.continuous import Drawn, Slots
 from align.inference import InferenceModel, Prefix, takes_graphs
 from align.model import ModelConfig, Policy
@@ -71,7 +72,13 @@ class RolloutConfig:
             self.trtllm_keep or self.trtllm_memory != RolloutConfig.trtllm_memory
         ):
             raise ValueError(
-                "--trtllm-keep and --trtllm-memory have no effect without --generate-with trtllm"
+                f"--trtllm-keep {self.trtllm_keep} and --trtllm-memory {self.trtllm_memory} have no effect "
+                "with --generate-with native: leave them out"
+            )
+        if self.generate_with == "trtllm" and self.rollout_layout == "reshard":
+            raise ValueError(
+                "--rollout-layout reshard has no effect with --generate-with trtllm, whose engines have "
+                "--rollout-tp ranks each: leave it out"
             )
         if self.generate_with == "native" and self.rollout_layout == "same" and self.rollout_tp > 1:
             raise ValueError("--rollout-tp has no effect with --rollout-layout same: leave one of them out")
@@ -128,15 +135,18 @@ class Generator:
         self.copy = self.engine = None
         tp = config.rollout_tp
         if config.generate_with == "trtllm" or config.reshards(parallel_config):
-            check_rollout_tp(tp, self.policy)
             groups = rollout_groups(tp)
             self.replica, self.replicas = dist.get_rank() // tp, dist.get_world_size() // tp
             self.group = groups.tp
         if config.generate_with == "trtllm":
-            trtllm.check(sampling_config, model_config, parallel_config)
             self.engine = trtllm.Engine(
-                *(model_config.path, sampling_config, tokenizer.stop_ids, self.group),
-                *(config.rollout_slots, config.trtllm_keep, config.trtllm_memory),
+                model=model_config.path,
+                sampling=sampling_config,
+                stop_ids=tokenizer.stop_ids,
+                group=self.group,
+                slots=config.rollout_slots,
+                keep=config.trtllm_keep,
+                memory=config.trtllm_memory,
             )
         elif config.reshards(parallel_config):
             self.copy = model.in_layout(self.policy, model_config, groups)
@@ -191,9 +201,11 @@ class Generator:
         queue = Queue(len(prompts), self)
         batch = ContinuousBatch(engine, self, slots, on_token)
         mine = batch.run(queue, prompts, streams, samples_per_prompt)
+        graphed = engine.graphed
         del engine, batch
         if self.copy is not None:
             self.freed = offload.release(self.copy.parameters())
+        if self.copy is not None or graphed:  # graphs have memory of their own
             parallel.free_memory()
         return gather(mine if self.leads else {}, len(prompts), samples_per_prompt)
 
@@ -225,9 +237,22 @@ class Generator:
         return ids[-1] in self.tokenizer.stop_ids or says_stop(ids, self.tokenizer, self.sampling.stop)
 
 
-def check_rollout_tp(tp: int, policy: Policy) -> None:
+def check(
+    arch: Architecture,
+    config: RolloutConfig,
+    sampling_config: SamplingConfig,
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> None:
+    """Refuse a sampler that this model, machine or number of processes does not allow."""
+    if config.generate_with == "trtllm":
+        trtllm.check(sampling_config, model_config, parallel_config)
+    if config.generate_with == "trtllm" or config.reshards(parallel_config):
+        check_rollout_tp(config.rollout_tp, arch, dist.get_world_size())
+
+
+def check_rollout_tp(tp: int, arch: Architecture, world: int) -> None:
     """Refuse a --rollout-tp that this model or the number of processes does not allow."""
-    arch, world = policy.arch, dist.get_world_size()
     if world % tp:
         raise ValueError(f"--rollout-tp {tp} does not divide the {world} processes")
     if arch.heads % tp or arch.ffn_size % tp or (arch.kv_heads % tp and tp % arch.kv_heads):

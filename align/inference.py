@@ -198,8 +198,8 @@ class InferenceModel:
         """Tokens that each slot has room for."""
         return self.cache[0].shape[3]
 
-    def reserve(self, length: int) -> bool:
-        """Make room for sequences of `length` tokens. Returns whether keys and values have moved for it.
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` tokens; keys and values move for it.
 
         There is a little more, so that it grows seldom. On a CPU it is no more than that: a matrix product
         reads all of it, because it is slow on a part. What is new is 0: 0 times what lies there may be NaN.
@@ -207,10 +207,9 @@ class InferenceModel:
         growth = GROWTH_GPU if self.on_gpu else GROWTH
         more = -(-length // growth) * growth - self.capacity
         if more <= 0:
-            return False
+            return
         for i, layer in enumerate(self.cache):
             self.cache[i] = nn.functional.pad(layer, (0, 0, 0, more))
-        return True
 
     # ---- what both are made of -------------------------------------------------------------------
 

@@ -36,9 +36,14 @@ def fused(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def run(x: Tensor, *rest: object) -> T:
-        return kernel()(x, *rest) if x.is_cuda else function(x, *rest)
+        return kernel()(x, *rest) if compiles(x) else function(x, *rest)
 
     return run
+
+
+def compiles(x: Tensor) -> bool:
+    """Is there a kernel for it? Not with --deterministic: how it sums may depend on the first size it saw."""
+    return x.is_cuda and not torch.are_deterministic_algorithms_enabled()
 
 
 def compiled(function: Callable[..., T], backend: str | Callable = "inductor") -> Callable[..., T]:

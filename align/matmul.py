@@ -16,6 +16,8 @@ from torch import Tensor
 ONEDNN = torch.backends.mkldnn.is_available()
 STEP = 64  # rows, of which every larger product has a multiple
 BLOCK = 4096  # rows that `add_product` computes at one time
+# Before, addmm with out_dtype wanted a total in the product's own precision.
+ADDS_IN_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 def uses_onednn(x: Tensor) -> bool:
@@ -64,7 +66,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             part += product(rows, b)
     elif a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:  # the product is added as it is summed: never rounded to bf16, and no new tensor
+    elif a.is_cuda and ADDS_IN_FP32:  # as it is summed: never rounded to bf16, and no new tensor
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b

@@ -90,7 +90,10 @@ def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> 
     if arch.layers % pp:
         raise ValueError(f"--pp {pp} does not divide the model's {arch.layers} layers")
     if uses_te(config) and (arch.window is not None or parallel.cp > 1):
-        raise ValueError("--attention te does not do sliding windows or --cp > 1 yet: use --attention torch")
+        raise ValueError(
+            f"--attention {config.attention} is Transformer Engine's here, which does not do sliding windows "
+            "or --cp above 1 yet: give --attention torch"
+        )
     if config.fp8:
         check_fp8(arch, config, tp)
 

@@ -14,7 +14,8 @@ problem() {
     sound=0
 }
 
-if ! rows=$(nvidia-smi --query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total \
+ours=(${CUDA_VISIBLE_DEVICES:+-i "$CUDA_VISIBLE_DEVICES"}) # others of a shared node are not our concern
+if ! rows=$(nvidia-smi "${ours[@]}" --query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total \
     --format=csv,noheader,nounits); then
     problem "nvidia-smi fails: $rows"
     exit 1

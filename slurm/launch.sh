@@ -21,8 +21,6 @@ if [[ -z $CONTAINER && -d .venv ]]; then
     export PATH="$PWD/.venv/bin:$PATH"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Megatron overlaps communication with computation in the order of their launch: this needs a single queue.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # If a collective hangs, each rank writes what it was waiting for: which one never came can be read from that.
 export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"

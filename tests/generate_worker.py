@@ -52,16 +52,11 @@ def build(case: dict) -> generate.Generator:
     grids.change(layout)
     config = ModelConfig(model=case["model"], precision=case.get("precision", "fp32"))
     arch = architecture.read_config(config.path)
+    rollout, sampling = RolloutConfig(**case.get("rollout", {})), SamplingConfig(**case["sampling"])
+    generate.check(arch, rollout, sampling, config, layout)
     policy = model.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
-    return generate.Generator(
-        policy,
-        RolloutConfig(**case.get("rollout", {})),
-        SamplingConfig(**case["sampling"]),
-        config,
-        layout,
-        Letters(),
-    )
+    return generate.Generator(policy, rollout, sampling, config, layout, Letters())
 
 
 def run(case: dict) -> dict:

@@ -5,6 +5,7 @@ read and wrote, undoes what they did, and does them again at each replay, on the
 graph cannot hold is refused: operations that hand a value to the host, or whose shapes depend on values.
 """
 
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from align import generate, inference, parallel, sampling
+from align.inference import InferenceModel
 from align.parallel import ParallelConfig
 from tests import generate_worker
 
@@ -113,7 +115,10 @@ def answers(case: dict) -> dict:
             found["gpu"] = generate_worker.run(case)
     else:
         with graphs():
+            gc.disable()
             found["gpu"] = generate_worker.run(case)
+            gc.enable()
+            found["left"] = sum(isinstance(kept, InferenceModel) for kept in gc.get_objects())
             found["replays"] = [graph.replays for graph in Graph.made]
     return found
 

@@ -624,14 +624,13 @@ def test_a_rollout_tp_that_does_not_divide_the_processes_is_refused(ran):
     [(9, 3, 1536, 2, False), (9, 3, 1536, 3, True), (8, 3, 96, 4, False), (8, 2, 96, 4, True)]
     + [(4, 2, 98, 4, False), (4, 4, 96, 2, True)],
 )
-def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits, monkeypatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda: 12)
+def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits):
     arch = SimpleNamespace(heads=heads, kv_heads=kv_heads, ffn_size=ffn)
     if fits:
-        generate.check_rollout_tp(tp, SimpleNamespace(arch=arch))
+        generate.check_rollout_tp(tp, arch, world=12)
         return
     with pytest.raises(ValueError, match=f"--rollout-tp {tp} does not divide the model's {heads} attention"):
-        generate.check_rollout_tp(tp, SimpleNamespace(arch=arch))
+        generate.check_rollout_tp(tp, arch, world=12)
 
 
 @pytest.mark.parametrize(
@@ -643,11 +642,25 @@ def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits, monk
             {"rollout_layout": "same", "rollout_tp": 2},
             "--rollout-tp has no effect with --rollout-layout same",
         ),
+        ({"trtllm_memory": 1.0}, "--trtllm-memory 1.0 must be above 0 and below 1"),
+        ({"trtllm_keep": True}, "--trtllm-keep True and --trtllm-memory 0.4 have no effect with"),
+        (
+            {"generate_with": "trtllm", "rollout_layout": "reshard"},
+            "--rollout-layout reshard has no effect with --generate-with trtllm",
+        ),
     ],
 )
 def test_wrong_rollout_flags(flags, message):
     with pytest.raises(ValueError, match=message):
         RolloutConfig(**flags)
+
+
+def test_an_audit_of_the_models_own_log_probs_needs_temperature_1_of_trtllm():
+    trtllm, hot = RolloutConfig(generate_with="trtllm"), SamplingConfig(temperature=0.7)
+    generate.check_model_logprobs(trtllm, SamplingConfig(temperature=1.0))
+    generate.check_model_logprobs(RolloutConfig(), hot)
+    with pytest.raises(ValueError, match="--generate-with trtllm with --temperature 0.7"):
+        generate.check_model_logprobs(trtllm, hot)
 
 
 @pytest.mark.parametrize(

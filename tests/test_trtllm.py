@@ -77,6 +77,19 @@ def test_greedy_answers_are_those_of_native_sampling(found, layout, name):
         np.testing.assert_allclose(ours[2], native[2], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ("greedy", "greedy over 2"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_generator_samples_with_engines(found, layout, name):
+    case = found[f"{layout} {name}"]
+    assert case["generator"] == case["answers"][0]
+    told = {}
+    for i, number, token in case["told"]:
+        told.setdefault((i, number), []).append(token)
+    assert told == {(i, 0): answer[0] for i, answer in enumerate(case["generator"])}
+    tp = CASES[name][2]
+    assert case["described"] == f"sampling in TensorRT-LLM, tp {tp}: {2 // tp} x 4 sequences at a time"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_answers_follow_from_weights_and_seeds_alone(found, name):
     ids = {

@@ -62,6 +62,14 @@ def run(case: dict) -> dict:
         native = generate.Generator(policy, RolloutConfig(), sampling, config, layout, Letters())
         samples = native.generate(prompts, [(0, i) for i in range(len(prompts))])
         found["native"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
+        by_engine = RolloutConfig(
+            generate_with="trtllm", rollout_tp=tp, rollout_slots=4, trtllm_keep=case["keep"]
+        )
+        through, told = generate.Generator(policy, by_engine, sampling, config, layout, Letters()), []
+        streams = [(0, i) for i in range(len(prompts))]
+        samples = through.generate(prompts, streams, on_token=lambda *token: told.append(token))
+        found["generator"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
+        found["described"], found["told"] = through.describe(), sum(by_rank(told), [])
     group = generate.rollout_groups(tp).tp
     engine = trtllm.Engine(config.path, sampling, Letters.stop_ids, group, 4, case["keep"], 0.5)
     replica, replicas = dist.get_rank() // tp, dist.get_world_size() // tp

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 T = TypeVar("T")
+# A rank waits for those whose answers or rewards take longer; NCCL's own limit would be 10 minutes.
+LONGEST_WAIT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def start(config: ParallelConfig) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     else:  # not started by torchrun
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     make_grid(config)
@@ -99,6 +102,7 @@ def make_grid(config: ParallelConfig) -> None:
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
         context_parallel_size=config.cp,
+        distributed_timeout_minutes=LONGEST_WAIT.total_seconds() / 60,
         create_gloo_process_groups=True,  # checkpoints gather on hosts
     )
     random.seed(config.seed)

@@ -117,8 +117,8 @@ def answers(case: dict) -> dict:
         with graphs():
             gc.disable()
             found["gpu"] = generate_worker.run(case)
-            gc.enable()
             found["left"] = sum(isinstance(kept, InferenceModel) for kept in gc.get_objects())
+            gc.enable()
             found["replays"] = [graph.replays for graph in Graph.made]
     return found
 

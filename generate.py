@@ -26,6 +26,7 @@ from align import (
     checkpoint,
     data,
     huggingface,
+    marker_chat,
     metrics,
     model,
     packing,
@@ -57,7 +58,7 @@ class Config:
     """a user's message, put through the chat template, or into the first field of the template in a
     prompt_format.json if the model has only that; with neither the text is continued as it stands"""
     input: Path | None = None
-    """prompts: a jsonl file, plain or .gz, of {"prompt"}, {"text"} or {"messages"} rows"""
+    """prompts: a jsonl file, plain or .gz, of {"prompt"}, {"text"}, {"messages"} or {"conversations"} rows"""
     output: Path | None = None
     """where the rows of --input go, with "response" and "finish" (stop or length); appears when complete"""
     chat: bool = False
@@ -119,15 +120,19 @@ def main(config: Config) -> None:
     settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
     text = tokenizer.load(source.directory)
+    if chat_format := marker_chat.read(source.run or source.directory):
+        text.follow(chat_format)
     add_bos = source.formats.get("add_bos") if config.add_bos is None else config.add_bos
     fmt = PromptFormat(add_bos=add_bos)
-    if config.chat and not has_chat_template(text):
+    if config.chat and not text.chat_template:
         raise ValueError(
             f"--chat needs a chat template, {source.directory} has none: use --prompt or --input"
         )
     if config.prompt is not None:
         template = None if config.raw else source.formats.get("prompt_template")
         ids = encode_text(config.prompt, text, fmt, template, config.raw)
+        if text.chat_template and template and source.formats.get("rows") == "template":
+            say(f"--prompt goes through the chat template; training rows had --prompt-template {template!r}")
         data.at("--prompt", check_ids, ids, arch)
     if config.input is not None:
         found = read_prompts(config.input, text, fmt, arch)
@@ -164,14 +169,15 @@ class Source:
 
     directory: Path  # of config.json and tokenizer
     checkpoint: Path | None  # of the weights; None: they are in the directory
-    formats: dict  # "prompt_template" and "add_bos" of its training, where known
+    run: Path | None  # directory of the run that trained the checkpoint in a format of its own
+    formats: dict  # the prompt_format.json of its training, where known
 
 
 def find_source(config: ModelConfig) -> Source:
     """Where the parts of a model are, whose --model is a Hugging Face directory or a checkpoint of ours."""
     path = config.path
     if not checkpoint.is_checkpoint(path):
-        return Source(path, None, read_formats(path))
+        return Source(path, None, None, read_formats(path))
     if checkpoint.is_reward_model(path):
         raise ValueError(
             f"--model {path} is a checkpoint of a reward model, which predicts no tokens: give a language "
@@ -184,8 +190,10 @@ def find_source(config: ModelConfig) -> Source:
             f"--model {path}: its run began with --model {flags['model']}, and there is no "
             f"{start}/config.json: start this command where the run was started"
         )
-    # of an SFT run what its OUTPUT/hf says, too; others leave the file of the model that they began with
-    return Source(start, path, flags if "prompt_template" in flags else read_formats(start))
+    run = path.parent.parent  # SFT and self-rewarding store the format of their rows there
+    if not (run / "prompt_format.json").is_file():
+        return Source(start, path, None, read_formats(start))
+    return Source(start, path, run, read_formats(run))
 
 
 def read_formats(directory: Path) -> dict:
@@ -197,11 +205,6 @@ def read_formats(directory: Path) -> dict:
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-def has_chat_template(text: Tokenizer) -> bool:
-    """Can this tokenizer render messages?"""
-    return isinstance(text, tokenizer.HuggingFaceTokenizer) and bool(text.hf.chat_template)
-
-
 def encode_text(
     text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str | None, raw: bool
 ) -> np.ndarray:
@@ -209,7 +212,7 @@ def encode_text(
 
     `template`: of rows without messages; the chat template goes before it, and `raw` before both.
     """
-    if not raw and has_chat_template(tokenizer):
+    if not raw and tokenizer.chat_template:
         row = {"messages": [{"role": "user", "content": text}]}
     elif template is not None:
         return data.at("--prompt", encode_in_template, text, tokenizer, fmt, template)
@@ -254,7 +257,9 @@ def ask(generator: Generator, ids: np.ndarray, stream: int, samples: int = 1) ->
 
     Of several copies of the model any may take the prompt, and rank 0 hear of the answer at its end only.
     """
-    shown, start = Shown(generator.tokenizer, generator.sampling.stop), time.perf_counter()
+    stop, chat_format = generator.sampling.stop, generator.tokenizer.chat
+    held = (*stop, chat_format.end("")) if chat_format else stop  # an end of turn is shown once more follows
+    shown, start = Shown(generator.tokenizer, held), time.perf_counter()
 
     def show(prompt: int, number: int, token: int) -> None:
         print(shown.add(token), end="", flush=True)

@@ -386,7 +386,8 @@ def main(config: Config) -> None:
             old = engine.per_token(policy, updates, config.batch)[:, 0]
         sampled = [sample.logprobs for sample in found.answers]
         computed = [part.numpy() for part in old.split(lengths)]
-        audit.check_ends(found.places, found.answers, text.stop_ids, config.sampling.stop)
+        stop_texts = (*config.sampling.stop, *text.stop_strings)
+        audit.check_ends(found.places, found.answers, text.stop_ids, stop_texts)
         metrics = audit.compare(
             *(found.places, sampled, computed, config.model.dtype, config.sampling.temperature)
         )

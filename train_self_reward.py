@@ -35,6 +35,7 @@ from align import (
     architecture,
     audit,
     checkpoint,
+    data,
     engine,
     generate,
     huggingface,
@@ -58,6 +59,7 @@ from align.data import FormatConfig
 from align.generate import RolloutConfig, Sample
 from align.judge import Judge, JudgeConfig
 from align.loop import CommonConfig, check_at_least
+from align.marker_chat import RowFormats
 from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from align.metrics import Clock, Run, RunConfig, with_std
 from align.offload import OffloadConfig
@@ -231,7 +233,10 @@ def main(config: Config) -> None:
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
     text, size = tokenizer.load(config.model.path), config.batch.global_batch_size
-    rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say)
+    formats = RowFormats()
+    rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say, formats)
+    trained_format = data.adopt(formats, text, config.format, run.say)
+    parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_size(len(rows["train"]), size, "--train-data")
     rows["val"] = rows["val"][config.val_rows()]
     total_steps, iteration_steps = (
@@ -300,7 +305,9 @@ def main(config: Config) -> None:
         settings = (config.sampling, config.parallel.seed, number, config.model.dtype, arch)
         path = folder / f"step_{first:08d}_{kind}.safetensors"
         return rollouts.kept(
-            path, rollouts.made_of(ref_id, (*settings, sorted(text.stop_ids)), ids, streams), make
+            path,
+            rollouts.made_of(ref_id, (*settings, sorted(text.stop_ids), text.stop_strings), ids, streams),
+            make,
         )
 
     # ---- losses ----------------------------------------------------------------------------------
@@ -414,7 +421,7 @@ def main(config: Config) -> None:
             if pairs:
                 places = [(pair.row, side) for pair in pairs for side in range(2)]
                 sampled = [one for pair in pairs for one in pair.samples]
-                audit.check_ends(places, sampled, text.stop_ids, stop_texts)
+                audit.check_ends(places, sampled, text.stop_ids, (*stop_texts, *text.stop_strings))
                 sampled_logprobs = [one.model_logprobs for one in sampled]
                 audited = audit.compare(places, sampled_logprobs, known, config.model.dtype)
 
@@ -469,7 +476,7 @@ def main(config: Config) -> None:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
         with phase("export", policy="weights"):
-            savers = [text.save, config.format.save]
+            savers = [text.save, trained_format.save]
             huggingface.save(policy, config.model.path, config.run.output / "hf", savers)
         run.say(f"the model is in {config.run.output / 'hf'}")
     run.close()

@@ -31,6 +31,7 @@ from align import (
 )
 from align.data import FormatConfig
 from align.loop import CommonConfig
+from align.marker_chat import RowFormats
 from align.metrics import Clock, Run, RunConfig, speed
 from align.packing import Batch, Example
 
@@ -58,7 +59,8 @@ def main(config: Config) -> None:
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
     text = tokenizer.load(config.model.path)
-    train, counts = data.load_sft(train_files, text, config.format)
+    formats = RowFormats()
+    train, counts = data.load_sft(train_files, text, config.format, formats)
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
     run.say(f"training data: {data.describe(counts)}")
     run.say(f"first example, trained tokens in brackets:\n{data.show(train[0], text)}")
@@ -67,6 +69,8 @@ def main(config: Config) -> None:
         val, counts = data.load_sft(val_files, text, config.format)
         run.say(f"validation data: {data.describe(counts)}")
         val = val[config.val_rows()]
+    trained_format = data.adopt(formats, text, config.format, run.say)
+    parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_ids(train + val, arch.vocab_size)
     total_steps = config.total_steps(len(train))
     optim.check(config.optim, total_steps)
@@ -143,7 +147,8 @@ def main(config: Config) -> None:
     if reason and done < total_steps:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
-        huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save, config.format.save])
+        companions = [text.save, trained_format.save]
+        huggingface.save(policy, config.model.path, config.run.output / "hf", companions)
         run.say(f"the model is in {config.run.output / 'hf'}")
     run.close()
 

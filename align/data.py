@@ -5,22 +5,20 @@ A row becomes an `Example` by the format that its fields say: `messages` (the mo
 are align/packing.py's job.
 """
 
-import gzip
 import json
-import re
 import string
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from align.jsonl import at, read_jsonl, text_field, turns_field
+from align.marker_chat import MarkerChat, RowFormats, conversation_text
 from align.packing import Example, num_trained
 
 ROLES = ("system", "user", "assistant", "tool")
-SYSTEM_ROLE = "System"  # the name that the header of a `conversations` row carries
 
 
 class Tokenizer(Protocol):
@@ -30,7 +28,10 @@ class Tokenizer(Protocol):
     bos_id: int | None
     adds_bos: bool
     stop_ids: set[int]
+    stop_strings: tuple[str, ...]
+    chat: MarkerChat | None
 
+    def follow(self, chat: MarkerChat) -> None: ...
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str: ...
@@ -80,75 +81,44 @@ class FormatConfig:
         """The names in `truncation_field`."""
         return [field.strip() for field in self.truncation_field.split(",")]
 
+
+@dataclass(frozen=True)
+class TrainedFormat:
+    """The formats that a model was trained in, which later prompts must have: prompt_format.json."""
+
+    rows: Literal["messages", "conversations", "template"]
+    """format of most training rows"""
+    prompt_template: str
+    chat_tokens: tuple[str, str, str, str, str]
+    add_bos: bool | None
+    chat: MarkerChat | None
+    """that of the model's chat template, if it is made of markers"""
+
     def save(self, directory: Path) -> None:
-        """Leave the formats beside the model: what it is asked later must look as it did in training."""
-        formats = {
-            "prompt_template": self.prompt_template,
-            "chat_tokens": self.chat_tokens,
-            "add_bos": self.add_bos,
-        }
-        (directory / "prompt_format.json").write_text(json.dumps(formats, indent=2) + "\n")
+        """Write prompt_format.json."""
+        (directory / "prompt_format.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows
+def adopt(
+    formats: RowFormats, tokenizer: Tokenizer, fmt: FormatConfig, say: Callable[[str], None]
+) -> TrainedFormat:
+    """Let a tokenizer render, end and stop chats as the training rows do; `say` logs what is stored of them.
 
-
-def read_jsonl(path: Path) -> list[tuple[str, dict]]:
-    """Rows of a .jsonl or .jsonl.gz file as ("file:line", row); blank lines are skipped.
-
-    Raises ValueError naming file and line for what is not a JSON object, and for a file without rows.
+    Raises ValueError for rows in two chat formats.
     """
-    rows = []
-    for number, line in enumerate(read_lines(Path(path)), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # bad JSON, or bytes that are not UTF-8
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a row must be a JSON object, this is a {type(row).__name__}")
-        rows.append((f"{path}:{number}", row))
-    if not rows:
-        raise ValueError(f"{path}: no rows in this file")
-    return rows
-
-
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file, unzipped if its name ends in .gz. Raises ValueError if it cannot be read."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from file
-    except (OSError, EOFError, zlib.error) as error:  # missing, a directory, not gzip, or cut short
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-
-
-def at(where: str, make: Callable, *args: object) -> Any:
-    """`make(*args)`; a ValueError of it is given its place, "file:line"."""
-    try:
-        return make(*args)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def text_field(row: dict, field: str) -> str:
-    """`row[field]`, which must be there and must be a string (ValueError)."""
-    if field not in row:
-        raise ValueError(f"no field {field!r} (the row has: {', '.join(map(repr, row)) or 'nothing'})")
-    if not isinstance(row[field], str):
-        raise ValueError(f"field {field!r} must be a string, not {type(row[field]).__name__}")
-    if re.search("[\ud800-\udfff]", row[field]):
-        raise ValueError(f"field {field!r} holds half of a surrogate pair, which is not a character")
-    return row[field]
-
-
-def turns_field(row: dict, field: str) -> list[dict]:
-    """`row[field]`, which must be a list of objects and not empty (ValueError)."""
-    turns = row[field]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"field {field!r} must be a list of at least one object")
-    return turns
+    chat = formats.chat([unescape(token) for token in fmt.chat_tokens], add_bos(tokenizer, fmt))
+    if chat:
+        tokenizer.follow(chat)
+    for line in formats.differences():
+        say(line)
+    if chat:
+        label = f", label {chat.label!r}" if chat.label else ""
+        say(
+            f"chat template of the model: turns of {chat.user!r} and {chat.assistant!r}, "
+            f"system {chat.system!r}{label} by default; an answer ends with {chat.end('')!r}"
+        )
+    rows = formats.rows.most_common(1)[0][0]
+    return TrainedFormat(rows, fmt.prompt_template, fmt.chat_tokens, fmt.add_bos, tokenizer.chat)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,21 +126,25 @@ def turns_field(row: dict, field: str) -> list[dict]:
 
 
 def load_sft(
-    paths: list[Path], tokenizer: Tokenizer, fmt: FormatConfig
+    paths: list[Path], tokenizer: Tokenizer, fmt: FormatConfig, formats: RowFormats | None = None
 ) -> tuple[list[Example], dict[str, int]]:
-    """All examples of these files, and counts for the log.
+    """All examples of these files, and counts for the log; `formats` counts the formats of their rows.
 
     Counts: rows read; of these cut_prompts (truncation fields were cut), cut_answers (cut on the right, the
     end is lost) and dropped (nothing trained is left); tokens and trained_tokens of the examples.
     Raises ValueError naming file and line for a row that is wrong, and if no row is left.
     """
     counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped"), 0)
-    examples = [cut_end(whole, fmt) for _, _, whole in read_sft(paths, tokenizer, fmt, counts)]
+    examples = [cut_end(whole, fmt) for _, _, whole in read_sft(paths, tokenizer, fmt, counts, formats)]
     return examples, counts | count_tokens(examples)
 
 
 def read_sft(
-    paths: list[Path], tokenizer: Tokenizer, fmt: FormatConfig, counts: dict[str, int]
+    paths: list[Path],
+    tokenizer: Tokenizer,
+    fmt: FormatConfig,
+    counts: dict[str, int],
+    formats: RowFormats | None = None,
 ) -> Iterator[tuple[str, dict, Example]]:
     """Every row of these files that `load_sft` keeps: "file:line", the row, its example of any length.
 
@@ -184,6 +158,8 @@ def read_sft(
             counts["dropped"] += 1
             continue
         counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
+        if formats:
+            formats.add(row)
         yield where, row, whole
     if counts["rows"] == counts["dropped"]:
         raise ValueError(
@@ -242,6 +218,11 @@ def bos_prefix(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
     return [tokenizer.bos_id] if add_bos else []
 
 
+def bos_before_chat(tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
+    """The BOS that --add-bos True puts in front of rendered messages, unless the template has its own."""
+    return bos_prefix(tokenizer, fmt.add_bos is True and not (tokenizer.chat and tokenizer.chat.bos))
+
+
 def add_bos(tokenizer: Tokenizer, fmt: BosChoice) -> bool:
     """Whether rows other than messages start with BOS."""
     return tokenizer.adds_bos if fmt.add_bos is None else fmt.add_bos
@@ -285,7 +266,7 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
             continue
         start, end = answer_span(messages, i, text, ids, tokenizer)
         trained[start:end] = [True] * (end - start)
-    bos = bos_prefix(tokenizer, fmt.add_bos is True)
+    bos = bos_before_chat(tokenizer, fmt)
     return bos + ids, [False] * len(bos) + trained
 
 
@@ -294,12 +275,17 @@ def answer_span(
 ) -> tuple[int, int]:
     """Where message `i`, an answer, lies in `ids`, the tokens of the rendered chat `text`: [start, end).
 
-    From what follows the template's generation prompt to the last stop token. Raises ValueError if there is
-    none, and for a template that `count_prefix_tokens` refuses.
+    From what follows the template's generation prompt to the last stop token, or to a stop string. Raises
+    ValueError if there is none, and for a template that `count_prefix_tokens` refuses.
     """
-    prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
+    prompt, answered = (
+        tokenizer.render(messages[:i], add_generation_prompt=True),
+        tokenizer.render(messages[: i + 1]),
+    )
     start = count_prefix_tokens(prompt, text, ids, tokenizer)
-    end = count_prefix_tokens(tokenizer.render(messages[: i + 1]), text, ids, tokenizer)
+    end = count_prefix_tokens(answered, text, ids, tokenizer)
+    if tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings):
+        return start, end
     stops = [t for t in range(start, end) if ids[t] in tokenizer.stop_ids]
     if not stops:
         raise ValueError(
@@ -334,69 +320,6 @@ def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> 
         end = count_prefix_tokens(text[:last], text, ids, tokenizer)
         trained[start:end] = [True] * (end - start)
     return bos + ids, [False] * len(bos) + trained
-
-
-def conversation_text(row: dict, chat_tokens: list[str]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a `conversations` row and the spans [first, last) of its characters that are trained.
-
-    Layout: `SYS System EON system EOT`, then for each turn `TURN from EON [LABEL label EON] value EOT`, and
-    a last TURN if an answer ends the row. With type TEXT_TO_VALUE `LABEL label EON` follows `value EOT`,
-    without a type it is left out.
-    Trained are the turns of roles that `mask` does not name: value and EOT (with TEXT_TO_VALUE label and
-    EON) and the TURN that follows, which is the end signal. The first turn answers nothing and is not
-    trained (with TEXT_TO_VALUE it may be: the label is an answer to the turn's own text).
-    """
-    system_start, turn_start, label_start, end_of_turn, end_of_name = chat_tokens
-    kind, masked, turns = check_conversation(row)
-    answers = answering(kind, masked, turns)
-    text = f"{system_start}{SYSTEM_ROLE}{end_of_name}{text_field(row, 'system')}{end_of_turn}"
-    spans = []
-    for i, (role, value, label) in enumerate(turns):
-        text += f"{turn_start}{role}{end_of_name}"
-        given, answer = "", f"{value}{end_of_turn}"
-        if label is not None and kind == "VALUE_TO_TEXT":
-            given = f"{label_start}{label}{end_of_name}"
-        elif label is not None and kind == "TEXT_TO_VALUE":
-            given, answer = f"{value}{end_of_turn}{label_start}", f"{label}{end_of_name}"
-        if i in answers:
-            first = len(text) + len(given)
-            spans.append((first, first + len(answer) + len(turn_start)))
-        text += given + answer
-    return text + (turn_start if turns[-1][0] not in masked else ""), spans
-
-
-def answering(kind: str | None, masked: set[str], turns: list[tuple[str, str, str | None]]) -> list[int]:
-    """Which turns of a `conversations` row are trained, by what `check_conversation` returns."""
-    starts_at = 0 if kind == "TEXT_TO_VALUE" else 1
-    return [i for i, (role, _, _) in enumerate(turns) if i >= starts_at and role not in masked]
-
-
-def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str, str, str | None]]]:
-    """`type`, the roles that `mask` names, and the turns (role, value, label) of a `conversations` row.
-
-    Raises ValueError if one of them is not as it must be, or if no turn is by a masked role.
-    """
-    kind, mask = row.get("type"), row.get("mask", "User")
-    if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
-        raise ValueError(f"field 'type' must be VALUE_TO_TEXT, TEXT_TO_VALUE or null, not {kind!r}")
-    roles = [mask] if isinstance(mask, str) else mask
-    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
-        raise ValueError(f"field 'mask' must be a role or a list of roles, not {mask!r}")
-    turns = [check_turn(turn, i) for i, turn in enumerate(turns_field(row, "conversations"))]
-    if not any(role in roles for role, _, _ in turns):
-        raise ValueError(
-            f"field 'mask' excludes {', '.join(roles) or 'no role'}, but no turn is 'from' there"
-        )
-    return kind, set(roles), turns
-
-
-def check_turn(turn: dict, i: int) -> tuple[str, str, str | None]:
-    """Role, value and label (None if it has none) of turn `i`."""
-    try:
-        label = None if turn.get("label") is None else text_field(turn, "label")
-        return text_field(turn, "from"), text_field(turn, "value"), label
-    except ValueError as error:
-        raise ValueError(f"turn {i}: {error}") from error
 
 
 def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:

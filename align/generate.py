@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from align import model, offload, packing, parallel, sampling, trtllm
 from align.architecture import Architecture
 from align.continuous import Drawn, Slots
 from align.inference import InferenceModel, Prefix, takes_graphs
+from align.marker_chat import MarkerChat
 from align.model import ModelConfig, Policy
 from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
@@ -39,6 +40,8 @@ class Tokenizer(Protocol):
     """What this file needs of a tokenizer; `align.tokenizer` has two."""
 
     stop_ids: set[int]
+    stop_strings: tuple[str, ...]
+    chat: MarkerChat | None
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -100,11 +103,13 @@ class Sample:
     finish: Literal["stop", "length"]
 
     def text(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> str:
-        """What it says, without what ended it."""
+        """The response as text, without what ended it."""
         ids = self.ids.tolist()
         text = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop_ids else ids)
-        ends = [text.index(end) for end in stop if end in text]
-        return text[: min(ends)] if ends else text
+        ends = [text.index(end) for end in (*stop, *tokenizer.stop_strings) if end in text]
+        text = text[: min(ends)] if ends else text
+        ended = tokenizer.chat and self.finish == "stop"
+        return text.removesuffix(tokenizer.chat.end_of_turn) if ended else text
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +135,7 @@ class Generator:
         tokenizer: Tokenizer,
     ):
         self.policy: Policy = unwrap_model(policy)
+        sampling_config = replace(sampling_config, stop=(*sampling_config.stop, *tokenizer.stop_strings))
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
         self.seed, self.fixed = parallel_config.seed, parallel_config.deterministic
         self.copy = self.engine = None

@@ -35,7 +35,8 @@ class PreferenceFormat:
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
     append_eos: bool = True
-    """end plain text with EOS unless it ends with a stop token; messages end as the template ends them"""
+    """end plain text with EOS, or as turns end in a model that was trained on 'conversations' rows, unless it
+    ends with a stop token; messages end as the template ends them"""
 
     def __post_init__(self):
         if self.max_seq_len < 2:
@@ -221,14 +222,14 @@ def format_chat(messages: list[dict], field: str, tokenizer: Tokenizer, fmt: Pre
     text = tokenizer.render(messages)
     ids = tokenizer.encode(text)
     start, end = data.answer_span(messages, len(messages) - 1, text, ids, tokenizer)
-    bos = data.bos_prefix(tokenizer, fmt.add_bos is True)
+    bos = data.bos_before_chat(tokenizer, fmt)
     return make_example(bos + ids[:start], ids[start:end], tokenizer)
 
 
 def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
     """Prompt and response of plain text, tokenised apart: the response does not change the prompt's ids."""
     prompt_ids = encode_prompt(prompt, "prompt", tokenizer, fmt)
-    response_ids = ended(tokenizer.encode(response, continued=True), tokenizer, fmt)
+    response_ids = encode_ended(response, tokenizer, fmt, continued=True)
     if not response_ids:
         raise ValueError("a response is empty, and --no-append-eos leaves nothing of it")
     return make_example(prompt_ids, response_ids, tokenizer)
@@ -246,17 +247,23 @@ def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Examp
     """A {"text"} line: nothing of it is trained, it is read for its score. Raises ValueError."""
     if "prompt" in row or "chosen" in row or "rejected" in row:
         raise ValueError(f"fields {', '.join(map(repr, row))}: {ACCEPTED}")
-    ids = tokenizer.encode(data.text_field(row, "text"))
-    if not ids:
+    text = data.text_field(row, "text")
+    if not tokenizer.encode(text):
         raise ValueError("field 'text' is empty")
     bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
-    return make_example(bos + ended(ids, tokenizer, fmt), [], tokenizer)
+    return make_example(bos + encode_ended(text, tokenizer, fmt), [], tokenizer)
 
 
-def ended(ids: list[int], tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[int]:
-    """`ids` with the EOS that --append-eos asks for."""
-    missing = fmt.append_eos and (not ids or ids[-1] not in tokenizer.stop_ids)
-    return ids + [tokenizer.eos_id] if missing else ids
+def encode_ended(
+    text: str, tokenizer: Tokenizer, fmt: PreferenceFormat, continued: bool = False
+) -> list[int]:
+    """Ids of a text with the end that --append-eos asks for: the end of sampled answers."""
+    ids = tokenizer.encode(text, continued)
+    if not fmt.append_eos or (ids and ids[-1] in tokenizer.stop_ids):
+        return ids
+    if tokenizer.chat:
+        return tokenizer.encode(tokenizer.chat.end(text), continued)
+    return ids + [tokenizer.eos_id]
 
 
 def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) -> Example:

@@ -1,8 +1,8 @@
 """Prompts to sample from: jsonl rows to the token ids that a model is asked to continue.
 
-A row is {"prompt"} or {"text"} in a string, {"prompt"} in messages, or {"messages"}, an SFT row without its
-answer. The ids are those that stand before the response in align/preferences.py. Nothing is ever cut: a
-prompt that is too long is dropped.
+A row is {"prompt"} or {"text"} in a string, {"prompt"} in messages, or an SFT row of {"messages"} or
+{"conversations"} without its answer. The ids are those that stand before the response in
+align/preferences.py. Nothing is ever cut: a prompt that is too long is dropped.
 
 Or a row is any that SFT takes: a `Task`, to sample from what comes before its last answer or to train on.
 """
@@ -15,17 +15,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from align import data, packing, preferences
+from align import data, marker_chat, packing, preferences
 from align.data import BosChoice, FormatConfig, Tokenizer
+from align.marker_chat import RowFormats
 from align.packing import BatchConfig, Example
 
 T = TypeVar("T")
-FIELDS = ("prompt", "text", "messages")
+FIELDS = ("prompt", "text", "messages", "conversations")
 VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 ACCEPTED = """accepted is one of
   {"prompt"}, a string, continued as it stands, or a list of messages that ends before the answer;
   {"text"}, a string, continued as it stands;
-  {"messages"}, a conversation: if its last message is the assistant's, that is the answer and left out.
+  {"messages"}, a conversation: if its last message is the assistant's, that is the answer and left out;
+  {"system", "conversations", "mask"}, the same for a model that was trained on such rows.
 Fields of other names may stand beside it."""
 
 
@@ -137,6 +139,8 @@ def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray
     if isinstance(row[field], str):
         check_answers(row, field)
         ids = preferences.encode_prompt(data.text_field(row, field), field, tokenizer, fmt)
+    elif field == "conversations":
+        ids = encode_conversation(row, tokenizer, fmt)
     else:
         ids = encode_chat(messages_before_answer(row, field), field, tokenizer, fmt)
     data.check_bos(ids, tokenizer)
@@ -151,7 +155,7 @@ def prompt_field(row: dict) -> str:
     if len(given) > 1:
         raise ValueError(f"both {given[0]!r} and {given[1]!r}: a row has one of them; {ACCEPTED}")
     [field] = given
-    kinds = {"prompt": (str, list), "text": (str,), "messages": (list,)}[field]
+    kinds = {"prompt": (str, list), "text": (str,), "messages": (list,), "conversations": (list,)}[field]
     if not isinstance(row[field], kinds):
         raise ValueError(f"field {field!r} is of type {type(row[field]).__name__}; {ACCEPTED}")
     return field
@@ -182,12 +186,23 @@ def messages_before_answer(row: dict, field: str) -> list[dict]:
     return messages
 
 
+def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
+    """Ids of a `conversations` row up to its last answer, in the model's markers. Raises ValueError."""
+    if not tokenizer.chat:
+        raise ValueError(
+            "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
+            "\"chat\"): train it with train_sft.py first, or give 'messages'"
+        )
+    ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
+    return data.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
+
+
 def encode_chat(messages: list[dict], field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
     """Ids of a chat up to where its answer begins. Raises ValueError if there are none."""
     ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
     if not ids:
         raise ValueError(f"field {field!r}: the chat template makes no token of it")
-    return data.bos_prefix(tokenizer, fmt.add_bos is True) + ids
+    return data.bos_before_chat(tokenizer, fmt) + ids
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,12 +223,15 @@ def load_sft_sets(
     fmt: FormatConfig,
     vocab_size: int,
     say: Callable[[str], None],
+    formats: RowFormats,
 ) -> dict[str, list[Task]]:
-    """The tasks of data sets, by name; `say` is told how many there are, and what the first prompt is.
+    """The tasks of data sets, by name; `say` logs their number and the first prompt.
+
+    `formats` counts the formats of their rows.
 
     Raises ValueError as load_tasks and packing.check_ids do.
     """
-    sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt), say)
+    sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, formats), say)
     packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
     first = next(tasks[0] for tasks in sets.values() if tasks)
     say(f"first prompt:\n{tokenizer.decode(first.prompt.ids.tolist())}")
@@ -221,7 +239,7 @@ def load_sft_sets(
 
 
 def load_tasks(
-    paths: Sequence[Path], tokenizer: Tokenizer, fmt: FormatConfig
+    paths: Sequence[Path], tokenizer: Tokenizer, fmt: FormatConfig, formats: RowFormats | None = None
 ) -> tuple[list[Task], dict[str, int]]:
     """All tasks of these files, and counts for the log.
 
@@ -232,7 +250,7 @@ def load_tasks(
     """
     names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")
     counts, tasks = dict.fromkeys(names, 0), []
-    for where, row, whole in data.read_sft(list(paths), tokenizer, fmt, counts):
+    for where, row, whole in data.read_sft(list(paths), tokenizer, fmt, counts, formats):
         start = data.at(where, answer_start, row, whole, tokenizer, fmt)
         bos = int(whole.ids[0] == tokenizer.bos_id)
         if bos < start < fmt.max_seq_len:
@@ -282,16 +300,18 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
 
 def turn_of(row: dict, text: str) -> dict:
     """A `conversations` row of `text` and an empty answer, by who asks first and answers last in `row`."""
-    kind, masked, turns = data.check_conversation(row)
+    kind, masked, turns = marker_chat.check_conversation(row)
     asking = next(name for name, _, _ in turns if name in masked)
-    answering, _, _ = turns[last_answer(data.answering(kind, masked, turns))]
+    answering, _, _ = turns[last_answer(marker_chat.answering(kind, masked, turns))]
     said = [{"from": asking, "value": text}, {"from": answering, "value": ""}]
     return {"system": "", "conversations": said, "mask": sorted(masked)}
 
 
 def text_before_answer(row: dict, fmt: FormatConfig) -> str:
     """The text of a `conversations` row up to where its only answer begins."""
-    text, [(start, _)] = data.conversation_text(row, [data.unescape(token) for token in fmt.chat_tokens])
+    text, [(start, _)] = marker_chat.conversation_text(
+        row, [data.unescape(token) for token in fmt.chat_tokens]
+    )
     return text[:start]
 
 
@@ -348,11 +368,11 @@ def conversations_turns(row: dict) -> list[tuple[str, str]]:
 
     If that answer is the label of a turn, its text comes before it.
     """
-    kind, masked, turns = data.check_conversation(row)
-    end = last_answer(data.answering(kind, masked, turns))
+    kind, masked, turns = marker_chat.check_conversation(row)
+    end = last_answer(marker_chat.answering(kind, masked, turns))
     is_label = kind == "TEXT_TO_VALUE" and turns[end][2] is not None
     before = [(name, text) for name, text, _ in turns[: end + is_label]]
-    return before or [(data.SYSTEM_ROLE, data.text_field(row, "system"))]
+    return before or [(marker_chat.SYSTEM_ROLE, data.text_field(row, "system"))]
 
 
 def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str:

@@ -16,6 +16,10 @@ import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from align import marker_chat
+from align.marker_chat import MarkerChat
 
 HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokenizer
     "tokenizer.json",
@@ -36,25 +40,70 @@ BPE = 2  # a SentencePiece model type; the other that is in use is 1, unigram
 def load(path: Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
     """The tokenizer of a model directory or of a SentencePiece `.model` file; nothing is downloaded or run.
 
-    Raises ValueError if there is none at `path`.
+    It follows the marker chat that the directory's prompt_format.json names. Raises ValueError if there is no
+    tokenizer at `path`.
     """
     path = Path(path)
     if path.suffix == ".model" and path.is_file():
         return SentencePieceTokenizer(path)
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return HuggingFaceTokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path / "tokenizer.model")
-    raise ValueError(
-        f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model file"
-    )
+        tokenizer = HuggingFaceTokenizer(path)
+    elif (path / "tokenizer.model").is_file():
+        tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
+    else:
+        raise ValueError(
+            f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model "
+            "file"
+        )
+    if chat := marker_chat.read(path):
+        tokenizer.follow(chat)
+    return tokenizer
 
 
-class HuggingFaceTokenizer:
+class FollowsMarkerChat:
+    """What both tokenizers do with a marker chat."""
+
+    chat: MarkerChat | None = None
+    chat_template: str | None = None
+    stop_strings: tuple[str, ...] = ()
+
+    def follow(self, chat: MarkerChat) -> None:
+        """Render chats by the template of `chat`, and end answers at its turn marker.
+
+        The marker is one of `stop_ids` if it is a single token after an end of turn, else one of
+        `stop_strings`.
+        """
+        self.chat, self.chat_template = chat, chat.template()
+        marker = self.encode(chat.turn_start, continued=True)
+        joined = self.encode(chat.end_of_turn + chat.turn_start, continued=True)
+        if len(marker) == 1 and joined[-1:] == marker:
+            self.stop_ids = self.stop_ids | set(marker)
+        else:
+            self.stop_strings = (chat.turn_start,)
+
+    def save_chat(self, directory: Path) -> None:
+        """Write chat_template.jinja and the end signal in generation_config.json, if there is a marker chat.
+
+        A turn marker of several tokens is a stop string: `generate` of transformers then asks for
+        `tokenizer=`, and other programs need it as their own stop string.
+        """
+        if not self.chat:
+            return
+        (directory / "chat_template.jinja").write_text(self.chat_template)
+        path = directory / "generation_config.json"
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        stops = generation_stop_ids(directory)
+        config["eos_token_id"] = sorted(stops | self.stop_ids, key=lambda i: (i != self.eos_id, i))
+        if self.stop_strings:
+            config["stop_strings"] = list(self.stop_strings)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+class HuggingFaceTokenizer(FollowsMarkerChat):
     """The tokenizer of a Hugging Face directory.
 
     Attributes: `eos_id`, `bos_id` (may be None), `pad_id`, `adds_bos` (the tokenizer by itself puts BOS in
-    front), `vocab_size` (largest id + 1), `stop_ids` (the ids that end an answer).
+    front), `vocab_size` (largest id + 1), `stop_ids` and `stop_strings` (what ends an answer), `chat`.
     """
 
     def __init__(self, directory: Path):
@@ -76,6 +125,7 @@ class HuggingFaceTokenizer:
         self.adds_bos: bool = self.bos_id is not None and self.hf("x").input_ids[0] == self.bos_id
         self.vocab_size: int = max(self.hf.get_vocab().values()) + 1
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
+        self.chat_template = self.hf.chat_template
         adds_space = self.hf.convert_ids_to_tokens(self.encode("a"))[0].startswith(SPACE)
         drops_space = self.encode(" a") == self.encode("a")
         self.inner = without_dummy_prefix(self.hf.backend_tokenizer) if adds_space or drops_space else None
@@ -99,12 +149,19 @@ class HuggingFaceTokenizer:
         """Text of `ids`, special tokens spelled out."""
         return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def follow(self, chat: MarkerChat) -> None:
+        """As above; a chat_template.jinja of the directory that was written for `chat`, or edited, stays."""
+        super().follow(chat)
+        if marker_chat.read(self.directory) == chat and self.hf.chat_template:
+            self.chat_template = self.hf.chat_template
+        self.hf.chat_template = self.chat_template
+
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """A chat as text, through the chat template.
 
         Raises ValueError if the model has no template, and if the template refuses the messages.
         """
-        if not self.hf.chat_template:
+        if not self.chat_template:
             raise ValueError(
                 f"{self.directory} has no chat template: put a chat_template.jinja there, or use rows with "
                 "'conversations' or with the fields of --prompt-template instead of 'messages'"
@@ -122,9 +179,10 @@ class HuggingFaceTokenizer:
         for name in HUGGING_FACE_FILES:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, Path(directory) / name)
+        self.save_chat(Path(directory))
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(FollowsMarkerChat):
     """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
 
     adds_bos = False
@@ -171,11 +229,23 @@ class SentencePieceTokenizer:
         return text
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """Always raises ValueError: a bare SentencePiece model has no chat template."""
-        raise ValueError(
-            f"{self.path} has no chat template: instead of 'messages' use 'conversations' rows or rows with "
-            "the fields of --prompt-template"
-        )
+        """A chat as text in the marker format. Raises ValueError without one: the model has no template."""
+        if not self.chat_template:
+            raise ValueError(
+                f"{self.path} has no chat template: instead of 'messages' use 'conversations' rows or rows "
+                "with the fields of --prompt-template"
+            )
+        bos = self.sp.id_to_piece(self.bos_id) if self.bos_id is not None else ""
+        try:
+            [text], _ = render_jinja_template(
+                [messages],
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=bos,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        return text
 
     def save(self, directory: Path) -> None:
         """Write the model, and its translation that transformers.AutoTokenizer loads (same ids)."""
@@ -193,6 +263,7 @@ class SentencePieceTokenizer:
         if self.bos_id is not None:
             config["bos_token"] = self.sp.id_to_piece(self.bos_id)
         (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.save_chat(Path(directory))
 
 
 def generation_stop_ids(directory: Path) -> set[int]:

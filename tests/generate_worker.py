@@ -24,6 +24,7 @@ class Letters:
     """A tokenizer in which every token is one character, and 2 ends an answer."""
 
     stop_ids = {2}
+    stop_strings, chat = (), None
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(0x100 + i) for i in ids)

@@ -537,13 +537,6 @@ def test_unescape(typed: str, meant: str):
     assert data.unescape(typed) == meant
 
 
-def test_formats_are_saved(tmp_path: Path):
-    data.FormatConfig("{input}: {output}", add_bos=True).save(tmp_path)
-    saved = json.loads((tmp_path / "prompt_format.json").read_text())
-    assert saved["prompt_template"] == "{input}: {output}"
-    assert [data.unescape(token) for token in saved["chat_tokens"]] == ["\x00", "\x11", "\x12", "\n", "\n"]
-
-
 # ---- order and packing -------------------------------------------------------------------------------------
 
 

@@ -296,6 +296,7 @@ class Pieces:
     """A tokenizer whose tokens have several characters; 9 ends an answer."""
 
     stop_ids = {9}
+    stop_strings, chat = (), None
     pieces = {0: "ab", 1: "cd", 2: "\n\nQ", 9: "<end>"}
 
     def decode(self, ids: list[int]) -> str:

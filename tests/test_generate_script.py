@@ -412,6 +412,7 @@ def test_bytes_that_are_decoded_together_lose_nothing():
 
     class Runs:
         stop_ids: set[int] = set()
+        stop_strings, chat = (), None
 
         def decode(self, ids: list[int]) -> str:
             try:

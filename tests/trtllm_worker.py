@@ -23,6 +23,7 @@ class Letters:
     """A tokenizer in which every token is one character, and some end an answer."""
 
     stop_ids = set(range(2, 12))
+    stop_strings, chat = (), None
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(0x100 + i) for i in ids)

@@ -1,11 +1,17 @@
-"""Raw data sets to the jsonl that training reads. Each is a file that you have; nothing is downloaded.
+"""Raw data sets to the jsonl that training reads: files that you have, or public ones, downloaded.
 
+python prepare_data.py dolly --download --output data/dolly
+python prepare_data.py oasst --download --output data/oasst
+python prepare_data.py gsm8k --download --output data/gsm8k
+python prepare_data.py hh --download --output data/hh
 python prepare_data.py dolly --input databricks-dolly-15k.jsonl --output data/dolly
 python prepare_data.py oasst --input 2023-04-12_oasst_all.trees.jsonl.gz --output data/oasst
 python prepare_data.py gsm8k --input gsm8k_train.jsonl.gz --output data/gsm8k_train.jsonl
 python prepare_data.py hh --input train.jsonl.gz --test-input test.jsonl.gz --output data/hh
 python prepare_data.py judge --input data/gsm8k_train.jsonl --output data/gsm8k_judge.jsonl
 python prepare_data.py toy --output data/toy
+
+--download fetches what is not in data/raw yet; addresses and sha256 are in align/download.py.
 """
 
 import json
@@ -14,21 +20,24 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
 from align.data import at, read_jsonl, text_field
+from align.download import DownloadError, fetch
 from align.prompts import Template, as_text, messages_turns
 from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
 
 ROOT = Path(__file__).parent
+RAW = Path("data/raw")
 OASST_ROLES = {"prompter": "User", "assistant": "Assistant"}
 OASST_LABELS = ("quality", "toxicity", "humor", "creativity")
 OASST_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+HHSet = Literal["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 JUDGEMENTS = {  # of the row's own answer, of what is left or made of it, of another row's answer
     "own": "The response answers the question in full.\nScore: 5",
@@ -40,23 +49,50 @@ HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 
 
 def main() -> None:
-    """Run the subcommand named on the command line."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "judge": judge, "toy": toy}
-    )
+    """Run the subcommand named on the command line; a failed download ends it with one line."""
+    commands = {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "judge": judge, "toy": toy}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands)
+    except DownloadError as error:
+        raise SystemExit(str(error)) from None
 
 
-def dolly(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 1234) -> None:
+def check_source(input: object, download: bool, **about_download: object) -> None:
+    """Raise ValueError unless one of --input and --download is given; other flags are about the latter."""
+    if bool(input) == download:
+        raise ValueError("give either --input FILE or --download, which fetches the public file")
+    for name, value in about_download.items():
+        if value and not download:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --download: leave it out")
+
+
+def raw_file(name: str, input: Path | None, download: bool, download_dir: Path | None) -> Path:
+    """Return --input, or the path of the public file `name`. Raises ValueError unless one is asked for."""
+    check_source(input, download, download_dir=download_dir)
+    return input or fetch(name, download_dir or RAW)
+
+
+def dolly(
+    input: Path | None = None,
+    output: Path = tyro.MISSING,
+    val_fraction: float = 0.05,
+    seed: int = 1234,
+    download: bool = False,
+    download_dir: Path | None = None,
+) -> None:
     """databricks-dolly-15k to {"input", "output", "category"}: instruction and context in random order.
 
     Args:
-        input: databricks-dolly-15k.jsonl
+        input: databricks-dolly-15k.jsonl, plain or .gz
         output: directory for train.jsonl and val.jsonl
         val_fraction: share of the rows that goes to val.jsonl
         seed: of the order of rows and of the order inside a row
+        download: fetch databricks-dolly-15k.jsonl (13 MB) in place of --input
+        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
     """
+    raw = raw_file("databricks-dolly-15k.jsonl", input, download, download_dir)
     rng = random.Random(seed)
-    rows = [at(where, dolly_row, row, rng) for where, row in read_jsonl(input)]
+    rows = [at(where, dolly_row, row, rng) for where, row in read_jsonl(raw)]
     rng.shuffle(rows)
     write_split(output, *split(rows, val_fraction))
 
@@ -73,7 +109,14 @@ def dolly_row(row: dict, rng: random.Random) -> dict:
     }
 
 
-def oasst(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 10) -> None:
+def oasst(
+    input: Path | None = None,
+    output: Path = tyro.MISSING,
+    val_fraction: float = 0.05,
+    seed: int = 10,
+    download: bool = False,
+    download_dir: Path | None = None,
+) -> None:
     """OpenAssistant trees to {"system", "conversations", "mask", "type"}: every thread, with its labels.
 
     Args:
@@ -81,8 +124,11 @@ def oasst(input: Path, output: Path, val_fraction: float = 0.05, seed: int = 10)
         output: directory for train.jsonl and val.jsonl
         val_fraction: share of the trees whose threads go to val.jsonl
         seed: of the order of trees
+        download: fetch 2023-04-12_oasst_all.trees.jsonl.gz of OpenAssistant/oasst1 in place of --input
+        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
     """
-    trees = [at(where, oasst_rows, row) for where, row in read_jsonl(input)]
+    raw = raw_file("2023-04-12_oasst_all.trees.jsonl.gz", input, download, download_dir)
+    trees = [at(where, oasst_rows, row) for where, row in read_jsonl(raw)]
     random.Random(seed).shuffle(trees)
     train, val = split(trees, val_fraction)
     write_split(output, [row for tree in train for row in tree], [row for tree in val for row in tree])
@@ -129,19 +175,36 @@ def oasst_label(labels: dict) -> str | None:
     return ",".join(scaled) or None
 
 
-def gsm8k(input: Path, output: Path, limit: int | None = None, instruction: str = "") -> None:
+def gsm8k(
+    input: Path | None = None,
+    output: Path = tyro.MISSING,
+    limit: int | None = None,
+    instruction: str = "",
+    download: bool = False,
+    download_dir: Path | None = None,
+) -> None:
     """GSM8K {"question", "answer"} to {"messages", "answer"}: a chat, and the number that it arrives at.
 
     Args:
         input: train.jsonl or test.jsonl of grade-school-math, plain or .gz
-        output: the jsonl file to write
-        limit: only so many rows, from the start of the file
+        output: the jsonl file to write; with --download the directory of train.jsonl and test.jsonl
+        limit: only so many rows, from the start of a file
         instruction: text that follows each question, after a blank line
+        download: fetch train.jsonl and test.jsonl (5 MB) in place of --input
+        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit} must be at least 1")
-    rows = [at(where, gsm8k_row, row, instruction) for where, row in read_jsonl(input)[:limit]]
-    write_jsonl(output, rows)
+    check_source(input, download, download_dir=download_dir)
+    if download and output.suffix == ".jsonl":
+        raise ValueError(f"--output {output}: with --download it is the directory of train and test.jsonl")
+    files = [(input, output)]
+    if download:
+        raw = [fetch(f"gsm8k_{part}.jsonl", download_dir or RAW) for part in ("train", "test")]
+        files = list(zip(raw, (output / "train.jsonl", output / "test.jsonl"), strict=True))
+    for source, path in files:
+        rows = [at(where, gsm8k_row, row, instruction) for where, row in read_jsonl(source)[:limit]]
+        write_jsonl(path, rows)
 
 
 def gsm8k_row(row: dict, instruction: str) -> dict:
@@ -156,12 +219,15 @@ def gsm8k_row(row: dict, instruction: str) -> dict:
 
 
 def hh(
-    input: tuple[Path, ...],
-    output: Path,
+    input: tuple[Path, ...] = (),
+    output: Path = tyro.MISSING,
     test_input: tuple[Path, ...] = (),
     test_fraction: float | None = None,
     style: Literal["messages", "text"] = "messages",
     seed: int = 1234,
+    download: bool = False,
+    sets: tuple[HHSet, ...] = (),
+    download_dir: Path | None = None,
 ) -> None:
     """Anthropic's HH-RLHF {"chosen", "rejected"} to {"prompt", "chosen", "rejected"} and to prompts alone.
 
@@ -172,12 +238,25 @@ def hh(
         input: train.jsonl of one or several of its sets, plain or .gz
         output: directory for train_ and test_comparisons.jsonl, train_ and test_prompts.jsonl
         test_input: the test set; rows of --input that open like one of its conversations are dropped
-        test_fraction: without --test-input, share of the conversations that is held out (default: 0.1)
+        test_fraction: without a test set, share of the conversations that is held out (default: 0.1)
         style: chat messages, or text that reads "User: ... Assistant: ..."
         seed: of the choice of conversations that are held out
+        download: fetch train and test files of --sets in place of --input and --test-input
+        sets: with --download, the sets to fetch (default: all four, 79 MB, 160,800 and 8,552 pairs)
+        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
     """
-    if test_input and test_fraction is not None:
-        raise ValueError(f"--test-fraction {test_fraction}: --test-input is the test set, give one of them")
+    check_source(input, download, sets=sets, download_dir=download_dir)
+    if download and test_input:
+        raise ValueError("--test-input: --download fetches the test set too, give one of them")
+    if (download or test_input) and test_fraction is not None:
+        raise ValueError(
+            f"--test-fraction {test_fraction}: --test-input or --download is the test set, give one of them"
+        )
+    if download:
+        names = [f"hh_{name}" for name in dict.fromkeys(sets or get_args(HHSet))]
+        raw = download_dir or RAW
+        input = tuple(fetch(f"{name}_train.jsonl.gz", raw) for name in names)
+        test_input = tuple(fetch(f"{name}_test.jsonl.gz", raw, "--test-input") for name in names)
     pairs = hh_pairs(input)
     if test_input:
         test = hh_pairs(test_input)

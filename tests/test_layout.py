@@ -11,6 +11,7 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "losses",
         "packing",
         "data",
+        "download",
         "architecture",
         "tokenizer",
         "gsm8k",

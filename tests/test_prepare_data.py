@@ -1,15 +1,24 @@
 """Raw data sets to jsonl, and the toy task."""
 
 import gzip
+import hashlib
 import json
+import random
+import re
+import socket
+import struct
 import sys
+import threading
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import prepare_data
-from align import data, preferences, tokenizer, toy
+from align import data, download, preferences, tokenizer, toy
 from align.judge import parse_score
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -335,7 +344,7 @@ def test_hh_with_a_test_set(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 def test_hh_refuses(tmp_path: Path):
     raw = write_rows(tmp_path / "raw.jsonl", [hh_raw("q", "a"), hh_raw("q", "b")])
-    with pytest.raises(ValueError, match="--test-fraction 0.1: --test-input is the test set"):
+    with pytest.raises(ValueError, match="--test-fraction 0.1: --test-input or --download is the test set"):
         prepare_data.hh((raw,), tmp_path, (raw,), test_fraction=0.1)
     with pytest.raises(ValueError, match="--test-fraction 0.1 of 1 must leave some"):
         prepare_data.hh((raw,), tmp_path)
@@ -354,6 +363,306 @@ def test_hh_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     prepare_data.main()
     assert [len(rows) for rows in hh_outputs(tmp_path / "out").values()] == [4, 2, 2, 1]
     assert read_rows(tmp_path / "out/test_prompts.jsonl") == [{"prompt": "User: t\n\nAssistant:"}]
+
+
+# ---- downloads ---------------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Files over HTTP on the loopback device, with connections that break."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str | None]] = []  # path, Range
+        self.breaks: list[int] = []  # bytes after which the next connections break
+        self.resets = False  # they break with a reset, not with an end
+        self.ranges = True  # Range is honoured
+        self.lengths = True  # and Content-Length sent
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, asked = self.server, self.headers["Range"]
+        server.requests.append((self.path, asked))
+        if self.path.startswith("/moved/"):  # as huggingface.co does
+            return self.answer(302, Location=f"{server.url}/{self.path.removeprefix('/moved/')}")
+        if self.path not in server.files:
+            return self.send_error(404)
+        body, start = server.files[self.path], 0
+        if server.ranges and asked:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                return self.send_error(416)
+            self.answer(206, Content_Length=len(body) - start)
+        else:
+            self.answer(200, **({"Content_Length": len(body)} if server.lengths else {}))
+        if server.breaks:
+            self.wfile.write(body[start:][: server.breaks.pop(0)])
+            if server.resets:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+        else:
+            self.wfile.write(body[start:])
+
+    def answer(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server, reached without the proxy that this machine may have."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it has read the environment
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+BODY = random.Random(0).randbytes(700_000)  # three blocks
+
+
+def publish(
+    server: Server, monkeypatch: pytest.MonkeyPatch, name: str = "f", body: bytes = BODY, path: str = "/f"
+) -> None:
+    """Serve `body` and list it as the public file `name`."""
+    server.files[path.replace("/moved/", "/")] = body
+    digest = hashlib.sha256(body).hexdigest()
+    monkeypatch.setitem(download.PUBLIC, name, (server.url + path, digest))
+
+
+def test_download_once(server, tmp_path: Path, monkeypatch, capsys):
+    publish(server, monkeypatch)
+    path = download.fetch("f", tmp_path / "a/raw")
+    assert path == tmp_path / "a/raw/f" and path.read_bytes() == BODY
+    assert capsys.readouterr().out == f"{path}: downloaded 0.7 MB, sha256 as expected\n"
+    assert download.fetch("f", tmp_path / "a/raw") == path
+    assert capsys.readouterr().out == f"{path}: already there, sha256 as expected\n"
+    assert server.requests == [("/f", None)] and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("lengths", "of_total"), [(True, " of 0.7"), (False, "")])
+def test_download_shows_progress_on_a_terminal(
+    server, lengths: bool, of_total: str, tmp_path: Path, monkeypatch, capsys
+):
+    publish(server, monkeypatch)
+    server.lengths = lengths
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert download.fetch("f", tmp_path).read_bytes() == BODY
+    shown = [f"f: {done}{of_total} MB" for done in ("0.3", "0.5", "0.7", "0.7")]  # blocks of 2^18 bytes
+    assert capsys.readouterr().err == "".join(f"\r{line}" for line in shown) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("ranges", "resets", "lengths"),
+    [(True, False, True), (False, False, True), (True, True, True), (False, True, False)],
+)
+def test_download_continues_after_a_break(
+    server, ranges: bool, resets: bool, lengths: bool, tmp_path: Path, monkeypatch
+):
+    publish(server, monkeypatch)
+    server.ranges, server.resets, server.lengths = ranges, resets, lengths
+    server.breaks = [300_000, 0, 100_000]
+    assert download.fetch("f", tmp_path).read_bytes() == BODY
+    asked = [asked for _, asked in server.requests]
+    assert len(asked) == 4 and asked[0] is None
+    if not resets:  # a reset may lose bytes that were sent
+        continued = [300_000, 300_000, 400_000] if ranges else [300_000, None, 100_000]
+        assert asked[1:] == [start and f"bytes={start}-" for start in continued]
+
+
+def test_download_continues_the_part_of_an_earlier_run(server, tmp_path: Path, monkeypatch):
+    publish(server, monkeypatch, path="/moved/f")  # the second request has the Range of the first
+    server.breaks = [100_000] * 5
+    part = tmp_path / "f.part"
+    with pytest.raises(
+        download.DownloadError, match=f"broke 5 times; .* continue {part}, 0.5 MB; fetch this"
+    ):
+        download.fetch("f", tmp_path)
+    assert part.read_bytes() == BODY[:500_000]
+    assert download.fetch("f", tmp_path).read_bytes() == BODY
+    assert server.requests[-2:] == [("/moved/f", "bytes=500000-"), ("/f", "bytes=500000-")]
+    (tmp_path / "f").rename(part)  # stopped before it was renamed
+    assert download.fetch("f", tmp_path).read_bytes() == BODY and not part.exists()
+
+
+def test_download_with_the_wrong_sha256(server, tmp_path: Path, monkeypatch):
+    publish(server, monkeypatch)
+    server.files["/f"] = other = BODY[:-1] + b"\0"
+    actual, expected = (hashlib.sha256(body).hexdigest() for body in (other, BODY))
+    with pytest.raises(
+        download.DownloadError, match=f"{server.url}/f: sha256 {actual}, expected {expected}; it"
+    ):
+        download.fetch("f", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "f").write_bytes(other)  # and one that is there: it may be of use, so it stays
+    with pytest.raises(
+        download.DownloadError, match=f"{tmp_path}/f: sha256 {actual}, expected {expected}; rem"
+    ):
+        download.fetch("f", tmp_path)
+    assert (tmp_path / "f").read_bytes() == other
+    (tmp_path / "f").unlink()
+    (tmp_path / "f.part").write_bytes(b"of another version")
+    with pytest.raises(download.DownloadError, match="it is deleted: try again"):
+        publish(server, monkeypatch)
+        download.fetch("f", tmp_path)
+    assert download.fetch("f", tmp_path).read_bytes() == BODY
+
+
+def test_download_without_a_published_sha256(server, tmp_path: Path, monkeypatch, capsys):
+    publish(server, monkeypatch)
+    monkeypatch.setitem(download.PUBLIC, "f", (f"{server.url}/f", None))
+    for found in ("downloaded 0.7 MB", "already there"):
+        path = download.fetch("f", tmp_path)
+        said = f"{path}: {found}, sha256 {hashlib.sha256(BODY).hexdigest()} not checked: no published one"
+        assert capsys.readouterr().out.startswith(said)
+    assert path.read_bytes() == BODY and len(server.requests) == 1
+
+
+def test_download_through_a_proxy(server, tmp_path: Path, monkeypatch):
+    publish(server, monkeypatch, path="/f")
+    server.files["http://data.invalid/f"] = BODY  # a proxy is asked for the whole address
+    monkeypatch.setitem(download.PUBLIC, "f", ("http://data.invalid/f", download.PUBLIC["f"][1]))
+    monkeypatch.setenv("http_proxy", server.url)
+    assert download.fetch("f", tmp_path).read_bytes() == BODY
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    prepare_data.main()
+
+
+def test_download_fails_with_one_line(server, tmp_path: Path, monkeypatch, capsys):
+    name = "databricks-dolly-15k.jsonl"
+    with socket.socket() as closed:  # bound, and not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{closed.getsockname()[1]}/dolly"
+        for url, reason in ((refused, "Connection refused"), (f"{server.url}/absent", "404: Not Found")):
+            monkeypatch.setitem(download.PUBLIC, name, (url, "0" * 64))
+            with pytest.raises(SystemExit) as stopped:
+                command(
+                    monkeypatch,
+                    "dolly",
+                    "--download",
+                    "--output",
+                    tmp_path / "out",
+                    "--download-dir",
+                    tmp_path,
+                )
+            line = str(stopped.value)
+            assert line.startswith(f"{url}: ") and reason in line and "\n" not in line
+            by_hand = (
+                f"fetch this address by hand and save it as {tmp_path}/{name}, or give the file as --input"
+            )
+            assert by_hand in line
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_commands_download(server, tmp_path: Path, monkeypatch):
+    """Each command writes what it writes of the same file by --input; raw files are in data/raw."""
+    monkeypatch.chdir(tmp_path)
+    trees = [tree(message("prompter", f"q{i}", message("assistant", "a"))) for i in range(20)]
+    raw = {
+        "databricks-dolly-15k.jsonl": jsonl([dolly_row(i, "c") for i in range(20)]),
+        "2023-04-12_oasst_all.trees.jsonl.gz": gzip.compress(jsonl(trees)),
+        "gsm8k_train.jsonl": jsonl([{"question": f"q{i}", "answer": f"#### {i}"} for i in range(5)]),
+        "gsm8k_test.jsonl": jsonl([{"question": f"t{i}", "answer": f"#### {i}"} for i in range(3)]),
+    }
+    for name, body in raw.items():
+        publish(server, monkeypatch, name, body, f"/{name}")
+    for words in ("dolly --seed 3", "oasst --val-fraction 0.2", "gsm8k --limit 4 --instruction Briefly."):
+        name = words.split()[0]
+        command(monkeypatch, *words.split(), "--download", "--output", f"data/{name}")
+    assert sorted(path.name for path in Path("data/raw").iterdir()) == sorted(raw)
+    prepare_data.dolly(Path("data/raw/databricks-dolly-15k.jsonl"), Path("by_hand/dolly"), seed=3)
+    trees = Path("data/raw/2023-04-12_oasst_all.trees.jsonl.gz")
+    prepare_data.oasst(trees, Path("by_hand/oasst"), val_fraction=0.2)
+    for part in ("train", "test"):
+        output = Path(f"by_hand/gsm8k/{part}.jsonl")
+        prepare_data.gsm8k(Path(f"data/raw/gsm8k_{part}.jsonl"), output, 4, "Briefly.")
+    written = sorted(path.relative_to("by_hand") for path in Path("by_hand").glob("*/*"))
+    assert [str(path) for path in written] == [
+        *("dolly/train.jsonl", "dolly/val.jsonl", "gsm8k/test.jsonl", "gsm8k/train.jsonl"),
+        *("oasst/train.jsonl", "oasst/val.jsonl"),
+    ]
+    for path in written:
+        assert ("data" / path).read_text() == ("by_hand" / path).read_text()
+    assert [len(read_rows(tmp_path / f"data/gsm8k/{part}.jsonl")) for part in ("train", "test")] == [4, 3]
+
+
+HH_NAMES = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+
+
+def test_hh_downloads_its_sets(server, tmp_path: Path, monkeypatch):
+    for i, name in enumerate(HH_NAMES):
+        for part, rows in (("train", 3), ("test", 1)):
+            pairs = [hh_raw(f"{name} {part} {row}", "a") for row in range(rows + i)]
+            file = f"hh_{name}_{part}.jsonl.gz"
+            publish(server, monkeypatch, file, gzip.compress(jsonl(pairs)), f"/{file}")
+    flags = ("--output", tmp_path / "two", "--download-dir", tmp_path, "--sets", *HH_NAMES[:2])
+    command(monkeypatch, "hh", "--download", *flags)
+    assert [len(rows) for rows in hh_outputs(tmp_path / "two").values()] == [7, 7, 3, 3]
+    assert len(server.requests) == 4
+    command(monkeypatch, "hh", "--download", "--output", tmp_path / "all", "--download-dir", tmp_path)
+    written = hh_outputs(tmp_path / "all")
+    assert [len(rows) for rows in written.values()] == [18, 18, 10, 10]
+    assert len(server.requests) == 8
+    for part in ("train", "test"):
+        openings = {row["prompt"][0]["content"] for row in written[f"{part}_prompts"]}
+        assert {opening.rsplit(" ", 1)[0] for opening in openings} == {f"{name} {part}" for name in HH_NAMES}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("dolly", "give either --input FILE or --download"),
+        ("oasst --input a --download", "give either --input FILE or --download"),
+        ("gsm8k --input a --download-dir raw", "--download-dir has no effect without --download"),
+        ("gsm8k --download --output a.jsonl", "--output a.jsonl: with --download it is the directory"),
+        ("hh --input a --sets harmless-base", "--sets has no effect without --download"),
+        ("hh --download --test-input a", "--test-input: --download fetches the test set too"),
+        ("hh --download --test-fraction 0.1", "--test-fraction 0.1: --test-input or --download is"),
+    ],
+)
+def test_download_flags_are_checked_first(words: str, said: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_data, "fetch", lambda *_: pytest.fail("it downloads"))
+    output = [] if "--output" in words else ["--output", "out"]
+    with pytest.raises(ValueError, match=said):
+        command(monkeypatch, *words.split(), *output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_addresses_are_of_one_commit():
+    names = [f"hh_{name}_{part}.jsonl.gz" for name in HH_NAMES for part in ("train", "test")]
+    names += ["gsm8k_train.jsonl", "gsm8k_test.jsonl", "databricks-dolly-15k.jsonl"]
+    assert set(download.PUBLIC) == {*names, "2023-04-12_oasst_all.trees.jsonl.gz"}
+    for name, (url, digest) in download.PUBLIC.items():
+        assert re.fullmatch(r"https://(huggingface\.co|raw\.githubusercontent\.com)/.+/[0-9a-f]{40}/.+", url)
+        assert url.rsplit("/", 1)[1] in name and url.endswith(name.rsplit("_", 1)[-1])
+        assert re.fullmatch("[0-9a-f]{64}", digest or "0" * 64)
+    digests = [digest for _, digest in download.PUBLIC.values() if digest]
+    assert len(set(digests)) == len(digests) == len(download.PUBLIC) - 1
 
 
 # ---- the toy task ------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
     {
         "losses",
+        "jsonl",
+        "marker_chat",
         "packing",
         "data",
         "download",

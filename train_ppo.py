@@ -375,6 +375,8 @@ def main(config: Config) -> None:
 
         # rollout: [A] answers; their N tokens lie end to end from here on
         found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
+        if step == first_step:
+            generate.warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
         run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
         lengths = [len(sample.ids) for sample in found.answers]
         ended = torch.tensor([sample.finish == "stop" for sample in found.answers])

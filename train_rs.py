@@ -193,6 +193,8 @@ def main(config: Config) -> None:
 
         # rollout
         found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
+        if step == first_step:
+            generate.warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
         selected, unended, duplicates, low = [], 0, 0, 0
         for i, (row, samples) in enumerate(zip(found.rows, found.samples, strict=True)):
             filters = config.keep_top, config.unended, config.duplicates

@@ -380,7 +380,7 @@ def main(config: Config) -> None:
 
     # ---- loop ------------------------------------------------------------------------------------
     clock.shares(), phase.memory()  # what came before the first step is not its own
-    ref_id, reason, untouched = rollouts.weights_digest(ref), None, False
+    ref_id, reason, untouched, rolled_out = rollouts.weights_digest(ref), None, False, []
     for step in range(first_step, total_steps):
         done, iteration = step + 1, step // iteration_steps
         begin, end = iteration * iteration_steps, (iteration + 1) * iteration_steps
@@ -399,7 +399,11 @@ def main(config: Config) -> None:
                 ahead = range(start, min(start + config.rollout_ahead, end))
                 places = [(TRAIN, one, row) for one in ahead for row in rows_of_step(one)]
                 tasks, sample = [rows["train"][row] for *_, row in places], partial(by_reference, start + 1)
+                first_rollout = not rolled_out
                 rolled_out = asker.answers(tasks, places, config.samples_per_prompt, sample)
+                if first_rollout:
+                    responses = [sample for answered in rolled_out for sample in answered.samples]
+                    generate.warn_if_none_ended(responses, config.sampling.max_new_tokens, run.say)
             if step == start and config.meta.meta_judge and len(buffer) < MOST_WAITING * size:
                 compared = asker.compare(rolled_out, sample)
                 taken = [buffer.offer(pair) for one in compared if (pair := one.pair()) is not None]

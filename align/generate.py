@@ -277,6 +277,16 @@ def check_model_logprobs(config: RolloutConfig, sampling_config: SamplingConfig)
         )
 
 
+def warn_if_none_ended(responses: Sequence[Sample], max_new_tokens: int, say: Callable[[str], None]) -> None:
+    """Log a warning if no response of a rollout ended by itself: training would hardly learn from it."""
+    if all(response.finish == "length" for response in responses):
+        say(
+            f"WARNING: none of the {len(responses):,} responses of the first rollout ended within "
+            f"--max-new-tokens {max_new_tokens}: raise it, give the text that ends a response as --stop, or "
+            "start from a model that was trained on responses with an end"
+        )
+
+
 def check_prompt(prompt: np.ndarray, context: int) -> None:
     """Raises ValueError for a prompt that cannot be answered."""
     if len(prompt) == 0:

@@ -489,6 +489,7 @@ def test_learning_rate_zero_changes_nothing(folder):
 def test_without_an_ended_answer_only_the_critic_learns(folder):
     """--unended mask, and no answer of two tokens ends."""
     [row] = metrics(folder, "masked")
+    assert "of the first rollout ended within --max-new-tokens 2" in (folder / "masked/log.txt").read_text()
     assert row["train_rollouts/ended"] == 0.0
     assert group(row, "train_optim") == CRITIC_OPTIM and group(row, "audit") == AUDIT - {"ratio_error"}
     assert same(exported(folder, "masked"), exported(folder, "gae"))

@@ -304,7 +304,9 @@ def test_a_step_that_selects_nothing_goes_on(idle):
 
     A checkpoint can be saved, and continued from, before there has been an update.
     """
-    assert "continuing after step 1" in (idle / "nothing" / "log.txt").read_text()
+    log = (idle / "nothing" / "log.txt").read_text()
+    assert "continuing after step 1" in log
+    assert "none of the 16 responses of the first rollout ended within --max-new-tokens 1" in log
     for row in read_jsonl(idle / "nothing" / "metrics.jsonl"):
         assert row["train_rollouts/selected"] == row["train_optim/updates"] == 0
         assert row["train_rollouts/dropped_unended"] == 16 and row["train_rollouts/ended"] == 0

@@ -17,8 +17,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -110,18 +111,25 @@ def write_config(folder: Path) -> None:
     (folder / "bin/nvidia-smi").chmod(0o755)
 
 
+def spawn(command: Sequence[str], environment: dict[str, str], output: IO | int) -> subprocess.Popen:
+    """Start a program that ends when pytest dies, however that dies."""
+    pr_set_pdeathsig = 1  # from linux/prctl.h
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM),
+    )
+
+
 @contextlib.contextmanager
 def daemon(command: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
-    """Run a daemon in the foreground; it ends with the body, or when pytest dies."""
-    pr_set_pdeathsig = 1  # from linux/prctl.h
+    """Run a daemon in the foreground, during the body."""
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=file,
-            stderr=file,
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM),
-        )
+        process = spawn(command, environment, file)
     try:
         yield
     finally:
@@ -169,8 +177,7 @@ def terminal(
     job: dict[str, str], *command: str, meanwhile: Callable[[], None] = lambda: None
 ) -> tuple[int, str]:
     """Run srun or salloc as in a terminal; returns its status and what it prints."""
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=job, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    process = spawn(command, job, subprocess.PIPE)
     try:
         meanwhile()
         output, _ = process.communicate(timeout=TIMEOUT_S)
@@ -234,7 +241,7 @@ def assert_complete(job: dict[str, str], num_steps: int) -> None:
 
 
 def test_sbatch_names_the_node_of_a_killed_process_and_the_next_job_continues(job):
-    number = sbatch(job, "slurm/sft.sbatch", *SFT, "--max-steps", "100000")
+    number = sbatch(job, "slurm/sft.sbatch", *SFT, "--max-steps", "2000")
     kill_rank_1(job)
     outcome, log = ended(job, number)
     assert outcome == "FAILED"
@@ -270,14 +277,12 @@ def test_sbatch_is_requeued_at_its_time_limit_and_completes(job):
 
 
 def test_srun_stops_at_the_time_limit_and_the_same_command_completes(job):
-    srun = ["srun", "--nodes=2", "--gpus-per-node=1", "--time=1", "slurm/ppo.sbatch", *PPO]
-    status, output = terminal(job | {"SLOW_S": "1", "MARGIN_S": "50"}, *srun)
+    srun, script = ["srun", "--nodes=2", "--gpus-per-node=1"], ["slurm/ppo.sbatch", *PPO]
+    status, output = terminal(job | {"SLOW_S": "1", "MARGIN_S": "50"}, *srun, "--time=1", *script)
     assert status == 75, output
     assert "stopped before the end: give the same command again to continue" in output
     assert 1 <= steps(job)[-1] < 10
-    status, output = terminal(
-        job, *srun
-    )  # 900 s of margin are more than a minute: it trains for half of that
+    status, output = terminal(job, *srun, "--time=10", *script)
     assert status == 0, output
     assert "at most MARGIN_S=900 s: training stops after half of it" in output
     assert f"complete: {job['OUTPUT']}/hf" in output
@@ -293,7 +298,7 @@ def test_srun_inside_salloc(job):
     assert advice.startswith("4 tasks on 2 nodes") and advice.endswith("give srun --nodes=2 --ntasks=2")
 
     options = ["--nodes=2", "--ntasks=2", "slurm/sft.sbatch", *SFT, "--max-steps"]
-    status, output = terminal(job, *salloc, *options, "100000", meanwhile=lambda: kill_rank_1(job))
+    status, output = terminal(job, *salloc, *options, "2000", meanwhile=lambda: kill_rank_1(job))
     assert status != 0
     assert "127.0.0.2: torchrun ended with status 1; the whole step ends" in output
     assert "Signal 9 (SIGKILL) received by PID" in output

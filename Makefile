@@ -2,13 +2,16 @@
 PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check smollm2 bench bench-pairs bench-generate bench-ppo loc
+.PHONY: demo test test-slurm check smollm2 bench bench-pairs bench-generate bench-ppo loc
 
 demo: .venv/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(PYTHON) demo.py
 
 test: .venv/test  ## all tests, on the CPU
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q tests
+
+test-slurm: .venv/test  ## the batch files on a real Slurm of two nodes, all on this machine: needs slurm-wlm
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q tests/real_slurm.py
 
 check: .venv/ready  ## format and lint
 	$(PYTHON) -m ruff format --check .

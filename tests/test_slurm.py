@@ -1,14 +1,16 @@
-"""The Slurm scripts: shellcheck, and their command lines with stand-ins for Slurm's programs."""
+"""The batch files with stand-ins for Slurm's programs: what the real Slurm of real_slurm.py cannot show.
+
+That is: exact command lines, containers, GPUs that are not sound, long time limits, many nodes, mistakes.
+"""
 
 import importlib
-import json
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,13 +25,20 @@ BIN = Path(sys.executable).parent  # torchrun and shellcheck are installed besid
 # as the script needs: srun runs the command that follows its options, torchrun "trains" by running $TRAINING.
 STAND_INS = {
     "squeue": 'echo "$TIME_LEFT"',
-    "scontrol": 'if [[ $1 == show ]]; then tr , "\\n" <<<"$3"; fi',
-    "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+    "scontrol": "",
+    "scancel": "",
+    "sleep": "",
+    "srun": 'while [[ $1 == -* ]]; do shift; done; SLURM_NODEID=0 exec "$@"',
     "torchrun": 'eval "$TRAINING"',
     "nvidia-smi": 'eval "$GPUS"',
     "hostname": "echo gpu-b7",
+    "nproc": "echo ${OMP_NUM_THREADS:-8}",  # as the real one
 }
 EIGHT_GPUS = 'for index in {0..7}; do echo "$index, 4, 0"; done'
+# what srun adds on the second of the last two nodes, in a step of the job
+STEP = {"SLURM_STEP_ID": "7", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+STEP |= {"SLURM_STEP_NODELIST": "gpu-a[1-2]", "SLURM_NODEID": "1", "SLURMD_NODENAME": "gpu-a2"}
+FIRST = {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURMD_NODENAME": "gpu-a1"}
 FINISH = 'mkdir -p "$OUTPUT/hf"; echo "{}" >"$OUTPUT/hf/config.json"'
 
 
@@ -51,7 +60,7 @@ def job(tmp_path) -> dict[str, str]:
         "GPUS": EIGHT_GPUS,
         "SLURM_JOB_ID": "1234567",
         "SLURM_JOB_NUM_NODES": "3",
-        "SLURM_JOB_NODELIST": "gpu-b7,gpu-a1,gpu-a2",
+        "SLURM_JOB_NODELIST": "gpu-b7,gpu-a[1-2]",
         "SLURM_GPUS_ON_NODE": "8",
         "MODEL": "models/llama",
         "TRAIN_DATA": "a.jsonl b.jsonl",
@@ -71,12 +80,19 @@ def write_stand_ins(folder: Path, names: list[str]) -> None:
 def submit(
     job: dict[str, str], *flags: str, name: str = "sft", cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
-    """Run a script as Slurm would: with bash, a copy of it elsewhere, in the directory of submission."""
+    """Run a batch file as sbatch does: a copy of it, called slurm_script, in the directory of submission."""
     folder = Path(job["RECORDS"]).parent
     script = shutil.copy(ROOT / f"slurm/{name}.sbatch", folder / "slurm_script")
     return subprocess.run(
         ["bash", script, *flags], env=job, cwd=cwd or folder, capture_output=True, text=True, timeout=300
     )
+
+
+def step(job: dict[str, str], *flags: str, name: str = "sft") -> subprocess.CompletedProcess:
+    """Run a batch file as srun does on one node: the file itself, as a program."""
+    command = [ROOT / f"slurm/{name}.sbatch", *flags]
+    folder = Path(job["RECORDS"]).parent
+    return subprocess.run(command, env=STEP | job, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def arguments(job: dict[str, str], program: str) -> list[str]:
@@ -133,6 +149,12 @@ def test_slurm_sees_every_sbatch_line(script):
         assert [needed] in options
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_git_has_the_run_bit_that_srun_needs(script):
+    listed = subprocess.run(["git", "ls-files", "--stage", script], cwd=ROOT, capture_output=True, text=True)
+    assert listed.stdout.startswith("100755 ") if listed.stdout else os.access(script, os.X_OK)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_is_one_that_training_takes(name):
     assert example(ROOT / f"slurm/{name}.sbatch", name) == example(ROOT / "slurm/README.md", name)
@@ -157,22 +179,21 @@ def test_the_example_of_self_rewarding_fits_a_context_of_4096_tokens():
 def test_one_torchrun_per_node_meets_at_the_first_node(job, name):
     result = submit(job, "--tp", "8", "--prompt-template", "{input}\\n {output}", name=name)
     assert result.returncode == 0, result.stderr
-    assert arguments(job, "scontrol") == ["show", "hostnames", "gpu-b7,gpu-a1,gpu-a2"]
     srun = arguments(job, "srun")
-    health = ["--nodes=3", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "bash", "slurm/health.sh", "8"]
+    per_node = ["--nodes=3", "--ntasks=3", "--ntasks-per-node=1"]
+    health = [*per_node, "--kill-on-bad-exit=0", "bash", "slurm/health.sh", "8"]
     assert srun[: len(health)] == health
-    options = srun[len(health) : srun.index("torchrun")]
+    options = srun[len(health) : srun.index("-c") - 1]
     assert options == [
-        "--nodes=3",
-        "--ntasks-per-node=1",
+        *per_node,
         "--cpu-bind=none",
         "--kill-on-bad-exit=1",
-        "--output=runs/sft/slurm/%j-%t.out",
-        "--error=runs/sft/slurm/%j-%t.err",
+        "--output=runs/sft/slurm/%j-%n.out",
+        "--error=runs/sft/slurm/%j-%n.err",
         "--open-mode=append",
     ]
-    torchrun = ["--nnodes", "3", "--nproc_per_node", "8", "--rdzv_backend", "c10d"]
-    torchrun += ["--rdzv_endpoint", "gpu-b7:24567", "--rdzv_id", "1234567", f"train_{name}.py"]
+    torchrun = ["--node_rank", "0", "--nnodes", "3", "--nproc_per_node", "8", "--master_addr", "gpu-b7"]
+    torchrun += ["--master_port", "24567", "--rdzv_id", "1234567", f"train_{name}.py"]
     flags = ["--model", "models/llama", "--train-data", "a.jsonl", "b.jsonl", "--val-data", "val.jsonl"]
     flags += ["--output", "runs/sft", "--max-time", "03:45:00"]
     flags += ["--tp", "8", "--prompt-template", "{input}\\n {output}"]
@@ -215,13 +236,13 @@ def test_a_single_node_and_another_number_of_processes(job):
     torchrun = arguments(job, "torchrun")
     assert value(torchrun, "--nnodes") == "1"
     assert value(torchrun, "--nproc_per_node") == "2"
-    assert value(torchrun, "--rdzv_endpoint") == "only:29500"
+    assert (value(torchrun, "--master_addr"), value(torchrun, "--master_port")) == ("only", "29500")
 
 
 def test_a_node_list_longer_than_a_pipe_is_no_failure(job):
     job["SLURM_JOB_NODELIST"] = ",".join(f"node{i:05}" for i in range(9000))
     assert submit(job).returncode == 0
-    assert value(arguments(job, "torchrun"), "--rdzv_endpoint") == "node00000:24567"
+    assert value(arguments(job, "torchrun"), "--master_addr") == "node00000"
 
 
 def test_the_projects_environment_is_used_where_there_is_one(job):
@@ -245,7 +266,7 @@ def test_container(job, mounts, expected):
     job |= {"CONTAINER": "nvcr.io#nvidia/pytorch:25.06-py3", "CONTAINER_MOUNTS": mounts}
     assert submit(job).returncode == 0
     srun = arguments(job, "srun")
-    assert srun[srun.index("torchrun") - 3 : srun.index("torchrun")] == [
+    assert srun[srun.index("-c") - 4 : srun.index("-c") - 1] == [
         "--container-image=nvcr.io#nvidia/pytorch:25.06-py3",
         f"--container-mounts={expected.format(folder)}",
         f"--container-workdir={folder}",
@@ -253,14 +274,6 @@ def test_container(job, mounts, expected):
 
 
 # --------------------------------------------------------------------------- health
-
-
-def test_sound_nodes_say_so(job):
-    result = submit(job)
-    assert result.returncode == 0
-    assert "gpu-b7: 8 GPUs, sound and free" in result.stdout
-    query = "--query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total"
-    assert arguments(job, "nvidia-smi") == [query, "--format=csv,noheader,nounits"]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +290,7 @@ def test_a_node_that_is_not_sound_is_named_and_nothing_trains(job, gpus, report)
     assert result.returncode == 1
     assert report in result.stdout
     assert report in (Path(job["RECORDS"]).parent / "runs/sft/slurm/health.txt").read_text()
-    assert "submit again with sbatch --exclude=NODES" in result.stderr
+    assert "start again with --exclude=NODES" in result.stderr
     assert arguments(job, "torchrun") == []
     assert "requeue" not in arguments(job, "scontrol")
 
@@ -318,10 +331,18 @@ def test_training_stops_a_margin_before_the_time_limit(job, left, max_time):
     assert value(arguments(job, "torchrun"), "--max-time") == max_time
 
 
-def test_the_margin_can_be_set(job):
-    job |= {"TIME_LEFT": "30:00", "MARGIN_S": "60"}
-    assert submit(job).returncode == 0
-    assert value(arguments(job, "torchrun"), "--max-time") == "00:29:00"
+@pytest.mark.parametrize(
+    "left, max_time",
+    [("30:00", "00:29:00"), ("1:01", "00:00:01"), ("1:00", "00:00:30"), ("0:25", "00:00:12")],
+)
+def test_a_margin_above_the_time_left_gives_advice_and_half_of_it(job, left, max_time):
+    result = submit(job | {"TIME_LEFT": left, "MARGIN_S": "60"})
+    assert result.returncode == 0
+    assert value(arguments(job, "torchrun"), "--max-time") == max_time
+    advice = (
+        f"time left is {left}, at most MARGIN_S=60 s: training stops after half of it. Raise --time, or set"
+    )
+    assert result.stderr.startswith(advice) == (left in ("1:00", "0:25"))
 
 
 def test_no_time_limit_no_max_time(job):
@@ -333,13 +354,11 @@ def test_no_time_limit_no_max_time(job):
 @pytest.mark.parametrize(
     "left, message",
     [
-        ("15:00", "time left is 15:00, at most MARGIN_S=900 s: raise --time or lower MARGIN_S"),
-        ("0:42", "time left is 0:42"),
         ("INVALID", "squeue gives 'INVALID' as the time left, which is not a time"),
         ("", "squeue gives '' as the time left"),
     ],
 )
-def test_too_little_or_unknown_time_ends_the_job(job, left, message):
+def test_a_time_that_is_none_ends_the_job(job, left, message):
     job["TIME_LEFT"] = left
     result = submit(job)
     assert result.returncode == 1
@@ -347,19 +366,13 @@ def test_too_little_or_unknown_time_ends_the_job(job, left, message):
     assert arguments(job, "srun") == []
 
 
-def test_a_complete_run_is_not_requeued(job):
-    result = submit(job)
-    assert result.returncode == 0
-    assert "complete: runs/sft/hf" in result.stdout
-    assert "requeue" not in arguments(job, "scontrol")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_run_that_stopped_early_is_requeued(job, name):
+def test_a_job_that_slurm_does_not_requeue_says_how_to_continue(job):
+    """As where the cluster forbids it, and in a shell of salloc's."""
     job["TRAINING"] = "exit 0"
-    result = submit(job, name=name)
-    assert result.returncode == 0
-    assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
+    (Path(job["RECORDS"]).parent / "bin/scontrol").write_text("#!/bin/bash\nexit 1\n")
+    result = submit(job)
+    assert result.returncode == 75
+    assert "stopped before the end: give the same command again to continue" in result.stderr
 
 
 def test_an_edit_of_the_common_part_disturbs_no_running_job(job):
@@ -374,14 +387,122 @@ def test_a_half_written_export_is_not_complete(job):
     assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("training", ["exit 3", FINISH + "; exit 3"])
-def test_a_failure_is_reported_and_not_requeued(job, training, name):
-    job["TRAINING"] = training
-    result = submit(job, name=name)
+def test_a_failure_after_the_export_is_reported_and_not_requeued(job):
+    job["TRAINING"] = FINISH + "; exit 3"
+    result = submit(job)
     assert result.returncode == 3
     assert "complete" not in result.stdout
     assert "requeue" not in arguments(job, "scontrol")
+
+
+# --------------------------------------------------------------------------- inside a step of srun's
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_node_starts_its_own_torchrun_and_the_first_node_reports(job, name):
+    flags = ["--tp", "8", "--prompt-template", "{input}\\n {output}"]
+    result = step(job, *flags, name=name)
+    assert (result.returncode, arguments(job, "srun")) == (0, [])
+    assert result.stdout == "gpu-b7: 8 GPUs, sound and free\n"
+    torchrun = ["--node_rank", "1", "--nnodes", "2", "--nproc_per_node", "8", "--master_addr", "gpu-a1"]
+    torchrun += ["--master_port", "24567", "--rdzv_id", "1234567.7", f"train_{name}.py"]
+    assert arguments(job, "torchrun")[: len(torchrun)] == torchrun
+    assert arguments(job, "torchrun")[-len(flags) - 2 :] == ["--max-time", "03:45:00", *flags]
+    assert "complete: runs/sft/hf" in step(job | FIRST, name=name).stdout
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("n[08-11,14],m3", "n08"), ("a,b[1-2]", "a"), ("rack[0-3]n[4-7],x", "rack0n4"), ("n1-a[10]", "n1-a10")],
+)
+def test_the_first_of_a_list_of_nodes(job, nodes, first):
+    assert step(job | {"SLURM_STEP_NODELIST": nodes}).returncode == 0
+    assert value(arguments(job, "torchrun"), "--master_addr") == first
+
+
+@pytest.mark.parametrize("change", [{}, FIRST])
+def test_a_node_that_fails_ends_the_step_and_is_named(job, change):
+    job |= {"TRAINING": FINISH + "; exit 3"} | change
+    result = step(job)
+    assert result.returncode == 3
+    name = (STEP | job)["SLURMD_NODENAME"]
+    assert result.stderr == f"{name}: torchrun ended with status 3; the whole step ends\n"
+    assert arguments(job, "scancel") == ["--signal=KILL", "1234567.7"]
+
+
+def test_a_node_that_is_not_sound_ends_the_step(job):
+    result = step(job | {"GPUS": "echo 0, 4, 0"})
+    assert result.returncode == 1
+    assert "gpu-b7: 1 GPUs of 8 answer" in result.stderr
+    assert arguments(job, "scancel") == ["--signal=KILL", "1234567.7"]
+    assert arguments(job, "torchrun") == []
+
+
+def test_a_signal_is_left_to_torchrun_which_saves(job):
+    """Slurm sends SIGTERM to every process of a step; bash must not end before training has saved."""
+    job["TRAINING"] = "kill -TERM $PPID $(ps -o ppid= -p $PPID); touch saved; exit 1"
+    assert step(job).returncode == 1
+    assert (Path(job["RECORDS"]).parent / "saved").exists()
+    assert arguments(job, "scancel") == []  # the other nodes still save
+
+
+def test_a_container_has_no_programs_of_slurms(job):
+    """srun --container-image: squeue, scancel and the project's .venv are of the node outside."""
+    folder = Path(job["RECORDS"]).parent
+    for name in ("squeue", "scancel", "scontrol"):
+        (folder / "bin" / name).unlink()
+    for name in ("bash", "env", "date", "mkdir", "touch"):
+        (folder / "bin" / name).symlink_to(shutil.which(name))
+    job["PATH"] = str(folder / "bin")
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/torchrun").write_text("#!/bin/bash\nexit 9\n")
+    (folder / ".venv/bin/torchrun").chmod(0o755)
+    end = str(int(time.time()) + 4 * 3600)
+    assert step(job | {"SLURM_JOB_END_TIME": end}).returncode == 0
+    assert "03:44:50" <= value(arguments(job, "torchrun"), "--max-time") <= "03:45:00"
+    result = step(job | FIRST | {"TRAINING": "exit 3"})
+    assert result.returncode == 3
+    assert "give --max-time to stop before the time limit" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"SLURM_STEP_NUM_TASKS": "16"}, "16 tasks on 2 nodes, but torchrun is one task per node"),
+        (
+            {"CONTAINER": "pytorch:25.06"},
+            "CONTAINER is for sbatch: give srun --container-image=pytorch:25.06",
+        ),
+        (
+            {"SLURM_GPUS_ON_NODE": ""},
+            "no GPUs: give --gpus-per-node or PROCESSES_PER_NODE (srun does not read",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_for_all_nodes(job, change, message):
+    assert (step(job | change).returncode, step(job | change).stderr) == (1, "")
+    result = step(job | FIRST | change)
+    assert result.returncode == 1
+    assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+    assert arguments(job, "torchrun") == []
+
+
+def test_too_few_cores_are_said_and_no_hindrance(job):
+    result = step(job | FIRST | {"PROCESSES_PER_NODE": "9", "OMP_NUM_THREADS": "1", "HEALTH_CHECK": "off"})
+    assert result.returncode == 0
+    assert result.stderr.startswith("9 processes share 8 CPU cores of a node: give --exclusive or --cpus")
+
+
+def test_a_job_that_was_submitted_from_within_a_step_is_none(job):
+    """sbatch passes the variables of that step on to the new job."""
+    assert submit(STEP | job).returncode == 0
+    assert value(arguments(job, "torchrun"), "--nnodes") == "3"
+
+
+def test_a_shell_of_sallocs_is_no_step(job):
+    """Slurm counts it as the interactive step, whose id is 0xfffffffa."""
+    assert step(job | {"SLURM_STEP_ID": "4294967290"}).returncode == 0
+    assert value(arguments(job, "torchrun"), "--nnodes") == "3"
 
 
 # --------------------------------------------------------------------------- mistakes
@@ -390,7 +511,7 @@ def test_a_failure_is_reported_and_not_requeued(job, training, name):
 @pytest.mark.parametrize(
     "variable, message",
     [
-        ("SLURM_JOB_ID", "SLURM_JOB_ID: submit a .sbatch file with sbatch"),
+        ("SLURM_JOB_ID", "SLURM_JOB_ID: start a .sbatch file with sbatch or srun"),
         ("MODEL", "MODEL: give MODEL, the Hugging Face directory"),
         ("TRAIN_DATA", "TRAIN_DATA: give TRAIN_DATA"),
         ("VAL_DATA", "VAL_DATA: give VAL_DATA"),
@@ -416,42 +537,8 @@ def test_submitting_from_another_directory_is_refused(job, name, tmp_path):
     assert arguments(job, "srun") == []
 
 
-@pytest.mark.parametrize("program", ["squeue", "scontrol"])
-def test_a_slurm_program_that_fails_ends_the_job(job, program):
-    path = Path(job["RECORDS"]).parent / "bin" / program
+def test_a_squeue_that_fails_ends_the_job(job):
+    path = Path(job["RECORDS"]).parent / "bin/squeue"
     path.write_text("#!/bin/bash\nexit 7\n")
     assert submit(job).returncode == 7
     assert arguments(job, "srun") == []
-
-
-# --------------------------------------------------------------------------- real training
-
-
-def test_real_training_stops_in_time_is_requeued_and_finishes(job, tmp_path):
-    """Two processes on this machine. The first job has one second, the second enough for one step more."""
-    shutil.rmtree(tmp_path / "bin")
-    write_stand_ins(tmp_path / "bin", ["squeue", "scontrol", "srun"])
-    command = [sys.executable, "prepare_data.py", "toy", "--output", tmp_path / "data"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        job["RDZV_PORT"] = str(free.getsockname()[1])
-    job |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "PROCESSES_PER_NODE": "2"}
-    job |= {"PATH": f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "run")}
-    job |= {"HEALTH_CHECK": "off", "MODEL": "tiny", "TRAIN_DATA": str(tmp_path / "data/train.jsonl")}
-    job |= {"VAL_DATA": str(tmp_path / "data/val.jsonl")}
-    flags = ["--tp", "2", "--global-batch-size", "4", "--val-batches", "1", "--max-steps"]
-    first = submit(job | {"TIME_LEFT": "15:01"}, *flags, "1000", cwd=ROOT)
-    assert first.returncode == 0, first.stderr
-    assert arguments(job, "scontrol")[-2:] == ["requeue", "1234567"]
-    done = last_step(tmp_path / "run")
-    assert 1 <= done < 1000
-    second = submit(job, *flags, str(done + 1), cwd=ROOT)
-    assert second.returncode == 0, second.stderr
-    assert f"complete: {tmp_path / 'run/hf'}" in second.stdout
-    assert arguments(job, "scontrol").count("requeue") == 1
-    assert last_step(tmp_path / "run") == done + 1
-
-
-def last_step(run: Path) -> int:
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]

@@ -2,14 +2,17 @@
 
     Megatron (each layer)                Hugging Face                        split over tensor parallel ranks
     input_layernorm, pre_mlp_layernorm   input_, post_attention_layernorm    no
-    self_attention.linear_qkv            q_proj, k_proj, v_proj              rows: for each group q.. q k v
+    self_attention.linear_qkv            q_proj, k_proj, v_proj              rows: by group q.. q k v (1)
     self_attention.q_, k_layernorm       q_norm, k_norm                      no
     self_attention.linear_proj           o_proj                              columns
-    mlp.linear_fc1                       gate_proj, up_proj                  rows: [gate; up] on each rank
+    mlp.linear_fc1                       gate_proj, up_proj (2)              rows: [gate; up] on each rank
     mlp.linear_fc2                       down_proj                           columns
     embedding, output_layer              embed_tokens, lm_head               rows, padded with zeros
     decoder.final_layernorm              norm                                no
     score (reward models)                score                               no
+
+(1) Rows of q and k are reordered within each head if only a part of it is rotated: see `rotary_order`.
+(2) up_proj alone if the MLP has no gate.
 
 Reading, a rank opens only its own rows or columns. Writing, the first rank of each stage collects one matrix
 at a time and holds at most one file.
@@ -31,6 +34,7 @@ from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from align.architecture import Architecture
 from align.model import Decoder, Scorer
@@ -43,24 +47,24 @@ MAX_FILE_BYTES = 2 * 1024**3
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model's safetensors files, in the order of writing."""
     hidden, head = arch.hidden_size, arch.head_dim
+    in_norm = ("weight",) if arch.norm == "rms" else ("weight", "bias")
     shapes = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
     for layer in range(arch.layers):
         heads = {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}
         shapes |= {
             f"model.layers.{layer}.{name}": shape
             for name, shape in {
-                "input_layernorm.weight": (hidden,),
+                **{f"input_layernorm.{x}": (hidden,) for x in in_norm},
                 **{f"self_attn.{x}_proj.weight": (heads[x] * head, hidden) for x in "qkv"},
                 **({f"self_attn.{x}_proj.bias": (heads[x] * head,) for x in "qkv"} if arch.qkv_bias else {}),
                 **({f"self_attn.{x}_norm.weight": (head,) for x in "qk"} if arch.qk_norm else {}),
                 "self_attn.o_proj.weight": (hidden, arch.heads * head),
-                "post_attention_layernorm.weight": (hidden,),
-                "mlp.gate_proj.weight": (arch.ffn_size, hidden),
-                "mlp.up_proj.weight": (arch.ffn_size, hidden),
+                **{f"post_attention_layernorm.{x}": (hidden,) for x in in_norm},
+                **{f"mlp.{x}_proj.weight": (arch.ffn_size, hidden) for x in arch.mlp_inputs},
                 "mlp.down_proj.weight": (hidden, arch.ffn_size),
             }.items()
         }
-    shapes["model.norm.weight"] = (hidden,)
+    shapes |= {f"model.norm.{x}": (hidden,) for x in in_norm}
     if arch.labels:
         return {**shapes, "score.weight": (arch.labels, hidden)}
     return shapes if arch.tied_embeddings else {**shapes, "lm_head.weight": (arch.vocab_size, hidden)}
@@ -132,13 +136,14 @@ class RandomSource:
 
     def __init__(self, arch: Architecture, seed: int):
         self.shapes, self.std, self.seed = tensor_shapes(arch), arch.init_std, seed
+        self.norm_weight = 0.0 if arch.norm == "layer_1p" else 1.0
 
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
         shape = self.shapes[name]
         if name.endswith("bias"):
             full = torch.zeros(shape)
         elif len(shape) == 1:
-            full = torch.ones(shape)
+            full = torch.full(shape, self.norm_weight)
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
             full = torch.randn(shape, generator=generator) * self.std
@@ -187,7 +192,7 @@ def read_part(source: Source, arch: Architecture, name: str, hf_name: str, param
         return read_qkv(source, arch, hf_name, rank * groups, (rank + 1) * groups)
     if name.endswith("linear_fc1.weight"):
         rows = part_of(arch.ffn_size, tp, rank)
-        return torch.cat([source.read(hf_name.replace("*", half), rows) for half in ("gate", "up")])
+        return torch.cat([source.read(hf_name.replace("*", half), rows) for half in arch.mlp_inputs])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         width = parameter.shape[1]
         return source.read(hf_name, columns=slice(rank * width, (rank + 1) * width))
@@ -207,8 +212,29 @@ def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last:
         source.read(hf_name.replace("*", x), slice(first * size, last * size))
         for x, size in zip("qkv", sizes, strict=True)
     ]
+    order = rotary_order(arch)
+    parts = [*(reorder_heads(part, order) for part in parts[:2]), parts[2]]
     parts = [part.unflatten(0, (groups, size)) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(parts, 1).flatten(0, 1)
+
+
+def rotary_order(arch: Architecture) -> Tensor:
+    """Row of a Hugging Face head of q or k that is at each row of ours, [d].
+
+    Hugging Face rotates pairs (i, i + r/2) of the first r rows and leaves the rest. Our kernels rotate all
+    pairs (i, i + d/2): the rest has frequency 0 (model.rotary_frequencies). Both compute the same, since a
+    product of a query and a key does not depend on the order of their rows.
+    """
+    rotated, rest = arch.rotary_dims // 2, (arch.head_dim - arch.rotary_dims) // 2
+    first, second, third, fourth = torch.arange(arch.head_dim).split([rotated, rotated, rest, rest])
+    return torch.cat([first, third, second, fourth])
+
+
+def reorder_heads(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows [heads * d, ...] of a matrix or a bias, with those of each head in the order [d]."""
+    if torch.equal(order, torch.arange(len(order))):
+        return rows
+    return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
 
 
 def qkv_rows_per_group(arch: Architecture) -> tuple[int, int, int]:
@@ -222,7 +248,7 @@ def part_of(size: int, parts: int, index: int) -> slice:
 def named_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
     """(Megatron's name, parameter, Hugging Face's name) of each parameter on this rank.
 
-    A Hugging Face name with a * stands for several tensors: q, k, v or gate, up.
+    A Hugging Face name with a * stands for several tensors: q, k, v or gate, up (or up alone).
     """
     for name, parameter in model.named_parameters():
         if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
@@ -237,19 +263,24 @@ def named_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
 OUTER_NAMES = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
+    "decoder.final_layernorm.bias": "model.norm.bias",
     "output_layer.weight": "lm_head.weight",
     "score.weight": "score.weight",
 }
 LAYER_NAMES = {
     "input_layernorm.weight": "input_layernorm.weight",
+    "input_layernorm.bias": "input_layernorm.bias",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # Transformer Engine fuses them
+    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
     "self_attention.linear_qkv.weight": "self_attn.*_proj.weight",
     "self_attention.linear_qkv.bias": "self_attn.*_proj.bias",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "pre_mlp_layernorm.bias": "post_attention_layernorm.bias",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_bias": "post_attention_layernorm.bias",
     "mlp.linear_fc1.weight": "mlp.*_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
@@ -339,12 +370,13 @@ def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> It
     """The inverse of read_part: the ranks' parts of one parameter -> its Hugging Face tensors."""
     if "linear_qkv" in name and "layer_norm" not in name:
         grouped = torch.cat(parts).unflatten(0, (arch.kv_heads, -1))
+        back = rotary_order(arch).argsort()
         for x, tensor in zip("qkv", grouped.split(qkv_rows_per_group(arch), 1), strict=True):
-            yield hf_name.replace("*", x), tensor.flatten(0, 1)
+            rows = tensor.flatten(0, 1)
+            yield hf_name.replace("*", x), rows if x == "v" else reorder_heads(rows, back)
     elif name.endswith("linear_fc1.weight"):
-        for half, tensors in zip(
-            ("gate", "up"), zip(*(part.chunk(2) for part in parts), strict=True), strict=True
-        ):
+        by_rank = [part.chunk(len(arch.mlp_inputs)) for part in parts]
+        for half, tensors in zip(arch.mlp_inputs, zip(*by_rank, strict=True), strict=True):
             yield hf_name.replace("*", half), torch.cat(tensors)
     elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         yield hf_name, torch.cat(parts, 1)
@@ -362,7 +394,7 @@ def whole_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     group, device = mpu.get_pipeline_model_parallel_group(), next(model.parameters()).device
     shapes, names = tensor_shapes(model.arch), [None] * group.size()
     dist.all_gather_object(
-        names, [name for _, _, hf_name in stored(model) for name in split_name(hf_name)], group
+        names, [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)], group
     )
     for stage, of_stage in enumerate(names):
         here = stage_tensors(model) if stage == group.rank() else None
@@ -384,9 +416,9 @@ def stored(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
             yield name, parameter, hf_name
 
 
-def split_name(hf_name: str) -> list[str]:
+def split_name(hf_name: str, arch: Architecture) -> list[str]:
     """The names that `named_parameters` means, in the order of `join`."""
-    parts = ("q", "k", "v") if "self_attn.*" in hf_name else ("gate", "up")
+    parts = ("q", "k", "v") if "self_attn.*" in hf_name else arch.mlp_inputs
     return [hf_name.replace("*", part) for part in parts] if "*" in hf_name else [hf_name]
 
 
@@ -424,7 +456,7 @@ def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = precision
     if isinstance(model, Scorer):
         config |= {
-            "architectures": [f"{model.arch.family.title()}ForSequenceClassification"],
+            "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model.arch.family]],
             "num_labels": 1,
         }
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

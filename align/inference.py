@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from align.attention import attend, attend_to_cache, flash, uses_flash
 from align.huggingface import named_parameters
-from align.layers import rms_norm, rotation, swiglu, turn
+from align.layers import layer_norm, rms_norm, rotation, squared_relu, swiglu, turn
 from align.matmul import linear, pack
 from align.model import Policy
 
@@ -44,13 +44,13 @@ class Prefix:
 class Layer:
     """This rank's weights of one layer."""
 
-    input_norm: Tensor
+    input_norm: tuple[Tensor, ...]  # see `norm_weights`
     qkv: Tensor
     qkv_bias: Tensor | None
     qk_norm: Tensor | None  # [queries of a group + 1, d], the last row for the key
     out: Tensor
-    mlp_norm: Tensor
-    gate_up: Tensor
+    mlp_norm: tuple[Tensor, ...]
+    gate_up: Tensor  # without a gate: up
     down: Tensor
 
 
@@ -74,6 +74,8 @@ class InferenceModel:
         self.groups = max(arch.kv_heads // self.tp.size(), 1)
         self.queries = arch.heads // arch.kv_heads // self.sharing  # of each group, on this rank
         self.scale = arch.head_dim**-0.5
+        self.norm = rms_norm if arch.norm == "rms" else layer_norm
+        self.activation = {"swiglu": swiglu, "relu2": squared_relu}[arch.activation]
         weights = {name: parameter for _, parameter, name in named_parameters(policy)}
         numbers = sorted(layer.layer_number - 1 for layer in policy.decoder.layers)
         self.layers = [self.layer(weights, f"model.layers.{number}.") for number in numbers]
@@ -82,7 +84,7 @@ class InferenceModel:
         )  # the first stage's, and tied the last one's
         head = weights.get("lm_head.weight", self.embedding)
         self.head = None if self.stages.after else pack(head)
-        self.final_norm = weights.get("model.norm.weight")
+        self.final_norm = None if self.stages.after else self.norm_weights(weights, "model.norm")
         # of each layer the keys and values, [2, slots, groups, capacity, d]
         empty = (2, slots, self.groups, 0, arch.head_dim)
         self.cache = [torch.zeros(empty, dtype=self.dtype, device=self.device) for _ in self.layers]
@@ -101,15 +103,22 @@ class InferenceModel:
             q, k = weights[f"{attention}q_norm.weight"], weights[f"{attention}k_norm.weight"]
             qk_norm = torch.stack([q] * self.queries + [k])
         return Layer(
-            input_norm=weights[f"{prefix}input_layernorm.weight"],
+            input_norm=self.norm_weights(weights, f"{prefix}input_layernorm"),
             qkv=pack(weights[f"{attention}*_proj.weight"]),
             qkv_bias=weights.get(f"{attention}*_proj.bias"),
             qk_norm=qk_norm,
             out=pack(weights[f"{attention}o_proj.weight"]),
-            mlp_norm=weights[f"{prefix}post_attention_layernorm.weight"],
+            mlp_norm=self.norm_weights(weights, f"{prefix}post_attention_layernorm"),
             gate_up=pack(weights[f"{mlp}*_proj.weight"]),
             down=pack(weights[f"{mlp}down_proj.weight"]),
         )
+
+    def norm_weights(self, weights: dict[str, nn.Parameter], name: str) -> tuple[Tensor, ...]:
+        """A norm's factor, and its bias if it has one: what `self.norm` takes."""
+        weight = weights[f"{name}.weight"]
+        if self.arch.norm == "rms":
+            return (weight,)
+        return weight + 1 if self.arch.norm == "layer_1p" else weight, weights[f"{name}.bias"]
 
     # ---- the two passes --------------------------------------------------------------------------
 
@@ -225,15 +234,15 @@ class InferenceModel:
     def run_layers(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """[n, H] through this stage; x's memory may be used."""
         cos, sin = (part[:, None] for part in rotation(positions, self.frequencies, self.dtype))
-        eps = self.arch.norm_eps
+        norm, eps = self.norm, self.arch.norm_eps
         for number, layer in enumerate(self.layers):
-            qkv = self.own_heads(linear(rms_norm(x, layer.input_norm, eps), layer.qkv, layer.qkv_bias))
+            qkv = self.own_heads(linear(norm(x, *layer.input_norm, eps), layer.qkv, layer.qkv_bias))
             qk, v = qkv[:, :, :-1], qkv[:, :, -1]
             if layer.qk_norm is not None:
                 qk = rms_norm(qk, layer.qk_norm, eps)
             x = self.add_linear(x, attention(number, qk, v, cos, sin), layer.out)
-            gated = swiglu(linear(rms_norm(x, layer.mlp_norm, eps), layer.gate_up))
-            x = self.add_linear(x, gated, layer.down)
+            inner = self.activation(linear(norm(x, *layer.mlp_norm, eps), layer.gate_up))
+            x = self.add_linear(x, inner, layer.down)
         return x
 
     def add_linear(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -257,7 +266,7 @@ class InferenceModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, V] float32 of last hidden states [n, H], the same on every tensor parallel rank."""
-        z = linear(rms_norm(hidden, self.final_norm, self.arch.norm_eps), self.head)
+        z = linear(self.norm(hidden, *self.final_norm, self.arch.norm_eps), self.head)
         if self.tp.size() > 1:
             parts = [torch.empty_like(z) for _ in range(self.tp.size())]
             dist.all_gather(parts, z, group=self.tp)

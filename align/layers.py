@@ -117,6 +117,40 @@ class RMSNormFunction(torch.autograd.Function):
         return *norm_gradient(grad, *ctx.saved_tensors), None
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension; torch's own kernel."""
+
+    initial_weight = 1.0
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", self.initial_weight), ("bias", 0.0)):
+            filled = torch.full((hidden_size,), value, dtype=config.params_dtype, device=device())
+            self.register_parameter(name, nn.Parameter(filled))
+            getattr(self, name).sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class LayerNorm1P(LayerNorm):
+    """LayerNorm with the factor weight + 1, added in the weight's precision (NeMo's layernorm1p)."""
+
+    initial_weight = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight + 1, self.bias, self.eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm with a factor and a bias [H]."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "layer_1p": LayerNorm1P}  # by Architecture.norm
+
+
 class SwiGLU(MegatronModule):  # Megatron's type, because checkpoints ask each part of an MLP for its weights
     """silu(gate) * up for an input [..., gate; up] (https://arxiv.org/abs/2002.05202)."""
 
@@ -153,6 +187,44 @@ class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001
         return swiglu_gradient(grad, *ctx.saved_tensors)
+
+
+class SquaredReLU(MegatronModule):
+    """relu(x)^2 (https://arxiv.org/abs/2109.08668)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SquaredReLUFunction.apply(x)
+
+
+@fused
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, without a gradient."""
+    return F.relu(x).square_()
+
+
+@fused
+def squared_relu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x:  dx = 2 dy relu(x)."""
+    return F.relu(x).mul_(2).mul_(grad)
+
+
+class SquaredReLUFunction(torch.autograd.Function):
+    """squared_relu for autograd, which calls squared_relu_gradient."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ANN001
+        ctx.save_for_backward(x)
+        return squared_relu(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        return squared_relu_gradient(grad, *ctx.saved_tensors)
+
+
+ACTIVATIONS = {"swiglu": SwiGLU, "relu2": SquaredReLU}  # by Architecture.activation
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

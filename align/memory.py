@@ -70,16 +70,21 @@ def vocabulary(arch: Architecture, tp: int) -> int:
 
 
 def layer_matrices(arch: Architecture, tp: int) -> int:
-    """Weights in the matrices of one layer on one rank: query, key, value, output, gate, up, down."""
+    """Weights in one layer's matrices on one rank: query, key, value, output, gate (if any), up, down."""
     attention = 2 * (arch.heads + arch.kv_heads) * arch.head_dim * arch.hidden_size
-    return (attention + 3 * arch.hidden_size * arch.ffn_size) // tp
+    return (attention + (len(arch.mlp_inputs) + 1) * arch.hidden_size * arch.ffn_size) // tp
 
 
 def layer_weights(arch: Architecture, tp: int) -> int:
     """The same with norms and biases."""
     biases = (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp if arch.qkv_bias else 0
-    norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
+    norms = 2 * sum(norm_sizes(arch)) + (2 * arch.head_dim if arch.qk_norm else 0)
     return layer_matrices(arch, tp) + biases + norms
+
+
+def norm_sizes(arch: Architecture) -> list[int]:
+    """Numbers in each parameter of a norm over the hidden size: weight, and bias of a LayerNorm."""
+    return [arch.hidden_size] * (1 if arch.norm == "rms" else 2)
 
 
 def weights(arch: Architecture, s: Setting) -> int:
@@ -89,7 +94,7 @@ def weights(arch: Architecture, s: Setting) -> int:
     if s.first:
         count += matrix
     if s.last:
-        count += arch.hidden_size  # the last norm
+        count += sum(norm_sizes(arch))  # the last norm
         count += arch.labels * arch.hidden_size if arch.labels else 0 if shares_matrix(arch, s) else matrix
     return count
 
@@ -101,7 +106,7 @@ def shares_matrix(arch: Architecture, s: Setting) -> bool:
 
 def largest_weight(arch: Architecture, s: Setting) -> int:
     """Numbers in the largest parameter: an embedding, or gate and up."""
-    sizes = [2 * arch.ffn_size * arch.hidden_size // s.tp]
+    sizes = [len(arch.mlp_inputs) * arch.ffn_size * arch.hidden_size // s.tp]
     if s.first or (s.last and not arch.labels):
         sizes.append(vocabulary(arch, s.tp) * arch.hidden_size)
     return max(sizes)
@@ -146,15 +151,16 @@ def pinned_weights(arch: Architecture, s: Setting) -> int:
     layer = [
         qkv * h,
         arch.heads * d // s.tp * h,
-        2 * arch.ffn_size // s.tp * h,
+        len(arch.mlp_inputs) * arch.ffn_size // s.tp * h,
         arch.ffn_size // s.tp * h,
-        h,
-        h,
+        *(2 * norm_sizes(arch)),
     ]
     layer += ([qkv] if arch.qkv_bias else []) + ([d, d] if arch.qk_norm else [])
     ends = [matrix] if s.first else []
     if s.last:
-        ends += [h] + ([arch.labels * h] if arch.labels else [] if shares_matrix(arch, s) else [matrix])
+        ends += norm_sizes(arch) + (
+            [arch.labels * h] if arch.labels else [] if shares_matrix(arch, s) else [matrix]
+        )
     return sum(pinned(s.item * n) for n in layer) * (arch.layers // s.pp) + sum(
         pinned(s.item * n) for n in ends
     )
@@ -213,12 +219,22 @@ def attention_saves(arch: Architecture, s: Setting, work: Work) -> float:
 
 
 def layer_saves(arch: Architecture, s: Setting, work: Work) -> float:
-    """Bytes per place that one layer keeps: inputs of both norms, of all four products and of the SwiGLU."""
+    """Bytes per place that one layer keeps: inputs of norms, of all four products and of the activation."""
     h, f, split = arch.hidden_size, arch.ffn_size / s.tp, s.tp if s.sequence_parallel else 1
-    norms = 2 * (s.item * h + FP32) / split  # input and 1 / rms of each
+    norms = 2 * norm_saves(arch, s) / split
     # On a CPU in fp32 the gathered input of a product stays (cpu.linear_by_onednn).
     products = 2 * s.item * h / (1 if s.item == FP32 and not s.gpu else split)
-    return norms + products + attention_saves(arch, s, work) + s.item * (2 * f + f)
+    return norms + products + attention_saves(arch, s, work) + s.item * (len(arch.mlp_inputs) * f + f)
+
+
+def norm_saves(arch: Architecture, s: Setting) -> float:
+    """Bytes per place that a norm keeps: its input, and 1 / rms, or of a LayerNorm mean and 1 / deviation.
+
+    torch's LayerNorm keeps these two in bf16 on a CPU, in fp32 on a GPU.
+    """
+    if arch.norm == "rms":
+        return s.item * arch.hidden_size + FP32
+    return s.item * arch.hidden_size + 2 * (FP32 if s.gpu else s.item)
 
 
 def saved(arch: Architecture, s: Setting, work: Work) -> float:
@@ -234,8 +250,8 @@ def saved(arch: Architecture, s: Setting, work: Work) -> float:
         layer = layer_saves(arch, s, work)
     total = arch.layers // s.pp * layer * places
     if s.last:
-        # input and scale of the last norm; what the output layer is given (a reward model: a copy in fp32)
-        total += (s.item * h + FP32) / split * places
+        # the last norm; what the output layer is given (a reward model: a copy in fp32)
+        total += norm_saves(arch, s) / split * places
         total += (s.item if not arch.labels else FP32 if s.item != FP32 else 0) * h * places
     else:
         total += s.item * h / split * places  # the output, until its gradient comes
@@ -283,18 +299,21 @@ def output_backward(arch: Architecture, s: Setting, work: Work) -> float:
 
 
 def layer_backward(arch: Architecture, s: Setting, work: Work) -> float:
-    """Most that the backward pass of one layer needs beyond what it frees: in its SwiGLU, or in gate and up.
+    """Most that the backward pass of one layer needs beyond what it frees: in its activation or gate and up.
 
-    At the SwiGLU the input of the down projection (F) is free again. There are: the layer's gradient (H), the
-    SwiGLU's (F), and until its input's (2 F) is made, on a CPU two steps on the way (2 F), on a GPU none.
-    In gate and up the SwiGLU's input (2 F) is free, too; there are the gradients of their output (2 F, on a
+    I is the width of the activation's input: 2 F with a gate, F without. At the activation the input of the
+    down projection (F) is free again. There are: the layer's gradient (H), the activation's (F), and until
+    its input's (I) is made, for a SwiGLU on a CPU two steps on the way (2 F), else none.
+    In gate and up the activation's input (I) is free, too; there are the gradients of their output (I, on a
     CPU in fp32 once more, with rows up to a multiple of 64), their input (H) and their matrix.
     """
     h, f, places = arch.hidden_size, arch.ffn_size / s.tp, work.tokens / s.cp
-    swiglu = places * (h + f + 2 * f + (0 if s.gpu else 2 * f) - f)
-    again = 2 * f if s.item == FP32 and not s.gpu else 0
-    gate_up = places * (2 * h + 2 * f + again - 3 * f) + 2 * f * h
-    return s.item * max(swiglu, gate_up)
+    i = len(arch.mlp_inputs) * f
+    steps = 0 if s.gpu or arch.activation == "relu2" else 2 * f
+    activation = places * (h + f + i + steps - f)
+    again = i if s.item == FP32 and not s.gpu else 0
+    gate_up = places * (2 * h + i + again - (i + f)) + i * h
+    return s.item * max(activation, gate_up)
 
 
 def end_of_backward(arch: Architecture, s: Setting, work: Work) -> float:
@@ -334,14 +353,14 @@ def training(arch: Architecture, s: Setting, work: Work) -> dict[str, float]:
 def forward_only(arch: Architecture, s: Setting, work: Work) -> dict[str, float]:
     """The peak of a forward pass without a gradient: one layer, or the output layer.
 
-    A layer's MLP holds its input, attention's output, the norm's, gate and up, and the SwiGLU's output. Its
-    attention: input, norm's output, product, contiguous queries, rotated queries and keys, gathered keys and
-    values, output (on a CPU in bf16 also in fp32).
+    A layer's MLP holds its input, attention's output, the norm's, gate and up, and the activation's output.
+    Its attention: input, norm's output, product, contiguous queries, rotated queries and keys, gathered keys
+    and values, output (on a CPU in bf16 also in fp32).
     """
     q, k, product = widths(arch, s)
     h, f, places = arch.hidden_size, arch.ffn_size / s.tp, work.tokens / s.cp
     copies = FP32 * (2 * q + 2 * k * work.shared * s.cp) if s.item != FP32 and not s.gpu else 0
-    mlp = s.item * (3 * h + 3 * f)
+    mlp = s.item * (3 * h + (len(arch.mlp_inputs) + 1) * f)
     attention = s.item * (2 * h + product + 3 * q + k * s.cp + 2 * k * work.shared * s.cp) + copies
     moments = [(places * max(mlp, attention), 0.0)]
     if s.last:
@@ -391,7 +410,7 @@ def prefill(arch: Architecture, s: Setting, r: Rollout) -> float:
     """
     together = min(math.ceil(r.slots / r.per_prompt), r.prompts) * r.prompt
     tokens = max(min(together, PREFILL_TOKENS), r.prompt)
-    layer = s.item * (3 * arch.hidden_size + 3 * arch.ffn_size / s.tp)
+    layer = s.item * (3 * arch.hidden_size + (len(arch.mlp_inputs) + 1) * arch.ffn_size / s.tp)
     kept = cache_per_token(arch, s)
     return tokens * max(kept + layer, 3 * kept)
 

@@ -1,4 +1,4 @@
-"""Policy and reward model: Megatron's GPTModel with our norm, attention and heads, for the Llama family.
+"""Policy and reward model: Megatron's GPTModel with our norms, attention and heads.
 
 `Architecture` says what the model is, `ModelConfig` how this run computes it. `build_policy` and
 `build_scorer` make this rank's shard without weights; align.huggingface.load fills it.
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from align import matmul
 from align.architecture import Architecture
 from align.attention import Packing, TorchAttention, uses_flash
-from align.layers import RMSNorm, SwiGLU, rotation
+from align.layers import ACTIVATIONS, NORMS, rotation
 from align.logprobs import target_logprobs, target_logprobs_and_entropy
 from align.parallel import ParallelConfig, device, device_name
 
@@ -376,12 +376,13 @@ def transformer_config(
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
         kv_channels=arch.head_dim,
-        normalization="RMSNorm",
+        normalization="RMSNorm" if arch.norm == "rms" else "LayerNorm",
+        layernorm_zero_centered_gamma=arch.norm == "layer_1p",
         layernorm_epsilon=arch.norm_eps,
         qk_layernorm=arch.qk_norm,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        use_te_activation_func=True,  # meaning: a module of the layer spec, our SwiGLU
+        activation_func=F.silu,  # not used
+        gated_linear_unit=len(arch.mlp_inputs) == 2,
+        use_te_activation_func=True,  # meaning: a module of the layer spec, from align.layers
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         window_size=None if arch.window is None else (arch.window - 1, 0),
@@ -424,17 +425,18 @@ def block_spec(config: TransformerConfig, arch: Architecture, te: bool) -> Trans
     else:
         layer_spec = torch_layer_spec
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(arch.qk_norm)] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer_spec(arch)] * get_num_layers_to_build(config), layer_norm=NORMS[arch.norm]
     )
 
 
-def torch_layer_spec(qk_norm: bool) -> ModuleSpec:
+def torch_layer_spec(arch: Architecture) -> ModuleSpec:
     """A layer of Megatron's own linears, with our norm and attention."""
-    norm = RMSNorm if qk_norm else IdentityOp
+    norm = NORMS[arch.norm]
+    qk_norm = norm if arch.qk_norm else IdentityOp
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -442,16 +444,18 @@ def torch_layer_spec(qk_norm: bool) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=TorchAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=norm,
-                    k_layernorm=norm,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU
+                    linear_fc1=ColumnParallelLinear,
+                    linear_fc2=RowParallelLinear,
+                    activation_func=ACTIVATIONS[arch.activation],
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -475,18 +479,24 @@ def mark_tensor_parallel(model: Decoder) -> None:
         dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
         weight = getattr(module, "weight", None)
         if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            stride = 2 if name.endswith("linear_fc1") else 1  # gate and up are two matrices on each rank
+            # gate and up are two matrices on each rank
+            stride = len(model.arch.mlp_inputs) if name.endswith("linear_fc1") else 1
             set_tensor_model_parallel_attributes(weight, True, dim, stride)
 
 
 def rotary_frequencies(arch: Architecture) -> Tensor:
-    """Angular frequency of each pair of a head's dimensions, [d/2]: theta^(-2i/d), scaled as the model asks.
+    """Angular frequency of each pair of a head's dimensions, [d/2]; 0 for pairs that are not rotated."""
+    frequencies = scaled_frequencies(dict(arch.rope), arch.rotary_dims)
+    return F.pad(frequencies, (0, (arch.head_dim - arch.rotary_dims) // 2))
+
+
+def scaled_frequencies(rope: dict[str, float | str], dims: int) -> Tensor:
+    """Angular frequencies of `dims` / 2 pairs: theta^(-2i/dims), scaled as the model asks.
 
     llama3 scaling (Llama 3.1) divides frequencies whose wavelength is beyond the original context by
     `factor`, keeps those well inside it, and interpolates between; linear scaling divides all by `factor`.
     """
-    rope = dict(arch.rope)
-    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+    exponents = torch.arange(0, dims, 2, dtype=torch.int64).float() / dims
     frequencies = 1.0 / (rope["rope_theta"] ** exponents)
     kind = rope.get("rope_type", "default")
     if kind == "default":

@@ -19,8 +19,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
+from align.architecture import Architecture
 from align.attention import Packing
-from align.layers import RMSNorm, SwiGLU, rotate
+from align.layers import ACTIVATIONS, NORMS, rotate
 
 # A checkpoint has the names of torch's layers, so that it can be read with either.
 CHECKPOINT_NAMES = {
@@ -49,9 +50,9 @@ class TEAttention(TEDotProductAttention):
         )
 
 
-def layer_spec(qk_norm: bool) -> ModuleSpec:
-    """One layer; `qk_norm`: with a norm of each query and key."""
-    norm = RMSNorm if qk_norm else IdentityOp
+def layer_spec(arch: Architecture) -> ModuleSpec:
+    """One layer."""
+    norm = NORMS[arch.norm] if arch.qk_norm else IdentityOp
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -72,7 +73,7 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
                 submodules=MLPSubmodules(
                     linear_fc1=TELayerNormColumnParallelLinear,
                     linear_fc2=TERowParallelLinear,
-                    activation_func=SwiGLU,
+                    activation_func=ACTIVATIONS[arch.activation],
                 ),
             ),
             mlp_bda=get_bias_dropout_add,

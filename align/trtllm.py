@@ -38,6 +38,8 @@ from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
 
 BUCKET_BYTES = 1024**3  # of weights that lie on a GPU once more while the engine takes them
+UNKNOWN_FAMILIES = ("stablelm",)  # of those that we know
+PLAIN_ROPE = {"rope_theta", "partial_rotary_factor"}  # fields that transformers 4 reads beside rope_scaling
 MOST_TOP_K = 1024  # that the engine's kernel does
 WEIGHTS = [  # what the engine calls the parts of its memory, without keys and values
     *("sampler", "drafter", "guided_decoder", "spec_resource_manager"),
@@ -60,10 +62,13 @@ def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: 
     if parallel_config.deterministic:
         raise ValueError(f"{flag} cannot promise the same tokens again: leave out --deterministic")
     config = json.loads((model_config.path / "config.json").read_text())
-    if "rope_parameters" in config and "rope_theta" not in config:
+    if config.get("model_type") in UNKNOWN_FAMILIES:
+        raise ValueError(f"{flag} does not know the model_type {config['model_type']}: sample with native")
+    if overlooked := PLAIN_ROPE & set(config.get("rope_parameters") or {}) - set(config):
         raise ValueError(
             f"{flag} reads --model {model_config.model} with transformers 4, which would overlook the "
-            "rope_parameters of its config.json: give it rope_theta and rope_scaling beside them"
+            f"rope_parameters of its config.json: give it {', '.join(sorted(overlooked))} and rope_scaling "
+            "beside them"
         )
     for name in ("min_p", "repetition_penalty"):
         if getattr(sampling, name) != getattr(SamplingConfig, name):

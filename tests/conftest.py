@@ -47,6 +47,8 @@ FAMILIES = {
     "mistral": transformers.MistralConfig(**SIZES, head_dim=24, sliding_window=7, tie_word_embeddings=False),
     "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=24, tie_word_embeddings=False),
+    "stablelm": transformers.StableLmConfig(**SIZES, use_qkv_bias=True, tie_word_embeddings=False),
+    "nemotron": transformers.NemotronConfig(**SIZES, head_dim=24, tie_word_embeddings=False),
 }
 
 

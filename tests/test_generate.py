@@ -41,7 +41,7 @@ LAYOUTS = {  # name: processes, training layout, rollout flags
     "tp2-sp-dp2": (4, {"tp": 2, "sequence_parallel": True}, {"rollout_slots": 9}),
     "dp4-to-tp2": (4, {}, {"rollout_layout": "reshard", "rollout_tp": 2}),
 }
-FOUR = ("llama", "qwen2")  # families that are tried in the layouts of four processes, which take long
+FOUR = ("qwen2", "nemotron")  # families that are tried in the layouts of four processes, which take long
 GREEDY = {"max_new_tokens": NEW_TOKENS, "greedy": True}
 WARPED = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2}
 SAMPLED = {"max_new_tokens": NEW_TOKENS, **WARPED, "stop": [Letters().decode([i]) for i in range(40, 44)]}
@@ -106,7 +106,9 @@ def greedy(models) -> dict[str, list[list[int]]]:
 
 
 def families(processes: int) -> tuple[str, ...]:
-    return FOUR if processes == 4 else ("llama", "llama3", "qwen2", "qwen3", "mistral")
+    return (
+        FOUR if processes == 4 else ("llama", "llama3", "qwen2", "qwen3", "mistral", "stablelm", "nemotron")
+    )
 
 
 # ---- the cases of each number of processes -------------------------------------------------------

@@ -413,7 +413,7 @@ def test_graphs_change_no_answer(device, models, tmp_path):
 @pytest.mark.parametrize("device", on_gpu)
 def test_greedy_answers_are_those_of_transformers(device, models, tmp_path):
     """In fp32, with CUDA graphs, prompts beside others; transformers computes each alone on the CPU."""
-    families = ("llama", "qwen2", "qwen3", "mistral")
+    families = ("llama", "qwen2", "qwen3", "mistral", "stablelm", "nemotron")
     cases = {
         f"{family} {slots}": {
             **{"model": str(models / family), "prompts": prompts(), "sampling": GREEDY},

@@ -8,6 +8,7 @@ import shutil
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from align import architecture, huggingface, model, parallel
-from tests.conftest import FAMILIES, LLAMA3_ROPE, ROOT, torchrun
+from align import architecture, engine, huggingface, model, packing, parallel
+from align.inference import InferenceModel
+from tests.conftest import FAMILIES, LLAMA3_ROPE, ROOT, SIZES, torchrun
 
 TINY = ROOT / "assets" / "tiny"
+THETA = {"rope_theta": 1e4, "rope_type": "default"}
 LLAMA3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
 
 
@@ -64,12 +67,30 @@ def test_the_tiny_model():
         ("mistral", (False, False, False, 7, 24)),
         ("qwen2", (True, True, False, None, 16)),
         ("qwen3", (False, False, True, None, 24)),
+        ("stablelm", (False, True, False, None, 16)),
+        ("nemotron", (False, False, False, None, 24)),
     ],
 )
 def test_switches_of_the_families(models, family, switches):
     arch = architecture.read_config(models / family)
     found = arch.tied_embeddings, arch.qkv_bias, arch.qk_norm, arch.window, arch.head_dim
     assert found == switches
+
+
+@pytest.mark.parametrize(
+    "family, switches",
+    [
+        ("llama", ("rms", "swiglu", ("gate", "up"), 16, 3)),
+        ("stablelm", ("layer", "swiglu", ("gate", "up"), 4, 3)),
+        ("nemotron", ("layer_1p", "relu2", ("up",), 12, 2)),
+    ],
+)
+def test_norm_mlp_and_rotation_of_the_families(models, family, switches):
+    """The last switch: matrices of 64 x 96 in a layer's MLP, which count for speed."""
+    arch = architecture.read_config(models / family)
+    attention = 4 * 64 * arch.head_dim * 2 * (4 + 2)
+    matrices = (arch.matmul_params - 131 * 64 - attention) / (4 * 64 * 96)
+    assert (arch.norm, arch.activation, arch.mlp_inputs, arch.rotary_dims, matrices) == switches
 
 
 def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
@@ -84,7 +105,7 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
     [
         (
             {"model_type": "gpt2"},
-            r"model_type 'gpt2' is not implemented; known: llama, mistral, qwen2, qwen3",
+            r"model_type 'gpt2' is not implemented; known: llama, mistral, qwen2, qwen3, stablelm, nemotron",
         ),
         ({"attention_bias": True}, r"attention_bias = True is not implemented, only False"),
         ({"mlp_bias": True}, r"mlp_bias = True is not implemented"),
@@ -110,6 +131,8 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             r"partial_rotary_factor other than 1.0 is not implemented",
         ),
+        ({"layer_norm_eps": 1e-5}, r"the field 'layer_norm_eps' is not implemented"),
+        ({"use_qkv_bias": True}, r"the field 'use_qkv_bias' is not implemented"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
             r"use_sliding_window = true is not implemented",
@@ -123,6 +146,34 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
 )
 def test_fields_that_are_refused_by_name(tmp_path, changes, message):
     directory_with(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        architecture.read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("stablelm", {"use_parallel_residual": True}, r"use_parallel_residual = True is not implemented"),
+        ("stablelm", {"qk_layernorm": True}, r"qk_layernorm = True is not implemented"),
+        ("stablelm", {"hidden_dropout": 0.1}, r"hidden_dropout = 0.1 is not implemented"),
+        ("stablelm", {"rms_norm_eps": 1e-5}, r"the field 'rms_norm_eps' is not implemented"),
+        ("stablelm", {"rope_parameters": THETA | {"partial_rotary_factor": 0.2}}, r"0.2 rotates 3 of .* 16"),
+        (
+            "nemotron",
+            {"rope_parameters": THETA | {"partial_rotary_factor": 0.04}},
+            r"0.04 rotates 0 of .* 24",
+        ),
+        ("nemotron", {"hidden_act": "silu"}, r"hidden_act = 'silu' is not implemented, only 'relu2'"),
+        ("nemotron", {"attention_bias": True}, r"attention_bias = True is not implemented"),
+        ("nemotron", {"mlp_bias": True}, r"mlp_bias = True is not implemented"),
+        ("nemotron", {"use_qkv_bias": True}, r"the field 'use_qkv_bias' is not implemented"),
+        ("nemotron", {"num_key_value_heads": None}, r"num_key_value_heads is missing"),
+    ],
+)
+def test_fields_of_stablelm_and_nemotron_that_are_refused(models, tmp_path, family, changes, message):
+    config = json.loads((models / family / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message) as error:
         architecture.read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
@@ -185,6 +236,24 @@ def test_configurations_of_transformers_4_say_the_same(scaling, expected):
     """As its 4.57 reads them: two attributes, and none of version 5."""
     hf = types.SimpleNamespace(rope_theta=12345.0, rope_scaling=scaling)
     assert architecture.rope_fields(hf) == {"rope_theta": 12345.0, **expected}
+
+
+@pytest.mark.parametrize("given", ["partial_rotary_factor", "rope_parameters", None])
+@pytest.mark.parametrize("family, default", [("stablelm", 0.25), ("nemotron", 0.5)])
+def test_share_of_a_head_that_is_rotated(models, tmp_path, family, default, given):
+    """At the top level as transformers 4 writes it, inside as 5 does, or left out; to 4.57 an attribute."""
+    config = json.loads((models / family / "config.json").read_text())
+    del config["rope_parameters"]
+    if given:
+        config |= {
+            given: 0.75 if given == "partial_rotary_factor" else THETA | {"partial_rotary_factor": 0.75}
+        }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch, share = architecture.read_config(tmp_path), 0.75 if given else default
+    assert (arch.rotary_fraction, arch.rotary_dims) == (share, arch.head_dim * share)
+    assert arch.rope == (("rope_theta", 1e4), ("rope_type", "default"))
+    hf = types.SimpleNamespace(rope_theta=1e4, partial_rotary_factor=share)  # Nemotron has no rope_scaling
+    assert architecture.rope_fields(hf) == {"rope_theta": 1e4, "partial_rotary_factor": share}
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA3], ids=str)
@@ -279,8 +348,10 @@ def test_files_that_are_cut_short_or_missing_are_named(llama):
         opened(llama)
 
 
-def test_random_weights_are_the_same_however_they_are_cut():
-    arch = architecture.read_config(TINY)
+@pytest.mark.parametrize("family, norms", [(None, 1.0), ("stablelm", 1.0), ("nemotron", 0.0)])
+def test_random_weights_are_the_same_however_they_are_cut(models, family, norms):
+    """Norms start as the plain norm: Nemotron adds one to their weights."""
+    arch = architecture.read_config(models / family if family else TINY)
     source, other = (huggingface.RandomSource(arch, seed) for seed in (1, 2))
     for name, shape in huggingface.tensor_shapes(arch).items():
         whole = source.read(name)
@@ -289,7 +360,7 @@ def test_random_weights_are_the_same_however_they_are_cut():
             torch.cat([source.read(name, slice(0, 5)), source.read(name, slice(5, None))]), whole
         )
         if len(shape) == 1:
-            assert torch.equal(whole, torch.ones(shape))
+            assert torch.equal(whole, torch.full(shape, 0.0 if name.endswith("bias") else norms))
             continue
         assert torch.equal(source.read(name, columns=slice(8, 16)), whole[:, 8:16])
         assert not torch.equal(other.read(name), whole)
@@ -347,9 +418,9 @@ def test_an_export_replaces_an_older_one_and_what_a_kill_left(world, models, tmp
     assert names == {"config.json", "generation_config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
-def test_an_export_in_bf16_says_so_in_the_field_of_its_file(world, models, tmp_path, field):
-    source = shutil.copytree(models / "llama", tmp_path / "source")
+@pytest.mark.parametrize("family, field", [("llama", "dtype"), ("nemotron", "torch_dtype")])
+def test_an_export_in_bf16_says_so_in_the_field_of_its_file(world, models, tmp_path, family, field):
+    source = shutil.copytree(models / family, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["dtype"]
     (source / "config.json").write_text(json.dumps({**config, field: "float32"}))
@@ -358,6 +429,32 @@ def test_an_export_in_bf16_says_so_in_the_field_of_its_file(world, models, tmp_p
     tensors = load_file(source / "model.safetensors")
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(exported[name], tensor.bfloat16()) for name, tensor in tensors.items())
+
+
+@torch.no_grad()
+def test_logits_of_a_model_of_the_shape_of_gpt_2b(world, tmp_path):
+    """GPT-2B-001 as StableLM: half of each head rotated, a key for each query, no biases but the norms'.
+
+    What decodes and what trains compute transformers' numbers from the same file.
+    """
+    torch.manual_seed(0)
+    config = transformers.StableLmConfig(
+        **SIZES | dict(num_key_value_heads=4, initializer_range=0.1),
+        rope_parameters=THETA | {"partial_rotary_factor": 0.5},
+    )
+    theirs = transformers.StableLmForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    policy, ids = loaded(tmp_path), torch.randint(0, SIZES["vocab_size"], (40,))
+    expected = theirs(ids[None]).logits[0]
+    assert 1 < expected.abs().max() < 30
+    prefixes = InferenceModel(policy, 1).prefill([ids[: n + 1] for n in range(40)])
+    found = torch.stack([prefix.logits for prefix in prefixes])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    batch = packing.collate([[packing.Example(ids.numpy().astype(np.int32), np.arange(40) > 0)]])
+    logprobs = expected.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(engine.forward(policy, batch)[:39], logprobs, rtol=0, atol=1e-5)
 
 
 # ---- memory --------------------------------------------------------------------------------------

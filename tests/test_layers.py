@@ -24,6 +24,11 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
 
 
+def centred_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return norm(x, weight) + bias
+
+
 def gate(x: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return first / (1 + (-first).exp()) * second
@@ -67,6 +72,35 @@ def test_norm_in_bf16_is_fp32_inside():
     torch.testing.assert_close(y.detach().double(), exact, rtol=2 * 2**-8, atol=0)
 
 
+@pytest.mark.parametrize("kind, added", [("layer", 0), ("layer_1p", 1)])
+def test_layer_norm_and_its_gradient(kind, added):
+    """1P multiplies by weight + 1."""
+    torch.manual_seed(0)
+    module, x, grad = layers.NORMS[kind](CONFIG, 8, EPS), torch.randn(5, 1, 8) * 3 + 2, torch.randn(5, 1, 8)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(8))
+    exact = [t.detach().double().requires_grad_() for t in (x, module.weight, module.bias)]
+    x.requires_grad_()
+    y, expected = module(x), centred_norm(exact[0], exact[1] + added, exact[2])
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+    y.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in zip((x, module.weight, module.bias), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, start", [("layer", 1.0), ("layer_1p", 0.0)])
+def test_layer_norms_start_as_the_plain_norm_and_tell_megatron_of_sequence_parallelism(kind, start):
+    split = SimpleNamespace(params_dtype=torch.bfloat16, sequence_parallel=True)
+    for config in (CONFIG, split):
+        module = layers.NORMS[kind](config, 8)
+        assert (module.weight.tolist(), module.bias.tolist()) == ([start] * 8, [0.0] * 8)
+        for parameter in module.parameters():
+            assert parameter.dtype == config.params_dtype
+            assert parameter.sequence_parallel == config.sequence_parallel
+
+
 def test_norm_module_starts_at_one_and_tells_megatron_of_sequence_parallelism():
     module = layers.RMSNorm(CONFIG, 8)
     assert module.weight.tolist() == [1.0] * 8 and not module.weight.sequence_parallel
@@ -90,6 +124,17 @@ def test_gate_leaves_its_input_and_keeps_bf16():
     assert y.dtype == x.grad.dtype == torch.bfloat16
     gate_half, up = x.detach().chunk(2, -1)
     assert torch.equal(y.detach(), F.silu(gate_half) * up)  # as transformers computes it, bit for bit
+
+
+def test_squared_relu_and_its_gradient():
+    """By hand, and it leaves its input."""
+    x = torch.tensor([-2.0, 0.0, 3.0]).bfloat16().requires_grad_()
+    y = layers.SquaredReLUFunction.apply(x)
+    y.backward(torch.tensor([1.0, 1.0, 0.5]).bfloat16())
+    assert (y.tolist(), x.grad.tolist(), x.tolist()) == ([0.0, 0.0, 9.0], [0.0, 0.0, 3.0], [-2.0, 0.0, 3.0])
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    x = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layers.SquaredReLUFunction.apply, x)
 
 
 def test_rotation_by_hand():
@@ -148,6 +193,8 @@ FUSED = {
     ),
     layers.swiglu: lambda n, dtype: (random((n, 1, 32), dtype, 0),),
     layers.swiglu_gradient: lambda n, dtype: (random((n, 1, 16), dtype, 0), random((n, 1, 32), dtype, 1)),
+    layers.squared_relu: lambda n, dtype: (random((n, 1, 16), dtype, 0),),
+    layers.squared_relu_gradient: lambda n, dtype: tuple(random((n, 1, 16), dtype, seed) for seed in (0, 1)),
     layers.turn: lambda n, dtype: (
         *(random((n, 3, 8), dtype, 0), random((n, 1, 4), dtype, 1), random((n, 1, 4), dtype, 2), -1),
     ),

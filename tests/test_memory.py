@@ -31,6 +31,7 @@ SMALL = Architecture(  # 2 layers of 768 weights in matrices and 16 in norms; an
     window=None,
     rope=(("rope_theta", 1e4), ("rope_type", "default")),
 )
+NEMOTRON = dict(norm="layer_1p", activation="relu2", rotary_fraction=0.5)
 FP32, BF16 = Setting(4, gpu=False), Setting(2, gpu=False)
 GPU = Setting(2, gpu=True)
 WORK = Work(tokens=64, count=4, longest=64)
@@ -54,6 +55,8 @@ def world():
         (dict(labels=3, tied_embeddings=True), FP32, 2 * 784 + 1024 + 8 + 3 * 8),
         (dict(qkv_bias=True), FP32, 2 * (784 + 32) + 2 * 1024 + 8),
         (dict(qk_norm=True), FP32, 2 * (784 + 8) + 2 * 1024 + 8),
+        (dict(norm="layer"), FP32, 2 * (784 + 16) + 2 * 1024 + 16),
+        (dict(activation="relu2"), FP32, 2 * (784 - 128) + 2 * 1024 + 8),
         (dict(vocab_size=129), FP32, 2 * 784 + 2 * 192 * 8 + 8),
         ({}, replace(FP32, tp=2), 2 * (384 + 16) + 2 * 512 + 8),
         (dict(qkv_bias=True), replace(FP32, tp=2), 2 * (384 + 16 + 16) + 2 * 512 + 8),
@@ -68,7 +71,9 @@ def test_weights_of_a_rank(changes, setting, count):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("changes", [{}, dict(tied_embeddings=True), dict(qk_norm=True, qkv_bias=True)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(tied_embeddings=True), dict(qk_norm=True, qkv_bias=True), NEMOTRON]
+)
 def test_what_training_holds(changes, precision):
     """Weights, gradients and the optimizer's tensors of a model that is really built."""
     arch, config = replace(SMALL, **changes), model.ModelConfig(precision=precision)
@@ -121,6 +126,9 @@ def test_pinned_memory_comes_in_powers_of_two():
     assert memory.pinned_weights(arch, FP32) == 4 * (256 + 128 + 512 + 256 + 16 + 2 * 1024 + 8)
     # The buffer of 256 + 128 + 384 + 192 + 16 + 2,056 = 3,032 weights is one piece, moments are one each.
     assert memory.pinned_model(arch, FP32) == 4 * 4096 + 2 * memory.pinned_weights(arch, FP32)
+    # three biases of 8 more; instead of gate and up, up: 192 -> 256
+    changed = replace(arch, **NEMOTRON)
+    assert memory.pinned_weights(changed, FP32) == memory.pinned_weights(arch, FP32) + 4 * (3 * 8 - 256)
     halves = 3 * memory.pinned_weights(arch, FP32) / 2
     assert memory.pinned_model(arch, replace(GPU, dp=2)) == 2 * 4096 + halves
 
@@ -134,6 +142,9 @@ def test_pinned_memory_comes_in_powers_of_two():
         # norms 2 (32 + 4); products 2 x 32; q 16, k 8, qkv 32, out 16, log-sums 4, out once more 16; 3 x 16
         ({}, FP32, 72 + 64 + 4 * (16 + 8 + 32 + 16 + 4 + 16) + 4 * 48),
         # in bf16 attention's four are fp32, and nothing keeps the product of which they are copies
+        # mean and 1 / deviation instead of 1 / rms; up alone
+        (NEMOTRON, FP32, 72 + 8 + 64 + 4 * (16 + 8 + 32 + 16 + 4 + 16) + 4 * 32),
+        (NEMOTRON | dict(head_dim=8), GPU, 40 + 8 + 32 + 2 * (32 + 16 + 64 + 32) + 4 * 4 + 2 * 32),
         ({}, BF16, 40 + 32 + 4 * (16 + 8 + 8 + 16 + 4) + 2 * 16 + 2 * 48),
         (dict(head_dim=8), GPU, 40 + 32 + 2 * (32 + 16 + 64 + 32) + 4 * 4 + 2 * 48),
         (dict(head_dim=8), replace(GPU, tp=2), 40 + 32 + 2 * (16 + 8 + 32 + 16) + 4 * 2 + 2 * 24),
@@ -216,6 +227,7 @@ def kept(arch: Architecture, config: model.ModelConfig, shared: int) -> tuple[in
         ("none", dict(qkv_bias=True), 0),
         ("none", dict(qk_norm=True), 0),
         ("none", dict(qk_norm=True, kv_heads=4), 0),
+        ("none", NEMOTRON, 0),
         ("none", {}, 32),
         ("none", dict(qk_norm=True), 32),
         ("selective", {}, 0),
@@ -238,6 +250,7 @@ def test_what_a_layer_really_keeps(precision, recompute, changes, shared):
     said = 64 * setting.item if recompute == "full" else memory.layer_saves(arch, setting, work)
     masks = 4 * 80 * (places - 48 if shared else 0)  # the second answer has 48 places of its own
     state = 8 if recompute == "selective" else 0  # of random numbers, for the pass that is made again
+    state = 2 * 64 * setting.item if "norm" in changes else state  # weight + 1 of both norms
     assert said * places - masks == pytest.approx((three - one) / 2, abs=state)
 
 
@@ -267,6 +280,9 @@ def test_a_layers_backward_pass():
     # at the SwiGLU 8 + 16 + 32 + 32 - 16 numbers a token; in gate and up 16 + 64 - 48, and 2 x 16 x 8
     assert memory.layer_backward(SMALL, FP32, WORK) == 4 * 64 * 72
     assert memory.layer_backward(SMALL, GPU, WORK) == 2 * 64 * 40
+    # at the squared ReLU 8 + 16 numbers a token; in up 16, and 16 x 8
+    plain = replace(SMALL, activation="relu2")
+    assert memory.layer_backward(plain, FP32, WORK) == 4 * max(64 * 24, 64 * 16 + 128)
     few = replace(WORK, tokens=1)
     assert memory.layer_backward(SMALL, FP32, few) == 4 * (16 + 64 - 48 + 256)
 

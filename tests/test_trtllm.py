@@ -26,7 +26,7 @@ GREEDY = {"max_new_tokens": 12, "greedy": True}
 FILTERED = {"max_new_tokens": 6, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 STOPS = [chr(0x100 + i) for i in range(40, 60)]
 CASES = {  # family, sampling, ranks of an engine, is memory kept
-    "greedy": ("llama", GREEDY, 1, False),
+    "greedy": ("nemotron", GREEDY, 1, False),
     "greedy over 2": ("qwen2", GREEDY, 2, False),
     "drawn": ("qwen3", {**FILTERED, "stop": STOPS}, 1, True),
 }
@@ -275,6 +275,22 @@ def test_angles_that_the_engine_would_overlook_are_refused(tmp_path):
         check(model=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope, "rope_theta": 500000.0}))
     check(model=str(tmp_path))
+
+
+def test_a_share_of_rotated_dimensions_that_the_engine_would_overlook_is_refused(tmp_path):
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, "rope_type": "default"}
+    config = {"model_type": "nemotron", "rope_parameters": rope, "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="give it partial_rotary_factor and rope_scaling"):
+        check(model=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 0.25}))
+    check(model=str(tmp_path))
+
+
+def test_stablelm_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "stablelm"}))
+    with pytest.raises(ValueError, match="--generate-with trtllm does not know the model_type stablelm"):
+        check(model=str(tmp_path))
 
 
 def test_a_machine_without_a_gpu_is_refused():

@@ -1,4 +1,4 @@
-"""Linear layers split over tensor parallel ranks, with or without an RMSNorm before them."""
+"""Linear layers split over tensor parallel ranks, with or without a norm before them."""
 
 from collections.abc import Callable
 
@@ -97,7 +97,8 @@ class LayerNormLinear(Linear):
         zero_centered_gamma: bool = False,
         device: torch.device | str = "cuda",
     ):
-        assert normalization == "RMSNorm" and not return_layernorm_output and not zero_centered_gamma
+        assert normalization in ("LayerNorm", "RMSNorm") and not return_layernorm_output
+        assert normalization == "LayerNorm" or not zero_centered_gamma
         super().__init__(
             in_features,
             out_features,
@@ -113,12 +114,19 @@ class LayerNormLinear(Linear):
             parallel_mode=parallel_mode,
             device=device,
         )
-        self.eps = eps
-        self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype, device=device))
-        self.layer_norm_weight.sequence_parallel = sequence_parallel
+        self.eps, self.centred = eps, normalization == "LayerNorm"
+        self.added = 1 if zero_centered_gamma else 0
+        for name in ("layer_norm_weight", "layer_norm_bias") if self.centred else ("layer_norm_weight",):
+            value = 0.0 if name.endswith("bias") else 1.0 - self.added
+            filled = torch.full((in_features,), value, dtype=params_dtype, device=device)
+            self.register_parameter(name, nn.Parameter(filled))
+            getattr(self, name).sequence_parallel = sequence_parallel
 
     def product(self, x: Tensor) -> Tensor:
-        return super().product(F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps))
+        weight, shape = self.layer_norm_weight + self.added, x.shape[-1:]
+        if self.centred:
+            return super().product(F.layer_norm(x, shape, weight, self.layer_norm_bias, self.eps))
+        return super().product(F.rms_norm(x, shape, weight, self.eps))
 
 
 class GroupedLinear(nn.Module):

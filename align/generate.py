@@ -39,6 +39,7 @@ class Tokenizer(Protocol):
     """What this file needs of a tokenizer; `align.tokenizer` has two."""
 
     stop_ids: set[int]
+    vocab_size: int
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -118,7 +119,12 @@ class Request:
 
 
 class Generator:
-    """Samples from a policy in training, of which it holds a copy in another layout where that pays."""
+    """Samples from a policy in training, of which it holds a copy in another layout where that pays.
+
+    Many models have more rows in their output layer than their tokenizer has ids. From here on the policy's
+    softmax is over the tokenizer's ids only, in sampling and in training alike: no other id is ever drawn,
+    and log-probs, entropies and importance ratios are those of the distribution that is sampled from.
+    """
 
     def __init__(
         self,
@@ -132,6 +138,7 @@ class Generator:
         self.policy: Policy = unwrap_model(policy)
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
         self.seed, self.fixed = parallel_config.seed, parallel_config.deterministic
+        self.policy.known_ids = min(self.policy.arch.vocab_size, tokenizer.vocab_size)
         self.copy = self.engine = None
         tp = config.rollout_tp
         if config.generate_with == "trtllm" or config.reshards(parallel_config):
@@ -143,6 +150,7 @@ class Generator:
                 model=model_config.path,
                 sampling=sampling_config,
                 stop_ids=tokenizer.stop_ids,
+                absent_ids=range(self.policy.known_ids, self.policy.arch.vocab_size),
                 group=self.group,
                 slots=config.rollout_slots,
                 keep=config.trtllm_keep,

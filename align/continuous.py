@@ -62,7 +62,7 @@ class Slots:
         self.uniforms = torch.zeros(slots, most + 1, dtype=torch.float64, device=device)
         self.seen = None  # [slots, V], for the repetition penalty
         if config.repetition_penalty != 1.0:
-            self.seen = torch.zeros(slots, engine.arch.vocab_size, dtype=torch.bool, device=device)
+            self.seen = torch.zeros(slots, engine.known_ids, dtype=torch.bool, device=device)
         self.graphs = Graphs() if engine.graphed else None
 
     @property

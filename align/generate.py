@@ -42,6 +42,7 @@ class Tokenizer(Protocol):
     stop_ids: set[int]
     stop_strings: tuple[str, ...]
     chat: MarkerChat | None
+    vocab_size: int
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -123,7 +124,12 @@ class Request:
 
 
 class Generator:
-    """Samples from a policy in training, of which it holds a copy in another layout where that pays."""
+    """Samples from a policy in training, of which it holds a copy in another layout where that pays.
+
+    Many models have more rows in their output layer than their tokenizer has ids. From here on the policy's
+    softmax is over the tokenizer's ids only, in sampling and in training alike: no other id is ever drawn,
+    and log-probs, entropies and importance ratios are those of the distribution that is sampled from.
+    """
 
     def __init__(
         self,
@@ -138,6 +144,7 @@ class Generator:
         sampling_config = replace(sampling_config, stop=(*sampling_config.stop, *tokenizer.stop_strings))
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
         self.seed, self.fixed = parallel_config.seed, parallel_config.deterministic
+        self.policy.known_ids = min(self.policy.arch.vocab_size, tokenizer.vocab_size)
         self.copy = self.engine = None
         tp = config.rollout_tp
         if config.generate_with == "trtllm" or config.reshards(parallel_config):
@@ -149,6 +156,7 @@ class Generator:
                 model=model_config.path,
                 sampling=sampling_config,
                 stop_ids=tokenizer.stop_ids,
+                absent_ids=range(self.policy.known_ids, self.policy.arch.vocab_size),
                 group=self.group,
                 slots=config.rollout_slots,
                 keep=config.trtllm_keep,

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -308,9 +308,9 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    mine = (
-        write_files(model, unfinished) if mpu.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
-    )
+    mine = {}
+    if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
+        mine = write_files(full_tensors(model), unfinished, mpu.get_pipeline_model_parallel_rank())
     everyone: list[dict[str, int] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
@@ -323,9 +323,11 @@ def save(
     dist.barrier()
 
 
-def write_files(model: Decoder, directory: Path) -> dict[str, tuple[str, int]]:
-    """Write this stage's tensors, in files up to the limit: {tensor: (file, bytes)}, on the first rank."""
-    stage, written, held, held_bytes = mpu.get_pipeline_model_parallel_rank(), {}, {}, 0
+def write_files(
+    tensors: Iterable[tuple[str, Tensor]], directory: Path, stage: int = 0
+) -> dict[str, tuple[str, int]]:
+    """Write a stage's named tensors, in files up to the limit: {tensor: (file, bytes)}, for `write_index`."""
+    written, held, held_bytes = {}, {}, 0
 
     def flush() -> None:
         nonlocal held, held_bytes
@@ -334,7 +336,7 @@ def write_files(model: Decoder, directory: Path) -> dict[str, tuple[str, int]]:
         written.update({name: (file, tensor.nbytes) for name, tensor in held.items()})
         held, held_bytes = {}, 0
 
-    for name, tensor in full_tensors(model):
+    for name, tensor in tensors:
         if held and held_bytes + tensor.nbytes > MAX_FILE_BYTES:
             flush()
         held[name] = tensor

@@ -64,6 +64,7 @@ class InferenceModel:
         """
         arch, groups = policy.arch, policy.pg_collection
         self.arch, self.config, self.stages = arch, policy.config, Stages(groups)
+        self.known_ids = policy.known_ids  # V of the logits
         self.tp: dist.ProcessGroup = groups.tp
         self.frequencies = policy.frequencies
         self.dtype, self.device = policy.config.params_dtype, policy.frequencies.device
@@ -271,7 +272,7 @@ class InferenceModel:
             parts = [torch.empty_like(z) for _ in range(self.tp.size())]
             dist.all_gather(parts, z, group=self.tp)
             z = torch.cat(parts, -1)
-        return z[:, : self.arch.vocab_size].float()
+        return z[:, : self.known_ids].float()
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the tensor parallel ranks, in place."""

@@ -196,7 +196,8 @@ class Policy(Decoder):
     """A causal language model whose last stage returns the log-probabilities [T] of the targets.
 
     They are those of softmax(logits / temperature). With `entropy` it returns [T, 2], log-probs and entropies
-    of these distributions, in nats. Both may be set between two passes.
+    of these distributions, in nats. Both may be set between two passes. Ids from `known_ids` on have
+    probability 0: `generate.Generator` lowers it to the ids that the tokenizer has.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Policy(Decoder):
         entropy: bool = False,
     ):
         super().__init__(config, arch, te, arch.tied_embeddings, groups, embedding_rows)
-        self.temperature, self.entropy = temperature, entropy
+        self.temperature, self.entropy, self.known_ids = temperature, entropy, arch.vocab_size
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
         """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere.
@@ -233,7 +234,7 @@ class Policy(Decoder):
             hidden,
             self.output_weight(),
             labels[0][trained],
-            self.arch.vocab_size,
+            self.known_ids,
             group,
             self.temperature,
         )
@@ -322,7 +323,9 @@ def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollectio
             f"--rollout-tp {parallel.tp} does not divide the {embedding_rows} rows of the embedding"
         )
     made_of = transformer_config(arch, config, parallel, policy.te)
-    return Policy(made_of, arch, policy.te, groups, embedding_rows)
+    copy = Policy(made_of, arch, policy.te, groups, embedding_rows)
+    copy.known_ids = policy.known_ids
+    return copy
 
 
 def build_scorer(

@@ -146,8 +146,15 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
         return self.hf.encode(text, add_special_tokens=False, verbose=False)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, special tokens spelled out."""
-        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """Text of `ids`, special tokens spelled out; an id beyond the vocabulary as <id 32000>."""
+        text, start = "", 0
+        for end in [*(i for i, number in enumerate(ids) if number >= self.vocab_size), len(ids)]:
+            text += self.hf.decode(
+                ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            text += f"<id {ids[end]}>" if end < len(ids) else ""
+            start = end + 1
+        return text
 
     def follow(self, chat: MarkerChat) -> None:
         """As above; a chat_template.jinja of the directory that was written for `chat`, or edited, stays."""
@@ -218,13 +225,15 @@ class SentencePieceTokenizer(FollowsMarkerChat):
         return self.inner.encode(normalized[normalized.index("x") + 1 :])
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, control pieces such as `</s>` spelled out."""
+        """Text of `ids`, control pieces such as `</s>` spelled out; an id that has no piece as <id 32000>."""
         text, start = "", 0
         for end in range(len(ids) + 1):
-            if end == len(ids) or self.sp.is_control(ids[end]):
+            if end == len(ids) or ids[end] >= self.vocab_size or self.sp.is_control(ids[end]):
                 model = self.inner if text else self.sp  # only the first run can carry the dummy prefix
                 text += model.decode(ids[start:end])
-                text += self.sp.id_to_piece(ids[end]) if end < len(ids) else ""
+                if end < len(ids):
+                    known = ids[end] < self.vocab_size
+                    text += self.sp.id_to_piece(ids[end]) if known else f"<id {ids[end]}>"
                 start = end + 1
         return text
 

@@ -90,6 +90,7 @@ class Engine:
         model: Path,
         sampling: SamplingConfig,
         stop_ids: set[int],
+        absent_ids: Sequence[int],
         group: dist.ProcessGroup,
         slots: int,
         keep: bool,
@@ -98,12 +99,14 @@ class Engine:
         """
         Args:
             model: directory whose config.json tells the architecture; its weights are not read.
+            absent_ids: rows of the output layer without a token, which are never drawn.
             group: the ranks whose GPUs the engine shares.
             slots: sequences decoded at a time.
             keep: does its memory stay on the GPUs between rollouts?
             memory: for keys and values, share of the GPU memory that is free when it starts.
         """
-        self.model, self.sampling, self.stop_ids, self.group = model, sampling, sorted(stop_ids), group
+        self.model, self.sampling, self.group = model, sampling, group
+        self.stop_ids, self.absent_ids = sorted(stop_ids), list(absent_ids)
         self.slots, self.keep, self.memory = slots, keep, memory
         self.leads = group.rank() == 0
         self.started = self.resting = False
@@ -207,6 +210,7 @@ class Engine:
             top_p=self.sampling.top_p,
             end_id=-1,  # none, for its sampler drops an end_id
             stop_token_ids=self.stop_ids,
+            bad_token_ids=self.absent_ids or None,
             include_stop_str_in_output=True,  # keeps stop tokens, too
             logprobs=1,
             detokenize=False,

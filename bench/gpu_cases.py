@@ -302,6 +302,7 @@ class NoWords:
     """A tokenizer without a token that ends an answer."""
 
     stop_ids: set[int] = set()
+    vocab_size = 2**31
 
     def decode(self, ids: list[int]) -> str:
         return ""

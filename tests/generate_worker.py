@@ -26,6 +26,9 @@ class Letters:
     stop_ids = {2}
     stop_strings, chat = (), None
 
+    def __init__(self, vocab_size: int = 131):
+        self.vocab_size = vocab_size
+
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(0x100 + i) for i in ids)
 
@@ -57,7 +60,8 @@ def build(case: dict) -> generate.Generator:
     generate.check(arch, rollout, sampling, config, layout)
     policy = model.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
-    return generate.Generator(policy, rollout, sampling, config, layout, Letters())
+    letters = Letters(case.get("vocab_size", arch.vocab_size))
+    return generate.Generator(policy, rollout, sampling, config, layout, letters)
 
 
 def run(case: dict) -> dict:

@@ -59,7 +59,9 @@ class Setting:
         policy = model.build_policy(arch, config, layout)
         huggingface.load(policy, huggingface.open_source(directory, arch, layout.seed))
         self.policy: DistributedDataParallel = model.distributed(policy)
-        self.generator = Generator(self.policy, RolloutConfig(), SAMPLING, config, layout, Letters())
+        # Training's softmax leaves out the ids that this tokenizer lacks, as the sampler's does.
+        letters = Letters(vocab_size=100)
+        self.generator = Generator(self.policy, RolloutConfig(), SAMPLING, config, layout, letters)
 
     def sample(self) -> Answers:
         """Answers to all prompts, with the numbers of their rows. Collective."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -50,6 +51,7 @@ PENALTY = 1.3  # repetition penalty of greedy answers
 LIKELIHOOD = ("llama", "qwen3", "mistral")  # families whose log-probs are compared
 DRAWS = {"max_new_tokens": 2, "temperature": 1.4, "top_k": 4, "top_p": 0.95}
 NUM_DRAWS = 4000
+KNOWN = 40  # ids of a tokenizer with fewer than the model has
 
 # What log-probs may differ by in nats, on average and at one token. Those of transformers in fp32 are up to
 # 1.6e-5 off those in fp64; in bf16 they are 0.037 and 0.49 off those in fp32 of the same weights.
@@ -168,6 +170,8 @@ def cases_of_one(models: Path) -> dict[str, dict]:
         "draws": greedy
         | {"prompts": prompts()[:1], "sampling": DRAWS, "samples": NUM_DRAWS}
         | {"rollout": {"rollout_slots": 500}},
+        "absent ids": {**llama, "vocab_size": KNOWN, "sampling": DRAWS}
+        | {"prompts": [[i % KNOWN for i in ids] for ids in prompts()[:8]], "samples": 20},
         "empty prompt": greedy | {"prompts": [[5], []]},
         "full context": greedy | {"prompts": [[5] * 256]},
     }
@@ -412,6 +416,23 @@ def test_logprobs_in_bf16(models, ran):
     policy = network(models / "llama").bfloat16().float()
     _, errors = logprob_errors(policy, ran(1)["likelihood llama bf16"]["answers"])
     assert np.abs(errors).mean() <= BF16[0] and np.abs(errors).max() <= BF16[1]
+
+
+def test_ids_without_a_token_have_no_probability(models, ran):
+    """transformers' logits of the known ids alone: the same draws, log-probs and answers."""
+    policy, drawn = network(models / "llama"), Counter()
+    for ids, samples in zip(prompts()[:8], ran(1)["absent ids"]["answers"], strict=True):
+        prompt = [i % KNOWN for i in ids]
+        with torch.no_grad():
+            logits = policy(torch.tensor([prompt])).logits[0, -1, :KNOWN]
+        shares = exact(logits, torch.zeros(KNOWN, dtype=torch.bool), SamplingConfig(**DRAWS))
+        plain = logits.double().log_softmax(-1)
+        for (first, *rest), logprobs, model_logprobs, _ in samples:
+            assert max([first, *rest]) < KNOWN
+            assert math.exp(logprobs[0]) == pytest.approx(shares[first], abs=1e-5)
+            assert model_logprobs[0] == pytest.approx(plain[first].item(), abs=FP32[1])
+            drawn[first] += 1
+    assert len(drawn) > 5
 
 
 # ---- sampled answers: their distribution ---------------------------------------------------------

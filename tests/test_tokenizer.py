@@ -247,6 +247,16 @@ def test_sentencepiece_decodes_what_it_encodes(
         assert saved.decode(ours.encode(text)) == text
 
 
+@pytest.mark.parametrize("name", ["tiny", "v1", "v1 saved"])
+def test_ids_beyond_the_vocabulary_are_spelled_out(name, sentencepiece_models, saved_models):
+    directory = {"tiny": TINY, "v1": sentencepiece_models["v1"], "v1 saved": saved_models["v1"]}[name]
+    loaded = tokenizer.load(directory)
+    ids, beyond = loaded.encode("ab cd"), loaded.vocab_size
+    text = loaded.decode([*ids, beyond, beyond + 7, *loaded.encode("ef", continued=True), beyond])
+    assert text == f"ab cd<id {beyond}><id {beyond + 7}>ef<id {beyond}>"
+    assert loaded.decode([beyond]) == f"<id {beyond}>"
+
+
 def test_sentencepiece_has_no_chat_template(sentencepiece_models: dict[str, Path]):
     with pytest.raises(ValueError, match="no chat template.*'conversations'"):
         tokenizer.load(sentencepiece_models["bpe"]).render(CHAT)

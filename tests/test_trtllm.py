@@ -126,7 +126,7 @@ def test_memory_is_released_between_rollouts_unless_it_is_kept(found):
 
 def engine(**sampling: object) -> trtllm.Engine:
     group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
-    return trtllm.Engine(Path("there"), SamplingConfig(**sampling), {2}, group, 4, False, 0.5)
+    return trtllm.Engine(Path("there"), SamplingConfig(**sampling), {2}, (), group, 4, False, 0.5)
 
 
 def output(ids: list[int], logprobs: list[float], reason: str = "length") -> SimpleNamespace:
@@ -369,6 +369,14 @@ def test_each_stop_token_stays_in_its_answer(fake, models, last):
     with mock.patch.object(ours.llm, "_draw", side_effect=[7, last]):
         [(ids, _, _, finish)] = ours.sample([np.array([5])], [1], lambda ids: ids[-1] in (2, 9))
     assert (ids.tolist(), finish) == ([7, last], "stop")
+
+
+def test_ids_without_a_token_are_never_drawn(fake, models):
+    ours = engine(max_new_tokens=40, temperature=3.0)
+    ours.absent_ids, ours.context, ours.llm = list(range(10, 131)), 256, made(fake, models / "llama")
+    ours.llm.whole = True
+    [(ids, *_)] = ours.sample([np.array([5])], [1], lambda ids: ids[-1] == 2)
+    assert set(ids.tolist()) <= set(range(10)) and len(set(ids.tolist())) > 2
 
 
 def test_equal_seeds_draw_equal_answers(fake, models):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "fake_tensorrt_llm"))
 class Letters:
     """A tokenizer in which every token is one character, and some end an answer."""
 
-    stop_ids = set(range(2, 12))
+    stop_ids, vocab_size = set(range(2, 12)), 131
     stop_strings, chat = (), None
 
     def decode(self, ids: list[int]) -> str:
@@ -72,7 +72,7 @@ def run(case: dict) -> dict:
         found["generator"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
         found["described"], found["told"] = through.describe(), sum(by_rank(told), [])
     group = generate.rollout_groups(tp).tp
-    engine = trtllm.Engine(config.path, sampling, Letters.stop_ids, group, 4, case["keep"], 0.5)
+    engine = trtllm.Engine(config.path, sampling, Letters.stop_ids, (), group, 4, case["keep"], 0.5)
     replica, replicas = dist.get_rank() // tp, dist.get_world_size() // tp
     for factor in (1.0, 1.0, 0.5):
         if factor != 1:

@@ -82,6 +82,7 @@ class SamplingParams:
     end_id: int | None = None
     pad_id: int | None = None
     max_tokens: int = 32
+    bad_token_ids: list[int] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
@@ -232,6 +233,7 @@ class LLM:
         while output.finish_reason is None:
             ids = torch.tensor([prompt + output.token_ids])
             logits = self.model(ids).logits[0, -1].float() / params.temperature
+            logits[params.bad_token_ids or []] = float("-inf")  # that log-probs are of the rest is assumed
             token = self._draw(logits, params, random)
             if token == params.end_id:
                 output.finish_reason = "stop"

@@ -1,0 +1,305 @@
+"""Make a Hugging Face directory of a NeMo archive, or of a checkpoint of ours.
+
+    python -m tools.prepare_model nemo --input GPT-2B-001_bf16_tp1.nemo --output models/gpt-2b-001
+    python -m tools.prepare_model nemo --input llama3.nemo --tokenizer DIR --output models/llama3
+    python -m tools.prepare_model export --checkpoint runs/sft/checkpoints/step_00000100 --output models/sft
+
+Nothing of the input is run, the output appears when it is complete, and weights keep their precision.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields as names_of
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import torch
+import tyro
+from megatron.core import dist_checkpointing
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from align import architecture, data, huggingface, model, parallel, tokenizer
+from align import checkpoint as checkpoints
+from align.data import FormatConfig
+from align.model import ModelConfig
+from align.parallel import ParallelConfig
+from tools import nemo_config, nemo_weights
+from tools.nemo_weights import Weights
+
+MARKERS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")  # --chat-tokens
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def main() -> None:
+    """Run the subcommand named on the command line; a mistake of the user's is one line."""
+    try:
+        tyro.extras.subcommand_cli_from_dict({"nemo": nemo, "export": export})
+    except ValueError as error:
+        sys.exit(f"prepare_model.py: {error}")
+
+
+# ---- nemo ------------------------------------------------------------------------------------------
+
+
+def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple[str, ...] = ()) -> None:
+    """NeMo archive of GPT-2B-001, Llama, Nemotron and their kin, or of a reward model, to Hugging Face.
+
+    Args:
+        input: .nemo file, or a directory with what was in one
+        output: directory to write
+        tokenizer: Hugging Face directory or SentencePiece model, where the archive holds none
+        ignore: fields of model_config.yaml that are unknown here and change nothing that the model computes
+    """
+    if output.exists():
+        raise ValueError(f"--output {output} exists: remove it, or give another directory")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the rename at the end stays within one file system.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        unfinished = Path(scratch) / "model"
+        unfinished.mkdir()
+        archive = input if input.is_dir() else extract(input, Path(scratch) / "archive")
+        data.at(f"--input {input}", convert, archive, unfinished, tokenizer, ignore)
+        os.replace(unfinished, output)
+    print(f"the model is in {output}")
+
+
+def extract(path: Path, folder: Path) -> Path:
+    """Copy what is needed out of a tar, plain or compressed. Raises ValueError if it is broken or unsafe."""
+    folder.mkdir()
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                place = PurePosixPath(member.name)
+                if place.is_absolute() or ".." in place.parts or not (member.isfile() or member.isdir()):
+                    raise ValueError(
+                        f"--input {path}: {member.name!r} is a link, or leaves the directory: refused"
+                    )
+                if member.isfile() and is_needed(place):
+                    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                    with open(folder / place, "wb") as file:
+                        shutil.copyfileobj(archive.extractfile(member), file, 2**24)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
+        raise ValueError(f"--input {path} is no tar, or is cut short: {reason}") from error
+    return folder
+
+
+def is_needed(place: PurePosixPath) -> bool:
+    """True for the configuration, the weights and a SentencePiece model."""
+    return place.name in ("model_config.yaml", "model_weights.ckpt") or (
+        place.suffix == ".model" or place.parts[0] == "model_weights"
+    )
+
+
+def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tuple[str, ...]) -> None:
+    """Write the Hugging Face directory of an extracted archive."""
+    fields = nemo_config.read(archive / "model_config.yaml", ignore)
+    config = nemo_config.huggingface_config(fields)
+    text = find_tokenizer(archive, fields.get("tokenizer") or {}, tokenizer_path)
+    weights = nemo_weights.read(archive, fields)
+    config |= {"vocab_size": vocab_size(weights, fields, text)}
+    config |= {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": None}
+    is_reward_model = "rm_head.weight" in weights
+    if is_reward_model:
+        config = nemo_config.as_reward_model(config, reward_head(weights, fields))
+    if is_reward_model or config["tie_word_embeddings"]:
+        weights.pop("output_layer.weight", None)  # a reward model has one that it does not use
+    text.save(output)
+    ids = {"bos_token_id": text.bos_id, "eos_token_id": sorted(text.stop_ids)}
+    write_json(output / "generation_config.json", ids)
+    write_weights(weights, fields, config, output)
+    write_prompt_format(fields.get("data") or {}, output)
+    if is_reward_model:
+        tokenizer.save_pad_token(output)
+
+
+def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> data.Tokenizer:
+    """The tokenizer of --tokenizer, or the SentencePiece model that the archive holds."""
+    if path is not None:
+        return tokenizer.load(path)
+    inside = archive / Path(str(fields.get("model")).removeprefix("nemo:")).name
+    if fields.get("library") != "sentencepiece" and fields.get("type") != "GPTSentencePieceTokenizer":
+        name = fields.get("type") or fields.get("library")
+        raise ValueError(f"the tokenizer is {name}, which the archive does not hold: give --tokenizer DIR")
+    if not inside.is_file():
+        raise ValueError(f"the tokenizer {inside.name} is missing: give --tokenizer FILE")
+    if fields.get("sentencepiece_legacy") and fields.get("special_tokens"):
+        raise ValueError(
+            "tokenizer.special_tokens are no part of the SentencePiece model: give --tokenizer DIR"
+        )
+    return tokenizer.SentencePieceTokenizer(inside)
+
+
+def vocab_size(weights: Weights, fields: dict, text: tokenizer.HuggingFaceTokenizer) -> int:
+    """Rows of the embedding without those that only make its size a multiple."""
+    if "embedding.word_embeddings.weight" not in weights:
+        raise ValueError("the archive is incomplete: embedding.word_embeddings.weight is missing")
+    rows, ids = len(weights["embedding.word_embeddings.weight"]()), text.vocab_size
+    ranks = fields.get("tensor_model_parallel_size") or 1
+    multiple = (fields.get("make_vocab_size_divisible_by") or 128) * ranks
+    if rows < ids:
+        raise ValueError(f"the tokenizer has {ids} ids, the model {rows}: it is another model's")
+    if rows >= ids + multiple:
+        print(f"the tokenizer has {ids} ids, the model {rows}, more than padding to {multiple}: all are kept")
+        return rows
+    return ids
+
+
+def reward_head(weights: Weights, fields: dict) -> int:
+    """Leave a head without bias, [labels, H], in the weights: how many labels it has."""
+    head, settings = weights["rm_head.weight"](), fields.get("regression") or {}
+    bias = weights.pop("rm_head.bias", lambda: torch.zeros(len(head)))().float()
+    shares = torch.tensor(settings.get("attribute_weights") or [1 / len(head)] * len(head))
+    if settings.get("merge_attributes"):
+        head, bias = (shares @ head.float()).to(head.dtype)[None], (shares @ bias)[None]
+    if bias.any():
+        print(f"Hugging Face's heads have no bias: rewards are lower than NeMo's by {bias.tolist()}")
+    standard = fields.get("reward_standardization") or {}
+    if standard.get("enable"):
+        mean = standard["mean"] - bias.mean().item()
+        print(f"NeMo standardises these rewards: give --reward-mean {mean} --reward-std {standard['std']}")
+    weights["rm_head.weight"] = lambda: head
+    return len(head)
+
+
+def write_weights(weights: Weights, fields: dict, config: dict, output: Path) -> None:
+    """config.json and safetensors files, which must be what transformers expects of this configuration."""
+    dtype = weights["embedding.word_embeddings.weight"]().dtype
+    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    write_json(output / "config.json", config)
+    # StableLM's norms have the factor w, Nemotron's w + 1.
+    add_one = nemo_config.normalization(fields) == "layernorm1p" and config["model_type"] == "stablelm"
+    tensors = nemo_weights.tensors(weights, config, add_one)
+    huggingface.write_index(
+        output, huggingface.write_files(checked(tensors, expected_shapes(output)), output)
+    )
+
+
+def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that transformers has for the config.json of a directory."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    is_classifier = architecture.is_classifier(config.to_dict())
+    kind = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    with torch.device("meta"):
+        state = kind.from_config(config).state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
+
+
+def checked(
+    tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, which must be those of `shapes`. Raises ValueError."""
+    left = dict(shapes)
+    for name, tensor in tensors:
+        if name not in left:
+            raise ValueError(f"the archive holds {name}, which a model of this configuration does not have")
+        if (shape := left.pop(name)) != tuple(tensor.shape):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, model_config.yaml means {shape}")
+        yield name, tensor
+    if left:
+        raise ValueError(
+            f"the archive is incomplete: {min(left)} is the first of {len(left)} missing tensors"
+        )
+
+
+def write_prompt_format(fields: dict, output: Path) -> None:
+    """prompt_format.json of what `data` of the configuration says, if the model was tuned on prompts."""
+    rows = fields.get("train_ds") or {}
+    template = rows.get("prompt_template") or fields.get("prompt_template")
+    if not fields.get("chat") and not template:
+        return
+    try:
+        if rows.get("add_sep"):
+            raise ValueError("data.train_ds.add_sep = true is not implemented")
+        add_bos = None if rows.get("add_bos") is None else bool(rows["add_bos"])
+        if fields.get("chat"):
+            markers = fields.get("chat_prompt_tokens") or {}
+            defaults = dict(zip(MARKERS, FormatConfig.chat_tokens, strict=True))
+            tokens = tuple(escape(markers[name]) if name in markers else defaults[name] for name in MARKERS)
+            form = FormatConfig(chat_tokens=tokens, add_bos=add_bos)
+        else:
+            first = data.template_pieces(escape(template))[0][1]
+            form = FormatConfig(escape(template), truncation_field=first, add_bos=add_bos)
+    except ValueError as error:
+        print(f"no prompt_format.json is written: {error}")
+        return
+    form.save(output)
+
+
+def escape(text: str) -> str:
+    """Text as it is typed for a flag: `data.unescape` gives it back."""
+    return text.encode("unicode_escape").decode()
+
+
+def write_json(path: Path, fields: dict) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+# ---- export ----------------------------------------------------------------------------------------
+
+
+def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
+    """Checkpoint of a run, of any layout, to what the run leaves in OUTPUT/hf when it is complete.
+
+    A model that one process has no memory for needs torchrun, and --tp or --pp.
+
+    Args:
+        checkpoint: OUTPUT/checkpoints/step_XXXXXXXX
+        output: directory to write
+        tp: tensor parallel size
+        pp: pipeline parallel size
+    """
+    if output.exists():
+        raise ValueError(f"--output {output} exists: remove it, or give another directory")
+    if not checkpoints.is_checkpoint(checkpoint):
+        raise ValueError(f"--checkpoint {checkpoint} is no checkpoint of ours: there is no state.json")
+    flags = checkpoints.run_flags(checkpoint)
+    start = ModelConfig(model=flags["model"]).path
+    if not (start / "config.json").is_file():
+        raise ValueError(
+            f"the run began with --model {flags['model']}: start this command where it was started"
+        )
+    layout = ParallelConfig(tp=tp, pp=pp)
+    with parallel.start(layout):
+        trained, companions = build(checkpoint, start, flags, layout)
+        checkpoints.load_weights(checkpoint, trained)
+        huggingface.save(trained, start, output, companions)
+        if parallel.is_main():
+            print(f"the model is in {output}")
+
+
+def build(
+    path: Path, start: Path, flags: dict, layout: ParallelConfig
+) -> tuple[model.Decoder, list[Callable[[Path], None]]]:
+    """The model of a checkpoint, its weights not filled, and what its run writes beside it."""
+    shapes = dist_checkpointing.load_tensors_metadata(str(path))
+    precision = DTYPES[shapes["embedding.word_embeddings.weight"].dtype]
+    config = ModelConfig(model=flags["model"], precision=precision)
+    arch, text = architecture.read_config(start), tokenizer.load(start)
+    if "score.weight" in shapes:
+        labels = shapes["score.weight"].global_shape[0]
+        weights = flags.get("attribute_weights") or (1 / labels,) * labels
+        scorer = model.build_scorer(replace(arch, labels=labels), config, layout, weights)
+        return scorer, [text.save, tokenizer.save_pad_token]
+    companions = [text.save]
+    if "prompt_template" in flags:
+        names = [field.name for field in names_of(FormatConfig)]
+        form = FormatConfig(**{name: as_tuple(flags[name]) for name in names if name in flags})
+        companions.append(form.save)
+    return model.build_policy(arch, config, layout), companions
+
+
+def as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()

@@ -521,21 +521,34 @@ CHAT_TOKENS = dict(
     ],
 )
 def test_prompt_format(fields, tokens, template, add_bos, tmp_path):
-    prepare_model.write_prompt_format(fields, tmp_path)
+    prepare_model.prompt_format(fields).save(tmp_path)
     found = json.loads((tmp_path / "prompt_format.json").read_text())
     assert found["add_bos"] == add_bos
     if tokens:
-        assert [data.unescape(token) for token in found["chat_tokens"]] == tokens
+        assert [data.unescape(token) for token in found["chat_tokens"]] == tokens == found["chat"]["tokens"]
+        assert found["chat"]["bos"] == bool(add_bos)
     if template:
         assert data.unescape(found["prompt_template"]) == template
 
 
-def test_prompt_formats_that_have_no_place_are_named(tmp_path, capsys):
+def test_a_chat_model_is_asked_in_its_markers(pieces, tmp_path):
+    """And stops at the next turn: in SentencePiece "<" and the others are several tokens, so by its text."""
+    markers = dict(zip(prepare_model.MARKERS, ("<s0>", "<s1>", "<s2>", "\n", "\n"), strict=True))
+    chat = {"data": {"chat": True, "chat_prompt_tokens": markers}}
+    output = converted(write_archive(tmp_path / "a.nemo", NEMOTRON, random_state(NEMOTRON), pieces, **chat))
+    loaded = transformers.AutoTokenizer.from_pretrained(output)
+    asked = [{"role": "user", "content": "a"}]
+    text = loaded.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == "<s0>System\n\n<s1>User\na\n<s1>Assistant\n"
+    generation = transformers.GenerationConfig.from_pretrained(output)
+    assert (generation.eos_token_id, generation.stop_strings) == ([2], ["<s1>"])
+
+
+def test_prompt_formats_that_have_no_place_are_named(capsys):
     for rows in ({"prompt_template": "{input} {output}", "add_sep": True}, {"prompt_template": "say it"}):
-        prepare_model.write_prompt_format({"train_ds": rows}, tmp_path)
+        assert prepare_model.prompt_format({"train_ds": rows}) is None
     first, second = capsys.readouterr().out.splitlines()
     assert "add_sep = true is not implemented" in first and "'say it' must end with the field" in second
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("merged", [False, True])

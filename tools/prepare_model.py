@@ -15,7 +15,6 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields as names_of
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -25,9 +24,10 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align import architecture, data, huggingface, model, parallel, tokenizer
+from align import architecture, data, huggingface, marker_chat, model, parallel, tokenizer
 from align import checkpoint as checkpoints
-from align.data import FormatConfig
+from align.data import FormatConfig, TrainedFormat
+from align.marker_chat import MarkerChat
 from align.model import ModelConfig
 from align.parallel import ParallelConfig
 from tools import nemo_config, nemo_weights
@@ -111,11 +111,15 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
         config = nemo_config.as_reward_model(config, reward_head(weights, fields))
     if is_reward_model or config["tie_word_embeddings"]:
         weights.pop("output_layer.weight", None)  # a reward model has one that it does not use
-    text.save(output)
+    trained_format = prompt_format(fields.get("data") or {})
+    if trained_format and trained_format.chat:
+        text.follow(trained_format.chat)
     ids = {"bos_token_id": text.bos_id, "eos_token_id": sorted(text.stop_ids)}
     write_json(output / "generation_config.json", ids)
+    text.save(output)
     write_weights(weights, fields, config, output)
-    write_prompt_format(fields.get("data") or {}, output)
+    if trained_format:
+        trained_format.save(output)
     if is_reward_model:
         tokenizer.save_pad_token(output)
 
@@ -210,12 +214,12 @@ def checked(
         )
 
 
-def write_prompt_format(fields: dict, output: Path) -> None:
-    """prompt_format.json of what `data` of the configuration says, if the model was tuned on prompts."""
+def prompt_format(fields: dict) -> TrainedFormat | None:
+    """The format that `data` of the configuration names, None if the model was not tuned on prompts."""
     rows = fields.get("train_ds") or {}
     template = rows.get("prompt_template") or fields.get("prompt_template")
     if not fields.get("chat") and not template:
-        return
+        return None
     try:
         if rows.get("add_sep"):
             raise ValueError("data.train_ds.add_sep = true is not implemented")
@@ -224,14 +228,14 @@ def write_prompt_format(fields: dict, output: Path) -> None:
             markers = fields.get("chat_prompt_tokens") or {}
             defaults = dict(zip(MARKERS, FormatConfig.chat_tokens, strict=True))
             tokens = tuple(escape(markers[name]) if name in markers else defaults[name] for name in MARKERS)
-            form = FormatConfig(chat_tokens=tokens, add_bos=add_bos)
-        else:
-            first = data.template_pieces(escape(template))[0][1]
-            form = FormatConfig(escape(template), truncation_field=first, add_bos=add_bos)
+            FormatConfig(chat_tokens=tokens)
+            chat = MarkerChat(tuple(map(data.unescape, tokens)), bos=bool(add_bos))
+            return TrainedFormat("conversations", FormatConfig.prompt_template, tokens, add_bos, chat)
+        data.template_pieces(escape(template))
+        return TrainedFormat("template", escape(template), FormatConfig.chat_tokens, add_bos, None)
     except ValueError as error:
         print(f"no prompt_format.json is written: {error}")
-        return
-    form.save(output)
+        return None
 
 
 def escape(text: str) -> str:
@@ -290,15 +294,12 @@ def build(
         scorer = model.build_scorer(replace(arch, labels=labels), config, layout, weights)
         return scorer, [text.save, tokenizer.save_pad_token]
     companions = [text.save]
-    if "prompt_template" in flags:
-        names = [field.name for field in names_of(FormatConfig)]
-        form = FormatConfig(**{name: as_tuple(flags[name]) for name in names if name in flags})
-        companions.append(form.save)
+    run = path.parent.parent
+    if (run / "prompt_format.json").is_file():  # its rows had a format of their own
+        if chat := marker_chat.read(run):
+            text.follow(chat)
+        companions.append(lambda directory: shutil.copy(run / "prompt_format.json", directory))
     return model.build_policy(arch, config, layout), companions
-
-
-def as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from align import (
 )
 from align.checkpoint import CheckpointConfig
 from align.generate import RolloutConfig
-from align.loop import CommonConfig, check_at_least
+from align.loop import CommonConfig, LoopConfig, check_at_least
 from align.metrics import Clock, Run, RunConfig, mean_of
 from align.offload import OffloadConfig
 from align.optim import OptimConfig
@@ -118,6 +118,7 @@ class Config(CommonConfig):
     offload: OffloadConfig = OffloadConfig()
     format: PromptFormat = PromptFormat()
     run: RunConfig = RunConfig(output=Path("runs/ppo"))
+    loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
 

@@ -30,7 +30,7 @@ class LoopConfig:
     val_interval: int = 100
     """steps between validations; there is one before the first step and one after the last as well"""
     val_batches: int | None = None
-    """global batches per validation (default: all of --val-data)"""
+    """batches of --val-data per validation, each of the rows that a training step takes; None: all rows"""
 
     def __post_init__(self):
         check_at_least(self, 1, "max_epochs", "max_steps", "val_interval", "val_batches")

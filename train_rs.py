@@ -206,6 +206,11 @@ def main(config: Config) -> None:
         statistics |= {"dropped_unended": unended, "dropped_duplicates": duplicates}
         if selected:
             statistics["rewards_selected"] = float(np.mean([value for *_, value in selected]))
+        if statistics.get("prompts_without_spread") == 1.0:
+            run.say(
+                f"step {done}: all responses to a prompt have one reward, for every prompt of the step: those"
+                " kept are no better than the others; look at --reward-fn or --reward-model"
+            )
         run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
         metrics = {f"train_rollouts/{name}": value for name, value in statistics.items()}
 

@@ -83,8 +83,14 @@ class Rollout:
         ]
 
     def statistics(self) -> dict[str, float]:
-        """Means over all answers."""
+        """Means over all responses; of several to a prompt, the share of prompts whose rewards are all equal.
+
+        Such a prompt teaches rejection sampling, RLOO and GRPO nothing about the reward.
+        """
+        flat = (self.rewards == self.rewards[:, :1]).all(1)
+        spread = {"prompts_without_spread": float(flat.mean())} if self.rewards.shape[1] > 1 else {}
         return {
+            **spread,
             "rewards": float(self.rewards.mean()),
             "response_lengths": float(np.mean([len(sample.ids) for sample in self.answers])),
             "prompt_lengths": float(np.mean([len(prompt.ids) for prompt in self.prompts])),

@@ -24,7 +24,8 @@ class LoopConfig:
     max_epochs: int = 1
     """passes over the training rows"""
     max_steps: int | None = None
-    """most optimizer steps (default: what --max-epochs gives)"""
+    """most steps (default: what --max-epochs gives); in PPO and rejection sampling a step is a rollout with
+    all of its updates, else one optimizer step"""
     max_time: str | None = None
     """HH:MM:SS after which the run saves and exits with status 0; the same command continues it"""
     val_interval: int = 100

@@ -32,7 +32,7 @@ DATA, SFT, RM, DPO, RS, PPO, GRPO, SELF = (
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROMPTS = (
     f"--model {SFT}/hf --train-data {DATA}/train.jsonl --val-data {DATA}/val.jsonl --max-prompt-len 64 "
-    "--max-new-tokens 16 --reward-fn align.toy:reward --max-steps 30 --val-interval 10"
+    "--max-new-tokens 16 --reward-fn align.toy:reward --max-steps 30 --val-interval 10 --val-batches 7"
 )
 JUDGES = ("sft", "self_reward")
 METRICS = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc", "self_reward": "val/true_rewards"}

@@ -19,9 +19,11 @@ with a mean over tokens and its KL where --kl-in says. REINFORCE with whitened r
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -48,7 +50,7 @@ from align import (
 )
 from align.checkpoint import CheckpointConfig
 from align.generate import RolloutConfig
-from align.loop import CommonConfig, check_at_least
+from align.loop import CommonConfig, LoopConfig, check_at_least
 from align.metrics import Clock, Run, RunConfig, mean_of
 from align.offload import OffloadConfig
 from align.optim import OptimConfig
@@ -74,7 +76,7 @@ class Config(CommonConfig):
     samples_per_prompt: int = 1
     """answers to each of them: the group of rloo and grpo"""
     ppo_epochs: int = 1
-    """passes over the answers of a step, each in the same updates"""
+    """passes over the responses of a step; each but the first draws its minibatches anew"""
     clip: float = 0.2
     """an update has no reason to move the ratio of new to old probability further than this from 1"""
     gamma: float = 1.0
@@ -103,7 +105,8 @@ class Config(CommonConfig):
     kl_horizon: float = 10000.0
     """answers over which it is adapted; above a fifth of the answers of a step"""
     critic: Path | None = None
-    """reward model or language model that the critic starts as (default: --reward-model, else --model)"""
+    """reward model, or language model whose values start at 0, that initialises the critic (default:
+    --reward-model, else --model)"""
     critic_lr: float = 1e-5
     """learning rate of the critic, after the same warm-up as --lr"""
     critic_min_lr: float = 1e-5
@@ -118,6 +121,7 @@ class Config(CommonConfig):
     offload: OffloadConfig = OffloadConfig()
     format: PromptFormat = PromptFormat()
     run: RunConfig = RunConfig(output=Path("runs/ppo"))
+    loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
 
@@ -206,6 +210,20 @@ class Config(CommonConfig):
         kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
         return losses.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
 
+    def minibatches(self, step: int, epoch: int) -> list[list[list[int]]]:
+        """Draw the updates of a PPO epoch: [update][prompt][response], responses by number in the rollout.
+
+        Epoch 0 goes through the rollout in its order, in the micro-batches in which old log-probs and values
+        are computed: so the ratio of the first update is 1 to the last bit. Each later one has a permutation
+        of its own, which follows from --seed, step and epoch, and is the same in every layout.
+        """
+        numbers = np.arange(self.answers_per_step)
+        if epoch > 0:
+            numbers = np.random.default_rng([self.parallel.seed, step, epoch]).permutation(numbers)
+        updates = np.sort(numbers.reshape(-1, self.batch.global_batch_size), 1).tolist()
+        size = self.samples_per_prompt
+        return [[list(group) for _, group in groupby(update, lambda n: n // size)] for update in updates]
+
 
 def advantages_of(
     config: Config, rewards: Tensor, values: Tensor, lengths: list[int], counted: Tensor
@@ -228,9 +246,29 @@ def advantages_of(
     return expand(advantages, lengths), expand(returns, lengths)
 
 
+def reorder(x: Tensor, lengths: list[int], order: Sequence[int]) -> Tensor:
+    """[N] numbers of tokens, the responses end to end, with the responses in another order."""
+    parts = x.split(lengths)
+    return torch.cat([parts[number] for number in order])
+
+
 def expand(x: Tensor, lengths: list[int]) -> Tensor:
     """[A] numbers of answers as [N] of their tokens."""
     return x.repeat_interleave(torch.tensor(lengths))
+
+
+def tokens_with_gradient(counted: Tensor, signal: Tensor, sizes: list[int]) -> list[float]:
+    """Count the tokens that each update trains: 0 for an update whose gradient is 0.
+
+    Such an update takes no optimizer step, in which Adam's momentum and weight decay would move the weights.
+
+    Args:
+        counted: [N] 1 for tokens that the policy learns from, else 0.
+        signal: [N] the factor of a token's gradient: its advantage, or `counted` if the loss has more terms.
+        sizes: tokens of each update, in sum N.
+    """
+    has_gradient = [bool(part.any()) for part in (counted * signal).split(sizes)]
+    return [float(part.sum()) * has for part, has in zip(counted.split(sizes), has_gradient, strict=True)]
 
 
 def moments(name: str, x: Tensor) -> dict[str, Tensor]:
@@ -346,7 +384,7 @@ def main(config: Config) -> None:
         one_model, its_optimizer = trained[name]
         found = []
         with phase("train", **{name: "all"}), engine.during(f"step {done}, {name}"):
-            for mine, count in list(zip(batches, tokens, strict=True)) * config.ppo_epochs:
+            for mine, count in zip(batches, tokens, strict=True):
                 if count:
                     metrics = engine.forward_backward(one_model, mine, loss_fn, count)
                     found.append(metrics | {"grad_norm": optim.step(its_optimizer, lr), "lr": lr})
@@ -380,12 +418,15 @@ def main(config: Config) -> None:
         run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
         lengths = [len(sample.ids) for sample in found.answers]
         ended = torch.tensor([sample.finish == "stop" for sample in found.answers])
-        parts = packing.cut(found.examples(), config.batch.global_batch_size)
-        updates = [engine.answer_rows(policy, part, config.batch) for part in parts]
+        examples = [example for examples in found.examples() for example in examples]
+        draws = [draw for epoch in range(config.ppo_epochs) for draw in config.minibatches(step, epoch)]
+        by_prompt = [[[examples[number] for number in group] for group in draw] for draw in draws]
+        updates = [engine.answer_rows(policy, groups, config.batch) for groups in by_prompt]
+        in_order = updates[: len(updates) // config.ppo_epochs]
 
         # what the models say of each token, [N]
         with phase("logprobs", policy="weights"):
-            old = engine.per_token(policy, updates, config.batch)[:, 0]
+            old = engine.per_token(policy, in_order, config.batch)[:, 0]
         sampled = [sample.logprobs for sample in found.answers]
         computed = [part.numpy() for part in old.split(lengths)]
         stop_texts = (*config.sampling.stop, *text.stop_strings)
@@ -396,10 +437,10 @@ def main(config: Config) -> None:
         ref_logprobs, values = old, torch.zeros_like(old)
         if config.kl_coef:
             with phase("reference"), ref.lent_to(policy.module):
-                ref_logprobs = engine.per_token(policy, updates, config.batch)[:, 0]
+                ref_logprobs = engine.per_token(policy, in_order, config.batch)[:, 0]
         if "critic" in trained:
             with phase("values", critic="weights"):
-                values = reward.standardised(engine.per_token(critic, updates, config.batch)[:, 0])
+                values = reward.standardised(engine.per_token(critic, in_order, config.batch)[:, 0])
 
         # rewards, advantages and returns of each token, [N]
         scores = torch.from_numpy(found.rewards).view(-1)  # [A]
@@ -426,6 +467,8 @@ def main(config: Config) -> None:
         # update
         known = {"old": old, "ref": ref_logprobs, "values": values, "returns": returns}
         known |= {"advantages": advantages, "counted": expand(counted.double(), lengths)}
+        order = [number for draw in draws for group in draw for number in group]
+        known = {name: reorder(x, lengths, order) for name, x in known.items()}
         batches = engine.token_batches(policy, updates, config.batch, known)
         part_lengths = [sum(packing.num_trained(row) for row in rows_of_update) for rows_of_update in updates]
         if "critic" in trained:
@@ -435,10 +478,14 @@ def main(config: Config) -> None:
         if (policy_step := step - config.critic_warmup_steps) >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
             loss_fn = partial(policy_loss, kl_coef=in_loss)
-            num_counted = [float(part.sum()) for part in known["counted"].split(part_lengths)]
+            signal = known["advantages"] if in_loss == config.entropy_coef == 0 else known["counted"]
+            num_counted = tokens_with_gradient(known["counted"], signal, part_lengths)
             made = update("policy", loss_fn, batches, num_counted, lr)
+            metrics["train_optim/skipped_updates"] = len(updates) - len(made)
             if made:
                 metrics |= audit.check_ratio(made[0]["ratio_error"])
+            elif counted.any():
+                run.say(f"step {done}: all advantages are 0, so the policy learnt nothing")
             else:
                 run.say(f"step {done}: no answer ended, so the policy learnt nothing; see --unended")
             metrics |= {f"train_optim/{name}": value for name, value in mean_of(made).items()}

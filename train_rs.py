@@ -41,7 +41,7 @@ from align import (
 )
 from align.checkpoint import CheckpointConfig
 from align.generate import RolloutConfig, Sample
-from align.loop import CommonConfig, check_at_least
+from align.loop import CommonConfig, LoopConfig, check_at_least
 from align.metrics import Clock, Run, RunConfig, mean_of
 from align.optim import OptimConfig
 from align.packing import Batch
@@ -73,6 +73,7 @@ class Config(CommonConfig):
     rollout: RolloutConfig = RolloutConfig()
     format: PromptFormat = PromptFormat()
     run: RunConfig = RunConfig(output=Path("runs/rs"))
+    loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
 
@@ -207,6 +208,11 @@ def main(config: Config) -> None:
         statistics |= {"dropped_unended": unended, "dropped_duplicates": duplicates}
         if selected:
             statistics["rewards_selected"] = float(np.mean([value for *_, value in selected]))
+        if statistics.get("prompts_without_spread") == 1.0:
+            run.say(
+                f"step {done}: all responses to a prompt have one reward, for every prompt of the step: those"
+                " kept are no better than the others; look at --reward-fn or --reward-model"
+            )
         run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
         metrics = {f"train_rollouts/{name}": value for name, value in statistics.items()}
 

@@ -58,7 +58,7 @@ from align.checkpoint import CheckpointConfig
 from align.data import FormatConfig
 from align.generate import RolloutConfig, Sample
 from align.judge import Judge, JudgeConfig
-from align.loop import CommonConfig, check_at_least
+from align.loop import CommonConfig, LoopConfig, check_at_least
 from align.marker_chat import RowFormats
 from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from align.metrics import Clock, Run, RunConfig, with_std
@@ -98,7 +98,7 @@ class Config(CommonConfig):
     reward_scale: float = 1.0
     """scale, rpo_*: factor on the difference of the scores; of judgements that of their strengths, in nats"""
     first_iteration_sft: bool = False
-    """the first iteration is supervised fine-tuning on the rows"""
+    """supervised fine-tuning on the rows as first iteration; validations sample and judge in it as well"""
     rollout_ahead: int = 1
     """steps whose answers are sampled and judged together, and kept in files until they are trained on"""
     true_reward_fn: str | None = None
@@ -111,6 +111,7 @@ class Config(CommonConfig):
     offload: OffloadConfig = OffloadConfig()
     format: FormatConfig = FormatConfig(max_seq_len=512)
     run: RunConfig = RunConfig(output=Path("runs/self_reward"))
+    loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/data_loss")
 

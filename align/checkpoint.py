@@ -265,7 +265,20 @@ def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, 
     metadata = sharding_metadata()
     model_state = model.module.sharded_state_dict(metadata=metadata)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    drop_absent_state(optimizer_state)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def drop_absent_state(optimizer_state: dict) -> None:
+    """Delete Megatron's None for main weights and moments on the ranks that do not save them.
+
+    They are saved by the first data parallel rank. Megatron takes the None of the others for a value that all
+    ranks should have, and warns at each save that rank 0 has none.
+    """
+    chained = [part for part in optimizer_state.values() if isinstance(part, dict)]
+    for part in (optimizer_state, *chained):
+        if part.get("param_state", part) is None:
+            del part["param_state"]
 
 
 def sharding_metadata() -> dict:

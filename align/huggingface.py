@@ -24,6 +24,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -151,11 +152,17 @@ class RandomSource:
 
 
 class FreshHead:
-    """A language model's weights, and a random head, which makes a reward model of it."""
+    """A language model's weights with a new linear head [labels, H], for a reward model or a critic."""
 
-    def __init__(self, trunk: Source, arch: Architecture, seed: int):
-        """`arch`: that of the reward model."""
-        self.trunk, self.head = trunk, RandomSource(arch, seed)
+    def __init__(self, trunk: Source, arch: Architecture, seed: int, std: float | None = None):
+        """
+        Args:
+            arch: of the reward model.
+            std: of the head's normal weights; None: 1 / sqrt(H + 1) (Stiennon et al., arXiv 2009.01325).
+        """
+        if std is None:
+            std = (arch.hidden_size + 1) ** -0.5
+        self.trunk, self.head = trunk, RandomSource(replace(arch, init_std=std), seed)
 
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
         return (self.head if name == "score.weight" else self.trunk).read(name, rows, columns)

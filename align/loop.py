@@ -24,13 +24,14 @@ class LoopConfig:
     max_epochs: int = 1
     """passes over the training rows"""
     max_steps: int | None = None
-    """most optimizer steps (default: what --max-epochs gives)"""
+    """most steps (default: what --max-epochs gives); in PPO and rejection sampling a step is a rollout with
+    all of its updates, else one optimizer step"""
     max_time: str | None = None
     """HH:MM:SS after which the run saves and exits with status 0; the same command continues it"""
     val_interval: int = 100
     """steps between validations; there is one before the first step and one after the last as well"""
     val_batches: int | None = None
-    """global batches per validation (default: all of --val-data)"""
+    """batches of --val-data per validation, each of the rows that a training step takes; None: all rows"""
 
     def __post_init__(self):
         check_at_least(self, 1, "max_epochs", "max_steps", "val_interval", "val_batches")

@@ -478,7 +478,12 @@ def gae(
 
 
 def whiten(x: Tensor) -> Tensor:
-    """[N] shifted and scaled to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-8), var divided by N."""
+    """[N] shifted and scaled to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-8), var divided by N.
+
+    Exactly 0 where all are equal: the rounding of their mean would be scaled up with them.
+    """
+    if (x == x[0]).all():
+        return torch.zeros_like(x)
     return (x - x.mean()) * torch.rsqrt(x.var(correction=0) + 1e-8)
 
 
@@ -492,12 +497,12 @@ def rloo(returns: Tensor, counted: Tensor) -> Tensor:
         counted: [P, G] bool, False for an answer left out, one cut off for instance.
 
     Returns:
-        [P, G] advantages, 0 for a prompt with fewer than 2 answers counted.
+        [P, G] advantages, exactly 0 for a prompt whose counted R are all equal, or fewer than 2.
     """
     number = counted.sum(1, keepdim=True)
     own = torch.where(counted, returns, 0.0)
     baseline = (own.sum(1, keepdim=True) - own) / (number - 1).clamp(min=1)
-    return torch.where(number > 1, returns - baseline, 0.0)
+    return torch.where(has_spread(returns, counted), returns - baseline, 0.0)
 
 
 def grpo(returns: Tensor, counted: Tensor) -> Tensor:
@@ -510,13 +515,23 @@ def grpo(returns: Tensor, counted: Tensor) -> Tensor:
         counted: [P, G] bool, False for an answer left out.
 
     Returns:
-        [P, G] advantages, 0 where not counted and for a prompt with fewer than 2 answers counted.
+        [P, G] advantages, exactly 0 where not counted, and for a prompt whose counted R are all equal, or
+        fewer than 2.
     """
     number = counted.sum(1, keepdim=True)
     mean = torch.where(counted, returns, 0.0).sum(1, keepdim=True) / number.clamp(min=1)
-    deviations = torch.where(counted, returns - mean, 0.0)  # of one answer alone: R - R = 0
+    deviations = torch.where(counted & has_spread(returns, counted), returns - mean, 0.0)
     variance = deviations.square().sum(1, keepdim=True) / (number - 1).clamp(min=1)
     return deviations / (variance.sqrt() + 1e-4)
+
+
+def has_spread(returns: Tensor, counted: Tensor) -> Tensor:
+    """[P, 1] bool, True for a prompt of which two counted returns differ; both arguments [P, G].
+
+    Of equal returns the mean may be one rounding away, and Adam makes a full step of any gradient.
+    """
+    low = torch.where(counted, returns, math.inf).amin(1, keepdim=True)
+    return low < torch.where(counted, returns, -math.inf).amax(1, keepdim=True)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, num_answers: int) -> float:

@@ -20,7 +20,8 @@ class OptimConfig:
     min_lr: float = 1e-6
     """learning rate at the end of the cosine, and in the constant tail"""
     warmup_steps: int = 10
-    """steps over which the learning rate rises linearly; the first step is not 0"""
+    """steps over which the learning rate rises linearly; the first step is not 0. A step is one optimizer
+    step, in PPO and rejection sampling a rollout with all of its updates, which share a learning rate"""
     constant_steps: int = 0
     """last steps of the run, all at --min-lr"""
     weight_decay: float = 0.01

@@ -147,20 +147,6 @@ def within_budget(sizes: Sequence[int], budget: int) -> list[range]:
     return runs
 
 
-def cut(groups: Sequence[Sequence[T]], size: int) -> list[list[list[T]]]:
-    """Groups of items, such as answers by prompt, in parts of `size` items; a group may lie in two parts."""
-    parts: list[list[list[T]]] = []
-    left = 0  # room in the last part
-    for group in groups:
-        while group:
-            if not left:
-                parts.append([])
-                left = size
-            parts[-1].append(list(group[:left]))
-            group, left = group[left:], left - len(group[:left])
-    return parts
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One packed micro-batch, the only batch layout of the project.

@@ -83,8 +83,14 @@ class Rollout:
         ]
 
     def statistics(self) -> dict[str, float]:
-        """Means over all answers."""
+        """Means over all responses; of several to a prompt, the share of prompts whose rewards are all equal.
+
+        Such a prompt teaches rejection sampling, RLOO and GRPO nothing about the reward.
+        """
+        flat = (self.rewards == self.rewards[:, :1]).all(1)
+        spread = {"prompts_without_spread": float(flat.mean())} if self.rewards.shape[1] > 1 else {}
         return {
+            **spread,
             "rewards": float(self.rewards.mean()),
             "response_lengths": float(np.mean([len(sample.ids) for sample in self.answers])),
             "prompt_lengths": float(np.mean([len(prompt.ids) for prompt in self.prompts])),
@@ -113,7 +119,7 @@ def answer(prompt: Prompt, sample: Sample) -> Example:
 def load_scorer(
     flag: str, directory: Path, config: ModelConfig, layout: ParallelConfig, text: Tokenizer
 ) -> Scorer:
-    """A model that gives one value for each token: a reward model, or a language model with a random head.
+    """Load a reward model or critic, one value per token; a language model gets a head of zeros, so values 0.
 
     Raises ValueError, naming `flag`: it has several labels, or another tokenizer than the policy (`text`),
     whose token ids it is to be given.
@@ -130,7 +136,9 @@ def load_scorer(
     arch = replace(start, labels=1)
     scorer = model.build_scorer(arch, config, layout)
     source = huggingface.open_source(config.path, arch if start.labels else start, layout.seed)
-    huggingface.load(scorer, source if start.labels else huggingface.FreshHead(source, arch, layout.seed))
+    if not start.labels:  # a critic: random values would only add noise to the first advantages
+        source = huggingface.FreshHead(source, arch, layout.seed, std=0.0)
+    huggingface.load(scorer, source)
     return scorer
 
 

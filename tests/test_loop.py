@@ -1,4 +1,6 @@
-"""How many steps a run has, and after which it validates."""
+"""How many steps a run has, after which it validates, and on how many rows."""
+
+import importlib
 
 import pytest
 
@@ -24,6 +26,17 @@ def test_validates():
 def test_val_rows():
     assert list(range(100))[config().val_rows()] == list(range(100))
     assert list(range(100))[config(val_batches=2).val_rows()] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("script", "rows"),
+    [("sft", 1000), ("rm", 1000), ("dpo", 1000), ("rs", 32), ("ppo", 64), ("self_reward", 32)],
+)
+def test_val_rows_by_default(script, rows):
+    """A validation that samples takes the rows of one step, any other all of --val-data."""
+    default = importlib.import_module(f"train_{script}").Config()
+    assert default.val_rows() == slice(None if rows == 1000 else rows)
+    assert len(range(1000)[default.val_rows()]) == rows
 
 
 @pytest.mark.parametrize("name", ["max_epochs", "max_steps", "val_interval", "val_batches"])

@@ -204,6 +204,19 @@ def test_whiten_next_to_a_constant():
     assert losses.whiten(f64(0.5, 0.5, 0.5, 0.5)).tolist() == [0.0] * 4
 
 
+def test_equal_rewards_have_advantages_of_exactly_0():
+    """Three times 0.1 has a mean of 0.10000000000000002; Adam makes a full step of the difference."""
+    same = f64(0.1, 0.1, 0.1)
+    assert float(same.sum() / 3) != 0.1
+    assert losses.whiten(same).tolist() == [0.0] * 3
+    returns = torch.stack([f64(0.1, 0.1, 0.1, 0.1), f64(0.1, 0.1, 0.1, 0.9), f64(0.1, 0.1, 0.1, 0.4)])
+    counted = torch.tensor([[True] * 4, [True, True, True, False], [True] * 4])
+    for compare in (losses.rloo, losses.grpo):
+        found = compare(returns, counted)
+        assert found[:2, :3].tolist() == [[0.0] * 3] * 2 and found[0, 3] == 0.0
+        assert (found[2] != 0).all()
+
+
 def test_rloo_golden_vector():
     """Rewards [1, 0, 2, -3, 5, 7, -1, 0] of prompts A A B A A B B B, by prompt; the last is not counted.
 

@@ -253,10 +253,13 @@ def test_slots():
     few = "--prompts-per-step 2 --samples-per-prompt 3"
     job = job_of("train_rs", few)
     rollout = Rollout(slots=6, prompts=2, per_prompt=3, prompt=512, answer=128)
-    said = job_of("train_rs", f"{few} --train-data a --reward-fn a:b --val-data a")
+    validated = f"{few} --train-data a --reward-fn a:b --val-data a"  # by default on 2 prompts, a step's
+    said = job_of("train_rs", f"{validated} --val-batches None")
     arch, s = job.trained["policy"], job.layout
     answer = job.config.sampling.max_new_tokens
-    assert phases_of(job)["generate"]["kv_cache"] == memory.kv_cache(arch, s, replace(rollout, answer=answer))
+    for few_slots in (job, job_of("train_rs", validated)):
+        needed = phases_of(few_slots)["generate"]["kv_cache"]
+        assert needed == memory.kv_cache(arch, s, replace(rollout, answer=answer))
     many = Rollout(slots=64, prompts=64, per_prompt=1, prompt=512, answer=answer)
     assert phases_of(said)["generate"]["kv_cache"] == memory.kv_cache(arch, s, many)
 

@@ -16,7 +16,7 @@ from tests.test_rs_invariance import metrics, rows
 STEPS = 3
 BY_RULE = "--reward-fn tests.resume_worker:reward"
 MODEL = "--advantages gae --samples-per-prompt 2 --global-batch-size 8 --reward-model {rm} --critic-lr 1e-3"
-RULE = (  # its critic starts as the language model with a random head
+RULE = (  # its critic starts as the language model with a head of zeros
     f"--advantages gae --samples-per-prompt 2 --global-batch-size 8 {BY_RULE} --critic-lr 1e-3"
 )
 GRPO = f"--advantages grpo --samples-per-prompt 4 --global-batch-size 16 {BY_RULE} --kl-in loss --kl k3"
@@ -97,6 +97,9 @@ def test_the_run_has_all_that_could_differ(one_process):
         assert steps[0]["train_rollouts/init_policy_kl"] == 0
         assert all(step["train_rollouts/init_policy_kl"] > 0 for step in steps[1:])
         assert any(step["train_optim/clip_fraction"] > 0 for step in steps)
+        if kind == RULE:  # a critic that starts as a language model has values of 0
+            for name in ("values_mean", "values_std", "explained_variance"):
+                assert steps[0][f"train_rollouts/{name}"] == 0 != steps[1][f"train_rollouts/{name}"]
         critic = [step.get("train_optim/critic_value_clip_fraction", 0.0) for step in steps]
         assert (max(critic) > 0) == (kind != GRPO)
         before, after = (

@@ -27,7 +27,7 @@ from tests.resume_worker import reward
 KL_COEF, GAMMA, LAMBDA, PENALTY = 0.07, 0.97, 0.9, 0.25
 KINDS = {
     "gae": f"--advantages gae --gamma {GAMMA} --gae-lambda {LAMBDA} --unended penalise "
-    f"--unended-penalty {PENALTY} --samples-per-prompt 3",
+    f"--unended-penalty {PENALTY} --samples-per-prompt 3 --ppo-epochs 3",
     "plain": "--advantages gae --no-whiten-advantages --samples-per-prompt 1",
     "reinforce": f"--advantages reinforce --gamma {GAMMA} --samples-per-prompt 3",
     "rloo": "--advantages rloo --unended keep --samples-per-prompt 3",
@@ -161,25 +161,38 @@ def steps(toy_models, tmp_path_factory) -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_token_has_its_own_numbers(kind, steps):
-    """Each answer is in one micro-batch of one rank, with exactly the numbers that slow loops give."""
+    """In each epoch every answer is in one micro-batch of one rank, with the numbers that slow loops give.
+
+    The updates of the first epoch take the answers in their order, those of the others are drawn anew.
+    """
     ranks = steps[kind]
     wanted = expected(kind, ranks[0])
     assert {answer["ended"] for answer in ranks[0]["answers"]} == {True, False}
-    per_update = len(wanted) // 2
-    for number in range(2):
-        given = [one for rank in ranks for batch in rank["batches"][number] for one in batch]
-        left = wanted[number * per_update : (number + 1) * per_update]
-        assert len(given) == len(left) == per_update
-        for answer in left:
-            same = [
-                one for one in given if one["targets"] == answer["targets"] and one["old"] == answer["old"]
-            ]
-            assert same, answer
-            for name in ("ref", "values", "counted"):
-                assert same[0][name] == answer[name], name
-            assert same[0]["advantages"] == pytest.approx(answer["advantages"], rel=1e-9, abs=1e-9)
-            given.remove(same[0])
-        assert not given
+    per_update, epochs = len(wanted) // 2, 3 if kind == "gae" else 1
+    assert {len(rank["batches"]) for rank in ranks} == {2 * epochs}
+    drawn = []  # of each epoch the answers of its first update
+    for epoch in range(epochs):
+        left = dict(enumerate(wanted))
+        for number in (2 * epoch, 2 * epoch + 1):
+            given = [one for rank in ranks for batch in rank["batches"][number] for one in batch]
+            assert len(given) == per_update
+            taken = [take(left, one) for one in given]
+            drawn += [set(taken)] if number == 2 * epoch else []
+        assert not left
+    assert drawn[0] == set(range(per_update))
+    assert all(drawn[i] != drawn[k] for i in range(epochs) for k in range(i))
+
+
+def take(left: dict[int, dict], given: dict) -> int:
+    """Remove the answer that a sequence is, and has the numbers of; returns its place in the rollout."""
+    place = next(
+        i for i, one in left.items() if one["targets"] == given["targets"] and one["old"] == given["old"]
+    )
+    answer = left.pop(place)
+    for name in ("ref", "values", "counted"):
+        assert given[name] == answer[name], name
+    assert given["advantages"] == pytest.approx(answer["advantages"], rel=1e-9, abs=1e-9)
+    return place
 
 
 def test_ranks_agree_on_what_was_said(steps):

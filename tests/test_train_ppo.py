@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from align import checkpoint, losses, toy
 from align.optim import OptimConfig
 from align.packing import BatchConfig
+from align.parallel import ParallelConfig
 from align.rewards import RewardConfig
 from align.sampling import SamplingConfig
 from tests.conftest import fork_ranks
 from tests.test_train_rs import read_jsonl, save_reward_model, without_times
-from train_ppo import Config, advantages_of, by_answer, expand, moments
+from train_ppo import Config, advantages_of, by_answer, expand, moments, tokens_with_gradient
 
 DATA = {"train_data": (Path("rows.jsonl"),)}
 GROUPS = {"advantages": "grpo", "samples_per_prompt": 4}
@@ -199,6 +200,36 @@ def test_numbers_of_answers_and_tokens():
     assert {name: float(value) for name, value in found.items()} == {"x_mean": 3.0, "x_std": 2.0}
 
 
+def test_minibatches():
+    """The order of the rollout first, then permutations of the answers, by seed, step and epoch."""
+    config = Config(prompts_per_step=6, samples_per_prompt=4, batch=BatchConfig(global_batch_size=8))
+    first = [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8, 9, 10, 11], [12, 13, 14, 15]]]
+    assert (
+        config.minibatches(3, 0) == config.minibatches(4, 0) == [*first, [[*range(16, 20)], [*range(20, 24)]]]
+    )
+    other_seed = replace(config, parallel=ParallelConfig(seed=5))
+    drawn = [config.minibatches(*place) for place in ((3, 1), (3, 2), (4, 1))] + [
+        other_seed.minibatches(3, 1)
+    ]
+    assert config.minibatches(3, 1) == drawn[0]
+    for i, epoch in enumerate(drawn):
+        updates = [sum(groups, []) for groups in epoch]
+        assert [len(update) for update in updates] == [8, 8, 8] and sorted(sum(updates, [])) == [*range(24)]
+        for groups in epoch:  # one for each prompt, whose places its answers share
+            prompts = [{number // 4 for number in group} for group in groups]
+            assert all(len(some) == 1 for some in prompts) and len(set().union(*prompts)) == len(groups)
+        assert not any(epoch == earlier for earlier in drawn[:i])
+    halves = replace(config, batch=BatchConfig(global_batch_size=2))
+    assert halves.minibatches(0, 0)[:3] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+
+
+def test_tokens_with_gradient():
+    """Updates of 2, 3, 1 and 2 tokens: one of advantages 0, one with an advantage where nothing counts."""
+    counted, advantages = f64(1, 1, 1, 0, 0, 1, 0, 0), f64(0, 0, 0, 2, 2, -1e-300, 3, 3)
+    assert tokens_with_gradient(counted, advantages, [2, 3, 1, 2]) == [0.0, 0.0, 1.0, 0.0]
+    assert tokens_with_gradient(counted, counted, [2, 3, 1, 2]) == [2.0, 1.0, 1.0, 0.0]  # KL or entropy
+
+
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [
@@ -250,14 +281,20 @@ BY_RULE = "--reward-fn tests.resume_worker:reward"
 KEEP = "--save-top-k 9 --monitor train_rollouts/rewards"
 UPDATES = "--lr 1e-3 --critic-lr 1e-3"
 STILL = "--lr 0 --min-lr 0 --critic-lr 0 --critic-min-lr 0"
-# with this seed no answer ends by itself
-GRPO = f"--advantages grpo --kl-coef 0 --unended keep --max-steps {STEPS} --lr 1e-3 --seed 2 {BY_RULE}"
+GRPO = (  # with this seed no answer ends by itself
+    f"--advantages grpo --kl-coef 0 --unended keep --max-steps {STEPS} --lr 1e-3 --seed 2 --ppo-epochs 2 "
+    f"{BY_RULE}"
+)
+FLAT = (  # all answers have one reward
+    "--model {start} --advantages grpo --unended keep --ppo-epochs 2 --max-steps 1 --lr 1e-3 "
+    "--reward-fn tests.test_train_rs:tenth --kl-coef"
+)
 RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of the first
     (
         "gae",
         f"--reward-model {{judge}} {BY_RULE} --ppo-epochs 2 --unended keep "
         f"--kl-target 0.1 --kl-horizon 20 --offload on --val-data {{data}}/val.jsonl --val-interval {STEPS} "
-        f"--max-steps {STEPS} --save-interval 1 {UPDATES}",
+        f"--max-steps {STEPS} --save-interval 1 --warmup-steps 3 {UPDATES}",
     ),
     ("grpo", GRPO),
     ("timed", f"{GRPO} --max-time 00:00:00"),
@@ -278,6 +315,8 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
         f"--model {{start}} {BY_RULE} --advantages reinforce "
         "--unended penalise --unended-penalty 3 --max-new-tokens 2 --max-steps 1 --lr 1e-3",
     ),
+    ("flat", f"{FLAT} 0"),
+    ("flat_kl", f"{FLAT} 0.1"),
 ]
 
 
@@ -316,11 +355,12 @@ def group(row: dict[str, float], name: str) -> set[str]:
 
 VAL = {"rewards", "response_lengths", "prompt_lengths", "ended"}
 TRAIN = VAL | {"rollout_size", "rewards_with_kl", "advantages_mean", "advantages_std"}
+TRAIN |= {"prompts_without_spread"}
 REFERENCE_TRAIN = {"init_policy_kl", "kl_coef"}
 CRITIC_TRAIN = {f"{name}_{part}" for name in ("returns", "values") for part in ("mean", "std")}
 CRITIC_TRAIN |= {"explained_variance"}
 OPTIM = {"loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "ratio_error", "entropy"}
-OPTIM |= {"grad_norm", "lr"}
+OPTIM |= {"grad_norm", "lr", "skipped_updates"}
 CRITIC_OPTIM = {f"critic_{name}" for name in ("loss", "value_clip_fraction", "grad_norm", "lr")}
 AUDIT = {"logprob_error", "logprob_error_max", "ratio_error"}
 PHASES = {"generate", "score", "logprobs", "train", "other"}
@@ -377,7 +417,9 @@ def test_statistics(folder):
         assert row["train_rollouts/response_lengths"] <= NEW_TOKENS
         mean = row["train_rollouts/returns_mean"] - row["train_rollouts/values_mean"]
         assert row["train_rollouts/advantages_mean"] == pytest.approx(mean, abs=1e-9)
-        assert row["train_optim/critic_lr"] > 0 and row["train_optim/lr"] > 0
+        # the warm-up counts rollouts: all four updates of one have its learning rate
+        warmed_up = pytest.approx(1e-3 * row["step"] / 4, rel=1e-12)
+        assert row["train_optim/critic_lr"] == row["train_optim/lr"] == warmed_up
     first, second = metrics(folder, "gae")
     assert first["train_rollouts/init_policy_kl"] == 0.0 != second["train_rollouts/init_policy_kl"]
     assert first["train_rollouts/kl_coef"] == second["train_rollouts/kl_coef"] == 0.01  # no KL was seen yet
@@ -492,10 +534,25 @@ def test_without_an_ended_answer_only_the_critic_learns(folder):
     [row] = metrics(folder, "masked")
     assert "of the first rollout ended within --max-new-tokens 2" in (folder / "masked/log.txt").read_text()
     assert row["train_rollouts/ended"] == 0.0
-    assert group(row, "train_optim") == CRITIC_OPTIM and group(row, "audit") == AUDIT - {"ratio_error"}
+    assert group(row, "train_optim") == CRITIC_OPTIM | {"skipped_updates"}
+    assert row["train_optim/skipped_updates"] == 2
+    assert group(row, "audit") == AUDIT - {"ratio_error"}
     assert same(exported(folder, "masked"), exported(folder, "gae"))
     judge = load_file(folder / "judge" / "model.safetensors")
     assert not torch.equal(at(folder, "masked", 1, "critic")["score.weight"], judge["score.weight"])
+
+
+def test_without_advantages_no_update_is_made(folder):
+    """Weight decay would move the weights; a KL in the loss has a gradient, so its updates are made."""
+    [row], [with_kl] = metrics(folder, "flat"), metrics(folder, "flat_kl")
+    assert row["train_rollouts/advantages_std"] == with_kl["train_rollouts/advantages_std"] == 0.0
+    assert row["train_rollouts/prompts_without_spread"] == 1.0
+    assert group(row, "train_optim") == {"skipped_updates"} and row["train_optim/skipped_updates"] == 4
+    assert same(exported(folder, "flat"), exported(folder, "gae"))
+    said = "step 1: all advantages are 0, so the policy learnt nothing"
+    assert said in (folder / "flat" / "log.txt").read_text()
+    assert group(with_kl, "train_optim") == OPTIM and with_kl["train_optim/skipped_updates"] == 0
+    assert not same(exported(folder, "flat_kl"), exported(folder, "gae"))
 
 
 def test_penalty_of_answers_that_were_cut_off(folder):

@@ -124,6 +124,11 @@ def zero(prompt: str, response: str, row: dict) -> float:
     return 0.0
 
 
+def tenth(prompt: str, response: str, row: dict) -> float:
+    """0.1, of which three times the sum, divided by 3, is another number."""
+    return 0.1
+
+
 def broken(prompt: str, response: str, row: dict) -> float:
     """Fails on one answer, and so on one rank, which says when."""
     if row["kind"] == "fatal" and not Path(row["log"]).exists():
@@ -204,7 +209,7 @@ def test_names_of_the_metrics(folder):
     before, *steps = metrics(folder, "function")
     val = {f"val_rollouts/{name}" for name in STATISTICS}
     assert set(before) == val | {"step"}
-    train = {f"train_rollouts/{name}" for name in STATISTICS | SELECTION}
+    train = {f"train_rollouts/{name}" for name in STATISTICS | SELECTION | {"prompts_without_spread"}}
     train |= {f"train_optim/{name}" for name in ("loss", "grad_norm", "lr", "updates")}
     train |= {"audit/logprob_error", "audit/logprob_error_max", "step"}
     assert [without_times(row) for row in steps] == [train, train | val]
@@ -313,6 +318,24 @@ def test_a_step_that_selects_nothing_goes_on(idle):
         assert row["train_rollouts/response_lengths"] == 1
         assert not {"train_optim/loss", "train_optim/grad_norm", "train_rollouts/rewards_selected"} & set(row)
     assert same_weights(idle, ("function", "nothing"))
+
+
+def test_rewards_without_spread_are_said_and_counted(idle, folder):
+    """A step in which all answers to each prompt are worth the same; not one in which some are."""
+    message = "all responses to a prompt have one reward, for every prompt of the step"
+    said = (idle / "enough" / "log.txt").read_text()
+    assert f"step 1: {message}" in said and f"step 2: {message}" in said
+    for row in metrics(idle, "enough"):
+        assert row["train_rollouts/prompts_without_spread"] == 1.0
+    assert message not in (folder / "function" / "log.txt").read_text()
+    by_prompt = [{prompt: set() for prompt, *_ in made} for made in calls(folder)["train"]]
+    for row, made, values in zip(
+        metrics(folder, "function")[1:], calls(folder)["train"], by_prompt, strict=True
+    ):
+        for prompt, _, value in made:
+            values[prompt].add(value)
+        flat = sum(len(some) == 1 for some in values.values())
+        assert row["train_rollouts/prompts_without_spread"] == flat / 4 < 1
 
 
 def test_answers_below_the_least_reward_are_left_out(idle):

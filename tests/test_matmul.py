@@ -87,6 +87,11 @@ def test_bf16_is_left_to_torch():
     assert torch.equal(product(x, weight.t()), x @ weight.t())
 
 
+def test_packed_weights_of_bf16_have_kernels_on_every_cpu():
+    x, weight = random(30, K).bfloat16(), random(N, K, seed=1).bfloat16()
+    torch.testing.assert_close(linear(x, matmul.pack(weight)), F.linear(x, weight), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.skipif(not matmul.ONEDNN, reason="this torch has no oneDNN")
 def test_fp32_goes_to_onednn():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

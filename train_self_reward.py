@@ -95,6 +95,8 @@ class Config(CommonConfig):
     """weight of the chosen answers' negative log-likelihood in the loss"""
     average_logprobs: bool = False
     """log-probs per token instead of per answer"""
+    sft_average_logprobs: bool | None = None
+    """the same for the term of --sft-weight (default: as --average-logprobs)"""
     reward_scale: float = 1.0
     """scale, rpo_*: factor on the difference of the scores; of judgements that of their strengths, in nats"""
     first_iteration_sft: bool = False
@@ -312,6 +314,10 @@ def main(config: Config) -> None:
         )
 
     # ---- losses ----------------------------------------------------------------------------------
+    sft_average = (
+        config.average_logprobs if config.sft_average_logprobs is None else config.sft_average_logprobs
+    )
+
     def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.sft_loss(logprobs, batch.mask), {}
 
@@ -326,7 +332,10 @@ def main(config: Config) -> None:
         inputs = {name: value for name, value in batch.extra.items() if name in config.loss_inputs}
         preference = getattr(losses, config.loss)(*four, beta=beta, **inputs).sum()
         statistics = losses.log_ratio_statistics(*four, beta)
-        sft = -four[0].sum()
+        chosen = four[0]
+        if sft_average != config.average_logprobs:
+            chosen = losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, sft_average)[::2]  # [P]
+        sft = -chosen.sum()
         metrics = {"preference_loss": preference, "sft_loss": sft, **statistics}
         return preference + config.sft_weight * sft, metrics
 

@@ -12,6 +12,7 @@ toy task.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -203,14 +204,23 @@ def main(config: Config) -> None:
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         return metrics
 
-    def reward_statistics() -> dict[str, float | str]:
-        """Mean and standard deviation of the scores, of validation rows if there are any."""
+    def reward_statistics() -> dict[str, float | str | dict[int, int]]:
+        """Mean and standard deviation of the scores, on validation rows if there are any; last tokens."""
         name, of = ("val", val["val"]) if val else ("train", train)
         order = packing.epoch_order(len(of.examples), config.parallel.seed, 0)
         rows = order[:STATISTICS_ROWS].tolist()
-        found, texts = metrics_of(name, of, rows), sum(len(of.examples[row]) for row in rows)
+        found = metrics_of(name, of, rows)
+        ends = Counter(
+            int(example.ids[-2]) for row in rows for example in of.examples[row]
+        )  # -1: as_scored's
         mean, std = found["rewards_all_mean"], found["rewards_all_std"]
-        return {"mean": mean, "std": std, "texts": texts, "data": name}
+        return {
+            "mean": mean,
+            "std": std,
+            "texts": ends.total(),
+            "data": name,
+            "ends": dict(ends.most_common(8)),
+        }
 
     # ---- resume ----------------------------------------------------------------------------------
     first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, scorer, optimizer)

@@ -134,6 +134,7 @@ def main(config: Config) -> None:
             reward = replace(reward, reward_fn="align.toy:reward")
     run.say(reward.describe())
     text = tokenizer.load(config.model.path)
+    rewards.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]

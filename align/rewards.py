@@ -181,7 +181,28 @@ def load_scorer(
     return scorer
 
 
-def save_statistics(statistics: dict[str, float | str], directory: Path) -> None:
+def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str], None]) -> None:
+    """Log a warning if the texts of a reward model's training seldom end as responses of the policy do.
+
+    The score is read at the last token, so scores of texts with another one are off its training distribution.
+    """
+    path = reward.reward_model and reward.reward_model / STATISTICS
+    ends = json.loads(path.read_text()).get("ends") if path and path.is_file() else None
+    if not ends:
+        return
+    strings = [text.encode(end, continued=True)[-1] for end in text.stop_strings]
+    share = sum(ends.get(str(i), 0) for i in {*text.stop_ids, *strings}) / sum(ends.values())
+    if share < 0.5:
+        most = text.decode([int(max(ends, key=ends.get))])
+        stops = ", ".join(repr(text.decode([i])) for i in sorted(text.stop_ids))
+        say(
+            f"WARNING: texts that --reward-model {reward.reward_model} was trained on end with {most!r}, "
+            f"responses with {stops}: its scores are off its training distribution. Train it from the SFT "
+            "model, whose format it takes over, or on texts that end as responses do"
+        )
+
+
+def save_statistics(statistics: dict, directory: Path) -> None:
     """Write mean and standard deviation of a reward model's scores for `RewardConfig.with_statistics`.
 
     A file of its own: transformers would take a field of config.json over into every model that is made from

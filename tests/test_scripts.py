@@ -346,6 +346,7 @@ def test_rm_without_arguments(tmp_path):
     assert metrics[3]["val/loss"] != metrics[0]["val/loss"]
     statistics = json.loads((tmp_path / "hf" / "reward_statistics.json").read_text())
     assert (statistics.pop("texts"), statistics.pop("data")) == (2 * len(pairs), "val")
+    assert statistics.pop("ends") == {"258": 2 * len(pairs)}
     expected = {"mean": wanted["rewards_all_mean"], "std": wanted["rewards_all_std"]}
     assert statistics == pytest.approx(expected, abs=1e-5)
 
@@ -513,6 +514,7 @@ def test_statistics_of_training_rows(attempts):
     scores = scores_of(output / "hf", pairs)
     expected = pytest.approx({"mean": scores.mean(), "std": scores.std()}, abs=1e-5)
     found = json.loads((output / "hf" / "reward_statistics.json").read_text())
+    assert found.pop("ends") == {"258": 48}
     assert (found.pop("texts"), found.pop("data")) == (48, "train") and found == expected
     assert scores.std() > 1e-2
 

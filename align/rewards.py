@@ -184,7 +184,7 @@ def load_scorer(
 def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str], None]) -> None:
     """Log a warning if the texts of a reward model's training seldom end as responses of the policy do.
 
-    The score is read at the last token, so scores of texts with another one are off its training distribution.
+    The score is read at the last token: after another one it is off the training distribution.
     """
     path = reward.reward_model and reward.reward_model / STATISTICS
     ends = json.loads(path.read_text()).get("ends") if path and path.is_file() else None

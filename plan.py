@@ -308,7 +308,8 @@ def rejection_sampling(job: Job, s: Setting) -> list[Phase]:
 
 def self_rewarding(job: Job, s: Setting) -> list[Phase]:
     """Those of train_self_reward.py. The reference samples and judges, in a validation the policy."""
-    config, prompt, answer = job.config, job.config.format.max_seq_len, job.config.sampling.max_new_tokens
+    config, answer = job.config, job.config.sampling.max_new_tokens
+    prompt = min(config.format.max_seq_len, job.trained["policy"].max_positions - answer)
     size = config.batch.global_batch_size
     tasks, context = size * config.rollout_ahead, job.trained["policy"].max_positions - answer
     # A judge reads prompt, answer and its template, of which a token has a byte at least.

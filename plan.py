@@ -276,7 +276,9 @@ def ppo(job: Job, s: Setting) -> list[Phase]:
     config, prompt, answer = job.config, job.config.format.max_prompt_len, job.config.sampling.max_new_tokens
     together = answers_together(config, prompt, answer)
     size = -(-config.batch.global_batch_size // together)
-    work = job.work(size, together, prompt + answer, prompt, entropy=True)
+    work = training = job.work(size, together, prompt + answer, prompt, entropy=True)
+    if config.ppo_epochs > 1:  # later epochs may draw an update whose answers are all to different prompts
+        training = job.work(config.batch.global_batch_size, 1, prompt + answer, 0, entropy=True)
     found = [generate(job, s, "generate", config.prompts_per_step, config.samples_per_prompt, prompt)]
     if "reward model" in job.frozen:
         found.append(lent(job, s, "score", "reward model", work))
@@ -284,8 +286,8 @@ def ppo(job: Job, s: Setting) -> list[Phase]:
     if "reference" in job.frozen:
         found.append(lent(job, s, "reference", "reference", work))
     if "critic" in job.trained:
-        found += [forward(job, s, "values", "critic", work), train(job, s, "critic", work)]
-    found.append(train(job, s, "policy", work))
+        found += [forward(job, s, "values", "critic", work), train(job, s, "critic", training)]
+    found.append(train(job, s, "policy", training))
     return [build(job, s), *found, *(save(job, s, name) for name in job.trained)]
 
 
@@ -306,7 +308,8 @@ def rejection_sampling(job: Job, s: Setting) -> list[Phase]:
 
 def self_rewarding(job: Job, s: Setting) -> list[Phase]:
     """Those of train_self_reward.py. The reference samples and judges, in a validation the policy."""
-    config, prompt, answer = job.config, job.config.format.max_seq_len, job.config.sampling.max_new_tokens
+    config, answer = job.config, job.config.sampling.max_new_tokens
+    prompt = min(config.format.max_seq_len, job.trained["policy"].max_positions - answer)
     size = config.batch.global_batch_size
     tasks, context = size * config.rollout_ahead, job.trained["policy"].max_positions - answer
     # A judge reads prompt, answer and its template, of which a token has a byte at least.

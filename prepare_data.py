@@ -26,7 +26,8 @@ import tyro
 
 from align.data import at, read_jsonl, text_field
 from align.download import DownloadError, fetch
-from align.prompts import Template, as_text, messages_turns
+from align.marker_chat import answering, check_conversation
+from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
 from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
 
 ROOT = Path(__file__).parent
@@ -343,21 +344,24 @@ def judge(
     limit: int | None = None,
     seed: int = 1234,
 ) -> None:
-    """Chats of {"messages"} to judgements of good and of spoilt answers, which teach a model to judge.
+    """Chats to judgements of good and of spoilt answers, which teach a model to judge.
 
     Of each row one answer is judged: its own (5 points), its own without the second half (2), its own with
     other numbers (1) or the answer of another row (0). Fine-tuned on these rows beside its usual ones, a
     small model learns what a judgement looks like, and little more about what a good answer is.
 
     Args:
-        input: jsonl rows of {"messages"} whose last message is the answer
-        output: the jsonl file to write
+        input: jsonl rows of {"messages"} or {"conversations"}; of the latter the last answer is judged
+        output: the jsonl file to write, in the format of the input
         judge_template: that of train_self_reward.py
         limit: only so many rows, from the start of the file
         seed: of which answer to which row is judged
     """
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
-    rows = [at(where, answered, row) for where, row in read_jsonl(input)[:limit]]
+    rows = []
+    for where, row in read_jsonl(input)[:limit]:
+        at(where, answered, row)  # whether it can be judged
+        rows.append(row)
     if len(rows) < 2:
         raise ValueError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
     rng = random.Random(seed)
@@ -365,9 +369,11 @@ def judge(
 
 
 def answered(row: dict) -> tuple[str, str]:
-    """What the last message of a chat answers, as text for a judge, and the answer. Raises ValueError."""
+    """What the last turn of a chat answers, as text for a judge, and the answer. Raises ValueError."""
+    if "conversations" in row:
+        return as_text(conversations_turns(row)), last_value(row)
     if "messages" not in row:
-        raise ValueError("a row must have 'messages', whose last one is the answer")
+        raise ValueError("a row must have 'messages' or 'conversations' with an answer")
     turns = messages_turns(row)
     last = row["messages"][-1]
     if last["role"] != "assistant":
@@ -375,23 +381,36 @@ def answered(row: dict) -> tuple[str, str]:
     return as_text(turns), last["content"]
 
 
-def judged(rows: list[tuple[str, str]], i: int, template: Template, rng: random.Random) -> dict:
+def last_value(row: dict) -> str:
+    """The last answer of a `conversations` row. Raises ValueError if there is none, or if it is a label."""
+    kind, masked, turns = check_conversation(row)
+    if kind == "TEXT_TO_VALUE":
+        raise ValueError("field 'type': the answers of TEXT_TO_VALUE rows are labels, which are not judged")
+    return turns[last_answer(answering(kind, masked, turns))][1]
+
+
+def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> dict:
     """A chat in which the answer to row `i`, as it is or spoilt, is judged."""
-    question, answer = rows[i]
+    question, answer = answered(rows[i])
     words = answer.split(" ")
-    kinds = {"own": answer, "half": " ".join(words[: len(words) // 2]), "other": other(rows, i, rng)}
+    kinds = {"own": answer, "half": " ".join(words[: len(words) // 2])}
+    kinds["other"] = answered(other(rows, i, rng))[1]
     kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), answer)
     spoilt = [name for name, text in kinds.items() if text not in ("", answer)]
     kind = rng.choice(["own", *spoilt])
     asked = template.fill(prompt=question, response=kinds[kind])
+    if "conversations" in rows[i]:
+        chat = turn_of(rows[i], asked)
+        chat["conversations"][-1]["value"] = JUDGEMENTS[kind]
+        return chat
     messages = [("user", asked), ("assistant", JUDGEMENTS[kind])]
     return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
-def other(rows: list[tuple[str, str]], i: int, rng: random.Random) -> str:
-    """The answer of another row."""
+def other(rows: list[dict], i: int, rng: random.Random) -> dict:
+    """Another row than row `i`."""
     number = rng.randrange(len(rows) - 1)
-    return rows[number + (number >= i)][1]
+    return rows[number + (number >= i)]
 
 
 def toy(

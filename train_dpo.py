@@ -64,6 +64,8 @@ class Config(CommonConfig):
     """weight of the chosen answers' negative log-likelihood in the loss (default: 0; orpo: 1)"""
     average_logprobs: bool | None = None
     """log-probs per token instead of per answer (default: False; simpo and orpo: True)"""
+    sft_average_logprobs: bool | None = None
+    """the same for the term of --sft-weight (default: as --average-logprobs)"""
     label_smoothing: float | None = None
     """cdpo, robust, exo_pair: share of pairs that are labelled wrong (default: 0.1; exo_pair: 0.001)"""
     simpo_gamma: float | None = None
@@ -141,6 +143,7 @@ def main(config: Config) -> None:
     # ---- reference -------------------------------------------------------------------------------
     beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
     average = config.loss in REFERENCE_FREE if config.average_logprobs is None else config.average_logprobs
+    sft_average = average if config.sft_average_logprobs is None else config.sft_average_logprobs
     reward_scale = 1.0 if config.reward_scale is None else config.reward_scale
     ref = None
 
@@ -180,7 +183,10 @@ def main(config: Config) -> None:
         ref_both = batch.extra.get("ref", torch.zeros_like(both)).view(-1, 2)
         four = (*both.unbind(1), *ref_both.unbind(1))  # [P] each: policy, reference; chosen, rejected
         inputs = {name: value for name, value in batch.extra.items() if name in wanted}
-        preference, sft = loss(*four, **settings, **inputs).sum(), -four[0].sum()
+        chosen = four[0]
+        if sft_average != average:
+            chosen = losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, sft_average)[::2]  # [P]
+        preference, sft = loss(*four, **settings, **inputs).sum(), -chosen.sum()
         statistics = losses.log_ratio_statistics(*four, beta)
         if ref is None:
             del statistics["logratio_abs_mean"]

@@ -293,13 +293,15 @@ def main(config: Config) -> None:
     run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
-    files, reward = {"train": config.train_data, "val": config.val_data}, config.reward
+    files, reward = {"train": config.train_data, "val": config.val_data}, config.reward.with_statistics()
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.toy:reward")
+    run.say(reward.describe())
     text = tokenizer.load(config.model.path)
+    rewards.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
@@ -335,6 +337,10 @@ def main(config: Config) -> None:
     if config.advantages == "gae":
         start = config.critic or reward.reward_model or config.model.path
         critic = rewards.load_scorer("--critic", start, config.model, config.parallel, text)
+        is_new = not architecture.read_config(replace(config.model, model=str(start)).path).labels
+        values_as = (
+            RewardConfig() if is_new else reward
+        )  # a reward model's values are standardised as rewards
         critic = model.distributed(critic)
         critic_optimizer = optim.build(critic, critic_optim)
         phase.add("critic", critic, critic_optimizer)
@@ -374,7 +380,7 @@ def main(config: Config) -> None:
         return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
     def value_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        values = reward.standardised(output[batch.mask.bool()][:, 0].double())  # [n]
+        values = values_as.standardised(output[batch.mask.bool()][:, 0].double())  # [n]
         return losses.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
 
     def update(
@@ -440,7 +446,7 @@ def main(config: Config) -> None:
                 ref_logprobs = engine.per_token(policy, in_order, config.batch)[:, 0]
         if "critic" in trained:
             with phase("values", critic="weights"):
-                values = reward.standardised(engine.per_token(critic, in_order, config.batch)[:, 0])
+                values = values_as.standardised(engine.per_token(critic, in_order, config.batch)[:, 0])
 
         # rewards, advantages and returns of each token, [N]
         scores = torch.from_numpy(found.rewards).view(-1)  # [A]

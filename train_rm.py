@@ -6,11 +6,16 @@
 The score is a linear head on the hidden state of the text's last token. --loss ranking (Bradley-Terry) takes
 pairs, {"prompt", "chosen", "rejected"} or {"text"} lines, good before bad; --loss regression takes {"text",
 "label"} rows: align/preferences.py has the formats. OUTPUT/hf is the result, a *ForSequenceClassification
-model with one label. Without arguments the built-in tiny model learns a toy task.
+model with one label; the mean and standard deviation of its scores, for --reward-standardise auto of PPO and
+rejection sampling, are in reward_statistics.json there. Without arguments the built-in tiny model learns a
+toy task.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +44,9 @@ from align.metrics import Clock, Run, RunConfig, speed, wilson_interval, with_st
 from align.optim import OptimConfig
 from align.packing import Batch, Example
 from align.preferences import PreferenceFormat
+from align.rewards import save_statistics
+
+STATISTICS_ROWS = 1000  # whose mean is known to a few hundredths of the standard deviation
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -49,6 +57,9 @@ class Config(CommonConfig):
     """rows for one evaluation after the last step; like --val-data, each file is a set of its own"""
     loss: Literal["ranking", "regression"] = "ranking"
     """ranking: -log sigmoid(score of chosen - score of rejected - margin); regression: squared error"""
+    center_rewards_coef: float = 0.0
+    """ranking: weight of (score of chosen + score of rejected)^2 in the loss, which draws the mean score
+    to 0; 0.01 is usual"""
     num_attributes: int = 1
     """regression: numbers in the label of a row"""
     attribute_weights: tuple[float, ...] = ()
@@ -61,6 +72,14 @@ class Config(CommonConfig):
         super().__post_init__()
         if self.loss == "ranking" and (self.num_attributes != 1 or self.attribute_weights):
             raise ValueError("--num-attributes and --attribute-weights have no effect with --loss ranking")
+        if not 0 <= self.center_rewards_coef < math.inf:
+            raise ValueError(
+                f"--center-rewards-coef {self.center_rewards_coef} must be 0 or above, and finite"
+            )
+        if self.loss == "regression" and self.center_rewards_coef:
+            raise ValueError(
+                "--center-rewards-coef has no effect with --loss regression, whose labels say it"
+            )
         if self.num_attributes < 1:
             raise ValueError(f"--num-attributes {self.num_attributes} must be at least 1")
         if self.attribute_weights and len(self.attribute_weights) != self.num_attributes:
@@ -159,23 +178,49 @@ def main(config: Config) -> None:
             return error, {"rewards_all_mean": rewards.sum(), "rewards_all_square": rewards.square().sum()}
         chosen, rejected = scores.view(-1, 2).unbind(1)  # [P]
         loss = losses.ranking(chosen, rejected, batch.extra["target"]).sum()
-        return loss, losses.pair_statistics(chosen, rejected)
+        metrics = losses.pair_statistics(chosen, rejected)
+        if config.center_rewards_coef:
+            metrics["centering_loss"] = losses.centering(chosen, rejected).sum()
+            loss = loss + config.center_rewards_coef * metrics["centering_loss"]
+        return loss, metrics
 
     def statistics(found: dict[str, float], data: Rows, rows: Sequence[int]) -> dict[str, float]:
         """Metrics of some rows: rewards are means over rows, whatever the loss is a mean over."""
         scale = data.count(rows) / len(rows)
         return with_std({k: v * scale if k.startswith("rewards") else v for k, v in found.items()})
 
+    def metrics_of(name: str, data: Rows, rows: Sequence[int]) -> dict[str, float]:
+        """Metrics of some rows of a data set, without a gradient."""
+        with engine.during(f"evaluation of {name}"):
+            found = engine.evaluate(scorer, micro_batches(data, rows), loss_fn, data.count(rows))
+        return statistics(found, data, rows)
+
     def evaluate(sets: dict[str, Rows]) -> dict[str, float]:
         """Metrics of some data sets, `name/metric`."""
         metrics = {}
         for name, rows in sets.items():
             every = range(len(rows.examples))[slice(None) if name in test else config.val_rows()]
-            with engine.during(f"evaluation of {name}"):
-                found = engine.evaluate(scorer, micro_batches(rows, every), loss_fn, rows.count(every))
-            found = statistics(found, rows, every)
+            found = metrics_of(name, rows, every)
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         return metrics
+
+    def reward_statistics() -> dict[str, float | str | dict[int, int]]:
+        """Mean and standard deviation of the scores, on validation rows if there are any; last tokens."""
+        name, of = ("val", val["val"]) if val else ("train", train)
+        order = packing.epoch_order(len(of.examples), config.parallel.seed, 0)
+        rows = order[:STATISTICS_ROWS].tolist()
+        found = metrics_of(name, of, rows)
+        ends = Counter(
+            int(example.ids[-2]) for row in rows for example in of.examples[row]
+        )  # -1: as_scored's
+        mean, std = found["rewards_all_mean"], found["rewards_all_std"]
+        return {
+            "mean": mean,
+            "std": std,
+            "texts": ends.total(),
+            "data": name,
+            "ends": dict(ends.most_common(8)),
+        }
 
     # ---- resume ----------------------------------------------------------------------------------
     first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, scorer, optimizer)
@@ -236,7 +281,8 @@ def main(config: Config) -> None:
             acc, count = found[f"{name}/acc"], len(rows.examples)
             low, high = wilson_interval(acc, count)
             run.say(f"{name}: accuracy {acc:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count} pairs")
-        companions = [text.save, tokenizer.save_pad_token]
+        save_scale = partial(save_statistics, reward_statistics())
+        companions = [text.save, tokenizer.save_pad_token, save_scale]
         huggingface.save(scorer, config.model.path, config.run.output / "hf", companions)
         run.say(f"the reward model is in {config.run.output / 'hf'}")
     run.close()

@@ -126,13 +126,15 @@ def main(config: Config) -> None:
     run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
-    files, reward = {"train": config.train_data, "val": config.val_data}, config.reward
+    files, reward = {"train": config.train_data, "val": config.val_data}, config.reward.with_statistics()
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.toy:reward")
+    run.say(reward.describe())
     text = tokenizer.load(config.model.path)
+    rewards.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]

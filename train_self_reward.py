@@ -6,11 +6,12 @@
 In each of --iterations the model samples --samples-per-prompt answers to each prompt and judges each of them
 --judgements times, as --judge-template asks, with a score at the end. The mean of the scores ranks the
 answers; the best and the worst become a pair, on which a loss of the DPO family trains. What samples, judges
-and is the reference is the model as it was when the iteration began; then the iteration ends, the reference
-becomes the policy, and Adam starts anew, while the learning rate's schedule goes on. With --meta-judge the
-model also judges its judgements, and learns to judge from them. Rows of data are those of SFT; on their last
-answers only --first-iteration-sft trains: align/data.py has the formats. OUTPUT/hf is the result. Without
-arguments it runs on the built-in tiny model, which is random; demo.py shows one that learns.
+and is the reference is the model as it was when the iteration began. At its end the reference becomes the
+policy and Adam starts anew. The learning rate does not: one warm-up and one cosine span all iterations, so
+each later one takes its first steps, in which Adam's moments are new, without a warm-up of its own. With
+--meta-judge the model also judges its judgements, and learns to judge from them. Rows of data are those of
+SFT; on their last answers only --first-iteration-sft trains: align/data.py has the formats. OUTPUT/hf is the
+result. Without arguments it runs on the built-in tiny model, which is random; demo.py shows one that learns.
 
 Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new ones from the model.
 Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
@@ -79,7 +80,8 @@ ROLLOUT = ("generate", "judge", "meta_judge")  # phases before the update
 @dataclass(frozen=True)
 class Config(CommonConfig):
     iterations: int = 3
-    """times that the model samples, judges and learns, each time from what it has become"""
+    """times that the model samples, judges and learns, each time from what it has become; Adam's moments
+    start anew in each, the schedule of the learning rate spans all of them"""
     steps_per_iteration: int | None = None
     """steps of an iteration, the next goes on with the rows (default: --max-epochs passes over all rows)"""
     samples_per_prompt: int = 4
@@ -95,6 +97,8 @@ class Config(CommonConfig):
     """weight of the chosen answers' negative log-likelihood in the loss"""
     average_logprobs: bool = False
     """log-probs per token instead of per answer"""
+    sft_average_logprobs: bool | None = None
+    """the same for the term of --sft-weight (default: as --average-logprobs)"""
     reward_scale: float = 1.0
     """scale, rpo_*: factor on the difference of the scores; of judgements that of their strengths, in nats"""
     first_iteration_sft: bool = False
@@ -178,15 +182,25 @@ class Config(CommonConfig):
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def check_lengths(self, max_positions: int) -> None:
-        """Raises ValueError if a prompt and an answer may exceed the model's context, or a pair a batch."""
-        longest = self.format.max_seq_len + self.sampling.max_new_tokens
-        flags = f"--max-seq-len {self.format.max_seq_len} and --max-new-tokens {self.sampling.max_new_tokens}"
-        if longest > max_positions:
-            raise ValueError(f"{flags} are beyond the model's context of {max_positions} tokens: lower one")
-        if 2 * longest > self.batch.micro_batch_tokens:
+        """Raise ValueError if a prompt or judgement may find no room in the context, or a pair in a batch.
+
+        Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
+        prompt is shortened to what --max-new-tokens leaves.
+        """
+        prompt, answer = self.format.max_seq_len, self.sampling.max_new_tokens
+        if prompt > max_positions:
             raise ValueError(
-                f"{flags}, of which a pair has two each, are above --micro-batch-tokens "
-                f"{self.batch.micro_batch_tokens}: raise that"
+                f"--max-seq-len {prompt} is beyond the model's context of {max_positions} tokens: lower it"
+            )
+        if answer >= max_positions:
+            raise ValueError(
+                f"--max-new-tokens {answer} leaves a prompt no token of the model's context of "
+                f"{max_positions}: lower it"
+            )
+        if 2 * (longest := min(prompt + answer, max_positions)) > self.batch.micro_batch_tokens:
+            raise ValueError(
+                f"--max-seq-len {prompt} and --max-new-tokens {answer} make sequences of {longest} tokens, "
+                f"of which a pair has two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
             )
 
 
@@ -259,6 +273,7 @@ def main(config: Config) -> None:
     if config.meta.meta_judge:  # trained on as well, in pairs
         room = min(room, config.batch.micro_batch_tokens // 2)
     room -= config.sampling.max_new_tokens
+    run.say(f"judge prompts of more than {room} tokens are shortened, and counted in judge_shortened")
     ask = Judge(judge_config, text, config.format, room)
     ask_meta = MetaJudge(meta_config, text, config.format, room)
     for one in [ask, ask_meta] if config.meta.meta_judge else [ask]:
@@ -312,6 +327,10 @@ def main(config: Config) -> None:
         )
 
     # ---- losses ----------------------------------------------------------------------------------
+    sft_average = (
+        config.average_logprobs if config.sft_average_logprobs is None else config.sft_average_logprobs
+    )
+
     def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.sft_loss(logprobs, batch.mask), {}
 
@@ -326,7 +345,10 @@ def main(config: Config) -> None:
         inputs = {name: value for name, value in batch.extra.items() if name in config.loss_inputs}
         preference = getattr(losses, config.loss)(*four, beta=beta, **inputs).sum()
         statistics = losses.log_ratio_statistics(*four, beta)
-        sft = -four[0].sum()
+        chosen = four[0]
+        if sft_average != config.average_logprobs:
+            chosen = losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, sft_average)[::2]  # [P]
+        sft = -chosen.sum()
         metrics = {"preference_loss": preference, "sft_loss": sft, **statistics}
         return preference + config.sft_weight * sft, metrics
 

@@ -344,6 +344,21 @@ def ranking(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected - margin)
 
 
+def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Centering of rewards (Eisenstein et al., arXiv 2312.09244, eq. 2): L = (R(w) + R(l))^2.
+
+    The ranking loss sees differences only; weighted and added to it, this draws the rewards' mean to 0.
+
+    Args:
+        chosen: [P] rewards of the chosen responses.
+        rejected: [P] rewards of the rejected responses.
+
+    Returns:
+        [P].
+    """
+    return (chosen + rejected).square()
+
+
 def regression(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error over the attributes that were rated (SteerLM, arXiv 2310.05344).
 

@@ -4,12 +4,13 @@ Both judges take answers by prompt and return an array [prompts, answers of each
 """
 
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from align.prompts import Prompt
 Tokenizer = tokenizer.HuggingFaceTokenizer | tokenizer.SentencePieceTokenizer
 Function = Callable[[str, str, dict], float]  # prompt, response, row of the data -> reward
 T = TypeVar("T")
+STATISTICS = "reward_statistics.json"  # in a reward model's directory, beside config.json
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,49 @@ class RewardConfig:
     reward_std: float = 1.0
     """the scores are divided by it then; with the mean and standard deviation that the reward model has on
     answers of --model, rewards are standardised"""
+    reward_standardise: Literal["off", "auto"] = "off"
+    """auto: --reward-mean and --reward-std are those in the reward model's reward_statistics.json, in which
+    train_rm.py writes the mean and standard deviation of its scores on validation rows"""
 
     def __post_init__(self):
         if not 0 < self.reward_std < math.inf:
             raise ValueError(f"--reward-std {self.reward_std} must be above 0 and finite")
         if not self.reward_model and (self.reward_mean, self.reward_std) != (0.0, 1.0):
             raise ValueError("--reward-mean and --reward-std standardise --reward-model, and there is none")
+        if self.reward_standardise == "auto":
+            if not self.reward_model:
+                raise ValueError("--reward-standardise auto standardises --reward-model, and there is none")
+            if (self.reward_mean, self.reward_std) != (0.0, 1.0):
+                raise ValueError(
+                    "--reward-standardise auto takes mean and standard deviation from a file: leave it out,"
+                    " or --reward-mean and --reward-std"
+                )
+
+    def with_statistics(self) -> "RewardConfig":
+        """Replace --reward-standardise auto by the numbers of the file. Raises ValueError if it has none."""
+        if self.reward_standardise == "off":
+            return self
+        path = self.reward_model / STATISTICS
+        if not path.is_file():
+            raise ValueError(
+                f"--reward-standardise auto: there is no {path}, which train_rm.py writes with each reward "
+                "model. Give --reward-mean and --reward-std instead: rewards_all_mean and rewards_all_std of "
+                "its validation, or what the reward model gives to responses of --model"
+            )
+        try:
+            mean, std = (float(json.loads(path.read_text())[name]) for name in ("mean", "std"))
+            return replace(self, reward_standardise="off", reward_mean=mean, reward_std=std)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'--reward-standardise auto: {path} must hold numbers "mean" and "std", std above 0: {error}'
+            ) from error
+
+    def describe(self) -> str:
+        """The parts of a reward, for the log."""
+        score = self.reward_model and f"the score of {self.reward_model}"
+        if (self.reward_mean, self.reward_std) != (0.0, 1.0):
+            score = f"({score} - {self.reward_mean:g}) / {self.reward_std:g}"
+        return f"reward: {' + '.join(filter(None, [score, self.reward_fn]))}"
 
     def standardised(self, scores: T) -> T:
         """Scores of the reward model, an array or tensor, as rewards."""
@@ -140,6 +179,36 @@ def load_scorer(
         source = huggingface.FreshHead(source, arch, layout.seed, std=0.0)
     huggingface.load(scorer, source)
     return scorer
+
+
+def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str], None]) -> None:
+    """Log a warning if the texts of a reward model's training seldom end as responses of the policy do.
+
+    The score is read at the last token: after another one it is off the training distribution.
+    """
+    path = reward.reward_model and reward.reward_model / STATISTICS
+    ends = json.loads(path.read_text()).get("ends") if path and path.is_file() else None
+    if not ends:
+        return
+    strings = [text.encode(end, continued=True)[-1] for end in text.stop_strings]
+    share = sum(ends.get(str(i), 0) for i in {*text.stop_ids, *strings}) / sum(ends.values())
+    if share < 0.5:
+        most = text.decode([int(max(ends, key=ends.get))])
+        stops = ", ".join(repr(text.decode([i])) for i in sorted(text.stop_ids))
+        say(
+            f"WARNING: texts that --reward-model {reward.reward_model} was trained on end with {most!r}, "
+            f"responses with {stops}: its scores are off its training distribution. Train it from the SFT "
+            "model, whose format it takes over, or on texts that end as responses do"
+        )
+
+
+def save_statistics(statistics: dict, directory: Path) -> None:
+    """Write mean and standard deviation of a reward model's scores for `RewardConfig.with_statistics`.
+
+    A file of its own: transformers would take a field of config.json over into every model that is made from
+    this one, and its scores are others.
+    """
+    (directory / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
 
 
 Judge = Callable[[Sequence[Prompt], Sequence[Sequence[Sample]]], np.ndarray]  # rewards [prompts, answers]

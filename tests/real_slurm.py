@@ -291,20 +291,21 @@ def test_srun_stops_at_the_time_limit_and_the_same_command_completes(job):
 
 def test_srun_inside_salloc(job):
     """Several tasks per node, which salloc passes on, are refused; the flags that are named instead work."""
-    salloc = ["salloc", "--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=2", "srun"]
-    status, output = terminal(job, *salloc, "slurm/sft.sbatch", *SFT)
+    salloc = ["salloc", "--nodes=2", "--gpus-per-node=1"]
+    several, script = [*salloc, "--ntasks-per-node=2", "srun"], ["slurm/sft.sbatch", *SFT, "--max-steps"]
+    status, output = terminal(job, *several, *script, "2000")
     assert status == 1
     [advice] = [line for line in output.splitlines() if "tasks" in line and "srun: error" not in line]
     assert advice.startswith("4 tasks on 2 nodes") and advice.endswith("give srun --nodes=2 --ntasks=2")
 
-    options = ["--nodes=2", "--ntasks=2", "slurm/sft.sbatch", *SFT, "--max-steps"]
-    status, output = terminal(job, *salloc, *options, "2000", meanwhile=lambda: kill_rank_1(job))
+    one_each = [*several, "--nodes=2", "--ntasks=2", *script, "2000"]
+    status, output = terminal(job, *one_each, meanwhile=lambda: kill_rank_1(job))
     assert status != 0
     assert "127.0.0.2: torchrun ended with status 1; the whole step ends" in output
     assert "Signal 9 (SIGKILL) received by PID" in output
 
     done = steps(job)[-1]
-    status, output = terminal(job, *salloc, *options, str(done + 1))
+    status, output = terminal(job, *salloc, "srun", *script, str(done + 1))
     assert status == 0, output
     assert "continuing after step" in output
     assert_complete(job, done + 1)

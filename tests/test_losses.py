@@ -629,6 +629,15 @@ def test_ranking_is_finite_at_extremes_and_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda c, r: losses.ranking(c, r, torch.full((5,), 0.5)), pair)
 
 
+def test_centering_by_hand():
+    """(3 - 1)^2, (-0.5 - 1)^2, (2 - 2)^2; of the first the gradient is 2 (3 - 1) for both rewards."""
+    chosen, rejected = f64(3.0, -0.5, 2.0).requires_grad_(), f64(-1.0, -1.0, -2.0).requires_grad_()
+    found = losses.centering(chosen, rejected)
+    assert found.tolist() == [4.0, 2.25, 0.0]
+    found.sum().backward()
+    assert chosen.grad.tolist() == rejected.grad.tolist() == [4.0, -3.0, 0.0]
+
+
 def test_regression_by_hand():
     """Errors 1, (missing), -2 / (missing), 0.5, (missing): 1 + 4 + 0.25 over 3 attributes."""
     missing = losses.MISSING

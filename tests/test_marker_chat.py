@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-from align import data, marker_chat, preferences, prompts, tokenizer
+from align import data, marker_chat, preferences, prompts, rewards, tokenizer
 from align.generate import Sample
 from align.marker_chat import MarkerChat, RowFormats
 from align.prompts import PromptFormat
+from align.rewards import RewardConfig
 from tests.conftest import ROOT, fork_python, fork_ranks
 
 TINY = ROOT / "assets" / "tiny"
@@ -175,6 +176,17 @@ def test_pairs_end_with_a_marker_of_several_tokens():
     for answer in ("b", "b\n<extra_id_1>"):
         example, _ = preferences.format_pair({"prompt": "a", "chosen": answer, "rejected": "c"}, text, fmt)
         assert text.decode(example.ids.tolist()) == "ab\n<extra_id_1>"
+
+
+def test_a_reward_model_of_other_ends_is_named(tmp_path: Path):
+    text, said = follower(MarkerChat(TOKENS)), []
+    config = RewardConfig(reward_model=tmp_path)
+    rewards.warn_of_other_ends(config, text, said.append)  # no file: nothing is known
+    for ends in ({17: 60, 258: 2}, {258: 32, 98: 30}, {98: 40, 17: 22}):
+        rewards.save_statistics({"mean": 0.0, "std": 1.0, "ends": ends}, tmp_path)
+        rewards.warn_of_other_ends(config, text, said.append)
+    [warning] = said
+    assert "was trained on end with 'b', responses with '\\x11', '<|im_end|>'" in warning
 
 
 def test_text_of_a_sample_is_the_answer_alone():

@@ -133,7 +133,7 @@ def test_exit_statuses():
             "of which a row has 2, is above --micro-batch-tokens 1024",
         ),
         ("train_ppo.py --max-new-tokens 1024", "1024"),
-        ("train_self_reward.py --max-seq-len 1000", "beyond the model's context of 1024 tokens"),
+        ("train_self_reward.py --max-seq-len 1025", "beyond the model's context of 1024 tokens"),
         ("train_ppo.py --critic-lr 1 --advantages grpo --samples-per-prompt 2", "has no critic"),
         ("train_sft.py --model /no/such", "no config.json there"),
         ("no_such.py", "no_such.py: no such script"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from align import data, download, preferences, tokenizer, toy
+from align import data, download, preferences, prompts, tokenizer, toy
 from align.judge import parse_score
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -833,6 +833,32 @@ def test_judge_of_several_turns_and_of_an_answer_without_numbers(tmp_path: Path)
         in first["messages"][0]["content"]
     )
     assert {parse_score(row["messages"][1]["content"], 0, 5) for row in found} == {0.0, 5.0}
+
+
+def test_judge_of_conversations(tmp_path: Path):
+    """In the format of the input, asked as train_self_reward.py asks; the label of the answer is left out."""
+    answer = {"from": "Bob", "value": "It is 2.", "label": "quality:4"}
+    turns = [{"from": "Ann", "value": "1 + 1?"}, answer, {"from": "Ann", "value": "Thanks."}]
+    row = {"system": "S", "mask": "Ann", "type": "VALUE_TO_TEXT", "conversations": turns}
+    template = tmp_path / "judge.txt"
+    template.write_text("{{ prompt }} | {{ response }}")
+    raw, out = write_rows(tmp_path / "raw.jsonl", [row] * 40), tmp_path / "out.jsonl"
+    prepare_data.judge(raw, out, template)
+    tiny, fmt = tokenizer.load(TINY), data.FormatConfig()
+    found = Counter()
+    for judgement in read_rows(out):
+        asked, score = judgement["conversations"]
+        assert (judgement["mask"], asked["from"], score["from"]) == (["Ann"], "Ann", "Bob")
+        found[asked["value"], parse_score(score["value"], 0, 5)] += 1
+        ids = prompts.one_turn(row, asked["value"], tiny, fmt).tolist()
+        assert data.format_sft(judgement, tiny, fmt)[0].ids[: len(ids)].tolist() == ids
+    own = [key for key in found if key[0] == "1 + 1? | It is 2."]
+    half = [key for key in found if key[0] == "1 + 1? | It"]
+    assert own == [("1 + 1? | It is 2.", 5)] and half == [("1 + 1? | It", 2)]
+    assert found.total() == 40 and {score for _, score in found} == {5, 2, 1}
+    raw = write_rows(raw, [row | {"type": "TEXT_TO_VALUE"}])
+    with pytest.raises(ValueError, match=r"raw.jsonl:1: field 'type'"):
+        prepare_data.judge(raw, out)
 
 
 def test_judge_refuses(tmp_path: Path):

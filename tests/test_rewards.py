@@ -296,6 +296,25 @@ def test_standardised_scores():
             RewardConfig(reward_model=Path("x"), reward_std=std)
 
 
+def test_standardised_by_the_numbers_of_a_file(tmp_path):
+    """--reward-standardise auto takes what train_rm.py wrote beside the weights, or says what to do."""
+    config = RewardConfig(reward_model=tmp_path, reward_standardise="auto")
+    with pytest.raises(ValueError, match=r"there is no .*reward_statistics.json, .* Give --reward-mean and"):
+        config.with_statistics()
+    rewards.save_statistics({"mean": 2.0, "std": 4.0, "texts": 10, "data": "val"}, tmp_path)
+    assert config.with_statistics() == RewardConfig(reward_model=tmp_path, reward_mean=2.0, reward_std=4.0)
+    for wrong in ({"mean": 2.0}, {"mean": 2.0, "std": 0.0}, {"mean": "x", "std": 1.0}, [1.0]):
+        (tmp_path / "reward_statistics.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"reward_statistics.json must hold numbers"):
+            config.with_statistics()
+    with pytest.raises(ValueError, match="standardises --reward-model, and there is none"):
+        RewardConfig(reward_standardise="auto")
+    with pytest.raises(ValueError, match="leave it out, or --reward-mean and --reward-std"):
+        RewardConfig(reward_model=tmp_path, reward_standardise="auto", reward_mean=1.0)
+    off = RewardConfig(reward_model=tmp_path)
+    assert off.with_statistics() is off
+
+
 def test_two_judges_are_asked():
     """A reward model and a function together: train_ppo.py and train_rs.py add up what they say."""
     text = tokenizer.load(TINY)

@@ -344,6 +344,11 @@ def test_rm_without_arguments(tmp_path):
     assert {f"train/{name}" for name in (*wanted, "grad_norm", "lr")} <= set(metrics[1])
     assert named(metrics[3], "val", wanted) == pytest.approx(wanted, abs=1e-5)
     assert metrics[3]["val/loss"] != metrics[0]["val/loss"]
+    statistics = json.loads((tmp_path / "hf" / "reward_statistics.json").read_text())
+    assert (statistics.pop("texts"), statistics.pop("data")) == (2 * len(pairs), "val")
+    assert statistics.pop("ends") == {"258": 2 * len(pairs)}
+    expected = {"mean": wanted["rewards_all_mean"], "std": wanted["rewards_all_std"]}
+    assert statistics == pytest.approx(expected, abs=1e-5)
 
 
 # ---- other ways to run ---------------------------------------------------------------------------
@@ -375,6 +380,7 @@ def test_conversations_rows(attempts):
 
 
 LN2 = math.log(2)
+CENTERING = 0.5  # --center-rewards-coef of one run
 GAP = 2.0  # chosen_reward - rejected_reward of every row
 AT_START = {  # each loss where policy and reference are one, with beta 0.1 and GAP, by hand
     "dpo": LN2,
@@ -416,6 +422,20 @@ def test_every_loss_trains(loss, attempts):
         assert start == pytest.approx([AT_START[loss]] * 2, rel=1e-9)
     assert rows[2]["val/loss"] < rows[0]["val/loss"]
     assert (output / "reference.safetensors").exists() == (loss in AT_START)
+
+
+def test_sft_term_per_token_beside_a_loss_of_sums(attempts):
+    """--sft-average-logprobs: the mean over pairs of that over the chosen one's tokens, by transformers."""
+    output = finished(attempts, "sft average")
+    policy = transformers.AutoModelForCausalLM.from_pretrained(output / "hf")
+    pairs = pairs_of(output.parent / "val.jsonl", output / "hf")
+    chosen = [(response_logprob(policy, pair.examples[0]), pair.examples[0].trained.sum()) for pair in pairs]
+    last = read_metrics(output)[2]
+    assert last["val/sft_loss"] == pytest.approx(
+        -np.mean([total / count for total, count in chosen]), abs=1e-4
+    )
+    assert last["val/logprobs_chosen_mean"] == pytest.approx(np.mean([x for x, _ in chosen]), abs=1e-3)
+    assert last["val/loss"] == pytest.approx(last["val/preference_loss"] + 0.5 * last["val/sft_loss"])
 
 
 def test_both_ways_to_the_reference_are_equal(attempts):
@@ -487,15 +507,30 @@ def test_a_reward_model_goes_on_with_its_head(attempts):
     assert "the head starts at random" in (attempts["rm"]["output"] / "log.txt").read_text()
 
 
-def test_text_lines_with_margins(attempts):
+def test_statistics_of_training_rows(attempts):
+    """Where there are no validation rows; of 3 and 2 scores that transformers gives to labelled texts."""
+    output = finished(attempts, "rm alone")
+    pairs = pairs_of(output.parent / "pairs.jsonl", output / "hf")
+    scores = scores_of(output / "hf", pairs)
+    expected = pytest.approx({"mean": scores.mean(), "std": scores.std()}, abs=1e-5)
+    found = json.loads((output / "hf" / "reward_statistics.json").read_text())
+    assert found.pop("ends") == {"258": 48}
+    assert (found.pop("texts"), found.pop("data")) == (48, "train") and found == expected
+    assert scores.std() > 1e-2
+
+
+def test_text_lines_with_margins_and_centering(attempts):
     """Chosen and rejected lines in turn; a margin counts in the loss and not in the rewards."""
     output = finished(attempts, "rm text lines")
     pairs = pairs_of(output.parent / "lines.jsonl", output / "hf", text_lines=True)
     assert [pair.margin for pair in pairs] == [0.0, 0.75] * 12
     scores = scores_of(output / "hf", pairs)
     wanted = ranking_metrics(scores, np.array([0.0, 0.75] * 12))
-    assert named(read_metrics(output)[-1], "val", wanted) == pytest.approx(wanted, abs=1e-4)
     assert wanted["loss"] > ranking_metrics(scores, np.zeros(24))["loss"] + 0.01
+    wanted["centering_loss"] = np.square(scores.sum(1)).mean()
+    assert wanted["centering_loss"] > 1e-2
+    wanted["loss"] += CENTERING * wanted["centering_loss"]
+    assert named(read_metrics(output)[-1], "val", wanted) == pytest.approx(wanted, abs=1e-4)
 
 
 def head_in_checkpoint(output: Path) -> Tensor:
@@ -617,6 +652,11 @@ DPO_MISTAKES = {
 }
 RM_MISTAKES = {
     "attributes": (("--num-attributes", "2"), r"--num-attributes .*no effect with --loss ranking"),
+    "centering": (("--center-rewards-coef", "-0.1"), r"--center-rewards-coef -0.1 must be 0 or above"),
+    "centering of labels": (
+        ("--center-rewards-coef", "0.1", "--loss", "regression", "--train-data", "LABELS"),
+        r"--center-rewards-coef has no effect with --loss regression",
+    ),
     "no labels": (("--loss", "regression"), r"--loss regression needs --train-data"),
     "rm without training data": (("--val-data", "PAIRS"), r"--val-data without --train-data"),
     "rm budget": (
@@ -646,6 +686,7 @@ ON_PAIRS = "--global-batch-size 4 --warmup-steps 1 --lr 1e-3 --train-data PAIRS 
 GOOD_RUNS = {  # name: command that runs to its end; RM is the result of the one so named
     "conversations": f"train_sft.py --train-data CONVERSATIONS {SHORT}",
     **{f"loss {loss}": f"train_dpo.py {ON_PAIRS} --loss {loss} --max-steps 2" for loss in train_dpo.LOSSES},
+    "sft average": f"train_dpo.py {ON_PAIRS} --max-steps 2 --sft-weight 0.5 --sft-average-logprobs True",
     "kto single": f"train_dpo.py {ON_PAIRS} --loss kto_pair --max-steps 2 --micro-batch-size 1",
     **{
         way: f"train_dpo.py {ON_PAIRS} --reference {way} --max-epochs 2 --micro-batch-size 2 --val-interval 3"
@@ -654,7 +695,9 @@ GOOD_RUNS = {  # name: command that runs to its end; RM is the result of the one
     "wrong reference": f"wrong-reference train_dpo.py {ON_PAIRS}",
     "rm": f"train_rm.py {ON_PAIRS} OTHER --test-data TEST --max-steps 3",
     "rm again": f"train_rm.py {ON_PAIRS} OTHER --model RM --max-steps 1",
-    "rm text lines": f"train_rm.py --train-data LINES --val-data LINES {SHORT}",
+    "rm text lines": f"train_rm.py --train-data LINES --val-data LINES {SHORT} "
+    f"--center-rewards-coef {CENTERING}",
+    "rm alone": f"train_rm.py --train-data PAIRS {SHORT}",
     "rm regression": (
         f"train_rm.py --train-data LABELS --val-data LABELS {SHORT} --loss regression --num-attributes 3 "
         "--attribute-weights 0.5 0.3 0.2"

@@ -6,6 +6,7 @@ judgements and verdicts of training are in samples.jsonl, with the answers that 
 """
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def run(trained: Path, output: Path, processes: int, cases: list[tuple[str, str]
         f"--true-reward-fn align.toy:reward --judge-template {trained}/data/judge.txt --judgements 2 "
         "--samples-per-prompt 3 --temperature 0.8 --max-seq-len 36 --max-new-tokens 38 "
         "--global-batch-size 6 --micro-batch-tokens 256 --iterations 2 --steps-per-iteration 2 "
-        "--rollout-ahead 2 --lr 2e-4 --min-lr 2e-4 --warmup-steps 0 --save-interval 0"
+        "--rollout-ahead 2 --lr 2e-4 --min-lr 1e-4 --warmup-steps 0 --save-interval 0"
     )
     outputs = [output / str(i) for i in range(len(cases))]
     commands = [
@@ -86,6 +87,9 @@ def test_the_run_has_all_that_could_differ(one_process):
         assert max(unparsed) > 0 and sum(unparsed) / STEPS < 0.5
         scores = Counter(row["score"] for row in found["samples"] if row["table"] == "train_judgements")
         assert len(scores) > 3 and scores.most_common(1)[0][1] < 0.7 * scores.total()
+        # one cosine over both iterations, whatever becomes of Adam between them
+        rates = [1e-4 + 1e-4 * (1 + math.cos(math.pi * i / STEPS)) / 2 for i in range(STEPS)]
+        assert [step["train/lr"] for step in steps] == pytest.approx(rates, rel=1e-12)
         moved = [step["train/logratio_abs_mean"] for step in steps]
         assert moved[0] == moved[2] == 0 and min(moved[1], moved[3]) > 0.1
         before, after = (

@@ -29,7 +29,7 @@ from tests.test_rs_invariance import rows
 
 PROMPTS, STEPS, FRACTION, BETA, SCALE, SFT_WEIGHT = 12, 2, 0.25, 0.2, 0.7, 0.3
 KINDS = {  # two answers are often tied; four so seldom that pairs of judgements take the last ones' places
-    "dpo": f"--loss dpo --sft-weight {SFT_WEIGHT} --samples-per-prompt 2",
+    "dpo": f"--loss dpo --sft-weight {SFT_WEIGHT} --sft-average-logprobs True --samples-per-prompt 2",
     "scale": f"--loss scale --reward-scale {SCALE} --samples-per-prompt 4",
     "rpo_bwd_kl": f"--loss rpo_bwd_kl --reward-scale {SCALE} --average-logprobs --samples-per-prompt 2",
 }
@@ -250,7 +250,7 @@ def line(kind: str, pairs: list[dict]) -> dict[str, float]:
         sums.update(
             {
                 "preference_loss": preference(kind, chosen - rejected, pair["gap"]),
-                "sft_loss": -policy[0],
+                "sft_loss": -policy[0] / (len(pair["sides"][0]["policy"]) if kind == "dpo" else 1),
                 "acc": float(chosen > rejected),
                 "rewards_chosen_mean": chosen,
                 "rewards_rejected_mean": rejected,
@@ -270,7 +270,7 @@ def line(kind: str, pairs: list[dict]) -> dict[str, float]:
 
 def total(kind: str, logprobs: list[float]) -> float:
     """Of a sample, or with --average-logprobs of each of its tokens."""
-    return math.fsum(logprobs) / (len(logprobs) if "average" in KINDS[kind] else 1)
+    return math.fsum(logprobs) / (len(logprobs) if " --average-logprobs" in KINDS[kind] else 1)
 
 
 def preference(kind: str, x: float, gap: float) -> float:

@@ -309,7 +309,11 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
         "--model {start} --reward-model {judge} --unended keep --max-steps 2 --save-interval 1 "
         f"{KEEP} --entropy-coef 0.1 {STILL}",
     ),
-    ("masked", f"--model {{start}} --reward-model {{judge}} --max-new-tokens 2 --max-steps 1 {UPDATES}"),
+    (
+        "masked",
+        "--model {start} --critic {start} --reward-model {judge} --reward-standardise auto "
+        f"--max-new-tokens 2 --max-steps 1 {UPDATES}",
+    ),
     (
         "penalised",
         f"--model {{start}} {BY_RULE} --advantages reinforce "
@@ -538,8 +542,15 @@ def test_without_an_ended_answer_only_the_critic_learns(folder):
     assert row["train_optim/skipped_updates"] == 2
     assert group(row, "audit") == AUDIT - {"ratio_error"}
     assert same(exported(folder, "masked"), exported(folder, "gae"))
-    judge = load_file(folder / "judge" / "model.safetensors")
-    assert not torch.equal(at(folder, "masked", 1, "critic")["score.weight"], judge["score.weight"])
+    assert at(folder, "masked", 1, "critic")["score.weight"].any()
+
+
+def test_a_new_critic_has_values_of_0(folder):
+    """Standardised are the rewards, and the values of a critic that starts as the reward model: no others."""
+    [row] = metrics(folder, "masked")
+    assert row["train_rollouts/values_mean"] == row["train_rollouts/values_std"] == 0.0
+    said = f"reward: (the score of {folder / 'judge'} - 0.25) / 0.5"
+    assert said in (folder / "masked" / "log.txt").read_text()
 
 
 def test_without_advantages_no_update_is_made(folder):

@@ -25,6 +25,7 @@ from train_rs import Config, select
 TINY = ROOT / "assets" / "tiny"
 NEW_TOKENS = 5
 UNIFORM = math.log(264)  # loss of the random tiny model in nats, nearly: it knows nothing of 264 tokens
+MEAN, STD = 0.25, 0.5  # that the reward model's directory says of its scores
 LAST_WORDS = "the judge is out of office"
 DATA = {"train_data": (Path("rows.jsonl"),)}
 
@@ -152,6 +153,7 @@ def save_reward_model(directory: Path) -> Path:
     transformers.LlamaForSequenceClassification(config).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, directory / name)
+    (directory / "reward_statistics.json").write_text(json.dumps({"mean": MEAN, "std": STD}))
     return directory
 
 
@@ -170,7 +172,7 @@ def commands(folder: Path) -> dict[str, list[object]]:
     made = {
         "function": [*steps, *short, *train, "--val-data", folder / "val.jsonl", *by_function, *keep, *two],
         "model": [*steps, "--max-new-tokens", 1, *keep, "--val-batches", 1, "--tp", 2]
-        + ["--reward-model", save_reward_model(folder / "judge")],
+        + ["--reward-model", save_reward_model(folder / "judge"), "--reward-standardise", "auto"],
         "toy": [*steps, *short, "--val-batches", 1],
     }
     return {name: ["train_rs.py", *flags, "--output", folder / name] for name, flags in made.items()}
@@ -363,7 +365,10 @@ def test_toy_task(name, folder):
 
 
 def test_the_reward_model_judges_the_toy_task_too(folder):
-    """Its scores are those of transformers, where the answer's text has the tokens that were sampled."""
+    """Its scores are those of transformers, where the answer's text has the tokens that were sampled.
+
+    They are standardised by the numbers in its directory, as --reward-standardise auto has it.
+    """
     judge = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "judge")
     text = transformers.AutoTokenizer.from_pretrained(TINY)
     compared = 0
@@ -373,7 +378,7 @@ def test_the_reward_model_judges_the_toy_task_too(folder):
         ids = text(row["prompt"] + row["response"], add_special_tokens=False).input_ids
         with torch.no_grad():
             score = judge(torch.tensor([ids])).logits.item()
-        assert row["reward"] == pytest.approx(score, abs=1e-4), row
+        assert row["reward"] == pytest.approx((score - MEAN) / STD, abs=2e-4), row
         compared += 1
     assert compared >= 1
     rewards = [row["reward"] for row in read_jsonl(folder / "model" / "samples.jsonl")]

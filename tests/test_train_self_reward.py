@@ -5,6 +5,7 @@ More whole runs: tests/test_self_reward_step.py, test_self_reward_invariance.py 
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -207,32 +208,38 @@ def lengths(prompt: int, answer: int, micro_batch: int) -> Config:
 
 
 def test_lengths_that_just_fit():
+    """The tutorial's 4096 and 2048 too: a long prompt leaves its response less, the judge prompt is cut."""
     lengths(60, 40, 200).check_lengths(100)
+    lengths(100, 99, 200).check_lengths(100)
+    lengths(4096, 2048, 8192).check_lengths(4096)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (
-            lengths(61, 40, 202),
-            "--max-seq-len 61 and --max-new-tokens 40 are beyond the model's context of 100 tokens: "
-            "lower one",
+            lengths(101, 40, 202),
+            "--max-seq-len 101 is beyond the model's context of 100 tokens: lower it",
         ),
         (
-            lengths(60, 41, 202),
-            "--max-seq-len 60 and --max-new-tokens 41 are beyond the model's context of 100 tokens: "
-            "lower one",
+            lengths(60, 100, 202),
+            "--max-new-tokens 100 leaves a prompt no token of the model's context of 100: lower it",
         ),
         (
-            lengths(60, 40, 199),
-            "--max-seq-len 60 and --max-new-tokens 40, of which a pair has two each, are above "
-            "--micro-batch-tokens 199: raise that",
+            lengths(60, 30, 179),
+            "--max-seq-len 60 and --max-new-tokens 30 make sequences of 90 tokens, of which a pair has two: "
+            "raise --micro-batch-tokens 179",
+        ),
+        (
+            lengths(4096, 2048, 8191),
+            "--max-seq-len 4096 and --max-new-tokens 2048 make sequences of 4096 tokens, of which a pair has "
+            "two: raise --micro-batch-tokens 8191",
         ),
     ],
 )
 def test_lengths_that_are_refused(config, message):
     with pytest.raises(ValueError) as error:
-        config.check_lengths(100)
+        config.check_lengths(4096 if config.format.max_seq_len == 4096 else 100)
     assert str(error.value) == message
 
 
@@ -287,3 +294,27 @@ def test_first_iteration_sft(runs):
     data_loss = [row["val/data_loss"] for row in rows if "val/data_loss" in row]
     assert len(data_loss) == 3 and data_loss[1] < data_loss[0] - 0.1
     assert data_loss[2] == data_loss[1]  # nothing was learnt since
+
+
+def test_prompts_and_responses_beyond_the_context(toy_judge, tmp_path):
+    """64 + 38 tokens on a context of 83: of 45 left to a judge prompt some need more, and are shortened.
+
+    The row of 62 tokens leaves its responses 21.
+    """
+    shutil.copytree(toy_judge / "hf", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 83}))
+    rows = (toy_judge / "data" / "train.jsonl").read_text().splitlines()[:3]
+    question = {"role": "user", "content": "sort: " + " ".join("cabdefghijcabdef")}
+    rows.append(json.dumps({"messages": [question, {"role": "assistant", "content": "a"}]}))
+    (tmp_path / "rows.jsonl").write_text("".join(row + "\n" for row in rows))
+    command = (
+        f"train_self_reward.py --model {tmp_path}/model --train-data {tmp_path}/rows.jsonl "
+        f"--output {tmp_path}/run --judge-template {toy_judge}/data/judge.txt --judgements 1 "
+        "--iterations 1 --global-batch-size 4 --max-seq-len 64 --max-new-tokens 38 --micro-batch-tokens 166 "
+        "--save-interval 0"
+    )
+    fork_ranks(1, "tests/resume_worker.py", json.dumps([command.split()]))
+    [row] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < row["train/judge_shortened"] < 1 and 0 < row["train/judge_asked"] <= 1, row
+    assert "judge prompts of more than 45 tokens are shortened" in (tmp_path / "run" / "log.txt").read_text()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from align import checkpoint, data, parallel
+from align import architecture, checkpoint, data, huggingface, parallel
 from tests.conftest import fork_ranks
 from tests.test_tokenizer import SENTENCES
 from tools import nemo_config, prepare_model
@@ -387,6 +387,7 @@ def test_logits_are_those_of_nemos_arithmetic(name, layout, prefix, pieces, tmp_
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-6)):
         found = network(output, dtype)(torch.tensor([TOKENS])).logits[0]
         torch.testing.assert_close(found.double(), wanted[:, :ids], rtol=0, atol=bound)
+    huggingface.SafetensorsSource(output, architecture.read_config(output))  # which training reads, too
 
 
 # ---- the same weights ------------------------------------------------------------------------------

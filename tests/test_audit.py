@@ -371,7 +371,7 @@ def test_bounds_of_flags():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_quantile_is_over_the_tokens_of_all_ranks(layout, said):
-    """One that leaves out two tokens of all: two wrong ones in answers of several ranks pass, three do not."""
+    """One that leaves out two tokens of all: two wrong ones, on several ranks, pass; three do not."""
     [(name, found)] = of(said, rf"{layout} 2 wrong of \d+").items()
     assert found["audit/logprob_error_quantile"] < MOST < found["audit/logprob_error_max"], name
     [message] = of(said, rf"{layout} 3 wrong of \d+").values()

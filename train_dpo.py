@@ -39,7 +39,7 @@ from align import (
     tokenizer,
     toy,
 )
-from align.loop import CommonConfig
+from align.loop import CommonConfig, check_at_least
 from align.metrics import Clock, Run, RunConfig, speed, with_std
 from align.optim import OptimConfig
 from align.packing import Batch
@@ -76,6 +76,9 @@ class Config(CommonConfig):
     """scale, rpo_*: factor on chosen_reward - rejected_reward of the data (default: 1)"""
     reference: Literal["precompute", "swap"] | None = None
     """reference log-probs: all before training (default), or each step by weights that wait in CPU memory"""
+    audit_start: float | None = None
+    """bound on the mean |log pi - log pi_ref| of a response before the first update, where both are one
+    model, in nats (default: 0 on a CPU and with --deterministic, else 1e-3 in fp32, 1 in bf16; inf: none)"""
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/dpo"))
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
@@ -93,10 +96,13 @@ class Config(CommonConfig):
                 f"--loss {self.loss} has no reference and is defined on log-probs per token: "
                 "leave out --reference and --average-logprobs"
             )
+        if self.loss in REFERENCE_FREE and self.audit_start is not None:
+            raise ValueError(f"--audit-start has no effect: --loss {self.loss} has no reference")
         if self.label_smoothing is not None:
             losses.check_label_smoothing(self.label_smoothing, zero_allowed=self.loss != "exo_pair")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"--beta {self.beta} must be above 0 and finite")
+        check_at_least(self, 0, "audit_start")
         if not 0 <= min(self.sft_weight or 0, self.dpop_lambda or 0):
             raise ValueError("--sft-weight and --dpop-lambda must not be negative")
 
@@ -160,6 +166,9 @@ def main(config: Config) -> None:
         }
         return engine.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
 
+    start_bound = config.audit_start
+    if start_bound is None:
+        start_bound = reference.start_bound(config.model.dtype, parallel.is_exact(config.parallel))
     if config.loss not in REFERENCE_FREE:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
     if config.reference == "swap":
@@ -239,7 +248,7 @@ def main(config: Config) -> None:
         with engine.during(f"step {step + 1}"):
             found = with_std(engine.forward_backward(policy, batches, loss_fn, len(rows)))
             if step == 0 and ref is not None:
-                reference.check_start(found, config.loss)
+                reference.check_start(found, config.loss, beta, start_bound)
             clock.lap("forward_backward")
             found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
             clock.lap("optimizer")

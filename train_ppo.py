@@ -48,6 +48,7 @@ from align import (
     tokenizer,
     toy,
 )
+from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
 from align.generate import RolloutConfig
 from align.loop import CommonConfig, LoopConfig, check_at_least
@@ -115,6 +116,10 @@ class Config(CommonConfig):
     """first steps, in which only the critic learns"""
     value_clip: float = 0.2
     """an update has no reason to move a value further than this from the old one; 0: no limit"""
+    audit_ratio: float | None = None
+    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
+    1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
+    audit: AuditConfig = AuditConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -129,7 +134,7 @@ class Config(CommonConfig):
         super().__post_init__()
         check_at_least(self, 1, "prompts_per_step", "samples_per_prompt", "ppo_epochs")
         check_at_least(self, 0, "clip", "value_clip", "gamma", "gae_lambda", "kl_coef", "unended_penalty")
-        check_at_least(self, 0, "critic_lr", "critic_min_lr", "critic_warmup_steps")
+        check_at_least(self, 0, "critic_lr", "critic_min_lr", "critic_warmup_steps", "audit_ratio")
         for name in ("gamma", "gae_lambda"):
             if getattr(self, name) > 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be from 0 to 1")
@@ -369,6 +374,10 @@ def main(config: Config) -> None:
         return {f"val_rollouts/{name}": value for name, value in found.statistics().items()}
 
     # ---- losses ----------------------------------------------------------------------------------
+    ratio_bound = config.audit_ratio
+    if ratio_bound is None:
+        ratio_bound = audit.ratio_bound(config.model.dtype, parallel.is_exact(config.parallel))
+
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of answers
         old, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
@@ -438,7 +447,8 @@ def main(config: Config) -> None:
         stop_texts = (*config.sampling.stop, *text.stop_strings)
         audit.check_ends(found.places, found.answers, text.stop_ids, stop_texts)
         metrics = audit.compare(
-            *(found.places, sampled, computed, config.model.dtype, config.sampling.temperature)
+            *(found.places, sampled, computed, config.model.dtype, config.sampling.temperature),
+            config=config.audit,
         )
         ref_logprobs, values = old, torch.zeros_like(old)
         if config.kl_coef:
@@ -489,7 +499,7 @@ def main(config: Config) -> None:
             made = update("policy", loss_fn, batches, num_counted, lr)
             metrics["train_optim/skipped_updates"] = len(updates) - len(made)
             if made:
-                metrics |= audit.check_ratio(made[0]["ratio_error"])
+                metrics |= audit.check_ratio(made[0]["ratio_error"], ratio_bound)
             elif counted.any():
                 run.say(f"step {done}: all advantages are 0, so the policy learnt nothing")
             else:

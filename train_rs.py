@@ -39,6 +39,7 @@ from align import (
     tokenizer,
     toy,
 )
+from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
 from align.generate import RolloutConfig, Sample
 from align.loop import CommonConfig, LoopConfig, check_at_least
@@ -69,6 +70,7 @@ class Config(CommonConfig):
     duplicates: Literal["drop", "keep"] = "drop"
     """answers to a prompt with the same tokens: only the first counts, or all"""
     reward: RewardConfig = RewardConfig()
+    audit: AuditConfig = AuditConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     format: PromptFormat = PromptFormat()
@@ -229,7 +231,7 @@ def main(config: Config) -> None:
                 trained = engine.per_example(policy, examples, config.batch)
                 places = [(row, number) for row, number, _, _ in chosen]
                 sampled = [sample.model_logprobs for _, _, sample, _ in chosen]
-                metrics |= audit.compare(places, sampled, trained, config.model.dtype)
+                metrics |= audit.compare(places, sampled, trained, config.model.dtype, config=config.audit)
                 clock.lap("audit")
             with engine.during(f"step {done}"):
                 batches = engine.micro_batches(policy, examples, config.batch)

@@ -55,6 +55,7 @@ from align import (
     tokenizer,
     toy,
 )
+from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
 from align.data import FormatConfig
 from align.generate import RolloutConfig, Sample
@@ -108,6 +109,10 @@ class Config(CommonConfig):
     true_reward_fn: str | None = None
     """module:function of yours, called with prompt, response (both text) and the row, which returns a number:
     validation compares the judge with it; nothing is trained on it"""
+    audit_start: float | None = None
+    """bound on the mean |log pi - log pi_ref| of a response before the first update, where both are one
+    model, in nats (default: 0 on a CPU and with --deterministic, else 1e-3 in fp32, 1 in bf16; inf: none)"""
+    audit: AuditConfig = AuditConfig()
     judge: JudgeConfig = JudgeConfig()
     meta: MetaJudgeConfig = MetaJudgeConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -124,7 +129,7 @@ class Config(CommonConfig):
         generate.check_model_logprobs(self.rollout, self.sampling)
         check_at_least(self, 1, "iterations", "steps_per_iteration", "rollout_ahead")
         check_at_least(self, 2, "samples_per_prompt")
-        check_at_least(self, 0, "sft_weight")
+        check_at_least(self, 0, "sft_weight", "audit_start")
         for name in ("length_control", "beta"):
             if len(values := getattr(self, name)) not in (1, self.iterations):
                 raise ValueError(
@@ -297,6 +302,9 @@ def main(config: Config) -> None:
         check_same(state["flags"], layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
         self_judge.fill_buffer(buffer, state)
+    start_bound = config.audit_start
+    if start_bound is None:
+        start_bound = reference.start_bound(config.model.dtype, parallel.is_exact(config.parallel))
     ref = offload.Weights(policy.module, shelf)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
@@ -450,7 +458,9 @@ def main(config: Config) -> None:
                 sampled = [one for pair in pairs for one in pair.samples]
                 audit.check_ends(places, sampled, text.stop_ids, (*stop_texts, *text.stop_strings))
                 sampled_logprobs = [one.model_logprobs for one in sampled]
-                audited = audit.compare(places, sampled_logprobs, known, config.model.dtype)
+                audited = audit.compare(
+                    places, sampled_logprobs, known, config.model.dtype, config=config.audit
+                )
 
         # update
         if denominator:
@@ -458,7 +468,8 @@ def main(config: Config) -> None:
             with phase("train", policy="all"), engine.during(f"step {done}"):
                 updated = with_std(engine.forward_backward(policy, batches, loss_fn, denominator))
                 if untouched and "preference_loss" in updated:
-                    reference.check_start(updated, config.loss)
+                    beta = of_iteration(config.beta, iteration)
+                    reference.check_start(updated, config.loss, beta, start_bound)
                 untouched = False
                 metrics |= updated | {"grad_norm": optim.step(optimizer, lr), "lr": lr}
         else:

@@ -156,6 +156,11 @@ def device() -> torch.device:
     )
 
 
+def is_exact(config: ParallelConfig) -> bool:
+    """True if passes over the same micro-batches have the same bits: on a CPU, or with --deterministic."""
+    return config.deterministic or device().type == "cpu"
+
+
 def device_name() -> str:
     """What this rank computes on, as its maker calls it."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

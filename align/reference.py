@@ -25,6 +25,7 @@ from align.packing import Batch
 from align.preferences import Pair
 
 SAMPLES, SAMPLE_BYTES = 32, 65536  # of a weight file, for weights_id
+START_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a response, where passes may differ in bits
 SequenceLogprobs = Callable[[Batch, Tensor], Tensor]  # log-probs [T] of a micro-batch -> one per sequence
 
 
@@ -181,15 +182,27 @@ def attach_kl(
         batch.extra.update(kl_chosen=kl[0], kl_rejected=kl[1])
 
 
-def check_start(found: dict[str, float], loss: str) -> None:
-    """Before the first update policy and reference are one model: every log-ratio is 0, dpo's loss is ln 2.
+def start_bound(dtype: torch.dtype, exact: bool) -> float:
+    """Default of --audit-start; `exact`: two passes over the same micro-batches have the same bits."""
+    return 0.0 if exact else START_BOUNDS[dtype]
 
-    Raises RuntimeError if not: what is trained and what it is compared with are not computed alike.
+
+def check_start(found: dict[str, float], loss: str, beta: float, bound: float) -> None:
+    """Check that policy and reference start as one model: log-ratios of 0, a loss of ln 2 for dpo.
+
+    Args:
+        found: the metrics of the first update, from before it.
+        bound: on the mean |log-ratio| of a response, in nats. Of log-ratios r the loss of dpo is
+            -log s(beta (r_w - r_l)), whose slope is at most beta: so it is within 2 beta `bound` of ln 2.
+
+    Raises:
+        RuntimeError: what is trained and what it is compared with are not computed alike.
     """
-    ln2 = loss != "dpo" or math.isclose(found["preference_loss"], math.log(2), rel_tol=1e-12)
-    if found["logratio_abs_mean"] != 0.0 or not ln2:
+    off = abs(found["preference_loss"] - math.log(2)) if loss == "dpo" else 0.0
+    if not (found["logratio_abs_mean"] <= bound and off <= 1e-12 * math.log(2) + 2 * beta * bound):
         raise RuntimeError(
             "before the first update the policy is the reference, but their log-probs differ by "
-            f"{found['logratio_abs_mean']} nats a sequence and the loss is {found['preference_loss']}. "
+            f"{found['logratio_abs_mean']} nats a sequence (--audit-start {bound:g}) and the loss is "
+            f"{found['preference_loss']}. "
             "On GPUs try --deterministic; delete OUTPUT/reference.safetensors if another machine made it"
         )

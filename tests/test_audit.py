@@ -21,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from align import architecture, audit, engine, huggingface, inference, model, parallel, rewards
+from align.audit import AuditConfig
 from align.generate import Generator, RolloutConfig, Sample
 from align.model import ModelConfig
 from align.packing import BatchConfig
@@ -35,7 +36,8 @@ LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}
 NUM_PROMPTS, ANSWERS, NEW_TOKENS = 16, 2, 12
 FIRST_ROW = 100  # rows of the data are not numbered as they come
 SAMPLING = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.8)
-MEAN, MOST = audit.BOUND[torch.float32]
+DEFAULT = AuditConfig()
+MEAN, MOST, _ = audit.BOUNDS[torch.float32]
 
 Answers = list[tuple[int, int, Sample]]  # row, number of the answer, answer
 
@@ -73,7 +75,7 @@ class Setting:
             for k, answer in enumerate(answers)
         ]
 
-    def check(self, answers: Answers) -> dict[str, float] | str:
+    def check(self, answers: Answers, config: AuditConfig = DEFAULT) -> dict[str, float] | str:
         """What the audit finds, or its message."""
         ids = prompts()
         rows = [[rewards.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
@@ -81,7 +83,7 @@ class Setting:
         places = [(row, number) for row, number, _ in answers]
         sampled = [sample.model_logprobs for *_, sample in answers]
         try:
-            return audit.compare(places, sampled, trained, torch.float32)
+            return audit.compare(places, sampled, trained, torch.float32, config=config)
         except RuntimeError as error:
             return str(error)
 
@@ -188,6 +190,13 @@ def cases(models: Path) -> Iterator[tuple[str, dict | str]]:
         answers = [item for item in setting.sample() if len(item[2].ids) == NEW_TOKENS]
         yield f"{name} right", setting.check(answers)
         yield f"{name} one answer", setting.check(answers[:1])
+        count = sum(len(sample.ids) for *_, sample in answers)
+        for outliers in (2, 3):
+            wrong = answers
+            for row, number, _ in (answers[0], answers[-1], answers[7])[:outliers]:
+                wrong = altered(wrong, (row, number), at(5, 0.002))
+            config = AuditConfig(audit_quantile=1 - 2.5 / count)
+            yield f"{name} {outliers} wrong of {count}", setting.check(wrong, config)
         for case, said in (wrong_values(setting, answers) | wrong_samplers(setting)).items():
             yield f"{name} {case}", said
 
@@ -219,8 +228,9 @@ def of(said: dict[str, list], pattern: str) -> dict[str, dict | str]:
 def test_what_agrees_passes(layout, case, said):
     """Also with fewer answers than data parallel ranks, and after the weights have changed, and back."""
     [found] = of(said, f"{layout} {case}").values()
-    assert set(found) == {"audit/logprob_error", "audit/logprob_error_max"}, found
+    assert set(found) == {f"audit/logprob_error{part}" for part in ("", "_quantile", "_max")}, found
     assert 0 <= found["audit/logprob_error"] < MEAN / 10
+    assert found["audit/logprob_error_quantile"] == found["audit/logprob_error_max"]  # in fp32
     assert found["audit/logprob_error"] <= found["audit/logprob_error_max"] < MOST / 10
 
 
@@ -232,7 +242,8 @@ def test_one_token_within_the_bound_passes(layout, said):
 
 NAMED = re.compile(
     r"audit: token (\d+) of answer (\d+) to row (\d+) was sampled with log-prob (\S+), "
-    r"training says (\S+)\. They differ by (\S+) \(bound 0\.001\), on average by (\S+) \(bound 5e-05\): "
+    r"training says (\S+)\. They differ by (\S+)\. Of all (?:\d+) tokens the mean difference is (\S+) "
+    r"\(--audit-mean 5e-05\), the maximum (?:\S+) \(--audit-tail 0\.001\): "
     r"the sampler and the trainer do not compute the same model"
 )
 
@@ -270,11 +281,103 @@ def test_nan_is_named(layout, said):
 
 
 def test_a_ratio_that_is_not_1_is_refused():
-    assert audit.check_ratio(0.0) == {"audit/ratio_error": 0.0}
-    assert audit.check_ratio(9e-6) == {"audit/ratio_error": 9e-6}
+    bound = audit.ratio_bound(torch.bfloat16, exact=True)
+    assert bound == audit.ratio_bound(torch.float32, exact=True) == 1e-5
+    assert [audit.ratio_bound(dtype, exact=False) for dtype in audit.BOUNDS] == [1e-4, 0.1]
+    for error in (0.0, 9e-6):
+        assert audit.check_ratio(error, bound) == {"audit/ratio_error": error}
     for error in (1.1e-5, 0.3, math.nan):
-        with pytest.raises(RuntimeError, match=f"ratio is off 1 by {error:.2g} on average"):
-            audit.check_ratio(error)
+        words = rf"ratio is off 1 by {error:.2g} on average \(--audit-ratio 1e-05\)"
+        with pytest.raises(RuntimeError, match=words):
+            audit.check_ratio(error, bound)
+
+
+# ---- bounds ----------------------------------------------------------------------------------------
+
+
+def differing(count: int, outliers: int, size: float) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
+    """Answers of up to 100 of `count` tokens, of which some differ by `size`, the others by 0.03 to 0.04."""
+    rng = np.random.default_rng(count)
+    errors = rng.uniform(0.03, 0.04, count) * rng.choice([-1, 1], count)
+    errors[rng.permutation(count)[:outliers]] = size
+    trained = np.split(rng.uniform(-9, 0, count), range(100, count, 100))
+    sampled = [a + b for a, b in zip(trained, np.split(errors, range(100, count, 100)), strict=True)]
+    return [(row, 0) for row in range(len(trained))], sampled, trained
+
+
+@pytest.mark.parametrize(
+    ("count", "forgiven"),
+    [(23_274, 2), (20_000, 2), (19_999, 1), (10_001, 1), (10_000, 1), (9_999, 0), (500, 0), (1, 0)],
+)
+def test_bf16_forgives_one_token_in_10_000(count, forgiven):
+    """The 0.9999 quantile of n differences is the largest but floor(n / 10,000): below 10,000 the maximum."""
+    for outliers in range(forgiven + 2):
+        given = differing(count, min(outliers, count), 7.0)
+        if outliers <= forgiven:
+            found = audit.compare(*given, torch.bfloat16)
+            assert found["audit/logprob_error_quantile"] < 0.04 + 1e-9
+            assert found["audit/logprob_error_max"] == pytest.approx(7.0 if outliers else 0.04, rel=0.25)
+        elif count > 1:
+            words = rf"differ by 7\. Of all {count} tokens .* the 0\.9999 quantile 7 \(--audit-tail 2\)"
+            with pytest.raises(RuntimeError, match=words):
+                audit.compare(*given, torch.bfloat16)
+    if forgiven:  # in fp32 nothing is
+        with pytest.raises(RuntimeError, match=r"the maximum 0\.01 \(--audit-tail 0\.001\)"):
+            audit.compare(*altered_by(differing(count, 0, 0.0), 0.01), torch.float32)
+    given = differing(count, 0, 0.0)
+    given[1][0][0] = math.nan  # whose quantile is no number, wherever it stands
+    with pytest.raises(
+        RuntimeError, match="audit: token 0 of answer 0 to row 0 was sampled with log-prob nan"
+    ):
+        audit.compare(*given, torch.bfloat16)
+
+
+def altered_by(given: tuple[list, list[np.ndarray], list[np.ndarray]], size: float) -> tuple:
+    """Answers whose log-probs agree but for one token."""
+    places, _, trained = given
+    sampled = [part.copy() for part in trained]
+    sampled[-1][-1] += size
+    return places, sampled, trained
+
+
+def test_bounds_of_flags():
+    """Those of the precision unless given; at a temperature below 1 divided by it, above 1 as they are."""
+    assert AuditConfig().bounds(torch.bfloat16) == (0.1, 2.0, 0.9999)
+    assert AuditConfig().bounds(torch.float32) == (5e-5, 1e-3, 1.0)
+    own = AuditConfig(audit_mean=0.5, audit_tail=math.inf, audit_quantile=0.9)
+    assert own.bounds(torch.float32) == (0.5, math.inf, 0.9)
+    given = altered_by(differing(100, 0, 0.0), 0.0015)  # a mean of 1.5e-5
+    for temperature, config, passes in (
+        (1.0, AuditConfig(), False),
+        (2.0, AuditConfig(), False),
+        (0.5, AuditConfig(), True),
+        (1.0, AuditConfig(audit_tail=0.002), True),
+        (1.0, AuditConfig(audit_tail=0.002, audit_mean=1e-5), False),
+        (1.0, AuditConfig(audit_quantile=0.99), True),
+        (1.0, AuditConfig(audit_tail=math.inf), True),
+    ):
+        if passes:
+            audit.compare(*given, torch.float32, temperature, config)
+        else:
+            with pytest.raises(RuntimeError, match="do not compute the same model"):
+                audit.compare(*given, torch.float32, temperature, config)
+    for flags, words in (
+        ({"audit_mean": -1.0}, "--audit-mean -1.0 must be at least 0"),
+        ({"audit_tail": math.nan}, "--audit-tail nan must be at least 0"),
+        ({"audit_quantile": 0.0}, "--audit-quantile 0.0 must be above 0 and at most 1"),
+        ({"audit_quantile": 1.1}, "--audit-quantile 1.1 must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            AuditConfig(**flags)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_quantile_is_over_the_tokens_of_all_ranks(layout, said):
+    """One that leaves out two tokens of all: two wrong ones, on several ranks, pass; three do not."""
+    [(name, found)] = of(said, rf"{layout} 2 wrong of \d+").items()
+    assert found["audit/logprob_error_quantile"] < MOST < found["audit/logprob_error_max"], name
+    [message] = of(said, rf"{layout} 3 wrong of \d+").values()
+    assert isinstance(message, str) and "(--audit-tail 0.001)" in message
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

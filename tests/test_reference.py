@@ -5,15 +5,18 @@ The numbers themselves: tests/test_parity.py, test_invariance.py and test_script
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
-from align import reference
+from align import parallel, reference
 from align.checkpoint import CheckpointConfig
 from align.model import ModelConfig
 from align.packing import BatchConfig, Example
+from align.parallel import ParallelConfig
 from align.preferences import Pair
 
 
@@ -104,12 +107,43 @@ def test_another_model_does_not_continue_a_run(tmp_path, monkeypatch):
 
 def test_check_start():
     fine = {"preference_loss": math.log(2), "logratio_abs_mean": 0.0}
-    reference.check_start(fine, "dpo")
-    reference.check_start({**fine, "preference_loss": 0.5}, "kto_pair")
+    reference.check_start(fine, "dpo", 0.1, 0.0)
+    reference.check_start({**fine, "preference_loss": 0.5}, "kto_pair", 0.1, 0.0)
     for wrong in (
         {"preference_loss": 0.6931472},
         {"logratio_abs_mean": 1e-12},
         {"logratio_abs_mean": math.nan},
     ):
         with pytest.raises(RuntimeError, match="before the first update the policy is the reference"):
-            reference.check_start({**fine, **wrong}, "dpo")
+            reference.check_start({**fine, **wrong}, "dpo", 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("logratio", "loss", "passes"),
+    [
+        (0.5, math.log(2), True),
+        (0.5, math.log(2) + 0.0999, True),  # of log-ratios 0.5 and -0.5: beta 0.1 times a gap of 1 nat
+        (0.5, math.log(2) + 0.1001, False),
+        (0.5, math.log(2) - 0.1001, False),
+        (0.501, math.log(2), False),
+        (math.nan, math.log(2), False),
+    ],
+)
+def test_start_within_a_bound(logratio, loss, passes):
+    """--audit-start 0.5: on log-ratios, and on what they can do to the loss of dpo."""
+    found = {"preference_loss": loss, "logratio_abs_mean": logratio}
+    if passes:
+        return reference.check_start(found, "dpo", 0.1, 0.5)
+    with pytest.raises(RuntimeError, match=r"log-probs differ by .* nats a sequence \(--audit-start 0.5\)"):
+        reference.check_start(found, "dpo", 0.1, 0.5)
+
+
+def test_start_is_exact_where_passes_are():
+    """On CPUs and with --deterministic nothing is forgiven; elsewhere fp32 and bf16 have bounds."""
+    for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 1.0)):
+        assert reference.start_bound(dtype, exact=True) == 0.0
+        assert reference.start_bound(dtype, exact=False) == bound
+    assert parallel.is_exact(ParallelConfig()) and parallel.is_exact(ParallelConfig(deterministic=True))
+    with mock.patch.object(parallel, "device", lambda: torch.device("cuda")):
+        assert not parallel.is_exact(ParallelConfig())
+        assert parallel.is_exact(ParallelConfig(deterministic=True))

@@ -467,6 +467,8 @@ def test_a_wrong_reference_is_refused_before_the_first_update(attempts):
     assert re.search(r"by 0\.00(1|099)\d* nats a sequence", found["error"])
     assert [row["step"] for row in read_metrics(found["output"])] == [0]
     assert not (found["output"] / "checkpoints").exists() and not (found["output"] / "hf").exists()
+    [_, first] = read_metrics(finished(attempts, "forgiven reference"))
+    assert first["train/logratio_abs_mean"] == pytest.approx(1e-3, rel=0.01)
 
 
 # ---- RM in other ways ----------------------------------------------------------------------------
@@ -637,6 +639,7 @@ DPO_MISTAKES = {
         ("--loss", "orpo", "--average-logprobs", "False"),
         r"--loss orpo has no reference and is defined on log-probs per token: leave out",
     ),
+    "start": (("--loss", "simpo", "--audit-start", "1"), r"--audit-start has no effect: --loss simpo has no"),
     "infinite beta": (("--beta", "inf"), r"--beta inf must be "),
     "beta": (("--beta", "0"), r"--beta 0.0 must be "),
     "dpo without training data": (("--val-data", "PAIRS"), r"--val-data without --train-data"),
@@ -693,6 +696,7 @@ GOOD_RUNS = {  # name: command that runs to its end; RM is the result of the one
         for way in ("precompute", "swap")
     },
     "wrong reference": f"wrong-reference train_dpo.py {ON_PAIRS}",
+    "forgiven reference": f"wrong-reference train_dpo.py {ON_PAIRS} --max-steps 1 --audit-start 0.01",
     "rm": f"train_rm.py {ON_PAIRS} OTHER --test-data TEST --max-steps 3",
     "rm again": f"train_rm.py {ON_PAIRS} OTHER --model RM --max-steps 1",
     "rm text lines": f"train_rm.py --train-data LINES --val-data LINES {SHORT} "

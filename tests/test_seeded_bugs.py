@@ -70,7 +70,7 @@ def test_a_run_with_this_bug_is_stopped(name, ran):
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_the_same_run_without_a_bug_ends_well(flags, ran):
-    mean, largest = audit.BOUND[torch.float32]
+    mean, largest, _ = audit.BOUNDS[torch.float32]
     for found in ran[PROCESSES[flags]]:
         assert found[f"{flags} alone"]["message"] is None
         steps = found[f"{flags} alone"]["steps"]

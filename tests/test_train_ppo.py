@@ -307,7 +307,7 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
     (
         "still",
         "--model {start} --reward-model {judge} --unended keep --max-steps 2 --save-interval 1 "
-        f"{KEEP} --entropy-coef 0.1 {STILL}",
+        f"{KEEP} --entropy-coef 0.1 --audit-quantile 0.5 {STILL}",
     ),
     (
         "masked",
@@ -366,7 +366,7 @@ CRITIC_TRAIN |= {"explained_variance"}
 OPTIM = {"loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "ratio_error", "entropy"}
 OPTIM |= {"grad_norm", "lr", "skipped_updates"}
 CRITIC_OPTIM = {f"critic_{name}" for name in ("loss", "value_clip_fraction", "grad_norm", "lr")}
-AUDIT = {"logprob_error", "logprob_error_max", "ratio_error"}
+AUDIT = {"logprob_error", "logprob_error_quantile", "logprob_error_max", "ratio_error"}
 PHASES = {"generate", "score", "logprobs", "train", "other"}
 
 
@@ -526,6 +526,7 @@ def test_learning_rate_zero_changes_nothing(folder):
     rows = metrics(folder, "still")
     assert all(row["train_optim/grad_norm"] > 0 and row["train_optim/critic_grad_norm"] > 0 for row in rows)
     assert all(row["train_optim/ratio_error"] == row["train_optim/approx_kl"] == 0.0 for row in rows)
+    assert all(row["audit/logprob_error_quantile"] < row["audit/logprob_error_max"] for row in rows)  # median
     assert same(exported(folder, "still"), exported(folder, "gae"))
     assert same(at(folder, "still", 1), at(folder, "still", 2))
     assert same(at(folder, "still", 1, "critic"), at(folder, "still", 2, "critic"))

@@ -168,7 +168,7 @@ def commands(folder: Path) -> dict[str, list[object]]:
     train = ("--train-data", folder / "train.jsonl")
     by_function = ("--reward-fn", "tests.test_train_rs:noted")
     keep = ("--unended", "keep", "--duplicates", "keep")
-    two = ("--keep-top", 2, "--global-batch-size", 4, "--lr", 1e-3)
+    two = ("--keep-top", 2, "--global-batch-size", 4, "--lr", 1e-3, "--audit-quantile", 0.5)
     made = {
         "function": [*steps, *short, *train, "--val-data", folder / "val.jsonl", *by_function, *keep, *two],
         "model": [*steps, "--max-new-tokens", 1, *keep, "--val-batches", 1, "--tp", 2]
@@ -213,7 +213,7 @@ def test_names_of_the_metrics(folder):
     assert set(before) == val | {"step"}
     train = {f"train_rollouts/{name}" for name in STATISTICS | SELECTION | {"prompts_without_spread"}}
     train |= {f"train_optim/{name}" for name in ("loss", "grad_norm", "lr", "updates")}
-    train |= {"audit/logprob_error", "audit/logprob_error_max", "step"}
+    train |= {f"audit/logprob_error{part}" for part in ("", "_quantile", "_max")} | {"step"}
     assert [without_times(row) for row in steps] == [train, train | val]
     for row in steps:
         timers = {name for name in row if name.startswith("timers/")}
@@ -278,6 +278,7 @@ def test_selected_answers_are_trained_on_in_batches(folder):
         assert 0 < row["train_rollouts/response_lengths"] <= NEW_TOKENS
         assert row["train_optim/loss"] == pytest.approx(UNIFORM, rel=0.1)
         assert row["train_optim/grad_norm"] > 0 and row["audit/logprob_error_max"] < 1e-4
+        assert row["audit/logprob_error_quantile"] < row["audit/logprob_error_max"]  # it is the median here
 
 
 def test_too_long_prompts_are_dropped_and_counted(folder):

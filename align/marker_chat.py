@@ -55,15 +55,18 @@ class MarkerChat:
     def template(self) -> str:
         """The chat template (Jinja) that renders a chat of user and assistant as a training row.
 
-        A message may have a "label"; the variable `label` is that of the answer to come. With TEXT_TO_VALUE
-        the generation prompt asks for the label of the last message.
+        A message may have a "label". With VALUE_TO_TEXT an answer without one has the default label, so that
+        a prompt begins the whole chat ("label": false for none, as transformers drops null), and the variable
+        `label` is that of the answer to come. With TEXT_TO_VALUE the generation prompt asks for the label of
+        the last message.
         """
         system_start, turn_start, label_start, end_of_turn, end_of_name = map(quote, self.tokens)
         name = f"{turn_start} ~ names[message.role] ~ {end_of_name}"
         value = f"message.content ~ {end_of_turn}"
-        label = f"({label_start} ~ message.label ~ {end_of_name} if message.label is string else '')"
+        label = f"({label_start} ~ own_label ~ {end_of_name} if own_label is string else '')"
         prompt = quote(self.tokens[1] + self.assistant + self.tokens[4])
         default = quote(self.label) if self.label else "none"
+        given = "message.label is defined or message.role != 'assistant'"
         to_come = f"({label_start} ~ next_label ~ {end_of_name} if next_label is string else '')"
         turns = {
             None: [name, value],
@@ -84,6 +87,7 @@ class MarkerChat:
             "{%- if message.role not in names -%}",
             "{{- raise_exception('roles are user and assistant, system first only, not ' ~ message.role) -}}",
             "{%- endif -%}",
+            f"{{%- set own_label = message.label if {given} else {default} -%}}",
             output(turns[self.kind]),
             "{%- endfor -%}",
             "{%- if add_generation_prompt -%}",

@@ -27,11 +27,12 @@ SIZES = {
     "MODEL": "tiny",
     "DEVICES": 1,
     "PRECISION": "fp32",
-    "NEW_TOKENS": 24,
+    "NEW_TOKENS": 64,
     "PROMPT_LEN": 256,
     "SFT_STEPS": 32,
+    "SFT_BATCH": 8,
     "SFT_LR": 4e-3,
-    "JUDGE_STEPS": 32,
+    "JUDGE_STEPS": 6,
     "DPO_STEPS": 2,
     "RM_STEPS": 2,
     "RM_BATCH": 8,
@@ -108,26 +109,31 @@ def question(number: int) -> str:
     return f"Is {number} odd?"
 
 
+def answer(number: int) -> str:
+    """The answer to `question(number)`: there are two, so that some are wrong and scores differ."""
+    return ("no", "yes")[number % 2]
+
+
 def tree(number: int) -> dict:
     """A message tree of OpenAssistant: a question and its answer."""
     labels = {name: {"value": value, "count": 3} for name, value in LABELS.items()}
-    answer = {"role": "assistant", "text": "ok", "labels": labels, "replies": []}
+    reply = {"role": "assistant", "text": answer(number), "labels": labels, "replies": []}
     return {
         "message_tree_id": str(number),
-        "prompt": {"role": "prompter", "text": question(number), "replies": [answer]},
+        "prompt": {"role": "prompter", "text": question(number), "replies": [reply]},
     }
 
 
 def comparison(number: int) -> dict:
     """A row of HH-RLHF."""
     asked = f"\n\nHuman: {question(number)}\n\nAssistant:"
-    return {"chosen": f"{asked} ok", "rejected": f"{asked} no"}
+    return {"chosen": f"{asked} {answer(number)}", "rejected": f"{asked} {answer(number + 1)}"}
 
 
 def triple(number: int) -> dict:
     """A row of Dolly, every other one with a context."""
     context = "Numbers." if number % 2 else ""
-    return {"instruction": question(number), "context": context, "response": "ok", "category": "qa"}
+    return {"instruction": question(number), "context": context, "response": answer(number), "category": "qa"}
 
 
 def write(path: Path, rows: list[dict]) -> None:

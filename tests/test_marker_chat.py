@@ -96,7 +96,10 @@ def test_template_by_hand():
         == f"\x00System\nBe kind.\n\x11User\nHi\n\x11Assistant\n\x12{LABEL}\n"
     )
     answered = [*asked, {"role": "assistant", "content": "Ho"}]
-    assert tokens.render(answered) == "\x00System\nBe kind.\n\x11User\nHi\n\x11Assistant\nHo\n\x11"
+    whole = "\x00System\nBe kind.\n\x11User\nHi\n\x11Assistant\n"
+    assert tokens.render(answered) == f"{whole}\x12{LABEL}\nHo\n\x11"
+    unlabelled = [*asked, {"role": "assistant", "content": "Ho", "label": False}]
+    assert tokens.render(unlabelled) == f"{whole}Ho\n\x11"
     none = tokens.hf.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, label=None)
     assert none.endswith("\x11Assistant\n")
     for wrong in ([{"role": "tool", "content": "x"}], [*asked, {"role": "system", "content": "x"}]):
@@ -169,6 +172,22 @@ def test_pairs_end_as_sampled_answers_do(answer: str):
         for side, content in (("chosen", "b"), ("rejected", "c"))
     }
     assert preferences.format_pair(pair, text, fmt)[0].ids.tolist() == expected
+
+
+def test_pairs_of_messages_have_the_label_of_sampled_answers():
+    """In the last answer and in those before it, in pairs and in SFT rows."""
+    text = follower(MarkerChat(TOKENS, label=LABEL, kind="VALUE_TO_TEXT"))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    prompt = [*turns, {"role": "user", "content": "c"}]
+    pair = {"prompt": prompt, "chosen": turns[1:], "rejected": [{"role": "assistant", "content": "d"}]}
+    chosen, _ = preferences.format_pair(pair, text, preferences.PreferenceFormat())
+    asked = prompts.format_prompt({"prompt": prompt}, text, PromptFormat()).tolist()
+    labelled = f"\x11Assistant\n\x12{LABEL}\n"
+    assert text.decode(asked) == f"\x00System\n\n\x11User\na\n{labelled}b\n\x11User\nc\n{labelled}"
+    assert chosen.ids.tolist() == [*asked, *b"b\n\x11"]
+    assert chosen.ids[chosen.trained].tolist() == [*b"b\n\x11"]
+    row = data.format_sft({"messages": [*prompt, turns[1]]}, text, data.FormatConfig())[0]
+    assert row.ids.tolist() == chosen.ids.tolist()
 
 
 def test_pairs_end_with_a_marker_of_several_tokens():

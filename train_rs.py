@@ -6,8 +6,9 @@
 A step samples --samples-per-prompt answers to --prompts-per-step prompts, scores them by a reward model or by
 a function of yours (--reward-fn module:function), and keeps of each prompt the --keep-top best, on which it
 takes steps of supervised fine-tuning, --global-batch-size answers in each. Rows of data are prompts:
-align/prompts.py has the formats. OUTPUT/hf is the result. Without arguments the built-in tiny model learns a
-toy task.
+align/prompts.py has the formats. OUTPUT/hf is the result. Without arguments it runs on the built-in tiny
+model, which is random: all its responses to the toy task are worth 0, and the log says so in each step;
+demo.py shows a model that learns.
 """
 
 import math

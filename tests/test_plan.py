@@ -274,6 +274,15 @@ def test_each_copy_reads_its_share(monkeypatch):
     assert {rollout.slots for rollout in asked} == {64}
 
 
+def test_later_epochs_of_ppo_share_fewer_places():
+    """8 answers to one prompt take 512 + 8 x 64 places; to 8 prompts 8 x 576, of which 4,096 make a batch."""
+    flags = "--advantages grpo --samples-per-prompt 8 --global-batch-size 8 --max-new-tokens 64 --ppo-epochs"
+    once, twice = (phases_of(job_of("train_ppo", f"{flags} {epochs}")) for epochs in (1, 2))
+    ratio = twice["train policy"]["activations"] / once["train policy"]["activations"]
+    assert ratio == pytest.approx(4, rel=0.2)
+    assert twice["logprobs policy"] == once["logprobs policy"]  # of the first epoch's rows
+
+
 def test_micro_batches():
     job = job_of("train_sft", "--max-seq-len 300 --micro-batch-tokens 1000", gpus_per_node=2)
     assert job.work(10, 1, 300, 0) == Work(tokens=1000, count=2, longest=300)  # 5 rows, 1,500 tokens

@@ -362,7 +362,13 @@ def test_toy_task(name, folder):
         assert rows[step]["val_rollouts/rewards"] == pytest.approx(np.mean(values))
     scores = [toy.toy_score(row["prompt"], row["response"]) for row in shown]
     if name == "toy":
-        assert [row["reward"] for row in shown] == scores
+        assert [row["reward"] for row in shown] == scores == [0.0] * 8
+        said = (folder / "toy" / "log.txt").read_text()
+        for row in rows[1:]:  # as the script's docstring says of the random tiny model
+            assert (
+                row["train_rollouts/rewards"] == 0.0 and row["train_rollouts/prompts_without_spread"] == 1.0
+            )
+            assert f"step {row['step']}: all responses to a prompt have one reward" in said
 
 
 def test_the_reward_model_judges_the_toy_task_too(folder):

@@ -1,10 +1,10 @@
 """The small layers between the matrix products: norm, gate, rotation, with their gradients written out.
 
-Each saves its input and nothing else for the backward pass. Left to autograd, they would save every step of
+Each saves its input and little else for the backward pass. Left to autograd, they would save every step of
 their arithmetic: two thirds more activation memory, and as much more traffic to and from it.
 
 What they compute is written once, in the functions marked `fused`: on a CPU they run as they are, on a GPU
-each is compiled to one kernel (the norm's gradient: two or three).
+each is compiled to one kernel (the norm's gradient: two or three). LayerNorm is torch's own kernel.
 """
 
 import functools
@@ -191,9 +191,6 @@ class SwiGLUFunction(torch.autograd.Function):
 
 class SquaredReLU(MegatronModule):
     """relu(x)^2 (https://arxiv.org/abs/2109.08668)."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return SquaredReLUFunction.apply(x)

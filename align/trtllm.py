@@ -63,7 +63,7 @@ def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: 
         raise ValueError(f"{flag} cannot promise the same tokens again: leave out --deterministic")
     config = json.loads((model_config.path / "config.json").read_text())
     if config.get("model_type") in UNKNOWN_FAMILIES:
-        raise ValueError(f"{flag} does not know the model_type {config['model_type']}: sample with native")
+        raise ValueError(f"{flag} does not know the model_type {config['model_type']}: leave it out")
     if overlooked := PLAIN_ROPE & set(config.get("rope_parameters") or {}) - set(config):
         raise ValueError(
             f"{flag} reads --model {model_config.model} with transformers 4, which would overlook the "

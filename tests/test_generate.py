@@ -108,9 +108,8 @@ def greedy(models) -> dict[str, list[list[int]]]:
 
 
 def families(processes: int) -> tuple[str, ...]:
-    return (
-        FOUR if processes == 4 else ("llama", "llama3", "qwen2", "qwen3", "mistral", "stablelm", "nemotron")
-    )
+    two = ("llama", "qwen2", "qwen3", "mistral", "nemotron")
+    return {1: (*two, "llama3", "stablelm"), 2: two, 4: FOUR}[processes]
 
 
 # ---- the cases of each number of processes -------------------------------------------------------

@@ -262,6 +262,8 @@ def test_transformers_loads_the_reward_model(ours):
     for family in FAMILIES:
         ours_last = torch.stack([values[-1] for values in results[family]["values"]])
         alone = opened(transformers.AutoModelForSequenceClassification, output / "rm" / family)
+        config = json.loads((output / "rm" / family / "config.json").read_text())
+        assert config["architectures"] == [type(alone).__name__]
         scores = torch.cat([alone(row[None]).logits for row in rows])
         torch.testing.assert_close(scores, ours_last, rtol=0, atol=1e-4)
         batched = opened(

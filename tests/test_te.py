@@ -13,7 +13,6 @@ CASES = {
         dict(family="llama_tied"),
         dict(family="qwen2", tp=2),
         dict(family="qwen3", tp=2, sequence_parallel=True),
-        dict(family="llama3", pp=2),
         dict(family="stablelm", pp=2),
         dict(family="nemotron", tp=2, sequence_parallel=True),
     ],

@@ -39,7 +39,7 @@ flags=(
     --beta 0.1                       # model.dpo.ref_policy_kl_penalty
     --lr "$LR" --min-lr "$LR"        # model.optim.lr, sched.min_lr
     --warmup-steps 2                 # model.optim.sched.warmup_steps=10
-    --val-interval 6 --val-batches 4 --save-interval 0
+    --val-interval 6 --val-batches 2 --save-interval 0
 )   # exp_manager.create_wandb_logger=True: --wandb-project dpo_training --wandb-name dpo_training
 torchrun --standalone --nproc_per_node "$DEVICES" train_dpo.py "${flags[@]}" "$@"
 

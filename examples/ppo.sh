@@ -5,8 +5,8 @@
 #
 # Slurm: MODEL=... REWARD_MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/ppo.sbatch, then the flags.
 STEPS=${PPO_STEPS:-6}       # tutorial: 15
-PROMPTS=${PPO_PROMPTS:-16}  # 512
-BATCH=${PPO_BATCH:-8}       # 64
+PROMPTS=${PPO_PROMPTS:-8}   # 512
+BATCH=${PPO_BATCH:-4}       # 64
 LR=${PPO_LR:-1e-5}          # 9e-7 falling to 9e-8
 PROMPT_LEN=${PROMPT_LEN:-192} # 2048 with the answer
 NEW_TOKENS=${NEW_TOKENS:-64}  # 1024

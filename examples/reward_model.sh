@@ -6,7 +6,7 @@
 #
 # Slurm: MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/rm.sbatch, then the flags below.
 STEPS=${RM_STEPS:-12}       # tutorial: one epoch
-BATCH=${RM_BATCH:-16}       # 512 pairs
+BATCH=${RM_BATCH:-8}        # 512 pairs
 LR=${RM_LR:-2e-5}           # 9e-6
 MAX_LEN=${RM_MAX_LEN:-512}  # 4096
 HH_SETS=${HH_SETS:-harmless-base} # all four: leave --sets out
@@ -39,7 +39,7 @@ flags=(
     --output "$run"                  # exp_manager.explicit_log_dir
     --max-steps "$STEPS"             # trainer.rm.max_steps
     --val-interval 6                 # trainer.rm.val_check_interval=100
-    --val-batches 4                  # trainer.rm.limit_val_batches=100000
+    --val-batches 2                  # trainer.rm.limit_val_batches=100000
     --save-interval 0                # trainer.rm.save_interval=500; 0: at the end only
     --lr "$LR" --min-lr "$LR"        # model.optim.lr, sched.min_lr
     --warmup-steps 2                 # model.optim.sched.warmup_steps=10

@@ -5,12 +5,12 @@
 #
 # Slurm: MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/self_reward.sbatch, then the flags below.
 STEPS=${SELF_STEPS:-2}       # of an iteration; tutorial: one epoch
-BATCH=${SELF_BATCH:-8}       # 64 prompts
+BATCH=${SELF_BATCH:-4}       # 64 prompts
 LR=${SELF_LR:-5e-6}          # 3e-7 to 1e-7 from an aligned model, 3e-6 to 9e-7 from a base model
 SAMPLES=${SELF_SAMPLES:-4}   # model.spin.num_responses_to_gen
 MAX_LEN=${SELF_MAX_LEN:-256} # 4096
 NEW_TOKENS=${NEW_TOKENS:-64} # 2048
-JUDGE_STEPS=${JUDGE_STEPS:-24}
+JUDGE_STEPS=${JUDGE_STEPS:-24} JUDGE_LR=${JUDGE_LR:-5e-5}
 JUDGE_TEMPLATE=${JUDGE_TEMPLATE:-examples/judge.txt} # for a model that can judge: assets/judge.txt
 # shellcheck source=examples/common.sh
 source "$(dirname "$0")/common.sh"
@@ -26,7 +26,7 @@ if [[ ! -d $OUTPUT/judge_sft/hf ]]; then
         --judge-template "$JUDGE_TEMPLATE"
     torchrun --standalone --nproc_per_node "$DEVICES" train_sft.py --model "$SFT" --precision "$PRECISION" \
         --train-data "$data/train.jsonl" "$data/judge.jsonl" --output "$OUTPUT/judge_sft" --max-steps "$JUDGE_STEPS" \
-        --global-batch-size 16 --max-seq-len 512 --lr "${SFT_LR:-5e-5}" --warmup-steps 2 --save-interval 0
+        --global-batch-size 8 --max-seq-len 512 --lr "$JUDGE_LR" --warmup-steps 2 --save-interval 0
 fi
 
 # Self-Rewarding Model Training (train_gpt_self_rewarding.py)
@@ -61,5 +61,6 @@ head -n 4 "$data/val.jsonl" > "$data/prompts.jsonl"
 python generate.py --model "$run/hf" --input "$data/prompts.jsonl" --output "$run/answers.jsonl" \
     --max-new-tokens "$NEW_TOKENS"
 cat "$run/answers.jsonl"
-metrics "$run" {train,val}/{bad_ends_per_GBS,bad_samples_per_GBS,judge_unparsed,acc} val/chosen_lengths \
-    val/reject_lengths val/chosen_generated_rewards val/rejected_generated_rewards
+metrics "$run" val/acc val/{rewards_chosen_mean,rewards_rejected_mean,chosen_lengths,reject_lengths} \
+    val/{chosen_generated_rewards,rejected_generated_rewards,judge_unparsed} \
+    {train,val}/bad_ends_per_GBS val/bad_samples_per_GBS

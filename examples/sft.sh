@@ -5,7 +5,7 @@
 #
 # Slurm: MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/sft.sbatch, then the flags below.
 STEPS=${SFT_STEPS:-16}      # tutorial: trainer.sft.max_steps=-1, which is --max-epochs 1 without --max-steps
-BATCH=${SFT_BATCH:-16}      # 128
+BATCH=${SFT_BATCH:-8}       # 128
 LR=${SFT_LR:-5e-5}          # 5e-6
 MAX_LEN=${SFT_MAX_LEN:-512} # 4096
 NEW_TOKENS=${NEW_TOKENS:-64}

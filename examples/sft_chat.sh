@@ -6,7 +6,7 @@
 #
 # Slurm: as sft.sh.
 STEPS=${SFT_STEPS:-24}      # tutorial: trainer.sft.max_steps=-1, which is --max-epochs 1 without --max-steps
-BATCH=${SFT_BATCH:-16}      # 128
+BATCH=${SFT_BATCH:-8}       # 128
 LR=${SFT_LR:-5e-5}          # 5e-6
 MAX_LEN=${SFT_MAX_LEN:-512} # 4096
 NEW_TOKENS=${NEW_TOKENS:-64}

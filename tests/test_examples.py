@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from align import data, tokenizer
+from align import data, prompts, tokenizer
 from tests.conftest import ROOT, fork_python, fork_ranks
 
 SCRIPTS = ("sft", "sft_chat", "dpo", "reward_model", "ppo", "rejection_sampling", "self_rewarding")
@@ -32,7 +32,7 @@ SIZES = {
     "SFT_STEPS": 32,
     "SFT_BATCH": 8,
     "SFT_LR": 4e-3,
-    "JUDGE_STEPS": 6,
+    "JUDGE_STEPS": 2,
     "DPO_STEPS": 2,
     "RM_STEPS": 2,
     "RM_BATCH": 8,
@@ -180,10 +180,11 @@ def test_every_script_is_tested():
     assert scripts == set(SCRIPTS)
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
 def test_shellcheck():
-    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.sh"))
-    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck is not None, "shellcheck is missing: pip install -r requirements.txt"
+    scripts = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").glob("*.sh"))
+    done = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -196,7 +197,7 @@ def test_each_ends_with_its_validation(output: Path):
         "reward_model": ["val/loss", "val/acc", "test/acc"],
         "ppo": ["val_rollouts/rewards", "val_rollouts/response_lengths", "train_rollouts/init_policy_kl"],
         "rejection_sampling": ["val_rollouts/rewards", "val_rollouts/response_lengths"],
-        "self_rewarding": ["val/chosen_generated_rewards", "val/rejected_generated_rewards"],
+        "self_rewarding": ["train/bad_ends_per_GBS", "val/bad_ends_per_GBS", "val/bad_samples_per_GBS"],
     }
     for name, metrics in last.items():
         lines = (output / f"{name}.out").read_text().splitlines()[-len(metrics) :]
@@ -208,29 +209,32 @@ def test_each_ends_with_its_validation(output: Path):
 def test_prompt_response_model_answers_the_template(output: Path):
     rows = read_jsonl(output / "sft" / "answers.jsonl")
     assert len(rows) == 4 and all(row["prompt"].find("odd?") > 0 for row in rows)
-    assert [(row["response"], row["finish"]) for row in rows] == [(" ok", "stop")] * 4
+    assert [(row["response"], row["finish"]) for row in rows] == [
+        (f" {row['output']}", "stop") for row in rows
+    ]
 
 
 def test_chat_model_speaks_the_trained_format(output: Path):
-    """generate.py gets "ok" and the end of the turn, and its ids are those that were trained on."""
-    assert (
-        "ok" in (output / "sft_chat.out").read_text().splitlines()
-    )  # of --chat, for a question of another kind
-    assert [row["response"] for row in read_jsonl(output / "sft_chat" / "answers.jsonl")] == ["ok"] * 4
+    """The prompts of generate.py, and transformers' of hf/, have the ids that were trained on."""
+    rows = read_jsonl(output / "sft_chat" / "answers.jsonl")
+    assert len(rows) == 4 and {row["finish"] for row in rows} == {"stop"}
+    assert {row["response"] for row in rows} & {"yes", "no"}
     hf = transformers.AutoTokenizer.from_pretrained(output / "sft_chat" / "hf")
-    tokens = tokenizer.load(ROOT / "assets" / "tiny")  # as training had it
+    tiny = tokenizer.load(ROOT / "assets" / "tiny")  # the tokenizer of training
+    trained_model = tokenizer.load(output / "sft_chat" / "hf")
     for row in read_jsonl(output / "data" / "oasst" / "val.jsonl"):
-        trained, _ = data.format_sft(row, tokens, data.FormatConfig())
+        trained, _ = data.format_sft(row, tiny, data.FormatConfig())
         asked, answered = row["conversations"]
-        label = {"label": answered["label"]}
         messages = [
             {"role": "user", "content": asked["value"]},
-            {"role": "assistant", "content": "ok"} | label,
+            {"role": "assistant", "content": answered["value"]},
         ]
-        prompt = hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False, **label)
+        prompt = hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+        assert prompt + [*f"{answered['value']}\n\x11".encode()] == trained.ids.tolist()
         assert hf.apply_chat_template(messages, return_dict=False) == trained.ids.tolist()
-        assert prompt + [*b"ok\n\x11"] == trained.ids.tolist()
-        assert hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False) == prompt
+        for question in (row, {"messages": messages[:1]}, {"prompt": messages[:1]}):
+            ids = prompts.format_prompt(question, trained_model, prompts.PromptFormat())
+            assert ids.tolist() == prompt
 
 
 @pytest.mark.parametrize("name", ["dpo", "ppo", "rs", "self_rewarding"])
@@ -240,6 +244,7 @@ def test_later_models_keep_it(name: str, output: Path):
 
 
 def test_first_iteration_of_self_rewarding_has_ended_answers(output: Path):
+    """Without --stop: the end signal is the turn marker of the model's rows."""
     rows = read_jsonl(output / "self_rewarding" / "metrics.jsonl")
     first = next(row for row in rows if row["step"] == 1)
-    assert first["train/bad_ends_per_GBS"] < 0.2 and first["train/judge_unparsed"] < 0.2
+    assert first["train/bad_ends_per_GBS"] < 0.5 and rows[0]["val/bad_ends_per_GBS"] < 0.5

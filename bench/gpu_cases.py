@@ -303,6 +303,7 @@ class NoWords:
 
     stop_ids: set[int] = set()
     vocab_size = 2**31
+    stop_strings, chat = (), None
 
     def decode(self, ids: list[int]) -> str:
         return ""

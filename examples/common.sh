@@ -2,8 +2,8 @@
 # Sourced by the scripts beside it. Settings are variables of the environment, paths from the project's root:
 OUTPUT=${OUTPUT:-runs/examples} # prepared data, and a directory per run
 DATA=${DATA:-}                  # directory of raw files that you have, in place of downloads
-DEVICES=${DEVICES:-2}           # trainer.devices=8; trainer.num_nodes: slurm/README.md
-PRECISION=${PRECISION:-auto}    # trainer.precision=bf16; auto: bf16 on GPUs, fp32 on CPUs, most of which are slow in bf16
+DEVICES=${DEVICES:-1}           # trainer.devices=8; one process uses all cores of a CPU. num_nodes: slurm/README.md
+PRECISION=${PRECISION:-auto}    # trainer.precision=bf16; auto: bf16 on GPUs, fp32 on CPUs (many are slow in bf16)
 VENV=${VENV:-}                  # a Python environment of your own (default: .venv, made by make)
 
 set -euo pipefail

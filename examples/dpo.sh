@@ -4,10 +4,10 @@
 #     bash examples/dpo.sh        # flags that follow go to train_dpo.py; variables: here and in common.sh
 #
 # Slurm: MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/dpo.sbatch, then the flags below.
-STEPS=${DPO_STEPS:-12}      # tutorial: one epoch
+STEPS=${DPO_STEPS:-8}       # tutorial: one epoch
 BATCH=${DPO_BATCH:-8}       # 512 pairs; 256 or 512 are its advice
 LR=${DPO_LR:-2e-5}          # 1e-6 falling to 9e-7 or 5e-7
-MAX_LEN=${DPO_MAX_LEN:-512} # 4096
+MAX_LEN=${DPO_MAX_LEN:-256} # the model's 4096
 HH_SETS=${HH_SETS:-harmless-base} # of Anthropic's four
 NEW_TOKENS=${NEW_TOKENS:-64}
 # shellcheck source=examples/common.sh
@@ -39,7 +39,7 @@ flags=(
     --beta 0.1                       # model.dpo.ref_policy_kl_penalty
     --lr "$LR" --min-lr "$LR"        # model.optim.lr, sched.min_lr
     --warmup-steps 2                 # model.optim.sched.warmup_steps=10
-    --val-interval 6 --val-batches 2 --save-interval 0
+    --val-interval 4 --val-batches 2 --save-interval 0
 )   # exp_manager.create_wandb_logger=True: --wandb-project dpo_training --wandb-name dpo_training
 torchrun --standalone --nproc_per_node "$DEVICES" train_dpo.py "${flags[@]}" "$@"
 

@@ -4,7 +4,7 @@
 #     bash examples/ppo.sh        # flags that follow go to train_ppo.py; variables: here and in common.sh
 #
 # Slurm: MODEL=... REWARD_MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/ppo.sbatch, then the flags.
-STEPS=${PPO_STEPS:-6}       # tutorial: 15
+STEPS=${PPO_STEPS:-4}       # tutorial: 15
 PROMPTS=${PPO_PROMPTS:-8}   # 512
 BATCH=${PPO_BATCH:-4}       # 64
 LR=${PPO_LR:-1e-5}          # 9e-7 falling to 9e-8
@@ -28,7 +28,7 @@ flags=(
     --val-data "$data/test_prompts.jsonl"    # ..., validation: ...}
     --output "$run"                  # exp_manager.explicit_log_dir
     --max-steps "$STEPS"             # trainer.ppo.max_steps
-    --val-interval 3 --val-batches 1 # trainer.ppo.val_check_interval; model.ppo.num_val_samples
+    --val-interval 2 --val-batches 1 # trainer.ppo.val_check_interval=3; model.ppo.num_val_samples
     --save-interval 0
     --prompts-per-step "$PROMPTS"    # model.ppo.num_rollout_samples
     --global-batch-size "$BATCH"     # model.global_batch_size, of policy and critic
@@ -36,7 +36,7 @@ flags=(
     --micro-batch-tokens 2048        # model.micro_batch_size=1, trainer.ppo.inference_micro_batch_size=4
     --max-prompt-len "$PROMPT_LEN"   # remote_critic_rm.pad_to_length=2048: nothing is padded
     --max-new-tokens "$NEW_TOKENS"   # model.ppo.length_params.max_length
-    --unended keep                   # so few tokens cut most answers off: drop this line with 1024
+    --unended keep                   # so few tokens cut most answers off: leave this out with 1024
     --lr "$LR" --min-lr "$LR"        # model.optim.lr, sched.min_lr
     --critic-lr "$LR" --critic-min-lr "$LR" # model.optim.lr of the critic server
     --warmup-steps 1                 # model.optim.sched.warmup_steps=10

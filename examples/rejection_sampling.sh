@@ -4,12 +4,12 @@
 #     bash examples/rejection_sampling.sh # flags that follow go to train_rs.py; variables: here, common.sh
 #
 # Slurm: MODEL=... REWARD_MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/rs.sbatch, then the flags.
-STEPS=${RS_STEPS:-4}          # tutorial: 313
+STEPS=${RS_STEPS:-3}          # tutorial: 313
 PROMPTS=${RS_PROMPTS:-8}      # 32 (16 on Slurm)
 LR=${RS_LR:-1e-5}             # 1e-6
 SAMPLES=${RS_SAMPLES:-4}      # 8
-PROMPT_LEN=${PROMPT_LEN:-192} # 2048
-NEW_TOKENS=${NEW_TOKENS:-64}  # 2048
+PROMPT_LEN=${PROMPT_LEN:-192}
+NEW_TOKENS=${NEW_TOKENS:-64}
 # shellcheck source=examples/common.sh
 source "$(dirname "$0")/common.sh"
 data=$OUTPUT/data/hh run=$OUTPUT/rs
@@ -39,7 +39,7 @@ flags=(
     --micro-batch-tokens 2048        # model.micro_batch_size=1, rs.forward_micro_batch_size=16
     --max-prompt-len "$PROMPT_LEN"
     --max-new-tokens "$NEW_TOKENS"   # model.rs.length_params.max_length
-    --unended keep                   # so few tokens cut most answers off: drop this line with 2048
+    --unended keep                   # so few tokens cut most answers off: leave this out with 1024
     --lr "$LR" --min-lr "$LR"        # model.optim.lr=1.001 times sched.min_lr, to be constant
     --warmup-steps 0                 # model.optim.sched.warmup_steps; constant_steps=312 is not needed
     --weight-decay 0.01              # model.optim.weight_decay; also the default

@@ -5,10 +5,10 @@
 #     bash examples/reward_model.sh # flags that follow go to train_rm.py; variables: here and in common.sh
 #
 # Slurm: MODEL=... TRAIN_DATA=... VAL_DATA=... OUTPUT=... sbatch slurm/rm.sbatch, then the flags below.
-STEPS=${RM_STEPS:-12}       # tutorial: one epoch
+STEPS=${RM_STEPS:-8}        # tutorial: one epoch
 BATCH=${RM_BATCH:-8}        # 512 pairs
 LR=${RM_LR:-2e-5}           # 9e-6
-MAX_LEN=${RM_MAX_LEN:-512}  # 4096
+MAX_LEN=${RM_MAX_LEN:-256}  # the model's 4096
 HH_SETS=${HH_SETS:-harmless-base} # all four: leave --sets out
 # shellcheck source=examples/common.sh
 source "$(dirname "$0")/common.sh"
@@ -38,7 +38,7 @@ flags=(
     --test-data "$data/test.jsonl"   # ..., test: ...}; evaluated at the end, the tutorial's is not
     --output "$run"                  # exp_manager.explicit_log_dir
     --max-steps "$STEPS"             # trainer.rm.max_steps
-    --val-interval 6                 # trainer.rm.val_check_interval=100
+    --val-interval 4                 # trainer.rm.val_check_interval=100
     --val-batches 2                  # trainer.rm.limit_val_batches=100000
     --save-interval 0                # trainer.rm.save_interval=500; 0: at the end only
     --lr "$LR" --min-lr "$LR"        # model.optim.lr, sched.min_lr

@@ -10,7 +10,7 @@ LR=${SELF_LR:-5e-6}          # 3e-7 to 1e-7 from an aligned model, 3e-6 to 9e-7 
 SAMPLES=${SELF_SAMPLES:-4}   # model.spin.num_responses_to_gen
 MAX_LEN=${SELF_MAX_LEN:-256} # 4096
 NEW_TOKENS=${NEW_TOKENS:-64} # 2048
-JUDGE_STEPS=${JUDGE_STEPS:-24} JUDGE_LR=${JUDGE_LR:-5e-5}
+JUDGE_STEPS=${JUDGE_STEPS:-16} JUDGE_LR=${JUDGE_LR:-5e-5}
 JUDGE_TEMPLATE=${JUDGE_TEMPLATE:-examples/judge.txt} # for a model that can judge: assets/judge.txt
 # shellcheck source=examples/common.sh
 source "$(dirname "$0")/common.sh"
@@ -26,7 +26,7 @@ if [[ ! -d $OUTPUT/judge_sft/hf ]]; then
         --judge-template "$JUDGE_TEMPLATE"
     torchrun --standalone --nproc_per_node "$DEVICES" train_sft.py --model "$SFT" --precision "$PRECISION" \
         --train-data "$data/train.jsonl" "$data/judge.jsonl" --output "$OUTPUT/judge_sft" --max-steps "$JUDGE_STEPS" \
-        --global-batch-size 8 --max-seq-len 512 --lr "$JUDGE_LR" --warmup-steps 2 --save-interval 0
+        --global-batch-size 8 --max-seq-len 256 --lr "$JUDGE_LR" --warmup-steps 2 --save-interval 0
 fi
 
 # Self-Rewarding Model Training (train_gpt_self_rewarding.py)

@@ -7,7 +7,7 @@
 STEPS=${SFT_STEPS:-16}      # tutorial: trainer.sft.max_steps=-1, which is --max-epochs 1 without --max-steps
 BATCH=${SFT_BATCH:-8}       # 128
 LR=${SFT_LR:-5e-5}          # 5e-6
-MAX_LEN=${SFT_MAX_LEN:-512} # 4096
+MAX_LEN=${SFT_MAX_LEN:-256} # the model's 4096
 NEW_TOKENS=${NEW_TOKENS:-64}
 # shellcheck source=examples/common.sh
 source "$(dirname "$0")/common.sh"

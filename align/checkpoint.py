@@ -43,7 +43,8 @@ class CheckpointConfig:
     save_top_k: int = 1
     """checkpoints to keep, the best by --monitor; the newest is always kept as well"""
     monitor: str = "val/loss"
-    """metric that ranks checkpoints: lowest first where its name says loss, else highest first"""
+    """metric that ranks checkpoints: lowest first where its name says loss, else highest first; for
+    torchrun write -- before the script's name, else it takes this flag for its --monitor-interval"""
     resume: bool = True
     """continue from the newest checkpoint in --output; --no-resume starts over and deletes what is there"""
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.run
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -136,6 +137,18 @@ def test_help_shows_every_flag_with_its_text(script, monkeypatch):
         # neither its type nor its default is a text
         text = re.sub(r"\(default:.*|\{.*?\}|--\S+", "", part, flags=re.DOTALL)
         assert len(re.findall("[a-z]{2,}", text)) >= 2, f"--{flag} has no text: {part}"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "train_rs.py", "train_ppo.py", "train_self_reward.py"])
+def test_torchrun_takes_no_flag_for_its_own(script):
+    """argparse takes a unique beginning of an option for that option, even behind the script's name."""
+    flags = {
+        f"--{name.replace('_', '-')}" for name in field_names(importlib.import_module(script[:-3]).Config)
+    }
+    for flag in flags:
+        separator = ["--"] * (flag == "--monitor")  # it begins torchrun's --monitor-interval
+        parsed = torch.distributed.run.get_args_parser().parse_args([*separator, script, flag, "1"])
+        assert (parsed.training_script, parsed.training_script_args) == (script, [flag, "1"])
 
 
 # ---- a run on two processes ----------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_selected_answers_are_trained_on_in_batches(folder):
         assert 0 < row["train_rollouts/response_lengths"] <= NEW_TOKENS
         assert row["train_optim/loss"] == pytest.approx(UNIFORM, rel=0.1)
         assert row["train_optim/grad_norm"] > 0 and row["audit/logprob_error_max"] < 1e-4
-        assert row["audit/logprob_error_quantile"] < row["audit/logprob_error_max"]  # it is the median here
+        assert row["audit/logprob_error_quantile"] <= row["audit/logprob_error_max"]
 
 
 def test_too_long_prompts_are_dropped_and_counted(folder):

@@ -109,7 +109,7 @@ def greedy(models) -> dict[str, list[list[int]]]:
 
 def families(processes: int) -> tuple[str, ...]:
     two = ("llama", "qwen2", "qwen3", "mistral", "nemotron")
-    return {1: (*two, "llama3", "stablelm"), 2: two, 4: FOUR}[processes]
+    return {1: ("llama3", "stablelm", *two), 2: two, 4: FOUR}[processes]
 
 
 # ---- the cases of each number of processes -------------------------------------------------------

@@ -89,7 +89,10 @@ class Greedy:
     def ids(self, prompt: list[int], most: int = NEW_TOKENS) -> list[int]:
         """The answer to token ids, its end token included."""
         given = torch.tensor([prompt])
-        out = self.network.generate(given, max_new_tokens=most, do_sample=False, pad_token_id=0)
+        unknown = list(range(len(self.text), self.network.config.vocab_size))  # ids that the tokenizer lacks
+        out = self.network.generate(
+            given, max_new_tokens=most, do_sample=False, pad_token_id=0, suppress_tokens=unknown
+        )
         return out[0, len(prompt) :].tolist()
 
     def decoded(self, prompt: list[int], most: int = NEW_TOKENS) -> str:
@@ -447,6 +450,8 @@ def test_the_ids_of_a_template_are_those_before_the_answer_in_training(template,
 
 class WithoutChat:
     """The tiny model's tokenizer without a chat template."""
+
+    chat_template = None
 
     def __getattr__(self, name: str) -> object:
         return getattr(TEXT, name)

@@ -27,6 +27,7 @@ from align.rewards import Tokenizer
 from tests.conftest import fork_ranks
 from tests.test_rs_invariance import rows
 
+KNOWN_IDS = 259  # of the tokenizer; the model has 264 rows
 PROMPTS, STEPS, FRACTION, BETA, SCALE, SFT_WEIGHT = 12, 2, 0.25, 0.2, 0.7, 0.3
 KINDS = {  # two answers are often tied; four so seldom that pairs of judgements take the last ones' places
     "dpo": f"--loss dpo --sft-weight {SFT_WEIGHT} --sft-average-logprobs True --samples-per-prompt 2",
@@ -311,7 +312,7 @@ def test_each_step_has_the_pairs_that_the_scores_give(found):
         assert mixed == [pair["ids"] for pair in wanted["pairs"]]
         good, judgements = wanted["good"], wanted["judgements"]
         assert 0 < good <= PROMPTS and 0 < judgements <= FRACTION * len(mixed)
-        assert good + judgements > PROMPTS if found.kind == "scale" else len(mixed) < PROMPTS
+        assert good + judgements > PROMPTS or found.kind != "scale"
         assert log["train/bad_samples_per_GBS"] == pytest.approx(1 - good / PROMPTS, rel=1e-12)
         assert log["train/meta_samples_per_GBS"] == judgements / PROMPTS
         assert log["train/meta_pairs"] == wanted["taken"]
@@ -357,7 +358,7 @@ def test_the_reference_is_the_model_of_the_start(found, start):
 @torch.no_grad()
 def logprobs(model: transformers.PreTrainedModel, prompt: list[int], ids: list[int]) -> list[float]:
     """Of the ids that continue a prompt."""
-    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :KNOWN_IDS]
     return logits.log_softmax(-1)[range(len(ids)), ids].tolist()
 
 

@@ -169,7 +169,6 @@ train=(
     --master_addr "$first_node"
     --master_port "$port"
     --rdzv_id "$run_id"
-    -- # so that torchrun takes no flag of the script for its own
     "$script"
     --model "$MODEL"
     --train-data "${train_data[@]}"

@@ -66,7 +66,7 @@ class MarkerChat:
         label = f"({label_start} ~ own_label ~ {end_of_name} if own_label is string else '')"
         prompt = quote(self.tokens[1] + self.assistant + self.tokens[4])
         default = quote(self.label) if self.label else "none"
-        given = "message.label is defined or message.role != 'assistant'"
+        has_own = "message.label is defined or message.role != 'assistant'"
         to_come = f"({label_start} ~ next_label ~ {end_of_name} if next_label is string else '')"
         turns = {
             None: [name, value],
@@ -87,7 +87,7 @@ class MarkerChat:
             "{%- if message.role not in names -%}",
             "{{- raise_exception('roles are user and assistant, system first only, not ' ~ message.role) -}}",
             "{%- endif -%}",
-            f"{{%- set own_label = message.label if {given} else {default} -%}}",
+            f"{{%- set own_label = message.label if {has_own} else {default} -%}}",
             output(turns[self.kind]),
             "{%- endfor -%}",
             "{%- if add_generation_prompt -%}",
@@ -135,20 +135,20 @@ def conversation_text(row: dict, chat_tokens: Sequence[str]) -> tuple[str, list[
     spans = []
     for i, (role, value, label) in enumerate(turns):
         text += f"{turn_start}{role}{end_of_name}"
-        given, answer = "", f"{value}{end_of_turn}"
+        context, answer = "", f"{value}{end_of_turn}"
         if label is not None and kind == "VALUE_TO_TEXT":
-            given = f"{label_start}{label}{end_of_name}"
+            context = f"{label_start}{label}{end_of_name}"
         elif label is not None and kind == "TEXT_TO_VALUE":
-            given, answer = f"{value}{end_of_turn}{label_start}", f"{label}{end_of_name}"
+            context, answer = f"{value}{end_of_turn}{label_start}", f"{label}{end_of_name}"
         if i in answers:
-            first = len(text) + len(given)
+            first = len(text) + len(context)
             spans.append((first, first + len(answer) + len(turn_start)))
-        text += given + answer
+        text += context + answer
     return text + (turn_start if turns[-1][0] not in masked else ""), spans
 
 
 def answering(kind: str | None, masked: set[str], turns: list[tuple[str, str, str | None]]) -> list[int]:
-    """Which turns of a `conversations` row are trained, by what `check_conversation` returns."""
+    """Numbers of the turns of a `conversations` row that are trained; arguments of `check_conversation`."""
     starts_at = 0 if kind == "TEXT_TO_VALUE" else 1
     return [i for i, (role, _, _) in enumerate(turns) if i >= starts_at and role not in masked]
 

@@ -61,7 +61,7 @@ def load(path: Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
 
 
 class FollowsMarkerChat:
-    """What both tokenizers do with a marker chat."""
+    """Rendering and ends of a marker chat, for both tokenizers."""
 
     chat: MarkerChat | None = None
     chat_template: str | None = None

@@ -29,10 +29,11 @@ from tests.test_rs_invariance import rows
 
 KNOWN_IDS = 259  # of the tokenizer; the model has 264 rows
 PROMPTS, STEPS, FRACTION, BETA, SCALE, SFT_WEIGHT = 12, 2, 0.25, 0.2, 0.7, 0.3
+TWO = "--samples-per-prompt 2 --seed 3"  # with this seed some prompts give no pair in each step
 KINDS = {  # two answers are often tied; four so seldom that pairs of judgements take the last ones' places
-    "dpo": f"--loss dpo --sft-weight {SFT_WEIGHT} --sft-average-logprobs True --samples-per-prompt 2",
+    "dpo": f"--loss dpo --sft-weight {SFT_WEIGHT} --sft-average-logprobs True {TWO}",
     "scale": f"--loss scale --reward-scale {SCALE} --samples-per-prompt 4",
-    "rpo_bwd_kl": f"--loss rpo_bwd_kl --reward-scale {SCALE} --average-logprobs --samples-per-prompt 2",
+    "rpo_bwd_kl": f"--loss rpo_bwd_kl --reward-scale {SCALE} --average-logprobs {TWO}",
 }
 SCORE = re.compile(
     r"[^S]* Score: ([0-5])"
@@ -312,7 +313,7 @@ def test_each_step_has_the_pairs_that_the_scores_give(found):
         assert mixed == [pair["ids"] for pair in wanted["pairs"]]
         good, judgements = wanted["good"], wanted["judgements"]
         assert 0 < good <= PROMPTS and 0 < judgements <= FRACTION * len(mixed)
-        assert good + judgements > PROMPTS or found.kind != "scale"
+        assert good + judgements > PROMPTS if found.kind == "scale" else len(mixed) < PROMPTS
         assert log["train/bad_samples_per_GBS"] == pytest.approx(1 - good / PROMPTS, rel=1e-12)
         assert log["train/meta_samples_per_GBS"] == judgements / PROMPTS
         assert log["train/meta_pairs"] == wanted["taken"]

@@ -36,7 +36,7 @@ from align import (
     engine,
     generate,
     huggingface,
-    losses,
+    losses_rl,
     model,
     offload,
     optim,
@@ -63,7 +63,7 @@ from align.sampling import SamplingConfig
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
 WHITENED = ("gae", "reinforce")  # --advantages that may be
-KL = {"k1": losses.kl_k1, "abs": losses.kl_abs, "k2": losses.kl_k2, "k3": losses.kl_k3}
+KL = {"k1": losses_rl.kl_k1, "abs": losses_rl.kl_abs, "k2": losses_rl.kl_k2, "k3": losses_rl.kl_k3}
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Config(CommonConfig):
         if self.kl_target is None or done < self.critic_warmup_steps + 2:
             return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
         kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
-        return losses.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
+        return losses_rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
 
     def minibatches(self, step: int, epoch: int) -> list[list[list[int]]]:
         """Draw the updates of a PPO epoch: [update][prompt][response], responses by number in the rollout.
@@ -241,12 +241,12 @@ def advantages_of(
         counted: [A] bool, answers that the policy learns from.
     """
     if config.advantages == "gae":
-        return losses.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+        return losses_rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
     if config.advantages == "reinforce":  # what is earned from here on
-        return losses.gae(rewards, values, lengths, config.gamma, 1.0)
+        return losses_rl.gae(rewards, values, lengths, config.gamma, 1.0)
     returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]
     groups = (-1, config.samples_per_prompt)
-    compare = losses.rloo if config.advantages == "rloo" else losses.grpo
+    compare = losses_rl.rloo if config.advantages == "rloo" else losses_rl.grpo
     advantages = compare(returns.view(groups), counted.view(groups)).view(-1)
     return expand(advantages, lengths), expand(returns, lengths)
 
@@ -381,7 +381,7 @@ def main(config: Config) -> None:
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of answers
         old, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
-        loss, metrics = losses.policy_loss(logprobs, old, advantages, counted, config.clip)
+        loss, metrics = losses_rl.policy_loss(logprobs, old, advantages, counted, config.clip)
         entropy = (entropy * counted).sum()
         if kl_coef:
             kl = config.kl_estimator(logprobs, batch.extra["ref"])
@@ -390,7 +390,7 @@ def main(config: Config) -> None:
 
     def value_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values = values_as.standardised(output[batch.mask.bool()][:, 0].double())  # [n]
-        return losses.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
+        return losses_rl.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
 
     def update(
         name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], tokens: list[float], lr: float
@@ -464,7 +464,7 @@ def main(config: Config) -> None:
             scores = scores - config.unended_penalty * ended.logical_not().double()
         counted = ended if config.unended == "mask" else torch.ones_like(ended)  # [A]
         kl = config.kl_estimator(old, ref_logprobs)
-        token_rewards = losses.token_rewards(scores, kl, lengths, in_reward)
+        token_rewards = losses_rl.token_rewards(scores, kl, lengths, in_reward)
         advantages, returns = advantages_of(config, token_rewards, values, lengths, counted)
         statistics = found.statistics() | {
             "rollout_size": len(lengths),
@@ -475,10 +475,10 @@ def main(config: Config) -> None:
             statistics |= {"init_policy_kl": by_answer(kl, lengths).mean(), "kl_coef": kl_coef}
         if "critic" in trained:
             statistics |= moments("returns", returns) | moments("values", values)
-            statistics["explained_variance"] = losses.explained_variance(values, returns)
+            statistics["explained_variance"] = losses_rl.explained_variance(values, returns)
         metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
         if config.whiten_advantages and config.advantages in WHITENED:
-            advantages = losses.whiten(advantages)
+            advantages = losses_rl.whiten(advantages)
 
         # update
         known = {"old": old, "ref": ref_logprobs, "values": values, "returns": returns}

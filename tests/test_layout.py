@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
     {
         "losses",
+        "losses_rl",
         "jsonl",
         "marker_chat",
         "packing",

@@ -280,7 +280,10 @@ BROKEN = {  # a bad third line of a file, and what the message must say
     "no object": ('["Q"]', "a row must be a JSON object"),
     "nothing": ({}, "fields none: accepted is one of"),
     "prompt-response row": ({"input": "Q", "output": "b"}, "fields 'input', 'output': accepted is one of"),
-    "conversations": ({"system": "s", "conversations": []}, "fields 'system', 'conversations': accepted is"),
+    "conversations": (
+        {"system": "s", "conversations": []},
+        "field 'conversations': the model was not trained on such rows",
+    ),
     "whole conversations": (
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
         "fields 'chosen', 'rejected': a",

@@ -106,7 +106,7 @@ CASES = {  # bf16: main weights in fp32
     ),
 }
 COMPARISONS = ("train_rm.py", "train_dpo.py")
-LAST = {"rm": 18, "dpo": STEPS, "rs": 24, "ppo": 20}  # steps of the runs that go on in another layout
+LAST = {"rm": 18, "dpo": 24, "rs": 24, "ppo": 20}  # steps of the runs that go on in another layout
 ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
     "--prompts-per-step 4 --unended keep --global-batch-size 4 --max-prompt-len 48 "
     "--reward-fn tests.resume_worker:reward"
@@ -557,11 +557,14 @@ def determined(script: str, row: dict[str, float]) -> dict[str, float]:
 def close(name: str, value: float) -> object:
     """Equal to 1e-5; a reward is a difference, near 0, of log-probs or scores that are not, as are others.
 
+    The values of a critic that has taken few steps from its head of zeros differ from each other by a small
+    part of their mean.
     The errors that the audit finds are nothing but rounding, which each layout has of its own.
     """
     if name.startswith("audit/"):
         return pytest.approx(0.0, abs=1e-5)
-    return pytest.approx(value, rel=1e-5, abs=1e-6 if "rewards" in name or name in CANCELS else 0.0)
+    cancels = "rewards" in name or name in CANCELS or name == "train_rollouts/values_std"
+    return pytest.approx(value, rel=1e-5, abs=1e-6 if cancels else 0.0)
 
 
 # ---- what stops a run, and what starts it over -------------------------------------------------------------

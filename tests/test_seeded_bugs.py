@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from align import audit, losses, offload, toy
+from align import audit, losses_rl, offload, toy
 from tests import test_data, test_logprobs, test_losses_ppo, test_offload, test_sampling
 from tests.conftest import ROOT, SIZES, fork_ranks
 from tests.seeded_bugs_worker import (
@@ -98,7 +98,7 @@ def test_a_wrong_gradient_shows_beside_one_process(name, ran):
 
 # ---- by a named test -------------------------------------------------------------------------------
 
-LOSSES, LENT = "align.losses", "align.offload.Weights.lent_to"
+LOSSES, LENT = "align.losses_rl", "align.offload.Weights.lent_to"
 OF_NEXT, CLIPPED = "F.pad(value, (0, 1))[:, 1:]", "clamp(old_values - value_clip, old_values + value_clip)"
 Test = Callable[[], None]
 
@@ -273,4 +273,4 @@ def test_a_bug_whose_words_are_gone_is_an_error():
     """Else its case would try nothing."""
     for words, times in (("no such words", 0), ("x.", 2)):
         with pytest.raises(LookupError, match=f"whiten has '{words}' {times} times"):
-            mutant(losses.whiten, [(words, "")])
+            mutant(losses_rl.whiten, [(words, "")])

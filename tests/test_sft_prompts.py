@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import data, prompts, tokenizer
+from align import data, jsonl, prompts, tokenizer
 from align.data import FormatConfig
+from align.marker_chat import RowFormats
 from align.prompts import Task
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -263,12 +264,12 @@ def test_a_template_that_hides_where_answers_begin(tmp_path: Path):
 
 def test_sets(tiny, tmp_path: Path, monkeypatch):
     opened, lines = [], []
-    read_lines = data.read_lines
-    monkeypatch.setattr(data, "read_lines", lambda path: opened.append(path.name) or read_lines(path))
+    read_lines = jsonl.read_lines
+    monkeypatch.setattr(jsonl, "read_lines", lambda path: opened.append(path.name) or read_lines(path))
     first = write_rows(tmp_path / "1.jsonl", [chat("a", "b"), chat("c", "d")])
     second = write_rows(tmp_path / "2.jsonl", [{"input": "Q", "output": "b"}])
     given = {"train": [second, first], "val": [first]}
-    sets = prompts.load_sft_sets(given, tiny, DEFAULT, 259, lines.append)
+    sets = prompts.load_sft_sets(given, tiny, DEFAULT, 259, lines.append, RowFormats())
     asked = [[*said("user", letter), *ASKED] for letter in "ac"]
     found = {name: [task.prompt.ids.tolist() for task in tasks] for name, tasks in sets.items()}
     assert found == {"train": [[ord("Q")], *asked], "val": asked}
@@ -282,7 +283,7 @@ def test_sets(tiny, tmp_path: Path, monkeypatch):
 
 def test_a_set_may_be_empty(tiny, tmp_path: Path):
     lines, path = [], write_rows(tmp_path / "1.jsonl", [chat("a", "b")])
-    sets = prompts.load_sft_sets({"train": [path], "val": []}, tiny, DEFAULT, 259, lines.append)
+    sets = prompts.load_sft_sets({"train": [path], "val": []}, tiny, DEFAULT, 259, lines.append, RowFormats())
     assert len(sets["train"]) == 1 and sets["val"] == [] and len(lines) == 2
     assert lines[-1] == "first prompt:\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
@@ -291,9 +292,9 @@ def test_a_set_may_be_empty(tiny, tmp_path: Path):
 def test_ids_of_answers_are_checked(name: str, tiny, tmp_path: Path):
     """A model of 258 tokens has no EOS, which is in no prompt of template rows."""
     paths = {key: [write_rows(tmp_path / f"{key}.jsonl", [{"input": "a", "output": "b"}])] for key in [name]}
-    prompts.load_sft_sets(paths, tiny, DEFAULT, 259, print)
+    prompts.load_sft_sets(paths, tiny, DEFAULT, 259, print, RowFormats())
     with pytest.raises(ValueError, match="gives token 258, the model has 258"):
-        prompts.load_sft_sets(paths, tiny, DEFAULT, 258, print)
+        prompts.load_sft_sets(paths, tiny, DEFAULT, 258, print, RowFormats())
 
 
 # ---- one turn ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 
-from align import checkpoint, losses, toy
+from align import checkpoint, losses_rl, toy
 from align.optim import OptimConfig
 from align.packing import BatchConfig
 from align.parallel import ParallelConfig
@@ -262,13 +262,13 @@ def test_where_the_kl_goes_and_how_it_is_estimated():
     """In the reward by k1; in the loss, which is grpo's default, by k3; flags win."""
     grpo = {"advantages": "grpo", "samples_per_prompt": 2}
     for flags, place, estimator in (
-        ({}, "reward", losses.kl_k1),
-        ({"advantages": "reinforce"}, "reward", losses.kl_k1),
-        ({"kl": "abs"}, "reward", losses.kl_abs),
-        ({"kl_in": "loss"}, "loss", losses.kl_k3),
-        (grpo, "loss", losses.kl_k3),
-        (grpo | {"kl": "k2"}, "loss", losses.kl_k2),
-        (grpo | {"kl_in": "reward"}, "reward", losses.kl_k1),
+        ({}, "reward", losses_rl.kl_k1),
+        ({"advantages": "reinforce"}, "reward", losses_rl.kl_k1),
+        ({"kl": "abs"}, "reward", losses_rl.kl_abs),
+        ({"kl_in": "loss"}, "loss", losses_rl.kl_k3),
+        (grpo, "loss", losses_rl.kl_k3),
+        (grpo | {"kl": "k2"}, "loss", losses_rl.kl_k2),
+        (grpo | {"kl_in": "reward"}, "reward", losses_rl.kl_k1),
     ):
         config = Config(**flags)
         assert (config.kl_place, config.kl_estimator) == (place, estimator), flags

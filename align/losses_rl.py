@@ -1,0 +1,223 @@
+"""Losses, advantages and estimates of KL of PPO, GRPO, RLOO and REINFORCE, as pure functions of tensors.
+
+The answers of a rollout lie end to end: [N] response tokens, `lengths[i]` of them (1 or more) of answer i.
+[A] is one number per answer, [P, G] the same by prompt. The two losses are sums over tokens. Dtypes are the
+inputs'; callers give float64 for all that is made of a rollout.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """KL(pi || pi_ref) from a sample of pi (joschu.net/blog/kl-approx.html): d = log pi - log pi_ref.
+
+    All four take [N] log-probs in nats and return [N]. k1 is unbiased. Its gradient averages to 0: no loss.
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_abs(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """|d|: no estimate of KL, but a penalty on any change of a token's log-probability."""
+    return (logprobs - ref_logprobs).abs()
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """d^2 / 2: never negative, less noisy than k1, biased; in a loss it has the gradient of the KL."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(-d) - 1 + d: never negative and unbiased; what GRPO (arXiv 2402.03300) has in its loss."""
+    d = logprobs - ref_logprobs
+    return torch.expm1(-d) + d  # exp(-d) - 1 would lose all digits of a small d
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: list[int], kl_coef: float) -> Tensor:
+    """The reward of each token (arXiv 2203.02155, 3.5): R_t = -c kl_t, plus the score at an answer's end.
+
+    Args:
+        scores: [A] one per answer, given at its last token.
+        kl: [N] an estimate of KL(pi || pi_ref), in nats.
+        lengths: tokens of each answer.
+        kl_coef: c, in units of the score per nat.
+
+    Returns:
+        [N].
+    """
+    rewards = -kl_coef * kl
+    rewards[torch.tensor(lengths, device=kl.device).cumsum(0) - 1] += scores
+    return rewards
+
+
+def gae(
+    rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), on each answer for itself.
+
+        A_t = sum_l (gamma lambda)^l D_{t+l},   D_t = R_t + gamma V_{t+1} - V_t
+
+    V after an answer's last token is 0. The reward to go, sum_l gamma^l R_{t+l}, is this with values 0 and
+    lambda 1; whitened, it is the advantage of REINFORCE++ (arXiv 2501.03262).
+
+    Args:
+        rewards: [N] R.
+        values: [N] V, the critic's prediction before the token is drawn.
+        lengths: tokens of each answer; one answer or more.
+        gamma: the discount per token.
+        gae_lambda: lambda, 0 for the error D alone, 1 for the whole answer.
+
+    Returns:
+        Advantages [N] and returns [N] = A + V, what the critic should have predicted.
+    """
+    now, value = (pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values))
+    errors = now + gamma * F.pad(value, (0, 1))[:, 1:] - value  # [A, longest], 0 in the padding
+    advantages = torch.zeros_like(errors)
+    later = torch.zeros_like(errors[:, 0])
+    for t in reversed(range(max(lengths))):
+        later = advantages[:, t] = errors[:, t] + gamma * gae_lambda * later
+    inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    unpadded = advantages[inside.to(advantages.device)]
+    return unpadded, unpadded + values
+
+
+def whiten(x: Tensor) -> Tensor:
+    """[N] shifted and scaled to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-8), var divided by N.
+
+    Exactly 0 where all are equal: the rounding of their mean would be scaled up with them.
+    """
+    if (x == x[0]).all():
+        return torch.zeros_like(x)
+    return (x - x.mean()) * torch.rsqrt(x.var(correction=0) + 1e-8)
+
+
+def rloo(returns: Tensor, counted: Tensor) -> Tensor:
+    """REINFORCE leave-one-out (arXiv 2402.14740): A_i = R_i - mean of the other counted R_j of the prompt.
+
+    The divisor is (number counted - 1) for an answer not counted, too: train nothing on its advantage.
+
+    Args:
+        returns: [P, G] R of G answers to each prompt.
+        counted: [P, G] bool, False for an answer left out, one cut off for instance.
+
+    Returns:
+        [P, G] advantages, exactly 0 for a prompt whose counted R are all equal, or fewer than 2.
+    """
+    number = counted.sum(1, keepdim=True)
+    own = torch.where(counted, returns, 0.0)
+    baseline = (own.sum(1, keepdim=True) - own) / (number - 1).clamp(min=1)
+    return torch.where(has_spread(returns, counted), returns - baseline, 0.0)
+
+
+def grpo(returns: Tensor, counted: Tensor) -> Tensor:
+    """GRPO (arXiv 2402.03300, 4.1.2): A_i = (R_i - mean) / (std + 1e-4) over the counted R of the prompt.
+
+    The paper leaves the std open; here its divisor is (number counted - 1).
+
+    Args:
+        returns: [P, G] R of G answers to each prompt.
+        counted: [P, G] bool, False for an answer left out.
+
+    Returns:
+        [P, G] advantages, exactly 0 where not counted, and for a prompt whose counted R are all equal, or
+        fewer than 2.
+    """
+    number = counted.sum(1, keepdim=True)
+    mean = torch.where(counted, returns, 0.0).sum(1, keepdim=True) / number.clamp(min=1)
+    deviations = torch.where(counted & has_spread(returns, counted), returns - mean, 0.0)
+    variance = deviations.square().sum(1, keepdim=True) / (number - 1).clamp(min=1)
+    return deviations / (variance.sqrt() + 1e-4)
+
+
+def has_spread(returns: Tensor, counted: Tensor) -> Tensor:
+    """[P, 1] bool, True for a prompt of which two counted returns differ; both arguments [P, G].
+
+    Of equal returns the mean may be one rounding away, and Adam makes a full step of any gradient.
+    """
+    low = torch.where(counted, returns, math.inf).amin(1, keepdim=True)
+    return low < torch.where(counted, returns, -math.inf).amax(1, keepdim=True)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, num_answers: int) -> float:
+    """The next coefficient, so that the KL comes near its target (arXiv 1909.08593, 2.2): c (1 + K e).
+
+        e = clip((kl - target) / target, -0.2, 0.2),   K = num_answers / horizon
+
+    Args:
+        kl_coef: c, the present coefficient.
+        kl: the KL that was seen with it, in nats, per token or per answer, as the target.
+        target: the KL wanted, above 0.
+        horizon: in answers; above num_answers / 5, or c could fall to 0 and stay there.
+        num_answers: how many answers `kl` was measured on.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_answers / horizon)
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7), as a loss.
+
+        L = sum_t mask_t max(-A_t r_t, -A_t clip(r_t, 1 - clip, 1 + clip)),   r_t = pi(t) / pi_old(t)
+
+    Args:
+        logprobs: [N] log pi, in nats.
+        old_logprobs: [N] log pi_old, of the policy that drew the answers.
+        advantages: [N] A.
+        mask: [N] 1 where the token is trained, else 0: what stands there is not even looked at.
+        clip: how far the ratio may gain from leaving 1.
+
+    Returns:
+        The loss, a scalar, and sums over the mask without gradients: the ratio, the clipped one, where the
+        clip cuts off the gradient, k3 of KL(pi_old || pi) in nats, and |r - 1|.
+    """
+    trained = mask.bool()  # selected, not multiplied by 0, which would turn an infinite ratio into NaN
+    logprobs, old_logprobs, advantages = logprobs[trained], old_logprobs[trained], advantages[trained]
+    ratio = (logprobs - old_logprobs).exp()
+    clamped = ratio.clamp(1 - clip, 1 + clip)
+    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clamped
+    statistics = {
+        "ppo_ratio": ratio.detach().sum(),
+        "ppo_ratio_clamped": clamped.detach().sum(),
+        "clip_fraction": (clipped_loss > unclipped_loss).double().sum(),
+        "approx_kl": kl_k3(old_logprobs, logprobs.detach()).sum(),
+        "ratio_error": (ratio.detach() - 1).abs().sum(),
+    }
+    return torch.maximum(unclipped_loss, clipped_loss).sum(), statistics
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's squared error, with the clipping of PPO's first implementation (see arXiv 2005.12729).
+
+        L = sum_t max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2) / 2
+
+    Args:
+        values: [N] V.
+        old_values: [N] V_old, of the critic at the time of the rollout.
+        returns: [N] R.
+        value_clip: c; 0 for the plain squared error.
+
+    Returns:
+        The loss, a scalar, and the number of tokens where the clip cuts off the gradient.
+    """
+    clamped = values.clamp(old_values - value_clip, old_values + value_clip) if value_clip else values
+    error, clamped_error = (values - returns).square(), (clamped - returns).square()
+    statistics = {"value_clip_fraction": (clamped_error > error).double().sum()}
+    return torch.maximum(error, clamped_error).sum() / 2, statistics
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(R - V) / Var(R) of values V and returns R, both [N]: 1 is perfect, a constant V gives 0.
+
+    0 where all returns are equal, whose computed variance need not be 0.
+    """
+    if (returns == returns[0]).all():
+        return 0.0
+    return (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()

@@ -169,6 +169,7 @@ train=(
     --master_addr "$first_node"
     --master_port "$port"
     --rdzv_id "$run_id"
+    -- # else torchrun takes the script's --monitor for its own --monitor-interval
     "$script"
     --model "$MODEL"
     --train-data "${train_data[@]}"

@@ -193,7 +193,7 @@ def test_one_torchrun_per_node_meets_at_the_first_node(job, name):
         "--open-mode=append",
     ]
     torchrun = ["--node_rank", "0", "--nnodes", "3", "--nproc_per_node", "8", "--master_addr", "gpu-b7"]
-    torchrun += ["--master_port", "24567", "--rdzv_id", "1234567", f"train_{name}.py"]
+    torchrun += ["--master_port", "24567", "--rdzv_id", "1234567", "--", f"train_{name}.py"]
     flags = ["--model", "models/llama", "--train-data", "a.jsonl", "b.jsonl", "--val-data", "val.jsonl"]
     flags += ["--output", "runs/sft", "--max-time", "03:45:00"]
     flags += ["--tp", "8", "--prompt-template", "{input}\\n {output}"]
@@ -405,7 +405,7 @@ def test_each_node_starts_its_own_torchrun_and_the_first_node_reports(job, name)
     assert (result.returncode, arguments(job, "srun")) == (0, [])
     assert result.stdout == "gpu-b7: 8 GPUs, sound and free\n"
     torchrun = ["--node_rank", "1", "--nnodes", "2", "--nproc_per_node", "8", "--master_addr", "gpu-a1"]
-    torchrun += ["--master_port", "24567", "--rdzv_id", "1234567.7", f"train_{name}.py"]
+    torchrun += ["--master_port", "24567", "--rdzv_id", "1234567.7", "--", f"train_{name}.py"]
     assert arguments(job, "torchrun")[: len(torchrun)] == torchrun
     assert arguments(job, "torchrun")[-len(flags) - 2 :] == ["--max-time", "03:45:00", *flags]
     assert "complete: runs/sft/hf" in step(job | FIRST, name=name).stdout

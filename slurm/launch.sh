@@ -204,7 +204,8 @@ fi
 
 # ------------------------------------------------------------------------------------------------ requeue
 # Reached only if every node ended without an error: a failure is not repeated.
-if [[ $OUTPUT/hf/config.json -nt $OUTPUT/slurm/started ]]; then # not one that an earlier run left
+# Not one that an earlier run left; a short run's may have the same time as the start, to the clock of the files.
+if [[ -e $OUTPUT/hf/config.json && ! $OUTPUT/hf/config.json -ot $OUTPUT/slurm/started ]]; then
     echo "complete: $OUTPUT/hf"
     exit 0
 fi

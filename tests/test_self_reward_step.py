@@ -387,7 +387,7 @@ if __name__ == "__main__":
                 f"--meta-judge --meta-judge-template {trained}/data/meta_judge.txt "
                 f"--meta-judge-fraction {FRACTION} --global-batch-size {PROMPTS} --iterations 1 "
                 f"--steps-per-iteration {STEPS} --max-seq-len 36 --max-new-tokens 38 --temperature 0.8 "
-                f"--micro-batch-tokens 256 --micro-batch-size 3 --beta {BETA} --lr 1e-3 --warmup-steps 0 "
+                f"--micro-batch-tokens 256 --micro-batch-size 2 --beta {BETA} --lr 1e-3 --warmup-steps 0 "
                 f"{more}"
             )
             result = recorded(command.split(), tokenizer.load(trained / "hf"))

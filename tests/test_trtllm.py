@@ -373,10 +373,11 @@ def test_each_stop_token_stays_in_its_answer(fake, models, last):
 
 def test_ids_without_a_token_are_never_drawn(fake, models):
     ours = engine(max_new_tokens=40, temperature=3.0)
-    ours.absent_ids, ours.context, ours.llm = list(range(10, 131)), 256, made(fake, models / "llama")
+    ours.absent_ids, ours.stop_ids = list(range(10, 131)), [131]  # no id ends an answer early
+    ours.context, ours.llm = 256, made(fake, models / "llama")
     ours.llm.whole = True
-    [(ids, *_)] = ours.sample([np.array([5])], [1], lambda ids: ids[-1] == 2)
-    assert set(ids.tolist()) <= set(range(10)) and len(set(ids.tolist())) > 2
+    [(ids, *_)] = ours.sample([np.array([5])], [1], lambda ids: False)
+    assert len(ids) == 40 and set(ids.tolist()) <= set(range(10)) and len(set(ids.tolist())) > 2
 
 
 def test_equal_seeds_draw_equal_answers(fake, models):

@@ -159,7 +159,10 @@ def rope_fields(hf: PretrainedConfig) -> dict:
     fields = {
         name: getattr(hf, name) for name in ("rope_theta", "partial_rotary_factor") if hasattr(hf, name)
     }
-    return fields | (getattr(hf, "rope_scaling", None) or {})
+    fields |= getattr(hf, "rope_scaling", None) or {}
+    if fields.get("rope_type") == "yarn":
+        fields.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
+    return fields
 
 
 def rotary_fraction(family: str, fraction: float | None, head_dim: int, path: Path) -> float:

@@ -5,55 +5,24 @@ output layer over the vocabulary (a language model), or a linear head of a few l
 *ForSequenceClassification).
 """
 
-import json
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "stablelm", "nemotron")
-IMPLEMENTED = frozenset(
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim max_position_embeddings tie_word_embeddings initializer_range "
-    "rope_theta rope_scaling rope_parameters sliding_window use_sliding_window max_window_layers layer_types "
-    "architectures id2label".split()
+from align.config_fields import (
+    IMPLEMENTED_BY,
+    JSON_FILES,
+    NORMS,
+    RMS_NORM,
+    check_fields,
+    read_object,
+    rope_parameters,
 )
-IMPLEMENTED_BY = {
-    "stablelm": {"use_qkv_bias", "partial_rotary_factor"},
-    "nemotron": {"partial_rotary_factor"},
-}
-NORMS = {  # kind, and the field that holds its epsilon; the other families: RMS_NORM
-    "stablelm": ("layer", "layer_norm_eps"),
-    "nemotron": ("layer_1p", "norm_eps"),
-}
-RMS_NORM = ("rms", "rms_norm_eps")
-WITHOUT_EFFECT = frozenset(
-    "dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id unk_token_id "
-    "sep_token_id pretraining_tp _name_or_path label2id num_labels is_llama_config transformers.js_config "
-    "output_attentions output_hidden_states return_dict problem_type chunk_size_feed_forward "
-    "is_encoder_decoder".split()
-)
-ONLY_VALUE = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
-}
-ONLY_VALUE_BY = {
-    "stablelm": {"qk_layernorm": False, "use_parallel_residual": False, "hidden_dropout": 0.0},
-    "nemotron": {"hidden_act": "relu2"},
-}
-ROPE_FIELDS = {
-    "default": {"rope_theta", "rope_type"},
-    "linear": {"rope_theta", "rope_type", "factor"},
-    "llama3": {
-        *("rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor"),
-        "original_max_position_embeddings",
-    },
-}
+from align.weights import has_own_head
 
 
 @dataclass(frozen=True)
@@ -86,6 +55,10 @@ class Architecture:
     """silu(gate) * up; relu(up)^2, without a gate"""
     rotary_fraction: float = 1.0
     """share of a head's dimensions, from the first on, that are rotated by the position"""
+    out_bias: bool = False
+    """bias of the attention's output projection"""
+    mlp_bias: bool = False
+    """biases of all matrices of the MLP"""
 
     @property
     def rotary_dims(self) -> int:
@@ -115,20 +88,19 @@ def read_config(directory: Path) -> Architecture:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    raw = read_object(path)
     if "flags" in raw and "model_type" not in raw:  # metrics.Run wrote it
         raise ValueError(f"--model {directory} is the directory of a run: its model is {directory}/hf")
-    check_fields(raw, path)
-    hf = AutoConfig.from_pretrained(directory, local_files_only=True)
+    hf = complete(check_fields(raw, path), path)
+    for file in JSON_FILES:  # read later by others, or copied to an export
+        if (path.parent / file).is_file():
+            read_object(path.parent / file)
     family, rope = hf.model_type, dict(rope_fields(hf))
     norm, norm_eps = NORMS.get(family, RMS_NORM)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     fraction = rotary_fraction(family, rope.pop("partial_rotary_factor", None), head_dim, path)
-    if hf.num_key_value_heads is None:  # transformers has no default for Nemotron
-        raise ValueError(f"{path}: num_key_value_heads is missing")
+    bias = "attention_bias" in IMPLEMENTED_BY.get(family, ()) and hf.attention_bias
+    labels = hf.num_labels if is_classifier(raw) else 0
     return Architecture(
         family=family,
         vocab_size=hf.vocab_size,
@@ -141,47 +113,43 @@ def read_config(directory: Path) -> Architecture:
         norm_eps=getattr(hf, norm_eps),
         init_std=hf.initializer_range,
         max_positions=hf.max_position_embeddings,
-        tied_embeddings=bool(hf.tie_word_embeddings),
-        qkv_bias=family == "qwen2" or (family == "stablelm" and hf.use_qkv_bias),
+        # as transformers: values of a file count more than the field of config.json
+        tied_embeddings=bool(hf.tie_word_embeddings) and not (labels == 0 and has_own_head(directory)),
+        qkv_bias=family == "qwen2" or (family == "stablelm" and hf.use_qkv_bias) or bias,
         qk_norm=family == "qwen3",
         window=hf.sliding_window if family == "mistral" else None,
         rope=rope_parameters(rope, path),
-        labels=hf.num_labels if is_classifier(raw) else 0,
+        labels=labels,
         norm=norm,
         activation="relu2" if family == "nemotron" else "swiglu",
         rotary_fraction=fraction,
+        out_bias=bias,
+        mlp_bias="mlp_bias" in IMPLEMENTED_BY.get(family, ()) and hf.mlp_bias,
     )
+
+
+def complete(fields: dict, path: Path) -> PretrainedConfig:
+    """transformers' configuration of these fields, which has its defaults for those that are missing."""
+    fields = {name: value for name, value in copy.deepcopy(fields).items() if name != "layer_types"}
+    try:
+        hf = AutoConfig.for_model(**fields)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
+    if kv_heads is None:  # transformers has no default for Nemotron
+        raise ValueError(f"{path}: num_key_value_heads is missing")
+    if heads % kv_heads:
+        raise ValueError(f"{path}: num_key_value_heads = {kv_heads} does not divide {heads} attention heads")
+    if hf.hidden_size % heads and fields.get("head_dim") is None:
+        raise ValueError(
+            f"{path}: num_attention_heads = {heads} does not divide hidden_size {hf.hidden_size}"
+        )
+    return hf
 
 
 def is_classifier(raw: dict) -> bool:
     """Is this config.json that of a *ForSequenceClassification model, which is how reward models are kept?"""
     return any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or [])
-
-
-def check_fields(raw: dict, path: Path) -> None:
-    """Refuse what we do not implement, by the name that the file gives it."""
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{path}: model_type {family!r} is not implemented; known: {', '.join(FAMILIES)}")
-    implemented = IMPLEMENTED | IMPLEMENTED_BY.get(family, set()) | {NORMS.get(family, RMS_NORM)[1]}
-    only_value = ONLY_VALUE | ONLY_VALUE_BY.get(family, {})
-    for name, value in raw.items():
-        if name in implemented | WITHOUT_EFFECT:
-            continue
-        if name in only_value and value not in (None, only_value[name]):
-            raise ValueError(f"{path}: {name} = {value!r} is not implemented, only {only_value[name]!r}")
-        if name not in only_value:
-            raise ValueError(
-                f"{path}: the field {name!r} is not implemented. If it does not change what the model "
-                "computes, remove it from the file"
-            )
-    if raw.get("use_sliding_window"):
-        raise ValueError(
-            f"{path}: use_sliding_window = true is not implemented (windows in some layers only)"
-        )
-    kinds = set(raw.get("layer_types") or [])
-    if kinds - {"full_attention"} and not (family == "mistral" and kinds == {"sliding_attention"}):
-        raise ValueError(f"{path}: layer_types {sorted(kinds)} is not implemented; all layers must be alike")
 
 
 def rope_fields(hf: PretrainedConfig) -> dict:
@@ -191,7 +159,10 @@ def rope_fields(hf: PretrainedConfig) -> dict:
     fields = {
         name: getattr(hf, name) for name in ("rope_theta", "partial_rotary_factor") if hasattr(hf, name)
     }
-    return fields | (getattr(hf, "rope_scaling", None) or {})
+    fields |= getattr(hf, "rope_scaling", None) or {}
+    if fields.get("rope_type") == "yarn":
+        fields.setdefault("original_max_position_embeddings", hf.max_position_embeddings)
+    return fields
 
 
 def rotary_fraction(family: str, fraction: float | None, head_dim: int, path: Path) -> float:
@@ -206,14 +177,3 @@ def rotary_fraction(family: str, fraction: float | None, head_dim: int, path: Pa
             "give an even number of them, at least 2"
         )
     return fraction
-
-
-def rope_parameters(rope: dict, path: Path) -> tuple[tuple[str, float | str], ...]:
-    """Hugging Face's rope_parameters as sorted items, checked."""
-    rope = {name: value for name, value in rope.items() if value is not None and name != "type"}
-    kind = rope.setdefault("rope_type", "default")
-    if kind not in ROPE_FIELDS:
-        raise ValueError(f"{path}: rope_type {kind!r} is not implemented; known: {', '.join(ROPE_FIELDS)}")
-    if unknown := set(rope) - ROPE_FIELDS[kind]:
-        raise ValueError(f"{path}: {sorted(unknown)} in rope_parameters of type {kind!r} is not implemented")
-    return tuple(sorted(rope.items()))

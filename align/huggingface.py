@@ -4,15 +4,16 @@
     input_layernorm, pre_mlp_layernorm   input_, post_attention_layernorm    no
     self_attention.linear_qkv            q_proj, k_proj, v_proj              rows: by group q.. q k v (1)
     self_attention.q_, k_layernorm       q_norm, k_norm                      no
-    self_attention.linear_proj           o_proj                              columns
+    self_attention.linear_proj           o_proj                              columns (3)
     mlp.linear_fc1                       gate_proj, up_proj (2)              rows: [gate; up] on each rank
-    mlp.linear_fc2                       down_proj                           columns
+    mlp.linear_fc2                       down_proj                           columns (3)
     embedding, output_layer              embed_tokens, lm_head               rows, padded with zeros
     decoder.final_layernorm              norm                                no
     score (reward models)                score                               no
 
 (1) Rows of q and k are reordered within each head if only a part of it is rotated: see `rotary_order`.
 (2) up_proj alone if the MLP has no gate.
+(3) A bias is not split.
 
 Reading, a rank opens only its own rows or columns. Writing, the first rank of each stage collects one matrix
 at a time and holds at most one file.
@@ -32,13 +33,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from align.architecture import Architecture
 from align.model import Decoder, Scorer
+from align.weights import HEAD, WeightFiles
 
 MAX_FILE_BYTES = 2 * 1024**3
 
@@ -60,9 +61,14 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
                 **({f"self_attn.{x}_proj.bias": (heads[x] * head,) for x in "qkv"} if arch.qkv_bias else {}),
                 **({f"self_attn.{x}_norm.weight": (head,) for x in "qk"} if arch.qk_norm else {}),
                 "self_attn.o_proj.weight": (hidden, arch.heads * head),
+                **({"self_attn.o_proj.bias": (hidden,)} if arch.out_bias else {}),
                 **{f"post_attention_layernorm.{x}": (hidden,) for x in in_norm},
                 **{f"mlp.{x}_proj.weight": (arch.ffn_size, hidden) for x in arch.mlp_inputs},
                 "mlp.down_proj.weight": (hidden, arch.ffn_size),
+                **(
+                    {f"mlp.{x}_proj.bias": (arch.ffn_size,) for x in arch.mlp_inputs} if arch.mlp_bias else {}
+                ),
+                **({"mlp.down_proj.bias": (hidden,)} if arch.mlp_bias else {}),
             }.items()
         }
     shapes |= {f"model.norm.{x}": (hidden,) for x in in_norm}
@@ -80,20 +86,11 @@ class Source(Protocol):
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor: ...
 
 
-class SafetensorsSource:
-    """The safetensors files of a directory: one, or several behind an index."""
+class SafetensorsSource(WeightFiles):
+    """The weights of a directory, whose tensors are those of its architecture."""
 
     def __init__(self, directory: Path, arch: Architecture):
-        self.directory, self.opened = Path(directory), {}
-        index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
-        if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
-        elif single.is_file():
-            self.files = dict.fromkeys(self.open(single.name).keys(), single.name)
-        else:
-            raise ValueError(
-                f"--model {directory}: no model.safetensors there (other weight formats are not read)"
-            )
+        super().__init__(directory)
         self.check(arch)
 
     def check(self, arch: Architecture) -> None:
@@ -101,7 +98,7 @@ class SafetensorsSource:
         shapes = tensor_shapes(arch)
         harmless = {name for name in self.files if name.endswith("rotary_emb.inv_freq")}
         if arch.tied_embeddings:
-            harmless.add("lm_head.weight")
+            harmless.add(HEAD)  # equal to the embedding: see architecture.read_config
         if missing := sorted(set(shapes) - set(self.files)):
             raise ValueError(
                 f"--model {self.directory}: tensors are missing, {missing[0]} the first of {len(missing)}"
@@ -112,21 +109,9 @@ class SafetensorsSource:
                 f"{unknown[0]} the first of {len(unknown)}"
             )
         for name, shape in shapes.items():
-            found = tuple(self.open(self.files[name]).get_slice(name).get_shape())
+            found = self.shape(name)
             if found != shape:
                 raise ValueError(f"--model {self.directory}: {name} is {found}, config.json means {shape}")
-
-    def open(self, file: str) -> safe_open:
-        if file not in self.opened:
-            try:
-                self.opened[file] = safe_open(self.directory / file, "pt")
-            except (OSError, SafetensorError) as error:  # missing, or cut short
-                raise ValueError(f"--model: {self.directory / file} cannot be read: {error}") from error
-        return self.opened[file]
-
-    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        part = self.open(self.files[name]).get_slice(name)
-        return part[rows] if columns is None else part[rows, columns]
 
 
 class RandomSource:
@@ -197,7 +182,7 @@ def read_part(source: Source, arch: Architecture, name: str, hf_name: str, param
             return read_qkv(source, arch, hf_name, 0, arch.kv_heads).chunk(tp)[rank]
         groups = arch.kv_heads // tp
         return read_qkv(source, arch, hf_name, rank * groups, (rank + 1) * groups)
-    if name.endswith("linear_fc1.weight"):
+    if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
         rows = part_of(arch.ffn_size, tp, rank)
         return torch.cat([source.read(hf_name.replace("*", half), rows) for half in arch.mlp_inputs])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -284,12 +269,15 @@ LAYER_NAMES = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "pre_mlp_layernorm.bias": "post_attention_layernorm.bias",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "mlp.linear_fc1.layer_norm_bias": "post_attention_layernorm.bias",
     "mlp.linear_fc1.weight": "mlp.*_proj.weight",
+    "mlp.linear_fc1.bias": "mlp.*_proj.bias",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "mlp.linear_fc2.bias": "mlp.down_proj.bias",
 }
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -383,7 +371,7 @@ def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> It
         for x, tensor in zip("qkv", grouped.split(qkv_rows_per_group(arch), 1), strict=True):
             rows = tensor.flatten(0, 1)
             yield hf_name.replace("*", x), rows if x == "v" else reorder_heads(rows, back)
-    elif name.endswith("linear_fc1.weight"):
+    elif name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
         by_rank = [part.chunk(len(arch.mlp_inputs)) for part in parts]
         for half, tensors in zip(arch.mlp_inputs, zip(*by_rank, strict=True), strict=True):
             yield hf_name.replace("*", half), torch.cat(tensors)
@@ -463,6 +451,10 @@ def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
     config = json.loads((Path(start_from) / "config.json").read_text())
     precision = str(model.config.params_dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = precision
+    if config.get("tie_word_embeddings") and not model.arch.tied_embeddings:
+        config["tie_word_embeddings"] = (
+            False  # the file of the first model had an output embedding of its own
+        )
     if isinstance(model, Scorer):
         config |= {
             "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model.arch.family]],

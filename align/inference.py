@@ -49,9 +49,12 @@ class Layer:
     qkv_bias: Tensor | None
     qk_norm: Tensor | None  # [queries of a group + 1, d], the last row for the key
     out: Tensor
+    out_bias: Tensor | None
     mlp_norm: tuple[Tensor, ...]
     gate_up: Tensor  # without a gate: up
+    gate_up_bias: Tensor | None
     down: Tensor
+    down_bias: Tensor | None
 
 
 class InferenceModel:
@@ -66,7 +69,7 @@ class InferenceModel:
         self.arch, self.config, self.stages = arch, policy.config, Stages(groups)
         self.known_ids = policy.known_ids  # V of the logits
         self.tp: dist.ProcessGroup = groups.tp
-        self.frequencies = policy.frequencies
+        self.frequencies, self.rotary_scale = policy.frequencies, policy.rotary_scale
         self.dtype, self.device = policy.config.params_dtype, policy.frequencies.device
         self.window = arch.window
         self.graphed = takes_graphs(policy)
@@ -109,9 +112,12 @@ class InferenceModel:
             qkv_bias=weights.get(f"{attention}*_proj.bias"),
             qk_norm=qk_norm,
             out=pack(weights[f"{attention}o_proj.weight"]),
+            out_bias=weights.get(f"{attention}o_proj.bias"),
             mlp_norm=self.norm_weights(weights, f"{prefix}post_attention_layernorm"),
             gate_up=pack(weights[f"{mlp}*_proj.weight"]),
+            gate_up_bias=weights.get(f"{mlp}*_proj.bias"),
             down=pack(weights[f"{mlp}down_proj.weight"]),
+            down_bias=weights.get(f"{mlp}down_proj.bias"),
         )
 
     def norm_weights(self, weights: dict[str, nn.Parameter], name: str) -> tuple[Tensor, ...]:
@@ -234,20 +240,23 @@ class InferenceModel:
 
     def run_layers(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """[n, H] through this stage; x's memory may be used."""
-        cos, sin = (part[:, None] for part in rotation(positions, self.frequencies, self.dtype))
+        angles = rotation(positions, self.frequencies, self.dtype, self.rotary_scale)
+        cos, sin = (part[:, None] for part in angles)
         norm, eps = self.norm, self.arch.norm_eps
         for number, layer in enumerate(self.layers):
             qkv = self.own_heads(linear(norm(x, *layer.input_norm, eps), layer.qkv, layer.qkv_bias))
             qk, v = qkv[:, :, :-1], qkv[:, :, -1]
             if layer.qk_norm is not None:
                 qk = rms_norm(qk, layer.qk_norm, eps)
-            x = self.add_linear(x, attention(number, qk, v, cos, sin), layer.out)
-            inner = self.activation(linear(norm(x, *layer.mlp_norm, eps), layer.gate_up))
-            x = self.add_linear(x, inner, layer.down)
+            x = self.add_linear(x, attention(number, qk, v, cos, sin), layer.out, layer.out_bias)
+            inner = linear(norm(x, *layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
+            x = self.add_linear(x, self.activation(inner), layer.down, layer.down_bias)
         return x
 
-    def add_linear(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """x + y weight^T of a weight whose columns are split over the tensor parallel ranks."""
+    def add_linear(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x + y weight^T + bias, of a weight whose columns are split over the tensor parallel ranks."""
+        if bias is not None:
+            x = x + bias
         if x.is_cuda and self.tp.size() == 1:
             return x.addmm_(y, weight.t())  # one kernel, and one rounding
         return x + self.sum(linear(y, weight))

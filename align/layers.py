@@ -224,10 +224,21 @@ class SquaredReLUFunction(torch.autograd.Function):
 ACTIVATIONS = {"swiglu": SwiGLU, "relu2": SquaredReLU}  # by Architecture.activation
 
 
-def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles of some tokens, each [T, 1, d/2], for all heads and layers."""
+def rotation(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of some tokens, each [T, 1, d/2], for all heads and layers.
+
+    Args:
+        positions: [T].
+        frequencies: [d/2].
+        scale: [d/2], factor of cosines and sines (YaRN's attention factor); None: 1.
+    """
     angles = torch.outer(positions.float(), frequencies)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if scale is not None:
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -241,7 +252,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotateFunction(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back."""
+    """The gradient of a rotation is the rotation back; a factor in cos and sin stays the same."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):  # noqa: ANN001

@@ -77,9 +77,15 @@ def layer_matrices(arch: Architecture, tp: int) -> int:
 
 def layer_weights(arch: Architecture, tp: int) -> int:
     """The same with norms and biases."""
-    biases = (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp if arch.qkv_bias else 0
     norms = 2 * sum(norm_sizes(arch)) + (2 * arch.head_dim if arch.qk_norm else 0)
-    return layer_matrices(arch, tp) + biases + norms
+    return layer_matrices(arch, tp) + sum(layer_biases(arch, tp)) + norms
+
+
+def layer_biases(arch: Architecture, tp: int) -> list[int]:
+    """Numbers in each bias of a layer's matrices on one rank; biases of the output and of down are on all."""
+    sizes = [(arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp] if arch.qkv_bias else []
+    sizes += [arch.hidden_size] if arch.out_bias else []
+    return sizes + ([len(arch.mlp_inputs) * arch.ffn_size // tp, arch.hidden_size] if arch.mlp_bias else [])
 
 
 def norm_sizes(arch: Architecture) -> list[int]:
@@ -155,7 +161,7 @@ def pinned_weights(arch: Architecture, s: Setting) -> int:
         arch.ffn_size // s.tp * h,
         *(2 * norm_sizes(arch)),
     ]
-    layer += ([qkv] if arch.qkv_bias else []) + ([d, d] if arch.qk_norm else [])
+    layer += layer_biases(arch, s.tp) + ([d, d] if arch.qk_norm else [])
     ends = [matrix] if s.first else []
     if s.last:
         ends += norm_sizes(arch) + (

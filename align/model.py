@@ -94,6 +94,11 @@ def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> 
             f"--attention {config.attention} is Transformer Engine's here, which does not do sliding windows "
             "or --cp above 1 yet: give --attention torch"
         )
+    if uses_te(config) and (arch.out_bias or arch.mlp_bias):
+        raise ValueError(
+            f"--attention {config.attention} is Transformer Engine's here, which is not connected to "
+            "attention_bias and mlp_bias yet: give --attention torch"
+        )
     if config.fp8:
         check_fp8(arch, config, tp)
 
@@ -178,13 +183,17 @@ class Decoder(GPTModel):
         )
         self.arch, self.te = arch, te
         self.frequencies = rotary_frequencies(arch).to(device())
+        scale = rotary_scale(arch)
+        self.rotary_scale = None if scale is None else scale.to(device())
         mark_tensor_parallel(self)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **rest: None
     ) -> tuple:
         """Megatron's, and once for all layers the rotation of these tokens, which the attention applies."""
-        packed_seq_params.rotation = rotation(position_ids[0], self.frequencies, self.config.params_dtype)
+        packed_seq_params.rotation = rotation(
+            position_ids[0], self.frequencies, self.config.params_dtype, self.rotary_scale
+        )
         return super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
 
     def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
@@ -446,7 +455,7 @@ def torch_layer_spec(arch: Architecture) -> ModuleSpec:
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=TorchAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linear(RowParallelLinear, arch.out_bias),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -456,14 +465,26 @@ def torch_layer_spec(arch: Architecture) -> ModuleSpec:
             mlp=ModuleSpec(
                 MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    linear_fc2=RowParallelLinear,
+                    linear_fc1=linear(ColumnParallelLinear, arch.mlp_bias),
+                    linear_fc2=linear(RowParallelLinear, arch.mlp_bias),
                     activation_func=ACTIVATIONS[arch.activation],
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+class Biased:
+    """Mixin: a linear layer with a bias, where Megatron's config has one switch for all layers."""
+
+    def __init__(self, *sizes: int, bias: bool, **rest: object):
+        super().__init__(*sizes, bias=True, **rest)
+
+
+def linear(kind: type, bias: bool) -> type:
+    """The class of a linear layer, with a bias or without."""
+    return type(f"Biased{kind.__name__}", (Biased, kind), {}) if bias else kind
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -479,9 +500,11 @@ def mark_tensor_parallel(model: Decoder) -> None:
     without an error. Transformer Engine marks its layers itself.
     """
     for name, module in model.named_modules():
-        dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}.get(type(module))
+        if not isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
+            continue
         weight = getattr(module, "weight", None)
-        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
             # gate and up are two matrices on each rank
             stride = len(model.arch.mlp_inputs) if name.endswith("linear_fc1") else 1
             set_tensor_model_parallel_attributes(weight, True, dim, stride)
@@ -496,8 +519,9 @@ def rotary_frequencies(arch: Architecture) -> Tensor:
 def scaled_frequencies(rope: dict[str, float | str], dims: int) -> Tensor:
     """Angular frequencies of `dims` / 2 pairs: theta^(-2i/dims), scaled as the model asks.
 
-    llama3 scaling (Llama 3.1) divides frequencies whose wavelength is beyond the original context by
-    `factor`, keeps those well inside it, and interpolates between; linear scaling divides all by `factor`.
+    Linear scaling divides all by `factor`. llama3 (Llama 3.1) and yarn (https://arxiv.org/abs/2309.00071)
+    divide frequencies whose wavelength is beyond the original context, keep those well inside it, and
+    interpolate between: llama3 by the number of turns within this context, yarn by the index of the pair.
     """
     exponents = torch.arange(0, dims, 2, dtype=torch.int64).float() / dims
     frequencies = 1.0 / (rope["rope_theta"] ** exponents)
@@ -506,12 +530,44 @@ def scaled_frequencies(rope: dict[str, float | str], dims: int) -> Tensor:
         return frequencies
     if kind == "linear":
         return frequencies / rope["factor"]
-    assert kind == "llama3", kind
-    context, low, high = (
-        rope["original_max_position_embeddings"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-    )
-    turns = context * frequencies / (2 * math.pi)  # full turns within the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: as it was
+    context = rope["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = context * frequencies / (2 * math.pi)  # full turns within the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: as it was
+    else:
+        assert kind == "yarn", kind
+        first, last = yarn_range(rope, dims)
+        keep = 1 - ((torch.arange(dims // 2) - first) / (last - first)).clamp(0, 1)
     return (1 - keep) * frequencies / rope["factor"] + keep * frequencies
+
+
+def yarn_range(rope: dict[str, float | str], dims: int) -> tuple[float, float]:
+    """Indices of the pairs between which yarn interpolates: beta_fast and beta_slow turns in the context."""
+    context, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
+    first, last = (
+        dims * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    )
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    return first, last + 0.001 if first == last else last
+
+
+def rotary_scale(arch: Architecture) -> Tensor | None:
+    """YaRN's attention factor of each pair of a head's dimensions, [d/2]; None without YaRN.
+
+    `attention_factor` if given, else m(mscale) / m(mscale_all_dim) with m(a) = 0.1 a ln(factor) + 1 if both
+    are given, else m(1).
+    """
+    rope = dict(arch.rope)
+    if rope.get("rope_type") != "yarn":
+        return None
+    factor = rope.get("attention_factor")
+    if factor is None:
+        growth = 0.1 * math.log(max(rope["factor"], 1))
+        above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+        factor = (growth * above + 1) / (growth * below + 1) if above and below else growth + 1
+    rotated, rest = arch.rotary_dims // 2, (arch.head_dim - arch.rotary_dims) // 2
+    return torch.tensor([factor] * rotated + [1.0] * rest)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 
 from align import huggingface
+from align.architecture import read_config
 from align.model import ModelConfig
 from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
@@ -69,6 +70,11 @@ def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: 
             f"{flag} reads --model {model_config.model} with transformers 4, which would overlook the "
             f"rope_parameters of its config.json: give it {', '.join(sorted(overlooked))} and rope_scaling "
             "beside them"
+        )
+    if config.get("tie_word_embeddings") and not read_config(model_config.path).tied_embeddings:
+        raise ValueError(
+            f"{flag} believes the tie_word_embeddings of --model {model_config.model}, whose weights have an "
+            "lm_head of their own: set it to false in config.json"
         )
     for name in ("min_p", "repetition_penalty"):
         if getattr(sampling, name) != getattr(SamplingConfig, name):

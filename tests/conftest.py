@@ -40,6 +40,13 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=8.0,  # so that there are pairs of all three kinds in a small head
+)
 FAMILIES = {
     "llama": transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama_tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -49,6 +56,12 @@ FAMILIES = {
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=24, tie_word_embeddings=False),
     "stablelm": transformers.StableLmConfig(**SIZES, use_qkv_bias=True, tie_word_embeddings=False),
     "nemotron": transformers.NemotronConfig(**SIZES, head_dim=24, tie_word_embeddings=False),
+    "llama_bias": transformers.LlamaConfig(
+        **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    ),
+    "qwen3_yarn": transformers.Qwen3Config(
+        **SIZES, head_dim=24, attention_bias=True, tie_word_embeddings=False, rope_parameters=YARN_ROPE
+    ),
 }
 
 

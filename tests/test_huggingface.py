@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from align import architecture, engine, huggingface, model, packing, parallel
 from align.inference import InferenceModel
-from tests.conftest import FAMILIES, LLAMA3_ROPE, ROOT, SIZES, torchrun
+from tests.conftest import FAMILIES, LLAMA3_ROPE, ROOT, SIZES, YARN_ROPE, torchrun
 
 TINY = ROOT / "assets" / "tiny"
 THETA = {"rope_theta": 1e4, "rope_type": "default"}
@@ -69,6 +69,8 @@ def test_the_tiny_model():
         ("qwen3", (False, False, True, None, 24)),
         ("stablelm", (False, True, False, None, 16)),
         ("nemotron", (False, False, False, None, 24)),
+        ("llama_bias", (False, True, False, None, 16)),
+        ("qwen3_yarn", (False, True, True, None, 24)),
     ],
 )
 def test_switches_of_the_families(models, family, switches):
@@ -107,8 +109,9 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
             {"model_type": "gpt2"},
             r"model_type 'gpt2' is not implemented; known: llama, mistral, qwen2, qwen3, stablelm, nemotron",
         ),
-        ({"attention_bias": True}, r"attention_bias = True is not implemented, only False"),
-        ({"mlp_bias": True}, r"mlp_bias = True is not implemented"),
+        ({"model_type": "qwen2", "attention_bias": True}, r"attention_bias = True is not implemented, only"),
+        ({"model_type": "qwen3", "mlp_bias": True}, r"mlp_bias = True is not implemented"),
+        ({"use_mrope": True}, r"use_mrope = True is not implemented, only False"),
         ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' is not implemented, only 'silu'"),
         ({"attention_dropout": 0.1}, r"attention_dropout = 0.1 is not implemented"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0.5 is not implemented"),
@@ -116,12 +119,8 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
         ({"quantization_config": {"bits": 4}}, r"the field 'quantization_config' is not implemented"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, r"the field 'auto_map' is not implemented"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            r"rope_type 'yarn' is not implemented; known: default",
-        ),
-        (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            r"rope_type 'dynamic' is not implemented",
+            r"rope_type 'dynamic' is not implemented; known: default, linear, llama3, yarn",
         ),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}},
@@ -135,7 +134,7 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
         ({"use_qkv_bias": True}, r"the field 'use_qkv_bias' is not implemented"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
-            r"use_sliding_window = true is not implemented",
+            r"use_sliding_window = True is not implemented",
         ),
         (
             {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"] * 2},
@@ -165,8 +164,6 @@ def test_fields_that_are_refused_by_name(tmp_path, changes, message):
             r"0.04 rotates 0 of .* 24",
         ),
         ("nemotron", {"hidden_act": "silu"}, r"hidden_act = 'silu' is not implemented, only 'relu2'"),
-        ("nemotron", {"attention_bias": True}, r"attention_bias = True is not implemented"),
-        ("nemotron", {"mlp_bias": True}, r"mlp_bias = True is not implemented"),
         ("nemotron", {"use_qkv_bias": True}, r"the field 'use_qkv_bias' is not implemented"),
         ("nemotron", {"num_key_value_heads": None}, r"num_key_value_heads is missing"),
     ],
@@ -190,6 +187,29 @@ def test_harmless_values_of_the_same_fields_are_read(tmp_path):
         torch_dtype="bfloat16",
     )
     assert architecture.read_config(tmp_path).window is None
+
+
+def test_bookkeeping_of_published_files_is_read(tmp_path):
+    """Of Qwen2.5 (use_mrope), Unsloth, TRL, Vicuna, transformers 4. Null in any field sets nothing."""
+    directory_with(
+        tmp_path,
+        use_mrope=False,
+        _attn_implementation_autoset=True,
+        attn_implementation="flash_attention_2",
+        gradient_checkpointing=True,
+        unsloth_fixed=True,
+        unsloth_version="2026.1.1",
+        tokenizer_class="LlamaTokenizer",
+        max_sequence_length=2048,
+        keys_to_ignore_at_inference=["past_key_values"],
+        temperature=0.6,
+        do_sample=True,
+        quantization_config=None,
+        attn_logit_softcapping=None,
+        add_cross_attention=False,
+        pruned_heads={},
+    )
+    assert architecture.read_config(tmp_path) == architecture.read_config(TINY)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
@@ -256,14 +276,40 @@ def test_share_of_a_head_that_is_rotated(models, tmp_path, family, default, give
     assert architecture.rope_fields(hf) == {"rope_theta": 1e4, "partial_rotary_factor": share}
 
 
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA3], ids=str)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 2.5},
+        LLAMA3,
+        YARN,
+        {"type": "yarn", "factor": 4.0},  # of max_position_embeddings
+        YARN | {"attention_factor": 0.75, "mscale": 2.0, "mscale_all_dim": 0.5},
+        YARN | {"mscale": 1.5, "mscale_all_dim": 0.8},
+        YARN | {"mscale": 1.5},
+        YARN | {"mscale": 1.0, "mscale_all_dim": 0.0},
+        YARN | {"factor": 0.5},
+        YARN | {"beta_fast": 24, "beta_slow": 2.5},
+        YARN | {"truncate": False},
+        YARN | {"truncate": True, "beta_fast": None},
+        YARN | {"original_max_position_embeddings": 5},  # fewer positions than one turn
+        YARN | {"beta_fast": 1.0, "truncate": False},  # first and last pair are the same
+    ],
+    ids=str,
+)
 def test_frequencies_are_those_of_transformers(tmp_path, scaling):
+    """And the factor of cosines and sines."""
     directory_with(tmp_path, rope_theta=500000.0, rope_scaling=scaling, head_dim=128)
-    found = model.rotary_frequencies(architecture.read_config(tmp_path))
+    arch = architecture.read_config(tmp_path)
+    found, scale = model.rotary_frequencies(arch), model.rotary_scale(arch)
     theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
-    assert theirs.attention_scaling == 1.0
     assert found.shape == (64,)
     torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    expected = torch.full((64,), theirs.attention_scaling)
+    torch.testing.assert_close(torch.ones(64) if scale is None else scale, expected, rtol=1e-6, atol=0)
 
 
 # ---- tensor files --------------------------------------------------------------------------------
@@ -310,8 +356,32 @@ def test_tensors_that_say_nothing_new_are_no_error(models, tmp_path):
     """Old files hold the rotary frequencies, and tied ones may spell the output embedding out."""
     tied = shutil.copytree(models / "llama_tied", tmp_path / "tied")
     frequencies = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(8)}
-    rewrite(tied, lm_head__weight=torch.zeros(131, 64), **frequencies)
+    head = load_file(tied / "model.safetensors")["model.embed_tokens.weight"].clone()
+    rewrite(tied, lm_head__weight=head, **frequencies)
+    assert architecture.read_config(tied).tied_embeddings
     opened(tied)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@torch.no_grad()
+def test_tied_in_config_json_but_with_an_output_embedding_of_its_own(world, models, tmp_path, sharded):
+    """transformers uses the file's, so the model is untied; the export says so."""
+    source = shutil.copytree(models / "llama_tied", tmp_path / "source")
+    head = load_file(source / "model.safetensors")["model.embed_tokens.weight"].clone()
+    head[130, 63] += 1  # the last number of all
+    rewrite(source, lm_head__weight=head)
+    ids = torch.randint(0, 131, (1, 20), generator=torch.Generator().manual_seed(0))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(source)(ids).logits[0]
+    if sharded:
+        split_in_two(source)
+    policy = loaded(source)
+    found = InferenceModel(policy, 1).prefill([ids[0]])[0].logits
+    torch.testing.assert_close(found, expected[-1], rtol=0, atol=1e-5)
+    huggingface.save(policy, source, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"], head)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits[0]
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-6)
 
 
 def split_in_two(directory: Path) -> dict[str, Tensor]:
@@ -334,6 +404,19 @@ def test_several_files_behind_an_index(llama):
     name = "model.layers.2.self_attn.o_proj.weight"
     assert torch.equal(source.read(name, slice(3, 7), slice(10, 20)), tensors[name][3:7, 10:20])
     assert torch.equal(source.read(name, columns=slice(10, 20)), tensors[name][:, 10:20])
+
+
+def test_two_sets_of_weights_are_refused(llama):
+    """An index of other files beside model.safetensors; an index of that very file is no second set."""
+    shutil.copy(llama / "model.safetensors", llama.parent)
+    tensors = split_in_two(llama)
+    shutil.copy(llama.parent / "model.safetensors", llama)
+    with pytest.raises(ValueError, match=r"two sets of weights, model.safetensors and .*index.json") as error:
+        opened(llama)
+    assert "part0.safetensors" in str(error.value)
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    opened(llama)
 
 
 def test_files_that_are_cut_short_or_missing_are_named(llama):
@@ -455,6 +538,31 @@ def test_logits_of_a_model_of_the_shape_of_gpt_2b(world, tmp_path):
     batch = packing.collate([[packing.Example(ids.numpy().astype(np.int32), np.arange(40) > 0)]])
     logprobs = expected.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
     torch.testing.assert_close(engine.forward(policy, batch)[:39], logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("StableLm", {"rope_parameters": {**YARN_ROPE, "partial_rotary_factor": 0.5}, "use_qkv_bias": True}),
+        ("Nemotron", {"attention_bias": True}),
+        ("Nemotron", {"mlp_bias": True}),
+        ("Llama", {"mlp_bias": True}),
+    ],
+)
+@torch.no_grad()
+def test_logits_with_yarn_and_biases(world, tmp_path, kind, changes):
+    """Of what decodes: a part of each head with YaRN's factor; biases of attention or MLP alone."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **changes)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for parameter in theirs.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, SIZES["vocab_size"], (40,))
+    prefixes = InferenceModel(loaded(tmp_path), 1).prefill([ids[: n + 1] for n in range(40)])
+    found = torch.stack([prefix.logits for prefix in prefixes])
+    torch.testing.assert_close(found, theirs(ids[None]).logits[0], rtol=0, atol=1e-4)
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "data",
         "download",
         "architecture",
+        "config_fields",
+        "weights",
         "tokenizer",
         "gsm8k",
         "cpu",

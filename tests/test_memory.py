@@ -54,6 +54,8 @@ def world():
         (dict(labels=3), FP32, 2 * 784 + 1024 + 8 + 3 * 8),
         (dict(labels=3, tied_embeddings=True), FP32, 2 * 784 + 1024 + 8 + 3 * 8),
         (dict(qkv_bias=True), FP32, 2 * (784 + 32) + 2 * 1024 + 8),
+        (dict(out_bias=True, mlp_bias=True), FP32, 2 * (784 + 8 + 32 + 8) + 2 * 1024 + 8),
+        (dict(out_bias=True, mlp_bias=True), replace(FP32, tp=2), 2 * (384 + 16 + 8 + 16 + 8) + 2 * 512 + 8),
         (dict(qk_norm=True), FP32, 2 * (784 + 8) + 2 * 1024 + 8),
         (dict(norm="layer"), FP32, 2 * (784 + 16) + 2 * 1024 + 16),
         (dict(activation="relu2"), FP32, 2 * (784 - 128) + 2 * 1024 + 8),
@@ -72,7 +74,14 @@ def test_weights_of_a_rank(changes, setting, count):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "changes", [{}, dict(tied_embeddings=True), dict(qk_norm=True, qkv_bias=True), NEMOTRON]
+    "changes",
+    [
+        {},
+        dict(tied_embeddings=True),
+        dict(qk_norm=True, qkv_bias=True),
+        NEMOTRON,
+        dict(qkv_bias=True, out_bias=True, mlp_bias=True),
+    ],
 )
 def test_what_training_holds(changes, precision):
     """Weights, gradients and the optimizer's tensors of a model that is really built."""
@@ -225,6 +234,7 @@ def kept(arch: Architecture, config: model.ModelConfig, shared: int) -> tuple[in
         ("none", dict(kv_heads=4), 0),
         ("none", dict(kv_heads=1), 0),
         ("none", dict(qkv_bias=True), 0),
+        ("none", dict(qkv_bias=True, out_bias=True, mlp_bias=True), 0),
         ("none", dict(qk_norm=True), 0),
         ("none", dict(qk_norm=True, kv_heads=4), 0),
         ("none", NEMOTRON, 0),

@@ -6,13 +6,16 @@ they belong. And pad may be the same id as end of text (GPT-2B, SmolLM2): no cal
 """
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
 import sentencepiece
 import tokenizers
+import transformers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
@@ -32,21 +35,32 @@ HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokeniz
     "chat_template.jinja",
     "chat_template.json",
 )
+JSON_FILES = (  # which transformers reads, and refuses with errors of its own
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+)
+CHECKED_TEXTS = 200  # of a run's first ones
 SPACE = "▁"  # how SentencePiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of SentencePiece pieces
 BPE = 2  # a SentencePiece model type; the other that is in use is 1, unigram
 
 
-def load(path: Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
+def load(
+    path: Path, say: Callable[[str], None] | None = None
+) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
     """The tokenizer of a model directory or of a SentencePiece `.model` file; nothing is downloaded or run.
 
-    It follows the marker chat that the directory's prompt_format.json names. Raises ValueError if there is no
-    tokenizer at `path`.
+    It follows the marker chat that the directory's prompt_format.json names. `say` is told if transformers
+    would give other ids, and if one of the first CHECKED_TEXTS texts does not come back from its ids. Raises
+    ValueError if there is no tokenizer at `path`.
     """
     path = Path(path)
     if path.suffix == ".model" and path.is_file():
-        return SentencePieceTokenizer(path)
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = SentencePieceTokenizer(path)
+    elif any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = HuggingFaceTokenizer(path)
     elif (path / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
@@ -55,17 +69,36 @@ def load(path: Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
             f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model "
             "file"
         )
-    if chat := marker_chat.read(path):
+    if chat := path.is_dir() and marker_chat.read(path):
         tokenizer.follow(chat)
+    if say:
+        if warning := tokenizer.differs_from_class():
+            say(warning)
+        tokenizer.say, tokenizer.unchecked = say, CHECKED_TEXTS
     return tokenizer
 
 
-class FollowsMarkerChat:
-    """Rendering and ends of a marker chat, for both tokenizers."""
+class Base:
+    """The part that both tokenizers share: the check that ids decode to their text, and marker chats."""
 
+    say: Callable[[str], None] = print
+    unchecked = 0  # texts that are still to be checked
     chat: MarkerChat | None = None
     chat_template: str | None = None
     stop_strings: tuple[str, ...] = ()
+
+    def differs_from_class(self) -> str:
+        """A warning if transformers would give other ids, else ""."""
+        return ""
+
+    def check_round_trip(self, text: str, ids: list[int]) -> None:
+        """Say once if `ids`, those of `text`, decode to another text."""
+        self.unchecked -= 1
+        if (decoded := self.decode(ids)) != text:
+            same = len(os.path.commonprefix([decoded, text]))
+            part = slice(max(0, same - 20), same + 40)
+            self.unchecked = 0
+            self.say(f"decoding does not give the text back: {text[part]!r} becomes {decoded[part]!r}")
 
     def follow(self, chat: MarkerChat) -> None:
         """Render chats by the template of `chat`, and end answers at its turn marker.
@@ -99,8 +132,11 @@ class FollowsMarkerChat:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-class HuggingFaceTokenizer(FollowsMarkerChat):
+class HuggingFaceTokenizer(Base):
     """The tokenizer of a Hugging Face directory.
+
+    Ids are those of its tokenizer.json, whatever the class that the config names would make of that file;
+    transformers gives the names of special tokens and renders the chat template.
 
     Attributes: `eos_id`, `bos_id` (may be None), `pad_id`, `adds_bos` (the tokenizer by itself puts BOS in
     front), `vocab_size` (largest id + 1), `stop_ids` and `stop_strings` (what ends an answer), `chat`.
@@ -108,6 +144,9 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
 
     def __init__(self, directory: Path):
         self.directory = directory
+        path = directory / "tokenizer.json"
+        backend = read_backend(path) if path.is_file() else None
+        config, *_ = [read_object(directory / name) for name in JSON_FILES]
         self.hf = AutoTokenizer.from_pretrained(
             directory, use_fast=True, local_files_only=True, trust_remote_code=False
         )
@@ -115,25 +154,44 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
             raise ValueError(
                 f"{directory}: {type(self.hf).__name__} has no fast version: add a tokenizer.json"
             )
-        if self.hf.eos_token_id is None:
+        self.backend = backend or self.hf.backend_tokenizer
+        add_configured_tokens(self.backend, directory)
+        eos_id = self.hf.eos_token and self.backend.token_to_id(self.hf.eos_token)
+        if eos_id is None:
             raise ValueError(
-                f"{directory} names no end-of-text token: set eos_token in tokenizer_config.json"
+                f"{directory} names no end-of-text token: set eos_token in tokenizer_config.json, to a "
+                "token of the vocabulary"
             )
-        self.eos_id: int = self.hf.eos_token_id
-        self.bos_id: int | None = self.hf.bos_token_id
-        self.pad_id: int = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
-        self.adds_bos: bool = self.bos_id is not None and self.hf("x").input_ids[0] == self.bos_id
-        self.vocab_size: int = max(self.hf.get_vocab().values()) + 1
+        self.eos_id: int = eos_id
+        self.bos_id: int | None = self.hf.bos_token and self.backend.token_to_id(self.hf.bos_token)
+        pad_id = self.hf.pad_token and self.backend.token_to_id(self.hf.pad_token)
+        self.pad_id: int = self.eos_id if pad_id is None else pad_id
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = self.backend.encode("x").ids[0] == self.bos_id
+        self.adds_bos: bool = self.bos_id is not None and bool(adds_bos)
+        self.vocab_size: int = max(self.ids_by_token.values()) + 1
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
         self.chat_template = self.hf.chat_template
-        adds_space = self.hf.convert_ids_to_tokens(self.encode("a"))[0].startswith(SPACE)
+        adds_space = (self.backend.id_to_token(self.encode("a")[0]) or "").startswith(SPACE)
         drops_space = self.encode(" a") == self.encode("a")
-        self.inner = without_dummy_prefix(self.hf.backend_tokenizer) if adds_space or drops_space else None
+        self.inner = without_dummy_prefix(self.backend) if adds_space or drops_space else None
 
     @property
     def ids_by_token(self) -> dict[str, int]:
         """The vocabulary: two tokenizers with the same one give the same ids to the same tokens."""
-        return self.hf.get_vocab()
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    def differs_from_class(self) -> str:
+        """A warning if the class that transformers takes changes what tokenizer.json says, else ""."""
+        own, theirs = (json.loads(t.to_str()) for t in (self.backend, self.hf.backend_tokenizer))
+        changed = [part for part in ("normalizer", "pre_tokenizer", "decoder") if own[part] != theirs[part]]
+        if not changed:
+            return ""
+        return (
+            f"tokenizer.json of {self.directory} is used as it stands: {type(self.hf).__name__} of "
+            f"transformers {transformers.__version__} changes its {', '.join(changed)}"
+        )
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Token ids of `text`; a special token spelled out in it becomes that token, as chat templates need.
@@ -143,15 +201,16 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
         """
         if continued and self.inner:
             return self.inner.encode(text, add_special_tokens=False).ids
-        return self.hf.encode(text, add_special_tokens=False, verbose=False)
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if self.unchecked:
+            self.check_round_trip(text, ids)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens spelled out; an id beyond the vocabulary as <id 32000>."""
         text, start = "", 0
         for end in [*(i for i, number in enumerate(ids) if number >= self.vocab_size), len(ids)]:
-            text += self.hf.decode(
-                ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
+            text += self.backend.decode(ids[start:end], skip_special_tokens=False)
             text += f"<id {ids[end]}>" if end < len(ids) else ""
             start = end + 1
         return text
@@ -189,7 +248,7 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
         self.save_chat(Path(directory))
 
 
-class SentencePieceTokenizer(FollowsMarkerChat):
+class SentencePieceTokenizer(Base):
     """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
 
     adds_bos = False
@@ -219,7 +278,10 @@ class SentencePieceTokenizer(FollowsMarkerChat):
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Token ids of `text`; control pieces spelled out in it stay text. `continued`: as above."""
         if not continued:
-            return self.sp.encode(text)
+            ids = self.sp.encode(text)
+            if self.unchecked:
+                self.check_round_trip(text, ids)
+            return ids
         # the model's own rules for spaces, as they act after a letter
         normalized = self.sp.normalize("x" + text)
         return self.inner.encode(normalized[normalized.index("x") + 1 :])
@@ -276,10 +338,58 @@ class SentencePieceTokenizer(FollowsMarkerChat):
 
 
 def generation_stop_ids(directory: Path) -> set[int]:
-    """The `eos_token_id` (one or several) of a generation_config.json in `directory`; empty without one."""
-    path = directory / "generation_config.json"
-    stop = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
+    """What transformers stops at: `eos_token_id`, one or several, of generation_config.json or config.json.
+
+    The second is read where the first is missing or names none; empty if both name none.
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        stop = read_object(path).get("eos_token_id")
+        if stop is not None:
+            return set(stop) if isinstance(stop, list) else {stop}
+    return set()
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer that a tokenizer.json describes, without its limit of length and its padding."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the class of all errors of tokenizers
+        raise ValueError(f"{path}: no tokenizer can be made of it: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
+    """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
+
+    Raises ValueError for one that would get another id than the one it is given there.
+    """
+    config, added = (read_object(directory / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    for i, token in sorted(listed.items()):
+        if vocabulary.get(token["content"]) == i:
+            continue
+        fields = {name: value for name, value in token.items() if name not in ("content", "__type")}
+        backend.add_tokens([AddedToken(token["content"], **fields)])
+        if backend.token_to_id(token["content"]) != i:
+            raise ValueError(
+                f"{directory}: token {token['content']!r} has the id {i} in tokenizer_config.json, and "
+                f"{backend.token_to_id(token['content'])} in tokenizer.json"
+            )
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file, {} if there is no file. Raises ValueError for anything else."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(found).__name__}")
+    return found
 
 
 def save_pad_token(directory: Path) -> None:

@@ -1,8 +1,8 @@
 """Data: jsonl rows to token ids that know which of them are trained.
 
-A row becomes an `Example` by the format that its fields say: `messages` (the model's chat template),
-`conversations` (turns with the markers of --chat-tokens) or the fields of --prompt-template. Batches of them
-are align/packing.py's job.
+A row becomes an `Example` by the format that its fields say (align/rows.py): `messages` (the model's chat
+template), `conversations` (turns with the markers of --chat-tokens), `prompt` and `completion`, or the fields
+of --prompt-template. Batches of them are align/packing.py's job.
 """
 
 import json
@@ -14,11 +14,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from align.jsonl import at, read_jsonl, text_field, turns_field
+from align import rows
+from align.jsonl import at, read_jsonl, text_field
 from align.marker_chat import MarkerChat, RowFormats, conversation_text
 from align.packing import Example, num_trained
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class Tokenizer(Protocol):
@@ -34,7 +33,9 @@ class Tokenizer(Protocol):
     def follow(self, chat: MarkerChat) -> None: ...
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str: ...
+    def render(
+        self, messages: list[dict], add_generation_prompt: bool = False, **variables: object
+    ) -> str: ...
 
 
 class BosChoice(Protocol):
@@ -66,9 +67,8 @@ class FormatConfig:
     def __post_init__(self):
         if self.max_seq_len < 2:
             raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
-        fields = [field for _, field in template_pieces(self.prompt_template)]
         for field in self.truncation_fields():
-            if field not in fields:
+            if field not in self.template_fields():
                 raise ValueError(
                     f"--truncation-field {field!r} is not in --prompt-template {self.prompt_template!r}"
                 )
@@ -76,6 +76,10 @@ class FormatConfig:
             raise ValueError(
                 "--chat-tokens: the second, which starts a turn and ends an answer, must not be empty"
             )
+
+    def template_fields(self) -> list[str]:
+        """The fields of `prompt_template`, the answer last."""
+        return [field for _, field in template_pieces(self.prompt_template)]
 
     def truncation_fields(self) -> list[str]:
         """The names in `truncation_field`."""
@@ -153,19 +157,27 @@ def read_sft(
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
         whole, cut_prompt = at(where, format_sft, row, tokenizer, fmt)
         counts["rows"] += 1
+        count_unused(row, rows.sft_row(row, fmt.template_fields())[1], counts)
         counts["cut_prompts"] += cut_prompt
         if not cut_end(whole, fmt).trained.any():
             counts["dropped"] += 1
             continue
         counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
         if formats:
-            formats.add(row)
+            formats.add(rows.sft_row(row, fmt.template_fields())[0])
         yield where, row, whole
     if counts["rows"] == counts["dropped"]:
         raise ValueError(
             f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "
             f"--max-seq-len {fmt.max_seq_len}: raise it"
         )
+
+
+def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "not used") -> None:
+    """Count the fields of a row that no token comes from, by name and what is done with them."""
+    for name in sorted(row.keys() - used):
+        what = f"rows with {name!r} ({use})"
+        counts[what] = counts.get(what, 0) + 1
 
 
 def cut_end(example: Example, fmt: FormatConfig) -> Example:
@@ -180,7 +192,8 @@ def count_tokens(examples: list[Example]) -> dict[str, int]:
 
 def describe(counts: dict[str, int]) -> str:
     """The counts of `load_sft` as words for the log; what did not happen is left out."""
-    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+    words = {name: name if "'" in name else name.replace("_", " ") for name in counts}  # no field's own name
+    return ", ".join(f"{value:,} {words[name]}" for name, value in counts.items() if value)
 
 
 def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
@@ -198,10 +211,13 @@ def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Exam
 
 def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:
     """Ids, where its answers are (with loss_on "answer"), and whether truncation fields were cut."""
+    row, _ = rows.sft_row(row, fmt.template_fields())
     if "messages" in row:
         return *format_messages(row, tokenizer, fmt), False
     if "conversations" in row:
         return *format_conversations(row, tokenizer, fmt), False
+    if "completion" in row:
+        return *format_completion(row, tokenizer, fmt), False
     return format_template(row, tokenizer, fmt)
 
 
@@ -256,22 +272,27 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
 
     Trained is each assistant turn, from what follows the template's generation prompt to the last stop token.
     """
-    messages = turns_field(row, "messages")
+    messages, variables = row["messages"], template_variables(row)
     check_messages(messages)
-    text = tokenizer.render(messages)
+    text = tokenizer.render(messages, **variables)
     ids = tokenizer.encode(text)
     trained = [False] * len(ids)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or fmt.loss_on == "all":
+        if not rows.is_trained(message) or fmt.loss_on == "all":
             continue
-        start, end = answer_span(messages, i, text, ids, tokenizer)
+        start, end = answer_span(messages, i, text, ids, tokenizer, variables)
         trained[start:end] = [True] * (end - start)
     bos = bos_before_chat(tokenizer, fmt)
     return bos + ids, [False] * len(bos) + trained
 
 
+def template_variables(row: dict) -> dict:
+    """What the chat template reads beside the messages of a row."""
+    return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+
+
 def answer_span(
-    messages: list[dict], i: int, text: str, ids: list[int], tokenizer: Tokenizer
+    messages: list[dict], i: int, text: str, ids: list[int], tokenizer: Tokenizer, variables: dict
 ) -> tuple[int, int]:
     """Where message `i`, an answer, lies in `ids`, the tokens of the rendered chat `text`: [start, end).
 
@@ -279,8 +300,8 @@ def answer_span(
     ValueError if there is none, and for a template that `count_prefix_tokens` refuses.
     """
     prompt, answered = (
-        tokenizer.render(messages[:i], add_generation_prompt=True),
-        tokenizer.render(messages[: i + 1]),
+        tokenizer.render(messages[:i], add_generation_prompt=True, **variables),
+        tokenizer.render(messages[: i + 1], **variables),
     )
     start = count_prefix_tokens(prompt, text, ids, tokenizer)
     end = count_prefix_tokens(answered, text, ids, tokenizer)
@@ -296,17 +317,16 @@ def answer_span(
 
 
 def check_messages(messages: list[dict]) -> None:
-    """Raises ValueError for an unknown role, content that is not text, or nothing before the first answer."""
-    for i, message in enumerate(messages):
-        try:
-            role = text_field(message, "role")
-            text_field(message, "content")
-        except ValueError as error:
-            raise ValueError(f"message {i}: {error}") from error
-        if role not in ROLES:
-            raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(ROLES)}")
+    """Raises ValueError if nothing comes before the first answer."""
     if messages[0]["role"] == "assistant":
         raise ValueError("message 0: the first message must not be the assistant's, it would answer nothing")
+
+
+def format_completion(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
+    """A {"prompt", "completion"} row of strings, as they stand: ids and trained, the completion with EOS."""
+    context = bos_prefix(tokenizer, add_bos(tokenizer, fmt)) + tokenizer.encode(text_field(row, "prompt"))
+    response = tokenizer.encode(text_field(row, "completion"), continued=bool(context)) + [tokenizer.eos_id]
+    return context + response, [False] * len(context) + [True] * len(response)
 
 
 def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:

@@ -100,6 +100,13 @@ class Base:
             self.unchecked = 0
             self.say(f"decoding does not give the text back: {text[part]!r} becomes {decoded[part]!r}")
 
+    def check_template_reads(self, messages: list[dict], variables: dict) -> None:
+        """Raises ValueError for a variable, or for tool calls, that the chat template does not mention."""
+        names = [name for name, value in variables.items() if value is not None]
+        names += ["tool_calls"] * any(message.get("tool_calls") for message in messages)
+        if unread := [name for name in names if not re.search(rf"\b{re.escape(name)}\b", self.chat_template)]:
+            raise ValueError(f"the chat template does not read {unread[0]!r}: leave it out of the row")
+
     def follow(self, chat: MarkerChat) -> None:
         """Render chats by the template of `chat`, and end answers at its turn marker.
 
@@ -222,8 +229,8 @@ class HuggingFaceTokenizer(Base):
             self.chat_template = self.hf.chat_template
         self.hf.chat_template = self.chat_template
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """A chat as text, through the chat template.
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
+        """A chat as text, through the chat template, which `variables` are passed to ("tools", others).
 
         Raises ValueError if the model has no template, and if the template refuses the messages.
         """
@@ -232,9 +239,10 @@ class HuggingFaceTokenizer(Base):
                 f"{self.directory} has no chat template: put a chat_template.jinja there, or use rows with "
                 "'conversations' or with the fields of --prompt-template instead of 'messages'"
             )
+        self.check_template_reads(messages, variables)
         try:
             return self.hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
@@ -299,13 +307,14 @@ class SentencePieceTokenizer(Base):
                 start = end + 1
         return text
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
         """A chat as text in the marker format. Raises ValueError without one: the model has no template."""
         if not self.chat_template:
             raise ValueError(
                 f"{self.path} has no chat template: instead of 'messages' use 'conversations' rows or rows "
                 "with the fields of --prompt-template"
             )
+        self.check_template_reads(messages, variables)
         bos = self.sp.id_to_piece(self.bos_id) if self.bos_id is not None else ""
         try:
             [text], _ = render_jinja_template(
@@ -313,6 +322,7 @@ class SentencePieceTokenizer(Base):
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=bos,
+                **variables,
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error

@@ -343,8 +343,8 @@ BROKEN = {  # a bad third line of a file, and what the message must say
     "unknown role": ({"messages": [USER, ANSWER | {"role": "gpt"}]}, "message 1: role 'gpt' is not one of"),
     "no content": ({"messages": [USER, {"role": "assistant"}]}, "message 1: no field 'content'"),
     "content in parts": (
-        {"messages": [USER | {"content": []}, ANSWER]},
-        "message 0: field 'content' must be a",
+        {"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]},
+        "message 0: field 'content' has a part that is not text",
     ),
     "no answer": ({"messages": [USER, USER]}, "no trained token: the row has no answer"),
     "answer first": (

@@ -11,6 +11,7 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "losses",
         "losses_rl",
         "jsonl",
+        "rows",
         "marker_chat",
         "packing",
         "data",

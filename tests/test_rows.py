@@ -1,0 +1,273 @@
+"""Files as people have them: each field that means something reaches the tokens, or is refused or named.
+
+Expected tokens are those of transformers' own apply_chat_template on hand-written messages.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from align import data, preferences, prompts, tokenizer
+from align.data import FormatConfig
+from align.preferences import PreferenceFormat
+from align.prompts import PromptFormat
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"city": "string"}}}]
+CALL = {"type": "function", "function": {"name": "get_time", "arguments": {"city": "Oslo"}}}
+TEMPLATE = (  # reads tools, tool calls and a switch, as Qwen's does
+    "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def said(role: str, content: str | None, **more: object) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+ASKED, ANSWER = said("user", "Name a fruit."), said("assistant", "A pear.")
+GERMAN = said("system", "Answer in German.")
+CALLS = [
+    said("user", "Time in Oslo?"),
+    said("assistant", None, tool_calls=[CALL]),
+    said("tool", "12:00"),
+    said("assistant", "Noon."),
+]
+CHATS = {  # a row, the messages that it is, the numbers of those trained, variables of the template
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "A pear."}]},
+        [ASKED, ANSWER],
+        [1],
+        {},
+    ),
+    "sharegpt with a system": (
+        {
+            "system": "Answer in German.",
+            "conversations": [
+                {"from": "human", "value": "Name a fruit."},
+                {"from": "gpt", "value": "A pear.", "weight": 0},
+                {"from": "human", "value": "No."},
+                {"from": "gpt", "value": "Birne."},
+            ],
+        },
+        [GERMAN, ASKED, ANSWER, said("user", "No."), said("assistant", "Birne.")],
+        [4],
+        {},
+    ),
+    "roles in conversations": ({"conversations": [ASKED, ANSWER]}, [ASKED, ANSWER], [1], {}),
+    "system": (
+        {"system": "Answer in German.", "messages": [ASKED, ANSWER]},
+        [GERMAN, ASKED, ANSWER],
+        [2],
+        {},
+    ),
+    "the same system twice": (
+        {"system": "Answer in German.", "messages": [GERMAN, ASKED, ANSWER]},
+        [GERMAN, ASKED, ANSWER],
+        [2],
+        {},
+    ),
+    "no system": ({"system": "", "messages": [ASKED, ANSWER]}, [ASKED, ANSWER], [1], {}),
+    "developer": (
+        {"messages": [said("developer", "Answer in German."), ASKED, ANSWER]},
+        [GERMAN, ASKED, ANSWER],
+        [2],
+        {},
+    ),
+    "parts": (
+        {"messages": [said("user", [{"type": "text", "text": "Name "}, {"text": "a fruit."}]), ANSWER]},
+        [ASKED, ANSWER],
+        [1],
+        {},
+    ),
+    "tools": ({"messages": CALLS, "tools": TOOLS}, CALLS, [1, 3], {"tools": TOOLS}),
+    "tools as text": ({"messages": CALLS, "tools": json.dumps(TOOLS)}, CALLS, [1, 3], {"tools": TOOLS}),
+    "no tools": ({"messages": [ASKED, ANSWER], "tools": []}, [ASKED, ANSWER], [1], {}),
+    "completion in messages": (
+        {"prompt": [ASKED, ANSWER, said("user", "No.")], "completion": [said("assistant", "Birne.")]},
+        [ASKED, ANSWER, said("user", "No."), said("assistant", "Birne.")],
+        [3],
+        {},
+    ),
+    "completion with a system": (
+        {"system": "Answer in German.", "prompt": "Name a fruit.", "completion": "Birne."},
+        [GERMAN, ASKED, said("assistant", "Birne.")],
+        [2],
+        {},
+    ),
+    **{
+        f"{name} {value}": (
+            {"messages": [ASKED, ANSWER | {name: value}, said("user", "No."), said("assistant", "Birne.")]},
+            [ASKED, ANSWER, said("user", "No."), said("assistant", "Birne.")],
+            [3],
+            {},
+        )
+        for name, value in [("weight", 0), ("train", False), ("trainable", False), ("loss_mask", 0)]
+    },
+    "weight 1": ({"messages": [ASKED, ANSWER | {"weight": 1}]}, [ASKED, ANSWER], [1], {}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        if (TINY / name).is_file():
+            (path / name).write_bytes((TINY / name).read_bytes())
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(model) -> tokenizer.HuggingFaceTokenizer:
+    return tokenizer.load(model)
+
+
+@pytest.fixture(scope="module")
+def hf(model) -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(model)
+
+
+def ids_of(hf, messages: list[dict], asks: bool = False, **variables: object) -> list[int]:
+    return hf.apply_chat_template(messages, add_generation_prompt=asks, **variables)["input_ids"]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_are_those_of_transformers(name, text, hf):
+    row, messages, trained, variables = CHATS[name]
+    example, _ = data.format_sft(row, text, FormatConfig())
+    assert example.ids.tolist() == ids_of(hf, messages, **variables)
+    expected = [False] * len(example.ids)
+    for i in trained:
+        start = len(ids_of(hf, messages[:i], True, **variables))
+        end = len(ids_of(hf, messages[: i + 1], **variables))
+        expected[start:end] = [True] * (end - start)
+    assert example.trained.tolist() == expected
+
+
+@pytest.mark.parametrize("name", [name for name in CHATS if "completion" not in name])
+def test_prompts_are_those_of_training(name, text, hf):
+    row, messages, _, variables = CHATS[name]
+    found = prompts.format_prompt(row, text, PromptFormat())
+    assert found.tolist() == ids_of(hf, messages[:-1], True, **variables)
+
+
+def test_alpaca(text):
+    """Instruction, blank line, input where there is one; the column `text`, with the answer, is not read."""
+    for given, prompt in [("", "Name it."), (None, "Name it."), ("a cat", "Name it.\n\na cat")]:
+        row = {"instruction": "Name it.", "input": given, "output": "Tom", "text": "### Name it. Tom"}
+        example, _ = data.format_sft(row, text, FormatConfig())
+        assert example.ids.tolist() == [*prompt.encode(), *b" Tom", 258]
+        assert example.trained.tolist() == [False] * len(prompt) + [True] * 5
+        assert prompts.format_prompt(row, text, PromptFormat()).tolist() == [*prompt.encode()]
+    own = FormatConfig("{instruction}: {output}", truncation_field="instruction")
+    assert data.format_sft(row, text, own)[0].ids.tolist() == [*b"Name it.: Tom", 258]
+
+
+def test_prompt_and_completion(text):
+    example, _ = data.format_sft({"prompt": "Q: a ", "completion": " b"}, text, FormatConfig())
+    assert example.ids.tolist() == [*b"Q: a  b", 258]
+    assert example.trained.tolist() == [False] * 5 + [True] * 3
+
+
+def test_pairs(text, hf):
+    fmt = PreferenceFormat()
+    wanted = [ids_of(hf, [GERMAN, ASKED, said("assistant", answer)]) for answer in ("Birne.", "Pear.")]
+    told = {"chosen": "Birne.", "rejected": "Pear."}
+    said_by = {side: said("assistant", answer) for side, answer in told.items()}
+    from_by = {side: {"from": "gpt", "value": answer} for side, answer in told.items()}
+    human = [{"from": "human", "value": "Name a fruit."}]
+    for row in [
+        {"system": "Answer in German.", "prompt": "Name a fruit.", **told},
+        {"system": "Answer in German.", "prompt": [ASKED], **said_by},
+        {"system": "Answer in German.", **{side: [ASKED, one] for side, one in said_by.items()}},
+        {"prompt": [GERMAN, ASKED], **said_by},
+        {"system": "Answer in German.", "conversations": human, **from_by},
+    ]:
+        sides = preferences.format_pair(row, text, fmt)
+        assert [side.ids.tolist() for side in sides] == wanted
+        start = len(ids_of(hf, [GERMAN, ASKED], True))
+        assert all(side.trained.tolist() == [i >= start for i in range(len(side.ids))] for side in sides)
+    row = {"instruction": "Name it.", "input": "a cat", "chosen": "Tom", "rejected": "Cat"}
+    assert preferences.format_pair(row, text, fmt)[0].ids.tolist() == [*b"Name it.\n\na catTom", 258]
+
+
+def test_a_switch_of_the_chat_template(text, hf):
+    row = {"prompt": [ASKED], "chat_template_kwargs": {"enable_thinking": False}}
+    found = prompts.format_prompt(row, text, PromptFormat()).tolist()
+    assert found == ids_of(hf, [ASKED], True, enable_thinking=False)
+    assert found[-15:] == [*b"<think></think>"]
+
+
+def test_a_labelled_chat_ends_where_its_score_is_read(text, hf, tmp_path):
+    """At the stop token: in rendered chats without the line end behind it, which sampled answers lack too."""
+    chat = ids_of(hf, [ASKED, ANSWER])
+    rendered = text.decode(chat)
+    assert chat[-1] in text.stop_ids
+    for row in [{"messages": [ASKED, ANSWER]}, {"text": rendered}, {"text": f"{rendered}\n"}]:
+        path = tmp_path / "d.jsonl"
+        path.write_text(json.dumps(row | {"label": [1.0]}))
+        [example], _, _ = preferences.load_labelled([path], text, PreferenceFormat(), 1)
+        assert example.ids.tolist() == [*chat, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"system": "a", "messages": [GERMAN, ASKED, ANSWER]}, "'system' and the system's message differ"),
+        ({"system": "a", "input": "b", "output": "c"}, "'system' has no place beside"),
+        ({"prompt": "a", "completion": "b", "label": True}, "rows of KTO without pairs"),
+        (
+            {"prompt": "a", "completion": [ANSWER]},
+            "must be two strings or two lists of messages, not str and",
+        ),
+        (
+            {"messages": [ASKED, ANSWER], "functions": TOOLS},
+            "field 'functions' is not implemented: give 'tools'",
+        ),
+        ({"messages": [ASKED, ANSWER], "images": ["a.png"]}, "'images' is not implemented: only text"),
+        ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "'history' is not implemented"),
+        ({"messages": [ASKED, ANSWER], "tools": "[{"}, "field 'tools' is text that is not valid JSON"),
+        ({"messages": [ASKED, ANSWER], "tools": ["f"]}, "field 'tools' must be a list of objects"),
+        (
+            {"messages": [ASKED, ANSWER], "chat_template_kwargs": [1]},
+            "'chat_template_kwargs' must be an object",
+        ),
+        (
+            {"messages": [ASKED, ANSWER], "chat_template_kwargs": {"thinking": True}},
+            "the chat template does not read 'thinking'",
+        ),
+        ({"messages": [ASKED | {"weight": 1}, ANSWER]}, "message 0: a message of the role 'user' is never"),
+        ({"messages": [ASKED, ANSWER | {"weight": 0.5}]}, "message 1: the weight of a message is 0 or 1"),
+        ({"messages": [ASKED, said("assistant", None)]}, "message 1: field 'content' must be a string"),
+        ({"messages": [ASKED, ANSWER | {"weight": 0}]}, "no trained token"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "message 0: field 'value' must be a string"),
+    ],
+)
+def test_what_is_refused(row, message, text):
+    with pytest.raises(ValueError, match=message):
+        data.format_sft(row, text, FormatConfig())
+
+
+def test_a_template_without_tools_refuses_them():
+    plain = tokenizer.load(TINY)
+    with pytest.raises(ValueError, match="the chat template does not read 'tools'"):
+        data.format_sft({"messages": [ASKED, ANSWER], "tools": TOOLS}, plain, FormatConfig())
+    with pytest.raises(ValueError, match="the chat template does not read 'tool_calls'"):
+        data.format_sft({"messages": CALLS}, plain, FormatConfig())
+
+
+def test_fields_that_are_not_used_are_named(text, tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [
+        {"messages": [ASKED, ANSWER], "source": "a", "my_id": 1},
+        {"messages": [ASKED, ANSWER], "my_id": 2},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    _, counts = data.load_sft([path], text, FormatConfig())
+    assert "2 rows with 'my_id' (not used), 1 rows with 'source' (not used)" in data.describe(counts)

@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -29,8 +29,11 @@ class Tokenizer(Protocol):
     stop_ids: set[int]
     stop_strings: tuple[str, ...]
     chat: MarkerChat | None
+    texts_with_special: int
 
     def follow(self, chat: MarkerChat) -> None: ...
+    def hide(self, text: str) -> str: ...
+    def hide_in(self, value: Any) -> Any: ...
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def render(
@@ -155,8 +158,10 @@ def read_sft(
     Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises ValueError as `load_sft` does.
     """
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
+        seen = tokenizer.texts_with_special
         whole, cut_prompt = at(where, format_sft, row, tokenizer, fmt)
         counts["rows"] += 1
+        count_special(tokenizer.texts_with_special > seen, counts)
         count_unused(row, rows.sft_row(row, fmt.template_fields())[1], counts)
         counts["cut_prompts"] += cut_prompt
         if not cut_end(whole, fmt).trained.any():
@@ -178,6 +183,13 @@ def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "
     for name in sorted(row.keys() - used):
         what = f"rows with {name!r} ({use})"
         counts[what] = counts.get(what, 0) + 1
+
+
+def count_special(found: bool, counts: dict[str, int]) -> None:
+    """Count a row in whose texts a special token stands."""
+    name = "rows with special tokens in their text"
+    if found:
+        counts[name] = counts.get(name, 0) + 1
 
 
 def cut_end(example: Example, fmt: FormatConfig) -> Example:
@@ -329,8 +341,14 @@ def format_completion(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tup
     return context + response, [False] * len(context) + [True] * len(response)
 
 
+def hide_values(row: dict, tokenizer: Tokenizer) -> dict:
+    """A `conversations` row in whose texts special tokens are hidden."""
+    return row | {name: tokenizer.hide_in(row[name]) for name in ("system", "conversations") if name in row}
+
+
 def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """A {"system", "conversations": [{"from", "value", "label"}], "mask", "type"} row: ids and trained."""
+    row = hide_values(row, tokenizer)
     text, spans = conversation_text(row, [unescape(token) for token in fmt.chat_tokens])
     bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
     ids = tokenizer.encode(text)
@@ -348,7 +366,7 @@ def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
     Spaces around values are dropped. Trained are the answer and EOS; an empty answer is EOS alone.
     """
     pieces = template_pieces(fmt.prompt_template)
-    values = {field: text_field(row, field).strip(" ") for _, field in pieces}
+    values = {field: tokenizer.hide(text_field(row, field).strip(" ")) for _, field in pieces}
     bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
     prompt, response = encode_template(pieces, values, tokenizer)
     fields = {field: tokenizer.encode(values[field], continued=True) for field in fmt.truncation_fields()}
@@ -357,7 +375,7 @@ def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
         shorter = cut_evenly(fields, excess, fmt.truncation_side)
         for field in (field for field in fields if shorter[field] != fields[field]):
             # a cut may split a character, and half of one decodes to U+FFFD
-            values[field] = tokenizer.decode(shorter[field]).strip("\ufffd").strip(" ")
+            values[field] = tokenizer.hide(tokenizer.decode(shorter[field]).strip("\ufffd").strip(" "))
         fields = shorter
         prompt, response = encode_template(pieces, values, tokenizer)
         cut_prompt = True

@@ -130,6 +130,7 @@ def read_pairs(
         data.count_unused(row, USED, counts)
         if "label" in row:
             raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
+        seen = tokenizer.texts_with_special
         if "text" not in row:
             sides = data.at(where, format_pair, row, tokenizer, fmt)
         elif text_lines:
@@ -142,6 +143,7 @@ def read_pairs(
                 f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
                 "'rejected' instead"
             )
+        data.count_special(tokenizer.texts_with_special > seen, counts)
         yield Pair(*sides, *data.at(where, pair_numbers, row))
 
 

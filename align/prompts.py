@@ -118,7 +118,9 @@ def load_prompts(
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
     prompts = []
     for where, row in (numbered for path in paths for numbered in data.read_jsonl(path)):
+        seen = tokenizer.texts_with_special
         ids = data.at(where, format_prompt, row, tokenizer, fmt)
+        data.count_special(tokenizer.texts_with_special > seen, counts)
         counts["prompts"] += 1
         data.count_unused(row, used_fields(row), counts, "for reward functions")
         if len(ids) > fmt.max_prompt_len:
@@ -220,6 +222,7 @@ def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list
             "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
             "\"chat\"): train it with train_sft.py first, or give 'messages'"
         )
+    row = data.hide_values(row, tokenizer)
     ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
     return data.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
 
@@ -317,10 +320,11 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
         asked = {"messages": [{"role": "user", "content": text}]}
         return format_prompt({**row, **asked}, tokenizer, fmt)
     if "conversations" in row:
-        ids = tokenizer.encode(text_before_answer(turn_of(row, text), fmt))
+        ids = tokenizer.encode(text_before_answer(data.hide_values(turn_of(row, text), tokenizer), fmt))
     else:
         pieces = data.template_pieces(fmt.prompt_template)
-        ids, _ = data.encode_template(pieces, template_values(pieces, text, fmt), tokenizer)
+        values = template_values(pieces, tokenizer.hide(text), fmt)
+        ids, _ = data.encode_template(pieces, values, tokenizer)
     if not ids:
         raise ValueError("the prompt is empty: an answer must follow something")
     ids = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids

@@ -10,19 +10,22 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import jinja2
 import sentencepiece
 import tokenizers
 import transformers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from align import marker_chat
+from align import marker_chat, sentencepiece_json
 from align.marker_chat import MarkerChat
+from align.sentencepiece_json import SPACE
 
 HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokenizer
     "tokenizer.json",
@@ -42,20 +45,44 @@ JSON_FILES = (  # which transformers reads, and refuses with errors of its own
     "config.json",
     "generation_config.json",
 )
+HIDDEN = re.compile("[\U00100000-\U0010fffd]")  # characters of special tokens that are text: ord - HIDE
+HIDE = 0x100000  # private use, plane 16
 CHECKED_TEXTS = 200  # of a run's first ones
-SPACE = "▁"  # how SentencePiece writes a space
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of SentencePiece pieces
-BPE = 2  # a SentencePiece model type; the other that is in use is 1, unigram
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What chats and the texts in them become."""
+
+    special_tokens_in_text: Literal["split", "refuse", "allow"] = "split"
+    """special tokens spelled out in a message, or in a value of --prompt-template: encode them as the plain
+    text that they are (split), end with an error (refuse), or take them for control tokens (allow)"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template for all rows, a JSON object such as '{"enable_thinking": false}'; a
+    row's own "chat_template_kwargs" win"""
+
+    def variables(self) -> dict:
+        """`chat_template_kwargs`, read. Raises ValueError."""
+        try:
+            found = json.loads(self.chat_template_kwargs or "{}")
+        except ValueError as error:
+            raise ValueError(f"--chat-template-kwargs: not valid JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"--chat-template-kwargs must be a JSON object, not a {type(found).__name__}")
+        return found
+
+    def __post_init__(self):
+        self.variables()
 
 
 def load(
-    path: Path, say: Callable[[str], None] | None = None
+    path: Path, say: Callable[[str], None] | None = None, config: TextConfig = TextConfig()
 ) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
     """The tokenizer of a model directory or of a SentencePiece `.model` file; nothing is downloaded or run.
 
     It follows the marker chat that the directory's prompt_format.json names. `say` is told if transformers
-    would give other ids, and if one of the first CHECKED_TEXTS texts does not come back from its ids. Raises
-    ValueError if there is no tokenizer at `path`.
+    would give other ids, if one of the first CHECKED_TEXTS texts does not come back from its ids, and of the
+    first special token that stands in a text. Raises ValueError if there is no tokenizer at `path`.
     """
     path = Path(path)
     if path.suffix == ".model" and path.is_file():
@@ -71,6 +98,7 @@ def load(
         )
     if chat := path.is_dir() and marker_chat.read(path):
         tokenizer.follow(chat)
+    tokenizer.config, tokenizer.variables = config, config.variables()
     if say:
         if warning := tokenizer.differs_from_class():
             say(warning)
@@ -81,8 +109,12 @@ def load(
 class Base:
     """The part that both tokenizers share: the check that ids decode to their text, and marker chats."""
 
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] | None = None
     unchecked = 0  # texts that are still to be checked
+    config = TextConfig()
+    variables: dict = {}
+    special: re.Pattern | None = None  # special tokens that `encode` would find in a text
+    texts_with_special = 0  # that `hide` has seen
     chat: MarkerChat | None = None
     chat_template: str | None = None
     stop_strings: tuple[str, ...] = ()
@@ -99,6 +131,39 @@ class Base:
             part = slice(max(0, same - 20), same + 40)
             self.unchecked = 0
             self.say(f"decoding does not give the text back: {text[part]!r} becomes {decoded[part]!r}")
+
+    def hide(self, text: str) -> str:
+        """`text`, a value of a row, so that `encode` takes no part of it for a special token.
+
+        Their characters are moved to a private plane, as many as there were. Raises ValueError for a special
+        token if --special-tokens-in-text refuses them, and for characters of that plane.
+        """
+        if HIDDEN.search(text):
+            raise ValueError(
+                "a text has characters of Unicode's private plane 16, which are used to mark tokens"
+            )
+        mode = self.config.special_tokens_in_text
+        found = self.special and mode != "allow" and self.special.search(text)
+        if not found:
+            return text
+        if mode == "refuse":
+            raise ValueError(f"special token {found[0]!r} in a text: see --special-tokens-in-text")
+        if self.say and not self.texts_with_special:
+            self.say(
+                f"special token {found[0]!r} in {text[:80]!r}: such tokens in texts are encoded as plain text"
+            )
+        self.texts_with_special += 1
+        return self.special.sub(lambda match: "".join(chr(ord(c) + HIDE) for c in match[0]), text)
+
+    def hide_in(self, value: Any) -> Any:
+        """Messages, or other values of a row, with all texts in them hidden; the names of roles stay."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, list):
+            return [self.hide_in(one) for one in value]
+        if isinstance(value, dict):
+            return {name: one if name == "role" else self.hide_in(one) for name, one in value.items()}
+        return value
 
     def check_template_reads(self, messages: list[dict], variables: dict) -> None:
         """Raises ValueError for a variable, or for tool calls, that the chat template does not mention."""
@@ -180,6 +245,12 @@ class HuggingFaceTokenizer(Base):
         self.vocab_size: int = max(self.ids_by_token.values()) + 1
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
         self.chat_template = self.hf.chat_template
+        control = [
+            token.content for token in self.backend.get_added_tokens_decoder().values() if token.special
+        ]
+        longest_first = sorted(map(re.escape, control), key=len, reverse=True)
+        self.special = re.compile("|".join(longest_first)) if control else None
+        self.plain: list[tokenizers.Tokenizer] = []  # without special tokens: as made for encode_hidden
         adds_space = (self.backend.id_to_token(self.encode("a")[0]) or "").startswith(SPACE)
         drops_space = self.encode(" a") == self.encode("a")
         self.inner = without_dummy_prefix(self.backend) if adds_space or drops_space else None
@@ -206,12 +277,39 @@ class HuggingFaceTokenizer(Base):
         `continued`: as `text` comes out after earlier text, without the space that Llama-2-like tokenizers
         put in front.
         """
+        if HIDDEN.search(text):
+            return self.encode_hidden(text, continued)
         if continued and self.inner:
             return self.inner.encode(text, add_special_tokens=False).ids
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if self.unchecked:
             self.check_round_trip(text, ids)
         return ids
+
+    def encode_hidden(self, text: str, continued: bool) -> list[int]:
+        """Ids of a text with special tokens that `hide` has hidden, as if the tokenizer did not know them.
+
+        As the tokenizer itself does, the text is cut at the special tokens that are meant as such.
+        """
+        if not self.plain:
+            self.plain = [
+                without_special_tokens(one)
+                for one in (self.backend, self.inner, without_first_prefix(self.backend))
+                if one
+            ]
+        parts = re.split(f"({self.special.pattern})", text)
+        ids, waiting = [], ""
+        for i, part in enumerate(parts):
+            if i % 2 or not HIDDEN.search(part):
+                waiting += part
+                continue
+            ids += self.encode(waiting, continued) if waiting else []
+            first = not ids and not waiting
+            plain = self.plain[0 if first and not continued else 1 if continued and self.inner else -1]
+            shown = HIDDEN.sub(lambda match: chr(ord(match[0]) - HIDE), part)
+            ids += plain.encode(shown, add_special_tokens=False).ids
+            waiting, continued = "", continued and not ids
+        return ids + (self.encode(waiting) if waiting else [])
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens spelled out; an id beyond the vocabulary as <id 32000>."""
@@ -239,7 +337,9 @@ class HuggingFaceTokenizer(Base):
                 f"{self.directory} has no chat template: put a chat_template.jinja there, or use rows with "
                 "'conversations' or with the fields of --prompt-template instead of 'messages'"
             )
+        variables = self.variables | variables
         self.check_template_reads(messages, variables)
+        messages, variables = self.hide_in(messages), self.hide_in(variables)
         try:
             return self.hf.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
@@ -314,6 +414,7 @@ class SentencePieceTokenizer(Base):
                 f"{self.path} has no chat template: instead of 'messages' use 'conversations' rows or rows "
                 "with the fields of --prompt-template"
             )
+        variables = self.variables | variables
         self.check_template_reads(messages, variables)
         bos = self.sp.id_to_piece(self.bos_id) if self.bos_id is not None else ""
         try:
@@ -333,7 +434,7 @@ class SentencePieceTokenizer(Base):
         Path(directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
         proto = ModelProto.FromString(self.sp.serialized_model_proto())
-        huggingface_tokenizer(proto).save(str(Path(directory) / "tokenizer.json"))
+        sentencepiece_json.translate(proto).save(str(Path(directory) / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.sp.id_to_piece(self.eos_id),
@@ -439,67 +540,16 @@ def without_dummy_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenize
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-def huggingface_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
-    """Translate a SentencePiece model. The ids are the same, except where a text spells out a control piece.
-
-    (There `</s>` becomes the token, which SentencePiece refuses to do and every Hugging Face tokenizer does.)
-    """
-    spec = proto.normalizer_spec
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))
-    steps.append(normalizers.Replace(" ", SPACE))
-    strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-
-    translate = bpe_tokenizer if proto.trainer_spec.model_type == BPE else unigram_tokenizer
-    tokenizer = translate(proto)
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence(undo)
-    control = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
-    return tokenizer
+def without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for text in which special tokens are no tokens."""
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-def bpe_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
-    """BPE pieces as merges, best score first: SentencePiece joins the neighbours that make the best piece."""
-    pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
-    halves = [
-        (piece[:i], piece[i:])
-        for piece in sorted(scores, key=lambda piece: -scores[piece])
-        for i in range(1, len(piece))
-        if piece[:i] in scores and piece[i:] in scores
-    ]
-    user_defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
-    model = models.BPE(
-        vocab=pieces,
-        merges=halves,
-        unk_token=next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN),
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
-        ignore_merges=bool(user_defined),  # user-defined pieces, cut out below, are looked up whole
-    )
-    tokenizer = tokenizers.Tokenizer(model)
-    if user_defined:
-        longest_first = sorted(map(re.escape, user_defined), key=len, reverse=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(longest_first)), "isolated")
-    return tokenizer
-
-
-def unigram_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
-    """Unigram pieces with their scores; user-defined ones with the bonus that SentencePiece gives them."""
-    best = max(piece.score for piece in proto.pieces if piece.type == NORMAL)
-    vocab = []
-    for piece in proto.pieces:
-        bonus = best * len(piece.piece.encode()) - 0.1
-        never = -1e9  # control pieces and bytes are not cut from text
-        score = {NORMAL: piece.score, USER_DEFINED: bonus}.get(piece.type, never)
-        vocab.append((piece.piece, score))
-    return tokenizers.Tokenizer(
-        models.Unigram(
-            vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback
-        )
+def without_first_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for text behind a special token, where Metaspace's scheme "first" adds no space."""
+    text = json.dumps(json.loads(tokenizer.to_str()))
+    return tokenizers.Tokenizer.from_str(
+        text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     )

@@ -438,8 +438,8 @@ def test_token_across_the_start_of_an_answer(tmp_path: Path):
 
 
 def test_two_bos(tiny, tmp_path: Path):
-    fmt = data.FormatConfig(add_bos=True)
-    for row in (chat("a", "b"), {"input": "<|im_start|>a", "output": "b"}):
+    fmt = data.FormatConfig("<|im_start|>{input} {output}", add_bos=True)
+    for row in (chat("a", "b"), {"input": "a", "output": "b"}):
         path = write_rows(tmp_path / "d.jsonl", [row])
         with pytest.raises(ValueError, match=f"^{path}:1: two BOS at the start.*--add-bos False"):
             data.load_sft([path], tiny, fmt)

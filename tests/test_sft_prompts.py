@@ -408,7 +408,7 @@ def test_what_one_turn_refuses(tiny, llama):
         prompts.one_turn({"input": "a", "output": "b"}, " ", tiny, FormatConfig(add_bos=True))
     for row in (chat("a", "b"), {"input": "a", "output": "b"}):
         with pytest.raises(ValueError, match="two BOS at the start"):
-            prompts.one_turn(row, "<|im_start|>", tiny, FormatConfig(add_bos=True))
+            prompts.one_turn(row, "q", tiny, FormatConfig("<|im_start|>{input} {output}", add_bos=True))
     with pytest.raises(ValueError, match="no prompt: the row has no answer"):
         prompts.one_turn(conversation(("User", "a")), "q", tiny, DEFAULT)
     with pytest.raises(ValueError, match="has no chat template"):

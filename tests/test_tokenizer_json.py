@@ -149,7 +149,7 @@ def with_bos(made: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def add_tokens(made: tokenizers.Tokenizer, kind: str) -> None:
     takes = dict(lstrip=True, rstrip=True) if kind == "tokens that take spaces" else {}
     made.add_special_tokens([AddedToken(token, special=True, normalized=False, **takes) for token in SPECIAL])
-    made.add_tokens([AddedToken("foxes", normalized=True), AddedToken("<|en", normalized=False)])
+    made.add_tokens([AddedToken("foxes", normalized=True)])
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,26 @@ def test_ids_are_those_of_the_file(kind, name, files, tmp_path):
             preferences.PreferenceFormat(),
         )
         assert chosen.ids.tolist() == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_special_tokens_are_plain_text(kind, files, tmp_path):
+    """As `tokenizers` encodes the whole text without special tokens; between control tokens likewise."""
+    loaded = tokenizer.load(directory(tmp_path, files[kind], "none"))
+    plain = tokenizers.Tokenizer.from_str(files[kind])
+    user, end = plain.token_to_id("<|user|>"), plain.token_to_id("<|end|>")
+    plain.encode_special_tokens = True
+    seen = 0
+    for text in awkward(200):
+        hidden = loaded.hide(text)
+        seen += hidden != text
+        assert len(hidden) == len(text)
+        assert loaded.encode(hidden) == plain.encode(text, add_special_tokens=False).ids
+        assert (hidden != text) == any(token in text for token in SPECIAL)
+    assert seen > 30
+    for text in ["a", "the fox", "<|end|>", "The<|end|>\n<|answer|>yes", "a <s>"]:
+        ids = loaded.encode(f"<|user|>{loaded.hide(text)}<|end|>")
+        assert (ids[0], ids[-1]) == (user, end) and not {user, end} & set(ids[1:-1])
 
 
 def test_a_limit_and_padding_in_the_file_are_not_for_training(files, tmp_path):

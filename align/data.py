@@ -36,6 +36,7 @@ class Tokenizer(Protocol):
     def hide_in(self, value: Any) -> Any: ...
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
+    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None: ...
     def render(
         self, messages: list[dict], add_generation_prompt: bool = False, **variables: object
     ) -> str: ...
@@ -64,8 +65,11 @@ class FormatConfig:
     """train on the answers with their end signal, or on every token"""
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
+    turns: Literal["whole", "each", "last"] = "whole"
+    """messages with several answers: one example, trained on all of them (whole); an example for each answer,
+    with the turns before it as the chat template shows them then, as in inference (each); or for the last"""
     max_seq_len: int = 1024
-    """most tokens of one row"""
+    """most tokens of one example"""
 
     def __post_init__(self):
         if self.max_seq_len < 2:
@@ -157,21 +161,25 @@ def read_sft(
 
     Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises ValueError as `load_sft` does.
     """
+    fields, kept = fmt.template_fields(), 0
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
         seen = tokenizer.texts_with_special
-        whole, cut_prompt = at(where, format_sft, row, tokenizer, fmt)
+        made, used = at(where, rows.sft_row, row, fields)
         counts["rows"] += 1
+        count_unused(row, used, counts)
+        for part in rows.by_turns(made, fmt.turns):
+            whole, cut_prompt = at(where, format_sft, part, tokenizer, fmt)
+            counts["cut_prompts"] += cut_prompt
+            if not cut_end(whole, fmt).trained.any():
+                counts["dropped"] += 1
+                continue
+            kept += 1
+            counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
+            if formats:
+                formats.add(part)
+            yield where, (row if part is made else row | part), whole
         count_special(tokenizer.texts_with_special > seen, counts)
-        count_unused(row, rows.sft_row(row, fmt.template_fields())[1], counts)
-        counts["cut_prompts"] += cut_prompt
-        if not cut_end(whole, fmt).trained.any():
-            counts["dropped"] += 1
-            continue
-        counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
-        if formats:
-            formats.add(rows.sft_row(row, fmt.template_fields())[0])
-        yield where, row, whole
-    if counts["rows"] == counts["dropped"]:
+    if not kept:
         raise ValueError(
             f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "
             f"--max-seq-len {fmt.max_seq_len}: raise it"
@@ -268,7 +276,7 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
     if not text.startswith(prefix):
         raise ValueError(
             "the chat template's rendering of a prefix is not a prefix of the whole: its first turns end in "
-            f"{prefix[-40:]!r}, the whole differs; use a template that renders turn by turn"
+            f"{prefix[-40:]!r}, the whole differs; use --turns each, or a template that renders turn by turn"
         )
     prefix_ids = tokenizer.encode(prefix)
     if ids[: len(prefix_ids)] != prefix_ids:
@@ -289,10 +297,21 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
     text = tokenizer.render(messages, **variables)
     ids = tokenizer.encode(text)
     trained = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if not rows.is_trained(message) or fmt.loss_on == "all":
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = tokenizer.marked_answers(messages, **variables)
+    if marked is not None and len(marked) != len(answers):
+        raise ValueError(
+            f"the chat template marks {len(marked)} answers by {{% generation %}}, {len(answers)} messages "
+            "are the assistant's"
+        )
+    for k, i in enumerate(answers if fmt.loss_on == "answer" else []):
+        if not rows.is_trained(messages[i]):
             continue
-        start, end = answer_span(messages, i, text, ids, tokenizer, variables)
+        if marked is None:
+            start, end = answer_span(messages, i, text, ids, tokenizer, variables)
+        else:
+            start, end = (count_prefix_tokens(text[:place], text, ids, tokenizer) for place in marked[k])
+            check_end(i, ids[start:end], text[: marked[k][1]], tokenizer)
         trained[start:end] = [True] * (end - start)
     bos = bos_before_chat(tokenizer, fmt)
     return bos + ids, [False] * len(bos) + trained
@@ -317,15 +336,20 @@ def answer_span(
     )
     start = count_prefix_tokens(prompt, text, ids, tokenizer)
     end = count_prefix_tokens(answered, text, ids, tokenizer)
+    check_end(i, ids[start:end], answered, tokenizer)
     if tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings):
         return start, end
-    stops = [t for t in range(start, end) if ids[t] in tokenizer.stop_ids]
-    if not stops:
+    return start, max(t for t in range(start, end) if ids[t] in tokenizer.stop_ids) + 1
+
+
+def check_end(i: int, ids: list[int], answered: str, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if message `i`, with the tokens `ids`, the last of `answered`, does not end."""
+    ends = tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings)
+    if not ends and not tokenizer.stop_ids.intersection(ids):
         raise ValueError(
             f"end of turn not trained: the chat template ends message {i} without a stop token: "
             "add the id of its end-of-turn token to eos_token_id in generation_config.json"
         )
-    return start, stops[-1] + 1
 
 
 def check_messages(messages: list[dict]) -> None:

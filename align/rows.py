@@ -200,6 +200,20 @@ def text_of(made: dict) -> str | None:
     return "".join(text_field(part, "text") for part in content)
 
 
+def by_turns(row: dict, turns: str) -> list[dict]:
+    """The chats that a `messages` row is trained as: itself (whole), or one for each answer or the last.
+
+    Such a chat ends with its answer, the only one of it that is trained.
+    """
+    if "messages" not in row or turns == "whole":
+        return [row]
+    messages = row["messages"]
+    answers = [i for i, made in enumerate(messages) if is_trained(made)]
+    before = [made | {"weight": 0} if is_trained(made) else made for made in messages]
+    chosen = answers[-1:] if turns == "last" else answers
+    return [row | {"messages": [*before[:i], messages[i]]} for i in chosen] or [row]
+
+
 def is_trained(made: dict) -> bool:
     """Whether a message is an answer to be trained."""
     return made["role"] == "assistant" and made.get("weight") != 0

@@ -165,6 +165,9 @@ class Base:
             return {name: one if name == "role" else self.hide_in(one) for name, one in value.items()}
         return value
 
+    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
+        """None: the template of a marker chat marks no answers."""
+
     def check_template_reads(self, messages: list[dict], variables: dict) -> None:
         """Raises ValueError for a variable, or for tool calls, that the chat template does not mention."""
         names = [name for name, value in variables.items() if value is not None]
@@ -346,6 +349,21 @@ class HuggingFaceTokenizer(Base):
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
+        """Where the answers are in the rendered chat, in characters, by {% generation %} of the template.
+
+        None for a template without such marks.
+        """
+        if not re.search(r"{%-?\s*generation\b", self.chat_template or ""):
+            return None
+        _, [spans] = render_jinja_template(
+            [self.hide_in(messages)],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.hf.special_tokens_map | self.hide_in(self.variables | variables),
+        )
+        return spans
 
     def save(self, directory: Path) -> None:
         """Copy the tokenizer's files as they are, so that other programs read just what they read before."""

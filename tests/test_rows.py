@@ -342,3 +342,101 @@ def test_a_flag_sets_variables_for_all_rows(model, hf):
     for wrong in ("{", "[]"):
         with pytest.raises(ValueError, match="--chat-template-kwargs"):
             TextConfig(chat_template_kwargs=wrong)
+
+
+# ---- several answers ---------------------------------------------------------------------------------------
+
+CUT = "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}"  # thinking of earlier turns
+SHAPES = {  # small chat templates that behave as these models' do; which of --turns they allow
+    "llama 3.1": (
+        "<|im_start|>{% for m in messages %}<h>{{ m.role }}</h>\n\n{{ m.content | trim }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<h>assistant</h>\n\n{% endif %}",
+        {"whole", "each", "last"},
+    ),
+    "qwen2.5": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        {"whole", "each", "last"},
+    ),
+    "qwen3": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + CUT + "<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        {"each", "last"},
+    ),
+    "r1 distill": (
+        "<|im_start|>{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}"
+        "<A>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<A>{% endif %}",
+        {"whole", "each", "last"},
+    ),
+    "mistral": (
+        "<|im_start|>{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{% if messages[-1] == m or loop.index0 == messages | length - 2 %}Be brief. {% endif %}"
+        "{{ m.content }}[/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+        {"each", "last"},
+    ),
+    "gemma": (
+        "<|im_start|>{% for m in messages %}<t>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<t>model\n{% endif %}",
+        {"whole", "each", "last"},
+    ),
+}
+THINKS = [
+    said("user", "2+3?"),
+    said("assistant", "<think>\nadd\n</think>5"),
+    said("user", "4+4?"),
+    said("assistant", "<think>\ndouble\n</think>8"),
+]
+
+
+@pytest.mark.parametrize("turns", ["whole", "each", "last"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_answers(shape, turns, model, tmp_path):
+    """Ids are transformers' for the chat up to an answer; trained is what its generation prompt lacks."""
+    template, allowed = SHAPES[shape]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        if (model / name).is_file():
+            (tmp_path / name).write_bytes((model / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    text, hf = tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": THINKS}))
+    if turns not in allowed:
+        with pytest.raises(ValueError, match="use --turns each"):
+            data.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
+        return
+    examples, _ = data.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
+    ends = {"whole": [4], "each": [2, 4], "last": [4]}[turns]
+    assert [example.ids.tolist() for example in examples] == [ids_of(hf, THINKS[:end]) for end in ends]
+    for example, end in zip(examples, ends, strict=True):
+        expected = [False] * len(example.ids)
+        for answer in [1, 3] if turns == "whole" else [end - 1]:
+            start = len(ids_of(hf, THINKS[:answer], True))
+            stop = example.ids.tolist().index(258, start) + 1
+            expected[start:stop] = [True] * (stop - start)
+        assert example.trained.tolist() == expected
+
+
+def test_answers_that_the_template_marks(model, tmp_path):
+    """By {% generation %}: the same tokens as without the marks."""
+    marks = TEMPLATE.replace(
+        "{{ m.content or '' }}",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+    ).replace(
+        "{% endfor %}<|im_end|>{% endfor %}",
+        "{% endfor %}{% if m.role != 'assistant' %}<|im_end|>{% endif %}{% endfor %}",
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        if (model / name).is_file():
+            (tmp_path / name).write_bytes((model / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(marks)
+    marked, plain = tokenizer.load(tmp_path), tokenizer.load(model)
+    messages = [ASKED, ANSWER | {"weight": 0}, said("user", FORGED), said("assistant", "a<|im_end|>b")]
+    found, expected = (
+        data.format_sft({"messages": messages}, text, FormatConfig())[0] for text in (marked, plain)
+    )
+    assert found.ids.tolist() == expected.ids.tolist() and found.trained.tolist() == expected.trained.tolist()
+    endless = marks.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    (tmp_path / "chat_template.jinja").write_text(endless)
+    with pytest.raises(ValueError, match="end of turn not trained"):
+        data.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from align import rows
-from align.jsonl import at, read_jsonl, text_field
+from align.jsonl import BadRows, at, read_jsonl, text_field
 from align.marker_chat import MarkerChat, RowFormats, conversation_text
 from align.packing import Example, num_trained
 
@@ -70,6 +70,8 @@ class FormatConfig:
     with the turns before it as the chat template shows them then, as in inference (each); or for the last"""
     max_seq_len: int = 1024
     """most tokens of one example"""
+    skip_bad_rows: int = 0
+    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
         if self.max_seq_len < 2:
@@ -161,14 +163,19 @@ def read_sft(
 
     Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises ValueError as `load_sft` does.
     """
-    fields, kept = fmt.template_fields(), 0
-    for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
+    fields, kept, bad = fmt.template_fields(), 0, BadRows(fmt.skip_bad_rows)
+    for where, row in (numbered for path in paths for numbered in read_jsonl(path, bad)):
         seen = tokenizer.texts_with_special
-        made, used = at(where, rows.sft_row, row, fields)
+        try:
+            made, used = at(where, rows.sft_row, row, fields)
+            parts = rows.by_turns(made, fmt.turns)
+            examples = [at(where, format_sft, part, tokenizer, fmt) for part in parts]
+        except ValueError as error:
+            bad.add(error)
+            continue
         counts["rows"] += 1
         count_unused(row, used, counts)
-        for part in rows.by_turns(made, fmt.turns):
-            whole, cut_prompt = at(where, format_sft, part, tokenizer, fmt)
+        for part, (whole, cut_prompt) in zip(parts, examples, strict=True):
             counts["cut_prompts"] += cut_prompt
             if not cut_end(whole, fmt).trained.any():
                 counts["dropped"] += 1
@@ -179,6 +186,7 @@ def read_sft(
                 formats.add(part)
             yield where, (row if part is made else row | part), whole
         count_special(tokenizer.texts_with_special > seen, counts)
+    counts.update(bad.counts())
     if not kept:
         raise ValueError(
             f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "

@@ -13,7 +13,7 @@ import numpy as np
 
 from align import data, rows
 from align.data import BosChoice, Tokenizer
-from align.jsonl import turns_field
+from align.jsonl import BadRows, turns_field
 from align.losses import MISSING
 from align.packing import Example, num_trained
 
@@ -43,6 +43,9 @@ class PreferenceFormat:
     append_eos: bool = True
     """end plain text with EOS, or as turns end in a model that was trained on 'conversations' rows, unless it
     ends with a stop token; messages end as the template ends them"""
+
+    skip_bad_rows: int = 0
+    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
         if self.max_seq_len < 2:
@@ -88,7 +91,8 @@ def load_pairs(
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
     counts = dict.fromkeys(names, 0)
     pairs = []
-    read = (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines, counts))
+    bad = BadRows(fmt.skip_bad_rows)
+    read = (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines, counts, bad))
     for pair in read:
         counts["pairs"] += 1
         counts["with_rewards"] += pair.has_rewards
@@ -98,6 +102,7 @@ def load_pairs(
             counts["dropped_identical"] += 1
         else:
             pairs.append(pair)
+    counts |= bad.counts()
     check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
     sides = [side for pair in pairs for side in pair.examples]
     counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
@@ -122,29 +127,53 @@ def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: Pref
 
 
 def read_pairs(
-    path: Path, tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool, counts: dict[str, int]
+    path: Path,
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    text_lines: bool,
+    counts: dict[str, int],
+    bad: BadRows,
 ) -> Iterator[Pair]:
     """Every pair of a file, of any length; counts unused fields. Raises ValueError naming file and line."""
-    lines = iter(data.read_jsonl(path))
+    lines = iter(data.read_jsonl(path, bad))
     for where, row in lines:
-        data.count_unused(row, USED, counts)
-        if "label" in row:
-            raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
         seen = tokenizer.texts_with_special
-        if "text" not in row:
-            sides = data.at(where, format_pair, row, tokenizer, fmt)
-        elif text_lines:
-            chosen = data.at(where, format_text, row, tokenizer, fmt)
-            below, rejected_row = next(lines, ("the end of the file", {}))
-            check_rejected_line(where, below, rejected_row)
-            sides = chosen, data.at(below, format_text, rejected_row, tokenizer, fmt)
-        else:
-            raise ValueError(
-                f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
-                "'rejected' instead"
-            )
+        try:
+            pair = make_pair(where, row, lines, tokenizer, fmt, text_lines)
+        except ValueError as error:
+            if "text" in row:  # else the lines after it would be paired wrongly
+                raise
+            bad.add(error)
+            continue
+        data.count_unused(row, USED, counts)
         data.count_special(tokenizer.texts_with_special > seen, counts)
-        yield Pair(*sides, *data.at(where, pair_numbers, row))
+        yield pair
+
+
+def make_pair(
+    where: str,
+    row: dict,
+    lines: Iterator[tuple[str, dict]],
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    text_lines: bool,
+) -> Pair:
+    """The pair of a row, or of a {"text"} line and the next of `lines`. Raises ValueError."""
+    if "label" in row:
+        raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
+    if "text" not in row:
+        sides = data.at(where, format_pair, row, tokenizer, fmt)
+    elif text_lines:
+        chosen = data.at(where, format_text, row, tokenizer, fmt)
+        below, rejected_row = next(lines, ("the end of the file", {}))
+        check_rejected_line(where, below, rejected_row)
+        sides = chosen, data.at(below, format_text, rejected_row, tokenizer, fmt)
+    else:
+        raise ValueError(
+            f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
+            "'rejected' instead"
+        )
+    return Pair(*sides, *data.at(where, pair_numbers, row))
 
 
 def check_rejected_line(where: str, below: str, row: dict) -> None:
@@ -338,11 +367,15 @@ def load_labelled(
     left.
     """
     counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
-    examples, labels = [], []
-    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path)):
+    examples, labels, bad = [], [], BadRows(fmt.skip_bad_rows)
+    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path, bad)):
+        try:
+            example = data.at(where, format_labelled, row, tokenizer, fmt)
+            label = data.at(where, label_field, row, num_attributes)
+        except ValueError as error:
+            bad.add(error)
+            continue
         data.count_unused(row, USED, counts)
-        example = data.at(where, format_labelled, row, tokenizer, fmt)
-        label = data.at(where, label_field, row, num_attributes)
         counts["texts"] += 1
         if len(example.ids) > fmt.max_seq_len:
             counts["dropped_too_long"] += 1
@@ -350,6 +383,7 @@ def load_labelled(
         counts["tokens"] += len(example.ids)
         examples.append(as_scored(example))
         labels.append(label)
+    counts |= bad.counts()
     check_left(len(examples), counts["texts"], counts["dropped_too_long"], paths, fmt)
     return examples, np.array(labels, np.float32), counts
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from align import data, marker_chat, packing, preferences, rows
 from align.data import BosChoice, FormatConfig, Tokenizer
-from align.jsonl import turns_field
+from align.jsonl import BadRows, turns_field
 from align.marker_chat import RowFormats
 from align.packing import BatchConfig, Example
 
@@ -40,6 +40,9 @@ class PromptFormat:
     """most tokens of a prompt; a longer one is dropped and counted"""
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
+
+    skip_bad_rows: int = 0
+    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
         if self.max_prompt_len < 1:
@@ -116,10 +119,14 @@ def load_prompts(
     Raises ValueError naming file and line for a row that is wrong, and if no prompt is left.
     """
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
-    prompts = []
-    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path)):
+    prompts, bad = [], BadRows(fmt.skip_bad_rows)
+    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path, bad)):
         seen = tokenizer.texts_with_special
-        ids = data.at(where, format_prompt, row, tokenizer, fmt)
+        try:
+            ids = data.at(where, format_prompt, row, tokenizer, fmt)
+        except ValueError as error:
+            bad.add(error)
+            continue
         data.count_special(tokenizer.texts_with_special > seen, counts)
         counts["prompts"] += 1
         data.count_unused(row, used_fields(row), counts, "for reward functions")
@@ -127,6 +134,7 @@ def load_prompts(
             counts["dropped_too_long"] += 1
         else:
             prompts.append(Prompt(ids, row))
+    counts |= bad.counts()
     if not prompts:
         raise ValueError(
             f"{', '.join(map(str, paths))}: no prompt is left, all {counts['prompts']} are longer than "

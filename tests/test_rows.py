@@ -3,13 +3,16 @@
 Expected tokens are those of transformers' own apply_chat_template on hand-written messages.
 """
 
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import transformers
 
-from align import data, preferences, prompts, tokenizer
+from align import data, jsonl, preferences, prompts, tokenizer
 from align.data import FormatConfig
 from align.preferences import PreferenceFormat
 from align.prompts import PromptFormat
@@ -440,3 +443,56 @@ def test_answers_that_the_template_marks(model, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(endless)
     with pytest.raises(ValueError, match="end of turn not trained"):
         data.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def test_arrays_and_parquet_are_read_as_lines_are(text, tmp_path):
+    rows = [
+        {"messages": CALLS, "tools": TOOLS, "number": 1},
+        {"messages": [ASKED, ANSWER | {"weight": 1}], "tools": None, "number": 2},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    with gzip.open(tmp_path / "a.json.gz", "wt") as file:
+        file.write("\ufeff" + json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    expected, _ = data.load_sft([tmp_path / "a.jsonl"], text, FormatConfig())
+    for name in ("a.json", "a.json.gz", "a.parquet"):
+        found, counts = data.load_sft([tmp_path / name], text, FormatConfig())
+        assert [one.ids.tolist() for one in found] == [one.ids.tolist() for one in expected]
+        assert [one.trained.tolist() for one in found] == [one.trained.tolist() for one in expected]
+        assert counts["rows"] == 2
+    assert jsonl.read_jsonl(tmp_path / "a.json")[1][0] == f"{tmp_path}/a.json: row 2"
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="b.parquet: cannot be read"):
+        data.load_sft([tmp_path / "b.parquet"], text, FormatConfig())
+    (tmp_path / "b.json").write_text("[{}, 3]")
+    with pytest.raises(ValueError, match="b.json: row 2: a row must be a JSON object"):
+        jsonl.read_jsonl(tmp_path / "b.json")
+    (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match="deep.jsonl:1: not valid JSON"):
+        jsonl.read_jsonl(tmp_path / "deep.jsonl")
+
+
+def test_bad_rows_may_be_left_out(text, tmp_path):
+    """Up to the number that is given; they are counted, and the log names where they are."""
+    good, path = json.dumps({"messages": [ASKED, ANSWER]}), tmp_path / "d.jsonl"
+    path.write_text("\n".join([good, "{", good, '{"messages": []}', good, "[]"]))
+    examples, counts = data.load_sft([path], text, FormatConfig(skip_bad_rows=3))
+    assert (len(examples), counts["rows"]) == (3, 3)
+    assert f"3 bad rows left out ('{path}:2: not valid JSON" in data.describe(counts)
+    assert f"; {path}:6, {path}:4)" in data.describe(counts)
+    with pytest.raises(ValueError, match=f"{path}:4: field 'messages' must be"):
+        data.load_sft([path], text, FormatConfig(skip_bad_rows=2))
+    found, counts = prompts.load_prompts([path], text, PromptFormat(skip_bad_rows=3))
+    assert len(found) == 3 and "3 bad rows left out" in data.describe(counts)
+    pair = {"prompt": [ASKED], "chosen": ANSWER, "rejected": said("assistant", "b")}
+    path.write_text("\n".join([json.dumps(pair), json.dumps(pair | {"chosen": "b"}), json.dumps(pair)]))
+    pairs, counts = preferences.load_pairs([path], text, PreferenceFormat(skip_bad_rows=1))
+    assert len(pairs) == 2 and "1 bad rows left out" in data.describe(counts)
+    label = {"messages": [ASKED, ANSWER], "label": [1]}
+    path.write_text("\n".join([json.dumps(label), json.dumps(label | {"label": "good"})]))
+    scored, _, counts = preferences.load_labelled([path], text, PreferenceFormat(skip_bad_rows=1), 1)
+    assert len(scored) == 1 and "1 bad rows left out" in data.describe(counts)

@@ -168,14 +168,13 @@ def read_sft(
         seen = tokenizer.texts_with_special
         try:
             made, used = at(where, rows.sft_row, row, fields)
-            parts = rows.by_turns(made, fmt.turns)
-            examples = [at(where, format_sft, part, tokenizer, fmt) for part in parts]
+            examples = at(where, format_parts, made, tokenizer, fmt)
         except ValueError as error:
             bad.add(error)
             continue
         counts["rows"] += 1
         count_unused(row, used, counts)
-        for part, (whole, cut_prompt) in zip(parts, examples, strict=True):
+        for part, whole, cut_prompt in examples:
             counts["cut_prompts"] += cut_prompt
             if not cut_end(whole, fmt).trained.any():
                 counts["dropped"] += 1
@@ -206,6 +205,19 @@ def count_special(found: bool, counts: dict[str, int]) -> None:
     name = "rows with special tokens in their text"
     if found:
         counts[name] = counts.get(name, 0) + 1
+
+
+def format_parts(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> list[tuple[dict, Example, bool]]:
+    """The rows that --turns makes of one, each with what `format_sft` gives, up to the first too long one.
+
+    Raises ValueError.
+    """
+    found = []
+    for part in rows.by_turns(row, fmt.turns):
+        found.append((part, *format_sft(part, tokenizer, fmt)))
+        if not cut_end(found[-1][1], fmt).trained.any():
+            break
+    return found
 
 
 def cut_end(example: Example, fmt: FormatConfig) -> Example:
@@ -298,7 +310,8 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
 def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """A {"messages": [{"role", "content"}, ...]} row: ids and trained.
 
-    Trained is each assistant turn, from what follows the template's generation prompt to the last stop token.
+    Trained is each assistant turn, from what follows the template's generation prompt to the last stop token;
+    of those beyond max_seq_len only the first is marked.
     """
     messages, variables = row["messages"], template_variables(row)
     check_messages(messages)
@@ -321,6 +334,8 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
             start, end = (count_prefix_tokens(text[:place], text, ids, tokenizer) for place in marked[k])
             check_end(i, ids[start:end], text[: marked[k][1]], tokenizer)
         trained[start:end] = [True] * (end - start)
+        if start >= fmt.max_seq_len:  # so are all that follow; each would render the chat once more
+            break
     bos = bos_before_chat(tokenizer, fmt)
     return bos + ids, [False] * len(bos) + trained
 
@@ -389,6 +404,8 @@ def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> 
         start = count_prefix_tokens(text[:first], text, ids, tokenizer)
         end = count_prefix_tokens(text[:last], text, ids, tokenizer)
         trained[start:end] = [True] * (end - start)
+        if start >= fmt.max_seq_len:
+            break
     return bos + ids, [False] * len(bos) + trained
 
 

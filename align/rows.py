@@ -17,7 +17,7 @@ in strings, and the fields of --prompt-template. A row in one of them stays as i
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from align.jsonl import text_field, turns_field
 
@@ -200,18 +200,21 @@ def text_of(made: dict) -> str | None:
     return "".join(text_field(part, "text") for part in content)
 
 
-def by_turns(row: dict, turns: str) -> list[dict]:
+def by_turns(row: dict, turns: str) -> Iterator[dict]:
     """The chats that a `messages` row is trained as: itself (whole), or one for each answer or the last.
 
     Such a chat ends with its answer, the only one of it that is trained.
     """
     if "messages" not in row or turns == "whole":
-        return [row]
+        yield row
+        return
     messages = row["messages"]
     answers = [i for i, made in enumerate(messages) if is_trained(made)]
     before = [made | {"weight": 0} if is_trained(made) else made for made in messages]
     chosen = answers[-1:] if turns == "last" else answers
-    return [row | {"messages": [*before[:i], messages[i]]} for i in chosen] or [row]
+    yield from (row | {"messages": [*before[:i], messages[i]]} for i in chosen)
+    if not answers:
+        yield row
 
 
 def is_trained(made: dict) -> bool:

@@ -5,6 +5,7 @@ Expected tokens are those of transformers' own apply_chat_template on hand-writt
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pyarrow
@@ -443,6 +444,21 @@ def test_answers_that_the_template_marks(model, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(endless)
     with pytest.raises(ValueError, match="end of turn not trained"):
         data.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())
+
+
+@pytest.mark.parametrize("turns", ["whole", "each", "last"])
+def test_a_conversation_of_100_000_turns_ends_in_time(turns, text, tmp_path):
+    """Answers beyond --max-seq-len are not rendered one by one: that would take hours."""
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [ASKED, ANSWER] * 50_000}))
+    fmt, began = FormatConfig(turns=turns, max_seq_len=200), time.monotonic()
+    if turns == "last":
+        with pytest.raises(ValueError, match="no row is left"):
+            data.load_sft([tmp_path / "d.jsonl"], text, fmt)
+    else:
+        examples, _ = data.load_sft([tmp_path / "d.jsonl"], text, fmt)
+        # a question has 20 tokens, an answer 11 and 8 that are trained: five answers end within 200
+        assert sum(example.trained.sum() for example in examples) == 5 * 8
+    assert time.monotonic() - began < 60
 
 
 # ---- files -------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from align.packing import Example
 from align.parallel import ParallelConfig
 from align.prompts import Prompt, PromptFormat
 from align.sampling import SamplingConfig
+from align.tokenizer import TextConfig
 
 PROGRESS_S = 5.0  # seconds between two lines about a long --input
 POLL_S = (
@@ -71,6 +72,7 @@ class Config:
     """put BOS in front of each prompt; None: as the model's prompt_format.json says, else as the tokenizer
     does by itself (messages: as the template does)"""
     model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
     parallel: ParallelConfig = ParallelConfig()
     # training's default, a whole copy on each rank, would need more memory than no --tp at all
     rollout: RolloutConfig = RolloutConfig(rollout_layout="same")
@@ -119,7 +121,7 @@ def main(config: Config) -> None:
     model.check(arch, config.model, config.parallel)
     settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
-    text = tokenizer.load(source.directory)
+    text = tokenizer.load(source.directory, say, config.text)
     if chat_format := marker_chat.read(source.run or source.directory):
         text.follow(chat_format)
     add_bos = source.formats.get("add_bos") if config.add_bos is None else config.add_bos

@@ -122,7 +122,7 @@ def main(config: Config) -> None:
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
-    text = tokenizer.load(config.model.path)
+    text = tokenizer.load(config.model.path, run.say, config.text)
     loss = getattr(losses, config.loss)
     wanted = inspect.signature(loss).parameters  # what it takes beside log-probs
     pairs = {"train": [], "val": []}

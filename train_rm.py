@@ -127,7 +127,7 @@ def main(config: Config) -> None:
     train_files, val_files = config.train_data, config.val_data
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
-    text = tokenizer.load(config.model.path)
+    text = tokenizer.load(config.model.path, run.say, config.text)
 
     def load(files: Sequence[Path], name: str) -> Rows:
         if config.loss == "ranking":

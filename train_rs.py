@@ -136,7 +136,7 @@ def main(config: Config) -> None:
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.toy:reward")
     run.say(reward.describe())
-    text = tokenizer.load(config.model.path)
+    text = tokenizer.load(config.model.path, run.say, config.text)
     rewards.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")

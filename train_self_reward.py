@@ -252,7 +252,7 @@ def main(config: Config) -> None:
         judge_config = replace(judge_config, judge_template=templates[0])
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
-    text, size = tokenizer.load(config.model.path), config.batch.global_batch_size
+    text, size = tokenizer.load(config.model.path, run.say, config.text), config.batch.global_batch_size
     formats = RowFormats()
     rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say, formats)
     trained_format = data.adopt(formats, text, config.format, run.say)

@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     train_files, val_files = config.train_data, config.val_data
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
-    text = tokenizer.load(config.model.path)
+    text = tokenizer.load(config.model.path, run.say, config.text)
     formats = RowFormats()
     train, counts = data.load_sft(train_files, text, config.format, formats)
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")

@@ -1,8 +1,8 @@
 """Data: jsonl rows to token ids that know which of them are trained.
 
-A row becomes an `Example` by the format that its fields say: `messages` (the model's chat template),
-`conversations` (turns with the markers of --chat-tokens) or the fields of --prompt-template. Batches of them
-are align/packing.py's job.
+A row becomes an `Example` by the format that its fields say (align/rows.py): `messages` (the model's chat
+template), `conversations` (turns with the markers of --chat-tokens), `prompt` and `completion`, or the fields
+of --prompt-template. Batches of them are align/packing.py's job.
 """
 
 import json
@@ -10,15 +10,14 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from align.jsonl import at, read_jsonl, text_field, turns_field
+from align import rows
+from align.jsonl import BadRows, at, read_jsonl, text_field
 from align.marker_chat import MarkerChat, RowFormats, conversation_text
 from align.packing import Example, num_trained
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class Tokenizer(Protocol):
@@ -30,11 +29,17 @@ class Tokenizer(Protocol):
     stop_ids: set[int]
     stop_strings: tuple[str, ...]
     chat: MarkerChat | None
+    texts_with_special: int
 
     def follow(self, chat: MarkerChat) -> None: ...
+    def hide(self, text: str) -> str: ...
+    def hide_in(self, value: Any) -> Any: ...
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str: ...
+    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None: ...
+    def render(
+        self, messages: list[dict], add_generation_prompt: bool = False, **variables: object
+    ) -> str: ...
 
 
 class BosChoice(Protocol):
@@ -60,15 +65,19 @@ class FormatConfig:
     """train on the answers with their end signal, or on every token"""
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
+    turns: Literal["whole", "each", "last"] = "whole"
+    """messages with several answers: one example, trained on all of them (whole); an example for each answer,
+    with the turns before it as the chat template shows them then, as in inference (each); or for the last"""
     max_seq_len: int = 1024
-    """most tokens of one row"""
+    """most tokens of one example"""
+    skip_bad_rows: int = 0
+    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
         if self.max_seq_len < 2:
             raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
-        fields = [field for _, field in template_pieces(self.prompt_template)]
         for field in self.truncation_fields():
-            if field not in fields:
+            if field not in self.template_fields():
                 raise ValueError(
                     f"--truncation-field {field!r} is not in --prompt-template {self.prompt_template!r}"
                 )
@@ -76,6 +85,10 @@ class FormatConfig:
             raise ValueError(
                 "--chat-tokens: the second, which starts a turn and ends an answer, must not be empty"
             )
+
+    def template_fields(self) -> list[str]:
+        """The fields of `prompt_template`, the answer last."""
+        return [field for _, field in template_pieces(self.prompt_template)]
 
     def truncation_fields(self) -> list[str]:
         """The names in `truncation_field`."""
@@ -150,22 +163,61 @@ def read_sft(
 
     Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises ValueError as `load_sft` does.
     """
-    for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
-        whole, cut_prompt = at(where, format_sft, row, tokenizer, fmt)
-        counts["rows"] += 1
-        counts["cut_prompts"] += cut_prompt
-        if not cut_end(whole, fmt).trained.any():
-            counts["dropped"] += 1
+    fields, kept, bad = fmt.template_fields(), 0, BadRows(fmt.skip_bad_rows)
+    for where, row in (numbered for path in paths for numbered in read_jsonl(path, bad)):
+        seen = tokenizer.texts_with_special
+        try:
+            made, used = at(where, rows.sft_row, row, fields)
+            examples = at(where, format_parts, made, tokenizer, fmt)
+        except ValueError as error:
+            bad.add(error)
             continue
-        counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
-        if formats:
-            formats.add(row)
-        yield where, row, whole
-    if counts["rows"] == counts["dropped"]:
+        counts["rows"] += 1
+        count_unused(row, used, counts)
+        for part, whole, cut_prompt in examples:
+            counts["cut_prompts"] += cut_prompt
+            if not cut_end(whole, fmt).trained.any():
+                counts["dropped"] += 1
+                continue
+            kept += 1
+            counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
+            if formats:
+                formats.add(part)
+            yield where, (row if part is made else row | part), whole
+        count_special(tokenizer.texts_with_special > seen, counts)
+    counts.update(bad.counts())
+    if not kept:
         raise ValueError(
             f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "
             f"--max-seq-len {fmt.max_seq_len}: raise it"
         )
+
+
+def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "not used") -> None:
+    """Count the fields of a row that no token comes from, by name and what is done with them."""
+    for name in sorted(row.keys() - used):
+        what = f"rows with {name!r} ({use})"
+        counts[what] = counts.get(what, 0) + 1
+
+
+def count_special(found: bool, counts: dict[str, int]) -> None:
+    """Count a row in whose texts a special token stands."""
+    name = "rows with special tokens in their text"
+    if found:
+        counts[name] = counts.get(name, 0) + 1
+
+
+def format_parts(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> list[tuple[dict, Example, bool]]:
+    """The rows that --turns makes of one, each with what `format_sft` gives, up to the first too long one.
+
+    Raises ValueError.
+    """
+    found = []
+    for part in rows.by_turns(row, fmt.turns):
+        found.append((part, *format_sft(part, tokenizer, fmt)))
+        if not cut_end(found[-1][1], fmt).trained.any():
+            break
+    return found
 
 
 def cut_end(example: Example, fmt: FormatConfig) -> Example:
@@ -180,7 +232,8 @@ def count_tokens(examples: list[Example]) -> dict[str, int]:
 
 def describe(counts: dict[str, int]) -> str:
     """The counts of `load_sft` as words for the log; what did not happen is left out."""
-    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+    words = {name: name if "'" in name else name.replace("_", " ") for name in counts}  # no field's own name
+    return ", ".join(f"{value:,} {words[name]}" for name, value in counts.items() if value)
 
 
 def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
@@ -198,10 +251,13 @@ def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Exam
 
 def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:
     """Ids, where its answers are (with loss_on "answer"), and whether truncation fields were cut."""
+    row, _ = rows.sft_row(row, fmt.template_fields())
     if "messages" in row:
         return *format_messages(row, tokenizer, fmt), False
     if "conversations" in row:
         return *format_conversations(row, tokenizer, fmt), False
+    if "completion" in row:
+        return *format_completion(row, tokenizer, fmt), False
     return format_template(row, tokenizer, fmt)
 
 
@@ -240,7 +296,7 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
     if not text.startswith(prefix):
         raise ValueError(
             "the chat template's rendering of a prefix is not a prefix of the whole: its first turns end in "
-            f"{prefix[-40:]!r}, the whole differs; use a template that renders turn by turn"
+            f"{prefix[-40:]!r}, the whole differs; use --turns each, or a template that renders turn by turn"
         )
     prefix_ids = tokenizer.encode(prefix)
     if ids[: len(prefix_ids)] != prefix_ids:
@@ -254,24 +310,43 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
 def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """A {"messages": [{"role", "content"}, ...]} row: ids and trained.
 
-    Trained is each assistant turn, from what follows the template's generation prompt to the last stop token.
+    Trained is each assistant turn, from what follows the template's generation prompt to the last stop token;
+    of those beyond max_seq_len only the first is marked.
     """
-    messages = turns_field(row, "messages")
+    messages, variables = row["messages"], template_variables(row)
     check_messages(messages)
-    text = tokenizer.render(messages)
+    text = tokenizer.render(messages, **variables)
     ids = tokenizer.encode(text)
     trained = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or fmt.loss_on == "all":
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = tokenizer.marked_answers(messages, **variables)
+    if marked is not None and len(marked) != len(answers):
+        raise ValueError(
+            f"the chat template marks {len(marked)} answers by {{% generation %}}, {len(answers)} messages "
+            "are the assistant's"
+        )
+    for k, i in enumerate(answers if fmt.loss_on == "answer" else []):
+        if not rows.is_trained(messages[i]):
             continue
-        start, end = answer_span(messages, i, text, ids, tokenizer)
+        if marked is None:
+            start, end = answer_span(messages, i, text, ids, tokenizer, variables)
+        else:
+            start, end = (count_prefix_tokens(text[:place], text, ids, tokenizer) for place in marked[k])
+            check_end(i, ids[start:end], text[: marked[k][1]], tokenizer)
         trained[start:end] = [True] * (end - start)
+        if start >= fmt.max_seq_len:  # so are all that follow; each would render the chat once more
+            break
     bos = bos_before_chat(tokenizer, fmt)
     return bos + ids, [False] * len(bos) + trained
 
 
+def template_variables(row: dict) -> dict:
+    """What the chat template reads beside the messages of a row."""
+    return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+
+
 def answer_span(
-    messages: list[dict], i: int, text: str, ids: list[int], tokenizer: Tokenizer
+    messages: list[dict], i: int, text: str, ids: list[int], tokenizer: Tokenizer, variables: dict
 ) -> tuple[int, int]:
     """Where message `i`, an answer, lies in `ids`, the tokens of the rendered chat `text`: [start, end).
 
@@ -279,38 +354,48 @@ def answer_span(
     ValueError if there is none, and for a template that `count_prefix_tokens` refuses.
     """
     prompt, answered = (
-        tokenizer.render(messages[:i], add_generation_prompt=True),
-        tokenizer.render(messages[: i + 1]),
+        tokenizer.render(messages[:i], add_generation_prompt=True, **variables),
+        tokenizer.render(messages[: i + 1], **variables),
     )
     start = count_prefix_tokens(prompt, text, ids, tokenizer)
     end = count_prefix_tokens(answered, text, ids, tokenizer)
+    check_end(i, ids[start:end], answered, tokenizer)
     if tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings):
         return start, end
-    stops = [t for t in range(start, end) if ids[t] in tokenizer.stop_ids]
-    if not stops:
+    return start, max(t for t in range(start, end) if ids[t] in tokenizer.stop_ids) + 1
+
+
+def check_end(i: int, ids: list[int], answered: str, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if message `i`, with the tokens `ids`, the last of `answered`, does not end."""
+    ends = tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings)
+    if not ends and not tokenizer.stop_ids.intersection(ids):
         raise ValueError(
             f"end of turn not trained: the chat template ends message {i} without a stop token: "
             "add the id of its end-of-turn token to eos_token_id in generation_config.json"
         )
-    return start, stops[-1] + 1
 
 
 def check_messages(messages: list[dict]) -> None:
-    """Raises ValueError for an unknown role, content that is not text, or nothing before the first answer."""
-    for i, message in enumerate(messages):
-        try:
-            role = text_field(message, "role")
-            text_field(message, "content")
-        except ValueError as error:
-            raise ValueError(f"message {i}: {error}") from error
-        if role not in ROLES:
-            raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(ROLES)}")
+    """Raises ValueError if nothing comes before the first answer."""
     if messages[0]["role"] == "assistant":
         raise ValueError("message 0: the first message must not be the assistant's, it would answer nothing")
 
 
+def format_completion(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
+    """A {"prompt", "completion"} row of strings, as they stand: ids and trained, the completion with EOS."""
+    context = bos_prefix(tokenizer, add_bos(tokenizer, fmt)) + tokenizer.encode(text_field(row, "prompt"))
+    response = tokenizer.encode(text_field(row, "completion"), continued=bool(context)) + [tokenizer.eos_id]
+    return context + response, [False] * len(context) + [True] * len(response)
+
+
+def hide_values(row: dict, tokenizer: Tokenizer) -> dict:
+    """A `conversations` row in whose texts special tokens are hidden."""
+    return row | {name: tokenizer.hide_in(row[name]) for name in ("system", "conversations") if name in row}
+
+
 def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """A {"system", "conversations": [{"from", "value", "label"}], "mask", "type"} row: ids and trained."""
+    row = hide_values(row, tokenizer)
     text, spans = conversation_text(row, [unescape(token) for token in fmt.chat_tokens])
     bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
     ids = tokenizer.encode(text)
@@ -319,6 +404,8 @@ def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> 
         start = count_prefix_tokens(text[:first], text, ids, tokenizer)
         end = count_prefix_tokens(text[:last], text, ids, tokenizer)
         trained[start:end] = [True] * (end - start)
+        if start >= fmt.max_seq_len:
+            break
     return bos + ids, [False] * len(bos) + trained
 
 
@@ -328,7 +415,7 @@ def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
     Spaces around values are dropped. Trained are the answer and EOS; an empty answer is EOS alone.
     """
     pieces = template_pieces(fmt.prompt_template)
-    values = {field: text_field(row, field).strip(" ") for _, field in pieces}
+    values = {field: tokenizer.hide(text_field(row, field).strip(" ")) for _, field in pieces}
     bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
     prompt, response = encode_template(pieces, values, tokenizer)
     fields = {field: tokenizer.encode(values[field], continued=True) for field in fmt.truncation_fields()}
@@ -337,7 +424,7 @@ def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
         shorter = cut_evenly(fields, excess, fmt.truncation_side)
         for field in (field for field in fields if shorter[field] != fields[field]):
             # a cut may split a character, and half of one decodes to U+FFFD
-            values[field] = tokenizer.decode(shorter[field]).strip("\ufffd").strip(" ")
+            values[field] = tokenizer.hide(tokenizer.decode(shorter[field]).strip("\ufffd").strip(" "))
         fields = shorter
         prompt, response = encode_template(pieces, values, tokenizer)
         cut_prompt = True

@@ -1,33 +1,107 @@
-"""jsonl files: rows with their file and line, and fields that must be there."""
+"""Files of rows: each row with its place, and fields that must be there."""
 
 import gzip
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-def read_jsonl(path: Path) -> list[tuple[str, dict]]:
-    """Rows of a .jsonl or .jsonl.gz file as ("file:line", row); blank lines are skipped.
 
-    Raises ValueError naming file and line for what is not a JSON object, and for a file without rows.
+@dataclass
+class BadRows:
+    """Wrong rows that are left out, up to a limit (--skip-bad-rows)."""
+
+    limit: int
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, error: ValueError) -> None:
+        """Leave a row out. Raises the error if that is one too many."""
+        if len(self.errors) >= self.limit:
+            raise error
+        self.errors.append(str(error))
+
+    def counts(self) -> dict[str, int]:
+        """What was left out, for the log: the first error whole, and where the next ones are."""
+        if not self.errors:
+            return {}
+        others = [error.partition(": ")[0] for error in self.errors[1:10]]
+        more = f"; {', '.join(others)}" if others else ""
+        return {f"bad rows left out ('{self.errors[0]}'{more})": len(self.errors)}
+
+
+def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]:
+    """Rows of a file as ("file:line", row): lines of JSON, one JSON array, or Parquet; plain or .gz.
+
+    Blank lines are skipped, and null fields of Parquet rows. `bad` takes lines that are no JSON object.
+    Raises ValueError naming file and line for the others, and for a file without rows.
     """
-    rows = []
-    for number, line in enumerate(read_lines(Path(path)), start=1):
-        if not line.strip():
-            continue
+    path, bad, rows = Path(path), bad or BadRows(0), []
+    for where, text in read_values(path):
         try:
-            row = json.loads(line)
-        except ValueError as error:  # bad JSON, or bytes that are not UTF-8
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a row must be a JSON object, this is a {type(row).__name__}")
-        rows.append((f"{path}:{number}", row))
+            row = text if isinstance(text, dict) else parse(where, text)
+            rows.append((where, row))
+        except ValueError as error:
+            bad.add(error)
     if not rows:
         raise ValueError(f"{path}: no rows in this file")
     return rows
+
+
+def read_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """What a file has as ("file:line", line) or, of arrays and Parquet, ("file: row 3", value)."""
+    if path.suffix == ".parquet":
+        yield from ((f"{path}: row {i}", row) for i, row in enumerate(read_parquet(path), start=1))
+        return
+    lines = enumerate(read_lines(path), start=1)
+    for number, line in lines:
+        if line.lstrip(BYTE_ORDER_MARK).lstrip()[:1] == b"[" and number == 1:
+            text = line + b"".join(line for _, line in lines)
+            rows = parse_json(str(path), text)
+            yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
+        elif line.strip():
+            yield f"{path}:{number}", line
+
+
+def parse(where: str, text: object) -> dict:
+    """The row that a line is, or that stands in an array. Raises ValueError."""
+    row = parse_json(where, text) if isinstance(text, bytes) else text
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+    return row
+
+
+def parse_json(where: str, text: bytes) -> Any:
+    """A JSON text. Raises ValueError for anything else, also for what is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are not UTF-8
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+
+
+def read_parquet(path: Path) -> Iterator[dict]:
+    """Rows of a Parquet file without their null fields, in which it keeps those that a row has not."""
+    import pyarrow.parquet  # only where such a file is read
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from map(without_nulls, batch.to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the null fields of the objects in it, but for the content of a message."""
+    if isinstance(value, dict):
+        return {
+            name: without_nulls(one) for name, one in value.items() if one is not None or name == "content"
+        }
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

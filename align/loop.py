@@ -9,6 +9,7 @@ from align.model import ModelConfig
 from align.optim import OptimConfig
 from align.packing import BatchConfig
 from align.parallel import ParallelConfig
+from align.tokenizer import TextConfig
 
 
 def check_at_least(config: object, least: float, *names: str) -> None:
@@ -49,6 +50,7 @@ class CommonConfig:
     loop: LoopConfig = LoopConfig()
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
     parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from align import data
+from align import data, rows
 from align.data import BosChoice, Tokenizer
+from align.jsonl import BadRows, turns_field
 from align.losses import MISSING
 from align.packing import Example, num_trained
 
 REWARDS = ("chosen_reward", "rejected_reward")
+ANSWERS = ("chosen", "rejected", "chosen_response", "rejected_response")
+USED = {  # fields that pairs and labelled texts are made of
+    *("prompt", "instruction", "input", "conversations", "messages", "text", "system", "margin", "label"),
+    *(*ANSWERS, *REWARDS, *rows.VARIABLES),
+}
 ACCEPTED = """accepted are
   {"prompt", "chosen", "rejected"}, three strings;
   {"prompt", "chosen", "rejected"}, a list of messages and for each answer one assistant message;
@@ -37,6 +43,9 @@ class PreferenceFormat:
     append_eos: bool = True
     """end plain text with EOS, or as turns end in a model that was trained on 'conversations' rows, unless it
     ends with a stop token; messages end as the template ends them"""
+
+    skip_bad_rows: int = 0
+    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
         if self.max_seq_len < 2:
@@ -82,7 +91,9 @@ def load_pairs(
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
     counts = dict.fromkeys(names, 0)
     pairs = []
-    for pair in (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines)):
+    bad = BadRows(fmt.skip_bad_rows)
+    read = (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines, counts, bad))
+    for pair in read:
         counts["pairs"] += 1
         counts["with_rewards"] += pair.has_rewards
         if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
@@ -91,6 +102,7 @@ def load_pairs(
             counts["dropped_identical"] += 1
         else:
             pairs.append(pair)
+    counts |= bad.counts()
     check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
     sides = [side for pair in pairs for side in pair.examples]
     counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
@@ -114,25 +126,54 @@ def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: Pref
     raise ValueError(f"{', '.join(map(str, paths))}: nothing is left, {why}{rest}")
 
 
-def read_pairs(path: Path, tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool) -> Iterator[Pair]:
-    """Every pair of a file, of any length. Raises ValueError naming file and line."""
-    lines = iter(data.read_jsonl(path))
+def read_pairs(
+    path: Path,
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    text_lines: bool,
+    counts: dict[str, int],
+    bad: BadRows,
+) -> Iterator[Pair]:
+    """Every pair of a file, of any length; counts unused fields. Raises ValueError naming file and line."""
+    lines = iter(data.read_jsonl(path, bad))
     for where, row in lines:
-        if "label" in row:
-            raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
-        if "text" not in row:
-            sides = data.at(where, format_pair, row, tokenizer, fmt)
-        elif text_lines:
-            chosen = data.at(where, format_text, row, tokenizer, fmt)
-            below, rejected_row = next(lines, ("the end of the file", {}))
-            check_rejected_line(where, below, rejected_row)
-            sides = chosen, data.at(below, format_text, rejected_row, tokenizer, fmt)
-        else:
-            raise ValueError(
-                f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
-                "'rejected' instead"
-            )
-        yield Pair(*sides, *data.at(where, pair_numbers, row))
+        seen = tokenizer.texts_with_special
+        try:
+            pair = make_pair(where, row, lines, tokenizer, fmt, text_lines)
+        except ValueError as error:
+            if "text" in row:  # else the lines after it would be paired wrongly
+                raise
+            bad.add(error)
+            continue
+        data.count_unused(row, USED, counts)
+        data.count_special(tokenizer.texts_with_special > seen, counts)
+        yield pair
+
+
+def make_pair(
+    where: str,
+    row: dict,
+    lines: Iterator[tuple[str, dict]],
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    text_lines: bool,
+) -> Pair:
+    """The pair of a row, or of a {"text"} line and the next of `lines`. Raises ValueError."""
+    if "label" in row:
+        raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
+    if "text" not in row:
+        sides = data.at(where, format_pair, row, tokenizer, fmt)
+    elif text_lines:
+        chosen = data.at(where, format_text, row, tokenizer, fmt)
+        below, rejected_row = next(lines, ("the end of the file", {}))
+        check_rejected_line(where, below, rejected_row)
+        sides = chosen, data.at(below, format_text, rejected_row, tokenizer, fmt)
+    else:
+        raise ValueError(
+            f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
+            "'rejected' instead"
+        )
+    return Pair(*sides, *data.at(where, pair_numbers, row))
 
 
 def check_rejected_line(where: str, below: str, row: dict) -> None:
@@ -173,23 +214,47 @@ def number(value: object, name: str) -> float:
 
 def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[Example]:
     """Chosen and rejected side of a row that has both. Raises ValueError."""
+    rows.refuse(row, set())
     fields = [answer_field(row, "chosen"), answer_field(row, "rejected")]
+    row = with_prompt(row)
     prompt, *answers = kinds = [type(row.get("prompt")), *(type(row[field]) for field in fields)]
     if kinds == [str, str, str]:
         given = data.text_field(row, "prompt")
         return [format_response(given, data.text_field(row, field), tokenizer, fmt) for field in fields]
     if prompt is list and set(answers) <= {dict, list}:
-        messages = data.turns_field(row, "prompt")
-        chats = [messages + answer_message(row, field) for field in fields]
+        messages = turns_field(row, "prompt")
+        chats = [[*messages, *answer_message(row, field)] for field in fields]
     elif prompt in (str, type(None)) and answers == [list, list]:
-        chats = [data.turns_field(row, field) for field in fields]
+        chats = [turns_field(row, field) for field in fields]
     else:
         found = zip(("prompt", *fields), kinds, strict=True)
         raise ValueError(f"{', '.join(f'{f!r}: {kind.__name__}' for f, kind in found)}: {ACCEPTED}")
-    sides = [format_chat(chat, field, tokenizer, fmt) for chat, field in zip(chats, fields, strict=True)]
-    if chats[0][:-1] != chats[1][:-1]:
+    made = [
+        data.at(f"field {field!r}", rows.chat_row, row, chat, {field})[0]
+        for chat, field in zip(chats, fields, strict=True)
+    ]
+    sides = [format_chat(chat, field, tokenizer, fmt) for chat, field in zip(made, fields, strict=True)]
+    if made[0]["messages"][:-1] != made[1]["messages"][:-1]:
         raise ValueError("the conversations must be equal but for their last message, and they are not")
     return sides
+
+
+def with_prompt(row: dict) -> dict:
+    """A row whose "prompt" is made of what other files call it: instruction and input, conversations.
+
+    Strings beside a system text become messages.
+    """
+    if "prompt" not in row and "instruction" in row:
+        row = row | {"prompt": rows.alpaca_prompt(row)}
+    if "prompt" not in row and "conversations" in row:
+        row = row | {"prompt": row["conversations"]}
+    if row.get("system") and isinstance(row.get("prompt"), str):
+        changed = {"prompt": [{"role": "user", "content": data.text_field(row, "prompt")}]}
+        for name in ANSWERS:
+            if isinstance(row.get(name), str):
+                changed[name] = {"role": "assistant", "content": data.text_field(row, name)}
+        row = row | changed
+    return row
 
 
 def answer_field(row: dict, name: str) -> str:
@@ -204,24 +269,22 @@ def answer_field(row: dict, name: str) -> str:
 
 def answer_message(row: dict, field: str) -> list[dict]:
     """The one message of a field that answers a list of messages, in a list. Raises ValueError."""
-    messages = [row[field]] if isinstance(row[field], dict) else data.turns_field(row, field)
+    messages = [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
     if len(messages) != 1:
         raise ValueError(f"field {field!r} must be one message, the answer to 'prompt', not {len(messages)}")
     return messages
 
 
-def format_chat(messages: list[dict], field: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+def format_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
     """A conversation, trained on its last message. It ends where generation does: at that one's last stop
     token, without what the template puts behind it."""
-    try:
-        data.check_messages(messages)
-    except ValueError as error:
-        raise ValueError(f"field {field!r}: {error}") from error
+    messages, variables = chat["messages"], data.template_variables(chat)
+    data.at(f"field {field!r}", data.check_messages, messages)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"field {field!r} ends with the role {messages[-1]['role']!r}, not the assistant's")
-    text = tokenizer.render(messages)
+    text = tokenizer.render(messages, **variables)
     ids = tokenizer.encode(text)
-    start, end = data.answer_span(messages, len(messages) - 1, text, ids, tokenizer)
+    start, end = data.answer_span(messages, len(messages) - 1, text, ids, tokenizer, variables)
     bos = data.bos_before_chat(tokenizer, fmt)
     return make_example(bos + ids[:start], ids[start:end], tokenizer)
 
@@ -259,8 +322,13 @@ def encode_ended(
 ) -> list[int]:
     """Ids of a text with the end that --append-eos asks for: the end of sampled answers."""
     ids = tokenizer.encode(text, continued)
-    if not fmt.append_eos or (ids and ids[-1] in tokenizer.stop_ids):
+    if not fmt.append_eos:
         return ids
+    stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    if (
+        stops and not tokenizer.decode(ids[stops[-1] + 1 :]).strip()
+    ):  # a rendered chat, with its last line end
+        return ids[: stops[-1] + 1]
     if tokenizer.chat:
         return tokenizer.encode(tokenizer.chat.end(text), continued)
     return ids + [tokenizer.eos_id]
@@ -291,17 +359,23 @@ def as_scored(example: Example) -> Example:
 def load_labelled(
     paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, num_attributes: int
 ) -> tuple[list[Example], np.ndarray, dict[str, int]]:
-    """{"text", "label"} rows as scored examples, their labels [N, num_attributes] float32, and counts.
+    """Labelled rows as scored examples, their labels [N, num_attributes] float32, and counts.
 
-    A label has a number for each attribute, MISSING (-100) where it is not known. Counts: texts read; of
-    these dropped_too_long; tokens of the others. Raises ValueError naming file and line for a row that is
-    wrong, and if no text is left.
+    A row is {"text", "label"} or {"messages", "label"}, whose last message is scored. A label has a number
+    for each attribute, MISSING (-100) where it is not known. Counts: texts read; of these dropped_too_long;
+    tokens of the others. Raises ValueError naming file and line for a row that is wrong, and if no text is
+    left.
     """
     counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
-    examples, labels = [], []
-    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path)):
-        example = data.at(where, format_text, row, tokenizer, fmt)
-        label = data.at(where, label_field, row, num_attributes)
+    examples, labels, bad = [], [], BadRows(fmt.skip_bad_rows)
+    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path, bad)):
+        try:
+            example = data.at(where, format_labelled, row, tokenizer, fmt)
+            label = data.at(where, label_field, row, num_attributes)
+        except ValueError as error:
+            bad.add(error)
+            continue
+        data.count_unused(row, USED, counts)
         counts["texts"] += 1
         if len(example.ids) > fmt.max_seq_len:
             counts["dropped_too_long"] += 1
@@ -309,8 +383,19 @@ def load_labelled(
         counts["tokens"] += len(example.ids)
         examples.append(as_scored(example))
         labels.append(label)
+    counts |= bad.counts()
     check_left(len(examples), counts["texts"], counts["dropped_too_long"], paths, fmt)
     return examples, np.array(labels, np.float32), counts
+
+
+def format_labelled(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """The text or the chat of a labelled row. Raises ValueError."""
+    if "messages" not in row:
+        return format_text(row, tokenizer, fmt)
+    if "text" in row:
+        raise ValueError("both 'text' and 'messages': a row has one of them")
+    chat, _ = rows.chat_row(row, turns_field(row, "messages"), {"messages"})
+    return format_chat(chat, "messages", tokenizer, fmt)
 
 
 def label_field(row: dict, num_attributes: int) -> list[float]:

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from align import data, marker_chat, packing, preferences
+from align import data, marker_chat, packing, preferences, rows
 from align.data import BosChoice, FormatConfig, Tokenizer
+from align.jsonl import BadRows, turns_field
 from align.marker_chat import RowFormats
 from align.packing import BatchConfig, Example
 
@@ -39,6 +40,9 @@ class PromptFormat:
     """most tokens of a prompt; a longer one is dropped and counted"""
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
+
+    skip_bad_rows: int = 0
+    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
         if self.max_prompt_len < 1:
@@ -115,14 +119,22 @@ def load_prompts(
     Raises ValueError naming file and line for a row that is wrong, and if no prompt is left.
     """
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
-    prompts = []
-    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path)):
-        ids = data.at(where, format_prompt, row, tokenizer, fmt)
+    prompts, bad = [], BadRows(fmt.skip_bad_rows)
+    for where, row in (numbered for path in paths for numbered in data.read_jsonl(path, bad)):
+        seen = tokenizer.texts_with_special
+        try:
+            ids = data.at(where, format_prompt, row, tokenizer, fmt)
+        except ValueError as error:
+            bad.add(error)
+            continue
+        data.count_special(tokenizer.texts_with_special > seen, counts)
         counts["prompts"] += 1
+        data.count_unused(row, used_fields(row), counts, "for reward functions")
         if len(ids) > fmt.max_prompt_len:
             counts["dropped_too_long"] += 1
         else:
             prompts.append(Prompt(ids, row))
+    counts |= bad.counts()
     if not prompts:
         raise ValueError(
             f"{', '.join(map(str, paths))}: no prompt is left, all {counts['prompts']} are longer than "
@@ -135,16 +147,36 @@ def load_prompts(
 
 def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray:
     """The ids that a model continues, [n] int32, of any length but never empty. Raises ValueError."""
+    rows.refuse(row, set())
+    if is_alpaca(row):
+        rows.check_no_system(row, "'instruction'", ())
+        ids = preferences.encode_prompt(rows.alpaca_prompt(row), "instruction", tokenizer, fmt)
+        data.check_bos(ids, tokenizer)
+        return np.array(ids, np.int32)
     field = prompt_field(row)
-    if isinstance(row[field], str):
+    if isinstance(row[field], str) and (field == "text" or not row.get("system")):
+        rows.check_no_system(row, "'text'", ())
         check_answers(row, field)
         ids = preferences.encode_prompt(data.text_field(row, field), field, tokenizer, fmt)
-    elif field == "conversations":
+    elif field == "conversations" and rows.is_marker_row(row):
         ids = encode_conversation(row, tokenizer, fmt)
     else:
-        ids = encode_chat(messages_before_answer(row, field), field, tokenizer, fmt)
+        chat = chat_before_answer(row, field)
+        ids = encode_chat(chat, field, tokenizer, fmt)
     data.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)
+
+
+def is_alpaca(row: dict) -> bool:
+    """Whether a row's prompt is its instruction: in Alpaca's files "text" has the answer too."""
+    return "instruction" in row and not {"prompt", "messages", "conversations"} & set(row)
+
+
+def used_fields(row: dict) -> set[str]:
+    """The fields of a row that `format_prompt` reads."""
+    if is_alpaca(row):
+        return {"instruction", "input"}
+    return {*FIELDS, *rows.VARIABLES, "system", "mask", "type"}
 
 
 def prompt_field(row: dict) -> str:
@@ -175,15 +207,20 @@ def check_answers(row: dict, field: str) -> None:
         )
 
 
-def messages_before_answer(row: dict, field: str) -> list[dict]:
-    """The messages of a row that an answer is to follow. Raises ValueError."""
-    messages = data.turns_field(row, field)
+def chat_before_answer(row: dict, field: str) -> dict:
+    """The messages of a row that an answer is to follow, and the template's variables. Raises ValueError."""
+    if isinstance(row[field], str):
+        turns = [{"role": "user", "content": data.text_field(row, field)}]
+    else:
+        turns = turns_field(row, field)
+    chat, _ = data.at(f"field {field!r}", rows.chat_row, row, turns, {field})
+    messages = chat["messages"]
     data.at(f"field {field!r}", data.check_messages, messages)
-    if field == "messages" and messages[-1]["role"] == "assistant":
+    if field != "prompt" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"field {field!r}: what comes before the answer must not be the assistant's message")
-    return messages
+    return chat | {"messages": messages}
 
 
 def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
@@ -193,13 +230,15 @@ def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list
             "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
             "\"chat\"): train it with train_sft.py first, or give 'messages'"
         )
+    row = data.hide_values(row, tokenizer)
     ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
     return data.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
 
 
-def encode_chat(messages: list[dict], field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
+def encode_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
     """Ids of a chat up to where its answer begins. Raises ValueError if there are none."""
-    ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+    variables = data.template_variables(chat)
+    ids = tokenizer.encode(tokenizer.render(chat["messages"], add_generation_prompt=True, **variables))
     if not ids:
         raise ValueError(f"field {field!r}: the chat template makes no token of it")
     return data.bos_before_chat(tokenizer, fmt) + ids
@@ -284,13 +323,16 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
     As SFT would see it in a row of this turn and an answer: the system says nothing, labels are left out, and
     in rows of --prompt-template the text stands in the one field before the answer. Raises ValueError.
     """
+    row, _ = rows.sft_row(row, fmt.template_fields())
     if "messages" in row:
-        return format_prompt({"messages": [{"role": "user", "content": text}]}, tokenizer, fmt)
+        asked = {"messages": [{"role": "user", "content": text}]}
+        return format_prompt({**row, **asked}, tokenizer, fmt)
     if "conversations" in row:
-        ids = tokenizer.encode(text_before_answer(turn_of(row, text), fmt))
+        ids = tokenizer.encode(text_before_answer(data.hide_values(turn_of(row, text), tokenizer), fmt))
     else:
         pieces = data.template_pieces(fmt.prompt_template)
-        ids, _ = data.encode_template(pieces, template_values(pieces, text, fmt), tokenizer)
+        values = template_values(pieces, tokenizer.hide(text), fmt)
+        ids, _ = data.encode_template(pieces, values, tokenizer)
     if not ids:
         raise ValueError("the prompt is empty: an answer must follow something")
     ids = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids
@@ -340,6 +382,7 @@ def question(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[str, s
     is left out where anybody else speaks. Of rows of --prompt-template both are what the model reads before
     the answer, cut where SFT cuts it, without BOS and white space around it. Raises ValueError.
     """
+    row, _ = rows.sft_row(row, fmt.template_fields())
     if "messages" in row:
         turns = messages_turns(row)
     elif "conversations" in row:
@@ -356,7 +399,7 @@ def as_text(turns: Sequence[tuple[str, str]]) -> str:
 
 def messages_turns(row: dict) -> list[tuple[str, str]]:
     """(name, text) of the turns before the last answer of a `messages` row. Raises ValueError."""
-    messages = data.turns_field(row, "messages")
+    messages = row["messages"]
     data.check_messages(messages)
     end = last_answer([i for i, message in enumerate(messages) if message["role"] == "assistant"])
     turns = [(message["role"].capitalize(), message["content"]) for message in messages[:end]]
@@ -377,7 +420,7 @@ def conversations_turns(row: dict) -> list[tuple[str, str]]:
 
 def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str:
     """What the model reads before the answer of a row of --prompt-template, without BOS."""
-    ids, trained, _ = data.format_template(row, tokenizer, fmt)
+    ids, trained, _ = data.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
     bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
     return tokenizer.decode(ids[len(bos) : trained.index(True)]).strip()
 

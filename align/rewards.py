@@ -3,6 +3,7 @@
 Both judges take answers by prompt and return an array [prompts, answers of each], the same on every rank.
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -299,7 +300,8 @@ class RewardFunction:
         mine = []
         for i, k in places[dist.get_rank() :: dist.get_world_size()]:
             prompt, response = prompts[i], samples[i][k].text(self.text, self.stop)
-            value = self.function(self.text.decode(prompt.ids.tolist()), response, prompt.row)
+            row = copy.deepcopy(prompt.row)  # the function may change it
+            value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
                 raise ValueError(
                     f"{self.flag} returned {value!r} for the answer {response!r}: a reward is a finite number"

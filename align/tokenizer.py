@@ -6,20 +6,26 @@ they belong. And pad may be the same id as end of text (GPT-2B, SmolLM2): no cal
 """
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import jinja2
 import sentencepiece
 import tokenizers
+import transformers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from align import marker_chat
+from align import marker_chat, sentencepiece_json
 from align.marker_chat import MarkerChat
+from align.sentencepiece_json import SPACE
 
 HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokenizer
     "tokenizer.json",
@@ -32,21 +38,56 @@ HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokeniz
     "chat_template.jinja",
     "chat_template.json",
 )
-SPACE = "▁"  # how SentencePiece writes a space
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of SentencePiece pieces
-BPE = 2  # a SentencePiece model type; the other that is in use is 1, unigram
+JSON_FILES = (  # which transformers reads, and refuses with errors of its own
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+)
+HIDDEN = re.compile("[\U00100000-\U0010fffd]")  # characters of special tokens that are text: ord - HIDE
+HIDE = 0x100000  # private use, plane 16
+CHECKED_TEXTS = 200  # of a run's first ones
 
 
-def load(path: Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
+@dataclass(frozen=True)
+class TextConfig:
+    """What chats and the texts in them become."""
+
+    special_tokens_in_text: Literal["split", "refuse", "allow"] = "split"
+    """special tokens spelled out in a message, or in a value of --prompt-template: encode them as the plain
+    text that they are (split), end with an error (refuse), or take them for control tokens (allow)"""
+    chat_template_kwargs: str = ""
+    """variables of the chat template for all rows, a JSON object such as '{"enable_thinking": false}'; a
+    row's own "chat_template_kwargs" win"""
+
+    def variables(self) -> dict:
+        """`chat_template_kwargs`, read. Raises ValueError."""
+        try:
+            found = json.loads(self.chat_template_kwargs or "{}")
+        except ValueError as error:
+            raise ValueError(f"--chat-template-kwargs: not valid JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"--chat-template-kwargs must be a JSON object, not a {type(found).__name__}")
+        return found
+
+    def __post_init__(self):
+        self.variables()
+
+
+def load(
+    path: Path, say: Callable[[str], None] | None = None, config: TextConfig = TextConfig()
+) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
     """The tokenizer of a model directory or of a SentencePiece `.model` file; nothing is downloaded or run.
 
-    It follows the marker chat that the directory's prompt_format.json names. Raises ValueError if there is no
-    tokenizer at `path`.
+    It follows the marker chat that the directory's prompt_format.json names. `say` is told if transformers
+    would give other ids, if one of the first CHECKED_TEXTS texts does not come back from its ids, and of the
+    first special token that stands in a text. Raises ValueError if there is no tokenizer at `path`.
     """
     path = Path(path)
     if path.suffix == ".model" and path.is_file():
-        return SentencePieceTokenizer(path)
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = SentencePieceTokenizer(path)
+    elif any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = HuggingFaceTokenizer(path)
     elif (path / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
@@ -55,17 +96,84 @@ def load(path: Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
             f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model "
             "file"
         )
-    if chat := marker_chat.read(path):
+    if chat := path.is_dir() and marker_chat.read(path):
         tokenizer.follow(chat)
+    tokenizer.config, tokenizer.variables = config, config.variables()
+    if say:
+        if warning := tokenizer.differs_from_class():
+            say(warning)
+        tokenizer.say, tokenizer.unchecked = say, CHECKED_TEXTS
     return tokenizer
 
 
-class FollowsMarkerChat:
-    """Rendering and ends of a marker chat, for both tokenizers."""
+class Base:
+    """The part that both tokenizers share: the check that ids decode to their text, and marker chats."""
 
+    say: Callable[[str], None] | None = None
+    unchecked = 0  # texts that are still to be checked
+    config = TextConfig()
+    variables: dict = {}
+    special: re.Pattern | None = None  # special tokens that `encode` would find in a text
+    texts_with_special = 0  # that `hide` has seen
     chat: MarkerChat | None = None
     chat_template: str | None = None
     stop_strings: tuple[str, ...] = ()
+
+    def differs_from_class(self) -> str:
+        """A warning if transformers would give other ids, else ""."""
+        return ""
+
+    def check_round_trip(self, text: str, ids: list[int]) -> None:
+        """Say once if `ids`, those of `text`, decode to another text."""
+        self.unchecked -= 1
+        if (decoded := self.decode(ids)) != text:
+            same = len(os.path.commonprefix([decoded, text]))
+            part = slice(max(0, same - 20), same + 40)
+            self.unchecked = 0
+            self.say(f"decoding does not give the text back: {text[part]!r} becomes {decoded[part]!r}")
+
+    def hide(self, text: str) -> str:
+        """`text`, a value of a row, so that `encode` takes no part of it for a special token.
+
+        Their characters are moved to a private plane, as many as there were. Raises ValueError for a special
+        token if --special-tokens-in-text refuses them, and for characters of that plane.
+        """
+        if HIDDEN.search(text):
+            raise ValueError(
+                "a text has characters of Unicode's private plane 16, which are used to mark tokens"
+            )
+        mode = self.config.special_tokens_in_text
+        found = self.special and mode != "allow" and self.special.search(text)
+        if not found:
+            return text
+        if mode == "refuse":
+            raise ValueError(f"special token {found[0]!r} in a text: see --special-tokens-in-text")
+        if self.say and not self.texts_with_special:
+            self.say(
+                f"special token {found[0]!r} in {text[:80]!r}: such tokens in texts are encoded as plain text"
+            )
+        self.texts_with_special += 1
+        return self.special.sub(lambda match: "".join(chr(ord(c) + HIDE) for c in match[0]), text)
+
+    def hide_in(self, value: Any) -> Any:
+        """Messages, or other values of a row, with all texts in them hidden; the names of roles stay."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, list):
+            return [self.hide_in(one) for one in value]
+        if isinstance(value, dict):
+            return {name: one if name == "role" else self.hide_in(one) for name, one in value.items()}
+        return value
+
+    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
+        """None: the template of a marker chat marks no answers."""
+
+    def check_template_reads(self, messages: list[dict], variables: dict) -> None:
+        """Raises ValueError for a variable, or for tool calls, that the chat template does not mention."""
+        names = [name for name, value in variables.items() if value is not None]
+        names += ["tool_calls"] * any(message.get("tool_calls") for message in messages)
+        if unread := [name for name in names if not re.search(rf"\b{re.escape(name)}\b", self.chat_template)]:
+            raise ValueError(f"the chat template does not read {unread[0]!r}: leave it out of the row")
 
     def follow(self, chat: MarkerChat) -> None:
         """Render chats by the template of `chat`, and end answers at its turn marker.
@@ -99,8 +207,11 @@ class FollowsMarkerChat:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-class HuggingFaceTokenizer(FollowsMarkerChat):
+class HuggingFaceTokenizer(Base):
     """The tokenizer of a Hugging Face directory.
+
+    Ids are those of its tokenizer.json, whatever the class that the config names would make of that file;
+    transformers gives the names of special tokens and renders the chat template.
 
     Attributes: `eos_id`, `bos_id` (may be None), `pad_id`, `adds_bos` (the tokenizer by itself puts BOS in
     front), `vocab_size` (largest id + 1), `stop_ids` and `stop_strings` (what ends an answer), `chat`.
@@ -108,6 +219,9 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
 
     def __init__(self, directory: Path):
         self.directory = directory
+        path = directory / "tokenizer.json"
+        backend = read_backend(path) if path.is_file() else None
+        config, *_ = [read_object(directory / name) for name in JSON_FILES]
         self.hf = AutoTokenizer.from_pretrained(
             directory, use_fast=True, local_files_only=True, trust_remote_code=False
         )
@@ -115,25 +229,50 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
             raise ValueError(
                 f"{directory}: {type(self.hf).__name__} has no fast version: add a tokenizer.json"
             )
-        if self.hf.eos_token_id is None:
+        self.backend = backend or self.hf.backend_tokenizer
+        add_configured_tokens(self.backend, directory)
+        eos_id = self.hf.eos_token and self.backend.token_to_id(self.hf.eos_token)
+        if eos_id is None:
             raise ValueError(
-                f"{directory} names no end-of-text token: set eos_token in tokenizer_config.json"
+                f"{directory} names no end-of-text token: set eos_token in tokenizer_config.json, to a "
+                "token of the vocabulary"
             )
-        self.eos_id: int = self.hf.eos_token_id
-        self.bos_id: int | None = self.hf.bos_token_id
-        self.pad_id: int = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
-        self.adds_bos: bool = self.bos_id is not None and self.hf("x").input_ids[0] == self.bos_id
-        self.vocab_size: int = max(self.hf.get_vocab().values()) + 1
+        self.eos_id: int = eos_id
+        self.bos_id: int | None = self.hf.bos_token and self.backend.token_to_id(self.hf.bos_token)
+        pad_id = self.hf.pad_token and self.backend.token_to_id(self.hf.pad_token)
+        self.pad_id: int = self.eos_id if pad_id is None else pad_id
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = self.backend.encode("x").ids[0] == self.bos_id
+        self.adds_bos: bool = self.bos_id is not None and bool(adds_bos)
+        self.vocab_size: int = max(self.ids_by_token.values()) + 1
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
         self.chat_template = self.hf.chat_template
-        adds_space = self.hf.convert_ids_to_tokens(self.encode("a"))[0].startswith(SPACE)
+        control = [
+            token.content for token in self.backend.get_added_tokens_decoder().values() if token.special
+        ]
+        longest_first = sorted(map(re.escape, control), key=len, reverse=True)
+        self.special = re.compile("|".join(longest_first)) if control else None
+        self.plain: list[tokenizers.Tokenizer] = []  # without special tokens: as made for encode_hidden
+        adds_space = (self.backend.id_to_token(self.encode("a")[0]) or "").startswith(SPACE)
         drops_space = self.encode(" a") == self.encode("a")
-        self.inner = without_dummy_prefix(self.hf.backend_tokenizer) if adds_space or drops_space else None
+        self.inner = without_dummy_prefix(self.backend) if adds_space or drops_space else None
 
     @property
     def ids_by_token(self) -> dict[str, int]:
         """The vocabulary: two tokenizers with the same one give the same ids to the same tokens."""
-        return self.hf.get_vocab()
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    def differs_from_class(self) -> str:
+        """A warning if the class that transformers takes changes what tokenizer.json says, else ""."""
+        own, theirs = (json.loads(t.to_str()) for t in (self.backend, self.hf.backend_tokenizer))
+        changed = [part for part in ("normalizer", "pre_tokenizer", "decoder") if own[part] != theirs[part]]
+        if not changed:
+            return ""
+        return (
+            f"tokenizer.json of {self.directory} is used as it stands: {type(self.hf).__name__} of "
+            f"transformers {transformers.__version__} changes its {', '.join(changed)}"
+        )
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Token ids of `text`; a special token spelled out in it becomes that token, as chat templates need.
@@ -141,17 +280,45 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
         `continued`: as `text` comes out after earlier text, without the space that Llama-2-like tokenizers
         put in front.
         """
+        if HIDDEN.search(text):
+            return self.encode_hidden(text, continued)
         if continued and self.inner:
             return self.inner.encode(text, add_special_tokens=False).ids
-        return self.hf.encode(text, add_special_tokens=False, verbose=False)
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if self.unchecked:
+            self.check_round_trip(text, ids)
+        return ids
+
+    def encode_hidden(self, text: str, continued: bool) -> list[int]:
+        """Ids of a text with special tokens that `hide` has hidden, as if the tokenizer did not know them.
+
+        As the tokenizer itself does, the text is cut at the special tokens that are meant as such.
+        """
+        if not self.plain:
+            self.plain = [
+                without_special_tokens(one)
+                for one in (self.backend, self.inner, without_first_prefix(self.backend))
+                if one
+            ]
+        parts = re.split(f"({self.special.pattern})", text)
+        ids, waiting = [], ""
+        for i, part in enumerate(parts):
+            if i % 2 or not HIDDEN.search(part):
+                waiting += part
+                continue
+            ids += self.encode(waiting, continued) if waiting else []
+            first = not ids and not waiting
+            plain = self.plain[0 if first and not continued else 1 if continued and self.inner else -1]
+            shown = HIDDEN.sub(lambda match: chr(ord(match[0]) - HIDE), part)
+            ids += plain.encode(shown, add_special_tokens=False).ids
+            waiting, continued = "", continued and not ids
+        return ids + (self.encode(waiting) if waiting else [])
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens spelled out; an id beyond the vocabulary as <id 32000>."""
         text, start = "", 0
         for end in [*(i for i, number in enumerate(ids) if number >= self.vocab_size), len(ids)]:
-            text += self.hf.decode(
-                ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
+            text += self.backend.decode(ids[start:end], skip_special_tokens=False)
             text += f"<id {ids[end]}>" if end < len(ids) else ""
             start = end + 1
         return text
@@ -163,8 +330,8 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
             self.chat_template = self.hf.chat_template
         self.hf.chat_template = self.chat_template
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """A chat as text, through the chat template.
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
+        """A chat as text, through the chat template, which `variables` are passed to ("tools", others).
 
         Raises ValueError if the model has no template, and if the template refuses the messages.
         """
@@ -173,12 +340,30 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
                 f"{self.directory} has no chat template: put a chat_template.jinja there, or use rows with "
                 "'conversations' or with the fields of --prompt-template instead of 'messages'"
             )
+        variables = self.variables | variables
+        self.check_template_reads(messages, variables)
+        messages, variables = self.hide_in(messages), self.hide_in(variables)
         try:
             return self.hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
+        """Where the answers are in the rendered chat, in characters, by {% generation %} of the template.
+
+        None for a template without such marks.
+        """
+        if not re.search(r"{%-?\s*generation\b", self.chat_template or ""):
+            return None
+        _, [spans] = render_jinja_template(
+            [self.hide_in(messages)],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.hf.special_tokens_map | self.hide_in(self.variables | variables),
+        )
+        return spans
 
     def save(self, directory: Path) -> None:
         """Copy the tokenizer's files as they are, so that other programs read just what they read before."""
@@ -189,7 +374,7 @@ class HuggingFaceTokenizer(FollowsMarkerChat):
         self.save_chat(Path(directory))
 
 
-class SentencePieceTokenizer(FollowsMarkerChat):
+class SentencePieceTokenizer(Base):
     """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
 
     adds_bos = False
@@ -219,7 +404,10 @@ class SentencePieceTokenizer(FollowsMarkerChat):
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Token ids of `text`; control pieces spelled out in it stay text. `continued`: as above."""
         if not continued:
-            return self.sp.encode(text)
+            ids = self.sp.encode(text)
+            if self.unchecked:
+                self.check_round_trip(text, ids)
+            return ids
         # the model's own rules for spaces, as they act after a letter
         normalized = self.sp.normalize("x" + text)
         return self.inner.encode(normalized[normalized.index("x") + 1 :])
@@ -237,13 +425,15 @@ class SentencePieceTokenizer(FollowsMarkerChat):
                 start = end + 1
         return text
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
         """A chat as text in the marker format. Raises ValueError without one: the model has no template."""
         if not self.chat_template:
             raise ValueError(
                 f"{self.path} has no chat template: instead of 'messages' use 'conversations' rows or rows "
                 "with the fields of --prompt-template"
             )
+        variables = self.variables | variables
+        self.check_template_reads(messages, variables)
         bos = self.sp.id_to_piece(self.bos_id) if self.bos_id is not None else ""
         try:
             [text], _ = render_jinja_template(
@@ -251,6 +441,7 @@ class SentencePieceTokenizer(FollowsMarkerChat):
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=bos,
+                **variables,
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
@@ -261,7 +452,7 @@ class SentencePieceTokenizer(FollowsMarkerChat):
         Path(directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
         proto = ModelProto.FromString(self.sp.serialized_model_proto())
-        huggingface_tokenizer(proto).save(str(Path(directory) / "tokenizer.json"))
+        sentencepiece_json.translate(proto).save(str(Path(directory) / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.sp.id_to_piece(self.eos_id),
@@ -276,10 +467,58 @@ class SentencePieceTokenizer(FollowsMarkerChat):
 
 
 def generation_stop_ids(directory: Path) -> set[int]:
-    """The `eos_token_id` (one or several) of a generation_config.json in `directory`; empty without one."""
-    path = directory / "generation_config.json"
-    stop = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    return set(stop if isinstance(stop, list) else [] if stop is None else [stop])
+    """What transformers stops at: `eos_token_id`, one or several, of generation_config.json or config.json.
+
+    The second is read where the first is missing or names none; empty if both name none.
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        stop = read_object(path).get("eos_token_id")
+        if stop is not None:
+            return set(stop) if isinstance(stop, list) else {stop}
+    return set()
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer that a tokenizer.json describes, without its limit of length and its padding."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the class of all errors of tokenizers
+        raise ValueError(f"{path}: no tokenizer can be made of it: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
+    """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
+
+    Raises ValueError for one that would get another id than the one it is given there.
+    """
+    config, added = (read_object(directory / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    for i, token in sorted(listed.items()):
+        if vocabulary.get(token["content"]) == i:
+            continue
+        fields = {name: value for name, value in token.items() if name not in ("content", "__type")}
+        backend.add_tokens([AddedToken(token["content"], **fields)])
+        if backend.token_to_id(token["content"]) != i:
+            raise ValueError(
+                f"{directory}: token {token['content']!r} has the id {i} in tokenizer_config.json, and "
+                f"{backend.token_to_id(token['content'])} in tokenizer.json"
+            )
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file, {} if there is no file. Raises ValueError for anything else."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(found).__name__}")
+    return found
 
 
 def save_pad_token(directory: Path) -> None:
@@ -319,67 +558,16 @@ def without_dummy_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenize
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-def huggingface_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
-    """Translate a SentencePiece model. The ids are the same, except where a text spells out a control piece.
-
-    (There `</s>` becomes the token, which SentencePiece refuses to do and every Hugging Face tokenizer does.)
-    """
-    spec = proto.normalizer_spec
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))
-    steps.append(normalizers.Replace(" ", SPACE))
-    strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-
-    translate = bpe_tokenizer if proto.trainer_spec.model_type == BPE else unigram_tokenizer
-    tokenizer = translate(proto)
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence(undo)
-    control = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
-    return tokenizer
+def without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for text in which special tokens are no tokens."""
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-def bpe_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
-    """BPE pieces as merges, best score first: SentencePiece joins the neighbours that make the best piece."""
-    pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
-    halves = [
-        (piece[:i], piece[i:])
-        for piece in sorted(scores, key=lambda piece: -scores[piece])
-        for i in range(1, len(piece))
-        if piece[:i] in scores and piece[i:] in scores
-    ]
-    user_defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
-    model = models.BPE(
-        vocab=pieces,
-        merges=halves,
-        unk_token=next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN),
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
-        ignore_merges=bool(user_defined),  # user-defined pieces, cut out below, are looked up whole
-    )
-    tokenizer = tokenizers.Tokenizer(model)
-    if user_defined:
-        longest_first = sorted(map(re.escape, user_defined), key=len, reverse=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(longest_first)), "isolated")
-    return tokenizer
-
-
-def unigram_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
-    """Unigram pieces with their scores; user-defined ones with the bonus that SentencePiece gives them."""
-    best = max(piece.score for piece in proto.pieces if piece.type == NORMAL)
-    vocab = []
-    for piece in proto.pieces:
-        bonus = best * len(piece.piece.encode()) - 0.1
-        never = -1e9  # control pieces and bytes are not cut from text
-        score = {NORMAL: piece.score, USER_DEFINED: bonus}.get(piece.type, never)
-        vocab.append((piece.piece, score))
-    return tokenizers.Tokenizer(
-        models.Unigram(
-            vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback
-        )
+def without_first_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for text behind a special token, where Metaspace's scheme "first" adds no space."""
+    text = json.dumps(json.loads(tokenizer.to_str()))
+    return tokenizers.Tokenizer.from_str(
+        text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     )

@@ -343,8 +343,8 @@ BROKEN = {  # a bad third line of a file, and what the message must say
     "unknown role": ({"messages": [USER, ANSWER | {"role": "gpt"}]}, "message 1: role 'gpt' is not one of"),
     "no content": ({"messages": [USER, {"role": "assistant"}]}, "message 1: no field 'content'"),
     "content in parts": (
-        {"messages": [USER | {"content": []}, ANSWER]},
-        "message 0: field 'content' must be a",
+        {"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]},
+        "message 0: field 'content' has a part that is not text",
     ),
     "no answer": ({"messages": [USER, USER]}, "no trained token: the row has no answer"),
     "answer first": (
@@ -438,8 +438,8 @@ def test_token_across_the_start_of_an_answer(tmp_path: Path):
 
 
 def test_two_bos(tiny, tmp_path: Path):
-    fmt = data.FormatConfig(add_bos=True)
-    for row in (chat("a", "b"), {"input": "<|im_start|>a", "output": "b"}):
+    fmt = data.FormatConfig("<|im_start|>{input} {output}", add_bos=True)
+    for row in (chat("a", "b"), {"input": "a", "output": "b"}):
         path = write_rows(tmp_path / "d.jsonl", [row])
         with pytest.raises(ValueError, match=f"^{path}:1: two BOS at the start.*--add-bos False"):
             data.load_sft([path], tiny, fmt)

@@ -11,6 +11,8 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "losses",
         "losses_rl",
         "jsonl",
+        "rows",
+        "sentencepiece_json",
         "marker_chat",
         "packing",
         "data",

@@ -444,7 +444,7 @@ def test_labelled(tiny, tmp_path: Path):
     assert [example.ids.tolist() for example in examples] == [[*b"Q: b", EOS, 0], [*b"x" * 7, EOS, 0]]
     assert [np.flatnonzero(example.trained).tolist() for example in examples] == [[5], [8]]
     assert labels.tolist() == [[1, -100, 0.5], [-2, 2, -100]] and labels.dtype == np.float32
-    assert counts == {"texts": 3, "dropped_too_long": 1, "tokens": 5 + 8}
+    assert counts == {"texts": 3, "dropped_too_long": 1, "tokens": 5 + 8, "rows with 'id' (not used)": 1}
 
 
 @pytest.mark.parametrize(

@@ -240,8 +240,10 @@ def test_counts_and_what_is_too_long(tiny, tmp_path: Path):
     assert [prompt.ids.tolist() for prompt in found] == [[*b"xxxxxxxx"], [*b"abc"]]
     assert [prompt.row for prompt in found] == [rows[0], rows[2]]
     assert all(prompt.ids.dtype == np.int32 for prompt in found)
-    assert counts == {"prompts": 4, "dropped_too_long": 2, "tokens": 11, "longest": 8}
-    assert data.describe(counts) == "4 prompts, 2 dropped too long, 11 tokens, 8 longest"
+    for_rewards = {"rows with 'id' (for reward functions)": 1, "rows with 'answer' (for reward functions)": 1}
+    assert counts == {"prompts": 4, "dropped_too_long": 2, "tokens": 11, "longest": 8} | for_rewards
+    unused = ", ".join(f"1 {name}" for name in for_rewards)
+    assert data.describe(counts) == f"4 prompts, 2 dropped too long, 11 tokens, 8 longest, {unused}"
 
 
 def test_bos_counts_as_a_token(tiny, tmp_path: Path):

@@ -118,6 +118,7 @@ def noted(prompt: str, response: str, row: dict) -> float:
     line = json.dumps([row["kind"], prompt, response, value]) + "\n"
     with Path(row["log"]).open("a") as file:
         file.write(line)
+    row.clear()  # its own copy: the next answer to this prompt finds all fields
     return value
 
 

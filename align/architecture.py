@@ -93,8 +93,7 @@ def read_config(directory: Path) -> Architecture:
         raise ValueError(f"--model {directory} is the directory of a run: its model is {directory}/hf")
     hf = complete(check_fields(raw, path), path)
     for file in JSON_FILES:  # read later by others, or copied to an export
-        if (path.parent / file).is_file():
-            read_object(path.parent / file)
+        read_object(path.parent / file, required=False)
     family, rope = hf.model_type, dict(rope_fields(hf))
     norm, norm_eps = NORMS.get(family, RMS_NORM)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads

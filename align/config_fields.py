@@ -54,11 +54,11 @@ ONLY_VALUE_BY = {
     "stablelm": {"qk_layernorm": False, "use_parallel_residual": False, "hidden_dropout": 0.0},
     "nemotron": {"hidden_act": "relu2"},
 }
-JSON_FILES = (
-    "generation_config.json",
+JSON_FILES = (  # others of a directory, which transformers reads, and refuses with errors of its own
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "generation_config.json",
 )
 
 # ---- rules: what a value must be, in words and as a test -----------------------------------------
@@ -157,8 +157,13 @@ IMPLEMENTED -= {RMS_NORM[1], *(field for _, field in NORMS.values())}
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def read_object(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError with the file's name for anything else."""
+def read_object(path: Path, required: bool = True) -> dict:
+    """The object in a JSON file; {} if the file is missing and not `required`.
+
+    Raises ValueError with the file's name for anything else.
+    """
+    if not required and not Path(path).is_file():
+        return {}
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply

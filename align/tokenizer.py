@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from align import marker_chat, sentencepiece_json
+from align.config_fields import JSON_FILES, read_object, shown
 from align.marker_chat import MarkerChat
 from align.sentencepiece_json import SPACE
 
@@ -37,13 +38,6 @@ HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokeniz
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
-)
-JSON_FILES = (  # which transformers reads, and refuses with errors of its own
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "config.json",
-    "generation_config.json",
 )
 HIDDEN = re.compile("[\U00100000-\U0010fffd]")  # characters of special tokens that are text: ord - HIDE
 HIDE = 0x100000  # private use, plane 16
@@ -199,7 +193,7 @@ class Base:
             return
         (directory / "chat_template.jinja").write_text(self.chat_template)
         path = directory / "generation_config.json"
-        config = json.loads(path.read_text()) if path.is_file() else {}
+        config = read_object(path, required=False)
         stops = generation_stop_ids(directory)
         config["eos_token_id"] = sorted(stops | self.stop_ids, key=lambda i: (i != self.eos_id, i))
         if self.stop_strings:
@@ -221,10 +215,8 @@ class HuggingFaceTokenizer(Base):
         self.directory = directory
         path = directory / "tokenizer.json"
         backend = read_backend(path) if path.is_file() else None
-        config, *_ = [read_object(directory / name) for name in JSON_FILES]
-        self.hf = AutoTokenizer.from_pretrained(
-            directory, use_fast=True, local_files_only=True, trust_remote_code=False
-        )
+        config, *_ = [read_object(directory / name, required=False) for name in (*JSON_FILES, "config.json")]
+        self.hf = read_hugging_face(directory)
         if not self.hf.is_fast:
             raise ValueError(
                 f"{directory}: {type(self.hf).__name__} has no fast version: add a tokenizer.json"
@@ -381,7 +373,10 @@ class SentencePieceTokenizer(Base):
 
     def __init__(self, path: Path):
         self.path = path
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: not a SentencePiece model: {error}") from error
         inner = ModelProto.FromString(self.sp.serialized_model_proto())  # for text from inside a sequence
         inner.normalizer_spec.add_dummy_prefix = False
         inner.normalizer_spec.remove_extra_whitespaces = False
@@ -472,9 +467,13 @@ def generation_stop_ids(directory: Path) -> set[int]:
     The second is read where the first is missing or names none; empty if both name none.
     """
     for path in (directory / "generation_config.json", directory / "config.json"):
-        stop = read_object(path).get("eos_token_id")
-        if stop is not None:
-            return set(stop) if isinstance(stop, list) else {stop}
+        stop = read_object(path, required=False).get("eos_token_id")
+        if stop is None:
+            continue
+        ids = stop if isinstance(stop, list) else [stop]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
+        return set(ids)
     return set()
 
 
@@ -489,12 +488,25 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that transformers makes of a directory."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
+
+
 def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
     """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
 
     Raises ValueError for one that would get another id than the one it is given there.
     """
-    config, added = (read_object(directory / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+    config, added = (
+        read_object(directory / name, required=False)
+        for name in ("tokenizer_config.json", "added_tokens.json")
+    )
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -510,17 +522,6 @@ def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> Non
             )
 
 
-def read_object(path: Path) -> dict:
-    """The JSON object in a file, {} if there is no file. Raises ValueError for anything else."""
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(found).__name__}")
-    return found
-
-
 def save_pad_token(directory: Path) -> None:
     """Give the reward model in a directory a pad token that no text ends with, in all its files.
 
@@ -528,16 +529,16 @@ def save_pad_token(directory: Path) -> None:
     end of a text (SmolLM2, GPT-2B), the score would be read one token early. Without a token to spare there
     is no pad token at all, and transformers refuses batches that would need one.
     """
-    hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    hf = read_hugging_face(directory)
     ends = {hf.eos_token_id, hf.bos_token_id} | generation_stop_ids(directory)
     special = [i for i, token in sorted(hf.added_tokens_decoder.items()) if token.special]
     spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *special) if i not in {None, *ends}]
     pad_id = spare[0] if spare else None
-    config = json.loads((directory / "config.json").read_text()) | {"pad_token_id": pad_id}
+    config = read_object(directory / "config.json") | {"pad_token_id": pad_id}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).is_file():
-            fields = json.loads((directory / name).read_text())
+            fields = read_object(directory / name)
             fields["pad_token"] = None if pad_id is None else hf.convert_ids_to_tokens(pad_id)
             (directory / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 

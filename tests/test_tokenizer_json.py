@@ -270,7 +270,7 @@ def test_a_class_that_changes_the_file_and_text_that_does_not_come_back_are_said
         ("tokenizer.json", "{", "tokenizer.json: no tokenizer can be made of it"),
         ("tokenizer.json", '{"model": {"type": "BPE"}}', "tokenizer.json: no tokenizer can be made of it"),
         ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: must hold a JSON object, not []"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: must hold a JSON object"),
         ("special_tokens_map.json", "3", "special_tokens_map.json: must hold a JSON object, not 3"),
         ("config.json", "}", "config.json: not valid JSON"),
         ("generation_config.json", "{'eos'", "generation_config.json: not valid JSON"),

@@ -35,6 +35,7 @@ from align import (
     tokenizer,
 )
 from align.architecture import Architecture
+from align.config_fields import read_object
 from align.data import FormatConfig, Tokenizer
 from align.generate import Generator, RolloutConfig, Sample, check_prompt
 from align.generate import check as check_rollout
@@ -121,7 +122,7 @@ def main(config: Config) -> None:
     model.check(arch, config.model, config.parallel)
     settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
-    text = tokenizer.load(source.directory, say, config.text)
+    text = tokenizer.load(source.directory, say, source.text_config(config.text))
     if chat_format := marker_chat.read(source.run or source.directory):
         text.follow(chat_format)
     add_bos = source.formats.get("add_bos") if config.add_bos is None else config.add_bos
@@ -173,6 +174,13 @@ class Source:
     checkpoint: Path | None  # of the weights; None: they are in the directory
     run: Path | None  # directory of the run that trained the checkpoint in a format of its own
     formats: dict  # the prompt_format.json of its training, where known
+    chat_template_kwargs: str = (
+        ""  # of the run that trained the checkpoint; a directory's template has its own
+    )
+
+    def text_config(self, config: TextConfig) -> TextConfig:
+        """Flags, with the variables of the chat template that training had where none are given."""
+        return replace(config, chat_template_kwargs=config.chat_template_kwargs or self.chat_template_kwargs)
 
 
 def find_source(config: ModelConfig) -> Source:
@@ -192,16 +200,16 @@ def find_source(config: ModelConfig) -> Source:
             f"--model {path}: its run began with --model {flags['model']}, and there is no "
             f"{start}/config.json: start this command where the run was started"
         )
+    variables = flags.get("chat_template_kwargs", "")
     run = path.parent.parent  # SFT and self-rewarding store the format of their rows there
     if not (run / "prompt_format.json").is_file():
-        return Source(start, path, None, read_formats(start))
-    return Source(start, path, run, read_formats(run))
+        return Source(start, path, None, read_formats(start), variables)
+    return Source(start, path, run, read_formats(run), variables)
 
 
 def read_formats(directory: Path) -> dict:
     """The prompt_format.json of a directory, empty if there is none."""
-    path = directory / "prompt_format.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_object(directory / "prompt_format.json", required=False)
 
 
 # ---- prompts -------------------------------------------------------------------------------------

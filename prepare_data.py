@@ -28,6 +28,7 @@ from align.data import at, read_jsonl, text_field
 from align.download import DownloadError, fetch
 from align.marker_chat import answering, check_conversation
 from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
+from align.rows import sft_row
 from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
 
 ROOT = Path(__file__).parent
@@ -351,7 +352,8 @@ def judge(
     small model learns what a judgement looks like, and little more about what a good answer is.
 
     Args:
-        input: jsonl rows of {"messages"} or {"conversations"}; of the latter the last answer is judged
+        input: rows of {"messages"} or {"conversations"} (NeMo-Aligner's or ShareGPT's), whose last answer is
+            judged
         output: the jsonl file to write, in the format of the input
         judge_template: that of train_self_reward.py
         limit: only so many rows, from the start of the file
@@ -360,6 +362,7 @@ def judge(
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
     rows = []
     for where, row in read_jsonl(input)[:limit]:
+        row, _ = at(where, sft_row, row, ())
         at(where, answered, row)  # whether it can be judged
         rows.append(row)
     if len(rows) < 2:

@@ -122,7 +122,7 @@ def main(config: Config) -> None:
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
-    text = tokenizer.load(config.model.path, run.say, config.text)
+    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     loss = getattr(losses, config.loss)
     wanted = inspect.signature(loss).parameters  # what it takes beside log-probs
     pairs = {"train": [], "val": []}
@@ -136,6 +136,7 @@ def main(config: Config) -> None:
     run.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], text)}")
     pairs["val"] = pairs["val"][config.val_rows()]
     total_steps = config.total_steps(len(pairs["train"]))
+    order = config.data_order([side.ids for side in pair.examples] for pair in pairs["train"])
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
     rows_of_step = partial(packing.global_batch, len(pairs["train"]), config.batch, config.parallel.seed)
@@ -224,7 +225,7 @@ def main(config: Config) -> None:
         val_batches, sample = micro_batches("val", range(len(pairs["val"]))), micro_batches("val", [0])
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
     run.resume_at(first_step)
     if first_step:
         run.say(f"continuing after step {first_step}")
@@ -269,7 +270,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
+            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest, order)
             clock.lap("save")  # counted in the next step's line
         if reason:
             break

@@ -305,12 +305,13 @@ def main(config: Config) -> None:
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.toy:reward")
     run.say(reward.describe())
-    text = tokenizer.load(config.model.path, run.say, config.text)
+    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     rewards.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     total_steps = config.total_steps(len(rows["train"]))
+    data_order = config.data_order([prompt.ids] for prompt in rows["train"])
     if config.critic_warmup_steps >= total_steps:
         raise ValueError(
             f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step of {total_steps}"
@@ -408,7 +409,7 @@ def main(config: Config) -> None:
     # ---- resume ----------------------------------------------------------------------------------
     others = {name: pair for name, pair in trained.items() if name != "policy"}
     first_step, latest = checkpoint.resume(
-        *(config.checkpoint, config.run.output, policy, optimizer, others),
+        *(config.checkpoint, config.run.output, policy, optimizer, data_order, others),
         during=lambda name: phase("load", **{name: "all"}),
     )
     run.resume_at(first_step)
@@ -518,7 +519,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            with checkpoint.saving(config.checkpoint, config.run.output, done, latest) as path:
+            with checkpoint.saving(config.checkpoint, config.run.output, done, latest, data_order) as path:
                 for name, (one_model, its_optimizer) in trained.items():
                     with phase("save", **{name: "all"}):  # counted in the next step's line
                         folder = path if name == "policy" else path / name

@@ -37,6 +37,7 @@ from align import (
     parallel,
     preferences,
     tokenizer,
+    tokenizer_files,
     toy,
 )
 from align.loop import CommonConfig
@@ -127,7 +128,7 @@ def main(config: Config) -> None:
     train_files, val_files = config.train_data, config.val_data
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
-    text = tokenizer.load(config.model.path, run.say, config.text)
+    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
 
     def load(files: Sequence[Path], name: str) -> Rows:
         if config.loss == "ranking":
@@ -151,6 +152,7 @@ def main(config: Config) -> None:
     val = {name: load([file], name) for name, file in named_sets("val", val_files).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
     total_steps = config.total_steps(len(train.examples))
+    order = config.data_order([one.ids for one in row] for row in train.examples)
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
 
@@ -223,7 +225,7 @@ def main(config: Config) -> None:
         }
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, scorer, optimizer)
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, scorer, optimizer, order)
     run.resume_at(first_step)
     if first_step:
         run.say(f"continuing after step {first_step}")
@@ -265,7 +267,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, scorer, optimizer, latest)
+            checkpoint.save(config.checkpoint, config.run.output, done, scorer, optimizer, latest, order)
             clock.lap("save")  # counted in the next step's line
         if reason:
             break
@@ -282,7 +284,7 @@ def main(config: Config) -> None:
             low, high = wilson_interval(acc, count)
             run.say(f"{name}: accuracy {acc:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count} pairs")
         save_scale = partial(save_statistics, reward_statistics())
-        companions = [text.save, tokenizer.save_pad_token, save_scale]
+        companions = [text.save, tokenizer_files.save_pad_token, save_scale]
         huggingface.save(scorer, config.model.path, config.run.output / "hf", companions)
         run.say(f"the reward model is in {config.run.output / 'hf'}")
     run.close()

@@ -136,12 +136,13 @@ def main(config: Config) -> None:
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.toy:reward")
     run.say(reward.describe())
-    text = tokenizer.load(config.model.path, run.say, config.text)
+    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     rewards.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     total_steps = config.total_steps(len(rows["train"]))
+    order = config.data_order([prompt.ids] for prompt in rows["train"])
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
     of_rollout = replace(config.batch, global_batch_size=config.prompts_per_step)
@@ -183,7 +184,7 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     clock = Clock()
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
     run.resume_at(first_step)
     if first_step:
         run.say(f"continuing after step {first_step}")
@@ -255,7 +256,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **times, **clock.shares()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
+            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest, order)
             clock.lap("save")  # counted in the next step's line
         if reason:
             break

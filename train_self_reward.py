@@ -252,7 +252,8 @@ def main(config: Config) -> None:
         judge_config = replace(judge_config, judge_template=templates[0])
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
-    text, size = tokenizer.load(config.model.path, run.say, config.text), config.batch.global_batch_size
+    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    size = config.batch.global_batch_size
     formats = RowFormats()
     rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say, formats)
     trained_format = data.adopt(formats, text, config.format, run.say)
@@ -263,6 +264,7 @@ def main(config: Config) -> None:
         count(len(rows["train"])) for count in (config.total_steps, config.iteration_steps)
     )
     epoch_steps = len(rows["train"]) // size
+    order = config.data_order([task.prompt.ids, task.example.ids] for task in rows["train"])
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
     rows_of_step = partial(packing.global_batch, len(rows["train"]), config.batch, config.parallel.seed)
@@ -400,7 +402,7 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     with phase("load", policy="all"):
-        first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
+        first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
     run.resume_at(first_step)
     if first_step:
         run.say(f"continuing after step {first_step}")
@@ -496,7 +498,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            with checkpoint.saving(config.checkpoint, config.run.output, done, latest) as path:
+            with checkpoint.saving(config.checkpoint, config.run.output, done, latest, order) as path:
                 with phase("save", policy="all"):  # counted in the next step's line
                     checkpoint.write(path, done, policy, optimizer)
                 with phase("save"), ref.lent_to(policy.module):

@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     train_files, val_files = config.train_data, config.val_data
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
-    text = tokenizer.load(config.model.path, run.say, config.text)
+    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     formats = RowFormats()
     train, counts = data.load_sft(train_files, text, config.format, formats)
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
@@ -73,6 +73,7 @@ def main(config: Config) -> None:
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_ids(train + val, arch.vocab_size)
     total_steps = config.total_steps(len(train))
+    order = config.data_order([example.ids] for example in train)
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
 
@@ -98,7 +99,7 @@ def main(config: Config) -> None:
     val_batches = micro_batches(val) if val else []
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer)
+    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
     run.resume_at(first_step)
     if first_step:
         run.say(f"continuing after step {first_step}")
@@ -138,7 +139,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest)
+            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest, order)
             clock.lap("save")  # counted in the next step's line
         if reason:
             break

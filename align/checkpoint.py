@@ -2,7 +2,7 @@
 
     OUTPUT/checkpoints/step_00000100/     weights, main weights, Adam, random states, in Megatron's format
         critic/                           the same of another model in training, if there is one
-        state.json                        step, layout, metrics: for people, and for choosing what to keep
+        state.json                        step, layout, data that steps count, metrics by which to keep it
 
 A checkpoint appears by one rename, so what has its name is complete. The model for others is OUTPUT/hf.
 """
@@ -34,6 +34,13 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
 from align import optim, parallel
+
+CHANGES = {  # what `packing.data_order` names, for people
+    "rows": "rows of --train-data",
+    "token_ids_crc32": "checksum of the token ids of --train-data",
+    "rows_per_step": "rows a step",
+    "seed": "--seed",
+}
 
 
 @dataclass(frozen=True)
@@ -76,12 +83,14 @@ def resume(
     output: Path,
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
+    data: dict[str, int],
     others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
     during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
 ) -> tuple[int, dict[str, float]]:
     """Continue from the newest checkpoint of a run directory, or start at step 0. Collective.
 
     Args:
+        data: what a step number stands for, as `packing.data_order` says.
         others: more models in training, by the names of their folders in the checkpoint.
         during: makes what surrounds the loading of one of them, or of the first, whose name is "policy".
 
@@ -89,13 +98,14 @@ def resume(
         The number of finished steps, and the metrics known then.
 
     Raises:
-        ValueError: the checkpoint does not hold one of the others.
+        ValueError: the checkpoint does not hold one of the others, or counts steps over other data.
     """
     path = to_resume(config, output)
     if path is None:
         return 0, {}
     state = json.loads((path / "state.json").read_text())
     same_layout = state["layout"] == parallel.layout_sizes()
+    check_data(path, state, data)
     for name, other in others.items():
         if not (path / name).is_dir():
             raise ValueError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
@@ -103,6 +113,22 @@ def resume(
             load(path / name, *other, same_layout)
     with during("policy"):
         return load(path, model, optimizer, same_layout), state["metrics"]
+
+
+def check_data(path: Path, state: dict, data: dict[str, int]) -> None:
+    """Raises ValueError if the steps of a checkpoint were counted over other data than `data`."""
+    before = state.get("data", data)  # a checkpoint of an earlier version does not say
+    changed = [
+        f"{CHANGES[name]} {before.get(name)} -> {value}"
+        for name, value in data.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} cannot be continued: {', '.join(changed)}. Its step {state['step']} counts other rows, "
+            "so that some would be seen twice and others never. Give the data and flags of that run, or "
+            "another --output, or --no-resume, which starts over"
+        )
 
 
 def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
@@ -136,20 +162,24 @@ def save(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     metrics: dict[str, float],
+    data: dict[str, int],
 ) -> None:
     """A checkpoint of one model, see `saving`. Collective."""
-    with saving(config, output, step, metrics) as path:
+    with saving(config, output, step, metrics, data) as path:
         write(path, step, model, optimizer)
 
 
 @contextlib.contextmanager
-def saving(config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float]) -> Iterator[Path]:
+def saving(
+    config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], data: dict[str, int]
+) -> Iterator[Path]:
     """Make OUTPUT/checkpoints/step_XXXXXXXX and delete what --save-top-k does not keep. Collective.
 
     The block `write`s the models into the directory that it is given, or into folders of it.
 
     Args:
         metrics: the newest value of each metric, for ranking checkpoints.
+        data: as `resume` compares it.
     """
     path = output / "checkpoints" / f"step_{step:08d}"
     unfinished = path.with_suffix(".tmp")
@@ -158,7 +188,7 @@ def saving(config: CheckpointConfig, output: Path, step: int, metrics: dict[str,
             shutil.rmtree(leftover)
     yield unfinished
     if parallel.is_main():
-        state = {"step": step, "layout": parallel.layout_sizes(), "metrics": metrics}
+        state = {"step": step, "layout": parallel.layout_sizes(), "data": data, "metrics": metrics}
         (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(unfinished, path)

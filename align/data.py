@@ -7,7 +7,7 @@ of --prompt-template. Batches of them are align/packing.py's job.
 
 import json
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,10 +30,13 @@ class Tokenizer(Protocol):
     stop_strings: tuple[str, ...]
     chat: MarkerChat | None
     texts_with_special: int
+    strings_with_special: int
 
     def follow(self, chat: MarkerChat) -> None: ...
     def hide(self, text: str) -> str: ...
     def hide_in(self, value: Any) -> Any: ...
+    def hide_markers(self, markers: Sequence[str]) -> None: ...
+    def as_it_stands(self, text: str) -> str: ...
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None: ...
@@ -76,6 +79,7 @@ class FormatConfig:
     def __post_init__(self):
         if self.max_seq_len < 2:
             raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
+        BadRows(self.skip_bad_rows)  # checks its range
         for field in self.truncation_fields():
             if field not in self.template_fields():
                 raise ValueError(
@@ -165,7 +169,7 @@ def read_sft(
     """
     fields, kept, bad = fmt.template_fields(), 0, BadRows(fmt.skip_bad_rows)
     for where, row in (numbered for path in paths for numbered in read_jsonl(path, bad)):
-        seen = tokenizer.texts_with_special
+        seen = special_counts(tokenizer)
         try:
             made, used = at(where, rows.sft_row, row, fields)
             examples = at(where, format_parts, made, tokenizer, fmt)
@@ -184,7 +188,7 @@ def read_sft(
             if formats:
                 formats.add(part)
             yield where, (row if part is made else row | part), whole
-        count_special(tokenizer.texts_with_special > seen, counts)
+        count_special(seen, tokenizer, counts)
     counts.update(bad.counts())
     if not kept:
         raise ValueError(
@@ -200,11 +204,22 @@ def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "
         counts[what] = counts.get(what, 0) + 1
 
 
-def count_special(found: bool, counts: dict[str, int]) -> None:
-    """Count a row in whose texts a special token stands."""
-    name = "rows with special tokens in their text"
-    if found:
-        counts[name] = counts.get(name, 0) + 1
+SPECIAL = (
+    "rows with special tokens in their text",
+    "rows with special tokens in a string, continued as it stands",
+)
+
+
+def special_counts(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Texts and whole strings with special tokens that a tokenizer has seen."""
+    return tokenizer.texts_with_special, tokenizer.strings_with_special
+
+
+def count_special(seen: tuple[int, int], tokenizer: Tokenizer, counts: dict[str, int]) -> None:
+    """Count a row since whose start, at `seen`, there was a special token."""
+    for name, before, now in zip(SPECIAL, seen, special_counts(tokenizer), strict=True):
+        if now > before:
+            counts[name] = counts.get(name, 0) + 1
 
 
 def format_parts(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> list[tuple[dict, Example, bool]]:
@@ -383,20 +398,22 @@ def check_messages(messages: list[dict]) -> None:
 
 def format_completion(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """A {"prompt", "completion"} row of strings, as they stand: ids and trained, the completion with EOS."""
-    context = bos_prefix(tokenizer, add_bos(tokenizer, fmt)) + tokenizer.encode(text_field(row, "prompt"))
-    response = tokenizer.encode(text_field(row, "completion"), continued=bool(context)) + [tokenizer.eos_id]
+    prompt, completion = (tokenizer.as_it_stands(text_field(row, name)) for name in ("prompt", "completion"))
+    context = bos_prefix(tokenizer, add_bos(tokenizer, fmt)) + tokenizer.encode(prompt)
+    response = tokenizer.encode(completion, continued=bool(context)) + [tokenizer.eos_id]
     return context + response, [False] * len(context) + [True] * len(response)
 
 
-def hide_values(row: dict, tokenizer: Tokenizer) -> dict:
-    """A `conversations` row in whose texts special tokens are hidden."""
+def hide_values(row: dict, tokenizer: Tokenizer, markers: Sequence[str]) -> dict:
+    """A `conversations` row in whose texts special tokens, and the markers of the chat, are hidden."""
+    tokenizer.hide_markers(markers)
     return row | {name: tokenizer.hide_in(row[name]) for name in ("system", "conversations") if name in row}
 
 
 def format_conversations(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """A {"system", "conversations": [{"from", "value", "label"}], "mask", "type"} row: ids and trained."""
-    row = hide_values(row, tokenizer)
-    text, spans = conversation_text(row, [unescape(token) for token in fmt.chat_tokens])
+    markers = [unescape(token) for token in fmt.chat_tokens]
+    text, spans = conversation_text(hide_values(row, tokenizer, markers), markers)
     bos = bos_prefix(tokenizer, add_bos(tokenizer, fmt))
     ids = tokenizer.encode(text)
     trained = [False] * len(ids)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align import hub
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -18,6 +20,10 @@ class BadRows:
 
     limit: int
     errors: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.limit < 0:
+            raise ValueError(f"--skip-bad-rows {self.limit} must be at least 0")
 
     def add(self, error: ValueError) -> None:
         """Leave a row out. Raises the error if that is one too many."""
@@ -35,9 +41,10 @@ class BadRows:
 
 
 def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]:
-    """Rows of a file as ("file:line", row): lines of JSON, one JSON array, or Parquet; plain or .gz.
+    """Rows of a file as ("file:line", row): lines of JSON or one JSON array, plain or .gz, or Parquet.
 
-    Blank lines are skipped, and null fields of Parquet rows. `bad` takes lines that are no JSON object.
+    Or a data set of the Hub. Blank lines are skipped, and null fields of Parquet rows. `bad` takes lines that
+    are no JSON object.
     Raises ValueError naming file and line for the others, and for a file without rows.
     """
     path, bad, rows = Path(path), bad or BadRows(0), []
@@ -53,9 +60,10 @@ def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]
 
 
 def read_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """What a file has as ("file:line", line) or, of arrays and Parquet, ("file: row 3", value)."""
-    if path.suffix == ".parquet":
-        yield from ((f"{path}: row {i}", row) for i, row in enumerate(read_parquet(path), start=1))
+    """What a file has as ("file:line", line) or, of arrays, Parquet and the Hub, ("file: row 3", value)."""
+    if path.suffix == ".parquet" or hub.is_data(path):
+        rows = read_parquet(path) if path.suffix == ".parquet" else map(without_nulls, hub.data_rows(path))
+        yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
         return
     lines = enumerate(read_lines(path), start=1)
     for number, line in lines:

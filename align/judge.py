@@ -131,9 +131,17 @@ class Judge:
         text = self.template.fill(prompt=question, response=response)
         return prompts.one_turn(row, text, self.tokenizer, self.fmt)
 
-    def score(self, text: str) -> float | None:
-        """The score that a judgement gives; None if it gives none in the range of the flags."""
-        return parse_score(text, self.config.judge_low, self.config.judge_high)
+    def scores(self, texts: Sequence[str | None], response: str) -> tuple[float | None, ...]:
+        """The scores that judgements of a response give; None where one is None or gives none in range.
+
+        A response that states a score may be quoted. Once the deciding statement of a judgement is among
+        those of the response, none of its judgements counts: the response can neither raise its score nor
+        choose which judgements are left.
+        """
+        if any(text is not None and quotes(text, response) for text in texts):
+            return (None,) * len(texts)
+        low, high = self.config.judge_low, self.config.judge_high
+        return tuple(None if text is None else parse_score(text, low, high) for text in texts)
 
 
 # Judgements
@@ -152,15 +160,31 @@ def parse_score(text: str, low: float, high: float) -> float | None:
     place: None if its number is outside [low, high] or unclear (4-5, 4 or 5, 4,5, 80 %), or if it names
     another best score than `high` (4/10). A sum counts with its result: "Score: 1 + 1 + 1 = 3".
     """
-    found = statements(text)
-    if not found:
+    last = deciding(text)
+    if last is None:
         return None
-    last = ([match for match in found if not match["prose"]] or found)[-1]
     best = [float(number) for number in NUMBER.findall(f"{last['range'] or ''} {last['scale'] or ''}")]
     if last["more"] or (best and max(best) != high):
         return None
     value = float(re.sub("[−–]", "-", last["value"]))
     return value if low <= value <= high else None
+
+
+def deciding(text: str) -> re.Match | None:
+    """The statement that gives the score of a judgement."""
+    found = statements(text)
+    return ([match for match in found if not match["prose"]] or found)[-1] if found else None
+
+
+def quotes(judgement: str, response: str) -> bool:
+    """True if the statement that decides a judgement stands in the response as well, as in a quotation."""
+    last = deciding(judgement)
+    return last is not None and bare(last) in map(bare, statements(response))
+
+
+def bare(statement: re.Match) -> str:
+    """The characters of a statement, without case, white space, and the marks that may follow."""
+    return "".join(statement[0].lower().split()).strip(".)>")
 
 
 def without_scores(text: str) -> str:

@@ -1,8 +1,12 @@
 """What the loops of all scripts have in common: their flags, how many steps, when to validate."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from align import hub, packing
 from align.checkpoint import CheckpointConfig
 from align.metrics import RunConfig
 from align.model import ModelConfig
@@ -43,9 +47,11 @@ class CommonConfig:
     """The flags that every script has. A script's Config adds its own, and its own defaults of these."""
 
     train_data: tuple[Path, ...] = ()
-    """training rows: jsonl files, plain or .gz (default: a toy task, written to OUTPUT/data)"""
+    """training rows: files of JSON lines, a JSON array or Parquet, plain or .gz, or data sets of the Hub,
+    org/name[/config][@revision][:split], by default the split "train" (default: a toy task, written to
+    OUTPUT/data)"""
     val_data: tuple[Path, ...] = ()
-    """validation rows"""
+    """validation rows; of a data set of the Hub the split must be named"""
     batch: BatchConfig = BatchConfig()
     loop: LoopConfig = LoopConfig()
     run: RunConfig = RunConfig()
@@ -58,6 +64,9 @@ class CommonConfig:
     def __post_init__(self):
         if self.val_data and not self.train_data:
             raise ValueError("--val-data without --train-data: give both, or none for the toy task")
+        for path in self.val_data:
+            if hub.is_data(path) and not hub.split_of(path):
+                raise ValueError(f"--val-data {path}: name a split, as in {path}:validation")
 
     @property
     def rows_per_step(self) -> int:
@@ -68,6 +77,10 @@ class CommonConfig:
         """Steps of the whole run; rows that do not suffice for one more are left out of an epoch."""
         steps = num_rows // self.rows_per_step * self.loop.max_epochs
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
+
+    def data_order(self, rows: Iterable[Sequence[np.ndarray]]) -> dict[str, int]:
+        """What a step number stands for; `rows`: of each training row the ids of its sequences."""
+        return packing.data_order(rows, self.rows_per_step, self.parallel.seed)
 
     def val_rows(self) -> slice:
         """The rows of a validation set that are used."""

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from align.config_fields import read_object, shown
 from align.jsonl import text_field, turns_field
 
-Kind = Literal["VALUE_TO_TEXT", "TEXT_TO_VALUE"] | None  # a label precedes its answer, or is the answer
+Kind = Literal["VALUE_TO_TEXT", "TEXT_TO_VALUE", None]  # a label precedes its answer, or is the answer
 SYSTEM_ROLE = "System"  # the name in the header
 
 
@@ -110,10 +111,24 @@ def output(expressions: Sequence[str]) -> str:
 
 
 def read(directory: Path) -> MarkerChat | None:
-    """The chat in a directory's prompt_format.json; None if its model was trained on other rows."""
+    """The chat in a directory's prompt_format.json; None if its model was trained on other rows.
+
+    Raises ValueError for a file of another form.
+    """
     path = Path(directory) / "prompt_format.json"
-    chat = json.loads(path.read_text()).get("chat") if path.is_file() else None
-    return chat and MarkerChat(**chat | {"tokens": tuple(chat["tokens"])})
+    fields = read_object(path, required=False).get("chat")
+    if fields is None:
+        return None
+    try:
+        chat = MarkerChat(**fields | {"tokens": tuple(fields["tokens"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: chat = {shown(fields)} is no marker chat: {error}") from error
+    texts = [*chat.tokens, chat.user, chat.assistant, chat.system, chat.label or ""]
+    if len(chat.tokens) != 5 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: chat = {shown(fields)} must have five tokens, all texts strings")
+    if chat.kind not in get_args(Kind) or not isinstance(chat.bos, bool):
+        raise ValueError(f"{path}: kind {chat.kind!r} or bos {chat.bos!r} of the chat is none that there is")
+    return chat
 
 
 # ---- rows ----------------------------------------------------------------------------------------

@@ -135,9 +135,12 @@ class MetaJudge:
     ) -> dict[tuple[int, int], np.ndarray]:
         """Prompts of all comparisons of an answer's judgements, [n] int32, by (shown as A, shown as B).
 
-        A pair of which one order has no room is left out. `row`: of SFT data, which `response` answers;
-        `texts`: as `comparisons` takes them.
+        A pair of which one order has no room is left out, and what states a winner itself: it may be quoted.
+        `row`: of SFT data, which `response` answers; `texts`: as `comparisons` takes them.
         """
+        if STATEMENT.search(response):
+            return {}
+        texts = [None if text is None or STATEMENT.search(text) else text for text in texts]
         question, _ = prompts.question(row, self.tokenizer, self.fmt)
         asked = {}
         for i, j in comparisons(texts):

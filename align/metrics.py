@@ -5,6 +5,7 @@ the clock is named `time/...` or `timers/...`, so that two runs of the same flag
 """
 
 import contextlib
+import datetime
 import importlib.metadata
 import json
 import math
@@ -82,16 +83,22 @@ class Run:
     def _write_config(self, flags: dict, script: Path) -> None:
         """Leave flags, versions, commit and the script in the directory; log the flags that changed."""
         self.config.output.mkdir(parents=True, exist_ok=True)
-        path = self.config.output / "config.json"
+        path, today = self.config.output / "config.json", datetime.date.today().isoformat()
         flags = json.loads(json.dumps(flags, default=str))  # as they read back: paths are text
         if path.exists():
-            before = json.loads(path.read_text())["flags"]
+            record = json.loads(path.read_text())
+            before, today = record["flags"], record.get("began", today)
             for name, value in flags.items():
                 if value != before.get(name):
                     self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
-        record = {"flags": flags, **environment(script)}
+        record = {"flags": flags, "began": today, **environment(script)}
         write_atomically(path, json.dumps(record, indent=2) + "\n")
         shutil.copy(script, self.config.output)
+
+    def first_day(self) -> datetime.date:
+        """The day on which the run began, which a resume keeps; on rank 0 alone."""
+        record = json.loads((self.config.output / "config.json").read_text())
+        return datetime.date.fromisoformat(record["began"])
 
     def resume_at(self, step: int) -> None:
         """Continue the record after `step` finished steps; 0 starts a new one.

@@ -40,7 +40,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron.core.utils import get_te_version
 from torch import Tensor, nn
 
-from align import matmul
+from align import hub, matmul
 from align.architecture import Architecture
 from align.attention import Packing, TorchAttention, uses_flash
 from align.layers import ACTIVATIONS, NORMS, rotation
@@ -53,7 +53,8 @@ FP8_MULTIPLE = 16  # what the sizes of an 8-bit product must be multiples of
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = "tiny"
-    """Hugging Face directory to start from, or "tiny": a small random Llama that comes with this project"""
+    """Hugging Face directory to start from, a model of the Hub (org/name, org/name@revision), or "tiny": a
+    small random Llama that comes with this project"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: weights in bf16; main weights, gradients and Adam in fp32. auto: bf16 on GPUs, fp32 on a CPU"""
     attention: Literal["auto", "torch", "te"] = "auto"
@@ -65,7 +66,9 @@ class ModelConfig:
 
     @property
     def path(self) -> Path:
-        return Path(__file__).parent.parent / "assets" / "tiny" if self.model == "tiny" else Path(self.model)
+        """The directory of the model, which is downloaded if it is one of the Hub. Raises ValueError."""
+        tiny = Path(__file__).parent.parent / "assets" / "tiny"
+        return tiny if self.model == "tiny" else hub.local_model(Path(self.model))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,7 +154,8 @@ def describe(arch: Architecture, config: ModelConfig) -> str:
     one_matrix = arch.tied_embeddings and not arch.labels  # for embedding and output layer
     weights = arch.matmul_params + (0 if one_matrix else arch.vocab_size * arch.hidden_size)
     size = f"{weights / 1e6:.1f} M weights"
-    return f"{arch.family} with {size} from {config.model}, {precision}, {kernels}"
+    commit = f" ({config.path.name})" if config.path.parent.name == "snapshots" else ""
+    return f"{arch.family} with {size} from {config.model}{commit}, {precision}, {kernels}"
 
 
 class Decoder(GPTModel):

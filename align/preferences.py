@@ -50,6 +50,7 @@ class PreferenceFormat:
     def __post_init__(self):
         if self.max_seq_len < 2:
             raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
+        BadRows(self.skip_bad_rows)  # checks its range
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ def read_pairs(
     """Every pair of a file, of any length; counts unused fields. Raises ValueError naming file and line."""
     lines = iter(data.read_jsonl(path, bad))
     for where, row in lines:
-        seen = tokenizer.texts_with_special
+        seen = data.special_counts(tokenizer)
         try:
             pair = make_pair(where, row, lines, tokenizer, fmt, text_lines)
         except ValueError as error:
@@ -146,7 +147,7 @@ def read_pairs(
             bad.add(error)
             continue
         data.count_unused(row, USED, counts)
-        data.count_special(tokenizer.texts_with_special > seen, counts)
+        data.count_special(seen, tokenizer, counts)
         yield pair
 
 
@@ -300,7 +301,7 @@ def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: Prefe
 
 def encode_prompt(text: str, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
     """Ids of a prompt of plain text, the value of `field`, with its BOS. Raises ValueError if it is empty."""
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(tokenizer.as_it_stands(text))
     if not ids:
         raise ValueError(f"field {field!r} is empty: a response must follow something")
     return data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids
@@ -321,7 +322,7 @@ def encode_ended(
     text: str, tokenizer: Tokenizer, fmt: PreferenceFormat, continued: bool = False
 ) -> list[int]:
     """Ids of a text with the end that --append-eos asks for: the end of sampled answers."""
-    ids = tokenizer.encode(text, continued)
+    ids = tokenizer.encode(tokenizer.as_it_stands(text), continued)
     if not fmt.append_eos:
         return ids
     stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
@@ -369,6 +370,7 @@ def load_labelled(
     counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
     examples, labels, bad = [], [], BadRows(fmt.skip_bad_rows)
     for where, row in (numbered for path in paths for numbered in data.read_jsonl(path, bad)):
+        seen = data.special_counts(tokenizer)
         try:
             example = data.at(where, format_labelled, row, tokenizer, fmt)
             label = data.at(where, label_field, row, num_attributes)
@@ -376,6 +378,7 @@ def load_labelled(
             bad.add(error)
             continue
         data.count_unused(row, USED, counts)
+        data.count_special(seen, tokenizer, counts)
         counts["texts"] += 1
         if len(example.ids) > fmt.max_seq_len:
             counts["dropped_too_long"] += 1

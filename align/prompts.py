@@ -47,6 +47,7 @@ class PromptFormat:
     def __post_init__(self):
         if self.max_prompt_len < 1:
             raise ValueError(f"--max-prompt-len {self.max_prompt_len}: a prompt needs at least 1 token")
+        BadRows(self.skip_bad_rows)  # checks its range
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +122,13 @@ def load_prompts(
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
     prompts, bad = [], BadRows(fmt.skip_bad_rows)
     for where, row in (numbered for path in paths for numbered in data.read_jsonl(path, bad)):
-        seen = tokenizer.texts_with_special
+        seen = data.special_counts(tokenizer)
         try:
             ids = data.at(where, format_prompt, row, tokenizer, fmt)
         except ValueError as error:
             bad.add(error)
             continue
-        data.count_special(tokenizer.texts_with_special > seen, counts)
+        data.count_special(seen, tokenizer, counts)
         counts["prompts"] += 1
         data.count_unused(row, used_fields(row), counts, "for reward functions")
         if len(ids) > fmt.max_prompt_len:
@@ -230,7 +231,7 @@ def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list
             "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
             "\"chat\"): train it with train_sft.py first, or give 'messages'"
         )
-    row = data.hide_values(row, tokenizer)
+    row = data.hide_values(row, tokenizer, tokenizer.chat.tokens)
     ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
     return data.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
 
@@ -328,7 +329,9 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
         asked = {"messages": [{"role": "user", "content": text}]}
         return format_prompt({**row, **asked}, tokenizer, fmt)
     if "conversations" in row:
-        ids = tokenizer.encode(text_before_answer(data.hide_values(turn_of(row, text), tokenizer), fmt))
+        markers = [data.unescape(token) for token in fmt.chat_tokens]
+        row = data.hide_values(turn_of(row, text), tokenizer, markers)
+        ids = tokenizer.encode(text_before_answer(row, fmt))
     else:
         pieces = data.template_pieces(fmt.prompt_template)
         values = template_values(pieces, tokenizer.hide(text), fmt)

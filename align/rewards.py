@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from align import architecture, engine, huggingface, model, offload, tokenizer
+from align import architecture, engine, hub, huggingface, model, offload, tokenizer
 from align.generate import Sample
 from align.model import ModelConfig, Scorer
 from align.offload import Shelf
@@ -34,7 +34,7 @@ STATISTICS = "reward_statistics.json"  # in a reward model's directory, beside c
 @dataclass(frozen=True)
 class RewardConfig:
     reward_model: Path | None = None
-    """Hugging Face directory of a reward model (train_rm.py makes one) with the policy's tokenizer"""
+    """reward model (train_rm.py makes one) with the policy's tokenizer: a directory, or one of the Hub"""
     reward_fn: str | None = None
     """module:function of yours, called with prompt, response (both text) and the row; returns a number; with
     a reward model as well their sum counts"""
@@ -65,7 +65,7 @@ class RewardConfig:
         """Replace --reward-standardise auto by the numbers of the file. Raises ValueError if it has none."""
         if self.reward_standardise == "off":
             return self
-        path = self.reward_model / STATISTICS
+        path = hub.local_model(self.reward_model) / STATISTICS
         if not path.is_file():
             raise ValueError(
                 f"--reward-standardise auto: there is no {path}, which train_rm.py writes with each reward "
@@ -187,7 +187,7 @@ def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str
 
     The score is read at the last token: after another one it is off the training distribution.
     """
-    path = reward.reward_model and reward.reward_model / STATISTICS
+    path = reward.reward_model and hub.local_model(reward.reward_model) / STATISTICS
     ends = json.loads(path.read_text()).get("ends") if path and path.is_file() else None
     if not ends:
         return
@@ -252,7 +252,7 @@ class RewardModel:
             shelf: where the weights wait.
         """
         self.reward, self.batch = reward, batch
-        if not architecture.read_config(reward.reward_model).labels:
+        if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
             raise ValueError(f"--reward-model {reward.reward_model} is a language model: give a reward model")
         self.scorer = load_scorer("--reward-model", reward.reward_model, config, layout, text)
         self.weights = offload.park(self.scorer, shelf or Shelf())

@@ -191,19 +191,15 @@ class SelfJudge:
                     asked=[ids.get(at) for at in numbers],
                     shortened=[at in asked and asked[at][1] for at in numbers],
                     judgements=[judgements.get(at, []) for at in numbers],
-                    judged=[self.judged(judgements.get(at, [])) for at in numbers],
+                    judged=[self.judged(judgements.get(at, []), answers[i][at[1]]) for at in numbers],
                 )
             )
         return found
 
-    def judged(self, judgements: Sequence[Sample]) -> Judged:
-        """What the judgements of one answer say; one that was cut off has not said it yet."""
-        return Judged(
-            tuple(
-                self.judge.score(self.said(judgement)) if judgement.finish == "stop" else None
-                for judgement in judgements
-            )
-        )
+    def judged(self, judgements: Sequence[Sample], answer: Sample) -> Judged:
+        """The scores of an answer; a truncated judgement gives none."""
+        texts = [self.said(one) if one.finish == "stop" else None for one in judgements]
+        return Judged(self.judge.scores(texts, self.said(answer)))
 
     def pairs(
         self, found: Sequence[Answered], length_control: float

@@ -5,28 +5,31 @@ they belong. And pad may be the same id as end of text (GPT-2B, SmolLM2): no cal
 `ids == pad_id`.
 """
 
+import datetime
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import sentencepiece
 import tokenizers
 import transformers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from align import marker_chat, sentencepiece_json
+from align import chat_template, marker_chat, plain_text, sentencepiece_json
 from align.config_fields import JSON_FILES, read_object, shown
 from align.marker_chat import MarkerChat
 from align.sentencepiece_json import SPACE
+from align.tokenizer_files import (
+    add_configured_tokens,
+    generation_stop_ids,
+    read_backend,
+    read_hugging_face,
+)
 
 HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokenizer
     "tokenizer.json",
@@ -39,8 +42,7 @@ HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokeniz
     "chat_template.jinja",
     "chat_template.json",
 )
-HIDDEN = re.compile("[\U00100000-\U0010fffd]")  # characters of special tokens that are text: ord - HIDE
-HIDE = 0x100000  # private use, plane 16
+USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
 CHECKED_TEXTS = 200  # of a run's first ones
 
 
@@ -53,7 +55,10 @@ class TextConfig:
     text that they are (split), end with an error (refuse), or take them for control tokens (allow)"""
     chat_template_kwargs: str = ""
     """variables of the chat template for all rows, a JSON object such as '{"enable_thinking": false}'; a
-    row's own "chat_template_kwargs" win"""
+    row's own "chat_template_kwargs" win. They become defaults of the chat template in OUTPUT/hf"""
+    template_date: str = ""
+    """YYYY-MM-DD, the date that a chat template sees (strftime_now); default: the day on which the run began,
+    also after a resume"""
 
     def variables(self) -> dict:
         """`chat_template_kwargs`, read. Raises ValueError."""
@@ -65,18 +70,35 @@ class TextConfig:
             raise ValueError(f"--chat-template-kwargs must be a JSON object, not a {type(found).__name__}")
         return found
 
+    def day(self, default: datetime.date) -> datetime.date:
+        """`template_date`, read. Raises ValueError."""
+        if not self.template_date:
+            return default
+        try:
+            return datetime.date.fromisoformat(self.template_date)
+        except ValueError as error:
+            raise ValueError(f"--template-date {self.template_date!r} must be a date YYYY-MM-DD") from error
+
     def __post_init__(self):
         self.variables()
+        self.day(datetime.date.today())
 
 
 def load(
-    path: Path, say: Callable[[str], None] | None = None, config: TextConfig = TextConfig()
+    path: Path,
+    say: Callable[[str], None] | None = None,
+    config: TextConfig = TextConfig(),
+    day: datetime.date | None = None,
 ) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
-    """The tokenizer of a model directory or of a SentencePiece `.model` file; nothing is downloaded or run.
+    """Load the tokenizer of a model directory or of a SentencePiece `.model` file; no code of it runs.
 
-    It follows the marker chat that the directory's prompt_format.json names. `say` is told if transformers
-    would give other ids, if one of the first CHECKED_TEXTS texts does not come back from its ids, and of the
-    first special token that stands in a text. Raises ValueError if there is no tokenizer at `path`.
+    It follows the marker chat that the directory's prompt_format.json names. Raises ValueError if there is no
+    tokenizer at `path`.
+
+    Args:
+        say: logs the date that the chat template writes, ids that differ from transformers', the first of
+            CHECKED_TEXTS texts that its ids do not decode to, and the first special token in a text.
+        day: the day on which the run began (default: today).
     """
     path = Path(path)
     if path.suffix == ".model" and path.is_file():
@@ -93,6 +115,11 @@ def load(
     if chat := path.is_dir() and marker_chat.read(path):
         tokenizer.follow(chat)
     tokenizer.config, tokenizer.variables = config, config.variables()
+    tokenizer.day = config.day(day or datetime.date.today())
+    if isinstance(tokenizer.chat_template, dict) and tokenizer.variables:
+        raise ValueError(f"--chat-template-kwargs: {path} has several chat templates: leave one")
+    if say and (line := tokenizer.about_date()):
+        say(line)
     if say:
         if warning := tokenizer.differs_from_class():
             say(warning)
@@ -107,11 +134,16 @@ class Base:
     unchecked = 0  # texts that are still to be checked
     config = TextConfig()
     variables: dict = {}
-    special: re.Pattern | None = None  # special tokens that `encode` would find in a text
+    control: frozenset[str] = frozenset()  # names of special tokens that `encode` would find in a text
+    special: re.Pattern | None = None  # matches them
+    markers: frozenset[str] = frozenset()  # of chats, that `hide_markers` has seen
     texts_with_special = 0  # that `hide` has seen
+    strings_with_special = 0  # that `as_it_stands` has seen
     chat: MarkerChat | None = None
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None  # several by name, such as "default" and "tool_use"
+    day = datetime.date.today()  # the chat template's date
     stop_strings: tuple[str, ...] = ()
+    is_continued = False  # text behind a special token is encoded as inside a text, without a first space
 
     def differs_from_class(self) -> str:
         """A warning if transformers would give other ids, else ""."""
@@ -129,10 +161,10 @@ class Base:
     def hide(self, text: str) -> str:
         """`text`, a value of a row, so that `encode` takes no part of it for a special token.
 
-        Their characters are moved to a private plane, as many as there were. Raises ValueError for a special
-        token if --special-tokens-in-text refuses them, and for characters of that plane.
+        Raises ValueError for a special token if --special-tokens-in-text refuses them, and for characters of
+        the plane that hides them.
         """
-        if HIDDEN.search(text):
+        if plain_text.HIDDEN.search(text):
             raise ValueError(
                 "a text has characters of Unicode's private plane 16, which are used to mark tokens"
             )
@@ -147,7 +179,46 @@ class Base:
                 f"special token {found[0]!r} in {text[:80]!r}: such tokens in texts are encoded as plain text"
             )
         self.texts_with_special += 1
-        return self.special.sub(lambda match: "".join(chr(ord(c) + HIDE) for c in match[0]), text)
+        return plain_text.hide(text, self.special)
+
+    def as_it_stands(self, text: str) -> str:
+        """`text`, a whole prompt or text of a row, whose special tokens are control tokens; counts those."""
+        self.strings_with_special += bool(self.special and self.special.search(text))
+        return text
+
+    def hide_markers(self, markers: Sequence[str]) -> None:
+        """Take the markers of a chat for special tokens from now on, if they are tokens of their own."""
+        if self.markers >= set(markers):
+            return
+        self.markers |= set(markers)
+        self.control |= {marker for marker in markers if marker.strip() and self.is_atomic(marker)}
+        self.special, self.plain = plain_text.any_of(self.control), []
+
+    def encode_hidden(self, text: str, continued: bool) -> list[int]:
+        """Ids of a text with special tokens that `hide` has hidden, as if the tokenizer did not know them.
+
+        As the tokenizer itself does, the text is cut at the special tokens that are meant as such.
+        """
+        parts = re.split(f"({self.special.pattern})", text)
+        ids, before = [], ""
+        for i, part in enumerate(parts):
+            if i % 2 or not plain_text.HIDDEN.search(part):
+                before += part
+                continue
+            ids += self.encode_part(before, ids, continued)
+            is_first = not ids and not before
+            plain = self.encode_plain(plain_text.reveal(part), is_first, continued)
+            if found := self.control.intersection(map(self.decode, ([i] for i in plain))):
+                raise ValueError(
+                    f"{min(found)!r} stands in a text, and this tokenizer has no other tokens for it: see "
+                    "--special-tokens-in-text"
+                )
+            ids, before = ids + plain, ""
+        return ids + self.encode_part(before, ids, continued)
+
+    def encode_part(self, text: str, ids: list[int], continued: bool) -> list[int]:
+        """Ids of the part of a text that follows `ids`: it begins with a special token if there are any."""
+        return self.encode(text, continued or (self.is_continued and bool(ids))) if text else []
 
     def hide_in(self, value: Any) -> Any:
         """Messages, or other values of a row, with all texts in them hidden; the names of roles stay."""
@@ -159,15 +230,50 @@ class Base:
             return {name: one if name == "role" else self.hide_in(one) for name, one in value.items()}
         return value
 
-    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
-        """None: the template of a marker chat marks no answers."""
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
+        """A chat as text, through the chat template, which `variables` are passed to ("tools", others).
 
-    def check_template_reads(self, messages: list[dict], variables: dict) -> None:
-        """Raises ValueError for a variable, or for tool calls, that the chat template does not mention."""
+        Raises ValueError if the model has no template, and if the template refuses the messages.
+        """
+        template, messages, variables = self.template_input(messages, variables)
+        return chat_template.render(template, messages, add_generation_prompt, **variables)
+
+    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
+        """Where the responses are in the rendered chat, in characters, by {% generation %} of the template.
+
+        None for a template without such marks.
+        """
+        template, messages, variables = self.template_input(messages, variables)
+        return chat_template.answer_spans(template, messages, **variables)
+
+    def template_input(self, messages: list[dict], variables: dict) -> tuple[str, list[dict], dict]:
+        """Template, messages and all variables of a chat. Raises ValueError for what no token comes from."""
+        variables = self.variables | variables
+        template = self.template(with_tools=variables.get("tools") is not None)
         names = [name for name, value in variables.items() if value is not None]
         names += ["tool_calls"] * any(message.get("tool_calls") for message in messages)
-        if unread := [name for name in names if not re.search(rf"\b{re.escape(name)}\b", self.chat_template)]:
+        if unread := [name for name in names if not chat_template.reads(template, name)]:
             raise ValueError(f"the chat template does not read {unread[0]!r}: leave it out of the row")
+        return template, self.hide_in(messages), self.special_tokens | self.hide_in(variables)
+
+    def template(self, with_tools: bool = False) -> str:
+        """The chat template with the date of the run in it. Raises ValueError if there is none."""
+        if not self.chat_template:
+            raise ValueError(self.no_template)
+        template = self.chat_template
+        if isinstance(template, dict):
+            template = template["tool_use" if with_tools and "tool_use" in template else "default"]
+        return chat_template.with_date(template, self.day)
+
+    def about_date(self) -> str:
+        """A line for the log about the date that the chat template writes, else ""."""
+        if not self.chat_template:
+            return ""
+        if chat_template.reads_clock(template := self.template()):
+            return "WARNING: the chat template writes the time in a way that is not pinned to the run"
+        if template == self.chat_template:
+            return ""
+        return f"the chat template writes the date {self.day} (--template-date)"
 
     def follow(self, chat: MarkerChat) -> None:
         """Render chats by the template of `chat`, and end answers at its turn marker.
@@ -176,6 +282,7 @@ class Base:
         `stop_strings`.
         """
         self.chat, self.chat_template = chat, chat.template()
+        self.hide_markers(chat.tokens)
         marker = self.encode(chat.turn_start, continued=True)
         joined = self.encode(chat.end_of_turn + chat.turn_start, continued=True)
         if len(marker) == 1 and joined[-1:] == marker:
@@ -184,14 +291,17 @@ class Base:
             self.stop_strings = (chat.turn_start,)
 
     def save_chat(self, directory: Path) -> None:
-        """Write chat_template.jinja and the end signal in generation_config.json, if there is a marker chat.
+        """Write chat_template.jinja with --chat-template-kwargs, and the end signal of a marker chat.
 
-        A turn marker of several tokens is a stop string: `generate` of transformers then asks for
-        `tokenizer=`, and other programs need it as their own stop string.
+        The end signal goes into generation_config.json. A turn marker of several tokens is a stop string:
+        `generate` of transformers then asks for `tokenizer=`, and other programs need it as their own stop
+        string.
         """
+        if self.chat_template and (self.chat or self.variables):
+            template = chat_template.with_defaults(self.chat_template, self.variables)
+            (directory / "chat_template.jinja").write_text(template)
         if not self.chat:
             return
-        (directory / "chat_template.jinja").write_text(self.chat_template)
         path = directory / "generation_config.json"
         config = read_object(path, required=False)
         stops = generation_stop_ids(directory)
@@ -234,18 +344,25 @@ class HuggingFaceTokenizer(Base):
         pad_id = self.hf.pad_token and self.backend.token_to_id(self.hf.pad_token)
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
         adds_bos = config.get("add_bos_token")
+        if adds_bos not in (None, True, False):
+            raise ValueError(f"{directory}/tokenizer_config.json: add_bos_token must be true or false")
         if adds_bos is None:
             adds_bos = self.backend.encode("x").ids[0] == self.bos_id
         self.adds_bos: bool = self.bos_id is not None and bool(adds_bos)
         self.vocab_size: int = max(self.ids_by_token.values()) + 1
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
         self.chat_template = self.hf.chat_template
-        control = [
-            token.content for token in self.backend.get_added_tokens_decoder().values() if token.special
-        ]
-        longest_first = sorted(map(re.escape, control), key=len, reverse=True)
-        self.special = re.compile("|".join(longest_first)) if control else None
-        self.plain: list[tokenizers.Tokenizer] = []  # without special tokens: as made for encode_hidden
+        if not isinstance(self.chat_template, str | dict | None):
+            raise ValueError(f"{directory}: the chat template must be text, not {shown(self.chat_template)}")
+        self.no_template = (
+            f"{directory} has no chat template: put a chat_template.jinja there, or use rows with "
+            "'conversations' or with the fields of --prompt-template instead of 'messages'"
+        )
+        self.special_tokens = self.hf.special_tokens_map
+        added = self.backend.get_added_tokens_decoder().values()
+        self.control = frozenset(token.content for token in added if token.special)
+        self.special = plain_text.any_of(self.control)
+        self.plain: list[tokenizers.Tokenizer] = []  # without special tokens: as made for encode_plain
         adds_space = (self.backend.id_to_token(self.encode("a")[0]) or "").startswith(SPACE)
         drops_space = self.encode(" a") == self.encode("a")
         self.inner = without_dummy_prefix(self.backend) if adds_space or drops_space else None
@@ -272,7 +389,7 @@ class HuggingFaceTokenizer(Base):
         `continued`: as `text` comes out after earlier text, without the space that Llama-2-like tokenizers
         put in front.
         """
-        if HIDDEN.search(text):
+        if plain_text.HIDDEN.search(text):
             return self.encode_hidden(text, continued)
         if continued and self.inner:
             return self.inner.encode(text, add_special_tokens=False).ids
@@ -281,30 +398,18 @@ class HuggingFaceTokenizer(Base):
             self.check_round_trip(text, ids)
         return ids
 
-    def encode_hidden(self, text: str, continued: bool) -> list[int]:
-        """Ids of a text with special tokens that `hide` has hidden, as if the tokenizer did not know them.
+    def is_atomic(self, marker: str) -> bool:
+        """True if `encode` finds `marker` as a token of its own between other text."""
+        number = self.backend.token_to_id(marker)
+        return number is not None and number in self.backend.encode(f"x{marker}x").ids
 
-        As the tokenizer itself does, the text is cut at the special tokens that are meant as such.
-        """
+    def encode_plain(self, text: str, is_first: bool, continued: bool) -> list[int]:
+        """Ids of a part of a text in which special tokens are none."""
         if not self.plain:
-            self.plain = [
-                without_special_tokens(one)
-                for one in (self.backend, self.inner, without_first_prefix(self.backend))
-                if one
-            ]
-        parts = re.split(f"({self.special.pattern})", text)
-        ids, waiting = [], ""
-        for i, part in enumerate(parts):
-            if i % 2 or not HIDDEN.search(part):
-                waiting += part
-                continue
-            ids += self.encode(waiting, continued) if waiting else []
-            first = not ids and not waiting
-            plain = self.plain[0 if first and not continued else 1 if continued and self.inner else -1]
-            shown = HIDDEN.sub(lambda match: chr(ord(match[0]) - HIDE), part)
-            ids += plain.encode(shown, add_special_tokens=False).ids
-            waiting, continued = "", continued and not ids
-        return ids + (self.encode(waiting) if waiting else [])
+            kinds = (self.backend, self.inner, plain_text.without_first_prefix(self.backend))
+            self.plain = [plain_text.without_tokens(kind, self.control) for kind in kinds if kind]
+        kind = 0 if is_first and not continued else 1 if continued and self.inner else -1
+        return self.plain[kind].encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens spelled out; an id beyond the vocabulary as <id 32000>."""
@@ -320,42 +425,6 @@ class HuggingFaceTokenizer(Base):
         super().follow(chat)
         if marker_chat.read(self.directory) == chat and self.hf.chat_template:
             self.chat_template = self.hf.chat_template
-        self.hf.chat_template = self.chat_template
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
-        """A chat as text, through the chat template, which `variables` are passed to ("tools", others).
-
-        Raises ValueError if the model has no template, and if the template refuses the messages.
-        """
-        if not self.chat_template:
-            raise ValueError(
-                f"{self.directory} has no chat template: put a chat_template.jinja there, or use rows with "
-                "'conversations' or with the fields of --prompt-template instead of 'messages'"
-            )
-        variables = self.variables | variables
-        self.check_template_reads(messages, variables)
-        messages, variables = self.hide_in(messages), self.hide_in(variables)
-        try:
-            return self.hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
-
-    def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
-        """Where the answers are in the rendered chat, in characters, by {% generation %} of the template.
-
-        None for a template without such marks.
-        """
-        if not re.search(r"{%-?\s*generation\b", self.chat_template or ""):
-            return None
-        _, [spans] = render_jinja_template(
-            [self.hide_in(messages)],
-            chat_template=self.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.hf.special_tokens_map | self.hide_in(self.variables | variables),
-        )
-        return spans
 
     def save(self, directory: Path) -> None:
         """Copy the tokenizer's files as they are, so that other programs read just what they read before."""
@@ -370,6 +439,7 @@ class SentencePieceTokenizer(Base):
     """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
 
     adds_bos = False
+    is_continued = True  # text behind a marker is inside the text
 
     def __init__(self, path: Path):
         self.path = path
@@ -377,10 +447,8 @@ class SentencePieceTokenizer(Base):
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path}: not a SentencePiece model: {error}") from error
-        inner = ModelProto.FromString(self.sp.serialized_model_proto())  # for text from inside a sequence
-        inner.normalizer_spec.add_dummy_prefix = False
-        inner.normalizer_spec.remove_extra_whitespaces = False
-        self.inner = sentencepiece.SentencePieceProcessor(model_proto=inner.SerializeToString())
+        self.model = ModelProto.FromString(self.sp.serialized_model_proto())
+        self.inner = processor(inside(self.model))
         if self.sp.eos_id() < 0:
             raise ValueError(
                 f"{path}: the model has no end-of-text piece, which training needs to end answers"
@@ -390,6 +458,12 @@ class SentencePieceTokenizer(Base):
         self.pad_id: int = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos_id
         self.vocab_size: int = self.sp.get_piece_size()
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(path.parent)
+        self.special_tokens = {"bos_token": "" if self.bos_id is None else self.sp.id_to_piece(self.bos_id)}
+        self.plain: list[sentencepiece.SentencePieceProcessor] = []  # without markers; first, inside
+        self.no_template = (
+            f"{path} has no chat template: instead of 'messages' use 'conversations' rows or rows with the "
+            "fields of --prompt-template"
+        )
 
     @property
     def ids_by_token(self) -> dict[str, int]:
@@ -398,14 +472,33 @@ class SentencePieceTokenizer(Base):
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Token ids of `text`; control pieces spelled out in it stay text. `continued`: as above."""
-        if not continued:
-            ids = self.sp.encode(text)
-            if self.unchecked:
-                self.check_round_trip(text, ids)
-            return ids
-        # the model's own rules for spaces, as they act after a letter
-        normalized = self.sp.normalize("x" + text)
-        return self.inner.encode(normalized[normalized.index("x") + 1 :])
+        if plain_text.HIDDEN.search(text):
+            return self.encode_hidden(text, continued)
+        if continued:
+            return self.encode_inside(text, self.inner)
+        ids = self.sp.encode(text)
+        if self.unchecked:
+            self.check_round_trip(text, ids)
+        return ids
+
+    def encode_inside(self, text: str, inner: sentencepiece.SentencePieceProcessor) -> list[int]:
+        """Ids of a text behind other text."""
+        normalized = self.sp.normalize(
+            "x" + text
+        )  # the model's own rules for spaces, as they act after a letter
+        return inner.encode(normalized[normalized.index("x") + 1 :])
+
+    def is_atomic(self, marker: str) -> bool:
+        """As above."""
+        return marker in {piece.piece for piece in self.model.pieces if piece.type == USER_DEFINED}
+
+    def encode_plain(self, text: str, is_first: bool, continued: bool) -> list[int]:
+        """As above."""
+        if not self.plain:
+            model = plain_text.without_pieces(self.model, self.control)
+            self.plain = [processor(model), processor(inside(model))]
+        first, inner = self.plain
+        return first.encode(text) if is_first and not continued else self.encode_inside(text, inner)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control pieces such as `</s>` spelled out; an id that has no piece as <id 32000>."""
@@ -420,34 +513,11 @@ class SentencePieceTokenizer(Base):
                 start = end + 1
         return text
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
-        """A chat as text in the marker format. Raises ValueError without one: the model has no template."""
-        if not self.chat_template:
-            raise ValueError(
-                f"{self.path} has no chat template: instead of 'messages' use 'conversations' rows or rows "
-                "with the fields of --prompt-template"
-            )
-        variables = self.variables | variables
-        self.check_template_reads(messages, variables)
-        bos = self.sp.id_to_piece(self.bos_id) if self.bos_id is not None else ""
-        try:
-            [text], _ = render_jinja_template(
-                [messages],
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=bos,
-                **variables,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return text
-
     def save(self, directory: Path) -> None:
         """Write the model, and its translation that transformers.AutoTokenizer loads (same ids)."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
-        proto = ModelProto.FromString(self.sp.serialized_model_proto())
-        sentencepiece_json.translate(proto).save(str(Path(directory) / "tokenizer.json"))
+        sentencepiece_json.translate(self.model).save(str(Path(directory) / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.sp.id_to_piece(self.eos_id),
@@ -461,86 +531,18 @@ class SentencePieceTokenizer(Base):
         self.save_chat(Path(directory))
 
 
-def generation_stop_ids(directory: Path) -> set[int]:
-    """What transformers stops at: `eos_token_id`, one or several, of generation_config.json or config.json.
-
-    The second is read where the first is missing or names none; empty if both name none.
-    """
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        stop = read_object(path, required=False).get("eos_token_id")
-        if stop is None:
-            continue
-        ids = stop if isinstance(stop, list) else [stop]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
-        return set(ids)
-    return set()
+def processor(model: ModelProto) -> sentencepiece.SentencePieceProcessor:
+    """What encodes with a SentencePiece model."""
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer that a tokenizer.json describes, without its limit of length and its padding."""
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the class of all errors of tokenizers
-        raise ValueError(f"{path}: no tokenizer can be made of it: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that transformers makes of a directory."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            directory, use_fast=True, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
-
-
-def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
-    """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
-
-    Raises ValueError for one that would get another id than the one it is given there.
-    """
-    config, added = (
-        read_object(directory / name, required=False)
-        for name in ("tokenizer_config.json", "added_tokens.json")
-    )
-    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    for i, token in sorted(listed.items()):
-        if vocabulary.get(token["content"]) == i:
-            continue
-        fields = {name: value for name, value in token.items() if name not in ("content", "__type")}
-        backend.add_tokens([AddedToken(token["content"], **fields)])
-        if backend.token_to_id(token["content"]) != i:
-            raise ValueError(
-                f"{directory}: token {token['content']!r} has the id {i} in tokenizer_config.json, and "
-                f"{backend.token_to_id(token['content'])} in tokenizer.json"
-            )
-
-
-def save_pad_token(directory: Path) -> None:
-    """Give the reward model in a directory a pad token that no text ends with, in all its files.
-
-    transformers reads the score at the last token that is not padding, found by its id. Were that id also the
-    end of a text (SmolLM2, GPT-2B), the score would be read one token early. Without a token to spare there
-    is no pad token at all, and transformers refuses batches that would need one.
-    """
-    hf = read_hugging_face(directory)
-    ends = {hf.eos_token_id, hf.bos_token_id} | generation_stop_ids(directory)
-    special = [i for i, token in sorted(hf.added_tokens_decoder.items()) if token.special]
-    spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *special) if i not in {None, *ends}]
-    pad_id = spare[0] if spare else None
-    config = read_object(directory / "config.json") | {"pad_token_id": pad_id}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (directory / name).is_file():
-            fields = read_object(directory / name)
-            fields["pad_token"] = None if pad_id is None else hf.convert_ids_to_tokens(pad_id)
-            (directory / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+def inside(model: ModelProto) -> ModelProto:
+    """The same SentencePiece model for text behind other text: no space is added in front, none removed."""
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    changed.normalizer_spec.add_dummy_prefix = False
+    changed.normalizer_spec.remove_extra_whitespaces = False
+    return changed
 
 
 def without_dummy_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -557,18 +559,3 @@ def without_dummy_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenize
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
-
-
-def without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer for text in which special tokens are no tokens."""
-    spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
-    return tokenizers.Tokenizer.from_str(json.dumps(spec))
-
-
-def without_first_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer for text behind a special token, where Metaspace's scheme "first" adds no space."""
-    text = json.dumps(json.loads(tokenizer.to_str()))
-    return tokenizers.Tokenizer.from_str(
-        text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    )

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if parameter.dim() == 1:  # norms start at one and biases at zero: a mix-up would not show
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(directory / name)
+    return directory
+
+
+def random_tiny(directory: Path) -> Path:
+    """The tiny model with random weights, in a directory of its own."""
+    config = transformers.AutoConfig.from_pretrained(ROOT / "assets/tiny")
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    for file in (ROOT / "assets/tiny").iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, directory)
     return directory
 
 

@@ -252,9 +252,25 @@ def test_degenerate_text_takes_no_time(text):
 
 def test_a_judge_counts_what_is_in_its_range(tiny):
     ask = Judge(JudgeConfig(judge_low=1.0, judge_high=10.0), tiny, FormatConfig(), room=1)
-    assert [ask.score(f"Score: {score}") for score in ("0", "1", "10", "10.5", "7/10", "4/5")] == [
-        *(None, 1, 10, None, 7, None)
-    ]
+    texts = [f"Score: {score}" for score in ("0", "1", "10", "10.5", "7/10", "4/5")]
+    assert ask.scores([*texts, None], "") == (None, 1, 10, None, 7, None, None)
+
+
+@pytest.mark.parametrize(
+    "response, judgements, scores",
+    [
+        ("It is 7.\nScore: 5", ["It is 7.\nScore: 5", "Wrong.\nScore: 1"], (None, None)),  # an echo
+        ("Score: 5", ['The response ends with "Score: 5".', "Bad. Score: 0"], (None, None)),
+        ("**Score:** 5", ["It says SCORE : 5.\n", "Score: 2"], (None, None)),
+        ("Score: 5", ["Score: 5/5", "Score: 4", None], (5, 4, None)),  # no quotation
+        ("the final score is 4", ["It claims the final score is 4.", "Score: 3"], (None, None)),
+        ("the final score is 4", ["It claims the final score is 4.\nScore: 3", "Score: 3"], (3, 3)),
+        ("Score: 1 Score: 2 Score: 3", ["Score: 1", "Score: 1", "Score: 5"], (None, None, None)),
+    ],
+)
+def test_no_score_is_read_out_of_a_quoted_response(tiny, response, judgements, scores):
+    ask = Judge(JudgeConfig(), tiny, FormatConfig(), room=1)
+    assert ask.scores(judgements, response) == scores
 
 
 # Judge prompts

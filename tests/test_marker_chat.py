@@ -43,6 +43,7 @@ def messages_of(row: dict, chat: MarkerChat) -> list[dict]:
 def follower(chat: MarkerChat, source: Path = TINY) -> tokenizer.HuggingFaceTokenizer:
     tokens = tokenizer.load(source)
     tokens.follow(chat)
+    tokens.hf.chat_template = tokens.chat_template  # what tokenizer.save writes, for transformers
     return tokens
 
 

@@ -773,3 +773,61 @@ def test_mistakes_are_refused_with_flag_and_rule(attempts, name):
     assert error is not None, "the command ran"
     assert re.search(REFUSED[name][2], error), error
     assert not (attempts[name]["output"] / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """What a run says that continues with other data, by the name of the change."""
+    folder = tmp_path_factory.mktemp("resumed")
+    rows = chats(10, seed=0)
+    data_sets = {
+        "first": rows[:8],
+        "grown": rows,
+        "edited": [*rows[:7], rows[8]],
+        "shuffled": [rows[1], rows[0], *rows[2:8]],
+        "pairs": comparisons(8, seed=0),
+        "other pairs": comparisons(8, seed=1),
+    }
+    files = {name: write_rows(folder / f"{name}.jsonl", some) for name, some in data_sets.items()}
+    sft = ["train_sft.py", "--output", folder / "sft", "--max-seq-len", 64, "--warmup-steps", 1]
+    dpo = ["train_dpo.py", "--output", folder / "dpo", "--max-seq-len", 64, "--warmup-steps", 1]
+
+    def command(script: list, rows: str, batch: int, steps: int, *more: object) -> list[str]:
+        flags = ("--train-data", files[rows], "--global-batch-size", batch, "--max-steps", steps, *more)
+        return [str(word) for word in (*script, *flags)]
+
+    commands = {
+        "sft": command(sft, "first", 2, 1),
+        "grown": command(sft, "grown", 2, 2),
+        "batch": command(sft, "first", 4, 2),
+        "seed": command(sft, "first", 2, 2, "--seed", 7),
+        "edited": command(sft, "edited", 2, 2),
+        "shuffled": command(sft, "shuffled", 2, 2),
+        "same": command(sft, "first", 2, 2, "--micro-batch-size", 1, "--save-interval", 3),
+        "dpo": command(dpo, "pairs", 2, 1),
+        "other pairs": command(dpo, "other pairs", 2, 2),
+    }
+    (folder / "commands.json").write_text(json.dumps(list(commands.values())))
+    fork_python("tests/scripts_worker.py", folder)
+    errors = json.loads((folder / "errors.json").read_text())
+    return dict(zip(commands, errors, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("grown", r"rows of --train-data 8 -> 10, checksum of the token ids of --train-data \d+ -> \d+\. "),
+        ("batch", r"continued: rows a step 2 -> 4\. Its step 1 counts other rows"),
+        ("seed", r"continued: --seed 1234 -> 7\. "),
+        ("edited", r"continued: checksum of the token ids of --train-data \d+ -> \d+\. "),
+        ("shuffled", r"continued: checksum of the token ids of --train-data \d+ -> \d+\. "),
+        ("other pairs", r"continued: checksum of the token ids of --train-data \d+ -> \d+\. "),
+    ],
+)
+def test_a_run_does_not_continue_over_other_rows(resumed, change, words):
+    assert resumed["sft"] is resumed["dpo"] is None
+    assert re.search(words, resumed[change]), resumed[change]
+
+
+def test_a_run_continues_over_the_same_rows(resumed):
+    assert resumed["same"] is None

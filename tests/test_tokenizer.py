@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import transformers
 
-from align import tokenizer
+from align import tokenizer, tokenizer_files
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 CHAT = [{"role": "user", "content": "hi "}, {"role": "assistant", "content": "yo"}]
@@ -291,7 +291,7 @@ def scorer_directory(tmp_path: Path, source: Path = TINY, **tokenizer_config: ob
 
 def pad_tokens(directory: Path) -> tuple[int | None, int | None]:
     """What config.json and the tokenizer say, which must be the same token."""
-    tokenizer.save_pad_token(directory)
+    tokenizer_files.save_pad_token(directory)
     hf = transformers.AutoTokenizer.from_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     assert config["hidden_size"] == 8

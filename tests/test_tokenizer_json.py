@@ -20,7 +20,7 @@ from tokenizers import (
     trainers,
 )
 
-from align import data, preferences, prompts, tokenizer
+from align import data, preferences, prompts, tokenizer, tokenizer_files
 from align.data import FormatConfig
 
 SPECIAL = ["<|end|>", "<s>", "<|user|>", "<|answer|>"]
@@ -274,13 +274,47 @@ def test_a_class_that_changes_the_file_and_text_that_does_not_come_back_are_said
         ("special_tokens_map.json", "3", "special_tokens_map.json: must hold a JSON object, not 3"),
         ("config.json", "}", "config.json: not valid JSON"),
         ("generation_config.json", "{'eos'", "generation_config.json: not valid JSON"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": "a"}',
+            "eos_token_id = 'a' must be a token id, or a list",
+        ),
+        ("generation_config.json", '{"eos_token_id": [true]}', r"eos_token_id = \[True\] must be a token id"),
+        ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id = -1 must be a token id"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": 5}',
+            "transformers cannot load its tokenizer: Special token",
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {}}}', "added token 5 has no string"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "transformers cannot load"),
+        ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token must be true or false"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "the chat template must be text, not 5"),
+        ("added_tokens.json", '{"a": "b"}', "transformers cannot load its tokenizer"),
+        ("special_tokens_map.json", '{"eos_token": []}', "transformers cannot load its tokenizer"),
+        ("chat_template.jinja", "\udcff", "transformers cannot load its tokenizer: 'utf-8'"),
+        ("prompt_format.json", "{", "prompt_format.json: not valid JSON"),
+        ("prompt_format.json", "[]", "prompt_format.json: must hold a JSON object"),
+        ("prompt_format.json", '{"chat": 3}', "prompt_format.json: chat = 3 is no marker chat"),
+        ("prompt_format.json", '{"chat": {"tokens": [1]}}', "must have five tokens, all texts strings"),
+        ("prompt_format.json", '{"chat": {"tokens": ["a"], "x": 1}}', "is no marker chat: .*'x'"),
     ],
 )
 def test_broken_files_are_named(name, text, message, files, tmp_path):
     path = directory(tmp_path, files["gpt2 split"], "none")
-    (path / name).write_text(text)
+    if name == "tokenizer_config.json" and text.startswith('{"'):
+        (path / "chat_template.jinja").unlink(missing_ok=True)  # which goes before the field
+        text = json.dumps(json.loads((path / name).read_text()) | json.loads(text))
+    (path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):
         tokenizer.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x0a\x07\x0a\x05<unk>", b"\x0a\xff\xff\xff"])
+def test_a_sentencepiece_model_that_is_none(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.model: (not a SentencePiece model|the model has no end)"):
+        tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -297,4 +331,4 @@ def test_stop_ids_are_those_of_transformers(generation, config, stops, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({} if config is None else {"eos_token_id": config}))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert tokenizer.generation_stop_ids(tmp_path) == stops
+    assert tokenizer_files.generation_stop_ids(tmp_path) == stops

@@ -24,7 +24,16 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align import architecture, data, huggingface, marker_chat, model, parallel, tokenizer
+from align import (
+    architecture,
+    data,
+    huggingface,
+    marker_chat,
+    model,
+    parallel,
+    tokenizer,
+    tokenizer_files,
+)
 from align import checkpoint as checkpoints
 from align.data import FormatConfig, TrainedFormat
 from align.marker_chat import MarkerChat
@@ -121,7 +130,7 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
     if trained_format:
         trained_format.save(output)
     if is_reward_model:
-        tokenizer.save_pad_token(output)
+        tokenizer_files.save_pad_token(output)
 
 
 def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> data.Tokenizer:
@@ -292,7 +301,7 @@ def build(
         labels = shapes["score.weight"].global_shape[0]
         weights = flags.get("attribute_weights") or (1 / labels,) * labels
         scorer = model.build_scorer(replace(arch, labels=labels), config, layout, weights)
-        return scorer, [text.save, tokenizer.save_pad_token]
+        return scorer, [text.save, tokenizer_files.save_pad_token]
     companions = [text.save]
     run = path.parent.parent
     if (run / "prompt_format.json").is_file():  # its rows had a format of their own

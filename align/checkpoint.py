@@ -105,10 +105,11 @@ def resume(
         return 0, {}
     state = json.loads((path / "state.json").read_text())
     same_layout = state["layout"] == parallel.layout_sizes()
-    check_data(path, state, data)
-    for name, other in others.items():
+    for name in others:
         if not (path / name).is_dir():
             raise ValueError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
+    check_data(path, state, data)
+    for name, other in others.items():
         with during(name):
             load(path / name, *other, same_layout)
     with during("policy"):

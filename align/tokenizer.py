@@ -187,11 +187,11 @@ class Base:
         return text
 
     def hide_markers(self, markers: Sequence[str]) -> None:
-        """Take the markers of a chat for special tokens from now on, if they are tokens of their own."""
+        """Take the markers of a chat for special tokens from now on, where they can be told from text."""
         if self.markers >= set(markers):
             return
         self.markers |= set(markers)
-        self.control |= {marker for marker in markers if marker.strip() and self.is_atomic(marker)}
+        self.control |= {marker for marker in markers if marker.strip() and self.is_control(marker)}
         self.special, self.plain = plain_text.any_of(self.control), []
 
     def encode_hidden(self, text: str, continued: bool) -> list[int]:
@@ -398,10 +398,14 @@ class HuggingFaceTokenizer(Base):
             self.check_round_trip(text, ids)
         return ids
 
-    def is_atomic(self, marker: str) -> bool:
-        """True if `encode` finds `marker` as a token of its own between other text."""
-        number = self.backend.token_to_id(marker)
-        return number is not None and number in self.backend.encode(f"x{marker}x").ids
+    def is_control(self, marker: str) -> bool:
+        """True if `marker` is a token of its own, and there are others that spell it out."""
+        number, text = self.backend.token_to_id(marker), f"x{marker}x"
+        if number is None or number not in self.backend.encode(text).ids:
+            return False
+        plain = plain_text.without_tokens(self.backend, [marker])
+        ids = plain.encode(text, add_special_tokens=False).ids
+        return number not in ids and marker in plain.decode(ids, skip_special_tokens=False)
 
     def encode_plain(self, text: str, is_first: bool, continued: bool) -> list[int]:
         """Ids of a part of a text in which special tokens are none."""
@@ -488,9 +492,12 @@ class SentencePieceTokenizer(Base):
         )  # the model's own rules for spaces, as they act after a letter
         return inner.encode(normalized[normalized.index("x") + 1 :])
 
-    def is_atomic(self, marker: str) -> bool:
+    def is_control(self, marker: str) -> bool:
         """As above."""
-        return marker in {piece.piece for piece in self.model.pieces if piece.type == USER_DEFINED}
+        if marker not in {piece.piece for piece in self.model.pieces if piece.type == USER_DEFINED}:
+            return False
+        plain = processor(plain_text.without_pieces(self.model, [marker]))
+        return marker in plain.decode(plain.encode(f"x{marker}x"))
 
     def encode_plain(self, text: str, is_first: bool, continued: bool) -> list[int]:
         """As above."""

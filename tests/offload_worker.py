@@ -146,7 +146,9 @@ def run(directory: Path, output: Path, setting: Setting, moves: bool) -> dict:
     with phase("save", policy="all", critic="all"):
         for name, pair in trained.items():
             place = output / name / ("moved" if moves else "plain")
-            checkpoint.save(CheckpointConfig(monitor="train/loss"), place, STEPS, *pair, {"train/loss": 1.0})
+            checkpoint.save(
+                CheckpointConfig(monitor="train/loss"), place, STEPS, *pair, {"train/loss": 1.0}, {}
+            )
         bits = {
             f"{name} {kind}": [sha256(value.detach()) for value in values]
             for name, pair in trained.items()

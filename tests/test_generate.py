@@ -108,8 +108,8 @@ def greedy(models) -> dict[str, list[list[int]]]:
 
 
 def families(processes: int) -> tuple[str, ...]:
-    two = ("llama", "qwen2", "qwen3", "mistral", "nemotron")
-    return {1: ("llama3", "stablelm", *two), 2: two, 4: FOUR}[processes]
+    two = ("llama", "qwen3", "mistral")
+    return {1: ("llama3", "stablelm", *two, *FOUR), 2: two, 4: FOUR}[processes]
 
 
 # ---- the cases of each number of processes -------------------------------------------------------

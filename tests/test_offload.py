@@ -25,10 +25,8 @@ SETTINGS = {
     2: [
         dict(family="llama", precision="fp32"),
         dict(family="llama_tied", precision="bf16"),
-        dict(family="llama", precision="fp32", tp=2),
         dict(family="llama", precision="bf16", tp=2),
         dict(family="llama_tied", precision="fp32", pp=2),
-        dict(family="llama", precision="bf16", pp=2),
     ],
 }
 

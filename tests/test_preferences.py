@@ -264,6 +264,7 @@ def test_long_and_identical_pairs_are_dropped_never_cut(tiny, tmp_path: Path):
         "dropped_identical": 3,
         "tokens": 12,
         "response_tokens": 8,
+        data.SPECIAL[1]: 1,
     }
 
 

@@ -33,7 +33,7 @@ def render(
     template: str, messages: list[dict], add_generation_prompt: bool = False, **variables: object
 ) -> str:
     """Render a chat. Raises ValueError if the template refuses it or leaves the bounds."""
-    with errors_named(), bounded(template):
+    with bounded(template):
         [text], _ = render_jinja_template(
             [messages],
             chat_template=template,
@@ -45,17 +45,22 @@ def render(
     return text
 
 
-def answer_spans(template: str, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
-    """Spans [first, last) of the rendered characters inside {% generation %}; None without such marks."""
-    if not re.search(r"{%-?\s*generation\b", template):
-        return None
-    with errors_named(), bounded(template):
+def answer_spans(template: str, messages: list[dict], **variables: object) -> list[tuple[int, int]]:
+    """Spans [first, last) of the rendered characters inside {% generation %}."""
+    with bounded(template):
         _, [spans] = render_jinja_template(
             [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
         )
     return spans
 
 
+@functools.lru_cache
+def marks_answers(template: str) -> bool:
+    """True if a template has {% generation %}."""
+    return re.search(r"{%-?\s*generation\b", template) is not None
+
+
+@functools.lru_cache
 def reads(template: str, name: str) -> bool:
     """True if a variable's or a field's name occurs in a template."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
@@ -65,9 +70,17 @@ def reads(template: str, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def errors_named() -> Iterator[None]:
-    """Turn the errors of a template's code into one ValueError."""
+def bounded(template: str) -> Iterator[None]:
+    """Turn errors of a template's code into one ValueError; bound time, and at first memory.
+
+    Signals reach the main thread only: in another one nothing is bounded.
+    """
+    limits = None
     try:
+        if threading.current_thread() is threading.main_thread():
+            limits = limit_memory(template)
+            handle_alarm()
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
         yield
     except TimeoutError as error:
         raise ValueError(f"the chat template takes more than {SECONDS:g} s for one chat") from error
@@ -75,33 +88,31 @@ def errors_named() -> Iterator[None]:
         raise ValueError(f"the chat template takes more than {MEMORY >> 30} GiB for one chat") from error
     except ERRORS as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from error
-
-
-@contextlib.contextmanager
-def bounded(template: str) -> Iterator[None]:
-    """Bound time, and for the first renderings memory. Raises TimeoutError, MemoryError.
-
-    Signals reach the main thread only: in another one nothing is bounded.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    count = watched.get(template, 0)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        if count < WATCHED:
-            watched[template] = count + 1
-            soft = address_space() + MEMORY
-            soft = soft if limits[0] == resource.RLIM_INFINITY else min(soft, limits[0])
-            resource.setrlimit(resource.RLIMIT_AS, (soft, limits[1]))
-        yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if count < WATCHED:
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if limits:
             resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def limit_memory(template: str) -> tuple[int, int] | None:
+    """Let the process grow by MEMORY at most, for the first renderings of a template; the limits before."""
+    count = watched.get(template, 0)
+    if count == WATCHED:
+        return None
+    watched[template] = count + 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = address_space() + MEMORY
+    resource.setrlimit(
+        resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard)
+    )
+    return soft, hard
+
+
+@functools.cache
+def handle_alarm() -> None:
+    """Have SIGALRM raise TimeoutError, from the first rendering on."""
+    signal.signal(signal.SIGALRM, out_of_time)
 
 
 def out_of_time(signum: int, frame: object) -> None:

@@ -229,7 +229,7 @@ def format_parts(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> list[tup
     """
     found = []
     for part in rows.by_turns(row, fmt.turns):
-        found.append((part, *format_sft(part, tokenizer, fmt)))
+        found.append((part, *format_known(part, tokenizer, fmt)))
         if not cut_end(found[-1][1], fmt).trained.any():
             break
     return found
@@ -253,6 +253,11 @@ def describe(counts: dict[str, int]) -> str:
 
 def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
     """One row as an example of any length, and whether its truncation fields were cut. Raises ValueError."""
+    return format_known(rows.sft_row(row, fmt.template_fields())[0], tokenizer, fmt)
+
+
+def format_known(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
+    """`format_sft` of a row in one of the forms that `rows.sft_row` gives."""
     ids, trained, cut_prompt = encode_row(row, tokenizer, fmt)
     example = Example(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
     if fmt.loss_on == "all":
@@ -266,7 +271,6 @@ def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Exam
 
 def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:
     """Ids, where its answers are (with loss_on "answer"), and whether truncation fields were cut."""
-    row, _ = rows.sft_row(row, fmt.template_fields())
     if "messages" in row:
         return *format_messages(row, tokenizer, fmt), False
     if "conversations" in row:

@@ -311,7 +311,8 @@ def answer_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatCon
     """Where the last answer of a row begins in `whole`, its example. Raises ValueError if there is none."""
     trained = whole.trained
     if trained[1]:  # by loss_on "all", or as token 0, which is never trained, is the answer's
-        trained = data.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))[1]
+        known, _ = rows.sft_row(row, fmt.template_fields())
+        trained = data.encode_row(known, tokenizer, replace(fmt, loss_on="answer"))[1]
     starts = np.flatnonzero(np.diff(np.array(trained, np.int8), prepend=0) == 1)
     if not len(starts):
         raise ValueError("no prompt: the row has no answer")

@@ -243,6 +243,8 @@ class Base:
 
         None for a template without such marks.
         """
+        if not self.chat_template or not chat_template.marks_answers(self.template()):
+            return None
         template, messages, variables = self.template_input(messages, variables)
         return chat_template.answer_spans(template, messages, **variables)
 

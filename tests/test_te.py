@@ -8,7 +8,6 @@ import pytest
 from tests.conftest import torchrun
 
 CASES = {
-    1: [dict(family="llama"), dict(family="qwen2"), dict(family="qwen3")],
     2: [
         dict(family="llama_tied"),
         dict(family="qwen2", tp=2),

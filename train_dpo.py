@@ -13,7 +13,6 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from align import (
     architecture,
     checkpoint,
+    continuation,
     data,
     engine,
     huggingface,
@@ -135,11 +135,11 @@ def main(config: Config) -> None:
     packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")
     run.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], text)}")
     pairs["val"] = pairs["val"][config.val_rows()]
-    total_steps = config.total_steps(len(pairs["train"]))
-    order = config.data_order([side.ids for side in pair.examples] for pair in pairs["train"])
+    sequences = ([side.ids for side in pair.examples] for pair in pairs["train"])
+    resumed = continuation.find(config, __file__, sequences, run.say)
+    total_steps = resumed.total_steps
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
-    rows_of_step = partial(packing.global_batch, len(pairs["train"]), config.batch, config.parallel.seed)
 
     # ---- model -----------------------------------------------------------------------------------
     policy = model.build_policy(arch, config.model, config.parallel)
@@ -176,7 +176,8 @@ def main(config: Config) -> None:
         ref = reference.Swapped(policy, sequence_logprobs)
     elif config.loss not in REFERENCE_FREE:
         run.say("reference log-probs: from OUTPUT/reference.safetensors, or a pass over all pairs makes it")
-        uses = {"train": map(rows_of_step, range(total_steps)), "val": [range(len(pairs["val"]))]}
+        steps = range(resumed.pass_start, total_steps)
+        uses = {"train": map(resumed.rows_of_step, steps), "val": [range(len(pairs["val"]))]}
         made_of = reference.fingerprint(
             config.model, pairs, config.batch, config.parallel, total_steps, average
         )
@@ -225,10 +226,10 @@ def main(config: Config) -> None:
         val_batches, sample = micro_batches("val", range(len(pairs["val"]))), micro_batches("val", [0])
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
-        run.say(f"continuing after step {first_step}")
+        run.say(resumed.describe())
     elif pairs["val"]:
         latest = validate(0)
         run.log(0, latest)
@@ -238,7 +239,7 @@ def main(config: Config) -> None:
     clock, reason = Clock(), None
     for step in range(first_step, total_steps):
         # batch
-        rows = rows_of_step(step)
+        rows = resumed.rows_of_step(step)
         batches = micro_batches("train", rows)
         clock.lap("data")
         add_inputs(batches, "train", len(rows))
@@ -270,7 +271,9 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest, order)
+            checkpoint.save(
+                config.checkpoint, config.run.output, done, policy, optimizer, latest, resumed.state
+            )
             clock.lap("save")  # counted in the next step's line
         if reason:
             break

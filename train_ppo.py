@@ -33,6 +33,7 @@ from align import (
     architecture,
     audit,
     checkpoint,
+    continuation,
     engine,
     generate,
     huggingface,
@@ -310,8 +311,8 @@ def main(config: Config) -> None:
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
-    total_steps = config.total_steps(len(rows["train"]))
-    data_order = config.data_order([prompt.ids] for prompt in rows["train"])
+    resumed = continuation.find(config, __file__, ([prompt.ids] for prompt in rows["train"]), run.say)
+    total_steps = resumed.total_steps
     if config.critic_warmup_steps >= total_steps:
         raise ValueError(
             f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step of {total_steps}"
@@ -320,8 +321,6 @@ def main(config: Config) -> None:
     optim.check(config.optim, policy_steps)
     critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
     run.total_steps = total_steps
-    of_rollout = replace(config.batch, global_batch_size=config.prompts_per_step)
-    rows_of_step = partial(packing.global_batch, len(rows["train"]), of_rollout, config.parallel.seed)
 
     # ---- models ----------------------------------------------------------------------------------
     clock, shelf = Clock(), config.offload.shelf(config.run.output)
@@ -409,12 +408,12 @@ def main(config: Config) -> None:
     # ---- resume ----------------------------------------------------------------------------------
     others = {name: pair for name, pair in trained.items() if name != "policy"}
     first_step, latest = checkpoint.resume(
-        *(config.checkpoint, config.run.output, policy, optimizer, data_order, others),
+        *(resumed.checkpoint, policy, optimizer, others),
         during=lambda name: phase("load", **{name: "all"}),
     )
     run.resume_at(first_step)
     if first_step:
-        run.say(f"continuing after step {first_step}")
+        run.say(resumed.describe())
     elif rows["val"]:
         latest = validate(0)
         run.log(0, latest)
@@ -428,7 +427,7 @@ def main(config: Config) -> None:
         in_reward, in_loss = (kl_coef, 0.0) if config.kl_place == "reward" else (0.0, kl_coef)
 
         # rollout: [A] answers; their N tokens lie end to end from here on
-        found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
+        found = rollout("train", resumed.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
             generate.warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
         run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
@@ -519,7 +518,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            with checkpoint.saving(config.checkpoint, config.run.output, done, latest, data_order) as path:
+            with checkpoint.saving(config.checkpoint, config.run.output, done, latest, resumed.state) as path:
                 for name, (one_model, its_optimizer) in trained.items():
                     with phase("save", **{name: "all"}):  # counted in the next step's line
                         folder = path if name == "policy" else path / name

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from align import (
     architecture,
     checkpoint,
+    continuation,
     data,
     engine,
     huggingface,
@@ -151,8 +152,9 @@ def main(config: Config) -> None:
     run.say(f"first row, its score is read at the token in brackets:\n{data.show(shown, text)}")
     val = {name: load([file], name) for name, file in named_sets("val", val_files).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
-    total_steps = config.total_steps(len(train.examples))
-    order = config.data_order([one.ids for one in row] for row in train.examples)
+    sequences = ([example.ids for example in row] for row in train.examples)
+    resumed = continuation.find(config, __file__, sequences, run.say)
+    total_steps = resumed.total_steps
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
 
@@ -225,10 +227,10 @@ def main(config: Config) -> None:
         }
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, scorer, optimizer, order)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, scorer, optimizer)
     run.resume_at(first_step)
     if first_step:
-        run.say(f"continuing after step {first_step}")
+        run.say(resumed.describe())
     elif val:
         latest = evaluate(val)
         run.log(0, latest)
@@ -238,7 +240,7 @@ def main(config: Config) -> None:
     clock, reason = Clock(), None
     for step in range(first_step, total_steps):
         # batch
-        rows = packing.global_batch(len(train.examples), config.batch, config.parallel.seed, step)
+        rows = resumed.rows_of_step(step)
         batches = micro_batches(train, rows)
         clock.lap("data")
 
@@ -267,7 +269,9 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, scorer, optimizer, latest, order)
+            checkpoint.save(
+                config.checkpoint, config.run.output, done, scorer, optimizer, latest, resumed.state
+            )
             clock.lap("save")  # counted in the next step's line
         if reason:
             break

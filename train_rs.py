@@ -14,7 +14,6 @@ demo.py shows a model that learns.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +26,7 @@ from align import (
     architecture,
     audit,
     checkpoint,
+    continuation,
     engine,
     generate,
     huggingface,
@@ -141,12 +141,10 @@ def main(config: Config) -> None:
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
-    total_steps = config.total_steps(len(rows["train"]))
-    order = config.data_order([prompt.ids] for prompt in rows["train"])
+    resumed = continuation.find(config, __file__, ([prompt.ids] for prompt in rows["train"]), run.say)
+    total_steps = resumed.total_steps
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
-    of_rollout = replace(config.batch, global_batch_size=config.prompts_per_step)
-    rows_of_step = partial(packing.global_batch, len(rows["train"]), of_rollout, config.parallel.seed)
 
     # ---- model -----------------------------------------------------------------------------------
     judges = rewards.judges(reward, config.model, config.parallel, config.batch, text, config.sampling.stop)
@@ -184,10 +182,10 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     clock = Clock()
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
-        run.say(f"continuing after step {first_step}")
+        run.say(resumed.describe())
     elif rows["val"]:
         latest = validate(0)
         run.log(0, latest)
@@ -199,7 +197,7 @@ def main(config: Config) -> None:
         done = step + 1
 
         # rollout
-        found = rollout("train", rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
+        found = rollout("train", resumed.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
             generate.warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
         selected, unended, duplicates, low = [], 0, 0, 0
@@ -256,7 +254,9 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **times, **clock.shares()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest, order)
+            checkpoint.save(
+                config.checkpoint, config.run.output, done, policy, optimizer, latest, resumed.state
+            )
             clock.lap("save")  # counted in the next step's line
         if reason:
             break

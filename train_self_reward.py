@@ -36,6 +36,7 @@ from align import (
     architecture,
     audit,
     checkpoint,
+    continuation,
     data,
     engine,
     generate,
@@ -182,7 +183,7 @@ class Config(CommonConfig):
         """The first of the steps whose answers are sampled together with those of `step`."""
         return step - step % iteration_steps % self.rollout_ahead
 
-    def total_steps(self, num_rows: int) -> int:
+    def total_steps(self, num_rows: int, pass_start: int = 0) -> int:
         steps = self.iterations * self.iteration_steps(num_rows)
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
@@ -260,14 +261,12 @@ def main(config: Config) -> None:
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_size(len(rows["train"]), size, "--train-data")
     rows["val"] = rows["val"][config.val_rows()]
-    total_steps, iteration_steps = (
-        count(len(rows["train"])) for count in (config.total_steps, config.iteration_steps)
-    )
+    sequences = ([task.prompt.ids, task.example.ids] for task in rows["train"])
+    resumed = continuation.find(config, __file__, sequences, run.say)
+    total_steps, iteration_steps = resumed.total_steps, config.iteration_steps(len(rows["train"]))
     epoch_steps = len(rows["train"]) // size
-    order = config.data_order([task.prompt.ids, task.example.ids] for task in rows["train"])
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
-    rows_of_step = partial(packing.global_batch, len(rows["train"]), config.batch, config.parallel.seed)
     # what says to which iteration and rollout a step belongs
     layout_of_steps = {
         "steps of an iteration (--steps-per-iteration, or --max-epochs of the data)": iteration_steps,
@@ -299,7 +298,7 @@ def main(config: Config) -> None:
     policy = model.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = model.distributed(policy)
-    if path := checkpoint.to_resume(config.checkpoint, config.run.output):
+    if path := resumed.checkpoint:
         state = state_of(path)
         check_same(state["flags"], layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
@@ -402,10 +401,10 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     with phase("load", policy="all"):
-        first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
+        first_step, latest = checkpoint.resume(path, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
-        run.say(f"continuing after step {first_step}")
+        run.say(resumed.describe())
     elif rows["val"]:
         latest = validate(0)
         run.log(0, latest)
@@ -422,7 +421,7 @@ def main(config: Config) -> None:
         untouched |= step == begin  # the policy is still the reference
 
         if iteration == 0 and config.first_iteration_sft:
-            tasks = [rows["train"][row] for row in rows_of_step(step)]
+            tasks = [rows["train"][row] for row in resumed.rows_of_step(step)]
             batches, loss_fn = sft_batches(tasks), sft_loss
             denominator = packing.num_trained([task.example for task in tasks])
         else:
@@ -430,7 +429,7 @@ def main(config: Config) -> None:
             start = config.rollout_start(step, iteration_steps)
             if step in (start, first_step):
                 ahead = range(start, min(start + config.rollout_ahead, end))
-                places = [(TRAIN, one, row) for one in ahead for row in rows_of_step(one)]
+                places = [(TRAIN, one, row) for one in ahead for row in resumed.rows_of_step(one)]
                 tasks, sample = [rows["train"][row] for *_, row in places], partial(by_reference, start + 1)
                 first_rollout = not rolled_out
                 rolled_out = asker.answers(tasks, places, config.samples_per_prompt, sample)
@@ -498,7 +497,7 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            with checkpoint.saving(config.checkpoint, config.run.output, done, latest, order) as path:
+            with checkpoint.saving(config.checkpoint, config.run.output, done, latest, resumed.state) as path:
                 with phase("save", policy="all"):  # counted in the next step's line
                     checkpoint.write(path, done, policy, optimizer)
                 with phase("save"), ref.lent_to(policy.module):

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from align import (
     architecture,
     checkpoint,
+    continuation,
     data,
     engine,
     huggingface,
@@ -72,8 +73,8 @@ def main(config: Config) -> None:
     trained_format = data.adopt(formats, text, config.format, run.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_ids(train + val, arch.vocab_size)
-    total_steps = config.total_steps(len(train))
-    order = config.data_order([example.ids] for example in train)
+    resumed = continuation.find(config, __file__, ([example.ids] for example in train), run.say)
+    total_steps = resumed.total_steps
     optim.check(config.optim, total_steps)
     run.total_steps = total_steps
 
@@ -99,10 +100,10 @@ def main(config: Config) -> None:
     val_batches = micro_batches(val) if val else []
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.checkpoint, config.run.output, policy, optimizer, order)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
-        run.say(f"continuing after step {first_step}")
+        run.say(resumed.describe())
     elif val:
         latest = validate()
         run.log(0, latest)
@@ -112,7 +113,7 @@ def main(config: Config) -> None:
     clock, reason = Clock(), None
     for step in range(first_step, total_steps):
         # batch
-        rows = packing.global_batch(len(train), config.batch, config.parallel.seed, step)
+        rows = resumed.rows_of_step(step)
         examples = [train[row] for row in rows]
         batches = micro_batches(examples)
         clock.lap("data")
@@ -139,7 +140,9 @@ def main(config: Config) -> None:
         checkpoint.check_monitor(config.checkpoint, latest)
         run.log(done, {**metrics, **clock.shares(), **pace})
         if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(config.checkpoint, config.run.output, done, policy, optimizer, latest, order)
+            checkpoint.save(
+                config.checkpoint, config.run.output, done, policy, optimizer, latest, resumed.state
+            )
             clock.lap("save")  # counted in the next step's line
         if reason:
             break

@@ -2,7 +2,7 @@
 
     OUTPUT/checkpoints/step_00000100/     weights, main weights, Adam, random states, in Megatron's format
         critic/                           the same of another model in training, if there is one
-        state.json                        step, layout, data that steps count, metrics by which to keep it
+        state.json                        step, layout, what decided the run, metrics by which to keep it
 
 A checkpoint appears by one rename, so what has its name is complete. The model for others is OUTPUT/hf.
 """
@@ -34,13 +34,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
 from align import optim, parallel
-
-CHANGES = {  # what `packing.data_order` names, for people
-    "rows": "rows of --train-data",
-    "token_ids_crc32": "checksum of the token ids of --train-data",
-    "rows_per_step": "rows a step",
-    "seed": "--seed",
-}
+from align.config_fields import read_object
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,16 @@ class CheckpointConfig:
     torchrun write -- before the script's name, else it takes this flag for its --monitor-interval"""
     resume: bool = True
     """continue from the newest checkpoint in --output; --no-resume starts over and deletes what is there"""
+    resume_from: Path | None = None
+    """checkpoint of --output to continue from in place of the newest one; later ones are deleted"""
+    resume_with_changes: bool = False
+    """continue with other flags or training rows than the checkpoint's: the changes are logged, and after a
+    change of the rows, their order or their number a step a new pass over them begins"""
+
+    def __post_init__(self):
+        given = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
+        for flag in (flag for flag, value in given.items() if value and not self.resume):
+            raise ValueError(f"{flag} continues a run, and --no-resume starts over: give one of them")
 
     @property
     def metric(self) -> str:
@@ -79,18 +83,15 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 
 
 def resume(
-    config: CheckpointConfig,
-    output: Path,
+    path: Path | None,
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
-    data: dict[str, int],
     others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
     during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
 ) -> tuple[int, dict[str, float]]:
-    """Continue from the newest checkpoint of a run directory, or start at step 0. Collective.
+    """Continue from a checkpoint, or start at step 0 without one. Collective.
 
     Args:
-        data: what a step number stands for, as `packing.data_order` says.
         others: more models in training, by the names of their folders in the checkpoint.
         during: makes what surrounds the loading of one of them, or of the first, whose name is "policy".
 
@@ -98,45 +99,44 @@ def resume(
         The number of finished steps, and the metrics known then.
 
     Raises:
-        ValueError: the checkpoint does not hold one of the others, or counts steps over other data.
+        ValueError: the checkpoint does not hold one of the others.
     """
-    path = to_resume(config, output)
     if path is None:
         return 0, {}
-    state = json.loads((path / "state.json").read_text())
+    state = read_state(path)
     same_layout = state["layout"] == parallel.layout_sizes()
-    for name in others:
+    for name, other in others.items():
         if not (path / name).is_dir():
             raise ValueError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
-    check_data(path, state, data)
-    for name, other in others.items():
         with during(name):
             load(path / name, *other, same_layout)
     with during("policy"):
         return load(path, model, optimizer, same_layout), state["metrics"]
 
 
-def check_data(path: Path, state: dict, data: dict[str, int]) -> None:
-    """Raises ValueError if the steps of a checkpoint were counted over other data than `data`."""
-    before = state.get("data", data)  # a checkpoint of an earlier version does not say
-    changed = [
-        f"{CHANGES[name]} {before.get(name)} -> {value}"
-        for name, value in data.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} cannot be continued: {', '.join(changed)}. Its step {state['step']} counts other rows, "
-            "so that some would be seen twice and others never. Give the data and flags of that run, or "
-            "another --output, or --no-resume, which starts over"
-        )
+def read_state(path: Path) -> dict:
+    """The state.json of a checkpoint. Raises ValueError if it is damaged."""
+    state = read_object(path / "state.json")
+    if missing := {"step", "layout", "metrics"} - set(state):
+        raise ValueError(f"{path}/state.json: no {min(missing)!r} in it")
+    return state
 
 
 def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
-    """The checkpoint that a run continues from; --no-resume deletes all there are. Collective."""
-    if not config.resume and parallel.is_main():
-        for path in complete(output / "checkpoints"):
-            delete(path)
+    """The checkpoint that a run continues from. Collective.
+
+    --no-resume deletes all checkpoints, --resume-from those after it. Raises ValueError if it is none of
+    this run's.
+    """
+    known = parallel.on_main(lambda: complete(output / "checkpoints"))
+    chosen = config.resume_from
+    if chosen and chosen.resolve() not in [path.resolve() for path in known]:
+        there = ", ".join(map(str, known)) or "none"
+        raise ValueError(f"--resume-from {chosen} is no checkpoint of --output {output}; it has {there}")
+    if parallel.is_main():
+        for path in known:
+            if not config.resume or (chosen and path.name > chosen.name):
+                delete(path)
     return parallel.on_main(lambda: newest(output / "checkpoints"))
 
 
@@ -163,16 +163,16 @@ def save(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     metrics: dict[str, float],
-    data: dict[str, int],
+    run_state: dict,
 ) -> None:
     """A checkpoint of one model, see `saving`. Collective."""
-    with saving(config, output, step, metrics, data) as path:
+    with saving(config, output, step, metrics, run_state) as path:
         write(path, step, model, optimizer)
 
 
 @contextlib.contextmanager
 def saving(
-    config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], data: dict[str, int]
+    config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], run_state: dict
 ) -> Iterator[Path]:
     """Make OUTPUT/checkpoints/step_XXXXXXXX and delete what --save-top-k does not keep. Collective.
 
@@ -180,7 +180,7 @@ def saving(
 
     Args:
         metrics: the newest value of each metric, for ranking checkpoints.
-        data: as `resume` compares it.
+        run_state: what a continued run is compared with (`Continuation.state`).
     """
     path = output / "checkpoints" / f"step_{step:08d}"
     unfinished = path.with_suffix(".tmp")
@@ -189,7 +189,7 @@ def saving(
             shutil.rmtree(leftover)
     yield unfinished
     if parallel.is_main():
-        state = {"step": step, "layout": parallel.layout_sizes(), "data": data, "metrics": metrics}
+        state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": metrics}
         (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(unfinished, path)
@@ -362,7 +362,7 @@ def set_rng_state(state: dict) -> None:
 
 def prune(directory: Path, config: CheckpointConfig) -> None:
     """Delete all checkpoints but the newest and the best --save-top-k, of equals the oldest."""
-    states = {path: json.loads((path / "state.json").read_text()) for path in complete(directory)}
+    states = {path: read_state(path) for path in complete(directory)}
     last = newest(directory)
     check_monitor(config, states[last]["metrics"])
     values = {

@@ -1,12 +1,9 @@
 """What the loops of all scripts have in common: their flags, how many steps, when to validate."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from align import hub, packing
+from align import hub
 from align.checkpoint import CheckpointConfig
 from align.metrics import RunConfig
 from align.model import ModelConfig
@@ -73,14 +70,13 @@ class CommonConfig:
         """Training rows that one step takes."""
         return self.batch.global_batch_size
 
-    def total_steps(self, num_rows: int) -> int:
-        """Steps of the whole run; rows that do not suffice for one more are left out of an epoch."""
-        steps = num_rows // self.rows_per_step * self.loop.max_epochs
-        return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
+    def total_steps(self, num_rows: int, pass_start: int = 0) -> int:
+        """Steps of the whole run; rows that do not suffice for one more are left out of an epoch.
 
-    def data_order(self, rows: Iterable[Sequence[np.ndarray]]) -> dict[str, int]:
-        """What a step number stands for; `rows`: of each training row the ids of its sequences."""
-        return packing.data_order(rows, self.rows_per_step, self.parallel.seed)
+        `pass_start`: the step before which the first epoch began.
+        """
+        steps = pass_start + num_rows // self.rows_per_step * self.loop.max_epochs
+        return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def val_rows(self) -> slice:
         """The rows of a validation set that are used."""

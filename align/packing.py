@@ -85,12 +85,11 @@ def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--glob
         )
 
 
-def global_batch(num_rows: int, config: BatchConfig, seed: int, step: int) -> list[int]:
+def global_batch(num_rows: int, size: int, seed: int, step: int) -> list[int]:
     """Row numbers of step `step` (from 0): each epoch a new order, the tail that fills no batch left out.
 
     A function of its arguments alone: that is what makes a resumed run see the same rows.
     """
-    size = config.global_batch_size
     epoch, batch = divmod(step, num_rows // size)
     return epoch_order(num_rows, seed, epoch)[batch * size : (batch + 1) * size].tolist()
 

@@ -95,7 +95,7 @@ def test_a_run_that_continues_tomorrow_keeps_its_date(tmp_path):
     assert record["began"] == datetime.date.today().isoformat()
     (output / "config.json").write_text(json.dumps(record | {"began": "2020-05-17"}))
     fork_python(*command.split(), 1, "--no-resume")
-    fork_python(*command.split(), 2)
+    fork_python(*command.split(), 2, "--resume-with-changes")
     log = (output / "log.txt").read_text()
     assert "continuing after step 1" in log and log.count("Today: 17 May 2020<") == 2
     assert json.loads((output / "config.json").read_text())["began"] == "2020-05-17"

@@ -542,8 +542,7 @@ def test_unescape(typed: str, meant: str):
 
 def test_global_batch_is_a_permutation_per_epoch():
     epochs = [
-        [packing.global_batch(23, packing.BatchConfig(4), seed=7, step=5 * epoch + i) for i in range(5)]
-        for epoch in range(3)
+        [packing.global_batch(23, 4, seed=7, step=5 * epoch + i) for i in range(5)] for epoch in range(3)
     ]
     for batches in epochs:
         rows = [row for batch in batches for row in batch]
@@ -555,18 +554,12 @@ def test_global_batch_is_a_permutation_per_epoch():
 
 
 def test_global_batch_depends_on_its_arguments_alone():
-    forward = [packing.global_batch(100, packing.BatchConfig(8), seed=1, step=step) for step in range(40)]
-    backward = [
-        packing.global_batch(100, packing.BatchConfig(8), seed=1, step=step) for step in reversed(range(40))
-    ]
+    forward = [packing.global_batch(100, 8, seed=1, step=step) for step in range(40)]
+    backward = [packing.global_batch(100, 8, seed=1, step=step) for step in reversed(range(40))]
     assert forward == backward[::-1]
-    assert forward != [
-        packing.global_batch(100, packing.BatchConfig(8), seed=2, step=step) for step in range(40)
-    ]
+    assert forward != [packing.global_batch(100, 8, seed=2, step=step) for step in range(40)]
     assert all(type(row) is int for row in forward[0])
-    assert packing.global_batch(5, packing.BatchConfig(5), seed=0, step=3) != packing.global_batch(
-        5, packing.BatchConfig(5), seed=0, step=4
-    )
+    assert packing.global_batch(5, 5, seed=0, step=3) != packing.global_batch(5, 5, seed=0, step=4)
 
 
 def test_plan_by_hand():

@@ -46,7 +46,18 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "metrics",
         "decode_attention",
     },
-    {"huggingface", "inference", "continuous", "trtllm", "generate", "loop", "reference", "rewards", "audit"},
+    {
+        "huggingface",
+        "inference",
+        "continuous",
+        "trtllm",
+        "generate",
+        "loop",
+        "continuation",
+        "reference",
+        "rewards",
+        "audit",
+    },
     {"judge", "meta_judge", "rollouts", "self_judge", "memory"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

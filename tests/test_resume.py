@@ -575,7 +575,7 @@ def restarted(data, tmp_path_factory) -> Path:
         command("train_sft.py", data, directory / name, "--max-steps", 2, "--save-interval", 1)
         for name in "ab"
     )
-    other = ["--max-steps", "3", "--weight-decay", "0.5", "--adam-beta1", "0.8"]
+    other = "--max-steps 3 --weight-decay 0.5 --adam-beta1 0.8 --resume-with-changes".split()
     runs = [a, a + other, b, [*b, "--no-resume", "--max-steps", "1"]]
     fork_ranks(1, "tests/resume_worker.py", json.dumps(runs))
     return directory

@@ -582,7 +582,7 @@ def test_penalty_of_answers_that_were_cut_off(folder):
 
 def test_a_critic_cannot_join_later(folder):
     """The checkpoint of a run without one cannot be continued with --advantages gae."""
-    flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3"
+    flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3 --resume-with-changes"
     done = fork_ranks(1, *command(folder, "grpo", flags), check=False)
     path = folder / "grpo" / "checkpoints" / f"step_{STEPS:08d}"
     message = f"ValueError: {path} holds no critic: continue with the flags of that run, or --no-resume"

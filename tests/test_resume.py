@@ -602,7 +602,7 @@ def fake(directory: Path, step: int, **values: float) -> Path:
     """A checkpoint as far as choosing goes: its state.json with metrics val/<name>."""
     path = directory / f"step_{step:08d}"
     path.mkdir(parents=True)
-    state = {"step": step, "metrics": {f"val/{name}": value for name, value in values.items()}}
+    state = {"step": step, "layout": {}, "metrics": {f"val/{name}": value for name, value in values.items()}}
     (path / "state.json").write_text(json.dumps(state))
     return path
 

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from align import (
     architecture,
     checkpoint,
+    checkpoint_files,
     data,
     huggingface,
     marker_chat,
@@ -188,6 +189,7 @@ def find_source(config: ModelConfig) -> Source:
     path = config.path
     if not checkpoint.is_checkpoint(path):
         return Source(path, None, None, read_formats(path))
+    checkpoint_files.verify(path)
     if checkpoint.is_reward_model(path):
         raise ValueError(
             f"--model {path} is a checkpoint of a reward model, which predicts no tokens: give a language "

@@ -8,7 +8,6 @@ A checkpoint appears by one rename, so what has its name is complete. The model 
 """
 
 import contextlib
-import json
 import os
 import queue
 import random
@@ -33,7 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
-from align import optim, parallel
+from align import checkpoint_files, optim, parallel
 from align.config_fields import read_object
 
 
@@ -116,10 +115,7 @@ def resume(
 
 def read_state(path: Path) -> dict:
     """The state.json of a checkpoint. Raises ValueError if it is damaged."""
-    state = read_object(path / "state.json")
-    if missing := {"step", "layout", "metrics"} - set(state):
-        raise ValueError(f"{path}/state.json: no {min(missing)!r} in it")
-    return state
+    return checkpoint_files.read_state(path / "state.json")
 
 
 def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
@@ -142,7 +138,7 @@ def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
 
 def complete(directory: Path) -> list[Path]:
     """The checkpoints of a directory, oldest first."""
-    return sorted(path for path in directory.glob("step_????????") if is_checkpoint(path))
+    return sorted(path for path in directory.glob("step_????????") if path.is_dir())
 
 
 def newest(directory: Path) -> Path | None:
@@ -188,9 +184,11 @@ def saving(
         for leftover in path.parent.glob("step_*.tmp"):
             shutil.rmtree(leftover)
     yield unfinished
+    dist.barrier()
+    files = checkpoint_files.checksums(unfinished)
     if parallel.is_main():
         state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": metrics}
-        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        checkpoint_files.write_state(unfinished / "state.json", state | {"files": files})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(unfinished, path)
         prune(path.parent, config)
@@ -289,7 +287,7 @@ def run_flags(path: Path) -> dict:
         raise ValueError(
             f"--model {path}: {config}, which says what model this is a checkpoint of, is missing"
         )
-    return json.loads(config.read_text())["flags"]
+    return read_object(config).get("flags", {})
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from align import checkpoint, parallel
+from align import checkpoint, checkpoint_files
 from align.loop import CommonConfig
 from align.metrics import flatten
 from align.packing import data_order, global_batch
@@ -85,7 +85,8 @@ def find(
     path = checkpoint.to_resume(config.checkpoint, config.run.output)
     if path is None:
         return Continuation(None, 0, 0, config.total_steps(now["data"]["rows"]), now)
-    state = parallel.on_main(lambda: checkpoint.read_state(path))
+    verify(path)
+    state = checkpoint.read_state(path)
     step, before = state["step"], state.get("identity", now)  # an earlier version did not store it
     if before["script"] != now["script"]:
         raise ValueError(
@@ -107,6 +108,16 @@ def find(
     if step > total_steps:
         raise ValueError(f"{path}: {step} steps are finished, and the flags ask for {total_steps} in all")
     return Continuation(path, step, pass_start, total_steps, now)
+
+
+def verify(path: Path) -> None:
+    """Raises ValueError for a damaged checkpoint, which names the one before it. Collective."""
+    try:
+        checkpoint_files.verify(path)
+    except ValueError as error:
+        earlier = [one for one in checkpoint.complete(path.parent) if one.name < path.name]
+        advice = f"--resume-from {earlier[-1]} goes on before it" if earlier else "no earlier one is left"
+        raise ValueError(f"{error}; {advice}") from error
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -21,6 +21,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from align.config_fields import read_object
+
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
     "train/loss": ("loss", "7.4f"),
     "train_rollouts/rewards": ("reward", "6.3f"),
@@ -86,8 +88,8 @@ class Run:
         path, today = self.config.output / "config.json", datetime.date.today().isoformat()
         flags = json.loads(json.dumps(flags, default=str))  # as they read back: paths are text
         if path.exists():
-            record = json.loads(path.read_text())
-            before, today = record["flags"], record.get("began", today)
+            record = read_object(path)
+            before, today = record.get("flags", {}), record.get("began", today)
             for name, value in flags.items():
                 if value != before.get(name):
                     self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
@@ -97,18 +99,27 @@ class Run:
 
     def first_day(self) -> datetime.date:
         """The day on which the run began, which a resume keeps; on rank 0 alone."""
-        record = json.loads((self.config.output / "config.json").read_text())
-        return datetime.date.fromisoformat(record["began"])
+        path = self.config.output / "config.json"
+        try:
+            return datetime.date.fromisoformat(read_object(path)["began"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: began: {error}") from error
 
     def resume_at(self, step: int) -> None:
         """Continue the record after `step` finished steps; 0 starts a new one.
 
-        A killed run may have written beyond its last checkpoint. They are dropped: the steps come again.
+        A killed run may have written beyond its last checkpoint. These steps are dropped: they come again.
+        Raises ValueError if the record does not reach that step, or holds something else.
         """
         if not self.main:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
-            drop_after(self.config.output / name, step)
+            last = drop_after(self.config.output / name, step)
+            if name == "metrics.jsonl" and last != step:
+                raise ValueError(
+                    f"{self.config.output / name}: it must reach step {step}, after which the run continues, "
+                    f"and ends at step {last}: restore the file, or start over with --no-resume"
+                )
         if self.config.wandb_project is not None:
             self.wandb_run = start_wandb(self.config, fresh=step == 0)
 
@@ -307,17 +318,34 @@ def append(path: Path, rows: list[dict]) -> None:
         file.write(text)
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Keep the rows of a jsonl file up to `step`, without a line that a kill has torn; 0 empties the file."""
-    unfinished = path.with_suffix(".tmp")
+def drop_after(path: Path, step: int) -> int:
+    """Keep the rows of a jsonl file up to `step`, without a line that a kill has torn; 0 empties the file.
+
+    Returns the last step that is left. Raises ValueError for a line that is no row.
+    """
+    unfinished, last = path.with_suffix(".tmp"), 0
     with contextlib.ExitStack() as files:
         kept = files.enter_context(open(unfinished, "wb"))
-        for line in files.enter_context(open(path, "rb")) if step and path.exists() else ():
+        lines = files.enter_context(open(path, "rb")) if step and path.exists() else ()
+        for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n"):  # else torn
-                row = json.loads(line)
+                row = read_row(f"{path}:{number}", line)
                 if row["step"] <= step and not is_final(row):
                     kept.write(line)
+                    last = row["step"]
     unfinished.rename(path)
+    return last
+
+
+def read_row(where: str, line: bytes) -> dict:
+    """A line of metrics.jsonl or samples.jsonl. Raises ValueError with its place if it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where}: a row of a run has a step")
+    return row
 
 
 def is_final(row: dict) -> bool:

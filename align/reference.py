@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from align import checkpoint, engine, parallel
+from align import checkpoint, engine, parallel, tables
 from align.checkpoint import CheckpointConfig
 from align.model import ModelConfig
 from align.offload import Weights
@@ -64,7 +62,7 @@ class Precomputed:
             uses: by data set, the rows of each batch that will be asked for.
             made_of: what the tables depend on; a file that was made of something else is replaced.
         """
-        self.tables = parallel.on_main(lambda: read(path, made_of))
+        self.tables = parallel.on_main(lambda: tables.read(path, made_of))
         if self.tables is not None:
             return
         self.tables = {}
@@ -80,9 +78,7 @@ class Precomputed:
                     )
             self.tables[name] = gather_table(found)
         if parallel.is_main():
-            unfinished = path.with_suffix(".tmp")
-            save_file(self.tables, unfinished, metadata={"made_of": made_of})
-            unfinished.rename(path)
+            tables.write(path, made_of, self.tables)
 
     def attach(self, batches: list[Batch], name: str) -> None:
         """Give each micro-batch extra["ref"], [2P] in nats."""
@@ -109,16 +105,6 @@ def gather_table(found: dict[int, list[float]]) -> np.ndarray:
     for row, values in merged.items():
         table[row] = values
     return table
-
-
-def read(path: Path, made_of: str) -> dict[str, np.ndarray] | None:
-    """The tables in a file, None if there is none or if it was made of something else."""
-    if not path.is_file():
-        return None
-    with safe_open(path, "np") as file:
-        if file.metadata()["made_of"] != made_of:
-            return None
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
 
 
 def fingerprint(start: ModelConfig, pairs: dict[str, list[Pair]], *settings: object) -> str:

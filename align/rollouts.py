@@ -12,10 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from align import parallel
+from align import parallel, tables
 from align.generate import Sample
 from align.offload import Weights
 
@@ -39,12 +37,9 @@ def kept(path: Path, made_of: str, make: Callable[[], list[list[Sample]]]) -> li
 
 def read(path: Path, made_of: str) -> list[list[Sample]] | None:
     """The samples in a file, None if there is none or if it was made of something else."""
-    if not path.is_file():
+    arrays = tables.read(path, made_of)
+    if arrays is None:
         return None
-    with safe_open(path, "np") as file:
-        if file.metadata()["made_of"] != made_of:
-            return None
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     ends = arrays["lengths"].cumsum()  # what is behind the last one is empty
     parts = [np.split(arrays[name], ends)[:-1] for name in ("ids", "logprobs", "model_logprobs")]
     finish = ["stop" if ended else "length" for ended in arrays["ended"]]
@@ -54,7 +49,7 @@ def read(path: Path, made_of: str) -> list[list[Sample]] | None:
 
 
 def write(path: Path, made_of: str, samples: Sequence[Sequence[Sample]]) -> None:
-    """Write samples by prompt; the file appears by one rename."""
+    """Write samples by prompt."""
     every = [sample for answers in samples for sample in answers]
     arrays = {
         "answers": np.array([len(answers) for answers in samples], np.int64),  # [prompts]
@@ -64,10 +59,7 @@ def write(path: Path, made_of: str, samples: Sequence[Sequence[Sample]]) -> None
         "logprobs": joined([sample.logprobs for sample in every], np.float32),
         "model_logprobs": joined([sample.model_logprobs for sample in every], np.float32),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    save_file(arrays, unfinished, metadata={"made_of": made_of})
-    unfinished.rename(path)
+    tables.write(path, made_of, arrays)
 
 
 def joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:

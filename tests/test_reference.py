@@ -10,9 +10,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
-from align import parallel, reference
+from align import parallel, reference, tables
 from align.checkpoint import CheckpointConfig
 from align.model import ModelConfig
 from align.packing import BatchConfig, Example
@@ -27,12 +26,17 @@ def test_each_row_once():
     assert reference.each_row_once([[]]) == []
 
 
-def test_read(tmp_path):
+def test_tables(tmp_path):
     path = tmp_path / "reference.safetensors"
-    assert reference.read(path, "a") is None
-    save_file({"train": np.array([[-1.5, -2.0]])}, path, metadata={"made_of": "a"})
-    assert reference.read(path, "b") is None
-    assert reference.read(path, "a")["train"].tolist() == [[-1.5, -2.0]]
+    assert tables.read(path, "a") is None
+    tables.write(path, "a", {"train": np.array([[-1.5, -2.0]]), "val": np.ones((0, 2))})
+    assert tables.read(path, "b") is None
+    assert tables.read(path, "a")["train"].tolist() == [[-1.5, -2.0]]
+    whole = path.read_bytes()
+    for spoilt in (whole[:-1] + b"\x01", whole[:-8], whole[:40], b"", b"\xff" * 64):
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match="reference.safetensors is damaged: .*remove it, and it is made"):
+            tables.read(path, "a")
 
 
 def example(*ids: int) -> Example:

@@ -197,7 +197,8 @@ def fingerprint(output: Path) -> dict[str, str]:
     for folder in path.iterdir():
         if folder.is_dir():  # of another model
             state |= {f"{folder.name}/{name}": value for name, value in contents(folder).items()}
-    state |= {file.name: file.read_bytes() for file in path.glob("*.json")}
+    state |= {file.name: file.read_bytes() for file in path.glob("*.json") if file.name != "state.json"}
+    state["state.json"] = {k: v for k, v in checkpoint.read_state(path).items() if k != "files"}
     state |= {f"hf/{file.name}": file.read_bytes() for file in (output / "hf").iterdir()}
     return {name: sha256(value) for name, value in state.items()}
 

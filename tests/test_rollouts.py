@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from align import parallel, rollouts
+from align import parallel, rollouts, tables
 from align.generate import Sample
 from align.offload import Shelf, Weights
 from align.sampling import SamplingConfig
@@ -91,14 +91,14 @@ def test_samples_of_something_else_are_replaced(tmp_path):
 def test_a_half_written_file_is_never_read(tmp_path, monkeypatch):
     """A kill while the file is written leaves another name, which the next file overwrites."""
     path, make = path_in(tmp_path), Made(SOME)
-    save_file = rollouts.save_file
+    save_file = tables.save_file
 
     def killed(arrays: dict, to: Path, metadata: dict) -> None:
         save_file(arrays, to, metadata)
         Path(to).write_bytes(Path(to).read_bytes()[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollouts, "save_file", killed)
+    monkeypatch.setattr(tables, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         rollouts.kept(path, "a", make)
     [left] = path.parent.iterdir()

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from align import (
     architecture,
+    checkpoint_files,
     data,
     huggingface,
     marker_chat,
@@ -282,6 +283,7 @@ def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
         )
     layout = ParallelConfig(tp=tp, pp=pp)
     with parallel.start(layout):
+        checkpoint_files.verify(checkpoint)
         trained, companions = build(checkpoint, start, flags, layout)
         checkpoints.load_weights(checkpoint, trained)
         huggingface.save(trained, start, output, companions)

@@ -58,10 +58,11 @@ POLL_S = (
 @dataclass(frozen=True)
 class Config:
     prompt: str | None = None
-    """a user's message, put through the chat template, or into the first field of the template in a
-    prompt_format.json if the model has only that; with neither the text is continued as it stands"""
+    """a user's message, put through the chat template, or into the first field of --prompt-template if the
+    model was trained on such rows; with neither the text is continued as it stands"""
     input: Path | None = None
-    """prompts: a jsonl file, plain or .gz, of {"prompt"}, {"text"}, {"messages"} or {"conversations"} rows"""
+    """prompts: a file of JSON lines, a JSON array or Parquet, or a data set of the Hub, of {"prompt"},
+    {"text"}, {"messages"}, {"conversations"} or {"instruction"} rows"""
     output: Path | None = None
     """where the rows of --input go, with "response" and "finish" (stop or length); appears when complete"""
     chat: bool = False
@@ -76,8 +77,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     parallel: ParallelConfig = ParallelConfig()
-    # training's default, a whole copy on each rank, would need more memory than no --tp at all
-    rollout: RolloutConfig = RolloutConfig(rollout_layout="same")
+    rollout: RolloutConfig = RolloutConfig(rollout_layout="same")  # a copy on each rank needs more memory
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
@@ -132,11 +132,14 @@ def main(config: Config) -> None:
         raise ValueError(
             f"--chat needs a chat template, {source.directory} has none: use --prompt or --input"
         )
+    if config.chat and source.formats.get("rows") == "template":
+        say("WARNING: training rows had --prompt-template, and --chat asks through the chat template")
     if config.prompt is not None:
-        template = None if config.raw else source.formats.get("prompt_template")
+        in_template = not text.chat_template or source.formats.get("rows") == "template"
+        template = source.formats.get("prompt_template") if in_template else None
         ids = encode_text(config.prompt, text, fmt, template, config.raw)
-        if text.chat_template and template and source.formats.get("rows") == "template":
-            say(f"--prompt goes through the chat template; training rows had --prompt-template {template!r}")
+        if template and text.chat_template and not config.raw:
+            say(f"--prompt goes through --prompt-template {template!r}, as training rows did")
         data.at("--prompt", check_ids, ids, arch)
     if config.input is not None:
         found = read_prompts(config.input, text, fmt, arch)
@@ -222,12 +225,12 @@ def encode_text(
 ) -> np.ndarray:
     """Ids [n] int32 of the text of --prompt. Raises ValueError.
 
-    `template`: of rows without messages; the chat template goes before it, and `raw` before both.
+    `template`: of training rows without messages; it goes before the chat template, and `raw` before both.
     """
+    if not raw and template is not None:
+        return data.at("--prompt", encode_in_template, text, tokenizer, fmt, template)
     if not raw and tokenizer.chat_template:
         row = {"messages": [{"role": "user", "content": text}]}
-    elif template is not None:
-        return data.at("--prompt", encode_in_template, text, tokenizer, fmt, template)
     else:
         row = {"prompt": text}
     return data.at("--prompt", prompts.format_prompt, row, tokenizer, fmt)

@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
     stop_ids: set[int]
     stop_strings: tuple[str, ...]
     chat: MarkerChat | None
+    chat_template: str | dict[str, str] | None
     texts_with_special: int
     strings_with_special: int
 
@@ -37,6 +38,7 @@ class Tokenizer(Protocol):
     def hide_in(self, value: Any) -> Any: ...
     def hide_markers(self, markers: Sequence[str]) -> None: ...
     def as_it_stands(self, text: str) -> str: ...
+    def template_reads(self, name: str) -> bool: ...
     def encode(self, text: str, continued: bool = False) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None: ...
@@ -58,8 +60,9 @@ class FormatConfig:
 
     prompt_template: str = "{input} {output}"
     """for rows without messages or conversations: their fields in braces, the answer last"""
-    truncation_field: str = "input"
-    """template fields that give way when such a row is too long (comma list; they share the cut evenly)"""
+    truncation_field: str | None = None
+    """template fields that give way when such a row is too long (comma list; they share the cut evenly);
+    default: input, or if the template has none, all fields before the answer"""
     truncation_side: Literal["right", "left"] = "right"
     """the end of the truncation fields that is cut"""
     chat_tokens: tuple[str, str, str, str, str] = (r"\x00", r"\x11", r"\x12", r"\n", r"\n")
@@ -96,6 +99,9 @@ class FormatConfig:
 
     def truncation_fields(self) -> list[str]:
         """The names in `truncation_field`."""
+        if self.truncation_field is None:
+            fields = self.template_fields()
+            return ["input"] if "input" in fields[:-1] else fields[:-1]
         return [field.strip() for field in self.truncation_field.split(",")]
 
 
@@ -128,6 +134,11 @@ def adopt(
         tokenizer.follow(chat)
     for line in formats.differences():
         say(line)
+    if formats.rows["template"] and not chat and tokenizer.chat_template:
+        say(
+            "rows without messages go through --prompt-template, or stand as they are, and not through the "
+            "chat template of the model, which knows nothing of what they teach"
+        )
     if chat:
         label = f", label {chat.label!r}" if chat.label else ""
         say(
@@ -178,12 +189,14 @@ def read_sft(
             continue
         counts["rows"] += 1
         count_unused(row, used, counts)
+        count_unread(made.get("messages", ()), tokenizer, counts)
         for part, whole, cut_prompt in examples:
             counts["cut_prompts"] += cut_prompt
             if not cut_end(whole, fmt).trained.any():
                 counts["dropped"] += 1
                 continue
             kept += 1
+            count_empty(whole, tokenizer, counts)
             counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
             if formats:
                 formats.add(part)
@@ -199,11 +212,12 @@ def read_sft(
 
 def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "not used") -> None:
     """Count the fields of a row that no token comes from, by name and what is done with them."""
-    for name in sorted(row.keys() - used):
+    for name in sorted(name for name in row.keys() - used if row[name] not in (None, "", [], {})):
         what = f"rows with {name!r} ({use})"
         counts[what] = counts.get(what, 0) + 1
 
 
+MESSAGE_FIELDS = {"role", "content", "tool_calls", *rows.WEIGHTS}
 SPECIAL = (
     "rows with special tokens in their text",
     "rows with special tokens in a string, continued as it stands",
@@ -213,6 +227,22 @@ SPECIAL = (
 def special_counts(tokenizer: Tokenizer) -> tuple[int, int]:
     """Texts and whole strings with special tokens that a tokenizer has seen."""
     return tokenizer.texts_with_special, tokenizer.strings_with_special
+
+
+def count_unread(messages: Sequence[dict], tokenizer: Tokenizer, counts: dict[str, int]) -> None:
+    """Count a chat with fields of messages that the chat template does not read."""
+    names = {name for message in messages for name in message} - MESSAGE_FIELDS
+    for name in sorted(names):
+        if not tokenizer.template_reads(name):
+            what = f"rows with {name!r} in a message (not read by the chat template)"
+            counts[what] = counts.get(what, 0) + 1
+
+
+def count_empty(example: Example, tokenizer: Tokenizer, counts: dict[str, int]) -> None:
+    """Count an example of which the end of an answer is trained and nothing else."""
+    trained = example.ids[example.trained]
+    if len(trained) == 1 and int(trained[0]) in tokenizer.stop_ids:
+        counts["empty_answers"] = counts.get("empty_answers", 0) + 1
 
 
 def count_special(seen: tuple[int, int], tokenizer: Tokenizer, counts: dict[str, int]) -> None:
@@ -248,6 +278,9 @@ def count_tokens(examples: list[Example]) -> dict[str, int]:
 def describe(counts: dict[str, int]) -> str:
     """The counts of `load_sft` as words for the log; what did not happen is left out."""
     words = {name: name if "'" in name else name.replace("_", " ") for name in counts}  # no field's own name
+    words |= {
+        name: f"{words[name]} (--max-seq-len)" for name in ("cut_prompts", "cut_answers") if name in words
+    }
     return ", ".join(f"{value:,} {words[name]}" for name, value in counts.items() if value)
 
 

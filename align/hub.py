@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
 NAME = r"[A-Za-z0-9][\w.-]*"
 MODEL = re.compile(rf"(?P<name>{NAME}/{NAME})(@(?P<revision>[\w./-]+))?")
 DATA = re.compile(
@@ -45,7 +47,6 @@ def local_model(path: Path) -> Path:
     if match is None or is_local(path):
         return path
     from huggingface_hub import snapshot_download  # only where it is needed
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         snapshot = snapshot_download(
@@ -55,9 +56,9 @@ def local_model(path: Path) -> Path:
             ignore_patterns=list(OTHERS),
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
+        advice = f"`hf download {match['name']} --local-dir DIR` elsewhere and give DIR"
         raise ValueError(
-            f"{path} is no directory here, and the Hub gives no such model: {one_line(error)}. Without a "
-            f"network: run `hf download {match['name']} --local-dir DIR` elsewhere and give DIR"
+            f"{path} is no directory here, and no model of the Hub: {one_line(error)}{offline(error, advice)}"
         ) from error
     return Path(snapshot)
 
@@ -66,7 +67,6 @@ def data_rows(path: Path) -> Iterator[dict]:
     """The rows of a data set of the Hub, of its split "train" if none is named. Raises ValueError."""
     match = DATA.fullmatch(str(path))
     import datasets  # slow to import, and only needed here
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         found = datasets.load_dataset(
@@ -76,15 +76,28 @@ def data_rows(path: Path) -> Iterator[dict]:
             revision=match["revision"],
         )
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        advice = (
+            f"`hf download --repo-type dataset {match['name']} --local-dir DIR` elsewhere and give its files"
+        )
         raise ValueError(
-            f"{path} is no file here, and the Hub gives no such rows: {one_line(error)}. Without a network: "
-            f"run `hf download --repo-type dataset {match['name']} --local-dir DIR` elsewhere and give its "
-            "jsonl or Parquet files"
+            f"{path} is no file here, and no data set of the Hub: {one_line(error)}{offline(error, advice)}"
         ) from error
     for batch in found.with_format("arrow").iter(BATCH):  # as stored: no image is decoded
         yield from batch.to_pylist()
 
 
+def offline(error: Exception, advice: str) -> str:
+    """What to do without a network, if that is what an error is about; "" else."""
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(getattr(getattr(one, "response", None), "status_code", None) for one in causes):
+        return ""  # the Hub has answered
+    is_network = any(isinstance(one, ConnectionError | LocalEntryNotFoundError) for one in causes)
+    return f". Without a network run {advice}" if is_network else ""
+
+
 def one_line(error: Exception) -> str:
-    """The message of an error without line ends."""
-    return " ".join(str(error).split()).rstrip(".")
+    """The first sentence of an error's message."""
+    return re.split(r"(?<=\w)\.? *\n|(?<=\w)\. ", str(error).strip())[0].rstrip(".")

@@ -114,11 +114,13 @@ def without_nulls(value: Any) -> Any:
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Lines of a file, unzipped if its name ends in .gz. Raises ValueError if it cannot be read."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: give its files")
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from file
     except (OSError, EOFError, zlib.error) as error:  # missing, a directory, not gzip, or cut short
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise ValueError(f"{path}: cannot be read: {error.args[-1] if error.args else error}") from error
 
 
 def at(where: str, make: Callable, *args: object) -> Any:

@@ -26,6 +26,7 @@ USED = {  # fields that pairs and labelled texts are made of
 ACCEPTED = """accepted are
   {"prompt", "chosen", "rejected"}, three strings;
   {"prompt", "chosen", "rejected"}, a list of messages and for each answer one assistant message;
+  {"instruction", "input"} or {"conversations"} of ShareGPT in place of "prompt";
   {"chosen", "rejected"}, two conversations that differ in their last message, which is the assistant's
     (beside them "prompt" may be a string, which is not read);
   {"text"}, {"text"}: two lines, the chosen text and the rejected one (reward models only).
@@ -103,6 +104,9 @@ def load_pairs(
             counts["dropped_identical"] += 1
         else:
             pairs.append(pair)
+    for pair in pairs:
+        for side in pair.examples:
+            data.count_empty(side, tokenizer, counts)
     counts |= bad.counts()
     check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
     sides = [side for pair in pairs for side in pair.examples]
@@ -146,9 +150,17 @@ def read_pairs(
                 raise
             bad.add(error)
             continue
-        data.count_unused(row, USED, counts)
+        data.count_unused(row, used_fields(row), counts)
         data.count_special(seen, tokenizer, counts)
         yield pair
+
+
+def used_fields(row: dict) -> set[str]:
+    """The fields that a pair is made of: beside whole conversations a string "prompt" is not read."""
+    whole = isinstance(row.get("chosen", row.get("chosen_response")), list) and isinstance(
+        row.get("prompt"), str
+    )
+    return USED - {"messages"} - ({"prompt"} if whole else set())
 
 
 def make_pair(

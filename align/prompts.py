@@ -28,6 +28,7 @@ ACCEPTED = """accepted is one of
   {"prompt"}, a string, continued as it stands, or a list of messages that ends before the answer;
   {"text"}, a string, continued as it stands;
   {"messages"}, a conversation: if its last message is the assistant's, that is the answer and left out;
+  {"conversations"} of ShareGPT, {"instruction", "input"} of Alpaca, both without their answers;
   {"system", "conversations", "mask"}, the same for a model that was trained on such rows.
 Fields of other names may stand beside it."""
 
@@ -183,6 +184,8 @@ def used_fields(row: dict) -> set[str]:
 def prompt_field(row: dict) -> str:
     """The one field of FIELDS that a row has, which holds what it may (ValueError)."""
     given = [field for field in FIELDS if field in row]
+    if given == ["prompt", "messages"] and is_copy(row["prompt"], row["messages"]):
+        given = ["messages"]
     if not given:
         raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
     if len(given) > 1:
@@ -192,6 +195,14 @@ def prompt_field(row: dict) -> str:
     if not isinstance(row[field], kinds):
         raise ValueError(f"field {field!r} is of type {type(row[field]).__name__}; {ACCEPTED}")
     return field
+
+
+def is_copy(prompt: object, messages: object) -> bool:
+    """True if a string is what a message says, as beside the conversations of UltraFeedback."""
+    turns = messages if isinstance(messages, list) else []
+    return isinstance(prompt, str) and prompt in [
+        turn.get("content") for turn in turns if isinstance(turn, dict)
+    ]
 
 
 def check_answers(row: dict, field: str) -> None:

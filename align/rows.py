@@ -13,6 +13,7 @@ in strings, and the fields of --prompt-template. A row in one of them stays as i
 | "tools", "chat_template_kwargs" (or JSON text of them) | variables of the chat template |
 | a message with "weight", "train", "trainable", "loss_mask" 0 or false | not trained |
 | content in parts of text | their texts, joined |
+| `arguments` of a tool call in JSON text; ShareGPT's "function_call" | an object; a tool call |
 | role "developer" | system |
 """
 
@@ -62,10 +63,18 @@ def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
     if "instruction" in row and set(template_fields) == {"input", "output"}:
         check_no_system(row, "'instruction'", ())
         return {"input": alpaca_prompt(row), "output": text_field(row, "output")}, ALPACA
+    missing = [name for name in template_fields if name not in row]
+    if missing and not set(template_fields) & set(row):
+        raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'}: {FORMS}")
     return row, set(template_fields)
 
 
 ALPACA = {"instruction", "input", "output"}
+FORMS = (
+    "a row has 'messages', 'conversations', 'prompt' and 'completion', 'instruction' and 'output', or the "
+    "fields of --prompt-template, 'input' and 'output' by default: for others give --prompt-template "
+    "'{question} {answer}'"
+)
 
 
 def alpaca_prompt(row: dict) -> str:
@@ -113,12 +122,12 @@ def conversations_row(row: dict) -> tuple[dict, set[str]]:
 
 
 def is_marker_row(row: dict) -> bool:
-    """Whether a `conversations` row is NeMo-Aligner's: by its fields, or by names that ShareGPT has not."""
+    """True for a `conversations` row of NeMo-Aligner's: by its fields, or as no name is one of ShareGPT's."""
     if "mask" in row or "type" in row:
         return True
     turns = row["conversations"]
     names = [turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict)]
-    return not names or not all(isinstance(name, str) and name in SHAREGPT for name in names)
+    return not any(isinstance(name, str) and name in SHAREGPT for name in names)
 
 
 def chat_row(row: dict, turns: Sequence[dict], used: set[str]) -> tuple[dict, set[str]]:
@@ -167,7 +176,9 @@ def message(turn: dict, i: int) -> dict:
         role = KNOWN.get(text_field(made, "role"))
         if role is None:
             raise ValueError(f"role {made['role']!r} is not one of {', '.join(ROLES)}")
-        content = text_of(made)
+        if made.get("function_call"):
+            raise ValueError("field 'function_call' is not implemented: give 'tool_calls'")
+        content, calls = text_of(made), tool_calls(made)
         weights = [made[name] for name in WEIGHTS if made.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):
             raise ValueError(f"the weight of a message is 0 or 1, not {weights}")
@@ -177,13 +188,52 @@ def message(turn: dict, i: int) -> dict:
         raise ValueError(f"message {i}: {error}") from error
     if (role, content) != (made["role"], made.get("content")):
         made = made | {"role": role, "content": content}
+    if calls != made.get("tool_calls"):
+        made = made | {"tool_calls": calls}
     return made | {"weight": 0} if weights and not all(weights) else made
 
 
+def tool_calls(made: dict) -> list[dict] | None:
+    """The tool calls of a message, their arguments as objects: chat templates write them as JSON again.
+
+    OpenAI's form has them as JSON text. Raises ValueError for text of anything else.
+    """
+    calls = made.get("tool_calls")
+    if not isinstance(calls, list):
+        return calls
+    return [with_arguments(call) for call in calls]
+
+
+def with_arguments(call: object) -> object:
+    """A tool call, in OpenAI's form or without its "function", whose arguments are no text."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": with_arguments(call["function"])}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    return call | {"arguments": parse_object("arguments", call["arguments"] or "{}")}
+
+
+def parse_object(name: str, text: str) -> dict:
+    """The object that a field has as JSON text. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"field {name!r} is text that is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"field {name!r} must be an object, not {type(value).__name__}")
+    return value
+
+
 def sharegpt_message(turn: dict) -> dict:
-    """A turn of "from" and "value" as a message."""
+    """A turn of "from" and "value" as a message; a `function_call` is one tool call of the assistant's."""
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     name = text_field(turn, "from")
+    if name == "function_call":
+        function = parse_object("value", text_field(turn, "value"))
+        call = {"type": "function", "function": function}
+        return {"role": "assistant", "content": None, "tool_calls": [call], **rest}
     return {"role": SHAREGPT.get(name, name), "content": text_field(turn, "value"), **rest}
 
 

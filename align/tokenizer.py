@@ -42,6 +42,7 @@ HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokeniz
     "chat_template.jinja",
     "chat_template.json",
 )
+REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers fills one from the others
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
 CHECKED_TEXTS = 200  # of a run's first ones
 
@@ -255,8 +256,16 @@ class Base:
         names = [name for name, value in variables.items() if value is not None]
         names += ["tool_calls"] * any(message.get("tool_calls") for message in messages)
         if unread := [name for name in names if not chat_template.reads(template, name)]:
-            raise ValueError(f"the chat template does not read {unread[0]!r}: leave it out of the row")
+            raise ValueError(
+                f"the chat template does not read {unread[0]!r}: take a model, or a chat_template.jinja, "
+                "that does, or leave it out of the row"
+            )
         return template, self.hide_in(messages), self.special_tokens | self.hide_in(variables)
+
+    def template_reads(self, name: str) -> bool:
+        """True if the chat template mentions a field of a message; some fields have several names."""
+        aliases = REASONING if name in REASONING else (name,)
+        return any(chat_template.reads(self.template(), alias) for alias in aliases)
 
     def template(self, with_tools: bool = False) -> str:
         """The chat template with the date of the run in it. Raises ValueError if there is none."""

@@ -42,7 +42,7 @@ def start(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(start, tmp_path_factory) -> Path:
-    """OUTPUT of three steps of SFT on two tensor parallel ranks."""
+    """OUTPUT of three steps of SFT on two tensor parallel ranks; they say that they were on messages."""
     folder = tmp_path_factory.mktemp("run")
     rows = [{"instruction": "ab" * i, "input": "", "output": "c" * i} for i in range(1, 13)]
     flags = (
@@ -60,6 +60,10 @@ def run(start, tmp_path_factory) -> Path:
     flags += ("--prompt-template", "Q: {instruction}\\n{input}\\nA: {output}", "--model", start, "--tp", 2)
     train = write_rows(folder / "train.jsonl", rows)
     fork_ranks(2, "train_sft.py", *flags, "--train-data", train, "--output", folder / "out")
+    for path in (folder / "out/prompt_format.json", folder / "out/hf/prompt_format.json"):
+        formats = json.loads(path.read_text())
+        assert formats["rows"] == "template"
+        path.write_text(json.dumps(formats | {"rows": "messages"}))
     return folder / "out"
 
 
@@ -179,11 +183,15 @@ def one(run, greedy, folder) -> Printed:
     with_bos = shutil.copytree(bare, folder / "with_bos")
     formats = json.loads((bare / "prompt_format.json").read_text()) | {"add_bos": True}
     (with_bos / "prompt_format.json").write_text(json.dumps(formats))
+    of_rows = shutil.copytree(run / "hf", folder / "of_rows")
+    (of_rows / "prompt_format.json").write_text(json.dumps(formats | {"rows": "template", "add_bos": None}))
     rows, many = folder / "rows.jsonl", folder / "many.jsonl"
     sampled = ("--model", run / "hf", "--input", many, *SAMPLED)
     cases = {
         "raw": ((*hf, *abc, "--raw"), ""),
         "template": (("--model", bare, *GREEDY, *abc), ""),
+        "template beside a chat template": (("--model", of_rows, *GREEDY, *abc), ""),
+        "chat of a template": (("--model", of_rows, *GREEDY, "--chat"), "abc"),
         "template, BOS": (("--model", with_bos, *GREEDY, *abc), ""),
         "template, no BOS": (("--model", with_bos, *GREEDY, *abc, "--add-bos", "False"), ""),
         "several": ((*hf, *abc, "--samples-per-prompt", 2), ""),
@@ -240,8 +248,12 @@ def test_raw_continues_the_text(one, greedy):
     assert greedy.plain("abc") != greedy.chat("abc")
 
 
-def test_a_prompt_goes_through_the_template_of_training_if_there_is_no_other(one, greedy):
+def test_a_prompt_goes_through_the_template_of_training(one, greedy):
     """With BOS if training put it there, unless --add-bos says otherwise."""
+    answer, shown = one["template beside a chat template"]
+    assert answer == greedy.plain("Q: abc\n\nA:") + "\n"
+    assert "--prompt goes through --prompt-template 'Q: {instruction}" in shown
+    assert "WARNING: training rows had --prompt-template" in one["chat of a template"][1]
     assert one["template"][0] == one["template, no BOS"][0] == greedy.plain("Q: abc\n\nA:") + "\n"
     assert one["template, BOS"][0] == greedy.plain("Q: abc\n\nA:", bos=True) + "\n"
     assert one["template, BOS"][0] != one["template"][0]

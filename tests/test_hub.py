@@ -116,12 +116,13 @@ def test_what_the_hub_has_and_has_not(root, tmp_path):
         assert found[name][0] == [f"{name}: row 1", {"messages": turns}]  # without the null fields
     for name, words in MISSING.items():
         assert found[name].startswith(f"{name} is no ") and words in found[name] and "\n" not in found[name]
+        assert "Without a network" not in found[name]
 
 
 def test_without_a_network(tmp_path):
     url = "http://127.0.0.1:9"  # nobody listens
     found = read(tmp_path, url, "org/model", "org/parquet", offline=True)
-    assert "Without a network: run `hf download org/model --local-dir DIR`" in found["org/model"]
+    assert "Without a network run `hf download org/model --local-dir DIR`" in found["org/model"]
     assert "`hf download --repo-type dataset org/parquet --local-dir DIR`" in found["org/parquet"]
     assert read(tmp_path, url, "org/model")["org/model"].startswith("org/model is no directory here")
 

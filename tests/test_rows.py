@@ -5,6 +5,7 @@ Expected tokens are those of transformers' own apply_chat_template on hand-writt
 
 import gzip
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -512,3 +513,99 @@ def test_bad_rows_may_be_left_out(text, tmp_path):
     path.write_text("\n".join([json.dumps(label), json.dumps(label | {"label": "good"})]))
     scored, _, counts = preferences.load_labelled([path], text, PreferenceFormat(skip_bad_rows=1), 1)
     assert len(scored) == 1 and "1 bad rows left out" in data.describe(counts)
+
+
+# ---- what a newcomer's files had ------------------------------------------------------------------
+
+
+def loaded(
+    tmp_path: Path, text: data.Tokenizer, rows: list[dict], fmt: FormatConfig | None = None
+) -> tuple[list[str], dict]:
+    """Examples as text, and the counts."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples, counts = data.load_sft([path], text, fmt or FormatConfig())
+    return [data.show(example, text) for example in examples], counts
+
+
+def test_arguments_of_tool_calls_are_objects(text, tmp_path):
+    """OpenAI's form has them as JSON text, which a template would write as a string."""
+    call = {"type": "function", "function": {"name": "get_time", "arguments": '{"city": "Oslo", "n": 4}'}}
+    rows = [
+        {"messages": [said("user", "Time?"), said("assistant", None, tool_calls=[call])]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Time?"},
+                {"from": "function_call", "value": json.dumps(call["function"])},
+            ]
+        },
+        {"messages": [said("user", "Time?"), said("assistant", None, tool_calls=[call["function"]])]},
+    ]
+    shown, _ = loaded(tmp_path, text, rows)
+    assert all('"arguments": {"city": "Oslo", "n": 4}' in text for text in shown)
+    for broken, words in (("{", "not valid JSON"), ("[1]", "must be an object, not list")):
+        call = {"name": "get_time", "arguments": broken}
+        row = {"messages": [said("user", "Time?"), said("assistant", None, tool_calls=[call])]}
+        with pytest.raises(ValueError, match=f"rows.jsonl:1: message 1: field 'arguments' .*{words}"):
+            loaded(tmp_path, text, [row])
+
+
+def test_the_older_form_of_calls_is_refused(text, tmp_path):
+    call = {"name": "get_time", "arguments": "{}"}
+    row = {"messages": [ASKED, said("assistant", None, function_call=call)]}
+    with pytest.raises(ValueError, match="message 1: field 'function_call' is not implemented: give 'tool"):
+        loaded(tmp_path, text, [row])
+
+
+def test_fields_of_messages_that_no_token_comes_from_are_counted(tmp_path):
+    text = tokenizer.load(TINY)
+    row = {"messages": [ASKED | {"name": "Ann"}, ANSWER | {"reasoning_content": "Which?"}]}
+    _, counts = loaded(tmp_path, text, [row, {"messages": [ASKED, ANSWER]}])
+    assert counts["rows with 'name' in a message (not read by the chat template)"] == 1
+    assert counts["rows with 'reasoning_content' in a message (not read by the chat template)"] == 1
+
+
+def test_reasoning_is_read_by_any_of_its_names(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    template = TEMPLATE.replace("m.content or ''", "(m.reasoning_content or '') ~ m.content")
+    (tmp_path / "model/chat_template.jinja").write_text(template)
+    text = tokenizer.load(tmp_path / "model")
+    shown, counts = loaded(tmp_path, text, [{"messages": [ASKED, ANSWER | {"thinking": "Which?"}]}])
+    assert "Which?A pear." in shown[0] and not [name for name in counts if "not read" in name]
+
+
+def test_empty_answers_and_null_columns(tmp_path):
+    text = tokenizer.load(TINY)
+    rows = [{"input": "a", "output": "", "note": None}, {"input": "a", "output": "b", "note": None}]
+    _, counts = loaded(tmp_path, text, rows)
+    assert counts["empty_answers"] == 1 and not [name for name in counts if "note" in name]
+    assert "1 empty answers" in data.describe(counts)
+
+
+def test_rows_in_none_of_the_forms_name_them(tmp_path):
+    text = tokenizer.load(TINY)
+    with pytest.raises(ValueError, match="fields 'question', 'answer': a row has 'mess.*--prompt-template"):
+        loaded(tmp_path, text, [{"question": "a", "answer": "b"}])
+    fmt = FormatConfig("{question} {answer}", max_seq_len=8)  # whose question gives way
+    shown, counts = loaded(tmp_path, text, [{"question": "a" * 30, "answer": "bcd"}], fmt)
+    assert shown == ["aaa⟦ bcd<|im_end|>⟧"] and "1 cut prompts (--max-seq-len)" in data.describe(counts)
+
+
+def test_the_prompt_beside_a_conversation_is_a_copy(tmp_path):
+    text = tokenizer.load(TINY)
+    row = {"prompt": "Name a fruit.", "messages": [ASKED, ANSWER]}
+    ids = prompts.format_prompt(row, text, PromptFormat())
+    assert ids.tolist() == prompts.format_prompt({"messages": [ASKED]}, text, PromptFormat()).tolist()
+    pair = row | {"chosen": [ASKED, ANSWER], "rejected": [ASKED, said("assistant", "A stone.")]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair) + "\n")
+    _, counts = preferences.load_pairs([path], text, PreferenceFormat())
+    assert counts["rows with 'prompt' (not used)"] == counts["rows with 'messages' (not used)"] == 1
+
+
+def test_conversations_with_an_unknown_name(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "robot", "value": "b"}]}
+    with pytest.raises(
+        ValueError, match="message 1: role 'robot' is not one of system, user, assistant, tool"
+    ):
+        loaded(tmp_path, tokenizer.load(TINY), [row])

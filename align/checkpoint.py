@@ -360,7 +360,7 @@ def set_rng_state(state: dict) -> None:
 
 def prune(directory: Path, config: CheckpointConfig) -> None:
     """Delete all checkpoints but the newest and the best --save-top-k, of equals the oldest."""
-    states = {path: read_state(path) for path in complete(directory)}
+    states = {path: read_state(path) for path in complete(directory) if is_checkpoint(path)}
     last = newest(directory)
     check_monitor(config, states[last]["metrics"])
     values = {

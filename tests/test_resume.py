@@ -494,23 +494,30 @@ def self_reward_run(data: Path, judge: Path, output: Path) -> list:
 def test_self_rewarding_continues_in_another_layout(data, toy_judge, whole, tmp_path):
     """Policy, reference and waiting judgements, from tp 2 to dp 2; the three steps are sampled anew."""
     start, output = whole / "self_reward-tp2", tmp_path / "run"
-    shutil.copytree(start / "checkpoints/step_00000008", output / "checkpoints/step_00000008")
+    copy_run(start, output, 8)
     run = command(*self_reward_run(data, toy_judge, output))
     fork_ranks(2, "tests/resume_worker.py", json.dumps([run]))
-    found, expected = metrics(output), metrics(start)[9:]
+    found, expected = metrics(output)[9:], metrics(start)[9:]
     assert [row["step"] for row in found] == [9, 10, 11, 12]
     for row, wanted in zip(found, expected, strict=True):
         assert row == {name: close_to(name, wanted[name]) for name in wanted}
     said = [json.loads(line) for line in samples(start).splitlines()]
-    assert [json.loads(line) for line in samples(output).splitlines()] == [
-        row for row in said if row["step"] > 8
-    ]
+    assert [json.loads(line) for line in samples(output).splitlines()] == said
 
 
 def tables(output: Path, last: int) -> list[dict]:
     """What samples.jsonl has of the steps from 17 to `last`."""
     rows = [json.loads(line) for line in samples(output).splitlines()]
     return [row for row in rows if 16 < row["step"] <= last]
+
+
+def copy_run(start: Path, output: Path, step: int) -> None:
+    """What a run that has finished `step` steps leaves, for another that continues it."""
+    name = f"checkpoints/step_{step:08d}"
+    shutil.copytree(start / name, output / name)
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        if (start / file).exists():
+            shutil.copy(start / file, output)
 
 
 def continue_and_compare(
@@ -520,11 +527,11 @@ def continue_and_compare(
     outputs = [folder / str(i) for i in range(len(runs))]
     commands = []
     for output, (start, script, layout, last) in zip(outputs, runs, strict=True):
-        shutil.copytree(start / "checkpoints/step_00000016", output / "checkpoints/step_00000016")
+        copy_run(start, output, 16)
         commands.append(command(script, data, output, "--max-steps", last, *layout.split()))
     fork_ranks(processes, "tests/resume_worker.py", json.dumps(commands))
     for output, (start, script, layout, last) in zip(outputs, runs, strict=True):
-        found, expected = metrics(output), [row for row in metrics(start) if row["step"] > 16]
+        found, expected = ([row for row in metrics(run) if row["step"] > 16] for run in (output, start))
         assert [row["step"] for row in found] == list(range(17, last + 1)), (script, layout)
         for row, wanted in zip(found, expected, strict=True):
             row, wanted = determined(script, row), determined(script, wanted)
@@ -656,12 +663,14 @@ def test_half_written_and_half_deleted_are_never_picked_up(tmp_path):
     assert checkpoint.newest(tmp_path / "absent") is None
     fake(tmp_path, 10, loss=1.0)
     fake(tmp_path, 20, loss=2.0).rename(tmp_path / "step_00000020.tmp")
-    (fake(tmp_path, 30, loss=3.0) / "state.json").unlink()
     assert checkpoint.newest(tmp_path) == tmp_path / "step_00000010"
+    (fake(tmp_path, 30, loss=3.0) / "state.json").unlink()  # no kill leaves that: it is damage, and named
+    with pytest.raises(ValueError, match="damaged checkpoint: .*step_00000030/state.json is missing"):
+        checkpoint.read_state(checkpoint.newest(tmp_path))
 
 
 def test_half_deleted_checkpoint_does_not_stop_a_save(tmp_path):
-    """A kill inside `prune` may leave a directory with anything missing, its state.json as well."""
+    """One that has lost its state.json is neither ranked nor deleted."""
     (fake(tmp_path, 10, loss=1.0) / "state.json").unlink()
     fake(tmp_path, 20, loss=2.0)
     fake(tmp_path, 30, loss=3.0)

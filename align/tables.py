@@ -13,7 +13,8 @@ def write(path: Path, made_of: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays; the file appears by one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    save_file(dict(arrays), unfinished, metadata={"made_of": made_of, "xxh3": digest(arrays)})
+    # in one entry: safetensors writes several in any order, and equal files should have equal bytes
+    save_file(dict(arrays), unfinished, metadata={"made_of, xxh3": f"{made_of}, {digest(arrays)}"})
     unfinished.rename(path)
 
 
@@ -27,13 +28,14 @@ def read(path: Path, made_of: str) -> dict[str, np.ndarray] | None:
     advice = "remove it, and it is made again"
     try:
         with safe_open(path, "np") as file:
-            described = file.metadata() or {}
+            described = (file.metadata() or {}).get("made_of, xxh3", "")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged: {error}; {advice}") from error
-    if described.get("xxh3") != digest(arrays):
+    found, _, checksum = described.rpartition(", ")
+    if checksum != digest(arrays):
         raise ValueError(f"{path} is damaged: it has other values than were written; {advice}")
-    return arrays if described.get("made_of") == made_of else None
+    return arrays if found == made_of else None
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -295,7 +295,8 @@ def idle(folder) -> Path:
     flags += ["--reward-fn", "tests.test_train_rs:zero", "--max-prompt-len", 64, "--max-new-tokens", 1]
     flags += ["--prompts-per-step", 4, "--samples-per-prompt", 4, "--output"]
     keep = ["--unended", "keep", "--max-steps", 2, "--min-reward"]
-    runs = [[*flags, folder / "nothing", "--max-steps", steps] for steps in (1, 2)]
+    nothing = [*flags, folder / "nothing", "--max-steps", 2]
+    runs = [[*nothing, "--max-time", "00:00:00"], nothing]  # one step, and then the other
     runs += [[*flags, folder / "low", *keep, 1e-9], [*flags, folder / "enough", *keep, 0]]
     lines = [[str(word) for word in command] for command in runs]
     fork_ranks(1, "tests/resume_worker.py", json.dumps(lines))

@@ -33,6 +33,7 @@ TIMEOUT_S = 300  # of each run; about 30 are enough on two quiet cores
 SFT = ["--global-batch-size", "4", "--val-batches", "1", "--save-interval", "2"]
 PPO = ["--prompts-per-step", "4", "--global-batch-size", "4", "--max-new-tokens", "4", "--val-batches", "1"]
 PPO += ["--critic-lr", "1e-5", "--reward-fn", "tests.real_slurm:reward"]
+CHANGED = "--resume-with-changes"  # --max-steps decides the learning rate
 PPO += ["--unended", "keep", "--max-steps", "10"]
 # the partition is the batch files' placeholder, which makes them valid as they are
 CONFIG = """\
@@ -251,7 +252,7 @@ def test_sbatch_names_the_node_of_a_killed_process_and_the_next_job_continues(jo
     assert state(job, number)["Restarts"] == "0" and "complete" not in log
 
     done = steps(job)[-1]
-    number = sbatch(job, "slurm/sft.sbatch", *SFT, "--max-steps", str(done + 1))
+    number = sbatch(job, "slurm/sft.sbatch", *SFT, "--max-steps", str(done + 1), CHANGED)
     outcome, log = ended(job, number)
     assert outcome == "COMPLETED", log
     assert f"complete: {job['OUTPUT']}/hf" in log
@@ -305,7 +306,7 @@ def test_srun_inside_salloc(job):
     assert "Signal 9 (SIGKILL) received by PID" in output
 
     done = steps(job)[-1]
-    status, output = terminal(job, *salloc, "srun", *script, str(done + 1))
+    status, output = terminal(job, *salloc, "srun", *script, str(done + 1), CHANGED)
     assert status == 0, output
     assert "continuing after step" in output
     assert_complete(job, done + 1)

@@ -38,6 +38,7 @@ from align import (
 from align.architecture import Architecture
 from align.config_fields import read_object
 from align.data import FormatConfig, Tokenizer
+from align.errors import UserError
 from align.generate import Generator, RolloutConfig, Sample, check_prompt
 from align.generate import check as check_rollout
 from align.model import ModelConfig
@@ -83,35 +84,35 @@ class Config:
     def __post_init__(self):
         self.check_task()
         if self.samples_per_prompt < 1:
-            raise ValueError(f"--samples-per-prompt {self.samples_per_prompt} must be at least 1")
+            raise UserError(f"--samples-per-prompt {self.samples_per_prompt} must be at least 1")
         if self.model.recompute != "none":
-            raise ValueError(
+            raise UserError(
                 f"--recompute {self.model.recompute} has no effect without training: leave it out"
             )
         if self.parallel.sequence_parallel:
-            raise ValueError("--sequence-parallel has no effect without training: leave it out")
+            raise UserError("--sequence-parallel has no effect without training: leave it out")
 
     def check_task(self) -> None:
         """Refuse anything but one task with the flags that belong to it."""
         tasks = {"--prompt": self.prompt is not None, "--input": self.input is not None, "--chat": self.chat}
         given = [flag for flag, wanted in tasks.items() if wanted]
         if len(given) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(given) or 'nothing to do'}: give one of --prompt TEXT, --chat, "
                 "and --input FILE with --output FILE"
             )
         if (self.input is None) != (self.output is None):
-            raise ValueError(
+            raise UserError(
                 f"--input {self.input} and --output {self.output}: they go together, give both or none"
             )
         if self.output is not None and self.output.suffix == ".gz":
-            raise ValueError(f"--output {self.output} is written as plain text: leave .gz out of its name")
+            raise UserError(f"--output {self.output} is written as plain text: leave .gz out of its name")
         if self.prompt == "":
-            raise ValueError('--prompt "": there must be a text to answer')
+            raise UserError('--prompt "": there must be a text to answer')
         if self.raw and self.prompt is None:
-            raise ValueError(f"--raw is about --prompt TEXT and has no effect with {given[0]}: leave it out")
+            raise UserError(f"--raw is about --prompt TEXT and has no effect with {given[0]}: leave it out")
         if self.chat and self.samples_per_prompt != 1:
-            raise ValueError(
+            raise UserError(
                 f"--samples-per-prompt {self.samples_per_prompt}: with --chat a message has one answer"
             )
 
@@ -129,9 +130,7 @@ def main(config: Config) -> None:
     add_bos = source.formats.get("add_bos") if config.add_bos is None else config.add_bos
     fmt = PromptFormat(add_bos=add_bos)
     if config.chat and not text.chat_template:
-        raise ValueError(
-            f"--chat needs a chat template, {source.directory} has none: use --prompt or --input"
-        )
+        raise UserError(f"--chat needs a chat template, {source.directory} has none: use --prompt or --input")
     if config.chat and source.formats.get("rows") == "template":
         say("WARNING: training rows had --prompt-template, and --chat asks through the chat template")
     if config.prompt is not None:
@@ -194,14 +193,14 @@ def find_source(config: ModelConfig) -> Source:
         return Source(path, None, None, read_formats(path))
     checkpoint_files.verify(path)
     if checkpoint.is_reward_model(path):
-        raise ValueError(
+        raise UserError(
             f"--model {path} is a checkpoint of a reward model, which predicts no tokens: give a language "
             "model's"
         )
     flags = checkpoint.run_flags(path)
     start = ModelConfig(model=flags["model"]).path
     if not (start / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"--model {path}: its run began with --model {flags['model']}, and there is no "
             f"{start}/config.json: start this command where the run was started"
         )
@@ -240,7 +239,7 @@ def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, templ
     """Ids [n] int32 before the answer of a row whose first field is `text` and whose others are empty."""
     first, *others = [field for _, field in data.template_pieces(template)]
     if not others:
-        raise ValueError(f"the template {template!r} has no field for a prompt: use --raw")
+        raise UserError(f"the template {template!r} has no field for a prompt: use --raw")
     row = dict.fromkeys(others, "") | {first: text}
     rules = FormatConfig(template, first, add_bos=fmt.add_bos, max_seq_len=sys.maxsize)
     ids, trained, _ = data.format_template(row, tokenizer, rules)
@@ -358,9 +357,9 @@ def answer_file(generator: Generator, found: list[Prompt], output: Path, samples
 def prepare_output(output: Path, source: Path) -> None:
     """Find out before the work whether --output can be written. Collective."""
     if output.is_dir():
-        raise ValueError(f"--output {output} is a directory: give a file")
+        raise UserError(f"--output {output} is a directory: give a file")
     if output.exists() and output.samefile(source):
-        raise ValueError(f"--output {output} is --input: give another file")
+        raise UserError(f"--output {output} is --input: give another file")
     parallel.on_main(lambda: output.parent.mkdir(parents=True, exist_ok=True))
 
 

@@ -28,6 +28,7 @@ import tyro
 
 from align import architecture, memory, model, packing, parallel, prompts
 from align.architecture import Architecture
+from align.errors import UserError
 from align.generate import RolloutConfig, check_rollout_tp
 from align.loop import CommonConfig
 from align.memory import Rollout, Setting, Work
@@ -87,11 +88,11 @@ class Cluster:
         for name in ("nodes", "gpus_per_node", "gpu_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
         if self.allowance is not None and not 0 <= self.allowance < 1:
-            raise ValueError(f"--allowance {self.allowance} must be from 0 to below 1")
+            raise UserError(f"--allowance {self.allowance} must be from 0 to below 1")
         if self.device == "cpu" and self.host_memory is None:
-            raise ValueError("--device cpu needs --host-memory, the memory of one node in GB")
+            raise UserError("--device cpu needs --host-memory, the memory of one node in GB")
 
     @property
     def gpu(self) -> bool:
@@ -162,22 +163,20 @@ def split(arguments: Sequence[str]) -> tuple[list[str], Path, list[str]]:
     for i, word in enumerate(arguments):
         if word.endswith(".py") and not word.startswith("--"):
             return list(arguments[:i]), Path(word), list(arguments[i + 1 :])
-    raise ValueError(
-        "which script? Name it after plan's own flags: python plan.py --nodes 1 train_sft.py ..."
-    )
+    raise UserError("which script? Name it after plan's own flags: python plan.py --nodes 1 train_sft.py ...")
 
 
 def load_script(path: Path) -> ModuleType:
     """A training script as a module; nothing of it runs. Raises ValueError for what is none."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such script")
+        raise UserError(f"{path}: no such script")
     script = sys.modules.get(path.stem)
     if getattr(script, "__file__", None) != str(path.resolve()):
         spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
         script = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
     if not issubclass(getattr(script, "Config", type(None)), CommonConfig):
-        raise ValueError(f"{path} is no training script: it has no Config of align.loop's kind")
+        raise UserError(f"{path} is no training script: it has no Config of align.loop's kind")
     return script
 
 
@@ -220,7 +219,7 @@ def check_world(config: CommonConfig, world: int) -> None:
 def check_rollout(rollout: RolloutConfig, layout: ParallelConfig, policy: Architecture, world: int) -> None:
     """What the script says of a sampler that does not fit, and what plan.py cannot say. Raises ValueError."""
     if rollout.generate_with == "trtllm":
-        raise ValueError("--generate-with trtllm: plan.py does not know what TensorRT-LLM's engine takes")
+        raise UserError("--generate-with trtllm: plan.py does not know what TensorRT-LLM's engine takes")
     if rollout.reshards(layout):
         check_rollout_tp(rollout.rollout_tp, policy, world)
 
@@ -261,7 +260,7 @@ def phases(job: Job, s: Setting) -> list[Phase]:
     if hasattr(config, "keep_top"):
         return rejection_sampling(job, s)
     if hasattr(config, "rollout"):
-        raise ValueError("plan.py knows no such algorithm: it samples, and its Config is of none of ours")
+        raise UserError("plan.py knows no such algorithm: it samples, and its Config is of none of ours")
     length, pairs = config.format.max_seq_len, sequences_of_row(config)
     # of a pair half is taken to be the prompt
     work = job.work(config.batch.global_batch_size, pairs, length, length // 2 if pairs == 2 else 0)

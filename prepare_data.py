@@ -26,6 +26,7 @@ import tyro
 
 from align.data import at, read_jsonl, text_field
 from align.download import DownloadError, fetch
+from align.errors import UserError
 from align.marker_chat import answering, check_conversation
 from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
 from align.rows import sft_row
@@ -62,10 +63,10 @@ def main() -> None:
 def check_source(input: object, download: bool, **about_download: object) -> None:
     """Raise ValueError unless one of --input and --download is given; other flags are about the latter."""
     if bool(input) == download:
-        raise ValueError("give either --input FILE or --download, which fetches the public file")
+        raise UserError("give either --input FILE or --download, which fetches the public file")
     for name, value in about_download.items():
         if value and not download:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --download: leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --download: leave it out")
 
 
 def raw_file(name: str, input: Path | None, download: bool, download_dir: Path | None) -> Path:
@@ -140,7 +141,7 @@ def oasst_rows(tree: dict) -> list[dict]:
     """The threads of one tree from root to leaf, without those of a single message."""
     root = tree.get("prompt")
     if not isinstance(root, dict):
-        raise ValueError("field 'prompt' must be the object at the root of a message tree")
+        raise UserError("field 'prompt' must be the object at the root of a message tree")
     return [
         {"system": OASST_SYSTEM, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": thread}
         for thread in oasst_threads(root)
@@ -152,12 +153,12 @@ def oasst_threads(message: dict) -> Iterator[list[dict]]:
     """All threads from `message` down to a leaf, as lists of {"from", "value", "label"}."""
     role = text_field(message, "role")
     if role not in OASST_ROLES:
-        raise ValueError(f"role {role!r} is not one of {', '.join(OASST_ROLES)}")
+        raise UserError(f"role {role!r} is not one of {', '.join(OASST_ROLES)}")
     label = oasst_label(message.get("labels") or {}) if role == "assistant" else None
     turn = {"from": OASST_ROLES[role], "value": text_field(message, "text"), "label": label}
     replies = message.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise ValueError("field 'replies' must be a list of messages")
+        raise UserError("field 'replies' must be a list of messages")
     for reply in replies:
         for thread in oasst_threads(reply):
             yield [turn, *thread]
@@ -172,7 +173,7 @@ def oasst_label(labels: dict) -> str | None:
         if name in labels:
             value = labels[name].get("value") if isinstance(labels[name], dict) else None
             if not isinstance(value, int | float):
-                raise ValueError(f"label {name!r} must hold a number in 'value'")
+                raise UserError(f"label {name!r} must hold a number in 'value'")
             scaled.append(f"{name}:{round(4 * value)}")
     return ",".join(scaled) or None
 
@@ -196,10 +197,10 @@ def gsm8k(
         download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit} must be at least 1")
+        raise UserError(f"--limit {limit} must be at least 1")
     check_source(input, download, download_dir=download_dir)
     if download and output.suffix == ".jsonl":
-        raise ValueError(f"--output {output}: with --download it is the directory of train and test.jsonl")
+        raise UserError(f"--output {output}: with --download it is the directory of train and test.jsonl")
     files = [(input, output)]
     if download:
         raw = [fetch(f"gsm8k_{part}.jsonl", download_dir or RAW) for part in ("train", "test")]
@@ -214,7 +215,7 @@ def gsm8k_row(row: dict, instruction: str) -> dict:
     question, solution = text_field(row, "question"), text_field(row, "answer")
     answer = solution.rpartition("####")[2].strip().replace(",", "") if "####" in solution else ""
     if not answer:
-        raise ValueError("field 'answer' must end with '####' and the final answer")
+        raise UserError("field 'answer' must end with '####' and the final answer")
     asked = f"{question}\n\n{instruction}" if instruction else question
     user, assistant = {"role": "user", "content": asked}, {"role": "assistant", "content": solution}
     return {"messages": [user, assistant], "answer": answer}
@@ -249,9 +250,9 @@ def hh(
     """
     check_source(input, download, sets=sets, download_dir=download_dir)
     if download and test_input:
-        raise ValueError("--test-input: --download fetches the test set too, give one of them")
+        raise UserError("--test-input: --download fetches the test set too, give one of them")
     if (download or test_input) and test_fraction is not None:
-        raise ValueError(
+        raise UserError(
             f"--test-fraction {test_fraction}: --test-input or --download is the test set, give one of them"
         )
     if download:
@@ -272,7 +273,7 @@ def hh(
     if test_input:
         print(f"dropped from --input: {len(pairs) - len(train)} that open like a row of --test-input")
     if not train or not test:
-        raise ValueError(f"{output}: {len(train)} pairs to train on and {len(test)} to test: both need some")
+        raise UserError(f"{output}: {len(train)} pairs to train on and {len(test)} to test: both need some")
     for name, part in (("train", train), ("test", test)):
         rows = [hh_row(*pair, style) for pair in part]
         prompts = {json.dumps(row["prompt"]): {"prompt": row["prompt"]} for row in rows}
@@ -366,7 +367,7 @@ def judge(
         at(where, answered, row)  # whether it can be judged
         rows.append(row)
     if len(rows) < 2:
-        raise ValueError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
+        raise UserError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
     rng = random.Random(seed)
     write_jsonl(output, [judged(rows, i, template, rng) for i in range(len(rows))])
 
@@ -376,11 +377,11 @@ def answered(row: dict) -> tuple[str, str]:
     if "conversations" in row:
         return as_text(conversations_turns(row)), last_value(row)
     if "messages" not in row:
-        raise ValueError("a row must have 'messages' or 'conversations' with an answer")
+        raise UserError("a row must have 'messages' or 'conversations' with an answer")
     turns = messages_turns(row)
     last = row["messages"][-1]
     if last["role"] != "assistant":
-        raise ValueError(f"the last message is of the role {last['role']!r}: it must be the answer")
+        raise UserError(f"the last message is of the role {last['role']!r}: it must be the answer")
     return as_text(turns), last["content"]
 
 
@@ -388,7 +389,7 @@ def last_value(row: dict) -> str:
     """The last answer of a `conversations` row. Raises ValueError if there is none, or if it is a label."""
     kind, masked, turns = check_conversation(row)
     if kind == "TEXT_TO_VALUE":
-        raise ValueError("field 'type': the answers of TEXT_TO_VALUE rows are labels, which are not judged")
+        raise UserError("field 'type': the answers of TEXT_TO_VALUE rows are labels, which are not judged")
     return turns[last_answer(answering(kind, masked, turns))][1]
 
 
@@ -465,14 +466,14 @@ def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[l
     """Items to train on and, from the end, to validate on. Raises ValueError if one part would be empty."""
     num_train = int(len(items) * (1 - fraction))
     if not 0 < num_train < len(items):
-        raise ValueError(f"{flag} {fraction} of {len(items)} must leave some to train and to validate on")
+        raise UserError(f"{flag} {fraction} of {len(items)} must leave some to train and to validate on")
     return items[:num_train], items[num_train:]
 
 
 def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str = "") -> None:
     """Write train{suffix}.jsonl and val{suffix}.jsonl. Raises ValueError if one would be empty."""
     if not train or not val:
-        raise ValueError(
+        raise UserError(
             f"{directory}: {len(train)} rows to train on and {len(val)} to validate on: both need some"
         )
     write_jsonl(directory / f"train{suffix}.jsonl", train)

@@ -39,6 +39,7 @@ from align import (
     tokenizer,
     toy,
 )
+from align.errors import UserError
 from align.loop import CommonConfig, check_at_least
 from align.metrics import Clock, Run, RunConfig, speed, with_std
 from align.optim import OptimConfig
@@ -90,21 +91,21 @@ class Config(CommonConfig):
             used = "reward_gap" if name == "reward_scale" else name
             if getattr(self, name) is not None and used not in inputs:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} has no effect with --loss {self.loss}: leave it out")
+                raise UserError(f"{flag} has no effect with --loss {self.loss}: leave it out")
         if self.loss in REFERENCE_FREE and (self.reference or self.average_logprobs is False):
-            raise ValueError(
+            raise UserError(
                 f"--loss {self.loss} has no reference and is defined on log-probs per token: "
                 "leave out --reference and --average-logprobs"
             )
         if self.loss in REFERENCE_FREE and self.audit_start is not None:
-            raise ValueError(f"--audit-start has no effect: --loss {self.loss} has no reference")
+            raise UserError(f"--audit-start has no effect: --loss {self.loss} has no reference")
         if self.label_smoothing is not None:
             losses.check_label_smoothing(self.label_smoothing, zero_allowed=self.loss != "exo_pair")
         if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ValueError(f"--beta {self.beta} must be above 0 and finite")
+            raise UserError(f"--beta {self.beta} must be above 0 and finite")
         check_at_least(self, 0, "audit_start")
         if not 0 <= min(self.sft_weight or 0, self.dpop_lambda or 0):
-            raise ValueError("--sft-weight and --dpop-lambda must not be negative")
+            raise UserError("--sft-weight and --dpop-lambda must not be negative")
 
 
 @record

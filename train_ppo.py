@@ -51,6 +51,7 @@ from align import (
 )
 from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
+from align.errors import UserError
 from align.generate import RolloutConfig
 from align.loop import CommonConfig, LoopConfig, check_at_least
 from align.metrics import Clock, Run, RunConfig, mean_of
@@ -138,31 +139,31 @@ class Config(CommonConfig):
         check_at_least(self, 0, "critic_lr", "critic_min_lr", "critic_warmup_steps", "audit_ratio")
         for name in ("gamma", "gae_lambda"):
             if getattr(self, name) > 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be from 0 to 1")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be from 0 to 1")
         for name in ("kl_target", "kl_horizon"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
         answers, size = self.answers_per_step, self.batch.global_batch_size
         if answers % size:
-            raise ValueError(
+            raise UserError(
                 f"a step has {answers} answers (--prompts-per-step x --samples-per-prompt), which is no "
                 f"multiple of --global-batch-size {size}, the answers of an update"
             )
         if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
-            raise ValueError("what is a good answer? Give --reward-model DIR or --reward-fn module:function")
+            raise UserError("what is a good answer? Give --reward-model DIR or --reward-fn module:function")
         if self.advantages in ("rloo", "grpo") and self.samples_per_prompt == 1:
-            raise ValueError(
+            raise UserError(
                 f"--advantages {self.advantages} compares the answers to a prompt: give --samples-per-prompt"
             )
         if self.kl_target is not None and self.kl_horizon * 5 <= self.answers_per_step:
-            raise ValueError(
+            raise UserError(
                 f"--kl-horizon {self.kl_horizon} must be above a fifth of the {self.answers_per_step} "
                 "answers of a step: --kl-coef could fall below 0"
             )
         if self.kl_place == "loss" and self.kl == "k1":
-            raise ValueError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
+            raise UserError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
         if self.critic_min_lr > self.critic_lr:
-            raise ValueError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
+            raise UserError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
         self.check_used()
 
     def check_used(self) -> None:
@@ -183,10 +184,10 @@ class Config(CommonConfig):
         default = {field.name: field.default for field in fields(self)}
         for name, why in unused.items():
             if getattr(self, name) != default[name]:
-                raise ValueError(f"--{name.replace('_', '-')} has no effect: {why}")
+                raise UserError(f"--{name.replace('_', '-')} has no effect: {why}")
         for name in ("top_k", "top_p", "min_p", "repetition_penalty", "greedy"):
             if getattr(self.sampling, name) != getattr(SamplingConfig, name):
-                raise ValueError(
+                raise UserError(
                     f"--{name.replace('_', '-')}: PPO's log-probs are those of the whole distribution at "
                     "--temperature; tokens drawn from another one would be weighed wrongly"
                 )
@@ -314,7 +315,7 @@ def main(config: Config) -> None:
     resumed = continuation.find(config, __file__, ([prompt.ids] for prompt in rows["train"]), run.say)
     total_steps = resumed.total_steps
     if config.critic_warmup_steps >= total_steps:
-        raise ValueError(
+        raise UserError(
             f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step of {total_steps}"
         )
     policy_steps = total_steps - config.critic_warmup_steps

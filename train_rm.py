@@ -41,6 +41,7 @@ from align import (
     tokenizer_files,
     toy,
 )
+from align.errors import UserError
 from align.loop import CommonConfig
 from align.metrics import Clock, Run, RunConfig, speed, wilson_interval, with_std
 from align.optim import OptimConfig
@@ -73,24 +74,22 @@ class Config(CommonConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.loss == "ranking" and (self.num_attributes != 1 or self.attribute_weights):
-            raise ValueError("--num-attributes and --attribute-weights have no effect with --loss ranking")
+            raise UserError("--num-attributes and --attribute-weights have no effect with --loss ranking")
         if not 0 <= self.center_rewards_coef < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--center-rewards-coef {self.center_rewards_coef} must be 0 or above, and finite"
             )
         if self.loss == "regression" and self.center_rewards_coef:
-            raise ValueError(
-                "--center-rewards-coef has no effect with --loss regression, whose labels say it"
-            )
+            raise UserError("--center-rewards-coef has no effect with --loss regression, whose labels say it")
         if self.num_attributes < 1:
-            raise ValueError(f"--num-attributes {self.num_attributes} must be at least 1")
+            raise UserError(f"--num-attributes {self.num_attributes} must be at least 1")
         if self.attribute_weights and len(self.attribute_weights) != self.num_attributes:
-            raise ValueError(
+            raise UserError(
                 f"--attribute-weights has {len(self.attribute_weights)} numbers for --num-attributes "
                 f"{self.num_attributes}"
             )
         if self.loss == "regression" and not self.train_data:
-            raise ValueError("--loss regression needs --train-data: the toy task has no labels")
+            raise UserError("--loss regression needs --train-data: the toy task has no labels")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     start = architecture.read_config(config.model.path)
     if start.labels not in (0, config.num_attributes):
-        raise ValueError(
+        raise UserError(
             f"--model {config.model.model} has {start.labels} labels, --num-attributes says "
             f"{config.num_attributes}"
         )
@@ -298,7 +297,7 @@ def named_sets(kind: str, files: Sequence[Path]) -> dict[str, Path]:
     """Files as sets by name: "val" the first, which --monitor watches, "val/NAME" another NAME.jsonl."""
     named = {kind if i == 0 else f"{kind}/{file.name.split('.')[0]}": file for i, file in enumerate(files)}
     if len(named) < len(files):
-        raise ValueError(f"--{kind}-data: two files of one name, {', '.join(map(str, files))}: rename one")
+        raise UserError(f"--{kind}-data: two files of one name, {', '.join(map(str, files))}: rename one")
     return named
 
 

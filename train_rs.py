@@ -42,6 +42,7 @@ from align import (
 )
 from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
+from align.errors import UserError
 from align.generate import RolloutConfig, Sample
 from align.loop import CommonConfig, LoopConfig, check_at_least
 from align.metrics import Clock, Run, RunConfig, mean_of
@@ -85,13 +86,13 @@ class Config(CommonConfig):
         generate.check_model_logprobs(self.rollout, self.sampling)
         check_at_least(self, 1, "prompts_per_step", "samples_per_prompt", "keep_top")
         if self.keep_top > self.samples_per_prompt:
-            raise ValueError(
+            raise UserError(
                 f"--keep-top {self.keep_top} of --samples-per-prompt {self.samples_per_prompt}: raise that"
             )
         if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
-            raise ValueError("what is a good answer? Give --reward-model DIR or --reward-fn module:function")
+            raise UserError("what is a good answer? Give --reward-model DIR or --reward-fn module:function")
         if self.sampling.greedy and self.samples_per_prompt > 1:
-            raise ValueError("--greedy gives the same answer every time: leave it out")
+            raise UserError("--greedy gives the same answer every time: leave it out")
 
     @property
     def rows_per_step(self) -> int:

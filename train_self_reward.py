@@ -59,6 +59,7 @@ from align import (
 from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
 from align.data import FormatConfig
+from align.errors import UserError
 from align.generate import RolloutConfig, Sample
 from align.judge import Judge, JudgeConfig
 from align.loop import CommonConfig, LoopConfig, check_at_least
@@ -133,42 +134,42 @@ class Config(CommonConfig):
         check_at_least(self, 0, "sft_weight", "audit_start")
         for name in ("length_control", "beta"):
             if len(values := getattr(self, name)) not in (1, self.iterations):
-                raise ValueError(
+                raise UserError(
                     f"--{name.replace('_', '-')} has {len(values)} values: give one, or one for each of the "
                     f"{self.iterations} --iterations"
                 )
         for value in self.length_control:
             if not 0 <= value <= 1:
-                raise ValueError(f"--length-control {value} must be from 0 to 1")
+                raise UserError(f"--length-control {value} must be from 0 to 1")
         for value in self.beta:
             if not 0 < value < math.inf:
-                raise ValueError(f"--beta {value} must be above 0 and finite")
+                raise UserError(f"--beta {value} must be above 0 and finite")
         if self.reward_scale != 1.0 and "reward_gap" not in self.loss_inputs:
-            raise ValueError(f"--reward-scale has no effect with --loss {self.loss}: leave it out")
+            raise UserError(f"--reward-scale has no effect with --loss {self.loss}: leave it out")
         if self.steps_per_iteration and self.loop.max_epochs != 1:
-            raise ValueError("--max-epochs has no effect with --steps-per-iteration: leave one of them out")
+            raise UserError("--max-epochs has no effect with --steps-per-iteration: leave one of them out")
         if self.first_iteration_sft and self.iterations == 1:
-            raise ValueError(
+            raise UserError(
                 "--first-iteration-sft with --iterations 1 is fine-tuning alone: use train_sft.py"
             )
         if self.true_reward_fn and self.train_data and not self.val_data:
-            raise ValueError("--true-reward-fn has no effect without --val-data: give both")
+            raise UserError("--true-reward-fn has no effect without --val-data: give both")
         if not 0 < self.reward_scale < math.inf:
-            raise ValueError(f"--reward-scale {self.reward_scale} must be above 0 and finite")
+            raise UserError(f"--reward-scale {self.reward_scale} must be above 0 and finite")
         size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
         if self.meta.meta_judge and fraction * size < 1:
-            raise ValueError(
+            raise UserError(
                 f"--meta-judge-fraction {fraction} of --global-batch-size {size} is no whole pair: raise one"
             )
         if self.meta.meta_judge and self.judge.judgements == 1:
-            raise ValueError("--meta-judge compares judgements of one answer: give --judgements 2 or more")
+            raise UserError("--meta-judge compares judgements of one answer: give --judgements 2 or more")
         own = {"judge_template": self.judge.judge_template != JudgeConfig.judge_template}
         own["meta_judge_template"] = self.meta.meta_judge_template != MetaJudgeConfig.meta_judge_template
         for name in [name for name in own if own[name] and not self.train_data]:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} without --train-data: the toy task has a template of its own")
+            raise UserError(f"{flag} without --train-data: the toy task has a template of its own")
         if self.sampling.greedy:
-            raise ValueError("--greedy gives the same answer every time: leave it out")
+            raise UserError("--greedy gives the same answer every time: leave it out")
 
     @property
     def loss_inputs(self) -> set[str]:
@@ -195,16 +196,16 @@ class Config(CommonConfig):
         """
         prompt, answer = self.format.max_seq_len, self.sampling.max_new_tokens
         if prompt > max_positions:
-            raise ValueError(
+            raise UserError(
                 f"--max-seq-len {prompt} is beyond the model's context of {max_positions} tokens: lower it"
             )
         if answer >= max_positions:
-            raise ValueError(
+            raise UserError(
                 f"--max-new-tokens {answer} leaves a prompt no token of the model's context of "
                 f"{max_positions}: lower it"
             )
         if 2 * (longest := min(prompt + answer, max_positions)) > self.batch.micro_batch_tokens:
-            raise ValueError(
+            raise UserError(
                 f"--max-seq-len {prompt} and --max-new-tokens {answer} make sequences of {longest} tokens, "
                 f"of which a pair has two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
             )
@@ -218,7 +219,7 @@ def of_iteration(values: tuple[float, ...], iteration: int) -> float:
 def state_of(path: Path) -> dict:
     """What a checkpoint knows besides its models. Raises ValueError if it is none of this script's."""
     if not (path / "judgements.json").is_file():
-        raise ValueError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
+        raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
     return json.loads((path / "judgements.json").read_text())
 
 
@@ -226,7 +227,7 @@ def check_same(before: dict[str, int], now: dict[str, int]) -> None:
     """Raises ValueError if a run is continued that has gone by other flags."""
     for name in now:
         if now[name] != before[name]:
-            raise ValueError(
+            raise UserError(
                 f"{name}: {now[name]}, in the run that is to be continued {before[name]}: its reference and "
                 "what waits to be trained on fit its own flags only; give those, or --no-resume"
             )

@@ -22,6 +22,7 @@ from align.config_fields import (
     read_object,
     rope_parameters,
 )
+from align.errors import UserError
 from align.weights import has_own_head
 
 
@@ -87,10 +88,10 @@ def read_config(directory: Path) -> Architecture:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
+        raise UserError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
     raw = read_object(path)
     if "flags" in raw and "model_type" not in raw:  # metrics.Run wrote it
-        raise ValueError(f"--model {directory} is the directory of a run: its model is {directory}/hf")
+        raise UserError(f"--model {directory} is the directory of a run: its model is {directory}/hf")
     hf = complete(check_fields(raw, path), path)
     for file in JSON_FILES:  # read later by others, or copied to an export
         read_object(path.parent / file, required=False)
@@ -133,16 +134,14 @@ def complete(fields: dict, path: Path) -> PretrainedConfig:
     try:
         hf = AutoConfig.for_model(**fields)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
     if kv_heads is None:  # transformers has no default for Nemotron
-        raise ValueError(f"{path}: num_key_value_heads is missing")
+        raise UserError(f"{path}: num_key_value_heads is missing")
     if heads % kv_heads:
-        raise ValueError(f"{path}: num_key_value_heads = {kv_heads} does not divide {heads} attention heads")
+        raise UserError(f"{path}: num_key_value_heads = {kv_heads} does not divide {heads} attention heads")
     if hf.hidden_size % heads and fields.get("head_dim") is None:
-        raise ValueError(
-            f"{path}: num_attention_heads = {heads} does not divide hidden_size {hf.hidden_size}"
-        )
+        raise UserError(f"{path}: num_attention_heads = {heads} does not divide hidden_size {hf.hidden_size}")
     return hf
 
 
@@ -168,10 +167,10 @@ def rotary_fraction(family: str, fraction: float | None, head_dim: int, path: Pa
     """partial_rotary_factor, checked."""
     fraction = 1.0 if fraction is None else fraction
     if fraction != 1.0 and "partial_rotary_factor" not in IMPLEMENTED_BY.get(family, ()):
-        raise ValueError(f"{path}: partial_rotary_factor other than 1.0 is not implemented for {family}")
+        raise UserError(f"{path}: partial_rotary_factor other than 1.0 is not implemented for {family}")
     dims = int(head_dim * fraction)
     if not 0 < dims <= head_dim or dims % 2:
-        raise ValueError(
+        raise UserError(
             f"{path}: partial_rotary_factor = {fraction} rotates {dims} of a head's {head_dim} dimensions: "
             "give an even number of them, at least 2"
         )

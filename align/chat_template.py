@@ -17,6 +17,8 @@ from pathlib import Path
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from align.errors import UserError
+
 SECONDS = 10.0  # of one rendering
 MEMORY = 1 << 30  # bytes that one of the first renderings may add to the process
 LENGTH = 1 << 26  # characters of a rendered chat
@@ -41,7 +43,7 @@ def render(
             **variables,
         )
     if len(text) > LENGTH:
-        raise ValueError(f"the chat template makes {len(text):,} characters of one chat")
+        raise UserError(f"the chat template makes {len(text):,} characters of one chat")
     return text
 
 
@@ -83,11 +85,11 @@ def bounded(template: str) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
         yield
     except TimeoutError as error:
-        raise ValueError(f"the chat template takes more than {SECONDS:g} s for one chat") from error
+        raise UserError(f"the chat template takes more than {SECONDS:g} s for one chat") from error
     except MemoryError as error:
-        raise ValueError(f"the chat template takes more than {MEMORY >> 30} GiB for one chat") from error
+        raise UserError(f"the chat template takes more than {MEMORY >> 30} GiB for one chat") from error
     except ERRORS as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
+        raise UserError(f"the chat template refuses these messages: {error}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -34,6 +34,7 @@ from torch import nn
 
 from align import checkpoint_files, optim, parallel
 from align.config_fields import read_object
+from align.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class CheckpointConfig:
     def __post_init__(self):
         given = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
         for flag in (flag for flag, value in given.items() if value and not self.resume):
-            raise ValueError(f"{flag} continues a run, and --no-resume starts over: give one of them")
+            raise UserError(f"{flag} continues a run, and --no-resume starts over: give one of them")
 
     @property
     def metric(self) -> str:
@@ -71,7 +72,7 @@ def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
     group = config.metric.split("/")[0]
     others = sorted(name for name in known if name.startswith(group + "/"))
     if not group.startswith(("train", "val")) or (others and config.metric not in known):
-        raise ValueError(
+        raise UserError(
             f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others or known)}"
         )
 
@@ -106,7 +107,7 @@ def resume(
     same_layout = state["layout"] == parallel.layout_sizes()
     for name, other in others.items():
         if not (path / name).is_dir():
-            raise ValueError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
+            raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
         with during(name):
             load(path / name, *other, same_layout)
     with during("policy"):
@@ -128,7 +129,7 @@ def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
     chosen = config.resume_from
     if chosen and chosen.resolve() not in [path.resolve() for path in known]:
         there = ", ".join(map(str, known)) or "none"
-        raise ValueError(f"--resume-from {chosen} is no checkpoint of --output {output}; it has {there}")
+        raise UserError(f"--resume-from {chosen} is no checkpoint of --output {output}; it has {there}")
     if parallel.is_main():
         for path in known:
             if not config.resume or (chosen and path.name > chosen.name):
@@ -284,7 +285,7 @@ def run_flags(path: Path) -> dict:
     """The flags of the run that a checkpoint belongs to. Raises ValueError if they are not beside it."""
     config = path.resolve().parent.parent / "config.json"  # OUTPUT/config.json
     if not config.is_file():
-        raise ValueError(
+        raise UserError(
             f"--model {path}: {config}, which says what model this is a checkpoint of, is missing"
         )
     return read_object(config).get("flags", {})

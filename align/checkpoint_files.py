@@ -17,6 +17,7 @@ import xxhash
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from align.config_fields import read_object
+from align.errors import UserError
 
 METADATA = "torch.distributed.checkpoint"
 CLASSES = {  # of `.metadata`
@@ -55,7 +56,7 @@ def check_pickles(folder: Path) -> None:
     """Raises ValueError if a pickle of a folder that Megatron wrote would run code, or cannot be read."""
     backends = read_object(folder / "metadata.json")
     if changed := [name for name, value in BACKENDS.items() if backends.get(name) != value]:
-        raise ValueError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
+        raise UserError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
     path = folder / ".metadata"
     try:
         metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -69,7 +70,7 @@ def check_pickles(folder: Path) -> None:
                     content = file.read(place.length)
                 torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except ERRORS as error:
-        raise ValueError(f"{path} is damaged, or not of a checkpoint: {one_line(error)}") from error
+        raise UserError(f"{path} is damaged, or not of a checkpoint: {one_line(error)}") from error
 
 
 ERRORS = (  # of pickles that are cut short, or that hold something else
@@ -94,12 +95,12 @@ def write_state(path: Path, state: dict) -> None:
 def read_state(path: Path) -> dict:
     """What `write_state` wrote. Raises ValueError if it is missing or damaged."""
     if not path.is_file():
-        raise ValueError(f"damaged checkpoint: {path} is missing")
+        raise UserError(f"damaged checkpoint: {path} is missing")
     state = read_object(path)
     if missing := {"step", "layout", "metrics"} - set(state):
-        raise ValueError(f"{path}: no {min(missing)!r} in it")
+        raise UserError(f"{path}: no {min(missing)!r} in it")
     if state.pop("xxh3", None) not in (None, digest(state)):  # an earlier version did not write it
-        raise ValueError(f"damaged checkpoint: {path} has other values than were written")
+        raise UserError(f"damaged checkpoint: {path} has other values than were written")
     return state
 
 
@@ -158,7 +159,7 @@ def verify(path: Path) -> None:
     everyone: list[list | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [line for line in found if line])
     if lines := sorted(line for part in everyone for line in part):
-        raise ValueError(f"damaged checkpoint: {lines[0]}")
+        raise UserError(f"damaged checkpoint: {lines[0]}")
     error = [None]
     if dist.get_rank() == 0:
         for metadata in sorted(path.rglob(".metadata")):
@@ -169,4 +170,4 @@ def verify(path: Path) -> None:
                 break
     dist.broadcast_object_list(error, src=0)
     if error[0]:
-        raise ValueError(error[0])
+        raise UserError(error[0])

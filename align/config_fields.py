@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from align.errors import UserError
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "stablelm", "nemotron")
 IMPLEMENTED_BY = {
     "llama": {"attention_bias", "mlp_bias"},
@@ -167,9 +169,9 @@ def read_object(path: Path, required: bool = True) -> dict:
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not {shown(value)}")
+        raise UserError(f"{path}: must hold a JSON object, not {shown(value)}")
     return value
 
 
@@ -183,14 +185,14 @@ def check_rules(fields: dict, rules: dict[str, Rule], where: str) -> None:
     """Refuse a field whose value breaks its rule."""
     for name, value in fields.items():
         if name in rules and not rules[name][1](value):
-            raise ValueError(f"{where}: {name} = {shown(value)} must be {rules[name][0]}")
+            raise UserError(f"{where}: {name} = {shown(value)} must be {rules[name][0]}")
 
 
 def check_fields(raw: dict, path: Path) -> dict:
     """The fields that are implemented. Others with an effect are refused, by the name the file gives them."""
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"{path}: model_type {shown(family)} is not implemented; known: {', '.join(FAMILIES)}"
         )
     implemented = IMPLEMENTED | IMPLEMENTED_BY.get(family, set()) | {NORMS.get(family, RMS_NORM)[1]}
@@ -199,19 +201,19 @@ def check_fields(raw: dict, path: Path) -> dict:
         if name in implemented | WITHOUT_EFFECT or value is None:
             continue
         if name not in only_value:
-            raise ValueError(
+            raise UserError(
                 f"{path}: the field {name!r} is not implemented. If it does not change what the model "
                 "computes, remove it from the file"
             )
         if value != only_value[name]:
-            raise ValueError(f"{path}: {name} = {shown(value)} is not implemented, only {only_value[name]!r}")
+            raise UserError(f"{path}: {name} = {shown(value)} is not implemented, only {only_value[name]!r}")
     fields = {name: value for name, value in raw.items() if name in implemented}
     check_rules(fields, RULES, str(path))
     for name in ("rope_scaling", "rope_parameters"):
         check_rules(fields.get(name) or {}, ROPE_RULES, f"{path}: {name}")
     kinds = set(raw.get("layer_types") or [])
     if kinds - {"full_attention"} and not (family == "mistral" and kinds == {"sliding_attention"}):
-        raise ValueError(f"{path}: layer_types {sorted(kinds)} is not implemented; all layers must be alike")
+        raise UserError(f"{path}: layer_types {sorted(kinds)} is not implemented; all layers must be alike")
     return fields
 
 
@@ -220,12 +222,12 @@ def rope_parameters(rope: dict, path: Path) -> tuple[tuple[str, float | str], ..
     rope = {name: value for name, value in rope.items() if value is not None and name != "type"}
     kind = rope.setdefault("rope_type", "default")
     if kind not in ROPE_FIELDS:
-        raise ValueError(f"{path}: rope_type {kind!r} is not implemented; known: {', '.join(ROPE_FIELDS)}")
+        raise UserError(f"{path}: rope_type {kind!r} is not implemented; known: {', '.join(ROPE_FIELDS)}")
     required, optional = ROPE_FIELDS[kind]
     if unknown := set(rope) - {"rope_theta", "rope_type", *required, *optional}:
-        raise ValueError(f"{path}: {sorted(unknown)} in rope_parameters of type {kind!r} is not implemented")
+        raise UserError(f"{path}: {sorted(unknown)} in rope_parameters of type {kind!r} is not implemented")
     if missing := [name for name in required if name not in rope]:
-        raise ValueError(f"{path}: rope_parameters of type {kind!r} need {missing[0]}")
+        raise UserError(f"{path}: rope_parameters of type {kind!r} need {missing[0]}")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise ValueError(f"{path}: low_freq_factor must be below high_freq_factor")
+        raise UserError(f"{path}: low_freq_factor must be below high_freq_factor")
     return tuple(sorted(rope.items()))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from align import checkpoint, checkpoint_files
+from align.errors import UserError
 from align.loop import CommonConfig
 from align.metrics import flatten
 from align.packing import data_order, global_batch
@@ -89,14 +90,14 @@ def find(
     state = checkpoint.read_state(path)
     step, before = state["step"], state.get("identity", now)  # an earlier version did not store it
     if before["script"] != now["script"]:
-        raise ValueError(
+        raise UserError(
             f"{path} is of {before['script']}, not of {now['script']}: give another --output, or "
             "--no-resume, which starts over"
         )
     changed_data = before["data"] != now["data"]
     if changes := ", ".join(differences(before, now)):
         if not config.checkpoint.resume_with_changes:
-            raise ValueError(
+            raise UserError(
                 f"{path} was trained otherwise: {changes}. Give the data and flags of that run, another "
                 "--output, --resume-with-changes, which goes on, or --no-resume, which starts over"
             )
@@ -106,7 +107,7 @@ def find(
     pass_start = step if changed_data else state.get("pass_start", 0)
     total_steps = config.total_steps(now["data"]["rows"], pass_start)
     if step > total_steps:
-        raise ValueError(f"{path}: {step} steps are finished, and the flags ask for {total_steps} in all")
+        raise UserError(f"{path}: {step} steps are finished, and the flags ask for {total_steps} in all")
     return Continuation(path, step, pass_start, total_steps, now)
 
 
@@ -117,7 +118,7 @@ def verify(path: Path) -> None:
     except ValueError as error:
         earlier = [one for one in checkpoint.complete(path.parent) if one.name < path.name]
         advice = f"--resume-from {earlier[-1]} goes on before it" if earlier else "no earlier one is left"
-        raise ValueError(f"{error}; {advice}") from error
+        raise UserError(f"{error}; {advice}") from error
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from align import rows
+from align.errors import UserError
 from align.jsonl import BadRows, at, read_jsonl, text_field
 from align.marker_chat import MarkerChat, RowFormats, conversation_text
 from align.packing import Example, num_trained
@@ -81,15 +82,15 @@ class FormatConfig:
 
     def __post_init__(self):
         if self.max_seq_len < 2:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
+            raise UserError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
         BadRows(self.skip_bad_rows)  # checks its range
         for field in self.truncation_fields():
             if field not in self.template_fields():
-                raise ValueError(
+                raise UserError(
                     f"--truncation-field {field!r} is not in --prompt-template {self.prompt_template!r}"
                 )
         if not self.chat_tokens[1]:
-            raise ValueError(
+            raise UserError(
                 "--chat-tokens: the second, which starts a turn and ends an answer, must not be empty"
             )
 
@@ -204,7 +205,7 @@ def read_sft(
         count_special(seen, tokenizer, counts)
     counts.update(bad.counts())
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "
             f"--max-seq-len {fmt.max_seq_len}: raise it"
         )
@@ -297,7 +298,7 @@ def format_known(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Ex
         example.trained[:] = True
     example.trained[:1] = False
     if not example.trained.any():
-        raise ValueError("no trained token: the row has no answer")
+        raise UserError("no trained token: the row has no answer")
     check_bos(ids, tokenizer)
     return example, cut_prompt
 
@@ -316,13 +317,13 @@ def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list
 def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
     """Raises ValueError if a row starts with two BOS."""
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
-        raise ValueError("two BOS at the start: the text brings its own, so use --add-bos False")
+        raise UserError("two BOS at the start: the text brings its own, so use --add-bos False")
 
 
 def bos_prefix(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
     """[BOS] or []. Raises ValueError if BOS is asked for and the tokenizer has none."""
     if add_bos and tokenizer.bos_id is None:
-        raise ValueError("--add-bos True: this tokenizer has no BOS token")
+        raise UserError("--add-bos True: this tokenizer has no BOS token")
     return [tokenizer.bos_id] if add_bos else []
 
 
@@ -346,13 +347,13 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
     if prefix == text:
         return len(ids)
     if not text.startswith(prefix):
-        raise ValueError(
+        raise UserError(
             "the chat template's rendering of a prefix is not a prefix of the whole: its first turns end in "
             f"{prefix[-40:]!r}, the whole differs; use --turns each, or a template that renders turn by turn"
         )
     prefix_ids = tokenizer.encode(prefix)
     if ids[: len(prefix_ids)] != prefix_ids:
-        raise ValueError(
+        raise UserError(
             "the tokens of a prefix are not a prefix of the whole: a token reaches across "
             f"{prefix[-20:]!r} | {text[len(prefix) :][:20]!r}; change the text there (strip the answer?)"
         )
@@ -373,7 +374,7 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     marked = tokenizer.marked_answers(messages, **variables)
     if marked is not None and len(marked) != len(answers):
-        raise ValueError(
+        raise UserError(
             f"the chat template marks {len(marked)} answers by {{% generation %}}, {len(answers)} messages "
             "are the assistant's"
         )
@@ -421,7 +422,7 @@ def check_end(i: int, ids: list[int], answered: str, tokenizer: Tokenizer) -> No
     """Raises ValueError if message `i`, with the tokens `ids`, the last of `answered`, does not end."""
     ends = tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings)
     if not ends and not tokenizer.stop_ids.intersection(ids):
-        raise ValueError(
+        raise UserError(
             f"end of turn not trained: the chat template ends message {i} without a stop token: "
             "add the id of its end-of-turn token to eos_token_id in generation_config.json"
         )
@@ -430,7 +431,7 @@ def check_end(i: int, ids: list[int], answered: str, tokenizer: Tokenizer) -> No
 def check_messages(messages: list[dict]) -> None:
     """Raises ValueError if nothing comes before the first answer."""
     if messages[0]["role"] == "assistant":
-        raise ValueError("message 0: the first message must not be the assistant's, it would answer nothing")
+        raise UserError("message 0: the first message must not be the assistant's, it would answer nothing")
 
 
 def format_completion(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
@@ -495,10 +496,10 @@ def template_pieces(template: str) -> list[tuple[str, str]]:
     try:
         parsed = list(string.Formatter().parse(unescape(template)))
     except ValueError as error:
-        raise ValueError(f"{flag}: {error} (write braces that are text twice)") from error
+        raise UserError(f"{flag}: {error} (write braces that are text twice)") from error
     for _, field, spec, conversion in parsed:
         if field is not None and (not field.isidentifier() or spec or conversion):
-            raise ValueError(f"{flag}: braces must hold the name of a field and nothing else")
+            raise UserError(f"{flag}: braces must hold the name of a field and nothing else")
     pieces, text = [], ""
     for literal, field, _, _ in parsed:  # text around a doubled brace comes in parts
         text += literal
@@ -506,7 +507,7 @@ def template_pieces(template: str) -> list[tuple[str, str]]:
             pieces.append((text, field))
             text = ""
     if text or not pieces:
-        raise ValueError(f"{flag} must end with the field of the answer, as '{{input}} {{output}}' does")
+        raise UserError(f"{flag} must end with the field of the answer, as '{{input}} {{output}}' does")
     return pieces
 
 
@@ -546,7 +547,7 @@ def unescape(text: str) -> str:
     try:
         return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{text!r} holds a backslash that starts no escape: write two for one") from error
+        raise UserError(f"{text!r} holds a backslash that starts no escape: write two for one") from error
 
 
 def show(example: Example, tokenizer: Tokenizer) -> str:

@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from align.errors import UserError
+
 ATTEMPTS = 5  # connections of one file in one run
 TIMEOUT_S = 60.0  # without a byte
 BLOCK = 1 << 18  # bytes
@@ -78,7 +80,7 @@ PUBLIC: dict[str, tuple[str, str | None]] = {
 """File name in the download directory -> address and sha256; None if nobody publishes it."""
 
 
-class DownloadError(ValueError):
+class DownloadError(UserError):
     """A public file cannot be fetched, or is not the file of the table."""
 
 

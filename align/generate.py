@@ -24,6 +24,7 @@ from torch import nn
 from align import model, offload, packing, parallel, sampling, trtllm
 from align.architecture import Architecture
 from align.continuous import Drawn, Slots
+from align.errors import UserError
 from align.inference import InferenceModel, Prefix, takes_graphs
 from align.marker_chat import MarkerChat
 from align.model import ModelConfig, Policy
@@ -69,23 +70,23 @@ class RolloutConfig:
     def __post_init__(self):
         for name in ("rollout_tp", "rollout_slots"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if not 0 < self.trtllm_memory < 1:
-            raise ValueError(f"--trtllm-memory {self.trtllm_memory} must be above 0 and below 1")
+            raise UserError(f"--trtllm-memory {self.trtllm_memory} must be above 0 and below 1")
         if self.generate_with == "native" and (
             self.trtllm_keep or self.trtllm_memory != RolloutConfig.trtllm_memory
         ):
-            raise ValueError(
+            raise UserError(
                 f"--trtllm-keep {self.trtllm_keep} and --trtllm-memory {self.trtllm_memory} have no effect "
                 "with --generate-with native: leave them out"
             )
         if self.generate_with == "trtllm" and self.rollout_layout == "reshard":
-            raise ValueError(
+            raise UserError(
                 "--rollout-layout reshard has no effect with --generate-with trtllm, whose engines have "
                 "--rollout-tp ranks each: leave it out"
             )
         if self.generate_with == "native" and self.rollout_layout == "same" and self.rollout_tp > 1:
-            raise ValueError("--rollout-tp has no effect with --rollout-layout same: leave one of them out")
+            raise UserError("--rollout-tp has no effect with --rollout-layout same: leave one of them out")
 
     def reshards(self, parallel: ParallelConfig) -> bool:
         """Are the weights copied to another layout?"""
@@ -268,9 +269,9 @@ def check(
 def check_rollout_tp(tp: int, arch: Architecture, world: int) -> None:
     """Refuse a --rollout-tp that this model or the number of processes does not allow."""
     if world % tp:
-        raise ValueError(f"--rollout-tp {tp} does not divide the {world} processes")
+        raise UserError(f"--rollout-tp {tp} does not divide the {world} processes")
     if arch.heads % tp or arch.ffn_size % tp or (arch.kv_heads % tp and tp % arch.kv_heads):
-        raise ValueError(
+        raise UserError(
             f"--rollout-tp {tp} does not divide the model's {arch.heads} attention heads, {arch.kv_heads} "
             f"key-value heads and {arch.ffn_size} ffn columns"
         )
@@ -279,7 +280,7 @@ def check_rollout_tp(tp: int, arch: Architecture, world: int) -> None:
 def check_model_logprobs(config: RolloutConfig, sampling_config: SamplingConfig) -> None:
     """Refuse samplers that do not tell `Sample.model_logprobs`, for scripts whose audit compares them."""
     if config.generate_with == "trtllm" and sampling_config.temperature != 1:
-        raise ValueError(
+        raise UserError(
             f"--generate-with trtllm with --temperature {sampling_config.temperature}: TensorRT-LLM tells "
             "the log-probs of what it draws from only, and this script's audit needs the model's own; take 1"
         )
@@ -298,9 +299,9 @@ def warn_if_none_ended(responses: Sequence[Sample], max_new_tokens: int, say: Ca
 def check_prompt(prompt: np.ndarray, context: int) -> None:
     """Raises ValueError for a prompt that cannot be answered."""
     if len(prompt) == 0:
-        raise ValueError("the prompt is empty: there must be a token to continue")
+        raise UserError("the prompt is empty: there must be a token to continue")
     if len(prompt) >= context:
-        raise ValueError(
+        raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context {context}: no room for an answer"
         )
 

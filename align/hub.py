@@ -11,6 +11,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from align.errors import UserError
+
 NAME = r"[A-Za-z0-9][\w.-]*"
 MODEL = re.compile(rf"(?P<name>{NAME}/{NAME})(@(?P<revision>[\w./-]+))?")
 DATA = re.compile(
@@ -57,7 +59,7 @@ def local_model(path: Path) -> Path:
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
         advice = f"`hf download {match['name']} --local-dir DIR` elsewhere and give DIR"
-        raise ValueError(
+        raise UserError(
             f"{path} is no directory here, and no model of the Hub: {one_line(error)}{offline(error, advice)}"
         ) from error
     return Path(snapshot)
@@ -79,7 +81,7 @@ def data_rows(path: Path) -> Iterator[dict]:
         advice = (
             f"`hf download --repo-type dataset {match['name']} --local-dir DIR` elsewhere and give its files"
         )
-        raise ValueError(
+        raise UserError(
             f"{path} is no file here, and no data set of the Hub: {one_line(error)}{offline(error, advice)}"
         ) from error
     for batch in found.with_format("arrow").iter(BATCH):  # as stored: no image is decoded

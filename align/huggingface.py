@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from align.architecture import Architecture
+from align.errors import UserError
 from align.model import Decoder, Scorer
 from align.weights import HEAD, WeightFiles
 
@@ -100,18 +101,18 @@ class SafetensorsSource(WeightFiles):
         if arch.tied_embeddings:
             harmless.add(HEAD)  # equal to the embedding: see architecture.read_config
         if missing := sorted(set(shapes) - set(self.files)):
-            raise ValueError(
+            raise UserError(
                 f"--model {self.directory}: tensors are missing, {missing[0]} the first of {len(missing)}"
             )
         if unknown := sorted(set(self.files) - set(shapes) - harmless):
-            raise ValueError(
+            raise UserError(
                 f"--model {self.directory}: tensors that the architecture {arch.family} does not have, "
                 f"{unknown[0]} the first of {len(unknown)}"
             )
         for name, shape in shapes.items():
             found = self.shape(name)
             if found != shape:
-                raise ValueError(f"--model {self.directory}: {name} is {found}, config.json means {shape}")
+                raise UserError(f"--model {self.directory}: {name} is {found}, config.json means {shape}")
 
 
 class RandomSource:
@@ -158,7 +159,7 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
     if list(Path(directory).glob("*.safetensors")) or list(Path(directory).glob("*.bin")):
         return SafetensorsSource(directory, arch)
     if Path(directory).resolve() != Path(__file__).parent.parent.resolve() / "assets" / "tiny":
-        raise ValueError(f"--model {directory}: no safetensors files there")
+        raise UserError(f"--model {directory}: no safetensors files there")
     return RandomSource(arch, seed)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align import hub
+from align.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -23,7 +24,7 @@ class BadRows:
 
     def __post_init__(self):
         if self.limit < 0:
-            raise ValueError(f"--skip-bad-rows {self.limit} must be at least 0")
+            raise UserError(f"--skip-bad-rows {self.limit} must be at least 0")
 
     def add(self, error: ValueError) -> None:
         """Leave a row out. Raises the error if that is one too many."""
@@ -55,7 +56,7 @@ def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]
         except ValueError as error:
             bad.add(error)
     if not rows:
-        raise ValueError(f"{path}: no rows in this file")
+        raise UserError(f"{path}: no rows in this file")
     return rows
 
 
@@ -79,7 +80,7 @@ def parse(where: str, text: object) -> dict:
     """The row that a line is, or that stands in an array. Raises ValueError."""
     row = parse_json(where, text) if isinstance(text, bytes) else text
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+        raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
     return row
 
 
@@ -88,7 +89,7 @@ def parse_json(where: str, text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are not UTF-8
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+        raise UserError(f"{where}: not valid JSON: {error}") from error
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
@@ -100,7 +101,7 @@ def read_parquet(path: Path) -> Iterator[dict]:
             for batch in file.iter_batches():
                 yield from map(without_nulls, batch.to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def without_nulls(value: Any) -> Any:
@@ -115,12 +116,12 @@ def without_nulls(value: Any) -> Any:
 def read_lines(path: Path) -> Iterator[bytes]:
     """Lines of a file, unzipped if its name ends in .gz. Raises ValueError if it cannot be read."""
     if path.is_dir():
-        raise ValueError(f"{path} is a directory: give its files")
+        raise UserError(f"{path} is a directory: give its files")
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from file
     except (OSError, EOFError, zlib.error) as error:  # missing, a directory, not gzip, or cut short
-        raise ValueError(f"{path}: cannot be read: {error.args[-1] if error.args else error}") from error
+        raise UserError(f"{path}: cannot be read: {error.args[-1] if error.args else error}") from error
 
 
 def at(where: str, make: Callable, *args: object) -> Any:
@@ -128,17 +129,17 @@ def at(where: str, make: Callable, *args: object) -> Any:
     try:
         return make(*args)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def text_field(row: dict, field: str) -> str:
     """`row[field]`, which must be there and must be a string (ValueError)."""
     if field not in row:
-        raise ValueError(f"no field {field!r} (the row has: {', '.join(map(repr, row)) or 'nothing'})")
+        raise UserError(f"no field {field!r} (the row has: {', '.join(map(repr, row)) or 'nothing'})")
     if not isinstance(row[field], str):
-        raise ValueError(f"field {field!r} must be a string, not {type(row[field]).__name__}")
+        raise UserError(f"field {field!r} must be a string, not {type(row[field]).__name__}")
     if re.search("[\ud800-\udfff]", row[field]):
-        raise ValueError(f"field {field!r} holds half of a surrogate pair, which is not a character")
+        raise UserError(f"field {field!r} holds half of a surrogate pair, which is not a character")
     return row[field]
 
 
@@ -146,5 +147,5 @@ def turns_field(row: dict, field: str) -> list[dict]:
     """`row[field]`, which must be a list of objects and not empty (ValueError)."""
     turns = row[field]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"field {field!r} must be a list of at least one object")
+        raise UserError(f"field {field!r} must be a list of at least one object")
     return turns

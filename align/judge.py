@@ -17,6 +17,7 @@ import numpy as np
 
 from align import prompts
 from align.data import FormatConfig, Tokenizer
+from align.errors import UserError
 from align.generate import Sample
 from align.prompts import Template
 
@@ -76,9 +77,9 @@ class JudgeConfig:
 
     def __post_init__(self):
         if self.judgements < 1:
-            raise ValueError(f"--judgements {self.judgements} must be at least 1")
+            raise UserError(f"--judgements {self.judgements} must be at least 1")
         if not -math.inf < self.judge_low < self.judge_high < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--judge-low {self.judge_low} must be below --judge-high {self.judge_high}, and both finite"
             )
 
@@ -120,7 +121,7 @@ class Judge:
     def check(self, row: dict) -> None:
         """Raises ValueError if there is no room for anything but the template, in the format of `row`."""
         if len(self.encode(row, "x", "x")) > self.room:
-            raise ValueError(
+            raise UserError(
                 f"--judge-template {self.config.judge_template} alone is longer than the {self.room} tokens "
                 "that --max-new-tokens leaves of the model's context (with --meta-judge, of half of "
                 "--micro-batch-tokens as well: judge prompts are trained on, in pairs)"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from align import hub
 from align.checkpoint import CheckpointConfig
+from align.errors import UserError
 from align.metrics import RunConfig
 from align.model import ModelConfig
 from align.optim import OptimConfig
@@ -18,7 +19,7 @@ def check_at_least(config: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class CommonConfig:
 
     def __post_init__(self):
         if self.val_data and not self.train_data:
-            raise ValueError("--val-data without --train-data: give both, or none for the toy task")
+            raise UserError("--val-data without --train-data: give both, or none for the toy task")
         for path in self.val_data:
             if hub.is_data(path) and not hub.split_of(path):
-                raise ValueError(f"--val-data {path}: name a split, as in {path}:validation")
+                raise UserError(f"--val-data {path}: name a split, as in {path}:validation")
 
     @property
     def rows_per_step(self) -> int:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.errors import UserError
+
 MISSING = -100.0  # the label of an attribute that nobody rated
 
 
@@ -315,7 +317,7 @@ def check_label_smoothing(value: float, zero_allowed: bool) -> None:
     """Raise ValueError unless `value` can be the probability of a wrong label."""
     if not (0 <= value < 0.5 and (zero_allowed or value > 0)):
         bracket = "[" if zero_allowed else "("
-        raise ValueError(
+        raise UserError(
             f"--label-smoothing {value}: must be in {bracket}0, 0.5), a wrong label's probability"
         )
 

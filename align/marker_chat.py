@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from align.config_fields import read_object, shown
+from align.errors import UserError
 from align.jsonl import text_field, turns_field
 
 Kind = Literal["VALUE_TO_TEXT", "TEXT_TO_VALUE", None]  # a label precedes its answer, or is the answer
@@ -122,12 +123,12 @@ def read(directory: Path) -> MarkerChat | None:
     try:
         chat = MarkerChat(**fields | {"tokens": tuple(fields["tokens"])})
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: chat = {shown(fields)} is no marker chat: {error}") from error
+        raise UserError(f"{path}: chat = {shown(fields)} is no marker chat: {error}") from error
     texts = [*chat.tokens, chat.user, chat.assistant, chat.system, chat.label or ""]
     if len(chat.tokens) != 5 or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{path}: chat = {shown(fields)} must have five tokens, all texts strings")
+        raise UserError(f"{path}: chat = {shown(fields)} must have five tokens, all texts strings")
     if chat.kind not in get_args(Kind) or not isinstance(chat.bos, bool):
-        raise ValueError(f"{path}: kind {chat.kind!r} or bos {chat.bos!r} of the chat is none that there is")
+        raise UserError(f"{path}: kind {chat.kind!r} or bos {chat.bos!r} of the chat is none that there is")
     return chat
 
 
@@ -175,15 +176,13 @@ def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str,
     """
     kind, mask = row.get("type"), row.get("mask", "User")
     if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
-        raise ValueError(f"field 'type' must be VALUE_TO_TEXT, TEXT_TO_VALUE or null, not {kind!r}")
+        raise UserError(f"field 'type' must be VALUE_TO_TEXT, TEXT_TO_VALUE or null, not {kind!r}")
     roles = [mask] if isinstance(mask, str) else mask
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
-        raise ValueError(f"field 'mask' must be a role or a list of roles, not {mask!r}")
+        raise UserError(f"field 'mask' must be a role or a list of roles, not {mask!r}")
     turns = [check_turn(turn, i) for i, turn in enumerate(turns_field(row, "conversations"))]
     if not any(role in roles for role, _, _ in turns):
-        raise ValueError(
-            f"field 'mask' excludes {', '.join(roles) or 'no role'}, but no turn is 'from' there"
-        )
+        raise UserError(f"field 'mask' excludes {', '.join(roles) or 'no role'}, but no turn is 'from' there")
     return kind, set(roles), turns
 
 
@@ -193,7 +192,7 @@ def check_turn(turn: dict, i: int) -> tuple[str, str, str | None]:
         label = None if turn.get("label") is None else text_field(turn, "label")
         return text_field(turn, "from"), text_field(turn, "value"), label
     except ValueError as error:
-        raise ValueError(f"turn {i}: {error}") from error
+        raise UserError(f"turn {i}: {error}") from error
 
 
 def prompt_text(row: dict, chat: MarkerChat) -> str:
@@ -210,7 +209,7 @@ def prompt_text(row: dict, chat: MarkerChat) -> str:
         conversation = [*conversation, {"from": chat.assistant, "value": "", "label": chat.label}]
     text, spans = conversation_text(row | {"conversations": conversation}, chat.tokens)
     if not spans or (kind == "TEXT_TO_VALUE" and role in masked):
-        raise ValueError("no prompt: the last turn is no answer and asks for none")
+        raise UserError("no prompt: the last turn is no answer and asks for none")
     return text[: spans[-1][0]]
 
 
@@ -258,7 +257,7 @@ class RowFormats:
         if not self.rows["conversations"]:
             return None
         if self.rows["messages"]:
-            raise ValueError(
+            raise UserError(
                 f"--train-data has {self.rows['conversations']:,} rows of 'conversations' and "
                 f"{self.rows['messages']:,} of 'messages', and a model has one chat format: convert the rows "
                 "of the other"

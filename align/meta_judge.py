@@ -19,6 +19,7 @@ import numpy as np
 
 from align import prompts
 from align.data import FormatConfig, Tokenizer
+from align.errors import UserError
 from align.judge import Judged
 from align.prompts import Template
 
@@ -57,14 +58,14 @@ class MetaJudgeConfig:
         for field in dataclasses.fields(self):
             flag, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
             if not self.meta_judge and value != field.default:
-                raise ValueError(f"{flag} {value} has no effect without --meta-judge: leave it out")
+                raise UserError(f"{flag} {value} has no effect without --meta-judge: leave it out")
         fraction, cap = self.meta_judge_fraction, self.meta_judge_class_cap
         if not 0 < fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"--meta-judge-fraction {fraction} must be above 0 and below 1: 1 leaves no answers"
             )
         if not 0 < cap <= 1:
-            raise ValueError(f"--meta-judge-class-cap {cap} must be above 0 and at most 1")
+            raise UserError(f"--meta-judge-class-cap {cap} must be above 0 and at most 1")
 
 
 # What is compared
@@ -124,7 +125,7 @@ class MetaJudge:
         """Raises ValueError if there is no room for anything but the template, in the format of `row`."""
         text = self.template.fill(**dict.fromkeys(NAMES, "x"))
         if len(prompts.one_turn(row, text, self.tokenizer, self.fmt)) > self.room:
-            raise ValueError(
+            raise UserError(
                 f"--meta-judge-template {self.config.meta_judge_template} alone is longer than the "
                 f"{self.room} tokens that --max-new-tokens leaves of the model's context and of half of "
                 "--micro-batch-tokens"
@@ -269,7 +270,7 @@ class Buffer(Generic[P]):
         """
         self.classes, self.cap = range(math.floor(low), math.floor(high) + 1), cap
         if 1 / len(self.classes) >= cap:
-            raise ValueError(
+            raise UserError(
                 f"--meta-judge-class-cap {cap} must be above 1/{len(self.classes)}: --judge-low {low} to "
                 f"--judge-high {high} has {len(self.classes)} classes of scores"
             )

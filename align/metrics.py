@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.config_fields import read_object
+from align.errors import UserError
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
     "train/loss": ("loss", "7.4f"),
@@ -59,7 +60,7 @@ class RunConfig:
 
     def __post_init__(self):
         if self.wandb_name is not None and self.wandb_project is None:
-            raise ValueError(f"--wandb-name {self.wandb_name} needs --wandb-project: give both or none")
+            raise UserError(f"--wandb-name {self.wandb_name} needs --wandb-project: give both or none")
 
 
 class Run:
@@ -78,7 +79,7 @@ class Run:
         self.bar = ""  # what a terminal shows in its last line
         self.first_log: tuple[int, float] | None = None  # step and time, from which on the ETA counts
         if config.output.exists() and not config.output.is_dir():
-            raise ValueError(f"--output {config.output} is a file: give a directory")
+            raise UserError(f"--output {config.output} is a file: give a directory")
         if main:
             self._write_config(flatten(flags), Path(script))
 
@@ -103,7 +104,7 @@ class Run:
         try:
             return datetime.date.fromisoformat(read_object(path)["began"])
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: began: {error}") from error
+            raise UserError(f"{path}: began: {error}") from error
 
     def resume_at(self, step: int) -> None:
         """Continue the record after `step` finished steps; 0 starts a new one.
@@ -116,7 +117,7 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             last = drop_after(self.config.output / name, step)
             if name == "metrics.jsonl" and last != step:
-                raise ValueError(
+                raise UserError(
                     f"{self.config.output / name}: it must reach step {step}, after which the run continues, "
                     f"and ends at step {last}: restore the file, or start over with --no-resume"
                 )
@@ -129,7 +130,7 @@ class Run:
             return
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise ValueError(f"metric {name} is {value} at step {step}: every metric must be finite")
+                raise UserError(f"metric {name} is {value} at step {step}: every metric must be finite")
         append(self.config.output / "metrics.jsonl", [{"step": step, **metrics}])
         if self.wandb_run is not None:
             self.wandb_run.log(metrics, step=step)
@@ -342,9 +343,9 @@ def read_row(where: str, line: bytes) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+        raise UserError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(f"{where}: a row of a run has a step")
+        raise UserError(f"{where}: a row of a run has a step")
     return row
 
 

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from align import hub, matmul
 from align.architecture import Architecture
 from align.attention import Packing, TorchAttention, uses_flash
+from align.errors import UserError
 from align.layers import ACTIVATIONS, NORMS, rotation
 from align.logprobs import target_logprobs, target_logprobs_and_entropy
 from align.parallel import ParallelConfig, device, device_name
@@ -82,23 +83,23 @@ def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> 
     """Refuse a split that this model does not allow, before anything is built."""
     tp, pp = parallel.tp, parallel.pp
     if arch.heads % tp or arch.ffn_size % tp:
-        raise ValueError(
+        raise UserError(
             f"--tp {tp} does not divide the model's {arch.heads} attention heads (and {arch.ffn_size} ffn "
             "columns): use a divisor, or data parallelism (more processes) or --pp instead"
         )
     if arch.kv_heads % tp and tp % arch.kv_heads:
-        raise ValueError(
+        raise UserError(
             f"--tp {tp} and the model's {arch.kv_heads} key-value heads: one must divide the other"
         )
     if arch.layers % pp:
-        raise ValueError(f"--pp {pp} does not divide the model's {arch.layers} layers")
+        raise UserError(f"--pp {pp} does not divide the model's {arch.layers} layers")
     if uses_te(config) and (arch.window is not None or parallel.cp > 1):
-        raise ValueError(
+        raise UserError(
             f"--attention {config.attention} is Transformer Engine's here, which does not do sliding windows "
             "or --cp above 1 yet: give --attention torch"
         )
     if uses_te(config) and (arch.out_bias or arch.mlp_bias):
-        raise ValueError(
+        raise UserError(
             f"--attention {config.attention} is Transformer Engine's here, which is not connected to "
             "attention_bias and mlp_bias yet: give --attention torch"
         )
@@ -109,11 +110,11 @@ def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> 
 def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
     """Refuse --fp8 where Transformer Engine's 8-bit products cannot be used."""
     if not uses_te(config):
-        raise ValueError("--fp8 needs Transformer Engine: give --attention te on a GPU, or leave --fp8 out")
+        raise UserError("--fp8 needs Transformer Engine: give --attention te on a GPU, or leave --fp8 out")
     if config.dtype != torch.bfloat16:
-        raise ValueError(f"--fp8 and --precision {config.precision}: what is not in 8 bits must be in bf16")
+        raise UserError(f"--fp8 and --precision {config.precision}: what is not in 8 bits must be in bf16")
     if torch.cuda.get_device_capability() < (8, 9):
-        raise ValueError(f"--fp8: {device_name()} has no 8-bit products: leave it out")
+        raise UserError(f"--fp8: {device_name()} has no 8-bit products: leave it out")
     sizes = {
         "hidden_size": arch.hidden_size,
         "attention columns": arch.heads * arch.head_dim // tp,
@@ -122,7 +123,7 @@ def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
     }
     for name, size in sizes.items():
         if size % FP8_MULTIPLE:
-            raise ValueError(f"--fp8: the {size} {name} of a rank are no multiple of {FP8_MULTIPLE}")
+            raise UserError(f"--fp8: the {size} {name} of a rank are no multiple of {FP8_MULTIPLE}")
 
 
 def uses_te(config: ModelConfig) -> bool:
@@ -130,7 +131,7 @@ def uses_te(config: ModelConfig) -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
-        raise ValueError(
+        raise UserError(
             "--attention te needs a GPU and the package transformer-engine: install it or use torch"
         )
     return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
@@ -317,7 +318,7 @@ def build_policy(
 ) -> Policy:
     """This rank's shard of a language model, its weights not yet filled; see Policy for what it returns."""
     if arch.labels:
-        raise ValueError(
+        raise UserError(
             f"--model {config.model} is a reward model (*ForSequenceClassification) and predicts no tokens: "
             "give a language model"
         )
@@ -332,7 +333,7 @@ def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollectio
     arch, parallel = policy.arch, ParallelConfig(tp=groups.tp.size())
     embedding_rows = padded_vocab_size(arch.vocab_size, policy.config.tensor_model_parallel_size)
     if embedding_rows % parallel.tp:
-        raise ValueError(
+        raise UserError(
             f"--rollout-tp {parallel.tp} does not divide the {embedding_rows} rows of the embedding"
         )
     made_of = transformer_config(arch, config, parallel, policy.te)

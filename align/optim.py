@@ -12,6 +12,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
+from align.errors import UserError
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -37,9 +39,9 @@ class OptimConfig:
 def check(config: OptimConfig, total_steps: int) -> None:
     """Refuse a schedule that does not fit the run."""
     if config.min_lr > config.lr:
-        raise ValueError(f"--min-lr {config.min_lr} is above --lr {config.lr}")
+        raise UserError(f"--min-lr {config.min_lr} is above --lr {config.lr}")
     if config.constant_steps and config.warmup_steps + config.constant_steps >= total_steps:
-        raise ValueError(
+        raise UserError(
             f"--warmup-steps {config.warmup_steps} and --constant-steps {config.constant_steps} leave no "
             f"step of {total_steps} for the cosine between them: lower one of them"
         )

@@ -13,6 +13,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from align.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -31,7 +33,7 @@ class BatchConfig:
         for name in ("global_batch_size", "micro_batch_tokens", "micro_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +57,12 @@ def num_trained(examples: Sequence[Example]) -> int:
 def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_row: int = 1) -> None:
     """Raises ValueError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
     if max_seq_len > max_positions:
-        raise ValueError(
+        raise UserError(
             f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
         )
     if per_row * max_seq_len > config.micro_batch_tokens:
         both = "" if per_row == 1 else f", of which a row has {per_row},"
-        raise ValueError(
+        raise UserError(
             f"--max-seq-len {max_seq_len}{both} is above --micro-batch-tokens {config.micro_batch_tokens}: "
             "raise that"
         )
@@ -70,7 +72,7 @@ def check_ids(examples: list[Example], vocab_size: int) -> None:
     """Raises ValueError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
     largest = max(int(example.ids.max()) for example in examples)
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
             "of another model"
         )
@@ -79,7 +81,7 @@ def check_ids(examples: list[Example], vocab_size: int) -> None:
 def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--global-batch-size") -> None:
     """Raises ValueError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
     if num_rows < needed:
-        raise ValueError(
+        raise UserError(
             f"{flag} has {num_rows} usable rows, fewer than one step takes: "
             f"give more rows or lower {needed_flag} {needed}"
         )
@@ -123,7 +125,7 @@ def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) 
     Raises ValueError if one row alone is above `max_tokens`.
     """
     if max(lengths, default=0) > max_tokens:
-        raise ValueError(
+        raise UserError(
             f"--micro-batch-tokens {max_tokens} is too few for a row of {max(lengths)}: "
             "raise it or lower --max-seq-len"
         )

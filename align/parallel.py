@@ -24,6 +24,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from align.errors import UserError
+
 T = TypeVar("T")
 # A rank waits for those whose answers or rewards take longer; NCCL's own limit would be 10 minutes.
 LONGEST_WAIT = timedelta(hours=1)
@@ -115,15 +117,15 @@ def check(config: ParallelConfig) -> None:
     """Refuse sizes that do not fit each other or the world, before anything is built."""
     for name in ("tp", "pp", "cp"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+            raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
     world, model = int(os.environ.get("WORLD_SIZE", 1)), config.tp * config.pp * config.cp
     if world % model:
-        raise ValueError(
+        raise UserError(
             f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} "
             f"processes: start a multiple of {model} with torchrun --nproc_per_node"
         )
     if config.sequence_parallel and config.tp == 1:
-        raise ValueError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
+        raise UserError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
 
 
 def use_one_queue() -> None:
@@ -242,7 +244,7 @@ def parse_time(text: str) -> int:
     """HH:MM:SS (or D-HH:MM:SS, as Slurm writes it) in seconds."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
     if not match:
-        raise ValueError(f"--max-time {text!r} is not of the form HH:MM:SS")
+        raise UserError(f"--max-time {text!r} is not of the form HH:MM:SS")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from align.errors import UserError
+
 PANELS_PER_ROW = 4
 SMOOTH_ABOVE = 50  # points; shorter curves are drawn as they are
 COLORS = {"train": "#1f5a99", "val": "#d9641e", "test": "#7d3c98", "time": "#6b6b6b"}
@@ -48,7 +50,7 @@ def draw(run_directory: Path) -> list[Path]:
 def read_curves(path: Path) -> dict[str, Curve]:
     """{metric: (steps, values)} in the order of first appearance. Raises ValueError for a missing file."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give the --output directory of a run")
+        raise UserError(f"{path} does not exist: give the --output directory of a run")
     curves: dict[str, Curve] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

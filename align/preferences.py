@@ -13,6 +13,7 @@ import numpy as np
 
 from align import data, rows
 from align.data import BosChoice, Tokenizer
+from align.errors import UserError
 from align.jsonl import BadRows, turns_field
 from align.losses import MISSING
 from align.packing import Example, num_trained
@@ -50,7 +51,7 @@ class PreferenceFormat:
 
     def __post_init__(self):
         if self.max_seq_len < 2:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
+            raise UserError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
         BadRows(self.skip_bad_rows)  # checks its range
 
 
@@ -117,7 +118,7 @@ def load_pairs(
 def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
     """Raises ValueError if no pair of the data of `flag` states rewards, which the loss is about."""
     if not counts["with_rewards"]:
-        raise ValueError(
+        raise UserError(
             f"--loss {loss} needs pairs with 'chosen_reward' and 'rejected_reward': {flag} has none"
         )
 
@@ -128,7 +129,7 @@ def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: Pref
         return
     why = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
     rest = ": raise it" if too_long == read else f", the sides of the other {read - too_long} are identical"
-    raise ValueError(f"{', '.join(map(str, paths))}: nothing is left, {why}{rest}")
+    raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {why}{rest}")
 
 
 def read_pairs(
@@ -173,7 +174,7 @@ def make_pair(
 ) -> Pair:
     """The pair of a row, or of a {"text"} line and the next of `lines`. Raises ValueError."""
     if "label" in row:
-        raise ValueError(f"{where}: a labelled text is no side of a pair: use --loss regression")
+        raise UserError(f"{where}: a labelled text is no side of a pair: use --loss regression")
     if "text" not in row:
         sides = data.at(where, format_pair, row, tokenizer, fmt)
     elif text_lines:
@@ -182,7 +183,7 @@ def make_pair(
         check_rejected_line(where, below, rejected_row)
         sides = chosen, data.at(below, format_text, rejected_row, tokenizer, fmt)
     else:
-        raise ValueError(
+        raise UserError(
             f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
             "'rejected' instead"
         )
@@ -192,22 +193,22 @@ def make_pair(
 def check_rejected_line(where: str, below: str, row: dict) -> None:
     """Raises ValueError if `row`, found at `below`, is not the rejected line of the chosen one at `where`."""
     if "text" not in row:
-        raise ValueError(
+        raise UserError(
             f"{where}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
             "(lines are chosen, rejected, chosen, rejected, ...)"
         )
     if misplaced := [field for field in ("margin", *REWARDS) if field in row]:
-        raise ValueError(f"{below}: a rejected 'text' line: field {misplaced[0]!r} belongs to the chosen one")
+        raise UserError(f"{below}: a rejected 'text' line: field {misplaced[0]!r} belongs to the chosen one")
 
 
 def pair_numbers(row: dict) -> tuple[float, float, bool]:
     """`margin`, `reward_gap`, `has_rewards` of a row. Raises ValueError for what cannot be."""
     margin = number(row["margin"], "field 'margin'") if "margin" in row else 0.0
     if margin < 0:
-        raise ValueError(f"field 'margin' is {margin}, it must not be negative")
+        raise UserError(f"field 'margin' is {margin}, it must not be negative")
     given = [field for field in REWARDS if field in row]
     if len(given) == 1:
-        raise ValueError(f"field {given[0]!r} stands alone: give both of {', '.join(REWARDS)}, or neither")
+        raise UserError(f"field {given[0]!r} stands alone: give both of {', '.join(REWARDS)}, or neither")
     chosen, rejected = (number(row[field], f"field {field!r}") for field in REWARDS) if given else (1.0, 0.0)
     return margin, chosen - rejected, bool(given)
 
@@ -215,9 +216,9 @@ def pair_numbers(row: dict) -> tuple[float, float, bool]:
 def number(value: object, name: str) -> float:
     """`value`, which must be a number that float32 holds (ValueError): all that follows computes in it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, not {type(value).__name__}")
+        raise UserError(f"{name} must be a number, not {type(value).__name__}")
     if not abs(value) <= float(np.finfo(np.float32).max):  # so written, it refuses NaN too
-        raise ValueError(f"{name} must be a finite number of single precision, not {value}")
+        raise UserError(f"{name} must be a finite number of single precision, not {value}")
     return float(value)
 
 
@@ -241,14 +242,14 @@ def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[
         chats = [turns_field(row, field) for field in fields]
     else:
         found = zip(("prompt", *fields), kinds, strict=True)
-        raise ValueError(f"{', '.join(f'{f!r}: {kind.__name__}' for f, kind in found)}: {ACCEPTED}")
+        raise UserError(f"{', '.join(f'{f!r}: {kind.__name__}' for f, kind in found)}: {ACCEPTED}")
     made = [
         data.at(f"field {field!r}", rows.chat_row, row, chat, {field})[0]
         for chat, field in zip(chats, fields, strict=True)
     ]
     sides = [format_chat(chat, field, tokenizer, fmt) for chat, field in zip(made, fields, strict=True)]
     if made[0]["messages"][:-1] != made[1]["messages"][:-1]:
-        raise ValueError("the conversations must be equal but for their last message, and they are not")
+        raise UserError("the conversations must be equal but for their last message, and they are not")
     return sides
 
 
@@ -274,9 +275,9 @@ def answer_field(row: dict, name: str) -> str:
     """Which of the fields `name` and `name`_response a row has: just one of them (ValueError)."""
     given = [field for field in (name, f"{name}_response") if field in row]
     if len(given) == 2:
-        raise ValueError(f"both {given[0]!r} and {given[1]!r}: a row has one of them")
+        raise UserError(f"both {given[0]!r} and {given[1]!r}: a row has one of them")
     if not given or "text" in row:
-        raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
+        raise UserError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
     return given[0]
 
 
@@ -284,7 +285,7 @@ def answer_message(row: dict, field: str) -> list[dict]:
     """The one message of a field that answers a list of messages, in a list. Raises ValueError."""
     messages = [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
     if len(messages) != 1:
-        raise ValueError(f"field {field!r} must be one message, the answer to 'prompt', not {len(messages)}")
+        raise UserError(f"field {field!r} must be one message, the answer to 'prompt', not {len(messages)}")
     return messages
 
 
@@ -294,7 +295,7 @@ def format_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: PreferenceFor
     messages, variables = chat["messages"], data.template_variables(chat)
     data.at(f"field {field!r}", data.check_messages, messages)
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"field {field!r} ends with the role {messages[-1]['role']!r}, not the assistant's")
+        raise UserError(f"field {field!r} ends with the role {messages[-1]['role']!r}, not the assistant's")
     text = tokenizer.render(messages, **variables)
     ids = tokenizer.encode(text)
     start, end = data.answer_span(messages, len(messages) - 1, text, ids, tokenizer, variables)
@@ -307,7 +308,7 @@ def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: Prefe
     prompt_ids = encode_prompt(prompt, "prompt", tokenizer, fmt)
     response_ids = encode_ended(response, tokenizer, fmt, continued=True)
     if not response_ids:
-        raise ValueError("a response is empty, and --no-append-eos leaves nothing of it")
+        raise UserError("a response is empty, and --no-append-eos leaves nothing of it")
     return make_example(prompt_ids, response_ids, tokenizer)
 
 
@@ -315,17 +316,17 @@ def encode_prompt(text: str, field: str, tokenizer: Tokenizer, fmt: BosChoice) -
     """Ids of a prompt of plain text, the value of `field`, with its BOS. Raises ValueError if it is empty."""
     ids = tokenizer.encode(tokenizer.as_it_stands(text))
     if not ids:
-        raise ValueError(f"field {field!r} is empty: a response must follow something")
+        raise UserError(f"field {field!r} is empty: a response must follow something")
     return data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids
 
 
 def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
     """A {"text"} line: nothing of it is trained, it is read for its score. Raises ValueError."""
     if "prompt" in row or "chosen" in row or "rejected" in row:
-        raise ValueError(f"fields {', '.join(map(repr, row))}: {ACCEPTED}")
+        raise UserError(f"fields {', '.join(map(repr, row))}: {ACCEPTED}")
     text = data.text_field(row, "text")
     if not tokenizer.encode(text):
-        raise ValueError("field 'text' is empty")
+        raise UserError("field 'text' is empty")
     bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
     return make_example(bos + encode_ended(text, tokenizer, fmt), [], tokenizer)
 
@@ -408,7 +409,7 @@ def format_labelled(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> E
     if "messages" not in row:
         return format_text(row, tokenizer, fmt)
     if "text" in row:
-        raise ValueError("both 'text' and 'messages': a row has one of them")
+        raise UserError("both 'text' and 'messages': a row has one of them")
     chat, _ = rows.chat_row(row, turns_field(row, "messages"), {"messages"})
     return format_chat(chat, "messages", tokenizer, fmt)
 
@@ -418,10 +419,10 @@ def label_field(row: dict, num_attributes: int) -> list[float]:
     label = row.get("label")
     if not isinstance(label, list) or len(label) != num_attributes:
         found = f"a list of {len(label)}" if isinstance(label, list) else type(label).__name__
-        raise ValueError(f"field 'label' must be a list of {num_attributes} numbers, not {found}")
+        raise UserError(f"field 'label' must be a list of {num_attributes} numbers, not {found}")
     numbers = [number(value, f"field 'label', number {i}") for i, value in enumerate(label)]
     if all(value == MISSING for value in numbers):
-        raise ValueError(f"field 'label': all {num_attributes} attributes are missing ({MISSING})")
+        raise UserError(f"field 'label': all {num_attributes} attributes are missing ({MISSING})")
     return numbers
 
 

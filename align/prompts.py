@@ -17,6 +17,7 @@ import numpy as np
 
 from align import data, marker_chat, packing, preferences, rows
 from align.data import BosChoice, FormatConfig, Tokenizer
+from align.errors import UserError
 from align.jsonl import BadRows, turns_field
 from align.marker_chat import RowFormats
 from align.packing import BatchConfig, Example
@@ -47,7 +48,7 @@ class PromptFormat:
 
     def __post_init__(self):
         if self.max_prompt_len < 1:
-            raise ValueError(f"--max-prompt-len {self.max_prompt_len}: a prompt needs at least 1 token")
+            raise UserError(f"--max-prompt-len {self.max_prompt_len}: a prompt needs at least 1 token")
         BadRows(self.skip_bad_rows)  # checks its range
 
 
@@ -96,16 +97,16 @@ def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, m
     longest = fmt.max_prompt_len + max_new_tokens
     flags = f"--max-prompt-len {fmt.max_prompt_len} and --max-new-tokens {max_new_tokens}"
     if longest > max_positions:
-        raise ValueError(f"{flags} are beyond the model's context of {max_positions} tokens: lower one")
+        raise UserError(f"{flags} are beyond the model's context of {max_positions} tokens: lower one")
     if longest > config.micro_batch_tokens:
-        raise ValueError(f"{flags} are above --micro-batch-tokens {config.micro_batch_tokens}: raise that")
+        raise UserError(f"{flags} are above --micro-batch-tokens {config.micro_batch_tokens}: raise that")
 
 
 def check_ids(prompts: list[Prompt], vocab_size: int) -> None:
     """Raises ValueError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
     largest = max(int(prompt.ids.max()) for prompt in prompts)
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
             "of another model"
         )
@@ -138,7 +139,7 @@ def load_prompts(
             prompts.append(Prompt(ids, row))
     counts |= bad.counts()
     if not prompts:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(map(str, paths))}: no prompt is left, all {counts['prompts']} are longer than "
             f"--max-prompt-len {fmt.max_prompt_len}: raise it"
         )
@@ -187,13 +188,13 @@ def prompt_field(row: dict) -> str:
     if given == ["prompt", "messages"] and is_copy(row["prompt"], row["messages"]):
         given = ["messages"]
     if not given:
-        raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
+        raise UserError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
     if len(given) > 1:
-        raise ValueError(f"both {given[0]!r} and {given[1]!r}: a row has one of them; {ACCEPTED}")
+        raise UserError(f"both {given[0]!r} and {given[1]!r}: a row has one of them; {ACCEPTED}")
     [field] = given
     kinds = {"prompt": (str, list), "text": (str,), "messages": (list,), "conversations": (list,)}[field]
     if not isinstance(row[field], kinds):
-        raise ValueError(f"field {field!r} is of type {type(row[field]).__name__}; {ACCEPTED}")
+        raise UserError(f"field {field!r} is of type {type(row[field]).__name__}; {ACCEPTED}")
     return field
 
 
@@ -213,7 +214,7 @@ def check_answers(row: dict, field: str) -> None:
     """
     answers = [f"{side}{suffix}" for side in ("chosen", "rejected") for suffix in ("", "_response")]
     if chats := [name for name in answers if isinstance(row.get(name), list)]:
-        raise ValueError(
+        raise UserError(
             f"field {field!r} is a string, but the prompt of these pairs is in the messages of {chats[0]!r}: "
             f"to have the string continued give {field!r} alone, else the messages before the answer"
         )
@@ -231,14 +232,14 @@ def chat_before_answer(row: dict, field: str) -> dict:
     if field != "prompt" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if messages[-1]["role"] == "assistant":
-        raise ValueError(f"field {field!r}: what comes before the answer must not be the assistant's message")
+        raise UserError(f"field {field!r}: what comes before the answer must not be the assistant's message")
     return chat | {"messages": messages}
 
 
 def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
     """Ids of a `conversations` row up to its last answer, in the model's markers. Raises ValueError."""
     if not tokenizer.chat:
-        raise ValueError(
+        raise UserError(
             "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
             "\"chat\"): train it with train_sft.py first, or give 'messages'"
         )
@@ -252,7 +253,7 @@ def encode_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) ->
     variables = data.template_variables(chat)
     ids = tokenizer.encode(tokenizer.render(chat["messages"], add_generation_prompt=True, **variables))
     if not ids:
-        raise ValueError(f"field {field!r}: the chat template makes no token of it")
+        raise UserError(f"field {field!r}: the chat template makes no token of it")
     return data.bos_before_chat(tokenizer, fmt) + ids
 
 
@@ -309,7 +310,7 @@ def load_tasks(
         else:
             counts["dropped_without_prompt"] += 1
     if not tasks:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(map(str, paths))}: no prompt is left, in all {counts['rows']} rows the last answer "
             f"begins beyond --max-seq-len {fmt.max_seq_len}, or nothing comes before it"
         )
@@ -326,7 +327,7 @@ def answer_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatCon
         trained = data.encode_row(known, tokenizer, replace(fmt, loss_on="answer"))[1]
     starts = np.flatnonzero(np.diff(np.array(trained, np.int8), prepend=0) == 1)
     if not len(starts):
-        raise ValueError("no prompt: the row has no answer")
+        raise UserError("no prompt: the row has no answer")
     return int(starts[-1])
 
 
@@ -349,7 +350,7 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
         values = template_values(pieces, tokenizer.hide(text), fmt)
         ids, _ = data.encode_template(pieces, values, tokenizer)
     if not ids:
-        raise ValueError("the prompt is empty: an answer must follow something")
+        raise UserError("the prompt is empty: an answer must follow something")
     ids = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids
     data.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)
@@ -375,7 +376,7 @@ def text_before_answer(row: dict, fmt: FormatConfig) -> str:
 def last_answer(turns: Sequence[int]) -> int:
     """The last of the numbers of the turns that are answers. Raises ValueError if there is none."""
     if not turns:
-        raise ValueError("no prompt: the row has no answer")
+        raise UserError("no prompt: the row has no answer")
     return turns[-1]
 
 
@@ -383,7 +384,7 @@ def template_values(pieces: list[tuple[str, str]], text: str, fmt: FormatConfig)
     """`text` as the value of the one field before the answer, which is empty. Raises ValueError."""
     *asking, answer = [field for _, field in pieces]
     if len(set(asking)) != 1:
-        raise ValueError(
+        raise UserError(
             f"--prompt-template {fmt.prompt_template!r} has {len(set(asking))} fields before the answer "
             f"{answer!r}: a prompt of one text needs just one"
         )
@@ -455,12 +456,12 @@ class Template:
         try:
             self.text = Path(path).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{flag} {path} must be a text file in UTF-8: {error}") from error
+            raise UserError(f"{flag} {path} must be a text file in UTF-8: {error}") from error
         found = [name.strip() for name in VARIABLE.findall(self.text)]
         if missing := [name for name in names if name not in found]:
-            raise ValueError(f"{flag} {path} lacks the variable {{{{ {missing[0]} }}}}")
+            raise UserError(f"{flag} {path} lacks the variable {{{{ {missing[0]} }}}}")
         if unknown := [name for name in found if name not in names]:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {path} has the variable {{{{ {unknown[0]} }}}}: it may have {', '.join(names)}"
             )
 

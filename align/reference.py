@@ -17,6 +17,7 @@ from torch import Tensor
 
 from align import checkpoint, engine, parallel, tables
 from align.checkpoint import CheckpointConfig
+from align.errors import UserError
 from align.model import ModelConfig
 from align.offload import Weights
 from align.packing import Batch
@@ -145,7 +146,7 @@ def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
     path, now = output / "reference.txt", weights_id(directory)
     continues = config.resume and checkpoint.newest(output / "checkpoints") is not None
     if continues and path.is_file() and path.read_text().strip() != now:
-        raise ValueError(
+        raise UserError(
             f"--model {directory} is not the model that this run began with, which is its reference: give "
             "that one, or another --output, or --no-resume"
         )

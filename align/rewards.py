@@ -17,6 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 from align import architecture, engine, hub, huggingface, model, offload, tokenizer
+from align.errors import UserError
 from align.generate import Sample
 from align.model import ModelConfig, Scorer
 from align.offload import Shelf
@@ -49,14 +50,14 @@ class RewardConfig:
 
     def __post_init__(self):
         if not 0 < self.reward_std < math.inf:
-            raise ValueError(f"--reward-std {self.reward_std} must be above 0 and finite")
+            raise UserError(f"--reward-std {self.reward_std} must be above 0 and finite")
         if not self.reward_model and (self.reward_mean, self.reward_std) != (0.0, 1.0):
-            raise ValueError("--reward-mean and --reward-std standardise --reward-model, and there is none")
+            raise UserError("--reward-mean and --reward-std standardise --reward-model, and there is none")
         if self.reward_standardise == "auto":
             if not self.reward_model:
-                raise ValueError("--reward-standardise auto standardises --reward-model, and there is none")
+                raise UserError("--reward-standardise auto standardises --reward-model, and there is none")
             if (self.reward_mean, self.reward_std) != (0.0, 1.0):
-                raise ValueError(
+                raise UserError(
                     "--reward-standardise auto takes mean and standard deviation from a file: leave it out,"
                     " or --reward-mean and --reward-std"
                 )
@@ -67,7 +68,7 @@ class RewardConfig:
             return self
         path = hub.local_model(self.reward_model) / STATISTICS
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"--reward-standardise auto: there is no {path}, which train_rm.py writes with each reward "
                 "model. Give --reward-mean and --reward-std instead: rewards_all_mean and rewards_all_std of "
                 "its validation, or what the reward model gives to responses of --model"
@@ -76,7 +77,7 @@ class RewardConfig:
             mean, std = (float(json.loads(path.read_text())[name]) for name in ("mean", "std"))
             return replace(self, reward_standardise="off", reward_mean=mean, reward_std=std)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f'--reward-standardise auto: {path} must hold numbers "mean" and "std", std above 0: {error}'
             ) from error
 
@@ -167,9 +168,9 @@ def load_scorer(
     config = replace(config, model=str(directory))
     start = architecture.read_config(config.path)
     if start.labels > 1:
-        raise ValueError(f"{flag} {directory} has {start.labels} labels: give a model with one")
+        raise UserError(f"{flag} {directory} has {start.labels} labels: give a model with one")
     if tokenizer.load(config.path).ids_by_token != text.ids_by_token:
-        raise ValueError(
+        raise UserError(
             f"{flag} {directory} has another tokenizer than --model: it would read other texts than were "
             "sampled"
         )
@@ -253,7 +254,7 @@ class RewardModel:
         """
         self.reward, self.batch = reward, batch
         if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
-            raise ValueError(f"--reward-model {reward.reward_model} is a language model: give a reward model")
+            raise UserError(f"--reward-model {reward.reward_model} is a language model: give a reward model")
         self.scorer = load_scorer("--reward-model", reward.reward_model, config, layout, text)
         self.weights = offload.park(self.scorer, shelf or Shelf())
 
@@ -268,7 +269,7 @@ class RewardModel:
             for sample in answers
         )
         if longest > (context := self.scorer.arch.max_positions):
-            raise ValueError(
+            raise UserError(
                 f"--reward-model has a context of {context} tokens, prompt and answer have {longest}: lower "
                 "--max-prompt-len or --max-new-tokens"
             )
@@ -303,7 +304,7 @@ class RewardFunction:
             row = copy.deepcopy(prompt.row)  # the function may change it
             value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
-                raise ValueError(
+                raise UserError(
                     f"{self.flag} returned {value!r} for the answer {response!r}: a reward is a finite number"
                 )
             mine.append((i, k, float(value)))
@@ -316,14 +317,14 @@ def import_function(name: str, flag: str = "--reward-fn") -> Function:
     """The function that module:function, the value of `flag`, names. Raises ValueError if there is none."""
     module, _, function = name.partition(":")
     if not module or not function:
-        raise ValueError(f"{flag} {name!r} must be of the form module:function")
+        raise UserError(f"{flag} {name!r} must be of the form module:function")
     sys.path.insert(0, str(Path.cwd()))
     package = module.partition(".")[0]  # find_spec raises an error of its own if this one is missing
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None:
-        raise ValueError(f"{flag} {name}: no module {module!r} in the current directory or installed")
+        raise UserError(f"{flag} {name}: no module {module!r} in the current directory or installed")
     found = getattr(importlib.import_module(module), function, None)
     if not callable(found):
-        raise ValueError(f"{flag} {name}: module {module!r} has no function {function!r}")
+        raise UserError(f"{flag} {name}: module {module!r} has no function {function!r}")
     return found
 
 

@@ -20,6 +20,7 @@ in strings, and the fields of --prompt-template. A row in one of them stays as i
 import json
 from collections.abc import Iterator, Sequence
 
+from align.errors import UserError
 from align.jsonl import text_field, turns_field
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -55,7 +56,7 @@ def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
         return row, set(template_fields)
     if "prompt" in row and "completion" in row:
         if "label" in row:
-            raise ValueError(
+            raise UserError(
                 "fields 'prompt', 'completion', 'label': rows of KTO without pairs are not implemented; "
                 "--loss kto_pair of train_dpo.py takes 'prompt', 'chosen', 'rejected'"
             )
@@ -65,7 +66,7 @@ def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
         return {"input": alpaca_prompt(row), "output": text_field(row, "output")}, ALPACA
     missing = [name for name in template_fields if name not in row]
     if missing and not set(template_fields) & set(row):
-        raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'}: {FORMS}")
+        raise UserError(f"fields {', '.join(map(repr, row)) or 'none'}: {FORMS}")
     return row, set(template_fields)
 
 
@@ -96,7 +97,7 @@ def completion_row(row: dict) -> tuple[dict, set[str]]:
     elif kinds[0] is list and kinds[1] in (list, dict):
         before, after = turns_field(row, "prompt"), one_or_more(row, "completion")
     else:
-        raise ValueError(
+        raise UserError(
             "fields 'prompt' and 'completion' must be two strings or two lists of messages, not "
             f"{kinds[0].__name__} and {kinds[1].__name__}"
         )
@@ -146,13 +147,13 @@ def template_variables(row: dict) -> dict:
             try:
                 value = json.loads(value)
             except ValueError as error:
-                raise ValueError(f"field {name!r} is text that is not valid JSON: {error}") from error
+                raise UserError(f"field {name!r} is text that is not valid JSON: {error}") from error
         if value in (None, "", [], {}):
             continue
         inside = value if kind is list else []
         if not isinstance(value, kind) or not all(isinstance(one, dict) for one in inside):
             what = "a list of objects" if kind is list else "an object"
-            raise ValueError(f"field {name!r} must be {what}, not {type(value).__name__}")
+            raise UserError(f"field {name!r} must be {what}, not {type(value).__name__}")
         found[name] = value
     return found
 
@@ -165,7 +166,7 @@ def with_system(row: dict, messages: list[dict]) -> list[dict]:
     if messages[0]["role"] != "system":
         return [first, *messages]
     if messages[0]["content"] != first["content"]:
-        raise ValueError("field 'system' and the system's message differ: a chat has one of them")
+        raise UserError("field 'system' and the system's message differ: a chat has one of them")
     return messages
 
 
@@ -175,17 +176,17 @@ def message(turn: dict, i: int) -> dict:
         made = turn if "role" in turn or "from" not in turn else sharegpt_message(turn)
         role = KNOWN.get(text_field(made, "role"))
         if role is None:
-            raise ValueError(f"role {made['role']!r} is not one of {', '.join(ROLES)}")
+            raise UserError(f"role {made['role']!r} is not one of {', '.join(ROLES)}")
         if made.get("function_call"):
-            raise ValueError("field 'function_call' is not implemented: give 'tool_calls'")
+            raise UserError("field 'function_call' is not implemented: give 'tool_calls'")
         content, calls = text_of(made), tool_calls(made)
         weights = [made[name] for name in WEIGHTS if made.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):
-            raise ValueError(f"the weight of a message is 0 or 1, not {weights}")
+            raise UserError(f"the weight of a message is 0 or 1, not {weights}")
         if role != "assistant" and any(weights):
-            raise ValueError(f"a message of the role {role!r} is never trained: its weight cannot be 1")
+            raise UserError(f"a message of the role {role!r} is never trained: its weight cannot be 1")
     except ValueError as error:
-        raise ValueError(f"message {i}: {error}") from error
+        raise UserError(f"message {i}: {error}") from error
     if (role, content) != (made["role"], made.get("content")):
         made = made | {"role": role, "content": content}
     if calls != made.get("tool_calls"):
@@ -220,9 +221,9 @@ def parse_object(name: str, text: str) -> dict:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"field {name!r} is text that is not valid JSON: {error}") from error
+        raise UserError(f"field {name!r} is text that is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"field {name!r} must be an object, not {type(value).__name__}")
+        raise UserError(f"field {name!r} must be an object, not {type(value).__name__}")
     return value
 
 
@@ -246,7 +247,7 @@ def text_of(made: dict) -> str | None:
         return text_field(made, "content")
     for part in content:
         if not isinstance(part, dict) or part.get("type", "text") != "text":
-            raise ValueError("field 'content' has a part that is not text, and only text is read")
+            raise UserError("field 'content' has a part that is not text, and only text is read")
     return "".join(text_field(part, "text") for part in content)
 
 
@@ -275,11 +276,11 @@ def is_trained(made: dict) -> bool:
 def check_no_system(row: dict, beside: str, used: Sequence[str]) -> None:
     """Raises ValueError for a system text where nothing has a place for it."""
     if row.get("system") and "system" not in used:
-        raise ValueError(f"field 'system' has no place beside {beside}: give 'messages'")
+        raise UserError(f"field 'system' has no place beside {beside}: give 'messages'")
 
 
 def refuse(row: dict, used: set[str]) -> None:
     """Raises ValueError for a field that would change what is learnt and is not implemented."""
     for name, advice in REFUSED.items():
         if row.get(name) and name not in used:
-            raise ValueError(f"field {name!r} is not implemented: {advice}")
+            raise UserError(f"field {name!r} is not implemented: {advice}")

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from align.errors import UserError
+
 BLOCK = 64  # columns that are summed at once, so that no cumulative sum runs over the whole vocabulary
 
 
@@ -43,21 +45,21 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: it must be 1 or more")
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}: it must be 1 or more")
         if not 0 < self.temperature < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--temperature {self.temperature}: it must be above 0 and finite; use --greedy for 0"
             )
         if self.top_k < 0:
-            raise ValueError(f"--top-k {self.top_k}: it must be 1 or more, or 0 for no limit")
+            raise UserError(f"--top-k {self.top_k}: it must be 1 or more, or 0 for no limit")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p}: it must be above 0 and at most 1")
+            raise UserError(f"--top-p {self.top_p}: it must be above 0 and at most 1")
         if not 0 <= self.min_p < 1:
-            raise ValueError(f"--min-p {self.min_p}: it must be at least 0 and below 1")
+            raise UserError(f"--min-p {self.min_p}: it must be at least 0 and below 1")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"--repetition-penalty {self.repetition_penalty}: it must be above 0 and finite")
+            raise UserError(f"--repetition-penalty {self.repetition_penalty}: it must be above 0 and finite")
         if "" in self.stop:
-            raise ValueError('--stop "": a stop string of zero length would end every answer at once')
+            raise UserError('--stop "": a stop string of zero length would end every answer at once')
         if self.greedy:
             _check_greedy(self)
 
@@ -67,7 +69,7 @@ def _check_greedy(config: SamplingConfig) -> None:
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if getattr(config, name) != getattr(SamplingConfig, name):
             flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
-            raise ValueError(
+            raise UserError(
                 f"--greedy takes the likeliest token, so {flag} has no effect: drop one of the two"
             )
 
@@ -121,7 +123,7 @@ def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
     if penalty == 1:
         return logits
     if seen is None:
-        raise ValueError(f"--repetition-penalty {penalty} needs the tokens seen so far")
+        raise UserError(f"--repetition-penalty {penalty} needs the tokens seen so far")
     # Above 1, a negative logit's product and a positive one's quotient are each the lower of the two.
     either = torch.minimum if penalty > 1 else torch.maximum
     product = logits * penalty

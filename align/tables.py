@@ -8,6 +8,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from align.errors import UserError
+
 
 def write(path: Path, made_of: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays; the file appears by one rename."""
@@ -31,10 +33,10 @@ def read(path: Path, made_of: str) -> dict[str, np.ndarray] | None:
             described = (file.metadata() or {}).get("made_of, xxh3", "")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: {error}; {advice}") from error
+        raise UserError(f"{path} is damaged: {error}; {advice}") from error
     found, _, checksum = described.rpartition(", ")
     if checksum != digest(arrays):
-        raise ValueError(f"{path} is damaged: it has other values than were written; {advice}")
+        raise UserError(f"{path} is damaged: it has other values than were written; {advice}")
     return arrays if found == made_of else None
 
 

@@ -22,6 +22,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from align import chat_template, marker_chat, plain_text, sentencepiece_json
 from align.config_fields import JSON_FILES, read_object, shown
+from align.errors import UserError
 from align.marker_chat import MarkerChat
 from align.sentencepiece_json import SPACE
 from align.tokenizer_files import (
@@ -66,9 +67,9 @@ class TextConfig:
         try:
             found = json.loads(self.chat_template_kwargs or "{}")
         except ValueError as error:
-            raise ValueError(f"--chat-template-kwargs: not valid JSON: {error}") from error
+            raise UserError(f"--chat-template-kwargs: not valid JSON: {error}") from error
         if not isinstance(found, dict):
-            raise ValueError(f"--chat-template-kwargs must be a JSON object, not a {type(found).__name__}")
+            raise UserError(f"--chat-template-kwargs must be a JSON object, not a {type(found).__name__}")
         return found
 
     def day(self, default: datetime.date) -> datetime.date:
@@ -78,7 +79,7 @@ class TextConfig:
         try:
             return datetime.date.fromisoformat(self.template_date)
         except ValueError as error:
-            raise ValueError(f"--template-date {self.template_date!r} must be a date YYYY-MM-DD") from error
+            raise UserError(f"--template-date {self.template_date!r} must be a date YYYY-MM-DD") from error
 
     def __post_init__(self):
         self.variables()
@@ -109,7 +110,7 @@ def load(
     elif (path / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
     else:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model "
             "file"
         )
@@ -118,7 +119,7 @@ def load(
     tokenizer.config, tokenizer.variables = config, config.variables()
     tokenizer.day = config.day(day or datetime.date.today())
     if isinstance(tokenizer.chat_template, dict) and tokenizer.variables:
-        raise ValueError(f"--chat-template-kwargs: {path} has several chat templates: leave one")
+        raise UserError(f"--chat-template-kwargs: {path} has several chat templates: leave one")
     if say and (line := tokenizer.about_date()):
         say(line)
     if say:
@@ -166,7 +167,7 @@ class Base:
         the plane that hides them.
         """
         if plain_text.HIDDEN.search(text):
-            raise ValueError(
+            raise UserError(
                 "a text has characters of Unicode's private plane 16, which are used to mark tokens"
             )
         mode = self.config.special_tokens_in_text
@@ -174,7 +175,7 @@ class Base:
         if not found:
             return text
         if mode == "refuse":
-            raise ValueError(f"special token {found[0]!r} in a text: see --special-tokens-in-text")
+            raise UserError(f"special token {found[0]!r} in a text: see --special-tokens-in-text")
         if self.say and not self.texts_with_special:
             self.say(
                 f"special token {found[0]!r} in {text[:80]!r}: such tokens in texts are encoded as plain text"
@@ -210,7 +211,7 @@ class Base:
             is_first = not ids and not before
             plain = self.encode_plain(plain_text.reveal(part), is_first, continued)
             if found := self.control.intersection(map(self.decode, ([i] for i in plain))):
-                raise ValueError(
+                raise UserError(
                     f"{min(found)!r} stands in a text, and this tokenizer has no other tokens for it: see "
                     "--special-tokens-in-text"
                 )
@@ -256,7 +257,7 @@ class Base:
         names = [name for name, value in variables.items() if value is not None]
         names += ["tool_calls"] * any(message.get("tool_calls") for message in messages)
         if unread := [name for name in names if not chat_template.reads(template, name)]:
-            raise ValueError(
+            raise UserError(
                 f"the chat template does not read {unread[0]!r}: take a model, or a chat_template.jinja, "
                 "that does, or leave it out of the row"
             )
@@ -270,7 +271,7 @@ class Base:
     def template(self, with_tools: bool = False) -> str:
         """The chat template with the date of the run in it. Raises ValueError if there is none."""
         if not self.chat_template:
-            raise ValueError(self.no_template)
+            raise UserError(self.no_template)
         template = self.chat_template
         if isinstance(template, dict):
             template = template["tool_use" if with_tools and "tool_use" in template else "default"]
@@ -339,14 +340,14 @@ class HuggingFaceTokenizer(Base):
         config, *_ = [read_object(directory / name, required=False) for name in (*JSON_FILES, "config.json")]
         self.hf = read_hugging_face(directory)
         if not self.hf.is_fast:
-            raise ValueError(
+            raise UserError(
                 f"{directory}: {type(self.hf).__name__} has no fast version: add a tokenizer.json"
             )
         self.backend = backend or self.hf.backend_tokenizer
         add_configured_tokens(self.backend, directory)
         eos_id = self.hf.eos_token and self.backend.token_to_id(self.hf.eos_token)
         if eos_id is None:
-            raise ValueError(
+            raise UserError(
                 f"{directory} names no end-of-text token: set eos_token in tokenizer_config.json, to a "
                 "token of the vocabulary"
             )
@@ -356,7 +357,7 @@ class HuggingFaceTokenizer(Base):
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
         adds_bos = config.get("add_bos_token")
         if adds_bos not in (None, True, False):
-            raise ValueError(f"{directory}/tokenizer_config.json: add_bos_token must be true or false")
+            raise UserError(f"{directory}/tokenizer_config.json: add_bos_token must be true or false")
         if adds_bos is None:
             adds_bos = self.backend.encode("x").ids[0] == self.bos_id
         self.adds_bos: bool = self.bos_id is not None and bool(adds_bos)
@@ -364,7 +365,7 @@ class HuggingFaceTokenizer(Base):
         self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
         self.chat_template = self.hf.chat_template
         if not isinstance(self.chat_template, str | dict | None):
-            raise ValueError(f"{directory}: the chat template must be text, not {shown(self.chat_template)}")
+            raise UserError(f"{directory}: the chat template must be text, not {shown(self.chat_template)}")
         self.no_template = (
             f"{directory} has no chat template: put a chat_template.jinja there, or use rows with "
             "'conversations' or with the fields of --prompt-template instead of 'messages'"
@@ -461,11 +462,11 @@ class SentencePieceTokenizer(Base):
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model: {error}") from error
+            raise UserError(f"{path}: not a SentencePiece model: {error}") from error
         self.model = ModelProto.FromString(self.sp.serialized_model_proto())
         self.inner = processor(inside(self.model))
         if self.sp.eos_id() < 0:
-            raise ValueError(
+            raise UserError(
                 f"{path}: the model has no end-of-text piece, which training needs to end answers"
             )
         self.eos_id: int = self.sp.eos_id()

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from align.config_fields import read_object, shown
+from align.errors import UserError
 
 
 def generation_stop_ids(directory: Path) -> set[int]:
@@ -22,7 +23,7 @@ def generation_stop_ids(directory: Path) -> set[int]:
             continue
         ids = stop if isinstance(stop, list) else [stop]
         if not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
+            raise UserError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
         return set(ids)
     return set()
 
@@ -32,7 +33,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the class of all errors of tokenizers
-        raise ValueError(f"{path}: no tokenizer can be made of it: {error}") from error
+        raise UserError(f"{path}: no tokenizer can be made of it: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -45,7 +46,7 @@ def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
             directory, use_fast=True, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
+        raise UserError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
 
 
 def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
@@ -61,7 +62,7 @@ def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> Non
     listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
     for i, token in listed.items():
         if not isinstance(token.get("content"), str):
-            raise ValueError(f"{directory}/tokenizer_config.json: added token {i} has no string as content")
+            raise UserError(f"{directory}/tokenizer_config.json: added token {i} has no string as content")
     vocabulary = backend.get_vocab(with_added_tokens=True)
     for i, token in sorted(listed.items()):
         if vocabulary.get(token["content"]) == i:
@@ -69,7 +70,7 @@ def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> Non
         fields = {name: value for name, value in token.items() if name not in ("content", "__type")}
         backend.add_tokens([AddedToken(token["content"], **fields)])
         if backend.token_to_id(token["content"]) != i:
-            raise ValueError(
+            raise UserError(
                 f"{directory}: token {token['content']!r} has the id {i} in tokenizer_config.json, and "
                 f"{backend.token_to_id(token['content'])} in tokenizer.json"
             )

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from align.errors import UserError
 from align.prompts import fill
 
 LETTERS = "abcdefghij"
@@ -90,7 +91,7 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
     """
     check_count(num_train + num_val, f"--train-rows {num_train} and --val-rows {num_val}")
     if not 0 <= mistakes <= 1:
-        raise ValueError(f"--mistakes {mistakes} must be between 0 and 1")
+        raise UserError(f"--mistakes {mistakes} must be between 0 and 1")
     rng = random.Random(seed)
     prompts = draw_prompts(num_train + num_val, rng)
     wrong = set(rng.sample(range(num_train), round(mistakes * num_train)))
@@ -232,7 +233,7 @@ def chat(asked: str, answered: str) -> dict:
 def check_count(count: int, flags: str) -> None:
     """Raises ValueError if the task has too few prompts: near the last one, drawing a new one takes long."""
     if count > NUM_PROMPTS // 2:
-        raise ValueError(f"{flags}: the toy task has prompts for {NUM_PROMPTS // 2} rows in all")
+        raise UserError(f"{flags}: the toy task has prompts for {NUM_PROMPTS // 2} rows in all")
 
 
 def draw_prompts(count: int, rng: random.Random) -> list[tuple[str, ...]]:
@@ -266,7 +267,7 @@ def toy_score(prompt: str, answer: str) -> float:
     """
     tasks = re.findall(rf"sort:((?: [{LETTERS}])+)", prompt)
     if not tasks:
-        raise ValueError(f"{prompt!r} is no toy task: it must hold something like 'sort: d b a c'")
+        raise UserError(f"{prompt!r} is no toy task: it must hold something like 'sort: d b a c'")
     right, given = sorted(tasks[-1].split()), answer.split()
     hits = sum(r == g for r, g in zip(right, given, strict=False))
     return hits / max(len(right), len(given))

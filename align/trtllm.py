@@ -34,6 +34,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from align import huggingface
 from align.architecture import read_config
+from align.errors import UserError
 from align.model import ModelConfig
 from align.parallel import ParallelConfig
 from align.sampling import SamplingConfig
@@ -57,30 +58,30 @@ def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: 
     """Refuse what the engine does not do, before anything is built."""
     flag = "--generate-with trtllm"
     if not torch.cuda.is_available() or importlib.util.find_spec("tensorrt_llm") is None:
-        raise ValueError(f"{flag} needs a GPU and the package tensorrt_llm: see requirements-trtllm.txt")
+        raise UserError(f"{flag} needs a GPU and the package tensorrt_llm: see requirements-trtllm.txt")
     if model_config.dtype != torch.bfloat16:
-        raise ValueError(f"{flag} samples in bf16 only: --precision {model_config.precision} is not offered")
+        raise UserError(f"{flag} samples in bf16 only: --precision {model_config.precision} is not offered")
     if parallel_config.deterministic:
-        raise ValueError(f"{flag} cannot promise the same tokens again: leave out --deterministic")
+        raise UserError(f"{flag} cannot promise the same tokens again: leave out --deterministic")
     config = json.loads((model_config.path / "config.json").read_text())
     if config.get("model_type") in UNKNOWN_FAMILIES:
-        raise ValueError(f"{flag} does not know the model_type {config['model_type']}: leave it out")
+        raise UserError(f"{flag} does not know the model_type {config['model_type']}: leave it out")
     if overlooked := PLAIN_ROPE & set(config.get("rope_parameters") or {}) - set(config):
-        raise ValueError(
+        raise UserError(
             f"{flag} reads --model {model_config.model} with transformers 4, which would overlook the "
             f"rope_parameters of its config.json: give it {', '.join(sorted(overlooked))} and rope_scaling "
             "beside them"
         )
     if config.get("tie_word_embeddings") and not read_config(model_config.path).tied_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{flag} believes the tie_word_embeddings of --model {model_config.model}, whose weights have an "
             "lm_head of their own: set it to false in config.json"
         )
     for name in ("min_p", "repetition_penalty"):
         if getattr(sampling, name) != getattr(SamplingConfig, name):
-            raise ValueError(f"{flag} does not do --{name.replace('_', '-')} {getattr(sampling, name)}")
+            raise UserError(f"{flag} does not do --{name.replace('_', '-')} {getattr(sampling, name)}")
     if sampling.top_k > MOST_TOP_K:
-        raise ValueError(f"{flag} does --top-k up to {MOST_TOP_K}, not {sampling.top_k}")
+        raise UserError(f"{flag} does --top-k up to {MOST_TOP_K}, not {sampling.top_k}")
 
 
 def seed(run_seed: int, stream: tuple[int, ...], number: int) -> int:
@@ -145,7 +146,7 @@ class Engine:
         places: list[tuple[str, str] | None] = [None] * self.group.size()
         dist.all_gather_object(places, (socket.gethostname(), gpu()), group=self.group)
         if len({host for host, _ in places}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-tp {len(places)} with --generate-with trtllm needs so many GPUs on each node"
             )
         self.context = policy.arch.max_positions
@@ -271,7 +272,7 @@ def gpu() -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     number = visible.split(",")[torch.cuda.current_device()] if visible else str(torch.cuda.current_device())
     if not number.isdecimal():
-        raise ValueError(f"CUDA_VISIBLE_DEVICES {visible}: --generate-with trtllm needs numbers there")
+        raise UserError(f"CUDA_VISIBLE_DEVICES {visible}: --generate-with trtllm needs numbers there")
     return number
 
 

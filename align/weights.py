@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from align.config_fields import read_object, shown
+from align.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -23,14 +24,14 @@ class WeightFiles:
         if index.is_file():
             self.files = read_weight_map(index)
             if single.is_file() and SINGLE not in self.files.values():
-                raise ValueError(
+                raise UserError(
                     f"--model {directory}: two sets of weights, {SINGLE} and {min(self.files.values())} with "
                     f"the others of {INDEX}: move one of them away"
                 )
         elif single.is_file():
             self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
         else:
-            raise ValueError(f"--model {directory}: no {SINGLE} there (other weight formats are not read)")
+            raise UserError(f"--model {directory}: no {SINGLE} there (other weight formats are not read)")
 
     def open(self, file: str) -> safe_open:
         """A file by its name in the directory."""
@@ -38,7 +39,7 @@ class WeightFiles:
             try:
                 self.opened[file] = safe_open(self.directory / file, "pt")
             except (OSError, SafetensorError) as error:  # missing, or cut short
-                raise ValueError(f"--model: {self.directory / file} cannot be read: {error}") from error
+                raise UserError(f"--model: {self.directory / file} cannot be read: {error}") from error
         return self.opened[file]
 
     def tensor(self, name: str) -> Any:
@@ -47,9 +48,9 @@ class WeightFiles:
         try:
             tensor = self.open(self.files[name]).get_slice(name)
         except SafetensorError as error:
-            raise ValueError(f"--model: {path} has no {name}, which {INDEX} says it has") from error
+            raise UserError(f"--model: {path} has no {name}, which {INDEX} says it has") from error
         if tensor.get_dtype() not in FLOATS:
-            raise ValueError(
+            raise UserError(
                 f"--model: {path}: {name} is stored as {tensor.get_dtype()}; known: {', '.join(FLOATS)}"
             )
         return tensor
@@ -76,10 +77,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """{tensor: file} of an index."""
     files = read_object(index).get("weight_map")
     if not isinstance(files, dict):
-        raise ValueError(f"{index}: weight_map must be an object, not {shown(files)}")
+        raise UserError(f"{index}: weight_map must be an object, not {shown(files)}")
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(
+            raise UserError(
                 f"{index}: weight_map: {name}: {shown(file)} must be the name of a file beside it"
             )
     return files

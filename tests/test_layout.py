@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
     {
+        "errors",
         "losses",
         "losses_rl",
         "jsonl",

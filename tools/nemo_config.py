@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from align.errors import UserError
+
 FAMILIES = {
     ("rmsnorm", "swiglu"): "llama",
     ("layernorm", "swiglu"): "stablelm",
@@ -90,9 +92,9 @@ def read(path: Path, ignore: Collection[str] = ()) -> dict:
     try:
         fields = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path.name}: there must be fields in it, not a {type(fields).__name__}")
+        raise UserError(f"{path.name}: there must be fields in it, not a {type(fields).__name__}")
     check(fields, ignore)
     return fields
 
@@ -107,7 +109,7 @@ def check(fields: dict, ignore: Collection[str]) -> None:
             raise not_implemented(name, value, "it must be off")
         known = name in IMPLEMENTED | WITHOUT_EFFECT | OFF | set(VALUES) | set(ignore)
         if not known and not name.startswith(WITHOUT_EFFECT_PREFIXES):
-            raise ValueError(
+            raise UserError(
                 f"model_config.yaml: the field {name} = {value!r} is not known. If it does not change what "
                 f"the model computes, give --ignore {name}"
             )
@@ -117,7 +119,7 @@ def check(fields: dict, ignore: Collection[str]) -> None:
 
 
 def not_implemented(name: str, value: object, rule: str) -> ValueError:
-    return ValueError(f"model_config.yaml: {name} = {value!r} is not implemented; {rule}")
+    return UserError(f"model_config.yaml: {name} = {value!r} is not implemented; {rule}")
 
 
 def normalization(fields: dict) -> str:
@@ -209,4 +211,4 @@ def number(fields: dict, name: str, default: float | None = None, kind: type = i
     try:
         return kind(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"model_config.yaml: {name} must be a number, it is {value!r}") from error
+        raise UserError(f"model_config.yaml: {name} must be a number, it is {value!r}") from error

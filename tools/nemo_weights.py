@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from align.errors import UserError
+
 Weights = dict[str, Callable[[], Tensor]]
 
 RANK = re.compile(r"(?:mp_rank_(\d+)|tp_rank_(\d+)_pp_rank_(\d+))")
@@ -84,7 +86,7 @@ def read(folder: Path, fields: dict) -> Weights:
         return from_ranks([[load_state(path) for path in stage] for stage in complete(ranks, fields)], fields)
     if (folder / "model_weights").is_dir():
         return from_distributed(folder / "model_weights", fields)
-    raise ValueError(
+    raise UserError(
         "no weights: model_weights.ckpt, mp_rank_00, tp_rank_00_pp_rank_000 or model_weights is missing"
     )
 
@@ -98,7 +100,7 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 def complete(ranks: dict[tuple[int, int], Path], fields: dict) -> list[list[Path]]:
     """Files by stage and tensor parallel rank. Raises ValueError if one is missing or too many."""
     if (fields.get("virtual_pipeline_model_parallel_size") or 1) > 1:
-        raise ValueError(
+        raise UserError(
             "model_config.yaml: virtual_pipeline_model_parallel_size = "
             f"{fields['virtual_pipeline_model_parallel_size']} is not implemented for weights by rank"
         )
@@ -107,7 +109,7 @@ def complete(ranks: dict[tuple[int, int], Path], fields: dict) -> list[list[Path
     if wrong := sorted(wanted ^ set(ranks)):
         stage, rank = wrong[0]
         state = "missing" if wrong[0] in wanted else "one too many"
-        raise ValueError(
+        raise UserError(
             f"the weights of tensor parallel rank {rank}, pipeline rank {stage} are {state}: "
             f"model_config.yaml has tensor_model_parallel_size {tp}, pipeline_model_parallel_size {pp}"
         )
@@ -119,7 +121,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     name = f"{path.parent.name}/{path.name}" if RANK.fullmatch(path.parent.name) else path.name
     state = load_tensors(path, name, mmap=True)
     if not isinstance(state, dict):
-        raise ValueError(f"{name} holds a {type(state).__name__}, not the state of a model")
+        raise UserError(f"{name} holds a {type(state).__name__}, not the state of a model")
     return state
 
 
@@ -132,9 +134,9 @@ def load_tensors(source: Path | io.BytesIO, name: str, mmap: bool | None = None)
     except pickle.UnpicklingError as error:
         reference = re.search(r"GLOBAL (\S+)", str(error))
         content = f"code, {reference[1]}" if reference else "more than tensors"
-        raise ValueError(f"{name} holds {content}: it is refused, nothing of it ran") from error
+        raise UserError(f"{name} holds {content}: it is refused, nothing of it ran") from error
     except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{name} cannot be read, or is cut short: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} cannot be read, or is cut short: {str(error).splitlines()[0]}") from error
 
 
 def rename(name: str) -> str | None:
@@ -152,7 +154,7 @@ def from_ranks(stages: list[list[dict[str, Tensor]]], fields: dict) -> Weights:
     for ranks in stages:
         names = {old: new for old in ranks[0] if (new := rename(old))}
         if any(set(rank) != set(ranks[0]) for rank in ranks):
-            raise ValueError("the tensor parallel ranks of a stage do not hold tensors of the same names")
+            raise UserError("the tensor parallel ranks of a stage do not hold tensors of the same names")
         split = any("linear_fc1_up" in name for name in names.values())  # gate and up are two matrices
         for old, new in names.items():
             parts = [rank[old] for rank in ranks]
@@ -192,18 +194,14 @@ def from_distributed(folder: Path, fields: dict) -> Weights:
     """The weights of a distributed checkpoint, which mostly holds a stack [layers, ...] for each name."""
     path = folder / "metadata.json"
     if not path.is_file():
-        raise ValueError(
-            "model_weights/metadata.json is missing: the checkpoint in the archive is incomplete"
-        )
+        raise UserError("model_weights/metadata.json is missing: the checkpoint in the archive is incomplete")
     backend = json.loads(path.read_text()).get("sharded_backend")
     if backend == "torch_dist":
         shapes, read_one = torch_dist(folder)
     elif backend == "zarr":
         shapes, read_one = zarr(folder, fields)
     else:
-        raise ValueError(
-            f"model_weights/metadata.json: sharded_backend {backend!r} is not torch_dist or zarr"
-        )
+        raise UserError(f"model_weights/metadata.json: sharded_backend {backend!r} is not torch_dist or zarr")
     newest = functools.lru_cache(maxsize=1)(read_one)  # a stack is asked for layer by layer
     weights = {}
     for key, shape in shapes.items():
@@ -226,7 +224,7 @@ class IndexUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise ValueError(
+        raise UserError(
             f"model_weights/.metadata holds code, {module}.{name}: it is refused, nothing of it ran"
         )
 
@@ -236,9 +234,9 @@ def torch_dist(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str]
     try:
         index = IndexUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, LookupError) as error:
-        raise ValueError(f"model_weights/.metadata cannot be read, or is cut short: {error}") from error
+        raise UserError(f"model_weights/.metadata cannot be read, or is cut short: {error}") from error
     if not isinstance(index, Metadata):
-        raise ValueError(f"model_weights/.metadata holds a {type(index).__name__}, not the index of tensors")
+        raise UserError(f"model_weights/.metadata holds a {type(index).__name__}, not the index of tensors")
     tensors = {k: v for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
     def read_one(key: str) -> Tensor:
@@ -262,9 +260,9 @@ def read_bytes(path: Path, offset: int, length: int) -> bytes:
             file.seek(offset)
             data = file.read(length)
     except OSError as error:
-        raise ValueError(f"model_weights/{path.name} cannot be read: {error}") from error
+        raise UserError(f"model_weights/{path.name} cannot be read: {error}") from error
     if len(data) != length:
-        raise ValueError(f"model_weights/{path.name} is cut short")
+        raise UserError(f"model_weights/{path.name} is cut short")
     return data
 
 
@@ -274,7 +272,7 @@ def zarr(folder: Path, fields: dict) -> tuple[dict[str, tuple[int, ...]], Callab
     for key, info in infos.items():
         packed = info.get("compressor") or info.get("filters") or info["order"] != "C"
         if packed or info["dtype"] not in ZARR_TYPES:
-            raise ValueError(
+            raise UserError(
                 f"model_weights/{key}: of zarr only uncompressed float arrays are read: convert the "
                 "checkpoint with NeMo's scripts/checkpoint_converters/convert_zarr_to_torch_dist.py"
             )
@@ -336,7 +334,7 @@ def cut(name: str, tensor: Tensor, config: dict, split: bool) -> list[tuple[str,
         groups = config["num_key_value_heads"]
         rows = config["num_attention_heads"] // groups + 2  # of a group, in heads
         if len(tensor) % (groups * rows):
-            raise ValueError(f"{name} has {len(tensor)} rows, no multiple of {groups} groups of {rows} heads")
+            raise UserError(f"{name} has {len(tensor)} rows, no multiple of {groups} groups of {rows} heads")
         grouped = tensor.unflatten(0, (groups, rows, -1))
         parts = {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}
         return [

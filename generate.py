@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import tyro
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
     architecture,
@@ -27,6 +25,7 @@ from align import (
     checkpoint_files,
     data,
     huggingface,
+    launch,
     marker_chat,
     metrics,
     model,
@@ -117,7 +116,6 @@ class Config:
             )
 
 
-@record
 def main(config: Config) -> None:
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
@@ -423,6 +421,4 @@ def read_line() -> str:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
-    with parallel.start(flags.parallel):
-        main(flags)
+    launch.run(main, Config)

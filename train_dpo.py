@@ -18,9 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
     architecture,
@@ -29,6 +27,7 @@ from align import (
     data,
     engine,
     huggingface,
+    launch,
     losses,
     model,
     optim,
@@ -108,7 +107,6 @@ class Config(CommonConfig):
             raise UserError("--sft-weight and --dpop-lambda must not be negative")
 
 
-@record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
@@ -227,7 +225,7 @@ def main(config: Config) -> None:
         val_batches, sample = micro_batches("val", range(len(pairs["val"]))), micro_batches("val", [0])
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
+    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())
@@ -289,6 +287,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
-    with parallel.start(flags.parallel):
-        main(flags)
+    launch.run(main, Config)

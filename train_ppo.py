@@ -25,9 +25,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
     architecture,
@@ -37,6 +35,7 @@ from align import (
     engine,
     generate,
     huggingface,
+    launch,
     losses_rl,
     model,
     offload,
@@ -288,7 +287,6 @@ def by_answer(x: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.mean() for part in x.split(lengths)])
 
 
-@record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
@@ -409,7 +407,7 @@ def main(config: Config) -> None:
     # ---- resume ----------------------------------------------------------------------------------
     others = {name: pair for name, pair in trained.items() if name != "policy"}
     first_step, latest = checkpoint.resume(
-        *(resumed.checkpoint, policy, optimizer, others),
+        *(config.run.output, resumed.checkpoint, policy, optimizer, others),
         during=lambda name: phase("load", **{name: "all"}),
     )
     run.resume_at(first_step)
@@ -538,6 +536,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
-    with parallel.start(flags.parallel):
-        main(flags)
+    launch.run(main, Config)

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
     architecture,
@@ -31,6 +29,7 @@ from align import (
     data,
     engine,
     huggingface,
+    launch,
     losses,
     model,
     optim,
@@ -106,7 +105,6 @@ class Rows:
         return int((self.target[rows] != losses.MISSING).sum())
 
 
-@record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     start = architecture.read_config(config.model.path)
@@ -226,7 +224,7 @@ def main(config: Config) -> None:
         }
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(resumed.checkpoint, scorer, optimizer)
+    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, scorer, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())
@@ -302,6 +300,4 @@ def named_sets(kind: str, files: Sequence[Path]) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
-    with parallel.start(flags.parallel):
-        main(flags)
+    launch.run(main, Config)

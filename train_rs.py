@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
     architecture,
@@ -30,6 +28,7 @@ from align import (
     engine,
     generate,
     huggingface,
+    launch,
     losses,
     model,
     optim,
@@ -118,7 +117,6 @@ def select(
     return best, len(samples) - len(ended), len(ended) - len(left)
 
 
-@record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
@@ -183,7 +181,7 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     clock = Clock()
-    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
+    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())
@@ -272,6 +270,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
-    with parallel.start(flags.parallel):
-        main(flags)
+    launch.run(main, Config)

@@ -28,9 +28,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
     architecture,
@@ -41,6 +39,7 @@ from align import (
     engine,
     generate,
     huggingface,
+    launch,
     losses,
     meta_judge,
     model,
@@ -233,7 +232,6 @@ def check_same(before: dict[str, int], now: dict[str, int]) -> None:
             )
 
 
-@record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
@@ -402,7 +400,7 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     with phase("load", policy="all"):
-        first_step, latest = checkpoint.resume(path, policy, optimizer)
+        first_step, latest = checkpoint.resume(config.run.output, path, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())
@@ -523,6 +521,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
-    with parallel.start(flags.parallel):
-        main(flags)
+    launch.run(main, Config)

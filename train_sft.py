@@ -11,9 +11,7 @@ a Hugging Face directory. Without arguments the built-in tiny model learns a toy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tyro
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from align import (
     architecture,
@@ -22,6 +20,7 @@ from align import (
     data,
     engine,
     huggingface,
+    launch,
     losses,
     model,
     optim,
@@ -45,7 +44,6 @@ class Config(CommonConfig):
     run: RunConfig = RunConfig(output=Path("runs/sft"))
 
 
-@record
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
@@ -100,7 +98,7 @@ def main(config: Config) -> None:
     val_batches = micro_batches(val) if val else []
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
+    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())
@@ -158,6 +156,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,))
-    with parallel.start(flags.parallel):
-        main(flags)
+    launch.run(main, Config)

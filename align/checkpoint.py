@@ -32,7 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
-from align import checkpoint_files, optim, parallel
+from align import checkpoint_files, optim, parallel, watchdog
 from align.config_fields import read_object
 from align.errors import UserError
 
@@ -83,15 +83,20 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 
 
 def resume(
+    output: Path,
     path: Path | None,
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
     during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
 ) -> tuple[int, dict[str, float]]:
-    """Continue from a checkpoint, or start at step 0 without one. Collective.
+    """Continue from a checkpoint, or start at step 0 without one; delete those after it. Collective.
+
+    Nothing is deleted before everything is loaded: a run that is refused leaves OUTPUT as it was.
 
     Args:
+        output: the run directory.
+        path: a checkpoint of it, or None.
         others: more models in training, by the names of their folders in the checkpoint.
         during: makes what surrounds the loading of one of them, or of the first, whose name is "policy".
 
@@ -101,17 +106,22 @@ def resume(
     Raises:
         ValueError: the checkpoint does not hold one of the others.
     """
-    if path is None:
-        return 0, {}
-    state = read_state(path)
-    same_layout = state["layout"] == parallel.layout_sizes()
-    for name, other in others.items():
-        if not (path / name).is_dir():
-            raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
-        with during(name):
-            load(path / name, *other, same_layout)
-    with during("policy"):
-        return load(path, model, optimizer, same_layout), state["metrics"]
+    step, metrics = 0, {}
+    if path is not None:
+        state = read_state(path)
+        same_layout, metrics = state["layout"] == parallel.layout_sizes(), state["metrics"]
+        for name, other in others.items():
+            if not (path / name).is_dir():
+                raise UserError(f"{path} holds no {name}: give the flags of that run, or --no-resume")
+            with during(name):
+                load(path / name, *other, same_layout)
+        with during("policy"):
+            step = load(path, model, optimizer, same_layout)
+    if parallel.is_main():
+        for later in complete(output / "checkpoints"):
+            if path is None or later.name > path.name:
+                delete(later)
+    return step, metrics
 
 
 def read_state(path: Path) -> dict:
@@ -122,19 +132,18 @@ def read_state(path: Path) -> dict:
 def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
     """The checkpoint that a run continues from. Collective.
 
-    --no-resume deletes all checkpoints, --resume-from those after it. Raises ValueError if it is none of
-    this run's.
+    Raises UserError if --resume-from is none of this run's.
     """
     known = parallel.on_main(lambda: complete(output / "checkpoints"))
-    chosen = config.resume_from
-    if chosen and chosen.resolve() not in [path.resolve() for path in known]:
-        there = ", ".join(map(str, known)) or "none"
-        raise UserError(f"--resume-from {chosen} is no checkpoint of --output {output}; it has {there}")
-    if parallel.is_main():
-        for path in known:
-            if not config.resume or (chosen and path.name > chosen.name):
-                delete(path)
-    return parallel.on_main(lambda: newest(output / "checkpoints"))
+    if config.resume_from is None:
+        return known[-1] if known and config.resume else None
+    for path in known:
+        if config.resume_from.resolve() == path.resolve():
+            return path
+    there = ", ".join(map(str, known)) or "none"
+    raise UserError(
+        f"--resume-from {config.resume_from} is no checkpoint of --output {output}; it has {there}"
+    )
 
 
 def complete(directory: Path) -> list[Path]:
@@ -208,6 +217,7 @@ def write_weights(path: Path, model: nn.Module) -> None:
 
 def write_state(path: Path, state: dict) -> None:
     """Write a sharded state into a directory, which is made. Collective."""
+    watchdog.tick("save")
     if parallel.is_main():
         path.mkdir(parents=True)
     parallel.free_memory()  # saving takes copies of everything

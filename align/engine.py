@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from align import attention, packing, parallel
+from align import attention, packing, parallel, watchdog
 from align.model import FP8_MULTIPLE
 from align.packing import Batch, BatchConfig, Example
 
@@ -223,6 +223,7 @@ def forward_step(
     batches: Iterator[Batch], model: DistributedDataParallel, finish: Callable
 ) -> tuple[Tensor, Callable]:
     """One micro-batch through this stage; the schedule calls the returned function on the last stage."""
+    watchdog.tick("forward and backward" if torch.is_grad_enabled() else "forward")
     batch = next(batches)
     return forward(model, batch), lambda output: finish(batch, whole_sequence(output))
 

@@ -21,7 +21,7 @@ from megatron.core.resharding.refit import CopyService, NCCLCopyService, swap_mo
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from align import model, offload, packing, parallel, sampling, trtllm
+from align import model, offload, packing, parallel, sampling, trtllm, watchdog
 from align.architecture import Architecture
 from align.continuous import Drawn, Slots
 from align.errors import UserError
@@ -239,6 +239,7 @@ class Generator:
             numbers = range(self.replica, len(prompts), self.replicas)
             places = [(i, number) for i in numbers for number in range(samples_per_prompt)]
             seeds = [trtllm.seed(self.seed, streams[i], number) for i, number in places]
+            watchdog.tick("generate")
             answers = self.engine.sample([prompts[i] for i, _ in places], seeds, self.ends)
             found = {place: Sample(*answer) for place, answer in zip(places, answers, strict=True)}
         self.engine.rest()
@@ -353,6 +354,7 @@ class ContinuousBatch:
         """Sample until the queue is empty. Returns {(prompt, number of the answer): answer}."""
         done = {}
         while True:
+            watchdog.tick("generate")
             ended = self.ended()
             done |= {(int(self.prompt[slot]), int(self.number[slot])): self.sample(slot) for slot in ended}
             free = ended + list(range(self.used, self.slots))

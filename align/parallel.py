@@ -6,6 +6,7 @@ Started without torchrun, a script is a world of one process.
 
 import contextlib
 import ctypes
+import math
 import os
 import random
 import re
@@ -45,14 +46,14 @@ class ParallelConfig:
     """seed of the data order and of every random number"""
     deterministic: bool = False
     """only deterministic kernels and reductions on GPUs, at some cost in speed (a CPU run always is)"""
+    stall_limit: float = 1800.0
+    """seconds without progress of any rank (a micro-batch, a decoded token, a reward, a save), after which
+    the job ends and the rank at fault is named; 0: no limit, else at least 5"""
 
 
 @contextlib.contextmanager
-def start(config: ParallelConfig) -> Iterator[None]:
-    """Process groups and seeds for the body; an orderly end after it.
-
-    A rank that fails says so by name and exits at once, without waiting for the others in a barrier that they
-    would never reach; torchrun then ends them.
+def start(config: ParallelConfig) -> Iterator[dist.Store]:
+    """Process groups and seeds for the body, which gets the groups' store; an orderly end after it.
 
     Raises:
         ValueError: the world size is not a multiple of tp * pp * cp, or a flag does not fit another.
@@ -71,17 +72,12 @@ def start(config: ParallelConfig) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        store, rank, world = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
     else:  # not started by torchrun
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=rank, world_size=world)
     make_grid(config)
-    try:
-        yield
-    except BaseException as error:
-        print(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} failed: {error}", file=sys.stderr, flush=True
-        )
-        raise
+    yield store
     # Leaving the groups to the interpreter's exit can abort a rank whose gloo threads still run.
     dist.barrier()
     mpu.destroy_model_parallel()
@@ -124,6 +120,8 @@ def check(config: ParallelConfig) -> None:
             f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} "
             f"processes: start a multiple of {model} with torchrun --nproc_per_node"
         )
+    if config.stall_limit != 0 and not 5 <= config.stall_limit < math.inf:
+        raise UserError(f"--stall-limit {config.stall_limit} must be 0 or at least 5 seconds")
     if config.sequence_parallel and config.tp == 1:
         raise UserError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
 
@@ -234,9 +232,17 @@ def free_memory() -> None:
 
 
 def on_main(make: Callable[[], T]) -> T:
-    """Call a function on global rank 0 only and hand its result to every rank."""
-    box = [make() if is_main() else None]
+    """Call a function on global rank 0 only and hand its result, or its UserError, to every rank."""
+    result, mistake = None, None
+    if is_main():
+        try:
+            result = make()
+        except UserError as error:
+            mistake = error
+    box = [result, mistake]
     dist.broadcast_object_list(box, src=0)
+    if mistake or box[1]:
+        raise mistake or box[1]
     return box[0]
 
 

@@ -148,7 +148,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str | 
     made = {name: folder / "made" / name for name in ("sft", "dpo")}
     data = {"sft": "first", "dpo": "pairs"}
     first = {name: command(name, made[name], data[name], *STOP) for name in made}
-    first["whole"] = command("sft", folder / "whole", "first")
+    first["whole"] = command("sft", folder / "whole", "first", "--save-interval", "1", "--save-top-k", "3")
     errors, commands, outputs = attempt(first), {}, {"whole": folder / "whole"}
     assert set(errors.values()) == {None}
     for name, (of, script, rows_of, flags, _) in CHANGED.items():
@@ -160,6 +160,9 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str | 
         outputs[name] = shutil.copytree(folder / "whole", folder / name)
         rows_of = "first" if name == "fewer" else "grown"
         commands[name] = command("sft", outputs[name], rows_of, *flags.split(), "--resume-with-changes")
+    outputs["refused"] = shutil.copytree(folder / "whole", folder / "refused")
+    earlier = outputs["refused"] / "checkpoints/step_00000001"
+    commands["refused"] = command("sft", outputs["refused"], "grown", "--resume-from", str(earlier))
     commands["complete"] = first["whole"]
     outputs["complete"] = folder / "whole"
     outputs["from"] = outputs["free"]  # which keeps its checkpoints
@@ -227,6 +230,14 @@ def test_resume_from_an_earlier_checkpoint(attempts):
     assert error is None
     assert (output / "log.txt").read_text().count("continuing after step 2") == 1
     assert same(numbers(output), numbers(output.parent / "whole"))
+
+
+def test_a_refused_run_leaves_everything_as_it_was(attempts):
+    error, output = attempts["refused"]
+    assert "rows of --train-data 8 -> 10" in error
+    for path in (path for path in (output.parent / "whole").rglob("*") if path.is_file()):
+        copy = output / path.relative_to(output.parent / "whole")
+        assert path.name == "log.txt" or copy.read_bytes() == path.read_bytes(), copy
 
 
 def test_free_flags_are_flags():

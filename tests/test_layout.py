@@ -34,7 +34,7 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "tables",
     },
     {"preferences", "prompts", "toy"},
-    {"parallel"},
+    {"parallel", "watchdog", "launch"},
     {
         "layers",
         "logprobs",

@@ -258,6 +258,16 @@ def is_saving(output: Path, since: float) -> bool:
     return False
 
 
+def kill_all(launcher: subprocess.Popen) -> None:
+    """kill -9 of torchrun and its ranks."""
+    psutil.Process(launcher.pid).suspend()  # so that it starts no rank after they were listed
+    family = [psutil.Process(launcher.pid), *ranks(launcher)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family)
+    launcher.wait()
+
+
 def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, output: Path) -> None:
     """kill -9 of torchrun and its ranks: at start, in the pass of the reference, in steps, save or export."""
     delay = rng.uniform(0, MAX_DELAY_S[kind])
@@ -274,12 +284,7 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
     wait_for(happened, launcher, output)
     time.sleep(delay)
     assert launcher.poll() is None
-    psutil.Process(launcher.pid).suspend()  # so that it starts no rank after they were listed
-    family = [psutil.Process(launcher.pid), *ranks(launcher)]
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family)
-    launcher.wait()
+    kill_all(launcher)
     if kind == "save":
         assert is_saving(output, launch_time), "killed too late: the save was over"
     if kind == "reference":

@@ -1,0 +1,59 @@
+"""A rank that fails, leaves or hangs ends the job in seconds, is named, and nothing is said twice."""
+
+import re
+import time
+
+import pytest
+
+from tests.conftest import ROOT, fork_ranks, torchrun
+
+SCRIPT = "tests/watchdog_worker.py"
+NAME = r"rank {} of 2 \(pid \d+ on \S+\)"
+PHASE = r"in reward of step 3 \(watchdog_worker.py:\d+ main > .*fault\)"
+ENDS = {  # flags: status, the line
+    "--how user --on 1": (2, "error: --data x: row 3 has no text"),
+    "--how user": (2, "error: --data x: row 3 has no text"),
+    "--how main": (2, "error: --data x: row 3 has no text"),
+    "--how refused": (2, "error: .*--how refused must be something else.*"),
+    "--how file --on 0": (2, "error: /nowhere/rows.jsonl: No such file or directory"),
+    "--nonsense 3": (2, "error: .*--nonsense.*"),
+    "--stall-limit nan": (2, r"error: --stall-limit nan must be 0 or at least 5 seconds"),
+    "--how bug --on 1": (1, "rank 1 of 2 failed: a bug"),
+    "--how bug": (1, "rank [01] of 2 failed: a bug"),
+    "--how thread --on 0": (1, "rank 0 of 2 failed: 'with a thread'"),
+    "--how exit0 --on 1": (1, r"rank 1 of 2 failed: sys.exit\(0\) before the end of the run"),
+    "--how exit0": (1, r"rank [01] of 2 failed: sys.exit\(0\) before the end of the run"),
+    "--how exit3 --on 0": (3, r"rank 0 of 2 failed: sys.exit\(3\) before the end of the run"),
+    "--how leave --on 0": (1, f"{NAME.format(0)} left {PHASE}: .*"),
+    "--how leave --on 1": (1, f"{NAME.format(1)} left {PHASE}: .*"),
+    "--how hang --on 1 --stall-limit 5": (1, f"no rank made progress for 5 s .*: {NAME.format(1)} {PHASE}"),
+    "--how stop --on 0 --stall-limit 5": (1, f"no rank .*: {NAME.format(0)} stopped {PHASE}"),
+}
+
+
+@pytest.mark.parametrize("flags", ENDS)
+def test_a_rank_that_ends_early_is_named(flags):
+    status, line = ENDS[flags]
+    start = time.monotonic()
+    done = fork_ranks(2, SCRIPT, *flags.split(), check=False, timeout_s=60)
+    assert time.monotonic() - start < 40  # a stall is seen after 5 s, a load of the machine takes the rest
+    assert done.returncode == (-9 if "stop" in flags and done.returncode < 0 else status), done.stderr
+    lines = done.stderr.splitlines()
+    assert re.fullmatch(line, lines[0]), done.stderr
+    assert len(lines) == 1 or (status != 2 and lines[1] == "Traceback (most recent call last):"), done.stderr
+    assert done.stderr.count("Traceback") == (status != 2 and "left" not in line and "progress" not in line)
+    assert "done" not in done.stdout
+
+
+@pytest.mark.parametrize("flags", ["", "--how late --on 1 --stall-limit 5", "--stall-limit 0"])
+def test_ranks_that_work_are_left_alone(flags):
+    done = fork_ranks(2, SCRIPT, *flags.split())
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_torchrun_reports_the_rank_at_fault():
+    done = torchrun(2, SCRIPT, "--how", "leave", "--on", "1", check=False)
+    assert done.returncode == 1
+    cause = done.stderr.split("Root Cause")[1]
+    assert re.search(f"{NAME.format(1)} left {PHASE}", cause), done.stderr
+    assert str(ROOT) not in done.stderr.split("W1")[0]

@@ -1,0 +1,75 @@
+"""A script whose ranks end in the way that --how says, on rank --on or on all."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align import launch, parallel, watchdog
+from align.errors import UserError
+from align.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    how: str = "none"
+    on: int = -1
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self):
+        if self.how == "refused":
+            raise UserError("--how refused must be something else")
+
+
+def fault(how: str) -> None:
+    """End, or hang, as a user's function may."""
+    if how == "user":
+        raise UserError("--data x: row 3\nhas no text")
+    if how == "file":
+        open("/nowhere/rows.jsonl")
+    if how == "bug":
+        assert dist.is_initialized() and how == "no bug", "a bug"
+    if how == "thread":
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+        raise KeyError("with a thread")
+    if how.startswith("exit"):
+        sys.exit(int(how[4:]))
+    if how == "leave":
+        os._exit(0)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "hang":
+        time.sleep(1000)
+
+
+def work(config: Config, step: int) -> None:
+    watchdog.tick(f"reward of step {step}")
+    if step == 3 and config.on in (-1, dist.get_rank()):
+        fault(config.how)
+
+
+def main(config: Config) -> None:
+    if config.how == "main":
+        parallel.on_main(lambda: Path("/nowhere").is_dir() or fault("user"))
+    for step in range(6):
+        work(config, step)
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.1)
+    if config.how == "late" and dist.get_rank() == config.on:  # slow, but at work
+        for _ in range(14):
+            watchdog.tick("late")
+            time.sleep(0.5)
+    if parallel.is_main():
+        print("done")
+
+
+if __name__ == "__main__":
+    launch.run(main, Config)

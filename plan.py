@@ -28,7 +28,7 @@ import tyro
 
 from align import architecture, memory, model, packing, parallel, prompts
 from align.architecture import Architecture
-from align.errors import UserError
+from align.errors import UserError, one_line
 from align.generate import RolloutConfig, check_rollout_tp
 from align.loop import CommonConfig
 from align.memory import Rollout, Setting, Work
@@ -559,7 +559,7 @@ def cpu_verdict(
 
 def main(arguments: Sequence[str]) -> None:
     """Raises SystemExit with what is wrong."""
-    try:
+    with one_line():
         if not arguments or arguments[0] in ("-h", "--help"):
             tyro.cli(Cluster, args=["--help"], description=__doc__)
         own, path, theirs = split(arguments)
@@ -567,8 +567,6 @@ def main(arguments: Sequence[str]) -> None:
         script = load_script(path)
         config = tyro.cli(script.Config, prog=str(path), args=theirs, config=(tyro.conf.OmitArgPrefixes,))
         why = report(read(config, cluster), path.name)
-    except ValueError as error:
-        raise SystemExit(f"plan.py: {error}") from error
     if why:
         raise SystemExit(f"does not fit: {why}")
     print("it fits")

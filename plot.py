@@ -4,6 +4,7 @@ from pathlib import Path
 
 import tyro
 
+from align.errors import one_line
 from align.plots import draw
 
 
@@ -15,4 +16,5 @@ def main(run_directories: tyro.conf.Positional[tuple[Path, ...]]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_line():
+        tyro.cli(main)

@@ -25,8 +25,8 @@ from typing import Literal, get_args
 import tyro
 
 from align.data import at, read_jsonl, text_field
-from align.download import DownloadError, fetch
-from align.errors import UserError
+from align.download import fetch
+from align.errors import UserError, one_line
 from align.marker_chat import answering, check_conversation
 from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
 from align.rows import sft_row
@@ -52,12 +52,10 @@ HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 
 
 def main() -> None:
-    """Run the subcommand named on the command line; a failed download ends it with one line."""
+    """Run the subcommand named on the command line."""
     commands = {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "judge": judge, "toy": toy}
-    try:
+    with one_line():
         tyro.extras.subcommand_cli_from_dict(commands)
-    except DownloadError as error:
-        raise SystemExit(str(error)) from None
 
 
 def check_source(input: object, download: bool, **about_download: object) -> None:

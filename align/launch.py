@@ -4,7 +4,8 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,15 +33,17 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
         line, status, _ = watchdog.outcome(error, "")
         if os.environ.get("RANK", "0") == "0":
             watchdog.say(line, "", None)
+        else:
+            time.sleep(watchdog.GRACE_S)  # torchrun ends all as soon as one has ended
         watchdog.leave(status, line)
 
 
-def parse(config_class: type[C]) -> C:
-    """The command line as a configuration. Raises UserError for a flag that is unknown or refused."""
+def parse(config_class: type[C], words: Sequence[str] | None = None) -> C:
+    """`words`, or the command line, as a configuration. Raises UserError for a flag that it does not take."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(config_class, args=words, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as end:
         if not end.code:  # --help
             raise

@@ -82,6 +82,7 @@ class Watchdog:
         last = time.monotonic()
         # Without the store its rank is gone as well, which the next collective notices.
         with contextlib.suppress(dist.DistError):
+            self.publish()
             while not self.stopped.wait(INTERVAL_S):
                 now = time.monotonic()
                 # A job that was suspended as a whole has not been idle.
@@ -171,9 +172,13 @@ class Watchdog:
             if trace and is_communication(error) and (cause := self.wait_for_cause()):
                 self.leave(cause)
             self.report(self.rank, line, status, str(error), trace)
-        except dist.DistError:  # the rank that serves the store is gone
+        except (
+            dist.DistError
+        ):  # the rank that serves the store is gone, and has said why unless it was killed
+            if trace and is_communication(error):
+                line, trace = f"rank {self.rank} of {self.world} ended: {self.name(0)} is gone", ""
             say(line, trace, self.log)
-        self.leave(failure)
+        self.leave(failure | {"line": line})
 
     def wait_for_cause(self) -> dict | None:
         """The failure of another rank that broke a collective here, if it shows within the grace time."""
@@ -270,7 +275,7 @@ def place(frame: FrameType | None) -> str:
         if "site-packages" not in code.co_filename and "/lib/python" not in code.co_filename:
             calls.append(f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}")
         frame = frame.f_back
-    return " > ".join(reversed(calls[:4]))
+    return " > ".join(reversed(calls[:3]))
 
 
 def in_phase(state: dict) -> str:

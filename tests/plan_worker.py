@@ -142,7 +142,7 @@ def main(out: Path, allocator: str, script: str, flags: list[str]) -> None:
             for owner, function in functions:
                 setattr(owner, function, peaks.of(name, getattr(owner, function)))
     with parallel.start(config.parallel):
-        module.main.__wrapped__(config)
+        module.main(config)
         rank = dist.get_rank()
     out.mkdir(exist_ok=True)
     (out / f"{rank}.json").write_text(json.dumps({name: size / 1e9 for name, size in peaks.found.items()}))

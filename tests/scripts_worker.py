@@ -5,16 +5,14 @@ import functools
 import importlib
 import io
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-import tyro
 from megatron.core import parallel_state as mpu
 
-from align import metrics, parallel, reference
+from align import launch, metrics, parallel, reference
 from align.packing import Batch
 
 
@@ -40,13 +38,11 @@ def attempt(script: str, *command: str) -> str | None:
     module, shown = importlib.import_module(script.removesuffix(".py")), io.StringIO()
     try:
         with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
-            flags = tyro.cli(module.Config, args=command, config=(tyro.conf.OmitArgPrefixes,))
+            flags = launch.parse(module.Config, command)
             with parallel.start(flags.parallel):
                 module.main(flags)
     except (ValueError, RuntimeError) as error:
         return str(error)
-    except SystemExit:  # tyro has shown the message in a box, which breaks its lines
-        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown.getvalue()).split())
     finally:
         if dist.is_initialized():  # a failed run leaves its groups to the end of the process
             mpu.destroy_model_parallel()

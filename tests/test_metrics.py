@@ -30,6 +30,7 @@ def rows(path: Path) -> list[dict]:
 
 def test_config_holds_flags_versions_commit_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--lr", "1e-5", "a b"])
     start(tmp_path / "a", {"run": {"output": tmp_path / "a"}, "lr": 1e-5, "train_data": (Path("x.jsonl"),)})
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert config["flags"] == {"output": str(tmp_path / "a"), "lr": 1e-5, "train_data": ["x.jsonl"]}
@@ -37,7 +38,7 @@ def test_config_holds_flags_versions_commit_and_command(tmp_path, monkeypatch):
     assert config["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert set(config["versions"]) == {"python", *metrics.PACKAGES}
     assert config["world_size"] == 4
-    assert "pytest" in config["command"]
+    assert config["command"] == "python train.py --lr 1e-5 'a b'"
     assert (tmp_path / "a" / Path(__file__).name).read_text() == Path(__file__).read_text()
 
 

@@ -83,11 +83,12 @@ def test_help_is_plans_own(capsys):
         assert error.value.code == 0 and "--gpus-per-node" in capsys.readouterr().out
 
 
-def test_a_script_that_samples_and_is_none_of_ours_is_refused(tmp_path):
+def test_a_script_that_samples_and_is_none_of_ours_is_refused(tmp_path, capsys):
     text = (ROOT / "train_rs.py").read_text().replace("keep_top", "best_of")
     (tmp_path / "other.py").write_text(text)
-    with pytest.raises(SystemExit, match="knows no such algorithm"):
+    with pytest.raises(SystemExit):
         plan.main([str(tmp_path / "other.py")])
+    assert "knows no such algorithm" in capsys.readouterr().err
 
 
 def test_only_the_first_of_the_ranks_with_the_same_weights_gathers_a_checkpoint(monkeypatch):
@@ -111,7 +112,7 @@ def test_exit_statuses():
     done = fork_python("plan.py", "--gpu-memory", 0.01, "train_sft.py", check=False)
     assert done.returncode == 1
     assert 'does not fit: the phase "train" takes 0.1 GB of the 0.0 GB that a GPU has for it.' in done.stderr
-    assert fork_python("plan.py", "train_sft.py", "--tp", 3, check=False).returncode == 1
+    assert fork_python("plan.py", "train_sft.py", "--tp", 3, check=False).returncode == 2
     assert fork_python("plan.py", "train_sft.py", "--no-such-flag", check=False).returncode == 2
 
 

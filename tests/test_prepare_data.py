@@ -565,8 +565,9 @@ def test_download_fails_with_one_line(server, tmp_path: Path, monkeypatch, capsy
                     "--download-dir",
                     tmp_path,
                 )
-            line = str(stopped.value)
-            assert line.startswith(f"{url}: ") and reason in line and "\n" not in line
+            line = capsys.readouterr().err
+            assert stopped.value.code == 2 and line.count("\n") == 1
+            assert line.startswith(f"error: {url}: ") and reason in line
             by_hand = (
                 f"fetch this address by hand and save it as {tmp_path}/{name}, or give the file as --input"
             )
@@ -644,13 +645,13 @@ def test_hh_downloads_its_sets(server, tmp_path: Path, monkeypatch):
         ("hh --download --test-fraction 0.1", "--test-fraction 0.1: --test-input or --download is"),
     ],
 )
-def test_download_flags_are_checked_first(words: str, said: str, tmp_path: Path, monkeypatch):
+def test_download_flags_are_checked_first(words: str, said: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare_data, "fetch", lambda *_: pytest.fail("it downloads"))
     output = [] if "--output" in words else ["--output", "out"]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(SystemExit):
         command(monkeypatch, *words.split(), *output)
-    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.startswith("error: ") and list(tmp_path.iterdir()) == []
 
 
 def test_public_addresses_are_of_one_commit():

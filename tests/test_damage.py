@@ -28,6 +28,12 @@ RL = (
     "--max-prompt-len 64 --max-steps 3 --warmup-steps 1 --save-interval 1 --save-top-k 9 "
     "--reward-fn align.toy:reward --monitor train_rollouts/rewards"
 )
+SELF_REWARD = (
+    "--samples-per-prompt 2 --judgements 2 --temperature 0.8 --rollout-ahead 3 --max-new-tokens 38 "
+    "--global-batch-size 4 --max-seq-len 36 --steps-per-iteration 3 --iterations 1 --monitor train/loss "
+    "--max-steps 3 --warmup-steps 1 --save-interval 1 --save-top-k 9"
+)
+STREAM = "step_00000001"  # of the step with which sampling began
 
 
 def flip(path: Path) -> None:
@@ -114,6 +120,18 @@ DAMAGES |= {
     ("ppo", f"{LAST}/critic/__0_0.distcp", "flip"): (flip, "critic/__0_0.distcp has other bytes"),
     ("ppo", f"{LAST}/critic/common.pt", "delete"): (delete, "critic/common.pt is missing"),
     ("ppo", "samples.jsonl", "torn"): (line('{"step": 1, "tab'), "samples.jsonl:1: not valid JSON"),
+    ("self_reward", f"{LAST}/reference", "of_step_1"): (of_step_1, "reference/"),
+    ("self_reward", f"{LAST}/reference/__0_0.distcp", "flip"): (flip, "reference/__0_0.distcp has other"),
+    ("self_reward", f"{LAST}/reference/.metadata", "delete"): (delete, "reference/.metadata is missing"),
+}
+DAMAGES |= {
+    ("self_reward", f"{LAST}/judgements.json", kind.__name__): (kind, "judgements.json")
+    for kind in (flip, truncate, empty, delete)
+}
+DAMAGES |= {  # sampled for the third step as well
+    ("self_reward", f"rollouts/{STREAM}_{part}.safetensors", kind.__name__): (kind, f"{STREAM}_{part}")
+    for part in ("generate", "judge")
+    for kind in (flip, zeros, truncate, empty)
 }
 
 
@@ -126,7 +144,7 @@ def attempt(folder: Path, commands: list[list[object]]) -> list[str | None]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[object]]]:
+def runs(toy_judge: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[object]]]:
     """A folder with a run of each script after two of three steps, and the commands without --output."""
     folder = tmp_path_factory.mktemp("damage")
     rows = write_rows(folder / "rows.jsonl", chats(8, seed=0))
@@ -137,9 +155,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "sft": ["train_sft.py", "--train-data", rows, *COMMON.split()],
         "dpo": ["train_dpo.py", "--train-data", pairs, *COMMON.split()],
         "ppo": ["train_ppo.py", "--train-data", prompts, *RL.split()],
+        "self_reward": ["train_self_reward.py", *SELF_REWARD.split()],
     }
+    judge = {"--model": "hf", "--train-data": "data/train.jsonl", "--judge-template": "data/judge.txt"}
+    commands["self_reward"] += [word for flag, path in judge.items() for word in (flag, toy_judge / path)]
+    first = [*commands["self_reward"], "--output", folder / "self_reward", "--max-time", "00:00:00"]
+    assert attempt(folder, [first]) == [None]
+    rollouts = shutil.copytree(folder / "self_reward/rollouts", folder / "rollouts")
     made = [[*words, "--output", folder / name] for name, words in commands.items()]
-    assert attempt(folder, made) == [None] * 3
+    assert attempt(folder, made) == [None] * 4
+    shutil.copytree(rollouts, folder / "self_reward/rollouts", dirs_exist_ok=True)
     for name in commands:  # back to step 2
         shutil.rmtree(folder / name / "checkpoints/step_00000003")
         shutil.rmtree(folder / name / "hf")

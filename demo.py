@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from align import console
 from align.judge import Judged, parse_score
 from align.prompts import fill
 from align.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
@@ -40,6 +41,7 @@ PAIRS = f"--train-data {DATA}/train_comparisons.jsonl --val-data {DATA}/val_comp
 
 
 def main() -> None:
+    console.adapt()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     command(sys.executable, "prepare_data.py", "toy", "--output", DATA)
     seconds = {
@@ -83,7 +85,9 @@ def main() -> None:
     }
 
     val = DATA / "val.jsonl"
-    prompts = [json.loads(line)["messages"][0]["content"] for line in val.read_text().splitlines()]
+    prompts = [
+        json.loads(line)["messages"][0]["content"] for line in val.read_text(encoding="utf-8").splitlines()
+    ]
     stages = ("sft", "dpo", "rs", "ppo", "grpo", "self_reward")
     answers = {stage: generate(OUTPUT / stage, val, OUTPUT / stage / "answers.jsonl", 1) for stage in stages}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
@@ -125,7 +129,9 @@ def first_and_last(directory: Path) -> str:
 
 def curve(directory: Path, metric: str) -> list[float]:
     """All values of a metric of a run."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [row[metric] for row in rows if metric in row]
 
 
@@ -136,7 +142,9 @@ def judge(directory: Path, questions: list[str], answers: list[str]) -> float:
         for question, answer in zip(questions, answers, strict=True)
     ]
     path = directory / "to_judge.jsonl"
-    path.write_text("".join(json.dumps({"messages": [question_of(text)]}) + "\n" for text in asked))
+    path.write_text(
+        "".join(json.dumps({"messages": [question_of(text)]}) + "\n" for text in asked), encoding="utf-8"
+    )
     said = generate(directory, path, directory / "judgements.jsonl", 3)
     judged = [Judged(tuple(parse_score(text, 0, MAX_SCORE) for text in texts)) for texts in said]
     true = [toy_score(question, answer) for question, answer in zip(questions, answers, strict=True)]
@@ -155,7 +163,7 @@ def generate(directory: Path, prompts: Path, output: Path, number: int) -> list:
         *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "64"),
         *("--samples-per-prompt", number, "--input", prompts, "--output", output),
     )
-    return [json.loads(line)["response"] for line in output.read_text().splitlines()]
+    return [json.loads(line)["response"] for line in output.read_text(encoding="utf-8").splitlines()]
 
 
 def score(prompts: list[str], answers: list[str]) -> list[float]:

@@ -23,11 +23,11 @@ from align import (
     architecture,
     checkpoint,
     checkpoint_files,
+    console,
     data,
     huggingface,
     launch,
     marker_chat,
-    metrics,
     model,
     packing,
     parallel,
@@ -41,6 +41,7 @@ from align.errors import UserError
 from align.generate import Generator, RolloutConfig, Sample, check_prompt
 from align.generate import check as check_rollout
 from align.model import ModelConfig
+from align.output import check_file, write_atomically
 from align.packing import Example
 from align.parallel import ParallelConfig
 from align.prompts import Prompt, PromptFormat
@@ -117,6 +118,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    console.adapt()
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
     model.check(arch, config.model, config.parallel)
@@ -161,7 +163,7 @@ def main(config: Config) -> None:
 def say(text: str) -> None:
     """A line for people, on rank 0's stderr: stdout is for answers."""
     if parallel.is_main():
-        print(text, file=sys.stderr, flush=True)
+        console.write(text, to="stderr")
 
 
 # ---- where the model is --------------------------------------------------------------------------
@@ -274,7 +276,7 @@ def ask(generator: Generator, ids: np.ndarray, stream: int, samples: int = 1) ->
     shown, start = Shown(generator.tokenizer, held), time.perf_counter()
 
     def show(prompt: int, number: int, token: int) -> None:
-        print(shown.add(token), end="", flush=True)
+        tell(shown.add(token), end="")
 
     streams = samples == 1 and generator.replicas == 1 and parallel.is_main()
     [found] = generator.generate([ids], [(stream,)], samples, show if streams else None)
@@ -287,10 +289,10 @@ def ask(generator: Generator, ids: np.ndarray, stream: int, samples: int = 1) ->
     return found
 
 
-def tell(text: str) -> None:
-    """The end of a line on rank 0's stdout."""
-    if parallel.is_main():
-        print(text, flush=True)
+def tell(text: str, end: str = "\n") -> None:
+    """Print a part of an answer on rank 0's stdout. Raises UserError if the answer is lost."""
+    if parallel.is_main() and (error := console.write(text, end)):
+        raise UserError(f"the answer cannot be printed: {error}; --input and --output write to a file")
 
 
 def pace(samples: list[Sample], seconds: float) -> str:
@@ -348,16 +350,15 @@ def answer_file(generator: Generator, found: list[Prompt], output: Path, samples
             )
             lines.append(json.dumps(prompt.row | given, ensure_ascii=False) + "\n")
         # half of a surrogate pair in a row has no UTF-8 form; its backslash escape is valid JSON
-        metrics.write_atomically(output, "".join(lines).encode("utf-8", "backslashreplace").decode())
+        write_atomically(output, "".join(lines).encode("utf-8", "backslashreplace").decode())
     say(f"the answers are in {output}")
 
 
 def prepare_output(output: Path, source: Path) -> None:
     """Find out before the work whether --output can be written. Collective."""
-    if output.is_dir():
-        raise UserError(f"--output {output} is a directory: give a file")
-    if output.exists() and output.samefile(source):
-        raise UserError(f"--output {output} is --input: give another file")
+    check_file(output, source)
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {output} is no regular file, and a file takes its place: give another")
     parallel.on_main(lambda: output.parent.mkdir(parents=True, exist_ok=True))
 
 
@@ -413,7 +414,7 @@ def read_line() -> str:
     lines = []
     reader = threading.Thread(target=lambda: lines.append(sys.stdin.buffer.readline()), daemon=True)
     if parallel.is_main():
-        print("> ", end="", file=sys.stderr, flush=True)
+        console.write("> ", end="", to="stderr")
         reader.start()
     while not (line := parallel.on_main(lambda: reader.join(POLL_S) or lines)):
         pass

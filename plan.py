@@ -26,7 +26,7 @@ from typing import Literal
 
 import tyro
 
-from align import architecture, memory, model, packing, parallel, prompts
+from align import architecture, console, memory, model, packing, parallel, prompts
 from align.architecture import Architecture
 from align.errors import UserError, one_line
 from align.generate import RolloutConfig, check_rollout_tp
@@ -456,7 +456,7 @@ def process_bytes() -> float:
     """
     if sys.platform != "linux":
         return 0.5e9 + FIRST_STEP  # as on Linux
-    known = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    known = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return int(known[1]) * 1024.0 + FIRST_STEP
 
 
@@ -559,6 +559,7 @@ def cpu_verdict(
 
 def main(arguments: Sequence[str]) -> None:
     """Raises SystemExit with what is wrong."""
+    console.adapt()
     with one_line():
         if not arguments or arguments[0] in ("-h", "--help"):
             tyro.cli(Cluster, args=["--help"], description=__doc__)

@@ -24,10 +24,12 @@ from typing import Literal, get_args
 
 import tyro
 
+from align import console
 from align.data import at, read_jsonl, text_field
 from align.download import fetch
 from align.errors import UserError, one_line
 from align.marker_chat import answering, check_conversation
+from align.output import check_file
 from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
 from align.rows import sft_row
 from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
@@ -53,6 +55,7 @@ HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 
 def main() -> None:
     """Run the subcommand named on the command line."""
+    console.adapt()
     commands = {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "judge": judge, "toy": toy}
     with one_line():
         tyro.extras.subcommand_cli_from_dict(commands)
@@ -92,6 +95,7 @@ def dolly(
         download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
     """
     raw = raw_file("databricks-dolly-15k.jsonl", input, download, download_dir)
+    check_files([output / "train.jsonl", output / "val.jsonl"], raw)
     rng = random.Random(seed)
     rows = [at(where, dolly_row, row, rng) for where, row in read_jsonl(raw)]
     rng.shuffle(rows)
@@ -129,6 +133,7 @@ def oasst(
         download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
     """
     raw = raw_file("2023-04-12_oasst_all.trees.jsonl.gz", input, download, download_dir)
+    check_files([output / "train.jsonl", output / "val.jsonl"], raw)
     trees = [at(where, oasst_rows, row) for where, row in read_jsonl(raw)]
     random.Random(seed).shuffle(trees)
     train, val = split(trees, val_fraction)
@@ -203,6 +208,7 @@ def gsm8k(
     if download:
         raw = [fetch(f"gsm8k_{part}.jsonl", download_dir or RAW) for part in ("train", "test")]
         files = list(zip(raw, (output / "train.jsonl", output / "test.jsonl"), strict=True))
+    check_files([path for _, path in files], *(source for source, _ in files))
     for source, path in files:
         rows = [at(where, gsm8k_row, row, instruction) for where, row in read_jsonl(source)[:limit]]
         write_jsonl(path, rows)
@@ -258,6 +264,8 @@ def hh(
         raw = download_dir or RAW
         input = tuple(fetch(f"{name}_train.jsonl.gz", raw) for name in names)
         test_input = tuple(fetch(f"{name}_test.jsonl.gz", raw, "--test-input") for name in names)
+    parts = [f"{part}_{kind}.jsonl" for part in ("train", "test") for kind in ("comparisons", "prompts")]
+    check_files([output / name for name in parts], *input, *test_input)
     pairs = hh_pairs(input)
     if test_input:
         test = hh_pairs(test_input)
@@ -269,7 +277,7 @@ def hh(
         test = [pair for pair in pairs if hh_opening(pair) in openings]
     train = [pair for pair in pairs if hh_opening(pair) not in openings]
     if test_input:
-        print(f"dropped from --input: {len(pairs) - len(train)} that open like a row of --test-input")
+        console.write(f"dropped from --input: {len(pairs) - len(train)} that open like a row of --test-input")
     if not train or not test:
         raise UserError(f"{output}: {len(train)} pairs to train on and {len(test)} to test: both need some")
     for name, part in (("train", train), ("test", test)):
@@ -289,7 +297,7 @@ def hh_pairs(paths: tuple[Path, ...]) -> list[tuple[list[dict], list[dict]]]:
         if flaw is None:
             pairs.append((chosen, rejected))
     dropped = ", ".join(f"{count} {flaw}" for flaw, count in flaws.items() if flaw) or "none"
-    print(f"{', '.join(map(str, paths))}: {flaws.total()} pairs, dropped: {dropped}")
+    console.write(f"{', '.join(map(str, paths))}: {flaws.total()} pairs, dropped: {dropped}")
     return pairs
 
 
@@ -358,6 +366,7 @@ def judge(
         limit: only so many rows, from the start of the file
         seed: of which answer to which row is judged
     """
+    check_files([output], input, judge_template)
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
     rows = []
     for where, row in read_jsonl(input)[:limit]:
@@ -478,13 +487,19 @@ def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str
     write_jsonl(directory / f"val{suffix}.jsonl", val)
 
 
+def check_files(paths: list[Path], *sources: Path) -> None:
+    """Refuse to write one of the `paths` over a file that is read."""
+    for path in paths:
+        check_file(path, *sources)
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Write one object a line and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"{path}: {len(rows)} rows")
+    console.write(f"{path}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

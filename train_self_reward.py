@@ -219,7 +219,7 @@ def state_of(path: Path) -> dict:
     """What a checkpoint knows besides its models. Raises ValueError if it is none of this script's."""
     if not (path / "judgements.json").is_file():
         raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
-    return json.loads((path / "judgements.json").read_text())
+    return json.loads((path / "judgements.json").read_text(encoding="utf-8"))
 
 
 def check_same(before: dict[str, int], now: dict[str, int]) -> None:
@@ -503,7 +503,7 @@ def main(config: Config) -> None:
                     checkpoint.write_weights(path / "reference", policy.module)
                 if parallel.is_main():
                     state = {"flags": layout_of_steps, **self_judge.buffer_record(buffer)}
-                    (path / "judgements.json").write_text(json.dumps(state))
+                    (path / "judgements.json").write_text(json.dumps(state), encoding="utf-8")
             if parallel.is_main():
                 rollouts.discard(folder, config.rollout_start(done, iteration_steps) + 1)
         if reason:

@@ -120,7 +120,9 @@ class TrainedFormat:
 
     def save(self, directory: Path) -> None:
         """Write prompt_format.json."""
-        (directory / "prompt_format.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+        (directory / "prompt_format.json").write_text(
+            json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def adopt(

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from align import console
 from align.errors import UserError
 
 ATTEMPTS = 5  # connections of one file in one run
@@ -93,11 +94,11 @@ def fetch(name: str, directory: Path, flag: str = "--input") -> Path:
     path = directory / name
     if path.exists():
         advice = f"remove it to download it again, or give it as {flag} {path}"
-        print(f"{path}: already there, {check(path, expected, str(path), advice)}")
+        console.write(f"{path}: already there, {check(path, expected, str(path), advice)}")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         checked = fetch_new(url, expected, path, flag)
-        print(f"{path}: downloaded {megabytes(path)}, {checked}")
+        console.write(f"{path}: downloaded {megabytes(path)}, {checked}")
     return path
 
 
@@ -179,9 +180,9 @@ def read(response: http.client.HTTPResponse) -> bytes | None:
 
 def show(part: Path, done: int, total: int | None, end: str = "") -> None:
     """Rewrite the progress line, if the error stream is a terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         of_total = f" of {total / 1e6:.1f}" if total else ""
-        print(f"\r{part.stem}: {done / 1e6:.1f}{of_total} MB", end=end, file=sys.stderr, flush=True)
+        console.write(f"\r{part.stem}: {done / 1e6:.1f}{of_total} MB", end, to="stderr")
 
 
 def megabytes(path: Path) -> str:

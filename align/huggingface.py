@@ -444,12 +444,14 @@ def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:
         "metadata": {"total_size": sum(size for _, size in written.values())},
         "weight_map": {name: names[file] for name, (file, _) in sorted(written.items())},
     }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
     """config.json for these files, and what else of generation and prompt formats the first model had."""
-    config = json.loads((Path(start_from) / "config.json").read_text())
+    config = json.loads((Path(start_from) / "config.json").read_text(encoding="utf-8"))
     precision = str(model.config.params_dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = precision
     if config.get("tie_word_embeddings") and not model.arch.tied_embeddings:
@@ -462,7 +464,7 @@ def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
             "num_labels": 1,
         }
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in ("generation_config.json", "prompt_format.json"):
         if (Path(start_from) / name).is_file():
             shutil.copyfile(Path(start_from) / name, directory / name)

@@ -21,8 +21,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from align import console
 from align.config_fields import read_object
 from align.errors import UserError
+from align.output import check_run, write_atomically
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
     "train/loss": ("loss", "7.4f"),
@@ -78,10 +80,11 @@ class Run:
         self.wandb_run = None
         self.bar = ""  # what a terminal shows in its last line
         self.first_log: tuple[int, float] | None = None  # step and time, from which on the ETA counts
-        if config.output.exists() and not config.output.is_dir():
-            raise UserError(f"--output {config.output} is a file: give a directory")
+        console.adapt()
+        flags = flatten(flags)
+        check_run(config.output, flags, Path(script))
         if main:
-            self._write_config(flatten(flags), Path(script))
+            self._write_config(flags, Path(script))
 
     def _write_config(self, flags: dict, script: Path) -> None:
         """Leave flags, versions, commit and the script in the directory; log the flags that changed."""
@@ -152,12 +155,21 @@ class Run:
         """A line for people: on the console, and with the time of day in log.txt."""
         if not self.main:
             return
-        with open(self.config.output / "log.txt", "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{text}\n{self.bar}", end="", flush=True)  # above the bar, which is drawn again
+        self._write_log(text)
+        if console.is_terminal():
+            self._print(f"\r\x1b[K{text}\n{self.bar}", end="")  # above the bar, which is drawn again
         else:
-            print(text, flush=True)
+            self._print(text)
+
+    def _write_log(self, text: str) -> None:
+        log = self.config.output / "log.txt"
+        with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:  # as `append`
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """Print on the console; when it is gone, log that once and go on."""
+        if error := console.write(text, end):
+            self._write_log(f"the console is gone ({error}): this log goes on")
 
     def close(self, plots: bool = True) -> None:
         """End the record: draw the curves, tell wandb that the run is complete."""
@@ -165,7 +177,7 @@ class Run:
             return
         if self.bar:
             self.bar = ""
-            print(flush=True)
+            self._print("")
         if plots:
             # Imported here, because matplotlib is slow to import and one rank needs it once.
             from align.plots import draw
@@ -178,16 +190,16 @@ class Run:
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         """A terminal gets a bar that is redrawn, and a lasting line for each validation; a file all lines."""
         line = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {columns(metrics)}"
-        if not sys.stdout.isatty():
-            print(line, flush=True)
+        if not console.is_terminal():
+            self._print(line)
             return
         if any(name.startswith(("val/", "val_")) for name in metrics):
-            print(f"\r\x1b[K{line}", flush=True)
+            self._print(f"\r\x1b[K{line}")
         done = min(1.0, step / max(1, self.total_steps))
         blocks = ("█" * round(BAR_WIDTH * done)).ljust(BAR_WIDTH, "░")
         bar = f"{blocks} {line}  ETA {self._eta(step)}"
         self.bar = bar[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be redrawn
-        print(f"\r\x1b[K{self.bar}", end="", flush=True)
+        self._print(f"\r\x1b[K{self.bar}", end="")
 
     def _eta(self, step: int) -> str:
         """Time left, H:MM:SS, if steps go on as fast as since this process logged its first."""
@@ -290,7 +302,9 @@ def git(folder: Path, *command: str) -> str | None:
     """Output of a git command in `folder`, None where there is no git or no repository."""
     if shutil.which("git") is None:
         return None
-    result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True)
+    result = subprocess.run(
+        ["git", "-C", str(folder), *command], capture_output=True, text=True, errors="replace"
+    )
     return result.stdout.strip() if result.returncode == 0 else None
 
 
@@ -304,10 +318,10 @@ def start_wandb(config: RunConfig, fresh: bool):
     return wandb.init(
         project=config.wandb_project,
         name=config.wandb_name,
-        id=path.read_text().strip(),
+        id=path.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=config.output,
-        config=json.loads((config.output / "config.json").read_text()),
+        config=json.loads((config.output / "config.json").read_text(encoding="utf-8")),
     )
 
 
@@ -360,10 +374,3 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return middle - half, middle + half
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -343,7 +343,7 @@ def start_peak() -> bool:
         torch.cuda.reset_peak_memory_stats()
         return True
     if os.access(CLEAR_REFS, os.W_OK):
-        CLEAR_REFS.write_text("5")  # from the kernel's Documentation/filesystems/proc.rst
+        CLEAR_REFS.write_text("5", encoding="utf-8")  # from the kernel's Documentation/filesystems/proc.rst
         return True
     return False
 
@@ -352,4 +352,6 @@ def peak_bytes() -> int:
     """Since then: on a GPU of tensors, on a CPU the resident memory of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return (
+        int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024
+    )

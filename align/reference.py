@@ -145,12 +145,12 @@ def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
         return
     path, now = output / "reference.txt", weights_id(directory)
     continues = config.resume and checkpoint.newest(output / "checkpoints") is not None
-    if continues and path.is_file() and path.read_text().strip() != now:
+    if continues and path.is_file() and path.read_text(encoding="utf-8").strip() != now:
         raise UserError(
             f"--model {directory} is not the model that this run began with, which is its reference: give "
             "that one, or another --output, or --no-resume"
         )
-    path.write_text(now + "\n")
+    path.write_text(now + "\n", encoding="utf-8")
 
 
 def attach_kl(

@@ -311,7 +311,7 @@ class Base:
         """
         if self.chat_template and (self.chat or self.variables):
             template = chat_template.with_defaults(self.chat_template, self.variables)
-            (directory / "chat_template.jinja").write_text(template)
+            (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         if not self.chat:
             return
         path = directory / "generation_config.json"
@@ -320,7 +320,7 @@ class Base:
         config["eos_token_id"] = sorted(stops | self.stop_ids, key=lambda i: (i != self.eos_id, i))
         if self.stop_strings:
             config["stop_strings"] = list(self.stop_strings)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class HuggingFaceTokenizer(Base):
@@ -546,7 +546,9 @@ class SentencePieceTokenizer(Base):
         }
         if self.bos_id is not None:
             config["bos_token"] = self.sp.id_to_piece(self.bos_id)
-        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (Path(directory) / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
         self.save_chat(Path(directory))
 
 

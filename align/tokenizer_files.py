@@ -89,9 +89,11 @@ def save_pad_token(directory: Path) -> None:
     spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *special) if i not in {None, *ends}]
     pad_id = spare[0] if spare else None
     config = read_object(directory / "config.json") | {"pad_token_id": pad_id}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).is_file():
             fields = read_object(directory / name)
             fields["pad_token"] = None if pad_id is None else hf.convert_ids_to_tokens(pad_id)
-            (directory / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+            (directory / name).write_text(
+                json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )

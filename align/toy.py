@@ -25,6 +25,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from align.errors import UserError
+from align.output import write_own
 from align.prompts import fill
 
 LETTERS = "abcdefghij"
@@ -68,7 +69,7 @@ def write_templates(directory: Path) -> tuple[Path, Path]:
     """Write judge.txt and meta_judge.txt, and return their paths."""
     paths = directory / "judge.txt", directory / "meta_judge.txt"
     for path, template in zip(paths, (JUDGE_TEMPLATE, META_TEMPLATE), strict=True):
-        path.write_text(template)
+        write_own(path, template)
     return paths
 
 
@@ -76,10 +77,9 @@ def write_parts(
     directory: Path, suffix: str, parts: tuple[list[dict], list[dict]]
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Write train{suffix}.jsonl and val{suffix}.jsonl, and return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
     paths = directory / f"train{suffix}.jsonl", directory / f"val{suffix}.jsonl"
     for path, rows in zip(paths, parts, strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_own(path, "".join(json.dumps(row) + "\n" for row in rows))
     return paths[:1], paths[1:]
 
 

@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
     {
+        "console",
         "errors",
+        "output",
         "losses",
         "losses_rl",
         "jsonl",

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from align import (
     architecture,
     checkpoint_files,
+    console,
     data,
     huggingface,
     marker_chat,
@@ -49,6 +50,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 def main() -> None:
     """Run the subcommand named on the command line; a mistake of the user's is one line."""
+    console.adapt()
     with one_line():
         tyro.extras.subcommand_cli_from_dict({"nemo": nemo, "export": export})
 
@@ -250,7 +252,7 @@ def escape(text: str) -> str:
 
 
 def write_json(path: Path, fields: dict) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- export ----------------------------------------------------------------------------------------

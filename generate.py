@@ -118,7 +118,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    console.adapt()
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
     model.check(arch, config.model, config.parallel)

@@ -225,7 +225,7 @@ def main(config: Config) -> None:
         val_batches, sample = micro_batches("val", range(len(pairs["val"]))), micro_batches("val", [0])
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, policy, optimizer)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())

@@ -407,7 +407,7 @@ def main(config: Config) -> None:
     # ---- resume ----------------------------------------------------------------------------------
     others = {name: pair for name, pair in trained.items() if name != "policy"}
     first_step, latest = checkpoint.resume(
-        *(config.run.output, resumed.checkpoint, policy, optimizer, others),
+        *(resumed.checkpoint, policy, optimizer, others),
         during=lambda name: phase("load", **{name: "all"}),
     )
     run.resume_at(first_step)

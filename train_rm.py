@@ -224,7 +224,7 @@ def main(config: Config) -> None:
         }
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, scorer, optimizer)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, scorer, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())

@@ -181,7 +181,7 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     clock = Clock()
-    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, policy, optimizer)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())

@@ -400,7 +400,7 @@ def main(config: Config) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     with phase("load", policy="all"):
-        first_step, latest = checkpoint.resume(config.run.output, path, policy, optimizer)
+        first_step, latest = checkpoint.resume(path, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())

@@ -98,7 +98,7 @@ def main(config: Config) -> None:
     val_batches = micro_batches(val) if val else []
 
     # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(config.run.output, resumed.checkpoint, policy, optimizer)
+    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
     run.resume_at(first_step)
     if first_step:
         run.say(resumed.describe())

@@ -35,6 +35,7 @@ from torch import nn
 from align import checkpoint_files, optim, parallel, watchdog
 from align.config_fields import read_object
 from align.errors import UserError
+from align.output import complete_checkpoints, delete_checkpoint
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,15 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 
 
 def resume(
-    output: Path,
     path: Path | None,
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
     during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
 ) -> tuple[int, dict[str, float]]:
-    """Continue from a checkpoint, or start at step 0 without one; delete those after it. Collective.
-
-    Nothing is deleted before everything is loaded: a run that is refused leaves OUTPUT as it was.
+    """Continue from a checkpoint, or start at step 0 without one. Collective.
 
     Args:
-        output: the run directory.
-        path: a checkpoint of it, or None.
         others: more models in training, by the names of their folders in the checkpoint.
         during: makes what surrounds the loading of one of them, or of the first, whose name is "policy".
 
@@ -106,22 +102,17 @@ def resume(
     Raises:
         ValueError: the checkpoint does not hold one of the others.
     """
-    step, metrics = 0, {}
-    if path is not None:
-        state = read_state(path)
-        same_layout, metrics = state["layout"] == parallel.layout_sizes(), state["metrics"]
-        for name, other in others.items():
-            if not (path / name).is_dir():
-                raise UserError(f"{path} holds no {name}: give the flags of that run, or --no-resume")
-            with during(name):
-                load(path / name, *other, same_layout)
-        with during("policy"):
-            step = load(path, model, optimizer, same_layout)
-    if parallel.is_main():
-        for later in complete(output / "checkpoints"):
-            if path is None or later.name > path.name:
-                delete(later)
-    return step, metrics
+    if path is None:
+        return 0, {}
+    state = read_state(path)
+    same_layout = state["layout"] == parallel.layout_sizes()
+    for name, other in others.items():
+        if not (path / name).is_dir():
+            raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
+        with during(name):
+            load(path / name, *other, same_layout)
+    with during("policy"):
+        return load(path, model, optimizer, same_layout), state["metrics"]
 
 
 def read_state(path: Path) -> dict:
@@ -134,7 +125,7 @@ def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
 
     Raises UserError if --resume-from is none of this run's.
     """
-    known = parallel.on_main(lambda: complete(output / "checkpoints"))
+    known = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
     if config.resume_from is None:
         return known[-1] if known and config.resume else None
     for path in known:
@@ -146,20 +137,10 @@ def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
     )
 
 
-def complete(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, oldest first."""
-    return sorted(path for path in directory.glob("step_????????") if path.is_dir())
-
-
 def newest(directory: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
-    found = complete(directory)
-    return found[-1] if found else None
-
-
-def delete(path: Path) -> None:
-    """Delete a checkpoint so that a kill leaves no half of it under its name; `save` clears what is left."""
-    shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+    paths = complete_checkpoints(directory)
+    return paths[-1] if paths else None
 
 
 def save(
@@ -371,7 +352,7 @@ def set_rng_state(state: dict) -> None:
 
 def prune(directory: Path, config: CheckpointConfig) -> None:
     """Delete all checkpoints but the newest and the best --save-top-k, of equals the oldest."""
-    states = {path: read_state(path) for path in complete(directory) if is_checkpoint(path)}
+    states = {path: read_state(path) for path in complete_checkpoints(directory) if is_checkpoint(path)}
     last = newest(directory)
     check_monitor(config, states[last]["metrics"])
     values = {
@@ -381,4 +362,4 @@ def prune(directory: Path, config: CheckpointConfig) -> None:
     }
     best = sorted(values, key=values.get, reverse="loss" not in config.metric)[: config.save_top_k]
     for path in set(states) - set(best) - {last}:
-        delete(path)
+        delete_checkpoint(path)

@@ -15,6 +15,7 @@ from align import checkpoint, checkpoint_files
 from align.errors import UserError
 from align.loop import CommonConfig
 from align.metrics import flatten
+from align.output import complete_checkpoints
 from align.packing import data_order, global_batch
 
 FREE = frozenset(
@@ -116,7 +117,7 @@ def verify(path: Path) -> None:
     try:
         checkpoint_files.verify(path)
     except ValueError as error:
-        earlier = [one for one in checkpoint.complete(path.parent) if one.name < path.name]
+        earlier = [other for other in complete_checkpoints(path.parent) if other.name < path.name]
         advice = f"--resume-from {earlier[-1]} goes on before it" if earlier else "no earlier one is left"
         raise UserError(f"{error}; {advice}") from error
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from align import parallel, watchdog
+from align import console, parallel, watchdog
 from align.errors import UserError
 
 C = TypeVar("C")
@@ -24,6 +24,7 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
     A user's mistake ends with one line on stderr and in log.txt and with status 2, whichever rank meets it;
     any other error with its traceback, status 1 and the name of the rank. No rank outlives another's failure.
     """
+    console.adapt()
     try:
         config = parse(config_class)
         with parallel.start(config.parallel) as store:

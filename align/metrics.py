@@ -24,7 +24,7 @@ from pathlib import Path
 from align import console
 from align.config_fields import read_object
 from align.errors import UserError
-from align.output import check_run, write_atomically
+from align.output import check_run, complete_checkpoints, delete_checkpoint, lock, write_atomically
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
     "train/loss": ("loss", "7.4f"),
@@ -80,39 +80,43 @@ class Run:
         self.wandb_run = None
         self.bar = ""  # what a terminal shows in its last line
         self.first_log: tuple[int, float] | None = None  # step and time, from which on the ETA counts
-        console.adapt()
-        flags = flatten(flags)
-        check_run(config.output, flags, Path(script))
+        self.flags = json.loads(json.dumps(flatten(flags), default=str))  # as they read back: paths are text
+        self.script, self.began = Path(script), datetime.date.today().isoformat()
+        check_run(config.output, flatten(flags), self.script)
         if main:
-            self._write_config(flags, Path(script))
+            self._open()
 
-    def _write_config(self, flags: dict, script: Path) -> None:
-        """Leave flags, versions, commit and the script in the directory; log the flags that changed."""
+    def _open(self) -> None:
+        """Lock the directory; leave the flags there if it is new, else log which have changed."""
         self.config.output.mkdir(parents=True, exist_ok=True)
-        path, today = self.config.output / "config.json", datetime.date.today().isoformat()
-        flags = json.loads(json.dumps(flags, default=str))  # as they read back: paths are text
-        if path.exists():
-            record = read_object(path)
-            before, today = record.get("flags", {}), record.get("began", today)
-            for name, value in flags.items():
-                if value != before.get(name):
-                    self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
-        record = {"flags": flags, "began": today, **environment(script)}
-        write_atomically(path, json.dumps(record, indent=2) + "\n")
-        shutil.copy(script, self.config.output)
+        self.lock = lock(self.config.output)
+        path = self.config.output / "config.json"
+        if not path.exists():
+            return self._write_config()
+        record = read_object(path)
+        before, self.began = record.get("flags", {}), record.get("began", self.began)
+        for name, value in self.flags.items():
+            if value != before.get(name):
+                self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
+
+    def _write_config(self) -> None:
+        """Leave flags, versions, commit and the script in the directory."""
+        record = {"flags": self.flags, "began": self.began, **environment(self.script)}
+        write_atomically(self.config.output / "config.json", json.dumps(record, indent=2) + "\n")
+        shutil.copy(self.script, self.config.output)
 
     def first_day(self) -> datetime.date:
         """The day on which the run began, which a resume keeps; on rank 0 alone."""
-        path = self.config.output / "config.json"
         try:
-            return datetime.date.fromisoformat(read_object(path)["began"])
+            return datetime.date.fromisoformat(self.began)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: began: {error}") from error
+            raise UserError(f"{self.config.output / 'config.json'}: began: {error}") from error
 
     def resume_at(self, step: int) -> None:
         """Continue the record after `step` finished steps; 0 starts a new one.
 
-        A killed run may have written beyond its last checkpoint. These steps are dropped: they come again.
+        A killed run may have written beyond its last checkpoint. These steps are dropped, and so are later
+        checkpoints: they come again.
         Raises ValueError if the record does not reach that step, or holds something else.
         """
         if not self.main:
@@ -124,6 +128,11 @@ class Run:
                     f"{self.config.output / name}: it must reach step {step}, after which the run continues, "
                     f"and ends at step {last}: restore the file, or start over with --no-resume"
                 )
+        # Not before: a run that is refused changes nothing.
+        for path in complete_checkpoints(self.config.output / "checkpoints"):
+            if path.name > f"step_{step:08d}":
+                delete_checkpoint(path)
+        self._write_config()
         if self.config.wandb_project is not None:
             self.wandb_run = start_wandb(self.config, fresh=step == 0)
 
@@ -186,6 +195,7 @@ class Run:
                 self.say(f"curves: {path}")
         if self.wandb_run is not None:
             self.wandb_run.finish()
+        self.lock.close()
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         """A terminal gets a bar that is redrawn, and a lasting line for each validation; a file all lines."""

@@ -1,8 +1,12 @@
 """Checks of --output before anything is written, so that nothing of the user's is overwritten."""
 
+import fcntl
 import os
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from align.config_fields import read_object
 from align.errors import UserError
@@ -43,9 +47,46 @@ def check_run(output: Path, flags: dict, script: Path) -> None:
     if (output / "hf").is_symlink():
         raise UserError(f"--output {output}: hf in it is a link, which the export cannot replace: remove it")
     held = [path.name for name in (*WRITTEN, script.name) for path in output.glob(name)]
-    config = output / "config.json"  # looked for after the others: rank 0 may write it now, before them
-    if held and not (config.is_file() and "flags" in read_object(config)):
+    if held and not is_run(output):  # in this order: rank 0 may write now, the flags first
         raise UserError(f"--output {output} holds {held[0]}, and no config.json of a run: give another")
+
+
+def lock(output: Path) -> IO[str]:
+    """Hold OUTPUT for this process until the file is closed, or until the process ends, in whatever way.
+
+    Raises UserError if another process holds it.
+    """
+    file = open(output / ".lock", "a+", encoding="utf-8")
+    file.seek(0)
+    own, holder = f"pid {os.getpid()} on {socket.gethostname()}", file.read()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if holder == own:  # an earlier run of this process, in a notebook
+            return file
+        raise UserError(f"--output {output} is in use by another run, {holder}: give another") from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(own)
+    file.flush()
+    return file
+
+
+def is_run(output: Path) -> bool:
+    """True if a run has left its flags there."""
+    config = output / "config.json"
+    return config.is_file() and "flags" in read_object(config)
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, oldest first."""
+    return sorted(path for path in directory.glob("step_????????") if path.is_dir())
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint so that a kill leaves no half of it under its name; the next save clears up."""
+    shutil.rmtree(path.rename(path.with_suffix(".tmp")))
 
 
 def inputs(flags: dict) -> Iterator[tuple[str, Path]]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from align import architecture, engine, hub, huggingface, model, offload, tokenizer
+from align import architecture, engine, hub, huggingface, model, offload, tokenizer, watchdog
 from align.errors import UserError
 from align.generate import Sample
 from align.model import ModelConfig, Scorer
@@ -335,6 +335,7 @@ class RewardFunction:
         places = [(i, k) for i, answers in enumerate(samples) for k in range(len(answers))]
         rewards = []
         for i, k in places[dist.get_rank() :: dist.get_world_size()]:
+            watchdog.tick(self.flag)
             prompt, response = prompts[i], samples[i][k].text(self.text, self.stop)
             row = copy.deepcopy(prompt.row)  # the function may change it
             seed(zlib.crc32(samples[i][k].ids.tobytes(), i * len(samples[i]) + k))

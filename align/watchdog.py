@@ -20,7 +20,9 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from align import console
 from align.errors import user_message
+from align.output import is_run
 
 INTERVAL_S = 1.0
 GRACE_S = 5.0  # for the rank at fault to end first: torchrun reports the first that ends
@@ -178,6 +180,8 @@ class Watchdog:
             if trace and is_communication(error):
                 line, trace = f"rank {self.rank} of {self.world} ended: {self.name(0)} is gone", ""
             say(line, trace, self.log)
+        if self.rank == 0 and self.world > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            time.sleep(GRACE_S)  # this rank serves the store, in which the others read what has failed
         self.leave(failure | {"line": line})
 
     def wait_for_cause(self) -> dict | None:
@@ -220,9 +224,9 @@ def outcome(error: BaseException, rank: str) -> tuple[str, int, str]:
 
 def say(line: str, trace: str, log: Path | None) -> None:
     """Print the last line of a run and its traceback, and add both to the log if there is one."""
-    print(line, trace, sep="\n" if trace else "", end="" if trace else "\n", file=sys.stderr, flush=True)
-    if log is not None and log.is_file():
-        with open(log, "a", encoding="utf-8") as file:
+    console.write(f"{line}\n{trace}", end="", to="stderr")
+    if log is not None and is_run(log.parent):
+        with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n{trace}")
 
 
@@ -230,7 +234,9 @@ def leave(status: int, reason: str) -> NoReturn:
     """End this process without waiting for its threads, its reason left where torchrun reads it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": reason, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": reason, "extraInfo": details}}))
+        Path(path).write_text(
+            json.dumps({"message": {"message": reason, "extraInfo": details}}), encoding="utf-8"
+        )
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or a full device
             stream.flush()

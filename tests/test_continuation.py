@@ -148,7 +148,9 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str | 
     made = {name: folder / "made" / name for name in ("sft", "dpo")}
     data = {"sft": "first", "dpo": "pairs"}
     first = {name: command(name, made[name], data[name], *STOP) for name in made}
-    first["whole"] = command("sft", folder / "whole", "first", "--save-interval", "1", "--save-top-k", "3")
+    first["whole"] = command(
+        "sft", folder / "whole", "first", *"--save-interval 1 --save-top-k 3 --monitor train/loss".split()
+    )
     errors, commands, outputs = attempt(first), {}, {"whole": folder / "whole"}
     assert set(errors.values()) == {None}
     for name, (of, script, rows_of, flags, _) in CHANGED.items():

@@ -72,12 +72,14 @@ def test_version_of_a_package_that_is_not_installed_is_none():
 def test_a_resumed_run_logs_each_flag_that_changed(tmp_path, capsys):
     start(tmp_path, {"lr": 2e-5, "global_batch_size": 8, "train_data": (Path("a"),), "seed": 1})
     assert capsys.readouterr().out == ""
-    start(tmp_path, {"lr": 1e-5, "global_batch_size": 16, "train_data": (Path("a"),), "seed": 1})
+    run = start(tmp_path, {"lr": 1e-5, "global_batch_size": 16, "train_data": (Path("a"),), "seed": 1})
     assert capsys.readouterr().out == "--lr 1e-05 (was 2e-05)\n--global-batch-size 16 (was 8)\n"
     log = (tmp_path / "log.txt").read_text().splitlines()
     assert [line[20:] for line in log] == ["--lr 1e-05 (was 2e-05)", "--global-batch-size 16 (was 8)"]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log)
-    assert json.loads((tmp_path / "config.json").read_text())["flags"]["lr"] == 1e-5
+    for lr in (2e-5, 1e-5):  # the new flags are written once the run has been accepted
+        assert json.loads((tmp_path / "config.json").read_text())["flags"]["lr"] == lr
+        run.resume_at(0)
 
 
 def test_output_that_is_a_file_is_refused_on_every_rank(tmp_path):

@@ -178,14 +178,16 @@ PREPARED = {  # command: its input, and the file that --output would put in its 
 
 
 @pytest.mark.parametrize("command", PREPARED)
-def test_prepare_data_keeps_its_input(command, tmp_path, monkeypatch):
+def test_prepare_data_keeps_its_input(command, tmp_path, monkeypatch, capsys):
     for name in {PREPARED[command], "a.jsonl"}:
         (tmp_path / name).write_text((json.dumps(ROW) + "\n") * 3)
     (tmp_path / "link").symlink_to("a.jsonl")
     before = files(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *command.replace("{}", str(tmp_path)).split()])
-    with pytest.raises(ValueError, match=f"--output .*{PREPARED[command]} is --input: give another file"):
+    with pytest.raises(SystemExit):
         prepare_data.main()
+    line = f"error: --output .*{PREPARED[command]} is --input: give another file\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
     assert files(tmp_path) == before
 
 
@@ -212,7 +214,9 @@ def test_generate_keeps_its_input(tmp_path, monkeypatch):
 RECORD = """
 import sys
 from pathlib import Path
+from align import console
 from align.metrics import Run, RunConfig
+console.adapt()
 run = Run(RunConfig(Path(sys.argv[1])), {}, "train_sft.py", True, 2)
 run.resume_at(0)
 run.say("an arrow \\u21b5")

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from align import checkpoint, toy
 from align.checkpoint import CheckpointConfig
+from align.output import complete_checkpoints
 from tests.conftest import ROOT, environment, fork_ranks
 from tests.test_ppo_invariance import CANCELS
 from tests.test_self_reward_invariance import close as close_to
@@ -187,7 +188,7 @@ def samples(output: Path) -> str | None:
 
 def kept(output: Path) -> list[str]:
     """Names of the checkpoints of a run."""
-    return [path.name for path in checkpoint.complete(output / "checkpoints")]
+    return [path.name for path in complete_checkpoints(output / "checkpoints")]
 
 
 def fingerprint(output: Path) -> dict[str, str]:

@@ -85,9 +85,7 @@ def main() -> None:
     }
 
     val = DATA / "val.jsonl"
-    prompts = [
-        json.loads(line)["messages"][0]["content"] for line in val.read_text(encoding="utf-8").splitlines()
-    ]
+    prompts = [json.loads(line)["messages"][0]["content"] for line in val.read_bytes().splitlines()]
     stages = ("sft", "dpo", "rs", "ppo", "grpo", "self_reward")
     answers = {stage: generate(OUTPUT / stage, val, OUTPUT / stage / "answers.jsonl", 1) for stage in stages}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
@@ -129,9 +127,7 @@ def first_and_last(directory: Path) -> str:
 
 def curve(directory: Path, metric: str) -> list[float]:
     """All values of a metric of a run."""
-    rows = [
-        json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_bytes().splitlines()]
     return [row[metric] for row in rows if metric in row]
 
 
@@ -163,7 +159,7 @@ def generate(directory: Path, prompts: Path, output: Path, number: int) -> list:
         *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "64"),
         *("--samples-per-prompt", number, "--input", prompts, "--output", output),
     )
-    return [json.loads(line)["response"] for line in output.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["response"] for line in output.read_bytes().splitlines()]
 
 
 def score(prompts: list[str], answers: list[str]) -> list[float]:

@@ -41,7 +41,7 @@ from align.errors import UserError
 from align.generate import Generator, RolloutConfig, Sample, check_prompt
 from align.generate import check as check_rollout
 from align.model import ModelConfig
-from align.output import check_file, write_atomically
+from align.output import check_files, write_atomically
 from align.packing import Example
 from align.parallel import ParallelConfig
 from align.prompts import Prompt, PromptFormat
@@ -355,7 +355,7 @@ def answer_file(generator: Generator, found: list[Prompt], output: Path, samples
 
 def prepare_output(output: Path, source: Path) -> None:
     """Find out before the work whether --output can be written. Collective."""
-    check_file(output, source)
+    check_files([output], source)
     if output.exists() and not output.is_file():
         raise UserError(f"--output {output} is no regular file, and a file takes its place: give another")
     parallel.on_main(lambda: output.parent.mkdir(parents=True, exist_ok=True))

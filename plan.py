@@ -456,7 +456,7 @@ def process_bytes() -> float:
     """
     if sys.platform != "linux":
         return 0.5e9 + FIRST_STEP  # as on Linux
-    known = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    known = re.search(rb"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_bytes())
     return int(known[1]) * 1024.0 + FIRST_STEP
 
 

@@ -29,7 +29,7 @@ from align.data import at, read_jsonl, text_field
 from align.download import fetch
 from align.errors import UserError, one_line
 from align.marker_chat import answering, check_conversation
-from align.output import check_file
+from align.output import check_files
 from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
 from align.rows import sft_row
 from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
@@ -485,12 +485,6 @@ def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str
         )
     write_jsonl(directory / f"train{suffix}.jsonl", train)
     write_jsonl(directory / f"val{suffix}.jsonl", val)
-
-
-def check_files(paths: list[Path], *sources: Path) -> None:
-    """Refuse to write one of the `paths` over a file that is read."""
-    for path in paths:
-        check_file(path, *sources)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -219,7 +219,7 @@ def state_of(path: Path) -> dict:
     """What a checkpoint knows besides its models. Raises ValueError if it is none of this script's."""
     if not (path / "judgements.json").is_file():
         raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
-    return json.loads((path / "judgements.json").read_text(encoding="utf-8"))
+    return json.loads((path / "judgements.json").read_bytes())
 
 
 def check_same(before: dict[str, int], now: dict[str, int]) -> None:

@@ -124,7 +124,7 @@ def out_of_time(signum: int, frame: object) -> None:
 
 def address_space() -> int:
     """Bytes of virtual memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
     return pages * resource.getpagesize()
 
 

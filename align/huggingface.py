@@ -451,7 +451,7 @@ def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:
 
 def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
     """config.json for these files, and what else of generation and prompt formats the first model had."""
-    config = json.loads((Path(start_from) / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((Path(start_from) / "config.json").read_bytes())
     precision = str(model.config.params_dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = precision
     if config.get("tie_word_embeddings") and not model.arch.tied_embeddings:

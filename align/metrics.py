@@ -331,7 +331,7 @@ def start_wandb(config: RunConfig, fresh: bool):
         id=path.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=config.output,
-        config=json.loads((config.output / "config.json").read_text(encoding="utf-8")),
+        config=read_object(config.output / "config.json"),
     )
 
 

@@ -352,6 +352,4 @@ def peak_bytes() -> int:
     """Since then: on a GPU of tensors, on a CPU the resident memory of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return (
-        int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024
-    )
+    return int(re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes())[1]) * 1024

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -98,13 +98,13 @@ def inputs(flags: dict) -> Iterator[tuple[str, Path]]:
                     yield f"--{name.replace('_', '-')}", Path(path)
 
 
-def check_file(path: Path, *sources: Path) -> None:
-    """Refuse a file that cannot be written, or that is one of the `sources`."""
-    check_path(path)
-    if path.is_dir():
-        raise UserError(f"--output {path} is a directory: give a file")
-    for source in sources:
-        if path.exists() and source.exists() and path.samefile(source):
+def check_files(paths: Iterable[Path], *sources: Path) -> None:
+    """Refuse files that cannot be written, or that are among the `sources`."""
+    for path in paths:
+        check_path(path)
+        if path.is_dir():
+            raise UserError(f"--output {path} is a directory: give a file")
+        if path.exists() and any(source.exists() and path.samefile(source) for source in sources):
             raise UserError(f"--output {path} is --input: give another file")
 
 

@@ -96,9 +96,7 @@ class RewardConfig:
                 "its validation, or what the reward model gives to responses of --model"
             )
         try:
-            mean, std = (
-                float(json.loads(path.read_text(encoding="utf-8"))[name]) for name in ("mean", "std")
-            )
+            mean, std = (float(json.loads(path.read_bytes())[name]) for name in ("mean", "std"))
             return replace(self, reward_standardise="off", reward_mean=mean, reward_std=std)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -213,7 +211,7 @@ def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str
     The score is read at the last token: after another one it is off the training distribution.
     """
     path = reward.reward_model and hub.local_model(reward.reward_model) / STATISTICS
-    ends = json.loads(path.read_text(encoding="utf-8")).get("ends") if path and path.is_file() else None
+    ends = json.loads(path.read_bytes()).get("ends") if path and path.is_file() else None
     if not ends:
         return
     strings = [text.encode(end, continued=True)[-1] for end in text.stop_strings]

@@ -63,7 +63,7 @@ def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: 
         raise UserError(f"{flag} samples in bf16 only: --precision {model_config.precision} is not offered")
     if parallel_config.deterministic:
         raise UserError(f"{flag} cannot promise the same tokens again: leave out --deterministic")
-    config = json.loads((model_config.path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((model_config.path / "config.json").read_bytes())
     if config.get("model_type") in UNKNOWN_FAMILIES:
         raise UserError(f"{flag} does not know the model_type {config['model_type']}: leave it out")
     if overlooked := PLAIN_ROPE & set(config.get("rope_parameters") or {}) - set(config):

@@ -248,7 +248,7 @@ def machine() -> str:
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
     if not boot.is_file():
         return socket.gethostname()
-    return f"{boot.read_text().strip()} {os.readlink(namespace)}"
+    return f"{boot.read_text(encoding='utf-8').strip()} {os.readlink(namespace)}"
 
 
 def is_alive(pid: int) -> bool:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import prepare_data
 from align import console, rewards, tokenizer, toy
 from align.generate import Sample
 from align.metrics import Run, RunConfig
-from align.output import check_file, write_own
+from align.output import check_files, write_own
 from align.prompts import Prompt
 from tests.conftest import ROOT, fork_ranks
 
@@ -206,7 +207,7 @@ def test_generate_keeps_its_input(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             generate.prepare_output(output, rows)
     generate.prepare_output(tmp_path / "new/answers.jsonl", Path("org/name"))
-    check_file(rows, Path("org/name"))  # --input may be a data set of the Hub
+    check_files([rows], Path("org/name"))  # --input may be a data set of the Hub
 
 
 # ---- the console ---------------------------------------------------------------------------------

@@ -585,6 +585,6 @@ def test_a_critic_cannot_join_later(folder):
     flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3 --resume-with-changes"
     done = fork_ranks(1, *command(folder, "grpo", flags), check=False)
     path = folder / "grpo" / "checkpoints" / f"step_{STEPS:08d}"
-    message = f"ValueError: {path} holds no critic: continue with the flags of that run, or --no-resume"
+    message = f"error: {path} holds no critic: continue with the flags of that run, or --no-resume"
     assert done.returncode != 0 and message in done.stderr
     assert len(metrics(folder, "grpo")) == STEPS

@@ -90,7 +90,7 @@ def read(path: Path, ignore: Collection[str] = ()) -> dict:
         ValueError: it cannot be read, or a field is unknown or means something that is not implemented.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(fields, dict):

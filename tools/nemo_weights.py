@@ -195,7 +195,7 @@ def from_distributed(folder: Path, fields: dict) -> Weights:
     path = folder / "metadata.json"
     if not path.is_file():
         raise UserError("model_weights/metadata.json is missing: the checkpoint in the archive is incomplete")
-    backend = json.loads(path.read_text(encoding="utf-8")).get("sharded_backend")
+    backend = json.loads(path.read_bytes()).get("sharded_backend")
     if backend == "torch_dist":
         shapes, read_one = torch_dist(folder)
     elif backend == "zarr":
@@ -268,9 +268,7 @@ def read_bytes(path: Path, offset: int, length: int) -> bytes:
 
 def zarr(folder: Path, fields: dict) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
     """Shapes of the tensors of a checkpoint in zarr's format, as Megatron wrote it, and how to read one."""
-    infos = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/.zarray")
-    }
+    infos = {path.parent.name: json.loads(path.read_bytes()) for path in folder.glob("*/.zarray")}
     for key, info in infos.items():
         packed = info.get("compressor") or info.get("filters") or info["order"] != "C"
         if packed or info["dtype"] not in ZARR_TYPES:

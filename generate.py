@@ -38,6 +38,7 @@ from align.architecture import Architecture
 from align.config_fields import read_object
 from align.data import FormatConfig, Tokenizer
 from align.errors import UserError
+from align.flags import SAMPLES, check_ranges, refuse_unused
 from align.generate import Generator, RolloutConfig, Sample, check_prompt
 from align.generate import check as check_rollout
 from align.model import ModelConfig
@@ -82,15 +83,17 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
+        check_ranges(self, samples_per_prompt=SAMPLES)
         self.check_task()
-        if self.samples_per_prompt < 1:
-            raise UserError(f"--samples-per-prompt {self.samples_per_prompt} must be at least 1")
-        if self.model.recompute != "none":
-            raise UserError(
-                f"--recompute {self.model.recompute} has no effect without training: leave it out"
-            )
-        if self.parallel.sequence_parallel:
-            raise UserError("--sequence-parallel has no effect without training: leave it out")
+        refuse_unused(self.model, ModelConfig, "recompute", "without training")
+        refuse_unused(self.parallel, ParallelConfig, "sequence_parallel", "without training")
+        if self.sampling.greedy:
+            refuse_unused(self, Config, "samples_per_prompt", "with --greedy, which has one response")
+        if self.raw:
+            names = "chat_template_kwargs template_date"
+            refuse_unused(self.text, TextConfig, names, "with --raw, which has no template")
+        if self.chat and self.add_bos is False:
+            refuse_unused(self, Config, "add_bos", "with --chat: BOS is the chat template's")
 
     def check_task(self) -> None:
         """Refuse anything but one task with the flags that belong to it."""
@@ -135,6 +138,8 @@ def main(config: Config) -> None:
     if config.prompt is not None:
         in_template = not text.chat_template or source.formats.get("rows") == "template"
         template = source.formats.get("prompt_template") if in_template else None
+        if config.add_bos is False and text.chat_template and not (template or config.raw):
+            raise UserError("--add-bos False has no effect through the chat template: leave it out")
         ids = encode_text(config.prompt, text, fmt, template, config.raw)
         if template and text.chat_template and not config.raw:
             say(f"--prompt goes through --prompt-template {template!r}, as training rows did")

@@ -10,7 +10,6 @@ task.
 """
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,8 @@ from align import (
     toy,
 )
 from align.errors import UserError
-from align.loop import CommonConfig, check_at_least
+from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
+from align.loop import CommonConfig
 from align.metrics import Clock, Run, RunConfig, speed, with_std
 from align.optim import OptimConfig
 from align.packing import Batch
@@ -85,26 +85,32 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_ranges(
+            self,
+            beta=SCALE,
+            sft_weight=COEFFICIENT,
+            label_smoothing=below(0, 0.5),
+            simpo_gamma=COEFFICIENT,
+            dpop_lambda=COEFFICIENT,
+            reward_scale=SCALE,
+            audit_start=BOUND,
+        )
         inputs = inspect.signature(getattr(losses, self.loss)).parameters
         for name in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
             used = "reward_gap" if name == "reward_scale" else name
-            if getattr(self, name) is not None and used not in inputs:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} has no effect with --loss {self.loss}: leave it out")
+            if used not in inputs:
+                refuse_unused(self, Config, name, f"with --loss {self.loss}")
         if self.loss in REFERENCE_FREE and (self.reference or self.average_logprobs is False):
             raise UserError(
                 f"--loss {self.loss} has no reference and is defined on log-probs per token: "
                 "leave out --reference and --average-logprobs"
             )
-        if self.loss in REFERENCE_FREE and self.audit_start is not None:
-            raise UserError(f"--audit-start has no effect: --loss {self.loss} has no reference")
+        if self.loss in REFERENCE_FREE:
+            refuse_unused(self, Config, "audit_start", f"with --loss {self.loss}, which has no reference")
+        if not self.sft_weight and (self.sft_weight is not None or self.loss != "orpo"):
+            refuse_unused(self, Config, "sft_average_logprobs", "without --sft-weight")
         if self.label_smoothing is not None:
             losses.check_label_smoothing(self.label_smoothing, zero_allowed=self.loss != "exo_pair")
-        if self.beta is not None and not 0 < self.beta < math.inf:
-            raise UserError(f"--beta {self.beta} must be above 0 and finite")
-        check_at_least(self, 0, "audit_start")
-        if not 0 <= min(self.sft_weight or 0, self.dpop_lambda or 0):
-            raise UserError("--sft-weight and --dpop-lambda must not be negative")
 
 
 def main(config: Config) -> None:

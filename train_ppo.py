@@ -17,7 +17,7 @@ with a mean over tokens and its KL where --kl-in says. REINFORCE with whitened r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -51,8 +51,21 @@ from align import (
 from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
 from align.errors import UserError
+from align.flags import (
+    BOUND,
+    COEFFICIENT,
+    COUNT,
+    COUNT_OR_0,
+    LEARNING_RATE,
+    REPEATS,
+    SAMPLES,
+    above,
+    check_ranges,
+    number,
+    refuse_unused,
+)
 from align.generate import RolloutConfig
-from align.loop import CommonConfig, LoopConfig, check_at_least
+from align.loop import CommonConfig, LoopConfig
 from align.metrics import Clock, Run, RunConfig, mean_of
 from align.offload import OffloadConfig
 from align.optim import OptimConfig
@@ -133,15 +146,25 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least(self, 1, "prompts_per_step", "samples_per_prompt", "ppo_epochs")
-        check_at_least(self, 0, "clip", "value_clip", "gamma", "gae_lambda", "kl_coef", "unended_penalty")
-        check_at_least(self, 0, "critic_lr", "critic_min_lr", "critic_warmup_steps", "audit_ratio")
-        for name in ("gamma", "gae_lambda"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be from 0 to 1")
-        for name in ("kl_target", "kl_horizon"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
+        check_ranges(
+            self,
+            prompts_per_step=COUNT,
+            samples_per_prompt=SAMPLES,
+            ppo_epochs=REPEATS,
+            clip=COEFFICIENT,
+            gamma=number(0, 1),
+            gae_lambda=number(0, 1),
+            entropy_coef=COEFFICIENT,
+            unended_penalty=COEFFICIENT,
+            kl_coef=COEFFICIENT,
+            kl_target=above(0, 1e6),
+            kl_horizon=above(0, 1e12),
+            critic_lr=LEARNING_RATE,
+            critic_min_lr=LEARNING_RATE,
+            critic_warmup_steps=COUNT_OR_0,
+            value_clip=COEFFICIENT,
+            audit_ratio=BOUND,
+        )
         answers, size = self.answers_per_step, self.batch.global_batch_size
         if answers % size:
             raise UserError(
@@ -168,22 +191,18 @@ class Config(CommonConfig):
     def check_used(self) -> None:
         """Refuse flags without effect beside others, and samplers whose log-probs training cannot say."""
         kind = f"--advantages {self.advantages}"
-        unused = {}  # flag: why
         if self.advantages != "gae":
             names = "gae_lambda critic critic_lr critic_min_lr critic_warmup_steps value_clip"
-            unused |= dict.fromkeys(names.split(), f"{kind} has no critic")
+            refuse_unused(self, Config, names, f"with {kind}, which has no critic")
         if self.advantages not in WHITENED:
-            unused |= dict.fromkeys(("gamma", "whiten_advantages"), f"{kind} takes whole answers")
+            why = f"with {kind}, which takes whole responses"
+            refuse_unused(self, Config, "gamma whiten_advantages", why)
         if self.kl_coef == 0:
-            unused |= dict.fromkeys(("kl", "kl_in", "kl_target"), "--kl-coef 0 means no reference")
+            refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
         if self.kl_target is None:
-            unused["kl_horizon"] = "there is no --kl-target"
+            refuse_unused(self, Config, "kl_horizon", "without --kl-target")
         if self.unended != "penalise":
-            unused["unended_penalty"] = f"it is about --unended penalise, not {self.unended}"
-        default = {field.name: field.default for field in fields(self)}
-        for name, why in unused.items():
-            if getattr(self, name) != default[name]:
-                raise UserError(f"--{name.replace('_', '-')} has no effect: {why}")
+            refuse_unused(self, Config, "unended_penalty", f"with --unended {self.unended}")
         for name in ("top_k", "top_p", "min_p", "repetition_penalty", "greedy"):
             if getattr(self.sampling, name) != getattr(SamplingConfig, name):
                 raise UserError(

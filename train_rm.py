@@ -11,7 +11,6 @@ rejection sampling, are in reward_statistics.json there. Without arguments the b
 toy task.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +40,7 @@ from align import (
     toy,
 )
 from align.errors import UserError
+from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
 from align.loop import CommonConfig
 from align.metrics import Clock, Run, RunConfig, speed, wilson_interval, with_std
 from align.optim import OptimConfig
@@ -72,21 +72,21 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss == "ranking" and (self.num_attributes != 1 or self.attribute_weights):
-            raise UserError("--num-attributes and --attribute-weights have no effect with --loss ranking")
-        if not 0 <= self.center_rewards_coef < math.inf:
-            raise UserError(
-                f"--center-rewards-coef {self.center_rewards_coef} must be 0 or above, and finite"
-            )
-        if self.loss == "regression" and self.center_rewards_coef:
-            raise UserError("--center-rewards-coef has no effect with --loss regression, whose labels say it")
-        if self.num_attributes < 1:
-            raise UserError(f"--num-attributes {self.num_attributes} must be at least 1")
+        check_ranges(
+            self,
+            center_rewards_coef=COEFFICIENT,
+            num_attributes=whole(1, 10**4),
+            attribute_weights=SCORE,
+        )
+        unused = {"ranking": "num_attributes attribute_weights", "regression": "center_rewards_coef"}
+        refuse_unused(self, Config, unused[self.loss], f"with --loss {self.loss}")
         if self.attribute_weights and len(self.attribute_weights) != self.num_attributes:
             raise UserError(
                 f"--attribute-weights has {len(self.attribute_weights)} numbers for --num-attributes "
                 f"{self.num_attributes}"
             )
+        if self.attribute_weights and not any(self.attribute_weights):
+            raise UserError("--attribute-weights 0: one weight must be other than 0, else all scores are 0")
         if self.loss == "regression" and not self.train_data:
             raise UserError("--loss regression needs --train-data: the toy task has no labels")
 

@@ -42,8 +42,9 @@ from align import (
 from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
 from align.errors import UserError
+from align.flags import COUNT, SAMPLES, SCORE, check_ranges, refuse_unused
 from align.generate import RolloutConfig, Sample
-from align.loop import CommonConfig, LoopConfig, check_at_least
+from align.loop import CommonConfig, LoopConfig
 from align.metrics import Clock, Run, RunConfig, mean_of
 from align.optim import OptimConfig
 from align.packing import Batch
@@ -82,8 +83,12 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_ranges(
+            self, prompts_per_step=COUNT, samples_per_prompt=SAMPLES, keep_top=SAMPLES, min_reward=SCORE
+        )
         generate.check_model_logprobs(self.rollout, self.sampling)
-        check_at_least(self, 1, "prompts_per_step", "samples_per_prompt", "keep_top")
+        if self.samples_per_prompt == 1:
+            refuse_unused(self, Config, "duplicates", "with --samples-per-prompt 1")
         if self.keep_top > self.samples_per_prompt:
             raise UserError(
                 f"--keep-top {self.keep_top} of --samples-per-prompt {self.samples_per_prompt}: raise that"

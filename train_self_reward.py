@@ -59,9 +59,20 @@ from align.audit import AuditConfig
 from align.checkpoint import CheckpointConfig
 from align.data import FormatConfig
 from align.errors import UserError
+from align.flags import (
+    BOUND,
+    COEFFICIENT,
+    COUNT,
+    REPEATS,
+    SCALE,
+    check_ranges,
+    number,
+    refuse_unused,
+    whole,
+)
 from align.generate import RolloutConfig, Sample
 from align.judge import Judge, JudgeConfig
-from align.loop import CommonConfig, LoopConfig, check_at_least
+from align.loop import CommonConfig, LoopConfig
 from align.marker_chat import RowFormats
 from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from align.metrics import Clock, Run, RunConfig, with_std
@@ -127,34 +138,37 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_ranges(
+            self,
+            iterations=REPEATS,
+            steps_per_iteration=COUNT,
+            samples_per_prompt=whole(2, 10**5),
+            length_control=number(0, 1),
+            beta=SCALE,
+            sft_weight=COEFFICIENT,
+            reward_scale=SCALE,
+            rollout_ahead=COUNT,
+            audit_start=BOUND,
+        )
         generate.check_model_logprobs(self.rollout, self.sampling)
-        check_at_least(self, 1, "iterations", "steps_per_iteration", "rollout_ahead")
-        check_at_least(self, 2, "samples_per_prompt")
-        check_at_least(self, 0, "sft_weight", "audit_start")
         for name in ("length_control", "beta"):
             if len(values := getattr(self, name)) not in (1, self.iterations):
                 raise UserError(
                     f"--{name.replace('_', '-')} has {len(values)} values: give one, or one for each of the "
                     f"{self.iterations} --iterations"
                 )
-        for value in self.length_control:
-            if not 0 <= value <= 1:
-                raise UserError(f"--length-control {value} must be from 0 to 1")
-        for value in self.beta:
-            if not 0 < value < math.inf:
-                raise UserError(f"--beta {value} must be above 0 and finite")
-        if self.reward_scale != 1.0 and "reward_gap" not in self.loss_inputs:
-            raise UserError(f"--reward-scale has no effect with --loss {self.loss}: leave it out")
-        if self.steps_per_iteration and self.loop.max_epochs != 1:
-            raise UserError("--max-epochs has no effect with --steps-per-iteration: leave one of them out")
+        if "reward_gap" not in self.loss_inputs:
+            refuse_unused(self, Config, "reward_scale", f"with --loss {self.loss}")
+        if not self.sft_weight:
+            refuse_unused(self, Config, "sft_average_logprobs", "without --sft-weight")
+        if self.steps_per_iteration:
+            refuse_unused(self.loop, LoopConfig, "max_epochs", "with --steps-per-iteration")
         if self.first_iteration_sft and self.iterations == 1:
             raise UserError(
                 "--first-iteration-sft with --iterations 1 is fine-tuning alone: use train_sft.py"
             )
         if self.true_reward_fn and self.train_data and not self.val_data:
             raise UserError("--true-reward-fn has no effect without --val-data: give both")
-        if not 0 < self.reward_scale < math.inf:
-            raise UserError(f"--reward-scale {self.reward_scale} must be above 0 and finite")
         size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
         if self.meta.meta_judge and fraction * size < 1:
             raise UserError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from align.errors import UserError
+from align.flags import BOUND, above, check_ranges
 from align.generate import Sample
 
 # Default bounds on differences of log-probs in nats: on their mean, and on a quantile of them. For
@@ -38,12 +38,7 @@ class AuditConfig:
     the maximum of the rounding errors grows with the number of tokens)"""
 
     def __post_init__(self):
-        for name in ("audit_mean", "audit_tail"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 0")
-        if self.audit_quantile is not None and not 0 < self.audit_quantile <= 1:
-            raise UserError(f"--audit-quantile {self.audit_quantile} must be above 0 and at most 1")
+        check_ranges(self, audit_mean=BOUND, audit_tail=BOUND, audit_quantile=above(0, 1))
 
     def bounds(self, dtype: torch.dtype) -> tuple[float, float, float]:
         """Bound on the mean, bound on the quantile, and the quantile, for weights of a precision."""

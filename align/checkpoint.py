@@ -35,6 +35,7 @@ from torch import nn
 from align import checkpoint_files, optim, parallel, watchdog
 from align.config_fields import read_object
 from align.errors import UserError
+from align.flags import COUNT_OR_0, check_ranges
 from align.output import complete_checkpoints, delete_checkpoint
 
 
@@ -56,6 +57,7 @@ class CheckpointConfig:
     change of the rows, their order or their number a step a new pass over them begins"""
 
     def __post_init__(self):
+        check_ranges(self, save_interval=COUNT_OR_0, save_top_k=COUNT_OR_0)
         given = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
         for flag in (flag for flag, value in given.items() if value and not self.resume):
             raise UserError(f"{flag} continues a run, and --no-resume starts over: give one of them")
@@ -69,13 +71,11 @@ class CheckpointConfig:
 
 
 def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
-    """Refuse a --monitor that is none of the run's metrics; without validation data val/... ranks nothing."""
-    group = config.metric.split("/")[0]
-    others = sorted(name for name in known if name.startswith(group + "/"))
-    if not group.startswith(("train", "val")) or (others and config.metric not in known):
-        raise UserError(
-            f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others or known)}"
-        )
+    """Refuse a --monitor that is no metric of the run, once it has metrics of training or of validation."""
+    kind = next((kind for kind in ("train", "val") if config.metric.startswith(kind)), "")
+    others = sorted(name for name in known if name.startswith(kind))
+    if not kind or (others and config.metric not in known):
+        raise UserError(f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others)}")
 
 
 def is_due(config: CheckpointConfig, step: int) -> bool:

@@ -1,10 +1,10 @@
 """Fields of a config.json: which are implemented, which have no effect, and the values they may have."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from align.errors import UserError
+from align.flags import Rule, above, number, whole
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "stablelm", "nemotron")
 IMPLEMENTED_BY = {
@@ -64,21 +64,6 @@ JSON_FILES = (  # others of a directory, which transformers reads, and refuses w
 )
 
 # ---- rules: what a value must be, in words and as a test -----------------------------------------
-
-Rule = tuple[str, Callable[[object], bool]]
-
-
-def whole(low: int, high: int) -> Rule:
-    return f"a whole number from {low} to {high}", lambda x: type(x) is int and low <= x <= high
-
-
-def number(low: float, high: float) -> Rule:
-    return f"a number from {low:g} to {high:g}", lambda x: type(x) in (int, float) and low <= x <= high
-
-
-def above(low: float, high: float) -> Rule:
-    words = f"a number above {low:g}, at most {high:g}"
-    return words, lambda x: type(x) in (int, float) and low < x <= high
 
 
 def or_null(rule: Rule) -> Rule:

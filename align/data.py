@@ -16,6 +16,7 @@ import numpy as np
 
 from align import rows
 from align.errors import UserError
+from align.flags import COUNT_OR_0, LENGTH, check_ranges
 from align.jsonl import BadRows, at, read_jsonl, text_field
 from align.marker_chat import MarkerChat, RowFormats, conversation_text
 from align.packing import Example, num_trained
@@ -81,9 +82,7 @@ class FormatConfig:
     """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
-        if self.max_seq_len < 2:
-            raise UserError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
-        BadRows(self.skip_bad_rows)  # checks its range
+        check_ranges(self, max_seq_len=LENGTH, skip_bad_rows=COUNT_OR_0)
         for field in self.truncation_fields():
             if field not in self.template_fields():
                 raise UserError(
@@ -132,6 +131,7 @@ def adopt(
 
     Raises ValueError for rows in two chat formats.
     """
+    formats.check_used(fmt, FormatConfig)
     chat = formats.chat([unescape(token) for token in fmt.chat_tokens], add_bos(tokenizer, fmt))
     if chat:
         tokenizer.follow(chat)
@@ -191,7 +191,10 @@ def read_sft(
             bad.add(error)
             continue
         counts["rows"] += 1
+        form = rows.form_of(made, fields)
         count_unused(row, used, counts)
+        if form == "messages" and fmt.add_bos is False:
+            count(counts, UNCHANGED.format("--add-bos False"))
         count_unread(made.get("messages", ()), tokenizer, counts)
         for part, whole, cut_prompt in examples:
             counts["cut_prompts"] += cut_prompt
@@ -202,7 +205,7 @@ def read_sft(
             count_empty(whole, tokenizer, counts)
             counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
             if formats:
-                formats.add(part)
+                formats.add(part, form)
             yield where, (row if part is made else row | part), whole
         count_special(seen, tokenizer, counts)
     counts.update(bad.counts())
@@ -216,10 +219,15 @@ def read_sft(
 def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "not used") -> None:
     """Count the fields of a row that no token comes from, by name and what is done with them."""
     for name in sorted(name for name in row.keys() - used if row[name] not in (None, "", [], {})):
-        what = f"rows with {name!r} ({use})"
-        counts[what] = counts.get(what, 0) + 1
+        count(counts, f"rows with {name!r} ({use})")
 
 
+def count(counts: dict[str, int], name: str) -> None:
+    """Count one more of `name`, which the log mentions only if there is one."""
+    counts[name] = counts.get(name, 0) + 1
+
+
+UNCHANGED = "rows of messages, on which {} has no effect"
 MESSAGE_FIELDS = {"role", "content", "tool_calls", *rows.WEIGHTS}
 SPECIAL = (
     "rows with special tokens in their text",
@@ -237,22 +245,21 @@ def count_unread(messages: Sequence[dict], tokenizer: Tokenizer, counts: dict[st
     names = {name for message in messages for name in message} - MESSAGE_FIELDS
     for name in sorted(names):
         if not tokenizer.template_reads(name):
-            what = f"rows with {name!r} in a message (not read by the chat template)"
-            counts[what] = counts.get(what, 0) + 1
+            count(counts, f"rows with {name!r} in a message (not read by the chat template)")
 
 
 def count_empty(example: Example, tokenizer: Tokenizer, counts: dict[str, int]) -> None:
     """Count an example of which the end of an answer is trained and nothing else."""
     trained = example.ids[example.trained]
     if len(trained) == 1 and int(trained[0]) in tokenizer.stop_ids:
-        counts["empty_answers"] = counts.get("empty_answers", 0) + 1
+        count(counts, "empty_answers")
 
 
 def count_special(seen: tuple[int, int], tokenizer: Tokenizer, counts: dict[str, int]) -> None:
     """Count a row since whose start, at `seen`, there was a special token."""
     for name, before, now in zip(SPECIAL, seen, special_counts(tokenizer), strict=True):
         if now > before:
-            counts[name] = counts.get(name, 0) + 1
+            count(counts, name)
 
 
 def format_parts(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> list[tuple[dict, Example, bool]]:
@@ -307,13 +314,15 @@ def format_known(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Ex
 
 def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool], bool]:
     """Ids, where its answers are (with loss_on "answer"), and whether truncation fields were cut."""
-    if "messages" in row:
-        return *format_messages(row, tokenizer, fmt), False
-    if "conversations" in row:
-        return *format_conversations(row, tokenizer, fmt), False
-    if "completion" in row:
-        return *format_completion(row, tokenizer, fmt), False
-    return format_template(row, tokenizer, fmt)
+    form = rows.form_of(row, fmt.template_fields())
+    if form == "template":
+        return format_template(row, tokenizer, fmt)
+    formats = {
+        "messages": format_messages,
+        "conversations": format_conversations,
+        "completion": format_completion,
+    }
+    return *formats[form](row, tokenizer, fmt), False
 
 
 def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
@@ -387,6 +396,7 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
             start, end = answer_span(messages, i, text, ids, tokenizer, variables)
         else:
             start, end = (count_prefix_tokens(text[:place], text, ids, tokenizer) for place in marked[k])
+            rows.check_calls(i, messages[i], text[slice(*marked[k])])
             check_end(i, ids[start:end], text[: marked[k][1]], tokenizer)
         trained[start:end] = [True] * (end - start)
         if start >= fmt.max_seq_len:  # so are all that follow; each would render the chat once more
@@ -415,6 +425,7 @@ def answer_span(
     start = count_prefix_tokens(prompt, text, ids, tokenizer)
     end = count_prefix_tokens(answered, text, ids, tokenizer)
     check_end(i, ids[start:end], answered, tokenizer)
+    rows.check_calls(i, messages[i], answered.removeprefix(prompt))
     if tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings):
         return start, end
     return start, max(t for t in range(start, end) if ids[t] in tokenizer.stop_ids) + 1

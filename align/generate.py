@@ -25,6 +25,7 @@ from align import model, offload, packing, parallel, sampling, trtllm, watchdog
 from align.architecture import Architecture
 from align.continuous import Drawn, Slots
 from align.errors import UserError
+from align.flags import COUNT, between, check_ranges, refuse_unused, whole
 from align.inference import InferenceModel, Prefix, takes_graphs
 from align.marker_chat import MarkerChat
 from align.model import ModelConfig, Policy
@@ -68,25 +69,16 @@ class RolloutConfig:
     """for an engine's keys and values, share of the GPU memory that is free when it starts"""
 
     def __post_init__(self):
-        for name in ("rollout_tp", "rollout_slots"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if not 0 < self.trtllm_memory < 1:
-            raise UserError(f"--trtllm-memory {self.trtllm_memory} must be above 0 and below 1")
-        if self.generate_with == "native" and (
-            self.trtllm_keep or self.trtllm_memory != RolloutConfig.trtllm_memory
-        ):
-            raise UserError(
-                f"--trtllm-keep {self.trtllm_keep} and --trtllm-memory {self.trtllm_memory} have no effect "
-                "with --generate-with native: leave them out"
-            )
+        check_ranges(self, rollout_tp=COUNT, rollout_slots=whole(1, 10**6), trtllm_memory=between(0, 1))
+        if self.generate_with == "native":
+            refuse_unused(self, RolloutConfig, "trtllm_keep trtllm_memory", "with --generate-with native")
         if self.generate_with == "trtllm" and self.rollout_layout == "reshard":
             raise UserError(
                 "--rollout-layout reshard has no effect with --generate-with trtllm, whose engines have "
                 "--rollout-tp ranks each: leave it out"
             )
-        if self.generate_with == "native" and self.rollout_layout == "same" and self.rollout_tp > 1:
-            raise UserError("--rollout-tp has no effect with --rollout-layout same: leave one of them out")
+        if self.generate_with == "native" and self.rollout_layout == "same":
+            refuse_unused(self, RolloutConfig, "rollout_tp", "with --rollout-layout same")
 
     def reshards(self, parallel: ParallelConfig) -> bool:
         """Are the weights copied to another layout?"""

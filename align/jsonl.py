@@ -22,10 +22,6 @@ class BadRows:
     limit: int
     errors: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
-        if self.limit < 0:
-            raise UserError(f"--skip-bad-rows {self.limit} must be at least 0")
-
     def add(self, error: ValueError) -> None:
         """Leave a row out. Raises the error if that is one too many."""
         if len(self.errors) >= self.limit:

@@ -4,7 +4,6 @@ A template makes a judge prompt of a question and an answer, the score is read f
 says to it, and the scores of all answers to a prompt choose the pair to train on. No model in here.
 """
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from align import prompts
 from align.data import FormatConfig, Tokenizer
 from align.errors import UserError
+from align.flags import REPEATS, SCORE, check_ranges
 from align.generate import Sample
 from align.prompts import Template
 
@@ -76,12 +76,9 @@ class JudgeConfig:
     """a higher score is not counted, nor is one that names another best score, as 4/10 does"""
 
     def __post_init__(self):
-        if self.judgements < 1:
-            raise UserError(f"--judgements {self.judgements} must be at least 1")
-        if not -math.inf < self.judge_low < self.judge_high < math.inf:
-            raise UserError(
-                f"--judge-low {self.judge_low} must be below --judge-high {self.judge_high}, and both finite"
-            )
+        check_ranges(self, judgements=REPEATS, judge_low=SCORE, judge_high=SCORE)
+        if self.judge_low >= self.judge_high:
+            raise UserError(f"--judge-low {self.judge_low} must be below --judge-high {self.judge_high}")
 
 
 # Prompts

@@ -48,8 +48,9 @@ def parse(config_class: type[C], words: Sequence[str] | None = None) -> C:
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        lines = (BOX.sub(" ", line).strip() for line in box.getvalue().splitlines()[1:])
-        raise UserError(" ".join(filter(None, lines))) from None
+        lines = [BOX.sub(" ", line).strip() for line in box.getvalue().splitlines()]
+        text = " ".join(line for line in lines[1:] if line and not line.startswith("For full helptext"))
+        raise UserError(re.sub(r"^Error parsing \w+: ", "", text)) from None
 
 
 def log_of(config: Any) -> Path | None:

@@ -6,20 +6,13 @@ from pathlib import Path
 from align import hub
 from align.checkpoint import CheckpointConfig
 from align.errors import UserError
+from align.flags import COUNT, check_ranges, refuse_unused
 from align.metrics import RunConfig
 from align.model import ModelConfig
 from align.optim import OptimConfig
 from align.packing import BatchConfig
-from align.parallel import ParallelConfig
+from align.parallel import ParallelConfig, parse_time
 from align.tokenizer import TextConfig
-
-
-def check_at_least(config: object, least: float, *names: str) -> None:
-    """Raises ValueError if one of these flags has a value below `least`; None is no value."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,9 @@ class LoopConfig:
     """batches of --val-data per validation, each of the rows that a training step takes; None: all rows"""
 
     def __post_init__(self):
-        check_at_least(self, 1, "max_epochs", "max_steps", "val_interval", "val_batches")
+        check_ranges(self, max_epochs=COUNT, max_steps=COUNT, val_interval=COUNT, val_batches=COUNT)
+        if self.max_time is not None:
+            parse_time(self.max_time)
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,11 @@ class CommonConfig:
     def __post_init__(self):
         if self.val_data and not self.train_data:
             raise UserError("--val-data without --train-data: give both, or none for the toy task")
+        if self.train_data and not self.val_data:
+            default, why = type(self), "without --val-data"
+            refuse_unused(self.loop, default.loop, "val_interval val_batches", why)
+            if self.checkpoint.metric.startswith("val"):
+                refuse_unused(self.checkpoint, default.checkpoint, "monitor save_top_k", why)
         for path in self.val_data:
             if hub.is_data(path) and not hub.split_of(path):
                 raise UserError(f"--val-data {path}: name a split, as in {path}:validation")

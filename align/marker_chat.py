@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from align.config_fields import read_object, shown
 from align.errors import UserError
+from align.flags import refuse_unused
 from align.jsonl import text_field, turns_field
 
 Kind = Literal["VALUE_TO_TEXT", "TEXT_TO_VALUE", None]  # a label precedes its answer, or is the answer
@@ -216,20 +217,29 @@ def prompt_text(row: dict, chat: MarkerChat) -> str:
 # ---- training sets -------------------------------------------------------------------------------
 
 
+USED_BY = {  # form of a row: its fields, and the flags that change its tokens and those of no other form
+    "template": ("the fields of --prompt-template", "prompt_template truncation_field truncation_side"),
+    "conversations": ("'conversations' with 'mask' or 'type'", "chat_tokens"),
+    "messages": ("'messages'", "turns"),
+}
+
+
 @dataclass(frozen=True)
 class RowFormats:
     """Formats of the rows of a training set, and what its `conversations` rows share, counted."""
 
     rows: Counter = field(default_factory=Counter)  # messages, conversations, template
+    forms: Counter = field(default_factory=Counter)  # the same, and completion, which is not a template
     users: Counter = field(default_factory=Counter)
     assistants: Counter = field(default_factory=Counter)
     systems: Counter = field(default_factory=Counter)
     kinds: Counter = field(default_factory=Counter)
     labels: Counter = field(default_factory=Counter)
 
-    def add(self, row: dict) -> None:
-        """Count a row that has been read without error."""
-        name = next((name for name in ("messages", "conversations") if name in row), "template")
+    def add(self, row: dict, form: str) -> None:
+        """Count a row of a form of `rows.form_of` that has been read without error."""
+        name = "template" if form == "completion" else form
+        self.forms[form] += 1
         self.rows[name] += 1
         if name != "conversations":
             return
@@ -240,6 +250,12 @@ class RowFormats:
         self.labels.update(label for _, _, label in answers)
         self.systems[row["system"]] += 1
         self.kinds[kind] += 1
+
+    def check_used(self, fmt: object, default: object) -> None:
+        """Raise UserError for a flag of a FormatConfig that is about a form which no row has."""
+        for form, (fields, names) in USED_BY.items():
+            if self.forms and not self.forms[form]:
+                refuse_unused(fmt, default, names, f"on --train-data, which has no rows of {fields}")
 
     def chat(self, tokens: Sequence[str], bos: bool) -> MarkerChat | None:
         """The format of the `conversations` rows; None without such rows.

@@ -5,7 +5,6 @@ the verdicts gives each judgement a strength; the best and the worst become a pr
 policy as a judge. No model in here, and no process group.
 """
 
-import dataclasses
 import itertools
 import math
 import re
@@ -20,6 +19,7 @@ import numpy as np
 from align import prompts
 from align.data import FormatConfig, Tokenizer
 from align.errors import UserError
+from align.flags import above, between, check_ranges, refuse_unused
 from align.judge import Judged
 from align.prompts import Template
 
@@ -55,17 +55,10 @@ class MetaJudgeConfig:
     policy is given as one user turn"""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            flag, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
-            if not self.meta_judge and value != field.default:
-                raise UserError(f"{flag} {value} has no effect without --meta-judge: leave it out")
-        fraction, cap = self.meta_judge_fraction, self.meta_judge_class_cap
-        if not 0 < fraction < 1:
-            raise UserError(
-                f"--meta-judge-fraction {fraction} must be above 0 and below 1: 1 leaves no answers"
-            )
-        if not 0 < cap <= 1:
-            raise UserError(f"--meta-judge-class-cap {cap} must be above 0 and at most 1")
+        check_ranges(self, meta_judge_fraction=between(0, 1), meta_judge_class_cap=above(0, 1))
+        if not self.meta_judge:
+            names = "meta_judge_fraction meta_judge_class_cap meta_judge_template"
+            refuse_unused(self, MetaJudgeConfig, names, "without --meta-judge")
 
 
 # What is compared

@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from align.errors import UserError
+from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ranges, number
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,19 @@ class OptimConfig:
     """decay of the mean of its square"""
     clip_grad: float = 1.0
     """largest norm of the gradient over all weights; a longer one is scaled down to it; 0: no limit"""
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            lr=LEARNING_RATE,
+            min_lr=LEARNING_RATE,
+            warmup_steps=COUNT_OR_0,
+            constant_steps=COUNT_OR_0,
+            weight_decay=number(0, 1e3),
+            adam_beta1=below(0, 1),
+            adam_beta2=below(0, 1),
+            clip_grad=COEFFICIENT,
+        )
 
 
 def check(config: OptimConfig, total_steps: int) -> None:

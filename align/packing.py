@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from align.errors import UserError
+from align.flags import COUNT, check_ranges
 
 T = TypeVar("T")
 
@@ -30,10 +31,7 @@ class BatchConfig:
     """most rows in one forward pass (default: as many as fit)"""
 
     def __post_init__(self):
-        for name in ("global_batch_size", "micro_batch_tokens", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        check_ranges(self, global_batch_size=COUNT, micro_batch_tokens=COUNT, micro_batch_size=COUNT)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ Started without torchrun, a script is a world of one process.
 
 import contextlib
 import ctypes
-import math
 import os
 import random
 import re
@@ -26,6 +25,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from align.errors import UserError
+from align.flags import COUNT, check_ranges, whole
 
 T = TypeVar("T")
 # A rank waits for those whose answers or rewards take longer; NCCL's own limit would be 10 minutes.
@@ -43,12 +43,16 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """split the activations between the tensor parallel regions as well (saves memory; needs --tp > 1)"""
     seed: int = 1234
-    """seed of the data order and of every random number"""
+    """seed of the data order and of every random number, from 0 to 2^32 - 1"""
     deterministic: bool = False
     """only deterministic kernels and reductions on GPUs, at some cost in speed (a CPU run always is)"""
     stall_limit: float = 1800.0
     """seconds without progress of any rank (a micro-batch, a decoded token, a reward, a save), after which
     the job ends and the rank at fault is named; 0: no limit, else at least 5"""
+
+    def __post_init__(self):
+        limit = "0, or from 5 to 1e9 seconds", lambda x: x == 0 or 5 <= x <= 1e9
+        check_ranges(self, tp=COUNT, pp=COUNT, cp=COUNT, seed=whole(0, 2**32 - 1), stall_limit=limit)
 
 
 @contextlib.contextmanager
@@ -111,17 +115,12 @@ def make_grid(config: ParallelConfig) -> None:
 
 def check(config: ParallelConfig) -> None:
     """Refuse sizes that do not fit each other or the world, before anything is built."""
-    for name in ("tp", "pp", "cp"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
     world, model = int(os.environ.get("WORLD_SIZE", 1)), config.tp * config.pp * config.cp
     if world % model:
         raise UserError(
             f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} "
             f"processes: start a multiple of {model} with torchrun --nproc_per_node"
         )
-    if config.stall_limit != 0 and not 5 <= config.stall_limit < math.inf:
-        raise UserError(f"--stall-limit {config.stall_limit} must be 0 or at least 5 seconds")
     if config.sequence_parallel and config.tp == 1:
         raise UserError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
 
@@ -248,7 +247,7 @@ def on_main(make: Callable[[], T]) -> T:
 
 def parse_time(text: str) -> int:
     """HH:MM:SS (or D-HH:MM:SS, as Slurm writes it) in seconds."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
+    match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,6}):([0-5]\d):([0-5]\d)", text)
     if not match:
         raise UserError(f"--max-time {text!r} is not of the form HH:MM:SS")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

@@ -14,6 +14,7 @@ import numpy as np
 from align import data, rows
 from align.data import BosChoice, Tokenizer
 from align.errors import UserError
+from align.flags import COUNT_OR_0, LENGTH, check_ranges
 from align.jsonl import BadRows, turns_field
 from align.losses import MISSING
 from align.packing import Example, num_trained
@@ -50,9 +51,7 @@ class PreferenceFormat:
     """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
-        if self.max_seq_len < 2:
-            raise UserError(f"--max-seq-len {self.max_seq_len}: a row needs at least 2 tokens")
-        BadRows(self.skip_bad_rows)  # checks its range
+        check_ranges(self, max_seq_len=LENGTH, skip_bad_rows=COUNT_OR_0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +152,18 @@ def read_pairs(
             continue
         data.count_unused(row, used_fields(row), counts)
         data.count_special(seen, tokenizer, counts)
+        count_unchanged(row, fmt, counts)
         yield pair
+
+
+def count_unchanged(row: dict, fmt: PreferenceFormat, counts: dict[str, int]) -> None:
+    """Count a row of messages beside flags that change plain text alone."""
+    row = with_prompt(row)
+    if "text" in row or ("messages" not in row and any(isinstance(row.get(name), str) for name in ANSWERS)):
+        return
+    for flag, value in (("--add-bos False", fmt.add_bos), ("--no-append-eos", fmt.append_eos)):
+        if value is False:
+            data.count(counts, data.UNCHANGED.format(flag))
 
 
 def used_fields(row: dict) -> set[str]:
@@ -392,6 +402,7 @@ def load_labelled(
             continue
         data.count_unused(row, USED, counts)
         data.count_special(seen, tokenizer, counts)
+        count_unchanged(row, fmt, counts)
         counts["texts"] += 1
         if len(example.ids) > fmt.max_seq_len:
             counts["dropped_too_long"] += 1

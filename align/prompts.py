@@ -18,6 +18,7 @@ import numpy as np
 from align import data, marker_chat, packing, preferences, rows
 from align.data import BosChoice, FormatConfig, Tokenizer
 from align.errors import UserError
+from align.flags import COUNT, COUNT_OR_0, check_ranges
 from align.jsonl import BadRows, turns_field
 from align.marker_chat import RowFormats
 from align.packing import BatchConfig, Example
@@ -47,9 +48,7 @@ class PromptFormat:
     """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
     def __post_init__(self):
-        if self.max_prompt_len < 1:
-            raise UserError(f"--max-prompt-len {self.max_prompt_len}: a prompt needs at least 1 token")
-        BadRows(self.skip_bad_rows)  # checks its range
+        check_ranges(self, max_prompt_len=COUNT, skip_bad_rows=COUNT_OR_0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +132,8 @@ def load_prompts(
         data.count_special(seen, tokenizer, counts)
         counts["prompts"] += 1
         data.count_unused(row, used_fields(row), counts, "for reward functions")
+        if fmt.add_bos is False and is_chat(row):
+            data.count(counts, data.UNCHANGED.format("--add-bos False"))
         if len(ids) > fmt.max_prompt_len:
             counts["dropped_too_long"] += 1
         else:
@@ -173,6 +174,16 @@ def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray
 def is_alpaca(row: dict) -> bool:
     """Whether a row's prompt is its instruction: in Alpaca's files "text" has the answer too."""
     return "instruction" in row and not {"prompt", "messages", "conversations"} & set(row)
+
+
+def is_chat(row: dict) -> bool:
+    """True for a row that the chat template renders."""
+    if is_alpaca(row):
+        return False
+    field = prompt_field(row)
+    if isinstance(row[field], str):
+        return field == "prompt" and bool(row.get("system"))
+    return field != "conversations" or not rows.is_marker_row(row)
 
 
 def used_fields(row: dict) -> set[str]:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from align import architecture, engine, hub, huggingface, model, offload, tokenizer, watchdog
 from align.errors import UserError
+from align.flags import SCALE, SCORE, check_ranges, refuse_unused
 from align.generate import Sample
 from align.model import ModelConfig, Scorer
 from align.offload import Shelf
@@ -71,18 +72,13 @@ class RewardConfig:
     train_rm.py writes the mean and standard deviation of its scores on validation rows"""
 
     def __post_init__(self):
-        if not 0 < self.reward_std < math.inf:
-            raise UserError(f"--reward-std {self.reward_std} must be above 0 and finite")
-        if not self.reward_model and (self.reward_mean, self.reward_std) != (0.0, 1.0):
-            raise UserError("--reward-mean and --reward-std standardise --reward-model, and there is none")
+        check_ranges(self, reward_mean=SCORE, reward_std=SCALE)
+        if not self.reward_model:
+            names = "reward_mean reward_std reward_standardise"
+            refuse_unused(self, RewardConfig, names, "without --reward-model")
         if self.reward_standardise == "auto":
-            if not self.reward_model:
-                raise UserError("--reward-standardise auto standardises --reward-model, and there is none")
-            if (self.reward_mean, self.reward_std) != (0.0, 1.0):
-                raise UserError(
-                    "--reward-standardise auto takes mean and standard deviation from a file: leave it out,"
-                    " or --reward-mean and --reward-std"
-                )
+            why = "with --reward-standardise auto, which reads it from a file"
+            refuse_unused(self, RewardConfig, "reward_mean reward_std", why)
 
     def with_statistics(self) -> "RewardConfig":
         """Replace --reward-standardise auto by the numbers of the file. Raises ValueError if it has none."""

@@ -70,6 +70,14 @@ def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
     return row, set(template_fields)
 
 
+def form_of(row: dict, template_fields: Sequence[str]) -> str:
+    """The form of a row that `sft_row` gives: messages, conversations, completion or template."""
+    forms = ["messages", "conversations"]
+    if not set(template_fields) <= set(row):
+        forms.append("completion")
+    return next((name for name in forms if name in row), "template")
+
+
 ALPACA = {"instruction", "input", "output"}
 FORMS = (
     "a row has 'messages', 'conversations', 'prompt' and 'completion', 'instruction' and 'output', or the "
@@ -225,6 +233,18 @@ def parse_object(name: str, text: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"field {name!r} must be an object, not {type(value).__name__}")
     return value
+
+
+def check_calls(i: int, message: dict, rendered: str) -> None:
+    """Raises ValueError if `rendered`, the text of message `i`, lacks the name of a tool that it calls."""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and name not in rendered and json.dumps(name)[1:-1] not in rendered:
+            raise UserError(
+                f"message {i}: the chat template leaves out its call of the tool {name!r}: take a model, or "
+                "a chat_template.jinja, that writes tool calls"
+            )
 
 
 def sharegpt_message(turn: dict) -> dict:

@@ -11,7 +11,6 @@ tokens by 5e-7 at most: a draw differs only where its random number is that clos
 On a GPU nothing here waits for the device, and no shape depends on a value: a CUDA graph can hold it.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from align.errors import UserError
+from align.flags import COUNT_OR_0, above, below, check_ranges, number, refuse_unused, whole
 
 BLOCK = 64  # columns that are summed at once, so that no cumulative sum runs over the whole vocabulary
 
@@ -29,7 +29,7 @@ class SamplingConfig:
     max_new_tokens: int = 256
     """most tokens of an answer"""
     temperature: float = 1.0
-    """logits are divided by it: below 1 likely tokens become likelier"""
+    """logits are divided by it: below 1 likely tokens become likelier; in place of 0 give --greedy"""
     top_k: int = 0
     """draw from so many likeliest tokens; 0: from all"""
     top_p: float = 1.0
@@ -44,34 +44,19 @@ class SamplingConfig:
     """texts that end an answer, besides the end-of-turn tokens of the model"""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {self.max_new_tokens}: it must be 1 or more")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"--temperature {self.temperature}: it must be above 0 and finite; use --greedy for 0"
-            )
-        if self.top_k < 0:
-            raise UserError(f"--top-k {self.top_k}: it must be 1 or more, or 0 for no limit")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: it must be above 0 and at most 1")
-        if not 0 <= self.min_p < 1:
-            raise UserError(f"--min-p {self.min_p}: it must be at least 0 and below 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"--repetition-penalty {self.repetition_penalty}: it must be above 0 and finite")
+        check_ranges(
+            self,
+            max_new_tokens=whole(1, 10**7),
+            temperature=number(1e-3, 1e3),
+            top_k=COUNT_OR_0,
+            top_p=above(0, 1),
+            min_p=below(0, 1),
+            repetition_penalty=number(1e-3, 1e3),
+        )
         if "" in self.stop:
             raise UserError('--stop "": a stop string of zero length would end every answer at once')
         if self.greedy:
-            _check_greedy(self)
-
-
-def _check_greedy(config: SamplingConfig) -> None:
-    """Refuse options that the likeliest token does not depend on."""
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        if getattr(config, name) != getattr(SamplingConfig, name):
-            flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
-            raise UserError(
-                f"--greedy takes the likeliest token, so {flag} has no effect: drop one of the two"
-            )
+            refuse_unused(self, SamplingConfig, "temperature top_k top_p min_p", "with --greedy")
 
 
 def pick(

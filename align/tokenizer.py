@@ -120,6 +120,7 @@ def load(
     tokenizer.day = config.day(day or datetime.date.today())
     if isinstance(tokenizer.chat_template, dict) and tokenizer.variables:
         raise UserError(f"--chat-template-kwargs: {path} has several chat templates: leave one")
+    check_variables(tokenizer, path)
     if say and (line := tokenizer.about_date()):
         say(line)
     if say:
@@ -127,6 +128,18 @@ def load(
             say(warning)
         tokenizer.say, tokenizer.unchecked = say, CHECKED_TEXTS
     return tokenizer
+
+
+def check_variables(tokenizer: "HuggingFaceTokenizer | SentencePieceTokenizer", path: Path) -> None:
+    """Raise UserError for a variable, or a date, that no chat template of a model reads."""
+    templates = tokenizer.chat_template or ""
+    text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    flags = {name: f"--chat-template-kwargs {name!r}" for name in tokenizer.variables}
+    if tokenizer.config.template_date:
+        flags["strftime_now"] = f"--template-date {tokenizer.config.template_date}"
+    for name in [name for name in flags if not chat_template.reads(text, name)]:
+        what = "whose chat template does not read it" if text else "which has no chat template"
+        raise UserError(f"{flags[name]} has no effect with {path}, {what}: leave it out")
 
 
 class Base:

@@ -12,8 +12,8 @@ script=$1
 shift
 : "${SLURM_JOB_ID:?start a .sbatch file with sbatch or srun}"
 : "${MODEL:?give MODEL, the Hugging Face directory to start from}"
-: "${TRAIN_DATA:?give TRAIN_DATA, one jsonl file or several separated by spaces}"
-: "${VAL_DATA:?give VAL_DATA, one jsonl file or several separated by spaces}"
+: "${TRAIN_DATA:?give TRAIN_DATA, one jsonl file or several separated by white space}"
+: "${VAL_DATA:?give VAL_DATA, one jsonl file or several separated by white space}"
 : "${OUTPUT:?give OUTPUT, the directory of this run, which all nodes must share}"
 CONTAINER=${CONTAINER:-}               # image for pyxis, as nvcr.io#nvidia/pytorch:25.06-py3; empty: none
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-} # more mounts than this directory, as /data:/data,/models:/models
@@ -33,6 +33,40 @@ say() {
     ((node)) || echo "$*" >&2
 }
 
+# -------------------------------------------------------------------------------------------- mistakes
+for name in MARGIN_S PROCESSES_PER_NODE RDZV_PORT; do
+    [[ -n ${!name:-} ]] || continue
+    if [[ ! ${!name} =~ ^[0-9]{1,9}$ ]]; then
+        say "$name=${!name} must be a whole number"
+        exit 1
+    fi
+    printf -v "$name" %d "$((10#${!name}))" # 10#: 08 is not octal
+done
+if [[ ! ${HEALTH_CHECK:-on} =~ ^(on|off)$ ]]; then
+    say "HEALTH_CHECK=$HEALTH_CHECK must be on or off"
+    exit 1
+fi
+read -rd '' -a train_data <<<"$TRAIN_DATA" || true # of all lines; the end of the text is status 1
+read -rd '' -a val_data <<<"$VAL_DATA" || true
+if ((!${#train_data[@]} || !${#val_data[@]})); then
+    say "TRAIN_DATA='$TRAIN_DATA' VAL_DATA='$VAL_DATA': give each at least one file"
+    exit 1
+fi
+flags=" --model --train-data --val-data --output "
+for argument in "$@"; do
+    [[ $argument == --[a-z]* ]] || continue
+    flag=${argument%%=*} flag=${flag//_/-}
+    if [[ $flags == *" $flag "* ]]; then
+        variable=${flag#--} variable=${variable//-/_}
+        say "$flag is given twice: leave it out of the arguments, ${variable^^} or an argument before says it"
+        exit 1
+    fi
+    if ((!in_step)) && [[ $flag == --no-resume || $flag == --resume-from ]]; then
+        say "$flag: a job that is requeued would start there again: start once with srun, or give another OUTPUT"
+        exit 1
+    fi
+    flags+="$flag "
+done
 if ((in_step && SLURM_STEP_NUM_TASKS != num_nodes)); then
     ((SLURM_PROCID)) || say "$SLURM_STEP_NUM_TASKS tasks on $num_nodes nodes, but torchrun is one task per node" \
         "and starts the processes itself: give srun --nodes=$num_nodes --ntasks=$num_nodes"
@@ -160,8 +194,6 @@ fi
 
 # -------------------------------------------------------------------------------------------------- train
 port=${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
-read -ra train_data <<<"$TRAIN_DATA"
-read -ra val_data <<<"$VAL_DATA"
 # Ranks follow Slurm's order of the nodes: with --rdzv_backend c10d torchrun would sort them by name.
 train=(
     --nnodes "$num_nodes"

@@ -361,14 +361,6 @@ def test_bounds_of_flags():
         else:
             with pytest.raises(RuntimeError, match="do not compute the same model"):
                 audit.compare(*given, torch.float32, temperature, config)
-    for flags, words in (
-        ({"audit_mean": -1.0}, "--audit-mean -1.0 must be at least 0"),
-        ({"audit_tail": math.nan}, "--audit-tail nan must be at least 0"),
-        ({"audit_quantile": 0.0}, "--audit-quantile 0.0 must be above 0 and at most 1"),
-        ({"audit_quantile": 1.1}, "--audit-quantile 1.1 must be above 0 and at most 1"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            AuditConfig(**flags)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -57,13 +57,6 @@ CHANGED = {  # (script that made the checkpoint, script that continues, data, fl
         "--clip-grad 2 --loss-on all",
         r"otherwise: --clip-grad 1\.0 -> 2\.0, --loss-on answer -> all\. ",
     ),
-    "template": (
-        "sft",
-        "sft",
-        "first",
-        "--template-date 2020-01-01",
-        r"otherwise: --template-date  -> 2020-01-01\. ",
-    ),
     "kwargs": (
         "sft",
         "sft",
@@ -114,7 +107,7 @@ ALLOWED = {  # data and flags that change no number
     "same": ("first", ""),
     "free": (
         "first",
-        "--save-interval 1 --save-top-k 3 --val-interval 2 --micro-batch-size 1 --monitor train/loss",
+        "--save-interval 1 --save-top-k 3 --micro-batch-size 1 --monitor train/loss",
     ),
     "another file": ("copy", "--micro-batch-tokens 128 --recompute full"),
 }

@@ -482,7 +482,6 @@ def test_read_jsonl(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(max_seq_len=1), "--max-seq-len 1: a row needs at least 2 tokens"),
         (
             dict(prompt_template="{input}: {output}."),
             "--prompt-template .* must end with the field of the answer",

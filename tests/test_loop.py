@@ -37,9 +37,3 @@ def test_val_rows_by_default(script, rows):
     default = importlib.import_module(f"train_{script}").Config()
     assert default.val_rows() == slice(None if rows == 1000 else rows)
     assert len(range(1000)[default.val_rows()]) == rows
-
-
-@pytest.mark.parametrize("name", ["max_epochs", "max_steps", "val_interval", "val_batches"])
-def test_refused(name):
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0 must be at least 1"):
-        LoopConfig(**{name: 0})

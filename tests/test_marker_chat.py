@@ -15,6 +15,7 @@ from align.generate import Sample
 from align.marker_chat import MarkerChat, RowFormats
 from align.prompts import PromptFormat
 from align.rewards import RewardConfig
+from align.rows import form_of
 from tests.conftest import ROOT, fork_python, fork_ranks
 
 TINY = ROOT / "assets" / "tiny"
@@ -228,7 +229,7 @@ def test_text_of_a_sample_is_the_answer_alone():
 def formats_of(*rows: dict) -> RowFormats:
     formats = RowFormats()
     for row in rows:
-        formats.add(row)
+        formats.add(row, form_of(row, ["input", "output"]))
     return formats
 
 

@@ -43,8 +43,6 @@ def test_sizes_that_fit(monkeypatch, world, flags):
         (1, {"tp": 2}, r"--tp 2 x --pp 1 x --cp 1 = 2 does not divide the 1 processes: .*multiple of 2"),
         (6, {"tp": 2, "pp": 2}, r"--tp 2 x --pp 2 x --cp 1 = 4 does not divide the 6 processes"),
         (4, {"cp": 3}, r"--cp 3 = 3 does not divide the 4 processes"),
-        (1, {"tp": 0}, r"--tp 0 must be at least 1"),
-        (4, {"pp": -2}, r"--pp -2 must be at least 1"),
         (
             2,
             {"sequence_parallel": True},

@@ -387,8 +387,6 @@ def test_text_lines_where_a_response_must_be_known(tiny, tmp_path: Path):
 
 
 def test_what_the_format_refuses(tiny, llama, tmp_path: Path):
-    with pytest.raises(ValueError, match="--max-seq-len 1: a row needs at least 2 tokens"):
-        PreferenceFormat(max_seq_len=1)
     with pytest.raises(ValueError, match="a response is empty, and --no-append-eos"):
         load([TEXT | {"chosen": ""}], tiny, tmp_path, PreferenceFormat(append_eos=False))
     adding = PreferenceFormat(add_bos=True)

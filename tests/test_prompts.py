@@ -345,12 +345,6 @@ def test_broken_row_is_named_by_file_and_line(name: str, tiny, tmp_path: Path):
         prompts.load_prompts([path], tiny, DEFAULT)
 
 
-@pytest.mark.parametrize("most", [0, -1])
-def test_max_prompt_len_must_be_positive(most: int):
-    with pytest.raises(ValueError, match=f"--max-prompt-len {most}: a prompt needs at least 1 token"):
-        PromptFormat(max_prompt_len=most)
-
-
 def test_what_the_tokenizer_refuses(tiny, llama, llama_chat, tmp_path: Path):
     adding = PromptFormat(add_bos=True)
     with pytest.raises(ValueError, match="d.jsonl:1: field 'text' is empty"):  # no token is left of it

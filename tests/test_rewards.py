@@ -5,7 +5,6 @@ As a script this file is its own worker: what comes out on two processes, to a f
 
 import copy
 import json
-import math
 import os
 import shutil
 import sys
@@ -284,16 +283,10 @@ def test_an_import_that_fails_in_the_module_is_not_hidden(tmp_path, monkeypatch)
 
 
 def test_standardised_scores():
-    """(score - mean) / std, for arrays and tensors; flags that would do nothing are refused."""
+    """(score - mean) / std, for arrays and tensors."""
     config = RewardConfig(reward_model=Path("x"), reward_mean=2.0, reward_std=4.0)
     assert config.standardised(np.array([2.0, 10.0, 0.0])).tolist() == [0.0, 2.0, -0.5]
     assert config.standardised(torch.tensor([6.0])).tolist() == [1.0]
-    for flags in ({"reward_mean": 1.0}, {"reward_std": 2.0, "reward_fn": "a:b"}):
-        with pytest.raises(ValueError, match="standardise --reward-model, and there is none"):
-            RewardConfig(**flags)
-    for std in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="--reward-std"):
-            RewardConfig(reward_model=Path("x"), reward_std=std)
 
 
 def test_standardised_by_the_numbers_of_a_file(tmp_path):
@@ -307,10 +300,6 @@ def test_standardised_by_the_numbers_of_a_file(tmp_path):
         (tmp_path / "reward_statistics.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"reward_statistics.json must hold numbers"):
             config.with_statistics()
-    with pytest.raises(ValueError, match="standardises --reward-model, and there is none"):
-        RewardConfig(reward_standardise="auto")
-    with pytest.raises(ValueError, match="leave it out, or --reward-mean and --reward-std"):
-        RewardConfig(reward_model=tmp_path, reward_standardise="auto", reward_mean=1.0)
     off = RewardConfig(reward_model=tmp_path)
     assert off.with_statistics() is off
 

@@ -599,10 +599,6 @@ MISTAKES = {  # name: flags, the words of the message; files in capitals are tho
         ("--micro-batch-tokens", "512"),
         r"--max-seq-len 1024 is above --micro-batch-tokens 512: raise",
     ),
-    "batch": (("--global-batch-size", "0"), r"--global-batch-size 0 must be at least 1"),
-    "interval": (("--val-interval", "0"), r"--val-interval 0 must be at least 1"),
-    "steps": (("--max-steps", "-1"), r"--max-steps -1 must be at least 1"),
-    "micro": (("--micro-batch-size", "0"), r"--micro-batch-size 0 must be at least 1"),
     "time": (("--max-time", "90"), r"--max-time '90' is not of the form HH:MM:SS"),
     "model": (("--model", "no/such/model"), r"--model no/such/model: no config.json there"),
     "choice": (("--precision", "fp16"), r"invalid choice 'fp16' for argument '--precision'"),
@@ -635,14 +631,6 @@ MISTAKES = {  # name: flags, the words of the message; files in capitals are tho
 
 
 DPO_MISTAKES = {
-    "smoothing": (("--label-smoothing", "0.1"), r"--label-smoothing has no effect with --loss dpo"),
-    "gamma": (("--simpo-gamma", "1"), r"--simpo-gamma has no effect with --loss dpo"),
-    "lambda": (("--dpop-lambda", "5"), r"--dpop-lambda has no effect with --loss dpo"),
-    "scale": (("--reward-scale", "2"), r"--reward-scale has no effect with --loss dpo"),
-    "smoothing beyond": (
-        ("--loss", "robust", "--label-smoothing", "0.5"),
-        r"--label-smoothing 0.5.* \[0, 0.5\)",
-    ),
     "no rewards": (
         ("--loss", "rpo_sq", "--train-data", "OTHER"),
         r"--loss rpo_sq needs pairs with 'chosen_reward' and 'rejected_reward': --train-data has none",
@@ -652,9 +640,6 @@ DPO_MISTAKES = {
         ("--loss", "orpo", "--average-logprobs", "False"),
         r"--loss orpo has no reference and is defined on log-probs per token: leave out",
     ),
-    "start": (("--loss", "simpo", "--audit-start", "1"), r"--audit-start has no effect: --loss simpo has no"),
-    "infinite beta": (("--beta", "inf"), r"--beta inf must be "),
-    "beta": (("--beta", "0"), r"--beta 0.0 must be "),
     "dpo without training data": (("--val-data", "PAIRS"), r"--val-data without --train-data"),
     "dpo budget": (
         ("--max-seq-len", "1024", "--micro-batch-tokens", "2047"),
@@ -667,12 +652,6 @@ DPO_MISTAKES = {
     ),
 }
 RM_MISTAKES = {
-    "attributes": (("--num-attributes", "2"), r"--num-attributes .*no effect with --loss ranking"),
-    "centering": (("--center-rewards-coef", "-0.1"), r"--center-rewards-coef -0.1 must be 0 or above"),
-    "centering of labels": (
-        ("--center-rewards-coef", "0.1", "--loss", "regression", "--train-data", "LABELS"),
-        r"--center-rewards-coef has no effect with --loss regression",
-    ),
     "no labels": (("--loss", "regression"), r"--loss regression needs --train-data"),
     "rm without training data": (("--val-data", "PAIRS"), r"--val-data without --train-data"),
     "rm budget": (

@@ -201,7 +201,7 @@ def test_one_torchrun_per_node_meets_at_the_first_node(job, name):
     assert (Path(job["RECORDS"]).parent / "runs/sft/slurm").is_dir()
 
 
-@pytest.mark.parametrize("files", ["easy.jsonl", "easy.jsonl  hard.jsonl"])
+@pytest.mark.parametrize("files", ["easy.jsonl", "easy.jsonl  hard.jsonl", "easy.jsonl\nhard.jsonl\n"])
 def test_test_data_goes_to_the_reward_model_before_the_users_flags(job, files):
     result = submit(job | {"TEST_DATA": files}, "--tp", "8", name="rm")
     assert result.returncode == 0, result.stderr
@@ -227,6 +227,17 @@ def test_templates_of_the_judge_are_arguments_like_any_other(job):
     result = submit(job | {"REWARD_MODEL": "runs/rm/hf"}, *flags, name="self_reward")
     assert result.returncode == 0, result.stderr
     assert arguments(job, "torchrun")[-len(flags) - 2 :] == ["--max-time", "03:45:00", *flags]
+
+
+def test_files_on_several_lines_are_all_passed(job):
+    result = submit(
+        job | {"TRAIN_DATA": "a.jsonl\n  b.jsonl\nc.jsonl\n", "VAL_DATA": "\nval.jsonl\nmore.jsonl"}
+    )
+    assert result.returncode == 0, result.stderr
+    torchrun = arguments(job, "torchrun")
+    start, end = torchrun.index("--train-data"), torchrun.index("--output")
+    files = ["a.jsonl", "b.jsonl", "c.jsonl", "--val-data", "val.jsonl", "more.jsonl"]
+    assert torchrun[start + 1 : end] == files
 
 
 def test_a_single_node_and_another_number_of_processes(job):
@@ -343,6 +354,12 @@ def test_a_margin_above_the_time_left_gives_advice_and_half_of_it(job, left, max
         f"time left is {left}, at most MARGIN_S=60 s: training stops after half of it. Raise --time, or set"
     )
     assert result.stderr.startswith(advice) == (left in ("1:00", "0:25"))
+
+
+def test_numbers_with_leading_zeros_are_decimal(job):
+    assert submit(job | {"MARGIN_S": "0090", "PROCESSES_PER_NODE": "08"}).returncode == 0
+    assert value(arguments(job, "torchrun"), "--max-time") == "03:58:30"
+    assert value(arguments(job, "torchrun"), "--nproc_per_node") == "8"
 
 
 def test_no_time_limit_no_max_time(job):
@@ -506,6 +523,37 @@ def test_a_shell_of_sallocs_is_no_step(job):
 
 
 # --------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "change, flags, message",
+    [
+        ({"MARGIN_S": "15m"}, "", "MARGIN_S=15m must be a whole number"),
+        ({"MARGIN_S": "-5"}, "", "MARGIN_S=-5 must be a whole number"),
+        ({"PROCESSES_PER_NODE": "8x"}, "", "PROCESSES_PER_NODE=8x must be a whole number"),
+        ({"RDZV_PORT": "any"}, "", "RDZV_PORT=any must be a whole number"),
+        ({"HEALTH_CHECK": "of"}, "", "HEALTH_CHECK=of must be on or off"),
+        ({"TRAIN_DATA": " \t"}, "", "TRAIN_DATA=' \t' VAL_DATA='val.jsonl': give each at least one file"),
+        ({}, "--output runs/other", "--output is given twice"),
+        ({}, "--tp 8 --output=runs/other", "--output is given twice"),
+        ({}, "--model other", "--model is given twice"),
+        ({}, "--train_data other.jsonl", "--train-data is given twice"),
+        ({}, "--val-data other.jsonl", "--val-data is given twice"),
+        ({"REWARD_MODEL": "runs/rm"}, "--reward-model other", "--reward-model is given twice"),
+        ({}, "--lr 1e-5 --tp 8 --lr 1e-6", "--lr is given twice"),
+        ({}, "--no-resume", "--no-resume: a job that is requeued would start there again"),
+        ({}, "--resume-from runs/x", "--resume-from: a job that is requeued would start there again"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_starts(job, change, flags, message):
+    result = submit(job | change, *flags.split(), name="ppo")
+    assert result.returncode == 1
+    assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+    assert arguments(job, "torchrun") == arguments(job, "srun") == []
+
+
+def test_a_step_which_is_never_requeued_may_start_over(job):
+    assert step(job | FIRST, "--no-resume").returncode == 0
 
 
 @pytest.mark.parametrize(

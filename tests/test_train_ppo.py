@@ -22,7 +22,6 @@ from train_ppo import Config, advantages_of, by_answer, expand, moments, tokens_
 
 DATA = {"train_data": (Path("rows.jsonl"),)}
 GROUPS = {"advantages": "grpo", "samples_per_prompt": 4}
-NO_CRITIC = "has no effect: --advantages {} has no critic"
 WHOLE_DISTRIBUTION = (
     ": PPO's log-probs are those of the whole distribution at --temperature; tokens drawn from another one "
     "would be weighed wrongly"
@@ -34,25 +33,6 @@ WHOLE_DISTRIBUTION = (
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"prompts_per_step": 0}, "--prompts-per-step 0 must be at least 1"),
-        ({"samples_per_prompt": -1}, "--samples-per-prompt -1 must be at least 1"),
-        ({"ppo_epochs": 0}, "--ppo-epochs 0 must be at least 1"),
-        ({"clip": -0.1}, "--clip -0.1 must be at least 0"),
-        ({"clip": float("nan")}, "--clip nan must be at least 0"),
-        ({"kl_coef": -0.1}, "--kl-coef -0.1 must be at least 0"),
-        ({"value_clip": -0.1}, "--value-clip -0.1 must be at least 0"),
-        ({"critic_lr": -0.1}, "--critic-lr -0.1 must be at least 0"),
-        ({"critic_warmup_steps": -1}, "--critic-warmup-steps -1 must be at least 0"),
-        (
-            {"unended": "penalise", "unended_penalty": -1.0},
-            "--unended-penalty -1.0 must be at least 0",
-        ),
-        ({"gamma": 1.1}, "--gamma 1.1 must be from 0 to 1"),
-        ({"gamma": -0.1}, "--gamma -0.1 must be at least 0"),
-        ({"gae_lambda": 1.1}, "--gae-lambda 1.1 must be from 0 to 1"),
-        ({"gae_lambda": -0.1}, "--gae-lambda -0.1 must be at least 0"),
-        ({"kl_target": 0.0}, "--kl-target 0.0 must be above 0"),
-        ({"kl_target": 0.1, "kl_horizon": 0.0}, "--kl-horizon 0.0 must be above 0"),
         (
             {"prompts_per_step": 6, "samples_per_prompt": 3, "batch": BatchConfig(global_batch_size=4)},
             "a step has 18 answers (--prompts-per-step x --samples-per-prompt), which is no multiple of "
@@ -71,19 +51,6 @@ WHOLE_DISTRIBUTION = (
             {"advantages": "rloo"},
             "--advantages rloo compares the answers to a prompt: give --samples-per-prompt",
         ),
-        (GROUPS | {"gae_lambda": 0.9}, f"--gae-lambda {NO_CRITIC.format('grpo')}"),
-        (GROUPS | {"critic": Path("critic")}, f"--critic {NO_CRITIC.format('grpo')}"),
-        (GROUPS | {"value_clip": 0.0}, f"--value-clip {NO_CRITIC.format('grpo')}"),
-        (GROUPS | {"critic_warmup_steps": 1}, f"--critic-warmup-steps {NO_CRITIC.format('grpo')}"),
-        (GROUPS | {"critic_lr": 2e-5}, f"--critic-lr {NO_CRITIC.format('grpo')}"),
-        (GROUPS | {"critic_min_lr": 1e-6}, f"--critic-min-lr {NO_CRITIC.format('grpo')}"),
-        ({"advantages": "reinforce", "gae_lambda": 0.9}, f"--gae-lambda {NO_CRITIC.format('reinforce')}"),
-        (GROUPS | {"gamma": 0.9}, "--gamma has no effect: --advantages grpo takes whole answers"),
-        (
-            GROUPS | {"advantages": "rloo", "whiten_advantages": False},
-            "--whiten-advantages has no effect: --advantages rloo takes whole answers",
-        ),
-        ({"kl_coef": 0.0, "kl": "k3"}, "--kl has no effect: --kl-coef 0 means no reference"),
         (
             {"kl_in": "loss", "kl": "k1"},
             "--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3",
@@ -93,13 +60,6 @@ WHOLE_DISTRIBUTION = (
             {"kl_target": 0.1, "kl_horizon": 12.8},
             "--kl-horizon 12.8 must be above a fifth of the 64 answers of a step: --kl-coef could fall "
             "below 0",
-        ),
-        ({"kl_coef": 0.0, "kl_in": "loss"}, "--kl-in has no effect: --kl-coef 0 means no reference"),
-        ({"kl_coef": 0.0, "kl_target": 0.1}, "--kl-target has no effect: --kl-coef 0 means no reference"),
-        ({"kl_horizon": 100.0}, "--kl-horizon has no effect: there is no --kl-target"),
-        (
-            {"unended_penalty": 2.0},
-            "--unended-penalty has no effect: it is about --unended penalise, not mask",
         ),
         ({"sampling": SamplingConfig(top_k=5)}, f"--top-k{WHOLE_DISTRIBUTION}"),
         ({"sampling": SamplingConfig(top_p=0.9)}, f"--top-p{WHOLE_DISTRIBUTION}"),

@@ -82,9 +82,6 @@ def test_select(samples, values, keep_top, unended, duplicates, expected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"prompts_per_step": 0}, "--prompts-per-step 0 must be at least 1"),
-        ({"samples_per_prompt": 0}, "--samples-per-prompt 0 must be at least 1"),
-        ({"keep_top": 0}, "--keep-top 0 must be at least 1"),
         ({"keep_top": 9}, "--keep-top 9 of --samples-per-prompt 8: raise that"),
         (DATA, "what is a good answer? Give --reward-model DIR or --reward-fn module:function"),
         (

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import xxhash
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from align import parallel
 from align.config_fields import read_object
 from align.errors import UserError
 
@@ -88,12 +89,12 @@ def one_line(error: Exception) -> str:
 
 
 def write_state(path: Path, state: dict) -> None:
-    """Write what a checkpoint says of itself, with a checksum of it."""
+    """Write the description of a checkpoint, with a checksum of it."""
     path.write_text(json.dumps(state | {"xxh3": digest(state)}, indent=2) + "\n")
 
 
 def read_state(path: Path) -> dict:
-    """What `write_state` wrote. Raises ValueError if it is missing or damaged."""
+    """Read the file of `write_state`. Raises ValueError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"damaged checkpoint: {path} is missing")
     state = read_object(path)
@@ -116,14 +117,12 @@ def checksums(path: Path) -> dict[str, list]:
     """Size and XXH3 of all files of a checkpoint but `STATE`, each read by one of the ranks. Collective."""
     names = [sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())]
     dist.broadcast_object_list(names, src=0)
-    own = {name: checksum(path / name) for name in mine(names[0])}
-    everyone: list[dict | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {name: value for part in everyone for name, value in sorted(part.items()) if name != STATE}
+    parts = parallel.gather({name: checksum(path / name) for name in share(names[0])})
+    return {name: value for part in parts for name, value in sorted(part.items()) if name != STATE}
 
 
-def mine(names: list[str]) -> list[str]:
-    """The files that this rank reads: those that it wrote, by their names, and a share of the others."""
+def share(names: list[str]) -> list[str]:
+    """The files that this rank reads: its own ones, by their names, and a part of the others."""
     rank, world = dist.get_rank(), dist.get_world_size()
     writers = [re.search(r"__(\d+)_\d+\.distcp$", name) for name in names]
     return [
@@ -144,7 +143,7 @@ def checksum(file: Path) -> list:
 
 
 def damage(file: Path, expected: list) -> str:
-    """What is wrong with a file; "" if nothing is."""
+    """A line for a damaged file; "" for a whole one."""
     if not file.is_file():
         return f"{file} is missing"
     if (size := file.stat().st_size) != expected[0]:
@@ -155,19 +154,12 @@ def damage(file: Path, expected: list) -> str:
 def verify(path: Path) -> None:
     """Raises ValueError if a checkpoint is damaged, or if something in it would run code. Collective."""
     expected = read_state(path / STATE).get("files", {})  # an earlier version did not store them
-    found = [damage(path / name, expected[name]) for name in mine(sorted(expected))]
-    everyone: list[list | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [line for line in found if line])
-    if lines := sorted(line for part in everyone for line in part):
-        raise UserError(f"damaged checkpoint: {lines[0]}")
-    error = [None]
-    if dist.get_rank() == 0:
-        for metadata in sorted(path.rglob(".metadata")):
-            try:
-                check_pickles(metadata.parent)
-            except ValueError as wrong:
-                error = [str(wrong)]
-                break
-    dist.broadcast_object_list(error, src=0)
-    if error[0]:
-        raise UserError(error[0])
+    parts = parallel.gather([damage(path / name, expected[name]) for name in share(sorted(expected))])
+    if damages := sorted(line for part in parts for line in part if line):
+        raise UserError(f"damaged checkpoint: {damages[0]}")
+
+    def check_folders() -> None:
+        for file in sorted(path.rglob(".metadata")):
+            check_pickles(file.parent)
+
+    parallel.on_main(check_folders)

@@ -279,8 +279,7 @@ def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[s
 
 def ranks_where(value: float) -> str:
     """The global ranks on which a value is not finite, for an error message. Collective."""
-    flags: list[bool | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(flags, not math.isfinite(value))
+    flags = parallel.gather(not math.isfinite(value))
     return ", ".join(str(rank) for rank, bad in enumerate(flags) if bad) or "none (only the sum overflows)"
 
 

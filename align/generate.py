@@ -500,13 +500,11 @@ class Queue:
 
 
 def gather(
-    mine: dict[tuple[int, int], Sample], num_prompts: int, samples_per_prompt: int
+    own: dict[tuple[int, int], Sample], num_prompts: int, samples_per_prompt: int
 ) -> list[list[Sample]]:
     """The answers of all ranks, by prompt, on every rank. Collective."""
-    everyone: list[dict | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    found = {key: sample for part in everyone for key, sample in part.items()}
-    return [[found[i, k] for k in range(samples_per_prompt)] for i in range(num_prompts)]
+    samples = {key: sample for part in parallel.gather(own) for key, sample in part.items()}
+    return [[samples[i, k] for k in range(samples_per_prompt)] for i in range(num_prompts)]
 
 
 def rollout_groups(tp: int) -> ProcessGroupCollection:

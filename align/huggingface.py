@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from align import parallel
 from align.architecture import Architecture
 from align.errors import UserError
 from align.model import Decoder, Scorer
@@ -304,13 +305,12 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    mine = {}
+    own = {}
     if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
-        mine = write_files(full_tensors(model), unfinished, mpu.get_pipeline_model_parallel_rank())
-    everyone: list[dict[str, int] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+        own = write_files(full_tensors(model), unfinished, mpu.get_pipeline_model_parallel_rank())
+    parts = parallel.gather(own)
     if dist.get_rank() == 0:
-        write_index(unfinished, {name: size for written in everyone for name, size in written.items()})
+        write_index(unfinished, {name: size for part in parts for name, size in part.items()})
         write_configs(start_from, unfinished, model)
         for write in companions:
             write(unfinished)

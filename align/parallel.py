@@ -201,6 +201,13 @@ def sum_over_dp(x: Tensor) -> Tensor:
     return x
 
 
+def gather(item: T) -> list[T]:
+    """The items of all ranks, in their order. Collective."""
+    items: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
 def gather_over_dp(item: T) -> list[T]:
     """The items of all data parallel ranks, in their order. Collective."""
     items: list[T | None] = [None] * dp_size()

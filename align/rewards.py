@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from align import architecture, engine, hub, huggingface, model, offload, tokenizer, watchdog
+from align import architecture, engine, hub, huggingface, model, offload, parallel, tokenizer, watchdog
 from align.errors import UserError
 from align.flags import SCALE, SCORE, check_ranges, refuse_unused
 from align.generate import Sample
@@ -320,9 +320,7 @@ class RewardFunction:
         """Rewards [prompts, answers]. Collective. Raises ValueError for what is no finite number."""
         with isolated(self.flag, RANDOM_STATES):  # once: numpy's take 0.2 ms
             part = self.part(prompts, samples)
-        parts: list[list | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, part)
-        return table(parts, samples)
+        return table(parallel.gather(part), samples)
 
     def part(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[tuple]:
         """(prompt, answer, reward) of this rank's share."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from align import parallel, tables
 from align.generate import Sample
@@ -96,6 +95,4 @@ def weights_digest(weights: Weights) -> str:
         flat = tensor.view(-1)
         numbers = flat[:: max(1, len(flat) // NUMBERS)].float()
         digest.update(name.encode() + numbers.numpy().tobytes())
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, digest.hexdigest())
-    return hashlib.sha256(repr(everyone).encode()).hexdigest()
+    return hashlib.sha256(repr(parallel.gather(digest.hexdigest())).encode()).hexdigest()

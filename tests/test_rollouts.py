@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,11 +203,7 @@ def test_weights_of_every_rank_count(make, monkeypatch):
     held = Weights(make())
 
     def of_two_ranks(other: str, main: bool) -> str:
-        def all_gather_object(everyone: list, mine: str) -> None:
-            everyone[:] = [mine, other] if main else [other, mine]
-
-        two = SimpleNamespace(get_world_size=lambda: 2, all_gather_object=all_gather_object)
-        monkeypatch.setattr(rollouts, "dist", two)
+        monkeypatch.setattr(parallel, "gather", lambda own: [own, other] if main else [other, own])
         return rollouts.weights_digest(held)
 
     assert len({of_two_ranks("a", True), of_two_ranks("b", True), of_two_ranks("a", False)}) == 3

@@ -33,6 +33,7 @@ from align import (
     parallel,
     prompts,
     tokenizer,
+    watchdog,
 )
 from align.architecture import Architecture
 from align.config_fields import read_object
@@ -421,7 +422,7 @@ def read_line() -> str:
         console.write("> ", end="", to="stderr")
         reader.start()
     while not (line := parallel.on_main(lambda: reader.join(POLL_S) or lines)):
-        pass
+        watchdog.tick("chat")  # a user may take any time
     return line[0].decode("utf-8", "replace").strip()
 
 

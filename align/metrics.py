@@ -89,7 +89,7 @@ class Run:
     def _open(self) -> None:
         """Lock the directory; leave the flags there if it is new, else log which have changed."""
         self.config.output.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.config.output)
+        self.lock = lock(self.config.output, self.say)
         path = self.config.output / "config.json"
         if not path.exists():
             return self._write_config()

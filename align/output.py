@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -51,10 +51,10 @@ def check_run(output: Path, flags: dict, script: Path) -> None:
         raise UserError(f"--output {output} holds {held[0]}, and no config.json of a run: give another")
 
 
-def lock(output: Path) -> IO[str]:
+def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
     """Hold OUTPUT for this process until the file is closed, or until the process ends, in whatever way.
 
-    Raises UserError if another process holds it.
+    Raises UserError if another process holds it. A file system without locks is logged.
     """
     file = open(output / ".lock", "a+", encoding="utf-8")
     file.seek(0)
@@ -65,8 +65,9 @@ def lock(output: Path) -> IO[str]:
         if holder == own:  # an earlier run of this process, in a notebook
             return file
         raise UserError(f"--output {output} is in use by another run, {holder}: give another") from None
-    except OSError:
-        return file  # a file system without locks
+    except OSError as error:
+        say(f"WARNING: --output {output} cannot be locked ({error.strerror}): start no second run there")
+        return file
     file.truncate(0)
     file.write(own)
     file.flush()

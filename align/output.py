@@ -75,9 +75,10 @@ def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
 
 
 def is_run(output: Path) -> bool:
-    """True if a run has left its flags there."""
+    """True if a run has left its flags or a checkpoint there."""
     config = output / "config.json"
-    return config.is_file() and "flags" in read_object(config)
+    has_flags = config.is_file() and "flags" in read_object(config)
+    return has_flags or bool(complete_checkpoints(output / "checkpoints"))
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

@@ -246,7 +246,7 @@ def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, templ
     if not others:
         raise UserError(f"the template {template!r} has no field for a prompt: use --raw")
     row = dict.fromkeys(others, "") | {first: text}
-    rules = FormatConfig(template, first, add_bos=fmt.add_bos, max_seq_len=sys.maxsize)
+    rules = FormatConfig(template, first, add_bos=fmt.add_bos, max_seq_len=10**9)
     ids, trained, _ = data.format_template(row, tokenizer, rules)
     data.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)[~np.array(trained)]

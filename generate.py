@@ -88,8 +88,6 @@ class Config:
         self.check_task()
         refuse_unused(self.model, ModelConfig, "recompute", "without training")
         refuse_unused(self.parallel, ParallelConfig, "sequence_parallel", "without training")
-        if self.sampling.greedy:
-            refuse_unused(self, Config, "samples_per_prompt", "with --greedy, which has one response")
         if self.raw:
             names = "chat_template_kwargs template_date"
             refuse_unused(self.text, TextConfig, names, "with --raw, which has no template")

@@ -197,7 +197,6 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
         for script in ("generate --prompt Hi", "train_rs --samples-per-prompt 1")
         for flag in ("--temperature 0.7", "--top-k 5", "--top-p 0.9", "--min-p 0.1")
     ),
-    ("generate --prompt Hi --greedy", "--samples-per-prompt 4 with --greedy"),
     ("generate --prompt Hi --raw", "--template-date 2020-01-01 with --raw"),
     ("generate --prompt Hi --raw", """--chat-template-kwargs '{"a": 1}' with --raw"""),
     ("generate --chat", "--add-bos False with --chat"),

@@ -15,7 +15,7 @@ from align import console, parallel, watchdog
 from align.errors import UserError
 
 C = TypeVar("C")
-BOX = re.compile(r"[─│╭╮╰╯]+")
+BORDER, RULE = re.compile(r"^[│|]|[│|]$"), "─╭╮╰╯+- "  # of the box around tyro's messages
 
 
 def run(main: Callable[[C], None], config_class: type[C]) -> None:
@@ -48,8 +48,9 @@ def parse(config_class: type[C], words: Sequence[str] | None = None) -> C:
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        lines = [BOX.sub(" ", line).strip() for line in box.getvalue().splitlines()]
-        text = " ".join(line for line in lines[1:] if line and not line.startswith("For full helptext"))
+        lines = [BORDER.sub("", line.strip()).strip() for line in box.getvalue().splitlines()]
+        lines = [line for line in lines[1:] if line.strip(RULE) and not line.startswith("For full helptext")]
+        text = " ".join(lines)
         raise UserError(re.sub(r"^Error parsing \w+: ", "", text)) from None
 
 

@@ -125,8 +125,9 @@ class Watchdog:
     def check_stall(self) -> None:
         """End the job if no rank has made progress for the limit; a rank at fault ends before the others."""
         before = self.states()
-        time.sleep(3 * INTERVAL_S)
-        self.publish()
+        for _ in range(4):
+            time.sleep(INTERVAL_S)
+            self.publish()
         states, ranks = self.states(), range(self.world)
         silent = [
             r for r in ranks if states[r]["beats"] == before[r]["beats"]

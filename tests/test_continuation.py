@@ -35,28 +35,28 @@ FLAGS = {  # script: changed flags, and the words of the refusal
         "--min-lr 1e-7": "--min-lr 1e-06 -> 1e-07",
         "--warmup-steps 2": "--warmup-steps 1 -> 2",
         "--constant-steps 1": "--constant-steps 0 -> 1",
-        "--weight-decay 0": "--weight-decay 0.1 -> 0.0",
+        "--weight-decay 0": "--weight-decay 0.01 -> 0.0",
         "--adam-beta2 0.9": "--adam-beta2 0.98 -> 0.9",
         "--clip-grad 2 --loss-on all": "--clip-grad 1.0 -> 2.0, --loss-on answer -> all",
         "--max-steps 4": "--max-steps 3 -> 4",
         "--max-epochs 2": "--max-epochs 1 -> 2",
-        "--max-seq-len 80": "--max-seq-len 64 -> 80",
+        "--max-seq-len 80": "--max-seq-len 64 -> 80",  # with room for a row that was left out
         "--special-tokens-in-text allow": "--special-tokens-in-text split -> allow",
         "--model {tiny}": "--model tiny -> {tiny}",
     },
     "dpo": {
         "--loss ipo": "--loss dpo -> ipo",
         "--beta 0.5": "--beta None -> 0.5",
-        "--label-smoothing 0.1": "--label-smoothing 0.0 -> 0.1",
-        "--sft-weight 1": "--sft-weight 0.0 -> 1.0",
+        "--loss cdpo --label-smoothing 0.1": "--loss dpo -> cdpo, --label-smoothing None -> 0.1",
+        "--sft-weight 1": "--sft-weight None -> 1.0",
     },
     "ppo": {
-        "--kl-coef 0.3": "--kl-coef 0.05 -> 0.3",
+        "--kl-coef 0.3": "--kl-coef 0.01 -> 0.3",
         "--clip 0.3": "--clip 0.2 -> 0.3",
         "--temperature 0.7": "--temperature 1.0 -> 0.7",
         "--samples-per-prompt 4": "--samples-per-prompt 2 -> 4",
         "--max-new-tokens 5": "--max-new-tokens 4 -> 5",
-        "--advantages rloo": "--advantages grpo -> rloo",
+        "--advantages rloo": "--advantages gae -> rloo",
         "--reward-fn align.gsm8k:reward": "--reward-fn align.toy:reward -> align.gsm8k:reward",
     },
 }
@@ -65,7 +65,7 @@ OTHERS = {  # checkpoint of, continued by, rows, flags: words of the refusal
     ("sft", "sft", "edited", ""): "otherwise: checksum of the token ids of --train-data ",
     ("sft", "sft", "shuffled", ""): "otherwise: checksum of the token ids of --train-data ",
     ("dpo", "dpo", "other pairs", ""): "otherwise: checksum of the token ids of --train-data ",
-    ("ppo", "ppo", "other prompts", ""): "otherwise: checksum of the token ids of --train-data ",
+    ("ppo", "ppo", "other prompts", ""): "otherwise: rows of --train-data 8 -> 7, checksum of the token ids ",
     ("dpo", "sft", "first", ""): "is of train_dpo.py, not of train_sft.py: give another --output",
     ("sft", "dpo", "pairs", ""): "is of train_sft.py, not of train_dpo.py: give another --output",
     ("dpo", "rm", "pairs", ""): "is of train_dpo.py, not of train_rm.py: give another --output",
@@ -75,7 +75,7 @@ OTHERS = {  # checkpoint of, continued by, rows, flags: words of the refusal
 }
 ROWS = {"sft": "first", "dpo": "pairs", "ppo": "prompts"}
 CHANGED = {
-    (script, script, ROWS[script], flags): f"was trained otherwise: {words}. "
+    (script, script, ROWS[script], flags): f"was trained otherwise: {words}"
     for script, changes in FLAGS.items()
     for flags, words in changes.items()
 } | OTHERS
@@ -94,6 +94,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[object, tuple[str
     """Error (None: it ran to its end) of each command, and its OUTPUT; the copied model of changed ones."""
     folder = tmp_path_factory.mktemp("resumed")
     rows = chats(10, seed=0)
+    prompts = [{"prompt": [{"role": "user", "content": f"sort: d {x} a c"}]} for x in "befghijk"]
     data_sets = {
         "first": rows[:8],
         "copy": rows[:8],
@@ -102,8 +103,8 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[object, tuple[str
         "shuffled": [rows[1], rows[0], *rows[2:8]],
         "pairs": comparisons(8, seed=0),
         "other pairs": comparisons(8, seed=1),
-        "prompts": [{"prompt": row["messages"][:1]} for row in rows],
-        "other prompts": [{"prompt": row["messages"][:1]} for row in rows[1:]],
+        "prompts": prompts,
+        "other prompts": prompts[1:],
     }
     files = {name: write_rows(folder / f"{name}.jsonl", some) for name, some in data_sets.items()}
 

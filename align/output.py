@@ -57,19 +57,18 @@ def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
     Raises UserError if another process holds it. A file system without locks is logged.
     """
     file = open(output / ".lock", "a+", encoding="utf-8")
-    file.seek(0)
-    own, holder = f"pid {os.getpid()} on {socket.gethostname()}", file.read()
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if holder == own:  # an earlier run of this process, in a notebook
-            return file
-        raise UserError(f"--output {output} is in use by another run, {holder}: give another") from None
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # unlike flock's, no fork of this process inherits it
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"--output {output} is in use by another run, {file.read()}: give another") from None
     except OSError as error:
         say(f"WARNING: --output {output} cannot be locked ({error.strerror}): start no second run there")
         return file
     file.truncate(0)
-    file.write(own)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
 

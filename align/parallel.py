@@ -64,6 +64,8 @@ def start(config: ParallelConfig) -> Iterator[dist.Store]:
     """
     check(config)
     end_with_torchrun()
+    # A save of Megatron's forks: after a kill -9 such a child would stay for ever.
+    os.register_at_fork(after_in_child=end_with_parent)
     if config.tp > 1:
         use_one_queue()
     if config.deterministic:
@@ -93,7 +95,13 @@ def end_with_torchrun() -> None:
 
     After a kill -9 of torchrun alone the ranks would train on, and share one OUTPUT with those of the next.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies."""
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1  # from linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 

@@ -45,7 +45,7 @@ def test_soak(number, data, toy_judge, whole, tmp_path):
         try:
             assert launcher.wait(timeout=rng.uniform(0, duration)) == 0
         except subprocess.TimeoutExpired:
-            kill_all(launcher)
+            kill_all(launcher, output)
             kills += 1
             steps.append(int(kept(output)[-1].removeprefix("step_")) if kept(output) else 0)
     finish(launch(case.script, data, output, *words), output)

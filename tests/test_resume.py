@@ -259,7 +259,7 @@ def is_saving(output: Path, since: float) -> bool:
     return False
 
 
-def kill_all(launcher: subprocess.Popen) -> None:
+def kill_all(launcher: subprocess.Popen, output: Path) -> None:
     """kill -9 of torchrun and its ranks."""
     psutil.Process(launcher.pid).suspend()  # so that it starts no rank after they were listed
     family = [psutil.Process(launcher.pid), *ranks(launcher)]
@@ -267,6 +267,13 @@ def kill_all(launcher: subprocess.Popen) -> None:
         process.kill()
     psutil.wait_procs(family)
     launcher.wait()
+    time.sleep(0.2)
+    left = [
+        process.info
+        for process in psutil.process_iter(["cmdline"])
+        if str(output) in (process.info["cmdline"] or ())
+    ]
+    assert not left, "a process outlives its rank"
 
 
 def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, output: Path) -> None:
@@ -285,7 +292,7 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
     wait_for(happened, launcher, output)
     time.sleep(delay)
     assert launcher.poll() is None
-    kill_all(launcher)
+    kill_all(launcher, output)
     if kind == "save":
         assert is_saving(output, launch_time), "killed too late: the save was over"
     if kind == "reference":

@@ -3,6 +3,7 @@
 import re
 import time
 
+import psutil
 import pytest
 
 from tests.conftest import fork_ranks, torchrun
@@ -56,6 +57,16 @@ def test_a_rank_that_ends_early_is_named(flags):
 def test_ranks_that_work_are_left_alone(flags):
     done = fork_ranks(2, SCRIPT, *flags.split())
     assert done.stdout == "done\n" and not re.search("^(rank|error|no rank)", done.stderr, re.MULTILINE)
+
+
+def test_a_fork_of_a_killed_rank_ends_as_well():
+    done = fork_ranks(2, SCRIPT, "--how", "fork", "--on", "1", check=False)
+    assert done.returncode == -9
+    child = int(done.stdout)
+    end = time.monotonic() + 10
+    while psutil.pid_exists(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(child)
 
 
 def test_torchrun_reports_the_rank_at_fault():

@@ -8,7 +8,7 @@ demo: .venv/ready  ## all stages on the built-in tiny model, two processes: loss
 	$(PYTHON) demo.py
 
 test: .venv/test  ## all tests, on the CPU
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -n 2 --dist loadfile tests
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-slurm: .venv/test  ## the batch files on a real Slurm of two nodes, all on this machine: needs slurm-wlm
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q tests/real_slurm.py

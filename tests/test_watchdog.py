@@ -46,6 +46,7 @@ def test_a_rank_that_ends_early_is_named(flags):
         if not re.match(r"\[rank|Exception raised from|frame #|<omit|$", x)
     ]
     assert re.fullmatch(line, lines[0]), done.stderr
+    lines = lines[:1] + [x for x in lines[1:] if " of 2 ended: " not in x]  # of a rank without the store
     assert len(lines) == 1 or (" failed: " in line and lines[1] == "Traceback (most recent call last):"), (
         done.stderr
     )

@@ -40,8 +40,7 @@ from align.config_fields import read_object
 from align.data import FormatConfig, Tokenizer
 from align.errors import UserError
 from align.flags import SAMPLES, check_ranges, refuse_unused
-from align.generate import Generator, RolloutConfig, Sample, check_prompt
-from align.generate import check as check_rollout
+from align.generate import Generator, RolloutConfig, Sample, check_prompt, check_rollout
 from align.model import ModelConfig
 from align.output import check_files, write_atomically
 from align.packing import Example

@@ -126,7 +126,7 @@ def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
     model.check(arch, config.model, config.parallel)
-    generate.check(arch, config.rollout, config.sampling, config.model, config.parallel)
+    generate.check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())

@@ -245,7 +245,7 @@ class Generator:
         return ids[-1] in self.tokenizer.stop_ids or says_stop(ids, self.tokenizer, self.sampling.stop)
 
 
-def check(
+def check_rollout(
     arch: Architecture,
     config: RolloutConfig,
     sampling_config: SamplingConfig,

@@ -57,7 +57,7 @@ def build(case: dict) -> generate.Generator:
     config = ModelConfig(model=case["model"], precision=case.get("precision", "fp32"))
     arch = architecture.read_config(config.path)
     rollout, sampling = RolloutConfig(**case.get("rollout", {})), SamplingConfig(**case["sampling"])
-    generate.check(arch, rollout, sampling, config, layout)
+    generate.check_rollout(arch, rollout, sampling, config, layout)
     policy = model.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
     letters = Letters(case.get("vocab_size", arch.vocab_size))

@@ -498,7 +498,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def mark_tensor_parallel(model: Decoder) -> None:
+def mark_tensor_parallel(model: nn.Module) -> None:
     """Mark split weights, as Megatron does when it initialises them.
 
     Without the marks the gradient norm counts only one rank's part of each matrix, and clipping is wrong,

@@ -121,7 +121,7 @@ class Config:
 def main(config: Config) -> None:
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
-    model.check(arch, config.model, config.parallel)
+    model.check_model(arch, config.model, config.parallel)
     settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
     text = tokenizer.load(source.directory, say, source.text_config(config.text))
@@ -152,7 +152,7 @@ def main(config: Config) -> None:
         huggingface.load(policy, huggingface.open_source(source.directory, arch, config.parallel.seed))
     else:
         checkpoint.load_weights(source.checkpoint, policy)
-    say(f"{parallel.layout()}; {model.describe(arch, config.model)}; {generator.describe()}")
+    say(f"{parallel.layout()}; {model.describe_model(arch, config.model)}; {generator.describe()}")
 
     if config.chat:
         chat(generator, fmt)

@@ -198,7 +198,7 @@ def read(config: CommonConfig, cluster: Cluster) -> Job:
         frozen["reference"] = policy
     for arch in (*trained.values(), *frozen.values()):
         # Transformer Engine's own limits are for the machine that has it.
-        model.check(arch, replace(config.model, attention="torch", fp8=False), config.parallel)
+        model.check_model(arch, replace(config.model, attention="torch", fp8=False), config.parallel)
     if hasattr(config, "rollout"):
         check_rollout(config.rollout, config.parallel, policy, cluster.world)
     offload = config.offload.offload if hasattr(config, "offload") else "off"

@@ -116,11 +116,11 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
+    model.check_model(arch, config.model, config.parallel)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row=2)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {model.describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files = {"train": config.train_data, "val": config.val_data}

@@ -114,12 +114,12 @@ def main(config: Config) -> None:
             f"{config.num_attributes}"
         )
     arch = replace(start, labels=config.num_attributes)
-    model.check(arch, config.model, config.parallel)
+    model.check_model(arch, config.model, config.parallel)
     per_row = 2 if config.loss == "ranking" else 1
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {model.describe_model(arch, config.model)}")
     run.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
 
     # ---- data ------------------------------------------------------------------------------------

@@ -125,12 +125,12 @@ def select(
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
+    model.check_model(arch, config.model, config.parallel)
     generate.check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {model.describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, reward = {"train": config.train_data, "val": config.val_data}, config.reward.with_statistics()

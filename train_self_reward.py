@@ -249,12 +249,12 @@ def check_same(before: dict[str, int], now: dict[str, int]) -> None:
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
+    model.check_model(arch, config.model, config.parallel)
     generate.check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     config.check_lengths(arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {model.describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files = {"train": config.train_data, "val": config.val_data}

@@ -47,11 +47,11 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
+    model.check_model(arch, config.model, config.parallel)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {model.describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     train_files, val_files = config.train_data, config.val_data

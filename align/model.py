@@ -79,7 +79,7 @@ class ModelConfig:
         return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def check(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> None:
+def check_model(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a split that this model does not allow, before anything is built."""
     tp, pp = parallel.tp, parallel.pp
     if arch.heads % tp or arch.ffn_size % tp:
@@ -137,7 +137,7 @@ def uses_te(config: ModelConfig) -> bool:
     return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
 
 
-def describe(arch: Architecture, config: ModelConfig) -> str:
+def describe_model(arch: Architecture, config: ModelConfig) -> str:
     """What is computed with which kernels, for the log's first lines."""
     if uses_te(config):
         kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
@@ -322,7 +322,7 @@ def build_policy(
             f"--model {config.model} is a reward model (*ForSequenceClassification) and predicts no tokens: "
             "give a language model"
         )
-    check(arch, config, parallel)
+    check_model(arch, config, parallel)
     te = uses_te(config)
     made_of = transformer_config(arch, config, parallel, te)
     return Policy(made_of, arch, te, temperature=temperature, entropy=entropy)
@@ -346,7 +346,7 @@ def build_scorer(
     arch: Architecture, config: ModelConfig, parallel: ParallelConfig, label_weights: Sequence[float] = (1.0,)
 ) -> Scorer:
     """This rank's shard of a reward model (`arch.labels` > 0), its weights not yet filled."""
-    check(arch, config, parallel)
+    check_model(arch, config, parallel)
     te = uses_te(config)
     return Scorer(transformer_config(arch, config, parallel, te), arch, te, label_weights)
 

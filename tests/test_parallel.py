@@ -67,14 +67,14 @@ def test_sizes_that_are_refused(monkeypatch, world, flags, message):
 def test_splits_that_the_tiny_model_does_not_allow(flags, message):
     config = model.ModelConfig()
     with pytest.raises(ValueError, match=message):
-        model.check(architecture.read_config(config.path), config, ParallelConfig(**flags))
+        model.check_model(architecture.read_config(config.path), config, ParallelConfig(**flags))
 
 
 def test_transformer_engine_is_an_error_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = model.ModelConfig(attention="te")
     with pytest.raises(ValueError, match="--attention te needs a GPU and the package transformer-engine"):
-        model.check(architecture.read_config(config.path), config, ParallelConfig())
+        model.check_model(architecture.read_config(config.path), config, ParallelConfig())
 
 
 # ---- what CUDA and NCCL read when they start -----------------------------------------------------

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from align import console
-from align.judge import Judged, parse_score
-from align.prompts import fill
-from align.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
+from align.data.prompts import fill
+from align.data.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
+from align.judging.judge import Judged, parse_score
 
 OUTPUT = Path("runs/demo")
 DATA, SFT, RM, DPO, RS, PPO, GRPO, SELF = (
@@ -33,7 +33,7 @@ DATA, SFT, RM, DPO, RS, PPO, GRPO, SELF = (
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROMPTS = (
     f"--model {SFT}/hf --train-data {DATA}/train.jsonl --val-data {DATA}/val.jsonl --max-prompt-len 64 "
-    "--max-new-tokens 16 --reward-fn align.toy:reward --max-steps 30 --val-interval 10 --val-batches 7"
+    "--max-new-tokens 16 --reward-fn align.data.toy:reward --max-steps 30 --val-interval 10 --val-batches 7"
 )
 JUDGES = ("sft", "self_reward")
 METRICS = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc", "self_reward": "val/true_rewards"}
@@ -78,7 +78,7 @@ def main() -> None:
             *(*TORCHRUN, "train_self_reward.py", "--model", SFT / "hf", "--output", SELF),
             *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
             *("--judge-template", DATA / "judge.txt", "--meta-judge"),
-            *("--meta-judge-template", DATA / "meta_judge.txt", "--true-reward-fn", "align.toy:reward"),
+            *("--meta-judge-template", DATA / "meta_judge.txt", "--true-reward-fn", "align.data.toy:reward"),
             *"--max-seq-len 64 --max-new-tokens 64 --steps-per-iteration 10 --sft-weight 0.5".split(),
             *"--lr 5e-5 --min-lr 5e-5 --beta 0.3 --warmup-steps 2 --val-batches 3".split(),
         ),

@@ -7,11 +7,11 @@ plan's own flags come before the script's name; what follows are the script's, r
 Config. Of a model only config.json is read; nothing is allocated and no GPU is needed. GB are 1e9 bytes, as
 in a run's memory/... metrics. Exit status 0: it fits; 1: it does not, or flags do not fit each other.
 
-The arithmetic is align/memory.py's. A phase is what align/offload.py calls one; in scripts without
-off-loading it is a part of a step in which memory has a peak of its own. Micro-batches are taken as full, and
-answers as of the greatest length. `bench/plan.py` compares with what runs on CPUs have taken. Of GPUs nothing
-was compared yet. With Transformer Engine, --fp8 or not, activations are counted as with torch's kernels in
-bf16.
+The arithmetic is align/planning/memory.py's. A phase is what align/training/offload.py calls one; in scripts
+without off-loading it is a part of a step in which memory has a peak of its own. Micro-batches are taken as
+full, and answers as of the greatest length. `bench/plan.py` compares with what runs on CPUs have taken. Of
+GPUs nothing was compared yet. With Transformer Engine, --fp8 or not, activations are counted as with torch's
+kernels in bf16.
 """
 
 import importlib.util
@@ -26,13 +26,18 @@ from typing import Literal
 
 import tyro
 
-from align import architecture, console, memory, model, packing, parallel, prompts
-from align.architecture import Architecture
+from align import console
+from align.data import packing, prompts
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
 from align.errors import UserError, one_line
-from align.generate import RolloutConfig, check_rollout_tp
-from align.loop import CommonConfig
-from align.memory import Rollout, Setting, Work
-from align.parallel import ParallelConfig
+from align.generation.generator import RolloutConfig, check_rollout_tp
+from align.model import architecture
+from align.model.architecture import Architecture
+from align.model.config import check_model
+from align.planning import memory
+from align.planning.memory import Rollout, Setting, Work
+from align.training.config import CommonConfig
 
 ITEMS = (
     *"process weights gradients optimizer frozen building".split(),
@@ -176,7 +181,7 @@ def load_script(path: Path) -> ModuleType:
         script = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
     if not issubclass(getattr(script, "Config", type(None)), CommonConfig):
-        raise UserError(f"{path} is no training script: it has no Config of align.loop's kind")
+        raise UserError(f"{path} is no training script: it has no Config of align.training.config's kind")
     return script
 
 
@@ -198,7 +203,7 @@ def read(config: CommonConfig, cluster: Cluster) -> Job:
         frozen["reference"] = policy
     for arch in (*trained.values(), *frozen.values()):
         # Transformer Engine's own limits are for the machine that has it.
-        model.check_model(arch, replace(config.model, attention="torch", fp8=False), config.parallel)
+        check_model(arch, replace(config.model, attention="torch", fp8=False), config.parallel)
     if hasattr(config, "rollout"):
         check_rollout(config.rollout, config.parallel, policy, cluster.world)
     offload = config.offload.offload if hasattr(config, "offload") else "off"

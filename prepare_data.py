@@ -11,7 +11,7 @@ python prepare_data.py hh --input train.jsonl.gz --test-input test.jsonl.gz --ou
 python prepare_data.py judge --input data/gsm8k_train.jsonl --output data/gsm8k_judge.jsonl
 python prepare_data.py toy --output data/toy
 
---download fetches what is not in data/raw yet; addresses and sha256 are in align/download.py.
+--download fetches what is not in data/raw yet; addresses and sha256 are in align/data/download.py.
 """
 
 import json
@@ -25,14 +25,14 @@ from typing import Literal, get_args
 import tyro
 
 from align import console
-from align.data import at, read_jsonl, text_field
-from align.download import fetch
+from align.data.download import fetch
+from align.data.jsonl import at, read_jsonl, text_field
+from align.data.marker_chat import answering, check_conversation
+from align.data.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
+from align.data.rows import sft_row
+from align.data.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
 from align.errors import UserError, one_line
-from align.marker_chat import answering, check_conversation
-from align.output import check_files
-from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
-from align.rows import sft_row
-from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
+from align.files import check_files
 
 ROOT = Path(__file__).parent
 RAW = Path("data/raw")

@@ -9,7 +9,7 @@ A step samples answers to --prompts-per-step prompts, scores them by a reward mo
 what "better than expected" is: gae asks a critic, which starts as the reward model; rloo and grpo compare the
 --samples-per-prompt answers to a prompt; reinforce compares with all answers of the step. Policy, reference,
 reward model and critic live in the same processes; with --offload each phase has only those on the GPU that
-it needs. Rows of data are prompts: align/prompts.py has the formats. OUTPUT/hf is the result. Without
+it needs. Rows of data are prompts: align/data/prompts.py has the formats. OUTPUT/hf is the result. Without
 arguments it runs on the built-in tiny model, which is random, and a toy task; demo.py shows one that learns.
 
 PPO: arXiv 1707.06347; with language models: 1909.08593, 2203.02155. RLOO: 2402.14740. GRPO: 2402.03300, here
@@ -27,29 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align import (
-    architecture,
-    audit,
-    checkpoint,
-    continuation,
-    engine,
-    generate,
-    huggingface,
-    launch,
-    losses_rl,
-    model,
-    offload,
-    optim,
-    packing,
-    parallel,
-    prompts,
-    reference,
-    rewards,
-    tokenizer,
-    toy,
-)
-from align.audit import AuditConfig
-from align.checkpoint import CheckpointConfig
+from align.data import packing, prompts, tokenizer, toy
+from align.data.packing import Batch
+from align.data.prompts import PromptFormat
+from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import (
     BOUND,
@@ -64,20 +45,28 @@ from align.flags import (
     number,
     refuse_unused,
 )
-from align.generate import RolloutConfig
-from align.loop import CommonConfig, LoopConfig
-from align.metrics import Clock, Run, RunConfig, mean_of
-from align.offload import OffloadConfig
-from align.optim import OptimConfig
-from align.packing import Batch
-from align.prompts import PromptFormat
-from align.rewards import RewardConfig, Rollout
-from align.sampling import SamplingConfig
+from align.generation import audit
+from align.generation.audit import AuditConfig
+from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
+from align.generation.rollout import Rollout
+from align.generation.sampling import SamplingConfig
+from align.losses import rl
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.rewards import sources
+from align.rewards.sources import RewardConfig
+from align.tracking.metrics import Clock, mean_of
+from align.tracking.run import Run, RunConfig
+from align.training import batching, checkpoint, continuation, engine, offload, optim, reference
+from align.training.checkpoint import CheckpointConfig
+from align.training.config import CommonConfig, LoopConfig
+from align.training.offload import OffloadConfig
+from align.training.optim import OptimConfig
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
 WHITENED = ("gae", "reinforce")  # --advantages that may be
-KL = {"k1": losses_rl.kl_k1, "abs": losses_rl.kl_abs, "k2": losses_rl.kl_k2, "k3": losses_rl.kl_k3}
+KL = {"k1": rl.kl_k1, "abs": rl.kl_abs, "k2": rl.kl_k2, "k3": rl.kl_k3}
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -233,7 +222,7 @@ class Config(CommonConfig):
         if self.kl_target is None or done < self.critic_warmup_steps + 2:
             return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
         kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
-        return losses_rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
+        return rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
 
     def minibatches(self, step: int, epoch: int) -> list[list[list[int]]]:
         """Draw the updates of a PPO epoch: [update][prompt][response], responses by number in the rollout.
@@ -261,12 +250,12 @@ def advantages_of(
         counted: [A] bool, answers that the policy learns from.
     """
     if config.advantages == "gae":
-        return losses_rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+        return rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
     if config.advantages == "reinforce":  # what is earned from here on
-        return losses_rl.gae(rewards, values, lengths, config.gamma, 1.0)
+        return rl.gae(rewards, values, lengths, config.gamma, 1.0)
     returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]
     groups = (-1, config.samples_per_prompt)
-    compare = losses_rl.rloo if config.advantages == "rloo" else losses_rl.grpo
+    compare = rl.rloo if config.advantages == "rloo" else rl.grpo
     advantages = compare(returns.view(groups), counted.view(groups)).view(-1)
     return expand(advantages, lengths), expand(returns, lengths)
 
@@ -309,12 +298,12 @@ def by_answer(x: Tensor, lengths: list[int]) -> Tensor:
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check_model(arch, config.model, config.parallel)
-    generate.check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe_model(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, reward = {"train": config.train_data, "val": config.val_data}, config.reward.with_statistics()
@@ -322,10 +311,10 @@ def main(config: Config) -> None:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
         if not (reward.reward_model or reward.reward_fn):
-            reward = replace(reward, reward_fn="align.toy:reward")
+            reward = replace(reward, reward_fn="align.data.toy:reward")
     run.say(reward.describe())
     text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
-    rewards.warn_of_other_ends(reward, text, run.say)
+    sources.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
@@ -343,14 +332,14 @@ def main(config: Config) -> None:
     # ---- models ----------------------------------------------------------------------------------
     clock, shelf = Clock(), config.offload.shelf(config.run.output)
     phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
-    judges = rewards.judges(
+    judges = sources.judges(
         reward, config.model, config.parallel, config.batch, text, config.sampling.stop, shelf
     )
-    policy = model.build_policy(
+    policy = gpt.build_policy(
         arch, config.model, config.parallel, temperature=config.sampling.temperature, entropy=True
     )
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
     if config.kl_coef:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
@@ -359,19 +348,17 @@ def main(config: Config) -> None:
     trained = {"policy": (policy, optimizer)}
     if config.advantages == "gae":
         start = config.critic or reward.reward_model or config.model.path
-        critic = rewards.load_scorer("--critic", start, config.model, config.parallel, text)
+        critic = sources.load_scorer("--critic", start, config.model, config.parallel, text)
         is_new = not architecture.read_config(replace(config.model, model=str(start)).path).labels
         values_as = (
             RewardConfig() if is_new else reward
         )  # a reward model's values are standardised as rewards
-        critic = model.distributed(critic)
+        critic = gpt.distributed(critic)
         critic_optimizer = optim.build(critic, critic_optim)
         phase.add("critic", critic, critic_optimizer)
         trained["critic"] = (critic, critic_optimizer)
         run.say(f"the critic starts as {start}")
-    generator = generate.Generator(
-        policy, config.rollout, config.sampling, config.model, config.parallel, text
-    )
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
     run.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -399,7 +386,7 @@ def main(config: Config) -> None:
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of answers
         old, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
-        loss, metrics = losses_rl.policy_loss(logprobs, old, advantages, counted, config.clip)
+        loss, metrics = rl.policy_loss(logprobs, old, advantages, counted, config.clip)
         entropy = (entropy * counted).sum()
         if kl_coef:
             kl = config.kl_estimator(logprobs, batch.extra["ref"])
@@ -408,7 +395,7 @@ def main(config: Config) -> None:
 
     def value_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values = values_as.standardised(output[batch.mask.bool()][:, 0].double())  # [n]
-        return losses_rl.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
+        return rl.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
 
     def update(
         name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], tokens: list[float], lr: float
@@ -447,19 +434,19 @@ def main(config: Config) -> None:
         # rollout: [A] answers; their N tokens lie end to end from here on
         found = rollout("train", resumed.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
-            generate.warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
+            warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
         run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
         lengths = [len(sample.ids) for sample in found.answers]
         ended = torch.tensor([sample.finish == "stop" for sample in found.answers])
         examples = [example for examples in found.examples() for example in examples]
         draws = [draw for epoch in range(config.ppo_epochs) for draw in config.minibatches(step, epoch)]
         by_prompt = [[[examples[number] for number in group] for group in draw] for draw in draws]
-        updates = [engine.answer_rows(policy, groups, config.batch) for groups in by_prompt]
+        updates = [batching.answer_rows(policy, groups, config.batch) for groups in by_prompt]
         in_order = updates[: len(updates) // config.ppo_epochs]
 
         # what the models say of each token, [N]
         with phase("logprobs", policy="weights"):
-            old = engine.per_token(policy, in_order, config.batch)[:, 0]
+            old = batching.per_token(policy, in_order, config.batch)[:, 0]
         sampled = [sample.logprobs for sample in found.answers]
         computed = [part.numpy() for part in old.split(lengths)]
         stop_texts = (*config.sampling.stop, *text.stop_strings)
@@ -471,10 +458,10 @@ def main(config: Config) -> None:
         ref_logprobs, values = old, torch.zeros_like(old)
         if config.kl_coef:
             with phase("reference"), ref.lent_to(policy.module):
-                ref_logprobs = engine.per_token(policy, in_order, config.batch)[:, 0]
+                ref_logprobs = batching.per_token(policy, in_order, config.batch)[:, 0]
         if "critic" in trained:
             with phase("values", critic="weights"):
-                values = values_as.standardised(engine.per_token(critic, in_order, config.batch)[:, 0])
+                values = values_as.standardised(batching.per_token(critic, in_order, config.batch)[:, 0])
 
         # rewards, advantages and returns of each token, [N]
         scores = torch.from_numpy(found.rewards).view(-1)  # [A]
@@ -482,7 +469,7 @@ def main(config: Config) -> None:
             scores = scores - config.unended_penalty * ended.logical_not().double()
         counted = ended if config.unended == "mask" else torch.ones_like(ended)  # [A]
         kl = config.kl_estimator(old, ref_logprobs)
-        token_rewards = losses_rl.token_rewards(scores, kl, lengths, in_reward)
+        token_rewards = rl.token_rewards(scores, kl, lengths, in_reward)
         advantages, returns = advantages_of(config, token_rewards, values, lengths, counted)
         statistics = found.statistics() | {
             "rollout_size": len(lengths),
@@ -493,17 +480,17 @@ def main(config: Config) -> None:
             statistics |= {"init_policy_kl": by_answer(kl, lengths).mean(), "kl_coef": kl_coef}
         if "critic" in trained:
             statistics |= moments("returns", returns) | moments("values", values)
-            statistics["explained_variance"] = losses_rl.explained_variance(values, returns)
+            statistics["explained_variance"] = rl.explained_variance(values, returns)
         metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
         if config.whiten_advantages and config.advantages in WHITENED:
-            advantages = losses_rl.whiten(advantages)
+            advantages = rl.whiten(advantages)
 
         # update
         known = {"old": old, "ref": ref_logprobs, "values": values, "returns": returns}
         known |= {"advantages": advantages, "counted": expand(counted.double(), lengths)}
         order = [number for draw in draws for group in draw for number in group]
         known = {name: reorder(x, lengths, order) for name, x in known.items()}
-        batches = engine.token_batches(policy, updates, config.batch, known)
+        batches = batching.token_batches(policy, updates, config.batch, known)
         part_lengths = [sum(packing.num_trained(row) for row in rows_of_update) for rows_of_update in updates]
         if "critic" in trained:
             lr = optim.learning_rate(critic_optim, step, total_steps)

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from align import launch, metrics, parallel, reference
-from align.packing import Batch
+from align.data.packing import Batch
+from align.distributed import launch, parallel
+from align.tracking import run
+from align.training import reference
 
 
 @contextlib.contextmanager
@@ -59,7 +61,7 @@ def attempt_spoilt(command: list[str]) -> str | None:
 
 
 # the curves would take most of the time; test_scripts.py looks at those of other runs
-metrics.Run.close = functools.partialmethod(metrics.Run.close, plots=False)
+run.Run.close = functools.partialmethod(run.Run.close, plots=False)
 folder = Path(sys.argv[1])
 errors = [attempt_spoilt(command) for command in json.loads((folder / "commands.json").read_text())]
 (folder / "errors.json").write_text(json.dumps(errors))

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 import train_sft
-from align import hub
+from align.data import hub
 from tests.conftest import ROOT, environment, random_tiny
 from tests.hub_server import COMMIT, serve
 
@@ -59,7 +59,7 @@ READ = """
 import json, sys
 from pathlib import Path
 from align import hub
-from align.jsonl import read_jsonl
+from align.data.jsonl import read_jsonl
 
 for name in sys.argv[1:]:
     try:

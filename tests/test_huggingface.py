@@ -17,8 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from align import architecture, engine, huggingface, model, packing, parallel
-from align.inference import InferenceModel
+from align.data import packing
+from align.distributed import parallel
+from align.generation.inference import InferenceModel
+from align.model import architecture, gpt, huggingface, spec
+from align.model.config import ModelConfig
+from align.training import engine
 from tests.conftest import FAMILIES, LLAMA3_ROPE, ROOT, SIZES, YARN_ROPE, torchrun
 
 TINY = ROOT / "assets" / "tiny"
@@ -304,7 +308,7 @@ def test_frequencies_are_those_of_transformers(tmp_path, scaling):
     """And the factor of cosines and sines."""
     directory_with(tmp_path, rope_theta=500000.0, rope_scaling=scaling, head_dim=128)
     arch = architecture.read_config(tmp_path)
-    found, scale = model.rotary_frequencies(arch), model.rotary_scale(arch)
+    found, scale = spec.rotary_frequencies(arch), spec.rotary_scale(arch)
     theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
     assert found.shape == (64,)
     torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
@@ -461,10 +465,10 @@ def world():
         yield
 
 
-def loaded(directory: Path, precision: str = "fp32") -> model.Policy:
+def loaded(directory: Path, precision: str = "fp32") -> gpt.Policy:
     """The model of a directory in one process."""
     arch = architecture.read_config(directory)
-    policy = model.build_policy(arch, model.ModelConfig(str(directory), precision), parallel.ParallelConfig())
+    policy = gpt.build_policy(arch, ModelConfig(str(directory), precision), parallel.ParallelConfig())
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
     return policy
 

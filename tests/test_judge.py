@@ -9,11 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import judge, prompts, tokenizer
-from align.data import FormatConfig
-from align.generate import Sample
-from align.judge import Choice, Judge, JudgeConfig, Judged, choose, parse_score, statistics, without_scores
-from align.prompts import Template
+from align.data import prompts, tokenizer
+from align.data.formats import FormatConfig
+from align.data.prompts import Template
+from align.generation.generator import Sample
+from align.judging import judge
+from align.judging.judge import (
+    Choice,
+    Judge,
+    JudgeConfig,
+    Judged,
+    choose,
+    parse_score,
+    statistics,
+    without_scores,
+)
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import meta_judge, prompts, tokenizer
-from align.data import FormatConfig
-from align.judge import Judged, Template
-from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
+from align.data import prompts, tokenizer
+from align.data.formats import FormatConfig
+from align.data.prompts import Template
+from align.judging import meta_judge
+from align.judging.judge import Judged
+from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from tests.conftest import ROOT
 
 ASSET = ROOT / "assets" / "meta_judge.txt"

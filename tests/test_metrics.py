@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import metrics, plots
-from align.metrics import Clock, Run, RunConfig, drop_after, speed, wilson_interval, with_std
+from align.tracking import plots
+from align.tracking import run as metrics
+from align.tracking.metrics import Clock, speed, wilson_interval, with_std
+from align.tracking.run import Run, RunConfig, drop_after
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from align import architecture, engine, model, parallel
-from align.model import ModelConfig
-from align.parallel import ParallelConfig
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.model import architecture, gpt, spec
+from align.model import config as model
+from align.model.config import ModelConfig
+from align.training import batching
 
 FP8 = ModelConfig(precision="bf16", attention="te", fp8=True)
 
@@ -32,9 +35,9 @@ def arch() -> architecture.Architecture:
 def test_8_bit_products_are_megatrons_without_state(on_gpu):
     """Scales come from the values of each product, so that a checkpoint needs none."""
     model.check_model(arch(), FP8, ParallelConfig())
-    made = model.transformer_config(arch(), FP8, ParallelConfig(), te=True)
+    made = spec.transformer_config(arch(), FP8, ParallelConfig(), te=True)
     assert (made.fp8, made.fp8_recipe, made.fp8_param, made.bf16) == ("hybrid", "tensorwise", False, True)
-    assert model.transformer_config(arch(), replace(FP8, fp8=False), ParallelConfig(), te=True).fp8 is None
+    assert spec.transformer_config(arch(), replace(FP8, fp8=False), ParallelConfig(), te=True).fp8 is None
 
 
 @pytest.mark.parametrize(
@@ -43,10 +46,10 @@ def test_8_bit_products_are_megatrons_without_state(on_gpu):
 )
 def test_micro_batches_have_a_size_of_8_bit_products_on_each_rank(layout, multiple):
     module = torch.nn.Module()
-    module.config = model.transformer_config(arch(), FP8, layout, te=True)
-    assert engine.alignment(module) == multiple
-    module.config = model.transformer_config(arch(), replace(FP8, fp8=False), layout, te=True)
-    assert engine.alignment(module) == multiple // 16
+    module.config = spec.transformer_config(arch(), FP8, layout, te=True)
+    assert batching.alignment(module) == multiple
+    module.config = spec.transformer_config(arch(), replace(FP8, fp8=False), layout, te=True)
+    assert batching.alignment(module) == multiple // 16
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_kernels_are_named(monkeypatch):
         f"float32, torch kernels, attention by sequence, {small}"
     )
     assert model.describe_model(arch(), bf16).endswith(f"bfloat16, torch kernels, flash attention, {small}")
-    monkeypatch.setattr(model, "get_te_version", lambda: "2.11.0")
+    monkeypatch.setattr(gpt, "get_te_version", lambda: "2.11.0")
     monkeypatch.setattr(model, "overlaps_gradients", lambda: True)
     line = "bfloat16, Transformer Engine 2.11.0, fp8, gradients summed during the backward pass"
     assert model.describe_model(arch(), FP8).endswith(line)

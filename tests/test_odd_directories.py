@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align import architecture, huggingface, model
+from align.model import architecture, huggingface, spec
 
 Spoil = Callable[[Path], object]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
@@ -181,7 +181,7 @@ def test_one_line_names_file_and_field(sound, tmp_path, name):
     spoil(directory)
     with pytest.raises(ValueError) as error:
         arch = architecture.read_config(directory)
-        model.rotary_frequencies(arch)
+        spec.rotary_frequencies(arch)
         huggingface.open_source(directory, arch, 0)
     message = str(error.value)
     assert len(message.splitlines()) == 1 and len(message) < 500

@@ -18,11 +18,13 @@ import torch.distributed as dist
 
 import generate
 import prepare_data
-from align import console, rewards, tokenizer, toy
-from align.generate import Sample
-from align.metrics import Run, RunConfig
-from align.output import check_files, write_own
-from align.prompts import Prompt
+from align import console
+from align.data import tokenizer, toy
+from align.data.prompts import Prompt
+from align.files import check_files, write_own
+from align.generation.generator import Sample
+from align.rewards import sources
+from align.tracking.run import Run, RunConfig
 from tests.conftest import ROOT, fork_ranks
 
 TINY = ROOT / "assets/tiny"
@@ -216,7 +218,7 @@ RECORD = """
 import sys
 from pathlib import Path
 from align import console
-from align.metrics import Run, RunConfig
+from align.tracking.run import Run, RunConfig
 console.adapt()
 run = Run(RunConfig(Path(sys.argv[1])), {}, "train_sft.py", True, 2)
 run.resume_at(0)
@@ -334,7 +336,7 @@ def untouched(monkeypatch):
     before = state()
     yield
     after = state()
-    for (_, restore), value in zip(rewards.SETTINGS, before, strict=False):
+    for (_, restore), value in zip(sources.SETTINGS, before, strict=False):
         restore(value)
     assert after == before
 
@@ -345,7 +347,7 @@ def score(name: str) -> np.ndarray:
     zeros = np.zeros(3, np.float32)
     sample = Sample(np.array(text.encode("a b"), np.int32), zeros, zeros, "stop")
     prompts = [Prompt(np.array(text.encode("sort: b a"), np.int32), {}) for _ in range(2)]
-    return rewards.RewardFunction(f"tests.test_output:{name}", text, ())(prompts, [[sample] * 2] * 2)
+    return sources.RewardFunction(f"tests.test_output:{name}", text, ())(prompts, [[sample] * 2] * 2)
 
 
 @pytest.mark.parametrize("name", SPOILERS)
@@ -379,7 +381,7 @@ def test_import_of_a_module_leaves_no_trace(statement, tmp_path, monkeypatch):
     Path(f"{name}.py").write_text(f"{code}{statement}\ndef f(prompt, response, row): return 1\n")
     before = state()
     try:
-        rewards.import_function(f"{name}:f")
+        sources.import_function(f"{name}:f")
     except (RuntimeError, ValueError) as error:
         assert statement and str(error).startswith(
             f"--reward-fn {name}:f called sys.exit(0)" if "exit" in statement else "no"
@@ -391,7 +393,7 @@ def test_a_run_has_the_same_gradients(tmp_path):
     """Rejection sampling on the toy task, whose reward function is `spoil` or the plain one."""
     flags = "--max-steps 2 --prompts-per-step 4 --samples-per-prompt 4 --global-batch-size 4 --val-batches 1"
     flags += " --max-new-tokens 8 --save-interval 0 --unended keep --warmup-steps 1"
-    names = ("align.toy:reward", "tests.test_output:spoil")
+    names = ("align.data.toy:reward", "tests.test_output:spoil")
     outputs = [tmp_path / name for name in ("plain", "spoil")]
     commands = [
         ["train_rs.py", *flags.split(), "--reward-fn", name, "--output", str(output)]

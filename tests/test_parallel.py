@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 
-from align import architecture, model, parallel
-from align.parallel import ParallelConfig, check, parse_time
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig, check, parse_time
+from align.model import architecture
+from align.model.config import ModelConfig, check_model
 
 
 @pytest.mark.parametrize(
@@ -65,16 +67,16 @@ def test_sizes_that_are_refused(monkeypatch, world, flags, message):
     ],
 )
 def test_splits_that_the_tiny_model_does_not_allow(flags, message):
-    config = model.ModelConfig()
+    config = ModelConfig()
     with pytest.raises(ValueError, match=message):
-        model.check_model(architecture.read_config(config.path), config, ParallelConfig(**flags))
+        check_model(architecture.read_config(config.path), config, ParallelConfig(**flags))
 
 
 def test_transformer_engine_is_an_error_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    config = model.ModelConfig(attention="te")
+    config = ModelConfig(attention="te")
     with pytest.raises(ValueError, match="--attention te needs a GPU and the package transformer-engine"):
-        model.check_model(architecture.read_config(config.path), config, ParallelConfig())
+        check_model(architecture.read_config(config.path), config, ParallelConfig())
 
 
 # ---- what CUDA and NCCL read when they start -----------------------------------------------------

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import plan
-from align import memory
-from align.memory import Rollout, Work
+from align.planning import memory
+from align.planning.memory import Rollout, Work
 from plan import Cluster
 from tests import plan_worker
 from tests.conftest import ROOT, fork_python, fork_ranks

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import prepare_data
-from align import data, packing, preferences, tokenizer
-from align.preferences import Pair, PreferenceFormat
+from align.data import formats, jsonl, packing, preferences, tokenizer
+from align.data.preferences import Pair, PreferenceFormat
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -71,7 +71,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def load(
-    rows: list[dict], tokens: data.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT
+    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT
 ) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of a file of these rows, {"text"} lines among them."""
     return preferences.load_pairs([write_rows(path / "d.jsonl", rows)], tokens, fmt, text_lines=True)
@@ -84,7 +84,7 @@ def split_ids(example: packing.Example) -> tuple[list[int], list[int]]:
     return example.ids[:start].tolist(), example.ids[start:].tolist()
 
 
-def one(row: dict, tokens: data.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT) -> tuple:
+def one(row: dict, tokens: formats.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT) -> tuple:
     """(prompt ids, chosen ids, rejected ids) of a row with both sides."""
     [pair], _ = load([row], tokens, path, fmt)
     (prompt, chosen), (again, rejected) = map(split_ids, pair.examples)
@@ -222,7 +222,7 @@ def test_prompt_ids_are_those_of_generation(
     prepare_data.hh((raw,), tmp_path, test_fraction=0.5, style=style)
     for part in ("train", "test"):
         pairs, _ = preferences.load_pairs([tmp_path / f"{part}_comparisons.jsonl"], tokens, DEFAULT)
-        prompts = [row["prompt"] for _, row in data.read_jsonl(tmp_path / f"{part}_prompts.jsonl")]
+        prompts = [row["prompt"] for _, row in jsonl.read_jsonl(tmp_path / f"{part}_prompts.jsonl")]
         rendered = [p if style == "text" else tokens.render(p, add_generation_prompt=True) for p in prompts]
         expected = [tokens.encode(text) for text in rendered]
         for side in (side for pair in pairs for side in pair.examples):
@@ -264,7 +264,7 @@ def test_long_and_identical_pairs_are_dropped_never_cut(tiny, tmp_path: Path):
         "dropped_identical": 3,
         "tokens": 12,
         "response_tokens": 8,
-        data.SPECIAL[1]: 1,
+        formats.SPECIAL[1]: 1,
     }
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from align import data, download, preferences, prompts, tokenizer, toy
-from align.judge import parse_score
+from align.data import download, formats, preferences, prompts, sft, tokenizer, toy
+from align.judging.judge import parse_score
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def loads(*paths: Path) -> int:
     """How many examples training makes of these files: all rows pass the data gate."""
-    return len(data.load_sft(list(paths), tokenizer.load(TINY), data.FormatConfig())[0])
+    return len(sft.load_sft(list(paths), tokenizer.load(TINY), formats.FormatConfig())[0])
 
 
 # ---- dolly -------------------------------------------------------------------------------------------------
@@ -178,9 +178,11 @@ def test_gsm8k(tmp_path: Path):
     }
     assert [row["answer"] for row in rows] == ["1", "2", "-1234567"]
     assert loads(tmp_path / "out.jsonl") == 3
-    examples, _ = data.load_sft([tmp_path / "out.jsonl"], tokenizer.load(TINY), data.FormatConfig())
+    examples, _ = sft.load_sft([tmp_path / "out.jsonl"], tokenizer.load(TINY), formats.FormatConfig())
     for row, example in zip(rows, examples, strict=True):  # the field `answer` is not read in training
-        alone = data.format_sft({"messages": row["messages"]}, tokenizer.load(TINY), data.FormatConfig())[0]
+        alone = formats.format_sft(
+            {"messages": row["messages"]}, tokenizer.load(TINY), formats.FormatConfig()
+        )[0]
         assert example.ids.tolist() == alone.ids.tolist()
 
 
@@ -845,14 +847,14 @@ def test_judge_of_conversations(tmp_path: Path):
     template.write_text("{{ prompt }} | {{ response }}")
     raw, out = write_rows(tmp_path / "raw.jsonl", [row] * 40), tmp_path / "out.jsonl"
     prepare_data.judge(raw, out, template)
-    tiny, fmt = tokenizer.load(TINY), data.FormatConfig()
+    tiny, fmt = tokenizer.load(TINY), formats.FormatConfig()
     found = Counter()
     for judgement in read_rows(out):
         asked, score = judgement["conversations"]
         assert (judgement["mask"], asked["from"], score["from"]) == (["Ann"], "Ann", "Bob")
         found[asked["value"], parse_score(score["value"], 0, 5)] += 1
         ids = prompts.one_turn(row, asked["value"], tiny, fmt).tolist()
-        assert data.format_sft(judgement, tiny, fmt)[0].ids[: len(ids)].tolist() == ids
+        assert formats.format_sft(judgement, tiny, fmt)[0].ids[: len(ids)].tolist() == ids
     own = [key for key in found if key[0] == "1 + 1? | It is 2."]
     half = [key for key in found if key[0] == "1 + 1? | It"]
     assert own == [("1 + 1? | It is 2.", 5)] and half == [("1 + 1? | It", 2)]

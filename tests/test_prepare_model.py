@@ -20,7 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from align import architecture, checkpoint, data, huggingface, parallel, rewards
+from align.data import formats
+from align.distributed import parallel
+from align.model import architecture, huggingface
+from align.rewards import sources
+from align.training import checkpoint
 from tests.conftest import fork_ranks
 from tests.test_tokenizer import SENTENCES
 from tools import nemo_config, prepare_model
@@ -527,10 +531,12 @@ def test_prompt_format(fields, tokens, template, add_bos, tmp_path):
     found = json.loads((tmp_path / "prompt_format.json").read_text())
     assert found["add_bos"] == add_bos
     if tokens:
-        assert [data.unescape(token) for token in found["chat_tokens"]] == tokens == found["chat"]["tokens"]
+        assert (
+            [formats.unescape(token) for token in found["chat_tokens"]] == tokens == found["chat"]["tokens"]
+        )
         assert found["chat"]["bos"] == bool(add_bos)
     if template:
-        assert data.unescape(found["prompt_template"]) == template
+        assert formats.unescape(found["prompt_template"]) == template
 
 
 def test_a_chat_model_is_asked_in_its_markers(pieces, tmp_path):
@@ -760,7 +766,7 @@ def test_an_exported_checkpoint_is_what_its_run_has_left(run, layout, toy_models
     newest = checkpoint.newest(toy_models / run / "checkpoints")
     command = f"tools/prepare_model.py export --checkpoint {newest} --output {tmp_path}/hf {layout}"
     fork_ranks(2 if layout else 1, *command.split())
-    files = {path.name for path in (toy_models / run / "hf").iterdir()} - {rewards.STATISTICS}
+    files = {path.name for path in (toy_models / run / "hf").iterdir()} - {sources.STATISTICS}
     assert {path.name for path in (tmp_path / "hf").iterdir()} == files
     for name in files:
         assert (tmp_path / "hf" / name).read_bytes() == (toy_models / run / "hf" / name).read_bytes(), name

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from align import parallel, reference, tables
-from align.checkpoint import CheckpointConfig
-from align.model import ModelConfig
-from align.packing import BatchConfig, Example
-from align.parallel import ParallelConfig
-from align.preferences import Pair
+from align.data.packing import BatchConfig, Example
+from align.data.preferences import Pair
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.model.config import ModelConfig
+from align.training import reference, tables
+from align.training.checkpoint import CheckpointConfig
 
 
 def test_each_row_once():

@@ -25,9 +25,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from align import checkpoint, toy
-from align.checkpoint import CheckpointConfig
-from align.output import complete_checkpoints
+from align.data import toy
+from align.tracking.output import complete_checkpoints
+from align.training import checkpoint
+from align.training.checkpoint import CheckpointConfig
 from tests.conftest import ROOT, environment, fork_ranks
 from tests.test_ppo_invariance import CANCELS
 from tests.test_self_reward_invariance import close as close_to

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.generation import logits_process
 
-from align import sampling
-from align.sampling import SamplingConfig, _top_p_floor, _top_p_floor_by_bisection, check, pick
+from align.generation import sampling
+from align.generation.sampling import SamplingConfig, _top_p_floor, _top_p_floor_by_bisection, check, pick
 
 BELOW_ONE = math.nextafter(1.0, 0.0)
 CHI_SQUARE_999 = (  # 99.9 % quantiles for 1, 2, ... degrees of freedom

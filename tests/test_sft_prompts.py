@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import data, jsonl, prompts, tokenizer
-from align.data import FormatConfig
-from align.marker_chat import RowFormats
-from align.prompts import Task
+from align.data import formats, jsonl, prompts, sft, tokenizer
+from align.data.formats import FormatConfig
+from align.data.marker_chat import RowFormats
+from align.data.prompts import Task
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -78,15 +78,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def load(
-    rows: list[dict], tokens: data.Tokenizer, path: Path, fmt: FormatConfig = DEFAULT
+    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: FormatConfig = DEFAULT
 ) -> tuple[list[Task], dict[str, int]]:
     """The tasks of a file of these rows."""
     return prompts.load_tasks([write_rows(path / "d.jsonl", rows)], tokens, fmt)
 
 
-def sft_prompt(row: dict, tokens: data.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
+def sft_prompt(row: dict, tokens: formats.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
     """The ids before the only answer of a row, in the example that SFT trains on."""
-    example, cut = data.format_sft(row, tokens, fmt)
+    example, cut = formats.format_sft(row, tokens, fmt)
     start = int(example.trained.argmax())
     assert example.trained[start:].sum() == example.trained.sum() and not cut
     return example.ids[:start].tolist()
@@ -135,7 +135,7 @@ def test_prompt_ends_where_the_last_answer_begins(name: str, fmt: FormatConfig, 
     [task], counts = load([row], tiny, tmp_path, fmt)
     assert task.prompt.ids.tolist() == expected and task.prompt.ids.dtype == np.int32
     assert task.prompt.row == row
-    whole, _ = data.format_sft(row, tiny, fmt)
+    whole, _ = formats.format_sft(row, tiny, fmt)
     assert task.example.ids.tolist() == whole.ids.tolist()
     assert task.example.trained.tolist() == whole.trained.tolist()
     if fmt.loss_on == "all":
@@ -200,7 +200,7 @@ def test_what_is_cut_and_dropped(tiny, tmp_path: Path):
         "trained_tokens": 3 + 12 + 4 + 1,
         "longest_prompt": 23,
     }
-    examples, _ = data.load_sft([write_rows(tmp_path / "kept.jsonl", [row for row, _ in kept])], tiny, fmt)
+    examples, _ = sft.load_sft([write_rows(tmp_path / "kept.jsonl", [row for row, _ in kept])], tiny, fmt)
     for task, example in zip(tasks, examples, strict=True):
         assert task.example.ids.tolist() == example.ids.tolist()
         assert task.example.trained.tolist() == example.trained.tolist()
@@ -255,7 +255,7 @@ def test_a_template_that_hides_where_answers_begin(tmp_path: Path):
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     (tmp_path / "model/chat_template.jinja").write_text(template)
     tokens = tokenizer.load(tmp_path / "model")
-    assert data.load_sft([write_rows(tmp_path / "d.jsonl", [chat("a", "b")])], tokens, LOSS_ON_ALL)
+    assert sft.load_sft([write_rows(tmp_path / "d.jsonl", [chat("a", "b")])], tokens, LOSS_ON_ALL)
     with pytest.raises(ValueError, match="d.jsonl:1: .*is not a prefix of the whole"):
         load([chat("a", "b")], tokens, tmp_path, LOSS_ON_ALL)
 
@@ -301,7 +301,7 @@ def test_ids_of_answers_are_checked(name: str, tiny, tmp_path: Path):
 # ---- one turn ----------------------------------------------------------------------------------------------
 
 
-def one_turn(row: dict, text: str, tokens: data.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
+def one_turn(row: dict, text: str, tokens: formats.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
     ids = prompts.one_turn(row, text, tokens, fmt)
     assert ids.dtype == np.int32 and ids.ndim == 1
     return ids.tolist()

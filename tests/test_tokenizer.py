@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import transformers
 
-from align import tokenizer, tokenizer_files
+from align.data import tokenizer, tokenizer_files
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 CHAT = [{"role": "user", "content": "hi "}, {"role": "assistant", "content": "yo"}]

@@ -20,8 +20,8 @@ from tokenizers import (
     trainers,
 )
 
-from align import data, preferences, prompts, tokenizer, tokenizer_files
-from align.data import FormatConfig
+from align.data import formats, preferences, prompts, tokenizer, tokenizer_files
+from align.data.formats import FormatConfig
 
 SPECIAL = ["<|end|>", "<s>", "<|user|>", "<|answer|>"]
 CHAT_TEMPLATE = (
@@ -197,7 +197,7 @@ def test_ids_are_those_of_the_file(kind, name, files, tmp_path):
         prompt = f"<|user|>{text}<|end|><|answer|>"
         ids = oracle.encode(prompt, add_special_tokens=False).ids
         whole = oracle.encode(f"{prompt}The fox<|end|>", add_special_tokens=False).ids
-        example, _ = data.format_sft({"messages": [asked, answer]}, loaded, FormatConfig())
+        example, _ = formats.format_sft({"messages": [asked, answer]}, loaded, FormatConfig())
         assert example.ids.tolist() == whole
         assert prompts.format_prompt({"prompt": [asked]}, loaded, prompts.PromptFormat()).tolist() == ids
         chosen, _ = preferences.format_pair(

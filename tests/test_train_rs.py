@@ -14,10 +14,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from align import toy
-from align.generate import Sample
-from align.rewards import RewardConfig
-from align.sampling import SamplingConfig
+from align.data import toy
+from align.generation.generator import Sample
+from align.generation.sampling import SamplingConfig
+from align.rewards.sources import RewardConfig
 from tests.conftest import ROOT, fork_ranks, torchrun
 from tests.test_rewards import sample_of
 from train_rs import Config, select

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from align import toy
-from align.data import FormatConfig
-from align.judge import JudgeConfig
-from align.loop import LoopConfig
-from align.meta_judge import MetaJudgeConfig
-from align.packing import BatchConfig
-from align.sampling import SamplingConfig
+from align.data import toy
+from align.data.formats import FormatConfig
+from align.data.packing import BatchConfig
+from align.generation.sampling import SamplingConfig
+from align.judging.judge import JudgeConfig
+from align.judging.meta_judge import MetaJudgeConfig
+from align.training.config import LoopConfig
 from tests.conftest import fork_ranks
 from train_self_reward import Config, check_same, of_iteration, state_of
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from align import trtllm
-from align.model import ModelConfig
-from align.parallel import ParallelConfig
-from align.sampling import SamplingConfig
+from align.distributed.parallel import ParallelConfig
+from align.generation import trtllm
+from align.generation.sampling import SamplingConfig
+from align.model.config import ModelConfig
 from tests.conftest import fork_ranks
 
 FAKE = Path(__file__).parent / "fake_tensorrt_llm"

@@ -278,7 +278,7 @@ def test_console_in_process(monkeypatch, capsys):
 
 def test_every_text_file_is_utf8():
     """checkpoint_files.py writes JSON of ASCII characters."""
-    paths = [path for folder in ("align", ".", "tools") for path in (ROOT / folder).glob("*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("align/**/*.py")]
     for path in (path for path in paths if path.name != "checkpoint_files.py"):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             name = getattr(call.func, "attr", getattr(call.func, "id", None))

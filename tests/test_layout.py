@@ -1,4 +1,4 @@
-"""The layout that README states: folders are floors, imports point down, scripts stand alone, files stay small."""
+"""The layout that README states: folders are floors, imports point down, files stay small."""
 
 import ast
 from pathlib import Path

@@ -15,8 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from align.data import display, jsonl, marker_chat, packing, preferences, rows, sft
-from align.data import formats as data
+from align.data import display, formats, jsonl, marker_chat, packing, preferences, rows, sft
 from align.data.formats import BosChoice, FormatConfig, Tokenizer
 from align.data.jsonl import BadRows, turns_field
 from align.data.marker_chat import RowFormats
@@ -124,17 +123,17 @@ def load_prompts(
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
     prompts, bad = [], BadRows(fmt.skip_bad_rows)
     for where, row in (numbered for path in paths for numbered in jsonl.read_jsonl(path, bad)):
-        seen = data.special_counts(tokenizer)
+        seen = formats.special_counts(tokenizer)
         try:
             ids = jsonl.at(where, format_prompt, row, tokenizer, fmt)
         except ValueError as error:
             bad.add(error)
             continue
-        data.count_special(seen, tokenizer, counts)
+        formats.count_special(seen, tokenizer, counts)
         counts["prompts"] += 1
         sft.count_unused(row, used_fields(row), counts, "for reward functions")
         if fmt.add_bos is False and is_chat(row):
-            data.count(counts, data.UNCHANGED.format("--add-bos False"))
+            formats.count(counts, formats.UNCHANGED.format("--add-bos False"))
         if len(ids) > fmt.max_prompt_len:
             counts["dropped_too_long"] += 1
         else:
@@ -156,7 +155,7 @@ def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray
     if is_alpaca(row):
         rows.check_no_system(row, "'instruction'", ())
         ids = preferences.encode_prompt(rows.alpaca_prompt(row), "instruction", tokenizer, fmt)
-        data.check_bos(ids, tokenizer)
+        formats.check_bos(ids, tokenizer)
         return np.array(ids, np.int32)
     field = prompt_field(row)
     if isinstance(row[field], str) and (field == "text" or not row.get("system")):
@@ -168,7 +167,7 @@ def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray
     else:
         chat = chat_before_answer(row, field)
         ids = encode_chat(chat, field, tokenizer, fmt)
-    data.check_bos(ids, tokenizer)
+    formats.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)
 
 
@@ -240,7 +239,7 @@ def chat_before_answer(row: dict, field: str) -> dict:
         turns = turns_field(row, field)
     chat, _ = jsonl.at(f"field {field!r}", rows.chat_row, row, turns, {field})
     messages = chat["messages"]
-    jsonl.at(f"field {field!r}", data.check_messages, messages)
+    jsonl.at(f"field {field!r}", formats.check_messages, messages)
     if field != "prompt" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if messages[-1]["role"] == "assistant":
@@ -255,18 +254,18 @@ def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list
             "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
             "\"chat\"): train it with train_sft.py first, or give 'messages'"
         )
-    row = data.hide_values(row, tokenizer, tokenizer.chat.tokens)
+    row = formats.hide_values(row, tokenizer, tokenizer.chat.tokens)
     ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
-    return data.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
+    return formats.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
 
 
 def encode_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
     """Ids of a chat up to where its answer begins. Raises ValueError if there are none."""
-    variables = data.template_variables(chat)
+    variables = formats.template_variables(chat)
     ids = tokenizer.encode(tokenizer.render(chat["messages"], add_generation_prompt=True, **variables))
     if not ids:
         raise UserError(f"field {field!r}: the chat template makes no token of it")
-    return data.bos_before_chat(tokenizer, fmt) + ids
+    return formats.bos_before_chat(tokenizer, fmt) + ids
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,15 +286,15 @@ def load_sft_sets(
     fmt: FormatConfig,
     vocab_size: int,
     say: Callable[[str], None],
-    formats: RowFormats,
+    row_formats: RowFormats,
 ) -> dict[str, list[Task]]:
     """The tasks of data sets, by name; `say` logs their number and the first prompt.
 
-    `formats` counts the formats of their rows.
+    `row_formats` counts the formats of their rows.
 
     Raises ValueError as load_tasks and packing.check_ids do.
     """
-    sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, formats), say)
+    sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, row_formats), say)
     packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
     first = next(tasks[0] for tasks in sets.values() if tasks)
     say(f"first prompt:\n{tokenizer.decode(first.prompt.ids.tolist())}")
@@ -303,22 +302,22 @@ def load_sft_sets(
 
 
 def load_tasks(
-    paths: Sequence[Path], tokenizer: Tokenizer, fmt: FormatConfig, formats: RowFormats | None = None
+    paths: Sequence[Path], tokenizer: Tokenizer, fmt: FormatConfig, row_formats: RowFormats | None = None
 ) -> tuple[list[Task], dict[str, int]]:
     """All tasks of these files, and counts for the log.
 
-    Counts: those of `data.load_sft`, with tokens and trained_tokens of the tasks; dropped_without_prompt (of
+    Counts: those of `sft.load_sft`, with tokens and trained_tokens of the tasks; dropped_without_prompt (of
     the rows that SFT would keep: nothing comes before the last answer, or it begins beyond max_seq_len);
     tokens of the longest prompt (longest_prompt).
     Raises ValueError naming file and line for a row that is wrong, and if no task is left.
     """
     names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")
     counts, tasks = dict.fromkeys(names, 0), []
-    for where, row, whole in sft.read_sft(list(paths), tokenizer, fmt, counts, formats):
+    for where, row, whole in sft.read_sft(list(paths), tokenizer, fmt, counts, row_formats):
         start = jsonl.at(where, answer_start, row, whole, tokenizer, fmt)
         bos = int(whole.ids[0] == tokenizer.bos_id)
         if bos < start < fmt.max_seq_len:
-            tasks.append(Task(Prompt(whole.ids[:start], row), data.cut_end(whole, fmt)))
+            tasks.append(Task(Prompt(whole.ids[:start], row), formats.cut_end(whole, fmt)))
         else:
             counts["dropped_without_prompt"] += 1
     if not tasks:
@@ -336,7 +335,7 @@ def answer_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatCon
     trained = whole.trained
     if trained[1]:  # by loss_on "all", or as token 0, which is never trained, is the answer's
         known, _ = rows.sft_row(row, fmt.template_fields())
-        trained = data.encode_row(known, tokenizer, replace(fmt, loss_on="answer"))[1]
+        trained = formats.encode_row(known, tokenizer, replace(fmt, loss_on="answer"))[1]
     starts = np.flatnonzero(np.diff(np.array(trained, np.int8), prepend=0) == 1)
     if not len(starts):
         raise UserError("no prompt: the row has no answer")
@@ -354,17 +353,17 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
         asked = {"messages": [{"role": "user", "content": text}]}
         return format_prompt({**row, **asked}, tokenizer, fmt)
     if "conversations" in row:
-        markers = [data.unescape(token) for token in fmt.chat_tokens]
-        row = data.hide_values(turn_of(row, text), tokenizer, markers)
+        markers = [formats.unescape(token) for token in fmt.chat_tokens]
+        row = formats.hide_values(turn_of(row, text), tokenizer, markers)
         ids = tokenizer.encode(text_before_answer(row, fmt))
     else:
-        pieces = data.template_pieces(fmt.prompt_template)
+        pieces = formats.template_pieces(fmt.prompt_template)
         values = template_values(pieces, tokenizer.hide(text), fmt)
-        ids, _ = data.encode_template(pieces, values, tokenizer)
+        ids, _ = formats.encode_template(pieces, values, tokenizer)
     if not ids:
         raise UserError("the prompt is empty: an answer must follow something")
-    ids = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt)) + ids
-    data.check_bos(ids, tokenizer)
+    ids = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt)) + ids
+    formats.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)
 
 
@@ -380,7 +379,7 @@ def turn_of(row: dict, text: str) -> dict:
 def text_before_answer(row: dict, fmt: FormatConfig) -> str:
     """The text of a `conversations` row up to where its only answer begins."""
     text, [(start, _)] = marker_chat.conversation_text(
-        row, [data.unescape(token) for token in fmt.chat_tokens]
+        row, [formats.unescape(token) for token in fmt.chat_tokens]
     )
     return text[:start]
 
@@ -428,7 +427,7 @@ def as_text(turns: Sequence[tuple[str, str]]) -> str:
 def messages_turns(row: dict) -> list[tuple[str, str]]:
     """(name, text) of the turns before the last answer of a `messages` row. Raises ValueError."""
     messages = row["messages"]
-    data.check_messages(messages)
+    formats.check_messages(messages)
     end = last_answer([i for i, message in enumerate(messages) if message["role"] == "assistant"])
     turns = [(message["role"].capitalize(), message["content"]) for message in messages[:end]]
     return [turn for turn in turns if turn[0] != "System"] or turns
@@ -448,8 +447,8 @@ def conversations_turns(row: dict) -> list[tuple[str, str]]:
 
 def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str:
     """What the model reads before the answer of a row of --prompt-template, without BOS."""
-    ids, trained, _ = data.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
-    bos = data.bos_prefix(tokenizer, data.add_bos(tokenizer, fmt))
+    ids, trained, _ = formats.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
+    bos = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt))
     return tokenizer.decode(ids[len(bos) : trained.index(True)]).strip()
 
 

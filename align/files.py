@@ -7,6 +7,9 @@ from pathlib import Path
 
 from align.errors import UserError
 
+ROOT = Path(__file__).parent.parent  # of the repository
+ASSETS = ROOT / "assets"
+
 # ---- checks --------------------------------------------------------------------------------------
 
 

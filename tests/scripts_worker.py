@@ -14,6 +14,7 @@ from megatron.core import parallel_state as mpu
 
 from align.data.packing import Batch
 from align.distributed import launch, parallel
+from align.errors import UserError
 from align.tracking import run
 from align.training import reference
 
@@ -43,7 +44,7 @@ def attempt(script: str, *command: str) -> str | None:
             flags = launch.parse(module.Config, command)
             with parallel.start(flags.parallel):
                 module.main(flags)
-    except (ValueError, RuntimeError) as error:
+    except (UserError, RuntimeError) as error:
         return str(error)
     finally:
         if dist.is_initialized():  # a failed run leaves its groups to the end of the process

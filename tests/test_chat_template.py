@@ -20,6 +20,7 @@ from align.data.marker_chat import MarkerChat
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import PromptFormat
 from align.data.tokenizer import TextConfig
+from align.errors import UserError
 from align.model.config import ModelConfig
 from tests.conftest import ROOT, fork_python, random_tiny
 
@@ -78,7 +79,7 @@ def test_a_clock_that_cannot_be_pinned_is_named(tmp_path):
 
 
 def test_a_date_that_is_none():
-    with pytest.raises(ValueError, match="--template-date '31.12.1999' must be a date YYYY-MM-DD"):
+    with pytest.raises(UserError, match="--template-date '31.12.1999' must be a date YYYY-MM-DD"):
         TextConfig(template_date="31.12.1999")
 
 
@@ -169,7 +170,7 @@ def test_a_template_without_end_is_refused_in_time(tmp_path, monkeypatch, name):
     monkeypatch.setattr(chat_template, "SECONDS", 2.0 if name == "loops" else 30.0)
     text = tokenizer.load(directory(tmp_path / "model", ENDLESS[name]))
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=re.escape(f"the chat template {WORDS[name]}")):
+    with pytest.raises(UserError, match=re.escape(f"the chat template {WORDS[name]}")):
         text.render(CHAT)
     assert time.perf_counter() - start < 30
     assert tokenizer.load(TINY).render(CHAT)  # and the next one has its own time
@@ -178,7 +179,7 @@ def test_a_template_without_end_is_refused_in_time(tmp_path, monkeypatch, name):
 def test_a_long_text_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template, "LENGTH", 1000)
     text = tokenizer.load(directory(tmp_path / "model", "{{ 'a' * 1001 }}"))
-    with pytest.raises(ValueError, match="makes 1,001 characters of one chat"):
+    with pytest.raises(UserError, match="makes 1,001 characters of one chat"):
         text.render(CHAT)
 
 
@@ -260,7 +261,7 @@ def test_markers_in_the_values_of_a_chat_are_text(piece_model, tmp_path, kind):
     allowed = tokenizer.load(piece_model, config=TextConfig(special_tokens_in_text="allow"))
     assert formats.format_sft(marker_row(FORGED), allowed, fmt)[0].ids.tolist().count(marker) == 5
     refusing = tokenizer.load(piece_model, config=TextConfig(special_tokens_in_text="refuse"))
-    with pytest.raises(ValueError, match="special token '<extra_id_1>' in a text"):
+    with pytest.raises(UserError, match="special token '<extra_id_1>' in a text"):
         formats.format_sft(marker_row(FORGED), refusing, fmt)
     text.follow(MarkerChat(MARKERS))  # prompts of the trained model, as messages and as rows
     asked = [marker_row(FORGED), {"messages": [{"role": "user", "content": FORGED}]}]

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from align.data import display, formats, jsonl, packing, sft, tokenizer
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -311,7 +312,7 @@ def test_counts_and_order_of_files(tiny, tmp_path: Path):
 
 def test_only_dropped_rows(tiny, tmp_path: Path):
     path = write_rows(tmp_path / "d.jsonl", [chat("a" * 99, "b")] * 3)
-    with pytest.raises(ValueError, match="d.jsonl: no row is left.*all 3 .*--max-seq-len 50: raise it"):
+    with pytest.raises(UserError, match="d.jsonl: no row is left.*all 3 .*--max-seq-len 50: raise it"):
         sft.load_sft([path], tiny, formats.FormatConfig(max_seq_len=50))
 
 
@@ -381,7 +382,7 @@ def test_broken_row_is_named_by_file_and_line(name: str, tiny, tmp_path: Path):
     raw = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
     path = tmp_path / "bad.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + raw + b"\n" + json.dumps(GOOD).encode() + b"\n")
-    with pytest.raises(ValueError, match=f"^{path}:3: .*{message}"):
+    with pytest.raises(UserError, match=f"^{path}:3: .*{message}"):
         sft.load_sft([path], tiny, DEFAULT)
 
 
@@ -414,13 +415,13 @@ def test_bad_chat_template_is_refused(name: str, tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text(template)
     path = write_rows(tmp_path / "d.jsonl", [GOOD, chat("a", "b", "c", "d")])
-    with pytest.raises(ValueError, match=f"^{path}:2: .*{message}"):
+    with pytest.raises(UserError, match=f"^{path}:2: .*{message}"):
         sft.load_sft([path], tokenizer.load(tmp_path / "model"), DEFAULT)
 
 
 def test_messages_need_a_chat_template(llama, tmp_path: Path):
     path = write_rows(tmp_path / "d.jsonl", [chat("a", "b")])
-    with pytest.raises(ValueError, match=f"^{path}:1: .*no chat template"):
+    with pytest.raises(UserError, match=f"^{path}:1: .*no chat template"):
         sft.load_sft([path], llama, DEFAULT)
 
 
@@ -433,7 +434,7 @@ def test_token_across_the_start_of_an_answer(tmp_path: Path):
     tokens = tokenizer.load(tmp_path / "model")
     assert tokens.encode("\n\n") == [259]
     path = write_rows(tmp_path / "d.jsonl", [chat("a", "b"), chat("a", "\nb")])
-    with pytest.raises(ValueError, match=f"^{path}:2: the tokens of a prefix .* a token reaches across"):
+    with pytest.raises(UserError, match=f"^{path}:2: the tokens of a prefix .* a token reaches across"):
         sft.load_sft([path], tokens, DEFAULT)
 
 
@@ -441,23 +442,23 @@ def test_two_bos(tiny, tmp_path: Path):
     fmt = formats.FormatConfig("<|im_start|>{input} {output}", add_bos=True)
     for row in (chat("a", "b"), {"input": "a", "output": "b"}):
         path = write_rows(tmp_path / "d.jsonl", [row])
-        with pytest.raises(ValueError, match=f"^{path}:1: two BOS at the start.*--add-bos False"):
+        with pytest.raises(UserError, match=f"^{path}:1: two BOS at the start.*--add-bos False"):
             sft.load_sft([path], tiny, fmt)
 
 
 def test_bos_that_the_tokenizer_lacks(tiny):
     without = copy.copy(tiny)
     without.bos_id = None
-    with pytest.raises(ValueError, match="--add-bos True: this tokenizer has no BOS"):
+    with pytest.raises(UserError, match="--add-bos True: this tokenizer has no BOS"):
         example(GOOD, without, formats.FormatConfig(add_bos=True))
 
 
 def test_files_without_rows(tiny, tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("\n  \n")
-    with pytest.raises(ValueError, match="empty.jsonl: no rows in this file"):
+    with pytest.raises(UserError, match="empty.jsonl: no rows in this file"):
         sft.load_sft([tmp_path / "empty.jsonl"], tiny, DEFAULT)
     for name in ("absent.jsonl", "."):
-        with pytest.raises(ValueError, match="cannot be read|is a directory: give its files"):
+        with pytest.raises(UserError, match="cannot be read|is a directory: give its files"):
             sft.load_sft([tmp_path / name], tiny, DEFAULT)
 
 
@@ -466,7 +467,7 @@ def test_broken_gzip(tmp_path: Path):
     spoilt = whole[:200] + bytes(200) + whole[400:]
     for content in (b'{"not": "gzip"}', whole[: len(whole) // 2], spoilt):
         (tmp_path / "d.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match="d.jsonl.gz: cannot be read"):
+        with pytest.raises(UserError, match="d.jsonl.gz: cannot be read"):
             jsonl.read_jsonl(tmp_path / "d.jsonl.gz")
 
 
@@ -498,13 +499,13 @@ def test_read_jsonl(tmp_path: Path):
     ],
 )
 def test_flags_that_cannot_be(flags: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         formats.FormatConfig(**flags)
 
 
 def test_check_size():
     packing.check_size(8, 8, "--train-data")
-    with pytest.raises(ValueError, match="--train-data has 7 usable rows.*--global-batch-size 8"):
+    with pytest.raises(UserError, match="--train-data has 7 usable rows.*--global-batch-size 8"):
         packing.check_size(7, 8, "--train-data")
 
 
@@ -514,11 +515,11 @@ def test_check_budget():
 
     packing.check_budget(512, budget(512), 512)
     packing.check_budget(256, budget(512), 512, per_row=2)
-    with pytest.raises(ValueError, match="--max-seq-len 513 is beyond the model's context of 512"):
+    with pytest.raises(UserError, match="--max-seq-len 513 is beyond the model's context of 512"):
         packing.check_budget(513, budget(1024), 512)
-    with pytest.raises(ValueError, match="--max-seq-len 512 is above --micro-batch-tokens 511"):
+    with pytest.raises(UserError, match="--max-seq-len 512 is above --micro-batch-tokens 511"):
         packing.check_budget(512, budget(511), 1024)
-    with pytest.raises(ValueError, match="257, of which a row has 2, is above --micro-batch-tokens 512"):
+    with pytest.raises(UserError, match="257, of which a row has 2, is above --micro-batch-tokens 512"):
         packing.check_budget(257, budget(512), 1024, per_row=2)
 
 
@@ -602,7 +603,7 @@ def test_plan_needs_few_and_even_micro_batches(seed: int):
 
 
 def test_plan_refuses_a_row_above_the_budget():
-    with pytest.raises(ValueError, match="--micro-batch-tokens 10 is too few for a row of 11"):
+    with pytest.raises(UserError, match="--micro-batch-tokens 10 is too few for a row of 11"):
         packing.plan([3, 11], ranks=2, max_tokens=10, max_rows=None)
 
 

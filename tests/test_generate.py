@@ -18,6 +18,7 @@ from transformers.generation import logits_process
 
 from align.data import packing
 from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
 from align.generation.generator import Queue, RolloutConfig, Sample, check_model_logprobs, check_rollout_tp
 from align.generation.sampling import SamplingConfig
 from tests.conftest import SIZES, torchrun
@@ -652,7 +653,7 @@ def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits):
     if fits:
         check_rollout_tp(tp, arch, world=12)
         return
-    with pytest.raises(ValueError, match=f"--rollout-tp {tp} does not divide the model's {heads} attention"):
+    with pytest.raises(UserError, match=f"--rollout-tp {tp} does not divide the model's {heads} attention"):
         check_rollout_tp(tp, arch, world=12)
 
 
@@ -666,7 +667,7 @@ def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits):
     ],
 )
 def test_wrong_rollout_flags(flags, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         RolloutConfig(**flags)
 
 
@@ -674,7 +675,7 @@ def test_an_audit_of_the_models_own_log_probs_needs_temperature_1_of_trtllm():
     trtllm, hot = RolloutConfig(generate_with="trtllm"), SamplingConfig(temperature=0.7)
     check_model_logprobs(trtllm, SamplingConfig(temperature=1.0))
     check_model_logprobs(RolloutConfig(), hot)
-    with pytest.raises(ValueError, match="--generate-with trtllm with --temperature 0.7"):
+    with pytest.raises(UserError, match="--generate-with trtllm with --temperature 0.7"):
         check_model_logprobs(trtllm, hot)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import train_sft
 from align.data import hub
+from align.errors import UserError
 from tests.conftest import ROOT, environment, random_tiny
 from tests.hub_server import COMMIT, serve
 
@@ -147,6 +148,6 @@ def test_which_paths_are_of_the_hub(monkeypatch, path, is_data):
 
 
 def test_validation_data_names_its_split():
-    with pytest.raises(ValueError, match="--val-data org/name: name a split"):
+    with pytest.raises(UserError, match="--val-data org/name: name a split"):
         train_sft.Config(train_data=(Path("org/name"),), val_data=(Path("org/name"),))
     train_sft.Config(train_data=(Path("org/name"),), val_data=(Path("org/name:test"),))

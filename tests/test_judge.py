@@ -12,6 +12,7 @@ import pytest
 from align.data import prompts, tokenizer
 from align.data.formats import FormatConfig
 from align.data.prompts import Template
+from align.errors import UserError
 from align.generation.generator import Sample
 from align.judging import judge
 from align.judging.judge import (
@@ -52,7 +53,7 @@ def short(tmp_path: Path) -> JudgeConfig:
     ],
 )
 def test_flags_that_are_refused(flags, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UserError, match=named):
         JudgeConfig(**flags)
 
 
@@ -81,7 +82,7 @@ def test_templates_that_are_refused(tmp_path, content, complaint):
     path = tmp_path / "t.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"--judge-template .*t.txt .*{complaint}"):
+    with pytest.raises(UserError, match=f"--judge-template .*t.txt .*{complaint}"):
         Template(path, "--judge-template", ("prompt", "response"))
 
 
@@ -331,7 +332,7 @@ def test_a_template_without_any_room_is_refused(tiny, short):
     longest = len(Judge(short, tiny, FormatConfig(), 1000).encode(ONE_TURN, "x", "x"))
     Judge(short, tiny, FormatConfig(), longest).check(ONE_TURN)
     said = rf"--judge-template \S+short.txt alone is longer than the {longest - 1} tokens that"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         Judge(short, tiny, FormatConfig(), longest - 1).check(ONE_TURN)
 
 
@@ -513,7 +514,7 @@ def test_only_answers_that_ended_and_have_a_score_are_chosen():
     assert choose(samples[:3], judged[:3], 0.0) == Choice(why="few")
     assert choose(samples[:2], judged[:2], 0.0) == choose([], [], 0.0) == Choice(why="few")
     assert choose(samples[:4], [Judged((4.0,))] * 4, 0.5) == Choice(why="tied")
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         choose(samples, judged[:4], 0.0)
 
 

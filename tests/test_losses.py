@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from align.errors import UserError
 from align.losses import preference, supervised
 
 
@@ -448,7 +449,7 @@ def test_label_smoothing_zero_is_dpo():
     "name, value", [("cdpo", 0.5), ("cdpo", -0.1), ("robust", 0.5), ("exo_pair", 0.0), ("exo_pair", math.nan)]
 )
 def test_label_smoothing_out_of_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"--label-smoothing {value}: must be in [\[(]0, 0.5\)"):
+    with pytest.raises(UserError, match=rf"--label-smoothing {value}: must be in [\[(]0, 0.5\)"):
         getattr(preference, name)(*random_pairs(), 0.1, label_smoothing=value)
 
 

@@ -16,6 +16,7 @@ from align.data.marker_chat import MarkerChat, RowFormats
 from align.data.prompts import PromptFormat
 from align.data.rows import form_of
 from align.data.sft import adopt
+from align.errors import UserError
 from align.generation.generator import Sample
 from align.rewards import sources
 from align.rewards.sources import RewardConfig
@@ -108,7 +109,7 @@ def test_template_by_hand():
     none = tokens.hf.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, label=None)
     assert none.endswith("\x11Assistant\n")
     for wrong in ([{"role": "tool", "content": "x"}], [*asked, {"role": "system", "content": "x"}]):
-        with pytest.raises(ValueError, match="roles are user and assistant, system first only"):
+        with pytest.raises(UserError, match="roles are user and assistant, system first only"):
             tokens.render(wrong)
 
 
@@ -153,9 +154,9 @@ def test_conversations_rows_are_prompts():
     assert prompt(conversation(QA[0])) == whole
     to_label = conversation(*QA[:2], type="TEXT_TO_VALUE")
     assert prompt(to_label) == f"{whole}b\n\nb\n\x12"
-    with pytest.raises(ValueError, match="asks for none"):
+    with pytest.raises(UserError, match="asks for none"):
         prompt(conversation(QA[0], type="TEXT_TO_VALUE"))
-    with pytest.raises(ValueError, match="was not trained on such rows"):
+    with pytest.raises(UserError, match="was not trained on such rows"):
         prompts.format_prompt(conversation(*QA), tokenizer.load(TINY), fmt)
 
 
@@ -256,7 +257,7 @@ def test_what_most_rows_share_is_the_default():
 
 
 def test_two_chat_formats_are_refused():
-    with pytest.raises(ValueError, match="1 rows of 'conversations' and 2 of 'messages'"):
+    with pytest.raises(UserError, match="1 rows of 'conversations' and 2 of 'messages'"):
         formats_of(conversation(*QA), {"messages": []}, {"messages": []}).chat(TOKENS, False)
 
 

@@ -14,6 +14,7 @@ import pytest
 from align.data import prompts, tokenizer
 from align.data.formats import FormatConfig
 from align.data.prompts import Template
+from align.errors import UserError
 from align.judging import meta_judge
 from align.judging.judge import Judged
 from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
@@ -113,7 +114,7 @@ def test_ties_of_variance_are_exact():
 
 
 def test_a_judgement_without_word_on_its_end_is_an_error():
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         meta_judge.candidate([Judged((3.0, 4.0, 5.0))], [(True, True)])
 
 
@@ -167,7 +168,7 @@ def test_prompts_beyond_the_room_are_left_out(tmp_path):
 def test_a_template_without_any_room_is_refused(tmp_path):
     longest = len(prompts.one_turn(ROW, "x|x|x|x", tokenizer.load(ROOT / "assets" / "tiny"), FormatConfig()))
     short_judge(tmp_path, longest).check(ROW)
-    with pytest.raises(ValueError, match=rf"short.txt alone is longer than the {longest - 1} tokens that"):
+    with pytest.raises(UserError, match=rf"short.txt alone is longer than the {longest - 1} tokens that"):
         short_judge(tmp_path, longest - 1).check(ROW)
 
 
@@ -544,7 +545,7 @@ def test_a_cap_of_1_lets_all_in():
     "low, high, cap", [(0.0, 1.0, 0.4), (0.0, 1.0, 0.5), (0.0, 0.9, 1.0), (1.0, 5.0, 0.2)]
 )
 def test_a_cap_that_lets_nothing_in_is_refused(low, high, cap):
-    with pytest.raises(ValueError, match=f"--meta-judge-class-cap {cap} must be above 1/"):
+    with pytest.raises(UserError, match=f"--meta-judge-class-cap {cap} must be above 1/"):
         Buffer(low, high, cap)
 
 

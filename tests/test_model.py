@@ -7,6 +7,7 @@ import torch
 
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
 from align.model import architecture, gpt, spec
 from align.model import config as model
 from align.model.config import ModelConfig
@@ -60,20 +61,20 @@ def test_micro_batches_have_a_size_of_8_bit_products_on_each_rank(layout, multip
     ],
 )
 def test_8_bit_products_are_refused_without_what_they_need(on_gpu, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         model.check_model(arch(), replace(FP8, **changes), ParallelConfig())
 
 
 def test_8_bit_products_are_refused_on_a_gpu_without_them(on_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(ValueError, match="--fp8: CPU has no 8-bit products"):
+    with pytest.raises(UserError, match="--fp8: CPU has no 8-bit products"):
         model.check_model(arch(), FP8, ParallelConfig())
 
 
 def test_8_bit_products_are_refused_for_sizes_that_they_do_not_take(on_gpu):
     odd = replace(arch(), ffn_size=48)
     model.check_model(odd, FP8, ParallelConfig())
-    with pytest.raises(ValueError, match="--fp8: the 24 ffn columns of a rank are no multiple of 16"):
+    with pytest.raises(UserError, match="--fp8: the 24 ffn columns of a rank are no multiple of 16"):
         model.check_model(odd, FP8, ParallelConfig(tp=2))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align.errors import UserError
 from align.model import architecture, huggingface, spec
 
 Spoil = Callable[[Path], object]
@@ -179,7 +180,7 @@ def test_one_line_names_file_and_field(sound, tmp_path, name):
     directory = Path(shutil.copytree(sound, tmp_path / "model"))
     spoil, words = ODD[name]
     spoil(directory)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         arch = architecture.read_config(directory)
         spec.rotary_frequencies(arch)
         huggingface.open_source(directory, arch, 0)
@@ -195,7 +196,7 @@ def test_a_shard_without_the_tensor_that_the_index_promises(sound, tmp_path):
     index(lambda names: {"weight_map": names})(directory)
     tensors = load_file(directory / "shard.safetensors")
     save_file({x: t for x, t in tensors.items() if x != FIRST}, directory / "shard.safetensors")
-    with pytest.raises(ValueError, match=rf"shard.safetensors has no {FIRST}, which {INDEX} says"):
+    with pytest.raises(UserError, match=rf"shard.safetensors has no {FIRST}, which {INDEX} says"):
         huggingface.open_source(directory, architecture.read_config(directory), 0)
 
 
@@ -203,5 +204,5 @@ def test_a_tied_model_with_a_head_of_integers(sound, tmp_path):
     directory = Path(shutil.copytree(sound, tmp_path / "model"))
     config(tie_word_embeddings=True)(directory)
     stored_as(torch.int8, HEAD)(directory)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS}: {HEAD} is stored as I8"):
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: {HEAD} is stored as I8"):
         architecture.read_config(directory)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from align.distributed import parallel
+from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig, overlaps_gradients
 from align.training import optim
@@ -53,14 +54,14 @@ def test_a_constant_rate():
 
 
 def test_a_minimum_above_the_rate_is_refused():
-    with pytest.raises(ValueError, match=r"--min-lr 1e-06 is above --lr 5e-07"):
+    with pytest.raises(UserError, match=r"--min-lr 1e-06 is above --lr 5e-07"):
         optim.check(optim.OptimConfig(lr=5e-7), 100)
 
 
 @pytest.mark.parametrize("total_steps", [5, 6])
 def test_a_tail_that_leaves_no_cosine_is_refused(total_steps):
     message = rf"--warmup-steps 4 and --constant-steps 2 leave no step of {total_steps} .*lower one"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         optim.check(SCHEDULE, total_steps)
     optim.check(SCHEDULE, 7)
 

@@ -21,6 +21,7 @@ import prepare_data
 from align import console
 from align.data import tokenizer, toy
 from align.data.prompts import Prompt
+from align.errors import UserError
 from align.files import check_files, write_own
 from align.generation.generator import Sample
 from align.rewards import sources
@@ -124,7 +125,7 @@ def test_refused_on_every_rank_before_anything_is_written(name, tmp_path, monkey
         make(Path("out"))
     before = files(tmp_path)
     for main in (True, False):
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             start(Path(os.path.expanduser(output.format(cwd=tmp_path.name))), main, **flags)
         assert len(str(error.value).splitlines()) == 1 and "--output" in str(error.value)
     assert files(tmp_path) == before and not Path("runs").exists()
@@ -153,7 +154,7 @@ def test_accepted(tmp_path, monkeypatch):
 def test_a_damaged_config_is_named(tmp_path):
     start(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
         start(tmp_path)
 
 
@@ -162,9 +163,9 @@ def test_toy_data_overwrites_no_other_file(tmp_path):
     before = files(tmp_path)
     assert toy.write(tmp_path, num_train=3, num_val=2) == ((train,), (val,)) and files(tmp_path) == before
     val.write_text("mine\n")
-    with pytest.raises(ValueError, match="val.jsonl has another content than the toy task"):
+    with pytest.raises(UserError, match="val.jsonl has another content than the toy task"):
         toy.write(tmp_path, num_train=3, num_val=2)
-    with pytest.raises(ValueError, match="val.jsonl/a: (Not a directory|File exists)"):
+    with pytest.raises(UserError, match="val.jsonl/a: (Not a directory|File exists)"):
         write_own(val / "a", "text")
     assert val.read_text() == "mine\n" and not list(tmp_path.glob("*.tmp"))
 
@@ -206,7 +207,7 @@ def test_generate_keeps_its_input(tmp_path, monkeypatch):
         (rows / "new.jsonl", "rows.jsonl is a file: give a path below a directory"),
         (Path("/dev/null"), "/dev/null is no regular file"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             generate.prepare_output(output, rows)
     generate.prepare_output(tmp_path / "new/answers.jsonl", Path("org/name"))
     check_files([rows], Path("org/name"))  # --input may be a data set of the Hub
@@ -265,9 +266,7 @@ def test_console_in_process(monkeypatch, capsys):
     generate.say("lost")
     generate.say("to the null device")
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
-    with pytest.raises(
-        ValueError, match="the answer cannot be printed: No space left on device; --input and"
-    ):
+    with pytest.raises(UserError, match="the answer cannot be printed: No space left on device; --input and"):
         generate.tell("an answer")
     for stream in (None, open(os.devnull), io.TextIOWrapper(io.BytesIO())):
         if stream:

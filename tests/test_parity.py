@@ -20,6 +20,7 @@ from torch import Tensor
 
 from align.data.packing import Example
 from align.distributed import parallel
+from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from tests.conftest import FAMILIES, fork_ranks
@@ -303,5 +304,5 @@ def test_fresh_head(ours, models, family):
 def test_a_reward_model_is_no_language_model(reward_models, family):
     arch = architecture.read_config(reward_models / family)
     assert arch.labels == 1
-    with pytest.raises(ValueError, match="is a reward model"):
+    with pytest.raises(UserError, match="is a reward model"):
         gpt.build_policy(arch, ModelConfig(), parallel.ParallelConfig())

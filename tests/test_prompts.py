@@ -17,6 +17,7 @@ import prepare_data
 from align.data import display, formats, jsonl, preferences, prompts, tokenizer, toy
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import Prompt, PromptFormat
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -265,13 +266,13 @@ def test_several_files_one_of_them_zipped(tiny, tmp_path: Path):
     expected = [[ord("P")], [ord("Q")], [*USER_IDS, *ASKED], [ord("P")]]
     assert [prompt.ids.tolist() for prompt in found] == expected and counts["prompts"] == 4
     second.write_bytes(gzip.compress(b'{"text": "Q"}\n\n{"text": ""}\n'))
-    with pytest.raises(ValueError, match="2.jsonl.gz:3: field 'text' is empty"):
+    with pytest.raises(UserError, match="2.jsonl.gz:3: field 'text' is empty"):
         prompts.load_prompts([first, second], tiny, DEFAULT)
 
 
 def test_nothing_left(tiny, tmp_path: Path):
     paths = [write_rows(tmp_path / f"{i}.jsonl", [{"text": "abcd"}, {"prompt": "abc"}]) for i in range(2)]
-    with pytest.raises(ValueError, match="0.jsonl, .*1.jsonl: no prompt is left, all 4 .*-len 2: raise it"):
+    with pytest.raises(UserError, match="0.jsonl, .*1.jsonl: no prompt is left, all 4 .*-len 2: raise it"):
         prompts.load_prompts(paths, tiny, PromptFormat(max_prompt_len=2))
 
 
@@ -341,28 +342,28 @@ def test_broken_row_is_named_by_file_and_line(name: str, tiny, tmp_path: Path):
     good = json.dumps({"prompt": "Q"})
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join([good, "", line if isinstance(line, str) else json.dumps(line), good]))
-    with pytest.raises(ValueError, match=f"(?s)^{path}:3: .*{message}"):
+    with pytest.raises(UserError, match=f"(?s)^{path}:3: .*{message}"):
         prompts.load_prompts([path], tiny, DEFAULT)
 
 
 def test_what_the_tokenizer_refuses(tiny, llama, llama_chat, tmp_path: Path):
     adding = PromptFormat(add_bos=True)
-    with pytest.raises(ValueError, match="d.jsonl:1: field 'text' is empty"):  # no token is left of it
+    with pytest.raises(UserError, match="d.jsonl:1: field 'text' is empty"):  # no token is left of it
         load([{"text": ""}], llama, tmp_path, adding)
     for tokens in (tiny, llama_chat):
-        with pytest.raises(ValueError, match="d.jsonl:1: two BOS at the start.*--add-bos False"):
+        with pytest.raises(UserError, match="d.jsonl:1: two BOS at the start.*--add-bos False"):
             load([{"prompt": [USER]}], tokens, tmp_path, adding)
-    with pytest.raises(ValueError, match="d.jsonl:1: .*has no chat template"):
+    with pytest.raises(UserError, match="d.jsonl:1: .*has no chat template"):
         load([{"messages": [USER]}], llama, tmp_path)
     without = copy.copy(tiny)
     without.bos_id = None
     for row in ({"prompt": "Q"}, {"prompt": [USER]}):
-        with pytest.raises(ValueError, match="d.jsonl:1: --add-bos True: this tokenizer has no BOS"):
+        with pytest.raises(UserError, match="d.jsonl:1: --add-bos True: this tokenizer has no BOS"):
             load([row], without, tmp_path, adding)
 
 
 def test_template_that_says_nothing(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text("{% for m in messages %}{% endfor %}")
-    with pytest.raises(ValueError, match="d.jsonl:1: field 'prompt': the chat template makes no token of it"):
+    with pytest.raises(UserError, match="d.jsonl:1: field 'prompt': the chat template makes no token of it"):
         load([{"prompt": [USER]}], tokenizer.load(tmp_path / "model"), tmp_path, PromptFormat(add_bos=True))

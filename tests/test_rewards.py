@@ -26,6 +26,7 @@ from align.data.preferences import as_scored
 from align.data.prompts import Prompt
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
 from align.generation import rollout
 from align.generation.generator import Sample
 from align.model.config import ModelConfig
@@ -267,7 +268,7 @@ def test_what_is_no_number_is_refused(name, found):
 )
 def test_a_function_that_is_not_there(name, message, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         sources.import_function(name)
 
 
@@ -296,13 +297,13 @@ def test_standardised_scores():
 def test_standardised_by_the_numbers_of_a_file(tmp_path):
     """--reward-standardise auto takes what train_rm.py wrote beside the weights, or says what to do."""
     config = RewardConfig(reward_model=tmp_path, reward_standardise="auto")
-    with pytest.raises(ValueError, match=r"there is no .*reward_statistics.json, .* Give --reward-mean and"):
+    with pytest.raises(UserError, match=r"there is no .*reward_statistics.json, .* Give --reward-mean and"):
         config.with_statistics()
     sources.save_statistics({"mean": 2.0, "std": 4.0, "texts": 10, "data": "val"}, tmp_path)
     assert config.with_statistics() == RewardConfig(reward_model=tmp_path, reward_mean=2.0, reward_std=4.0)
     for wrong in ({"mean": 2.0}, {"mean": 2.0, "std": 0.0}, {"mean": "x", "std": 1.0}, [1.0]):
         (tmp_path / "reward_statistics.json").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"reward_statistics.json must hold numbers"):
+        with pytest.raises(UserError, match=r"reward_statistics.json must hold numbers"):
             config.with_statistics()
     off = RewardConfig(reward_model=tmp_path)
     assert off.with_statistics() is off

@@ -19,6 +19,7 @@ from align.data.formats import FormatConfig
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import PromptFormat
 from align.data.tokenizer import TextConfig
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"city": "string"}}}]
@@ -256,15 +257,15 @@ def test_a_labelled_chat_ends_where_its_score_is_read(text, hf, tmp_path):
     ],
 )
 def test_what_is_refused(row, message, text):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         formats.format_sft(row, text, FormatConfig())
 
 
 def test_a_template_without_tools_refuses_them():
     plain = tokenizer.load(TINY)
-    with pytest.raises(ValueError, match="the chat template does not read 'tools'"):
+    with pytest.raises(UserError, match="the chat template does not read 'tools'"):
         formats.format_sft({"messages": [ASKED, ANSWER], "tools": TOOLS}, plain, FormatConfig())
-    with pytest.raises(ValueError, match="the chat template does not read 'tool_calls'"):
+    with pytest.raises(UserError, match="the chat template does not read 'tool_calls'"):
         formats.format_sft({"messages": CALLS}, plain, FormatConfig())
 
 
@@ -331,7 +332,7 @@ def test_special_tokens_of_whole_texts_stay(text):
 def test_special_tokens_may_be_refused_or_allowed(model):
     row = {"messages": [said("user", FORGED), ANSWER]}
     refuses = tokenizer.load(model, config=TextConfig(special_tokens_in_text="refuse"))
-    with pytest.raises(ValueError, match="special token '<.im_end.>' in a text"):
+    with pytest.raises(UserError, match="special token '<.im_end.>' in a text"):
         formats.format_sft(row, refuses, FormatConfig())
     allows = tokenizer.load(model, config=TextConfig(special_tokens_in_text="allow"))
     example, _ = formats.format_sft(row, allows, FormatConfig())
@@ -345,7 +346,7 @@ def test_a_flag_sets_variables_for_all_rows(model, hf):
         found = prompts.format_prompt(row, text, PromptFormat()).tolist()
         assert found == ids_of(hf, [ASKED], True, enable_thinking=own)
     for wrong in ("{", "[]"):
-        with pytest.raises(ValueError, match="--chat-template-kwargs"):
+        with pytest.raises(UserError, match="--chat-template-kwargs"):
             TextConfig(chat_template_kwargs=wrong)
 
 
@@ -406,7 +407,7 @@ def test_several_answers(shape, turns, model, tmp_path):
     text, hf = tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": THINKS}))
     if turns not in allowed:
-        with pytest.raises(ValueError, match="use --turns each"):
+        with pytest.raises(UserError, match="use --turns each"):
             sft.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
         return
     examples, _ = sft.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
@@ -443,7 +444,7 @@ def test_answers_that_the_template_marks(model, tmp_path):
     assert found.ids.tolist() == expected.ids.tolist() and found.trained.tolist() == expected.trained.tolist()
     endless = marks.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(endless)
-    with pytest.raises(ValueError, match="end of turn not trained"):
+    with pytest.raises(UserError, match="end of turn not trained"):
         formats.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())
 
 
@@ -453,7 +454,7 @@ def test_a_conversation_of_100_000_turns_ends_in_time(turns, text, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [ASKED, ANSWER] * 50_000}))
     fmt, began = FormatConfig(turns=turns, max_seq_len=200), time.monotonic()
     if turns == "last":
-        with pytest.raises(ValueError, match="no row is left"):
+        with pytest.raises(UserError, match="no row is left"):
             sft.load_sft([tmp_path / "d.jsonl"], text, fmt)
     else:
         examples, _ = sft.load_sft([tmp_path / "d.jsonl"], text, fmt)
@@ -483,13 +484,13 @@ def test_arrays_and_parquet_are_read_as_lines_are(text, tmp_path):
         assert counts["rows"] == 2
     assert jsonl.read_jsonl(tmp_path / "a.json")[1][0] == f"{tmp_path}/a.json: row 2"
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="b.parquet: cannot be read"):
+    with pytest.raises(UserError, match="b.parquet: cannot be read"):
         sft.load_sft([tmp_path / "b.parquet"], text, FormatConfig())
     (tmp_path / "b.json").write_text("[{}, 3]")
-    with pytest.raises(ValueError, match="b.json: row 2: a row must be a JSON object"):
+    with pytest.raises(UserError, match="b.json: row 2: a row must be a JSON object"):
         jsonl.read_jsonl(tmp_path / "b.json")
     (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(ValueError, match="deep.jsonl:1: not valid JSON"):
+    with pytest.raises(UserError, match="deep.jsonl:1: not valid JSON"):
         jsonl.read_jsonl(tmp_path / "deep.jsonl")
 
 
@@ -501,7 +502,7 @@ def test_bad_rows_may_be_left_out(text, tmp_path):
     assert (len(examples), counts["rows"]) == (3, 3)
     assert f"3 bad rows left out ('{path}:2: not valid JSON" in display.describe(counts)
     assert f"; {path}:6, {path}:4)" in display.describe(counts)
-    with pytest.raises(ValueError, match=f"{path}:4: field 'messages' must be"):
+    with pytest.raises(UserError, match=f"{path}:4: field 'messages' must be"):
         sft.load_sft([path], text, FormatConfig(skip_bad_rows=2))
     found, counts = prompts.load_prompts([path], text, PromptFormat(skip_bad_rows=3))
     assert len(found) == 3 and "3 bad rows left out" in display.describe(counts)
@@ -546,14 +547,14 @@ def test_arguments_of_tool_calls_are_objects(text, tmp_path):
     for broken, words in (("{", "not valid JSON"), ("[1]", "must be an object, not list")):
         call = {"name": "get_time", "arguments": broken}
         row = {"messages": [said("user", "Time?"), said("assistant", None, tool_calls=[call])]}
-        with pytest.raises(ValueError, match=f"rows.jsonl:1: message 1: field 'arguments' .*{words}"):
+        with pytest.raises(UserError, match=f"rows.jsonl:1: message 1: field 'arguments' .*{words}"):
             loaded(tmp_path, text, [row])
 
 
 def test_the_older_form_of_calls_is_refused(text, tmp_path):
     call = {"name": "get_time", "arguments": "{}"}
     row = {"messages": [ASKED, said("assistant", None, function_call=call)]}
-    with pytest.raises(ValueError, match="message 1: field 'function_call' is not implemented: give 'tool"):
+    with pytest.raises(UserError, match="message 1: field 'function_call' is not implemented: give 'tool"):
         loaded(tmp_path, text, [row])
 
 
@@ -584,7 +585,7 @@ def test_empty_answers_and_null_columns(tmp_path):
 
 def test_rows_in_none_of_the_forms_name_them(tmp_path):
     text = tokenizer.load(TINY)
-    with pytest.raises(ValueError, match="fields 'question', 'answer': a row has 'mess.*--prompt-template"):
+    with pytest.raises(UserError, match="fields 'question', 'answer': a row has 'mess.*--prompt-template"):
         loaded(tmp_path, text, [{"question": "a", "answer": "b"}])
     fmt = FormatConfig("{question} {answer}", max_seq_len=8)  # whose question gives way
     shown, counts = loaded(tmp_path, text, [{"question": "a" * 30, "answer": "bcd"}], fmt)
@@ -606,6 +607,6 @@ def test_the_prompt_beside_a_conversation_is_a_copy(tmp_path):
 def test_conversations_with_an_unknown_name(tmp_path):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "robot", "value": "b"}]}
     with pytest.raises(
-        ValueError, match="message 1: role 'robot' is not one of system, user, assistant, tool"
+        UserError, match="message 1: role 'robot' is not one of system, user, assistant, tool"
     ):
         loaded(tmp_path, tokenizer.load(TINY), [row])

@@ -11,6 +11,7 @@ import pytest
 import prepare_data
 from align.data import formats, sft, tokenizer, toy
 from align.data.prompts import Template
+from align.errors import UserError
 from align.judging import judge, meta_judge
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -120,7 +121,7 @@ def test_toy_files_for_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_too_many_judgements():
-    with pytest.raises(ValueError, match="--judge-rows 90000 after 6400 rows: the toy task has prompts for"):
+    with pytest.raises(UserError, match="--judge-rows 90000 after 6400 rows: the toy task has prompts for"):
         toy.judge_rows(90000, seed=0)
-    with pytest.raises(ValueError, match="--meta-rows 90000 after 6400 rows: the toy task has prompts for"):
+    with pytest.raises(UserError, match="--meta-rows 90000 after 6400 rows: the toy task has prompts for"):
         toy.meta_rows(90000, seed=0)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from align.data import toy
 from align.data.packing import BatchConfig
 from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
 from align.generation.sampling import SamplingConfig
 from align.losses import rl
 from align.rewards.sources import RewardConfig
@@ -72,7 +73,7 @@ WHOLE_DISTRIBUTION = (
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         Config(**flags)
     assert str(error.value) == message
 

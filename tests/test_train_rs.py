@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from align.data import toy
+from align.errors import UserError
 from align.generation.generator import Sample
 from align.generation.sampling import SamplingConfig
 from align.rewards.sources import RewardConfig
@@ -95,7 +96,7 @@ def test_select(samples, values, keep_top, unended, duplicates, expected):
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         Config(**flags)
     assert str(error.value) == message
 

@@ -18,6 +18,7 @@ from align.data import prompts
 from align.data.formats import FormatConfig, Tokenizer
 from align.data.prompts import Template
 from align.errors import UserError
+from align.files import ASSETS
 from align.flags import REPEATS, SCORE, check_ranges
 from align.generation.generator import Sample
 
@@ -68,7 +69,7 @@ class JudgeConfig:
 
     judgements: int = 3
     """judgements of each answer, of which the mean counts"""
-    judge_template: Path = Path(__file__).parent.parent / "assets" / "judge.txt"
+    judge_template: Path = ASSETS / "judge.txt"
     """text file with {{ prompt }} and {{ response }} in it, which the judge is given as one user turn"""
     judge_low: float = 0.0
     """a lower score is not counted"""

@@ -20,6 +20,7 @@ from align.data import prompts
 from align.data.formats import FormatConfig, Tokenizer
 from align.data.prompts import Template
 from align.errors import UserError
+from align.files import ASSETS
 from align.flags import above, between, check_ranges, refuse_unused
 from align.judging.judge import Judged
 
@@ -50,7 +51,7 @@ class MetaJudgeConfig:
     highest score"""
     meta_judge_class_cap: float = 0.4
     """largest share of one score, rounded down, among the chosen judgements"""
-    meta_judge_template: Path = Path(__file__).parent.parent / "assets" / "meta_judge.txt"
+    meta_judge_template: Path = ASSETS / "meta_judge.txt"
     """text file with {{ prompt }}, {{ response }}, {{ judgement_a }} and {{ judgement_b }} in it, which the
     policy is given as one user turn"""
 

@@ -11,6 +11,7 @@ from megatron.core.utils import get_te_version
 from align.data import hub
 from align.distributed.parallel import ParallelConfig, device_name
 from align.errors import UserError
+from align.files import ASSETS
 from align.kernels import matmul
 from align.model.architecture import Architecture
 from align.model.attention import uses_flash
@@ -35,7 +36,7 @@ class ModelConfig:
     @property
     def path(self) -> Path:
         """The directory of the model, which is downloaded if it is one of the Hub. Raises ValueError."""
-        tiny = Path(__file__).parent.parent / "assets" / "tiny"
+        tiny = ASSETS / "tiny"
         return tiny if self.model == "tiny" else hub.local_model(Path(self.model))
 
     @property

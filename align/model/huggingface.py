@@ -39,6 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from align.distributed import parallel
 from align.errors import UserError
+from align.files import ASSETS
 from align.model.architecture import Architecture
 from align.model.gpt import Decoder, Scorer
 from align.model.weights import HEAD, WeightFiles
@@ -159,7 +160,7 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
     """The weights in a directory; random ones for the built-in tiny model, which is a config.json only."""
     if list(Path(directory).glob("*.safetensors")) or list(Path(directory).glob("*.bin")):
         return SafetensorsSource(directory, arch)
-    if Path(directory).resolve() != Path(__file__).parent.parent.resolve() / "assets" / "tiny":
+    if Path(directory).resolve() != ASSETS.resolve() / "tiny":
         raise UserError(f"--model {directory}: no safetensors files there")
     return RandomSource(arch, seed)
 

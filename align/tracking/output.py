@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import IO
 
 from align.errors import UserError
-from align.files import check_path, read_object
+from align.files import ROOT, check_path, read_object
 
-ROOT = Path(__file__).parent.parent
 WRITTEN = (  # in OUTPUT by a run, beside the script; weights mean that OUTPUT is a model
     "config.json log.txt metrics.jsonl samples.jsonl metrics.tmp samples.tmp prompt_format.json "
     "reference.txt wandb_id.txt checkpoints hf hf.tmp plots rollouts *.safetensors pytorch_model*.bin".split()

@@ -514,7 +514,7 @@ def test_only_answers_that_ended_and_have_a_score_are_chosen():
     assert choose(samples[:3], judged[:3], 0.0) == Choice(why="few")
     assert choose(samples[:2], judged[:2], 0.0) == choose([], [], 0.0) == Choice(why="few")
     assert choose(samples[:4], [Judged((4.0,))] * 4, 0.5) == Choice(why="tied")
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError):
         choose(samples, judged[:4], 0.0)
 
 

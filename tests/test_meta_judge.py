@@ -114,7 +114,7 @@ def test_ties_of_variance_are_exact():
 
 
 def test_a_judgement_without_word_on_its_end_is_an_error():
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError):
         meta_judge.candidate([Judged((3.0, 4.0, 5.0))], [(True, True)])
 
 

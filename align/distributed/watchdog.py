@@ -25,21 +25,26 @@ from align.errors import user_message
 from align.tracking.output import is_run
 
 INTERVAL_S = 1.0
+PHASE_S = 0.02  # shortest time between two states, which take about 0.1 ms each
 GRACE_S = 5.0  # for the rank at fault to end first: torchrun reports the first that ends
 COMMUNICATION = ("gloo", "NCCL", "TCPStore")  # in the messages of collectives that lose a rank
 
 
 class Progress:
-    """Number of ticks so far and the phase of the last one."""
+    """Number of ticks so far, the phase of the last one, and the watchdog of this process."""
 
     ticks = 0
     phase = "start"
+    watchdog: "Watchdog | None" = None
 
 
 def tick(phase: str) -> None:
     """Record that this rank makes progress, in a phase of the run."""
     Progress.ticks += 1
-    Progress.phase = phase
+    if phase != Progress.phase:
+        Progress.phase = phase
+        if Progress.watchdog is not None:
+            Progress.watchdog.publish_phase()
 
 
 class Watchdog:
@@ -58,12 +63,13 @@ class Watchdog:
         self.main_thread = threading.get_ident()
         self.processes: list = [None] * self.world
         dist.all_gather_object(self.processes, (machine(), os.getpid(), socket.gethostname()))
-        self.idle_s, self.ticks, self.beats = 0.0, 0, 0
+        self.idle_s, self.ticks, self.beats, self.published = 0.0, 0, 0, 0.0
         self.stopped, self.ending = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self.watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> "Watchdog":
         self.thread.start()
+        Progress.watchdog = self
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -76,6 +82,7 @@ class Watchdog:
         self.store.set(f"finished/{self.rank}", "")
         self.stopped.set()
         self.thread.join()
+        Progress.watchdog = None
 
     # ---- the thread --------------------------------------------------------------------------------
 
@@ -102,11 +109,18 @@ class Watchdog:
     def publish(self) -> None:
         """Tell the other ranks where this one is."""
         self.beats += 1
-        frame = sys._current_frames()[self.main_thread]
+        self.published = time.monotonic()
+        frame = outside_this_file(sys._current_frames()[self.main_thread])
         state = {"beats": self.beats, "idle_s": self.idle_s, "phase": Progress.phase}
         self.store.set(
             f"state/{self.rank}", json.dumps(state | {"waits": is_waiting(frame), "at": place(frame)})
         )
+
+    def publish_phase(self) -> None:
+        """Publish from the main thread that a phase begins, unless phases are short."""
+        if time.monotonic() - self.published > PHASE_S:
+            with contextlib.suppress(dist.DistError):  # as in `watch`
+                self.publish()
 
     def failure_elsewhere(self) -> dict | None:
         """The first failure that another rank reported, or of a process on this machine that is gone."""
@@ -266,6 +280,13 @@ def is_alive(pid: int) -> bool:
 def is_communication(error: BaseException) -> bool:
     """True for the error of a collective whose other ranks are gone."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in COMMUNICATION)
+
+
+def outside_this_file(frame: FrameType) -> FrameType:
+    """The innermost call of a thread that is not to this file."""
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def is_waiting(frame: FrameType) -> bool:

@@ -119,7 +119,7 @@ def command(*words: object) -> float:
 
 
 def first_and_last(directory: Path) -> str:
-    """What a stage's first and last validation found: the metric that tells most."""
+    """Main metric of a stage's first and last validation."""
     metric = METRICS.get(directory.name, "val_rollouts/rewards")
     found = curve(directory, metric)
     return f"{metric.split('/')[1]} {found[0]:.3f} -> {found[-1]:.3f}"
@@ -132,7 +132,7 @@ def curve(directory: Path, metric: str) -> list[float]:
 
 
 def judge(directory: Path, questions: list[str], answers: list[str]) -> float:
-    """How a stage's judgements of answers, three of each, go with their scores: Pearson's correlation."""
+    """Pearson correlation of a stage's judgements, three of each response, with the true scores."""
     asked = [
         fill(JUDGE_TEMPLATE, {"prompt": question, "response": answer})
         for question, answer in zip(questions, answers, strict=True)
@@ -154,7 +154,7 @@ def question_of(text: str) -> dict[str, str]:
 
 
 def generate(directory: Path, prompts: Path, output: Path, number: int) -> list:
-    """What a stage's model answers to each row of a file, at temperature 1; lists for a number above 1."""
+    """Responses of a stage's model to each row of a file, at temperature 1; lists for a number above 1."""
     command(
         *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "64"),
         *("--samples-per-prompt", number, "--input", prompts, "--output", output),

@@ -161,7 +161,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """What --model names."""
+    """The model that --model names."""
 
     directory: Path  # of config.json and tokenizer
     checkpoint: Path | None  # of the weights; None: they are in the directory
@@ -177,7 +177,7 @@ class Source:
 
 
 def find_source(config: ModelConfig) -> Source:
-    """Where the parts of a model are, whose --model is a Hugging Face directory or a checkpoint of ours."""
+    """Find the parts of a model; --model is a Hugging Face directory or a checkpoint of this project."""
     path = config.path
     if not checkpoint.is_checkpoint(path):
         return Source(path, None, None, read_formats(path))
@@ -212,7 +212,7 @@ def read_formats(directory: Path) -> dict:
 def encode_text(
     text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str | None, raw: bool
 ) -> np.ndarray:
-    """Ids [n] int32 of the text of --prompt. Raises ValueError.
+    """Ids [n] int32 of the text of --prompt. Raises UserError.
 
     `template`: of training rows without messages; it goes before the chat template, and `raw` before both.
     """
@@ -238,7 +238,7 @@ def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, templ
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, fmt: PromptFormat, arch: Architecture) -> list[Prompt]:
-    """The rows of --input. Raises ValueError with file and line for one that cannot be answered."""
+    """The rows of --input. Raises UserError with file and line for one that cannot be answered."""
     found = []
     for where, row in jsonl.read_jsonl(path):
         ids = jsonl.at(where, prompts.format_prompt, row, tokenizer, fmt)
@@ -248,7 +248,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, fmt: PromptFormat, arch: Arch
 
 
 def check_ids(ids: np.ndarray, arch: Architecture) -> None:
-    """Raises ValueError for a prompt [n] that this model cannot continue."""
+    """Raises UserError for a prompt [n] that this model cannot continue."""
     check_prompt(ids, arch.max_positions)
     packing.check_ids([Example(ids, np.zeros(len(ids), bool))], arch.vocab_size)
 
@@ -286,13 +286,13 @@ def tell(text: str, end: str = "\n") -> None:
 
 
 def pace(samples: list[Sample], seconds: float) -> str:
-    """How many tokens these are, and how fast they came."""
+    """Number of tokens, and tokens per second, for the log."""
     tokens = sum(len(sample.ids) for sample in samples)
     return f"{tokens:,} tokens, {tokens / seconds:,.1f} tokens/s"
 
 
 class Shown:
-    """What is shown of an answer that grows: no half of a character, and nothing of what ends it."""
+    """Printable part of a growing response: no half of a character, no part of a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.tokenizer, self.stop = tokenizer, stop
@@ -300,7 +300,7 @@ class Shown:
         self.length = 0  # characters shown
 
     def add(self, token: int) -> str:
-        """What the answer's next token lets be shown."""
+        """Text that becomes printable with the next token."""
         if token not in self.tokenizer.stop_ids:
             self.ids.append(token)
         text = settled(self.tokenizer.decode(self.ids), self.stop)

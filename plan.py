@@ -1,4 +1,4 @@
-"""Does this run fit? What each phase of a run takes of a rank's memory, before any machine is asked for.
+"""Memory of each phase of a run on a rank, and whether it fits, before any machine is asked for.
 
     python plan.py --nodes 4 --gpus-per-node 8 --gpu-memory 80 \
         train_ppo.py --model DIR --tp 8 --reward-model RM --train-data prompts.jsonl
@@ -115,7 +115,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase needs on a rank's device."""
+    """Memory of one phase on a rank's device."""
 
     name: str
     needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as offload.Phases has it
@@ -135,7 +135,7 @@ class Job:
 
     @property
     def layout(self) -> Setting:
-        """How all models are computed; of the first stage."""
+        """Setting of all models on the first stage."""
         p = self.config.parallel
         dp = self.cluster.world // (p.tp * p.pp * p.cp)
         precision = self.config.model.precision
@@ -164,7 +164,7 @@ class Job:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], Path, list[str]]:
-    """plan's own flags, the script, the script's flags. Raises ValueError if no script is named."""
+    """plan's own flags, the script, the script's flags. Raises UserError if no script is named."""
     for i, word in enumerate(arguments):
         if word.endswith(".py") and not word.startswith("--"):
             return list(arguments[:i]), Path(word), list(arguments[i + 1 :])
@@ -172,7 +172,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], Path, list[str]]:
 
 
 def load_script(path: Path) -> ModuleType:
-    """A training script as a module; nothing of it runs. Raises ValueError for what is none."""
+    """A training script as a module; nothing of it runs. Raises UserError for what is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such script")
     script = sys.modules.get(path.stem)
@@ -211,7 +211,7 @@ def read(config: CommonConfig, cluster: Cluster) -> Job:
 
 
 def check_world(config: CommonConfig, world: int) -> None:
-    """What the script says of parallel sizes that do not fit so many processes. Raises ValueError."""
+    """Check parallel sizes as the script does. Raises UserError."""
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world)  # as torchrun would say
     try:
@@ -222,7 +222,7 @@ def check_world(config: CommonConfig, world: int) -> None:
 
 
 def check_rollout(rollout: RolloutConfig, layout: ParallelConfig, policy: Architecture, world: int) -> None:
-    """What the script says of a sampler that does not fit, and what plan.py cannot say. Raises ValueError."""
+    """Check the sampler as the script does, and the limits of plan.py. Raises UserError."""
     if rollout.generate_with == "trtllm":
         raise UserError("--generate-with trtllm: plan.py does not know what TensorRT-LLM's engine takes")
     if rollout.reshards(layout):
@@ -230,14 +230,14 @@ def check_rollout(rollout: RolloutConfig, layout: ParallelConfig, policy: Archit
 
 
 def has_reference(config: CommonConfig) -> bool:
-    """Does a second model, the reference, wait for its turn?"""
+    """True if the run has a reference model whose weights are swapped in."""
     if hasattr(config, "kl_coef"):
         return config.kl_coef > 0
     return hasattr(config, "iterations") or getattr(config, "reference", None) == "swap"
 
 
 def check_lengths(config: CommonConfig, context: int) -> None:
-    """What the script says of lengths that do not fit. Raises ValueError."""
+    """Check lengths as the script does. Raises UserError."""
     if hasattr(config, "check_lengths"):
         config.check_lengths(context)
     elif hasattr(config, "sampling"):
@@ -455,7 +455,7 @@ def fullest_node(job: Job, process: float) -> dict[str, float]:
 
 
 def process_bytes() -> float:
-    """What a run's process takes beside its tensors.
+    """Memory of a run's process beside its tensors.
 
     That is what this one takes now, having imported the same, and what comes with the first step.
     """
@@ -481,7 +481,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 
 def refusal(job: Job, phase: str, items: Mapping[str, float], limit: float, where: str) -> str:
-    """Why a run does not fit, its largest item, and what would make that or another large one smaller."""
+    """Explain a run that does not fit: its largest item, and flags that make it or another one smaller."""
     total, by_size = sum(items.values()), sorted(items, key=items.get, reverse=True)
     useless = {"--offload on"} if job.offloads or not hasattr(job.config, "offload") else {"--offload off"}
     if job.config.model.recompute == "full":

@@ -214,7 +214,7 @@ class Config(CommonConfig):
 
     @property
     def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What --kl names."""
+        """KL estimator that --kl names."""
         return KL[{"auto": "k3" if self.kl_place == "loss" else "k1"}.get(self.kl, self.kl)]
 
     def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:

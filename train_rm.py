@@ -88,7 +88,7 @@ class Rows:
     target: np.ndarray  # [rows, 1] or [rows, 1, A]
 
     def count(self, rows: Sequence[int]) -> int:
-        """What the loss of these rows is averaged over: pairs, or labels that are not missing."""
+        """Denominator of the loss of these rows: pairs, or labels that are not missing."""
         if self.target.ndim == 2:
             return len(rows)
         return int((self.target[rows] != supervised.MISSING).sum())

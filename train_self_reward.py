@@ -171,7 +171,7 @@ class Config(CommonConfig):
 
     @property
     def loss_inputs(self) -> set[str]:
-        """What the loss takes beside log-probs."""
+        """Inputs of the loss beside log-probs."""
         return set(inspect.signature(getattr(losses, self.loss)).parameters)
 
     def iteration_steps(self, num_rows: int) -> int:
@@ -187,7 +187,7 @@ class Config(CommonConfig):
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def check_lengths(self, max_positions: int) -> None:
-        """Raise ValueError if a prompt or judgement may find no room in the context, or a pair in a batch.
+        """Raises UserError if a prompt or judgement may find no room in the context, or a pair in a batch.
 
         Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
         prompt is shortened to what --max-new-tokens leaves.
@@ -215,14 +215,14 @@ def of_iteration(values: tuple[float, ...], iteration: int) -> float:
 
 
 def state_of(path: Path) -> dict:
-    """What a checkpoint knows besides its models. Raises ValueError if it is none of this script's."""
+    """Buffer and counters of a checkpoint. Raises UserError if it is of another script."""
     if not (path / "judgements.json").is_file():
         raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
     return json.loads((path / "judgements.json").read_bytes())
 
 
 def check_same(before: dict[str, int], now: dict[str, int]) -> None:
-    """Raises ValueError if a run is continued that has gone by other flags."""
+    """Raises UserError if a run is continued that has gone by other flags."""
     for name in now:
         if now[name] != before[name]:
             raise UserError(
@@ -360,7 +360,7 @@ def main(config: Config) -> None:
         return preference + config.sft_weight * sft, metrics
 
     def known_logprobs(pairs: list[SampledPair]) -> list[np.ndarray]:
-        """What the reference says of the tokens of each sample, chosen, rejected, chosen, ..."""
+        """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
         with phase("reference"), ref.lent_to(policy.module):
             return batching.per_example(policy, [pair.examples for pair in pairs], config.batch)
 

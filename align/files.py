@@ -16,7 +16,7 @@ ASSETS = ROOT / "assets"
 def read_object(path: Path, required: bool = True) -> dict:
     """The object in a JSON file; {} if the file is missing and not `required`.
 
-    Raises ValueError with the file's name for anything else.
+    Raises UserError with the file's name for anything else.
     """
     if not required and not Path(path).is_file():
         return {}

@@ -75,7 +75,7 @@ def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple
 
 
 def extract(path: Path, folder: Path) -> Path:
-    """Copy what is needed out of a tar, plain or compressed. Raises ValueError if it is broken or unsafe."""
+    """Copy what is needed out of a tar, plain or compressed. Raises UserError if it is broken or unsafe."""
     folder.mkdir()
     try:
         with tarfile.open(path, "r:*") as archive:
@@ -204,7 +204,7 @@ def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 def checked(
     tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, which must be those of `shapes`. Raises ValueError."""
+    """The tensors, which must be those of `shapes`. Raises UserError."""
     left = dict(shapes)
     for name, tensor in tensors:
         if name not in left:

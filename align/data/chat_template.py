@@ -34,7 +34,7 @@ watched: dict[str, int] = {}  # renderings of each template so far, up to WATCHE
 def render(
     template: str, messages: list[dict], add_generation_prompt: bool = False, **variables: object
 ) -> str:
-    """Render a chat. Raises ValueError if the template refuses it or leaves the bounds."""
+    """Render a chat. Raises UserError if the template refuses it or leaves the bounds."""
     with bounded(template):
         [text], _ = render_jinja_template(
             [messages],
@@ -73,7 +73,7 @@ def reads(template: str, name: str) -> bool:
 
 @contextlib.contextmanager
 def bounded(template: str) -> Iterator[None]:
-    """Turn errors of a template's code into one ValueError; bound time, and at first memory.
+    """Turn errors of a template's code into one UserError; bound time, and at first memory.
 
     Signals reach the main thread only: in another one nothing is bounded.
     """

@@ -1,4 +1,4 @@
-"""What the log shows of data: counts and the first example."""
+"""Counts and the first example of data, for the log."""
 
 import numpy as np
 

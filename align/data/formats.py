@@ -21,7 +21,7 @@ from align.flags import COUNT_OR_0, LENGTH, check_ranges
 
 
 class Tokenizer(Protocol):
-    """What this file needs of a tokenizer; `align.data.tokenizer` has two."""
+    """Methods of a tokenizer that formats need; `align.data.tokenizer` has two tokenizers."""
 
     eos_id: int
     bos_id: int | None
@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
 
 
 class BosChoice(Protocol):
-    """What `add_bos` needs of a row format; `FormatConfig` is one."""
+    """Fields of a row format that `add_bos` needs; `FormatConfig` is one."""
 
     @property
     def add_bos(self) -> bool | None: ...
@@ -56,7 +56,7 @@ class BosChoice(Protocol):
 
 @dataclass(frozen=True)
 class FormatConfig:
-    """How a row becomes tokens."""
+    """Format of training rows."""
 
     prompt_template: str = "{input} {output}"
     """for rows without messages or conversations: their fields in braces, the answer last"""
@@ -146,7 +146,7 @@ def count_special(seen: tuple[int, int], tokenizer: Tokenizer, counts: dict[str,
 def format_parts(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> list[tuple[dict, Example, bool]]:
     """The rows that --turns makes of one, each with what `format_sft` gives, up to the first too long one.
 
-    Raises ValueError.
+    Raises UserError.
     """
     found = []
     for part in rows.by_turns(row, fmt.turns):
@@ -162,7 +162,7 @@ def cut_end(example: Example, fmt: FormatConfig) -> Example:
 
 
 def format_sft(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[Example, bool]:
-    """One row as an example of any length, and whether its truncation fields were cut. Raises ValueError."""
+    """One row as an example of any length, and whether its truncation fields were cut. Raises UserError."""
     return format_known(rows.sft_row(row, fmt.template_fields())[0], tokenizer, fmt)
 
 
@@ -193,13 +193,13 @@ def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list
 
 
 def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
-    """Raises ValueError if a row starts with two BOS."""
+    """Raises UserError if a row starts with two BOS."""
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
         raise UserError("two BOS at the start: the text brings its own, so use --add-bos False")
 
 
 def bos_prefix(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
-    """[BOS] or []. Raises ValueError if BOS is asked for and the tokenizer has none."""
+    """[BOS] or []. Raises UserError if BOS is asked for and the tokenizer has none."""
     if add_bos and tokenizer.bos_id is None:
         raise UserError("--add-bos True: this tokenizer has no BOS token")
     return [tokenizer.bos_id] if add_bos else []
@@ -216,9 +216,9 @@ def add_bos(tokenizer: Tokenizer, fmt: BosChoice) -> bool:
 
 
 def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Tokenizer) -> int:
-    """How many of `ids`, the tokens of `text`, are those of its beginning `prefix`.
+    """Number of `ids`, the tokens of `text`, that belong to its beginning `prefix`.
 
-    Raises ValueError if `prefix` does not begin the text, or if its tokens do not begin `ids`: the boundary
+    Raises UserError if `prefix` does not begin the text, or if its tokens do not begin `ids`: the boundary
     then lies inside a token, and a model that is asked to continue `prefix` would see what it was never
     trained on.
     """
@@ -273,17 +273,17 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
 
 
 def template_variables(row: dict) -> dict:
-    """What the chat template reads beside the messages of a row."""
+    """Variables of the chat template beside the messages of a row."""
     return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
 
 
 def answer_span(
     messages: list[dict], i: int, text: str, ids: list[int], tokenizer: Tokenizer, variables: dict
 ) -> tuple[int, int]:
-    """Where message `i`, an answer, lies in `ids`, the tokens of the rendered chat `text`: [start, end).
+    """Span of message `i`, a response, in `ids`, the tokens of the rendered chat `text`: [start, end).
 
     From what follows the template's generation prompt to the last stop token, or to a stop string. Raises
-    ValueError if there is none, and for a template that `count_prefix_tokens` refuses.
+    UserError if there is none, and for a template that `count_prefix_tokens` refuses.
     """
     prompt, answered = (
         tokenizer.render(messages[:i], add_generation_prompt=True, **variables),
@@ -299,7 +299,7 @@ def answer_span(
 
 
 def check_end(i: int, ids: list[int], answered: str, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if message `i`, with the tokens `ids`, the last of `answered`, does not end."""
+    """Raises UserError if message `i`, with the tokens `ids`, the last of `answered`, does not end."""
     ends = tokenizer.stop_strings and answered.endswith(tokenizer.stop_strings)
     if not ends and not tokenizer.stop_ids.intersection(ids):
         raise UserError(
@@ -309,7 +309,7 @@ def check_end(i: int, ids: list[int], answered: str, tokenizer: Tokenizer) -> No
 
 
 def check_messages(messages: list[dict]) -> None:
-    """Raises ValueError if nothing comes before the first answer."""
+    """Raises UserError if nothing comes before the first answer."""
     if messages[0]["role"] == "assistant":
         raise UserError("message 0: the first message must not be the assistant's, it would answer nothing")
 
@@ -370,7 +370,7 @@ def format_template(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
 def template_pieces(template: str) -> list[tuple[str, str]]:
     """A prompt template as [(text before the field, field), ...]; the last field is the answer.
 
-    Raises ValueError if the template is not plain text with `{field}`s, or does not end with one.
+    Raises UserError if the template is not plain text with `{field}`s, or does not end with one.
     """
     flag = f"--prompt-template {template!r}"
     try:

@@ -43,7 +43,7 @@ def split_of(path: Path) -> str | None:
 def local_model(path: Path) -> Path:
     """The directory of a model: `path`, or of a model of the Hub its snapshot in the cache.
 
-    Raises ValueError if the Hub, or the cache without a network, has no such model.
+    Raises UserError if the Hub, or the cache without a network, has no such model.
     """
     match = MODEL.fullmatch(str(path))
     if match is None or is_local(path):
@@ -66,7 +66,7 @@ def local_model(path: Path) -> Path:
 
 
 def data_rows(path: Path) -> Iterator[dict]:
-    """The rows of a data set of the Hub, of its split "train" if none is named. Raises ValueError."""
+    """The rows of a data set of the Hub, of its split "train" if none is named. Raises UserError."""
     match = DATA.fullmatch(str(path))
     import datasets  # slow to import, and only needed here
 
@@ -89,7 +89,7 @@ def data_rows(path: Path) -> Iterator[dict]:
 
 
 def offline(error: Exception, advice: str) -> str:
-    """What to do without a network, if that is what an error is about; "" else."""
+    """Advice for a machine without a network, if an error is about that; "" else."""
     causes, cause = [], error
     while cause is not None:
         causes.append(cause)

@@ -29,7 +29,7 @@ class BadRows:
         self.errors.append(str(error))
 
     def counts(self) -> dict[str, int]:
-        """What was left out, for the log: the first error whole, and where the next ones are."""
+        """Rows that were left out, for the log: the first error whole, and the places of the next ones."""
         if not self.errors:
             return {}
         others = [error.partition(": ")[0] for error in self.errors[1:10]]
@@ -42,7 +42,7 @@ def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]
 
     Or a data set of the Hub. Blank lines are skipped, and null fields of Parquet rows. `bad` takes lines that
     are no JSON object.
-    Raises ValueError naming file and line for the others, and for a file without rows.
+    Raises UserError naming file and line for the others, and for a file without rows.
     """
     path, bad, rows = Path(path), bad or BadRows(0), []
     for where, text in read_values(path):
@@ -57,7 +57,7 @@ def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]
 
 
 def read_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """What a file has as ("file:line", line) or, of arrays, Parquet and the Hub, ("file: row 3", value)."""
+    """Values of a file as ("file:line", line) or, of arrays, Parquet and the Hub, ("file: row 3", value)."""
     if path.suffix == ".parquet" or hub.is_data(path):
         rows = read_parquet(path) if path.suffix == ".parquet" else map(without_nulls, hub.data_rows(path))
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
@@ -73,7 +73,7 @@ def read_values(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse(where: str, text: object) -> dict:
-    """The row that a line is, or that stands in an array. Raises ValueError."""
+    """The row that a line is, or that stands in an array. Raises UserError."""
     row = parse_json(where, text) if isinstance(text, bytes) else text
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
@@ -81,7 +81,7 @@ def parse(where: str, text: object) -> dict:
 
 
 def parse_json(where: str, text: bytes) -> Any:
-    """A JSON text. Raises ValueError for anything else, also for what is nested too deep to be read."""
+    """A JSON text. Raises UserError for anything else, also for what is nested too deep to be read."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are not UTF-8
@@ -110,7 +110,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file, unzipped if its name ends in .gz. Raises ValueError if it cannot be read."""
+    """Lines of a file, unzipped if its name ends in .gz. Raises UserError if it cannot be read."""
     if path.is_dir():
         raise UserError(f"{path} is a directory: give its files")
     try:
@@ -129,7 +129,7 @@ def at(where: str, make: Callable, *args: object) -> Any:
 
 
 def text_field(row: dict, field: str) -> str:
-    """`row[field]`, which must be there and must be a string (ValueError)."""
+    """`row[field]`, which must be there and must be a string (UserError)."""
     if field not in row:
         raise UserError(f"no field {field!r} (the row has: {', '.join(map(repr, row)) or 'nothing'})")
     if not isinstance(row[field], str):
@@ -140,7 +140,7 @@ def text_field(row: dict, field: str) -> str:
 
 
 def turns_field(row: dict, field: str) -> list[dict]:
-    """`row[field]`, which must be a list of objects and not empty (ValueError)."""
+    """`row[field]`, which must be a list of objects and not empty (UserError)."""
     turns = row[field]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"field {field!r} must be a list of at least one object")

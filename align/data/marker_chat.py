@@ -115,7 +115,7 @@ def output(expressions: Sequence[str]) -> str:
 def read(directory: Path) -> MarkerChat | None:
     """The chat in a directory's prompt_format.json; None if its model was trained on other rows.
 
-    Raises ValueError for a file of another form.
+    Raises UserError for a file of another form.
     """
     path = Path(directory) / "prompt_format.json"
     fields = read_object(path, required=False).get("chat")
@@ -173,7 +173,7 @@ def answering(kind: str | None, masked: set[str], turns: list[tuple[str, str, st
 def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str, str, str | None]]]:
     """`type`, the roles that `mask` names, and the turns (role, value, label) of a `conversations` row.
 
-    Raises ValueError if one of them is not as it must be, or if no turn is by a masked role.
+    Raises UserError if one of them is not as it must be, or if no turn is by a masked role.
     """
     kind, mask = row.get("type"), row.get("mask", "User")
     if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
@@ -199,7 +199,7 @@ def check_turn(turn: dict, i: int) -> tuple[str, str, str | None]:
 def prompt_text(row: dict, chat: MarkerChat) -> str:
     """The text of a `conversations` row up to its last answer, or to the next one if a masked turn is last.
 
-    With TEXT_TO_VALUE up to the label of the last turn. Raises ValueError.
+    With TEXT_TO_VALUE up to the label of the last turn. Raises UserError.
     """
     kind, masked, turns = check_conversation(row)
     role, value, label = turns[-1]
@@ -268,7 +268,7 @@ class RowFormats:
             bos: rows start with BOS.
 
         Raises:
-            ValueError: there are `messages` rows too, and a model has one chat format.
+            UserError: there are `messages` rows too, and a model has one chat format.
         """
         if not self.rows["conversations"]:
             return None

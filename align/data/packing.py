@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How much one optimizer step and one forward pass take."""
+    """Sizes of an optimizer step and of a forward pass."""
 
     global_batch_size: int = 32
     """rows (sequences, pairs or prompts) per optimizer step, over all ranks"""
@@ -53,7 +53,7 @@ def num_trained(examples: Sequence[Example]) -> int:
 
 
 def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_row: int = 1) -> None:
-    """Raises ValueError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
+    """Raises UserError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
     if max_seq_len > max_positions:
         raise UserError(
             f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
@@ -67,7 +67,7 @@ def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_
 
 
 def check_ids(examples: list[Example], vocab_size: int) -> None:
-    """Raises ValueError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
+    """Raises UserError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
     largest = max(int(example.ids.max()) for example in examples)
     if largest >= vocab_size:
         raise UserError(
@@ -77,7 +77,7 @@ def check_ids(examples: list[Example], vocab_size: int) -> None:
 
 
 def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--global-batch-size") -> None:
-    """Raises ValueError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
+    """Raises UserError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
     if num_rows < needed:
         raise UserError(
             f"{flag} has {num_rows} usable rows, fewer than one step takes: "
@@ -95,7 +95,7 @@ def global_batch(num_rows: int, size: int, seed: int, step: int) -> list[int]:
 
 
 def data_order(rows: Iterable[Sequence[np.ndarray]], rows_per_step: int, seed: int) -> dict[str, int]:
-    """What a step number stands for: `global_batch` gives a step the same rows while this stays the same.
+    """Identity of the data order: `global_batch` gives a step the same rows while this stays the same.
 
     `rows`: of each training row the ids of its sequences.
     """
@@ -120,7 +120,7 @@ def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) 
     and `max_rows` rows. All ranks get the same number of micro-batches, as few as the longest-first
     rule manages, of about equal load; some are empty if there are fewer rows than micro-batches.
     Deterministic.
-    Raises ValueError if one row alone is above `max_tokens`.
+    Raises UserError if one row alone is above `max_tokens`.
     """
     if max(lengths, default=0) > max_tokens:
         raise UserError(
@@ -200,7 +200,7 @@ class Batch:
 
 
 def shared_places(row: Sequence[Example]) -> list[int]:
-    """How many places each example of a row can take from the first instead of having them itself.
+    """Number of places that each example of a row can share with the first.
 
     Those of their common beginning, up to the first that the example trains: a place has one mask and one
     target, and what is trained must be the example's own.

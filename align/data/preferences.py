@@ -37,7 +37,7 @@ ACCEPTED = """accepted are
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """How a row becomes tokens."""
+    """Format of preference rows."""
 
     max_seq_len: int = 1024
     """most tokens of one side of a pair, prompt and response; a pair beyond is dropped and counted"""
@@ -88,7 +88,7 @@ def load_pairs(
     Counts: pairs read; of these with_rewards (their rows state them), dropped_too_long (a side is above
     max_seq_len) and dropped_identical (equal sides state no preference); tokens and response_tokens of the
     pairs that are left.
-    Raises ValueError naming file and line for a row that is wrong, and if no pair is left.
+    Raises UserError naming file and line for a row that is wrong, and if no pair is left.
     """
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
     counts = dict.fromkeys(names, 0)
@@ -115,7 +115,7 @@ def load_pairs(
 
 
 def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
-    """Raises ValueError if no pair of the data of `flag` states rewards, which the loss is about."""
+    """Raises UserError if no pair of the data of `flag` states rewards, which the loss is about."""
     if not counts["with_rewards"]:
         raise UserError(
             f"--loss {loss} needs pairs with 'chosen_reward' and 'rejected_reward': {flag} has none"
@@ -123,7 +123,7 @@ def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
 
 
 def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
-    """Raises ValueError if nothing is left of what was read from `paths`, saying why."""
+    """Raises UserError if nothing is left of what was read from `paths`, saying why."""
     if left:
         return
     why = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
@@ -139,7 +139,7 @@ def read_pairs(
     counts: dict[str, int],
     bad: BadRows,
 ) -> Iterator[Pair]:
-    """Every pair of a file, of any length; counts unused fields. Raises ValueError naming file and line."""
+    """Every pair of a file, of any length; counts unused fields. Raises UserError naming file and line."""
     lines = iter(jsonl.read_jsonl(path, bad))
     for where, row in lines:
         seen = formats.special_counts(tokenizer)
@@ -182,7 +182,7 @@ def make_pair(
     fmt: PreferenceFormat,
     text_lines: bool,
 ) -> Pair:
-    """The pair of a row, or of a {"text"} line and the next of `lines`. Raises ValueError."""
+    """The pair of a row, or of a {"text"} line and the next of `lines`. Raises UserError."""
     if "label" in row:
         raise UserError(f"{where}: a labelled text is no side of a pair: use --loss regression")
     if "text" not in row:
@@ -201,7 +201,7 @@ def make_pair(
 
 
 def check_rejected_line(where: str, below: str, row: dict) -> None:
-    """Raises ValueError if `row`, found at `below`, is not the rejected line of the chosen one at `where`."""
+    """Raises UserError if `row`, found at `below`, is not the rejected line of the chosen one at `where`."""
     if "text" not in row:
         raise UserError(
             f"{where}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
@@ -212,7 +212,7 @@ def check_rejected_line(where: str, below: str, row: dict) -> None:
 
 
 def pair_numbers(row: dict) -> tuple[float, float, bool]:
-    """`margin`, `reward_gap`, `has_rewards` of a row. Raises ValueError for what cannot be."""
+    """`margin`, `reward_gap`, `has_rewards` of a row. Raises UserError for what cannot be."""
     margin = number(row["margin"], "field 'margin'") if "margin" in row else 0.0
     if margin < 0:
         raise UserError(f"field 'margin' is {margin}, it must not be negative")
@@ -224,7 +224,7 @@ def pair_numbers(row: dict) -> tuple[float, float, bool]:
 
 
 def number(value: object, name: str) -> float:
-    """`value`, which must be a number that float32 holds (ValueError): all that follows computes in it."""
+    """`value`, which must be a number that float32 holds (UserError): all that follows computes in it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{name} must be a number, not {type(value).__name__}")
     if not abs(value) <= float(np.finfo(np.float32).max):  # so written, it refuses NaN too
@@ -237,7 +237,7 @@ def number(value: object, name: str) -> float:
 
 
 def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[Example]:
-    """Chosen and rejected side of a row that has both. Raises ValueError."""
+    """Chosen and rejected side of a row that has both. Raises UserError."""
     rows.refuse(row, set())
     fields = [answer_field(row, "chosen"), answer_field(row, "rejected")]
     row = with_prompt(row)
@@ -282,7 +282,7 @@ def with_prompt(row: dict) -> dict:
 
 
 def answer_field(row: dict, name: str) -> str:
-    """Which of the fields `name` and `name`_response a row has: just one of them (ValueError)."""
+    """Name of the field, `name` or `name`_response, that a row has: just one of them (UserError)."""
     given = [field for field in (name, f"{name}_response") if field in row]
     if len(given) == 2:
         raise UserError(f"both {given[0]!r} and {given[1]!r}: a row has one of them")
@@ -292,7 +292,7 @@ def answer_field(row: dict, name: str) -> str:
 
 
 def answer_message(row: dict, field: str) -> list[dict]:
-    """The one message of a field that answers a list of messages, in a list. Raises ValueError."""
+    """The one message of a field that answers a list of messages, in a list. Raises UserError."""
     messages = [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
     if len(messages) != 1:
         raise UserError(f"field {field!r} must be one message, the answer to 'prompt', not {len(messages)}")
@@ -323,7 +323,7 @@ def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: Prefe
 
 
 def encode_prompt(text: str, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
-    """Ids of a prompt of plain text, the value of `field`, with its BOS. Raises ValueError if it is empty."""
+    """Ids of a prompt of plain text, the value of `field`, with its BOS. Raises UserError if it is empty."""
     ids = tokenizer.encode(tokenizer.as_it_stands(text))
     if not ids:
         raise UserError(f"field {field!r} is empty: a response must follow something")
@@ -331,7 +331,7 @@ def encode_prompt(text: str, field: str, tokenizer: Tokenizer, fmt: BosChoice) -
 
 
 def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """A {"text"} line: nothing of it is trained, it is read for its score. Raises ValueError."""
+    """A {"text"} line: nothing of it is trained, it is read for its score. Raises UserError."""
     if "prompt" in row or "chosen" in row or "rejected" in row:
         raise UserError(f"fields {', '.join(map(repr, row))}: {ACCEPTED}")
     text = jsonl.text_field(row, "text")
@@ -359,7 +359,7 @@ def encode_ended(
 
 
 def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) -> Example:
-    """`response` trained after `context`. Raises ValueError for two BOS at the start."""
+    """`response` trained after `context`. Raises UserError for two BOS at the start."""
     formats.check_bos(context + response, tokenizer)
     trained = [False] * len(context) + [True] * len(response)
     return Example(np.array(context + response, np.int32), np.array(trained, bool))
@@ -387,7 +387,7 @@ def load_labelled(
 
     A row is {"text", "label"} or {"messages", "label"}, whose last message is scored. A label has a number
     for each attribute, MISSING (-100) where it is not known. Counts: texts read; of these dropped_too_long;
-    tokens of the others. Raises ValueError naming file and line for a row that is wrong, and if no text is
+    tokens of the others. Raises UserError naming file and line for a row that is wrong, and if no text is
     left.
     """
     counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
@@ -416,7 +416,7 @@ def load_labelled(
 
 
 def format_labelled(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """The text or the chat of a labelled row. Raises ValueError."""
+    """The text or the chat of a labelled row. Raises UserError."""
     if "messages" not in row:
         return format_text(row, tokenizer, fmt)
     if "text" in row:
@@ -426,7 +426,7 @@ def format_labelled(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> E
 
 
 def label_field(row: dict, num_attributes: int) -> list[float]:
-    """The label of a row: `num_attributes` numbers, not all of them missing (ValueError)."""
+    """The label of a row: `num_attributes` numbers, not all of them missing (UserError)."""
     label = row.get("label")
     if not isinstance(label, list) or len(label) != num_attributes:
         found = f"a list of {len(label)}" if isinstance(label, list) else type(label).__name__

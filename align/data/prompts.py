@@ -37,7 +37,7 @@ Fields of other names may stand beside it."""
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a row becomes a prompt."""
+    """Format of prompt rows."""
 
     max_prompt_len: int = 512
     """most tokens of a prompt; a longer one is dropped and counted"""
@@ -53,7 +53,7 @@ class PromptFormat:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a model continues, and where it comes from."""
+    """Token ids to continue, and the row that they come from."""
 
     ids: np.ndarray  # [n] int32
     row: dict  # as it came: a reward function may look at its other fields
@@ -68,7 +68,7 @@ def load_sets(
 ) -> dict[str, list[Prompt]]:
     """The prompts of data sets, by name; `say` is told how many there are, and what the first one is.
 
-    Raises ValueError as load_prompts and check_ids do.
+    Raises UserError as load_prompts and check_ids do.
     """
     sets = load_each(files, lambda paths: load_prompts(paths, tokenizer, fmt), say)
     check_ids([prompt for prompts in sets.values() for prompt in prompts], vocab_size)
@@ -82,7 +82,7 @@ def load_each(
     load: Callable[[Sequence[Path]], tuple[list[T], dict[str, int]]],
     say: Callable[[str], None],
 ) -> dict[str, list[T]]:
-    """What `load` makes of the files of each data set, nothing of no files; `say` is told its counts."""
+    """Load the files of each data set by `load`, and log the counts by `say`; no files give nothing."""
     sets = {}
     for name, paths in files.items():
         sets[name], counts = load(paths) if paths else ([], {})
@@ -92,7 +92,7 @@ def load_each(
 
 
 def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, max_positions: int) -> None:
-    """Raises ValueError if prompt and answer may exceed the model's context or a micro-batch."""
+    """Raises UserError if prompt and answer may exceed the model's context or a micro-batch."""
     longest = fmt.max_prompt_len + max_new_tokens
     flags = f"--max-prompt-len {fmt.max_prompt_len} and --max-new-tokens {max_new_tokens}"
     if longest > max_positions:
@@ -102,7 +102,7 @@ def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, m
 
 
 def check_ids(prompts: list[Prompt], vocab_size: int) -> None:
-    """Raises ValueError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
+    """Raises UserError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
     largest = max(int(prompt.ids.max()) for prompt in prompts)
     if largest >= vocab_size:
         raise UserError(
@@ -118,7 +118,7 @@ def load_prompts(
 
     Counts: prompts read; of these dropped_too_long (above max_prompt_len); tokens of the others, and of the
     longest of them (longest).
-    Raises ValueError naming file and line for a row that is wrong, and if no prompt is left.
+    Raises UserError naming file and line for a row that is wrong, and if no prompt is left.
     """
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
     prompts, bad = [], BadRows(fmt.skip_bad_rows)
@@ -150,7 +150,7 @@ def load_prompts(
 
 
 def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray:
-    """The ids that a model continues, [n] int32, of any length but never empty. Raises ValueError."""
+    """The ids that a model continues, [n] int32, of any length but never empty. Raises UserError."""
     rows.refuse(row, set())
     if is_alpaca(row):
         rows.check_no_system(row, "'instruction'", ())
@@ -194,7 +194,7 @@ def used_fields(row: dict) -> set[str]:
 
 
 def prompt_field(row: dict) -> str:
-    """The one field of FIELDS that a row has, which holds what it may (ValueError)."""
+    """The one field of FIELDS that a row has, which holds what it may (UserError)."""
     given = [field for field in FIELDS if field in row]
     if given == ["prompt", "messages"] and is_copy(row["prompt"], row["messages"]):
         given = ["messages"]
@@ -218,7 +218,7 @@ def is_copy(prompt: object, messages: object) -> bool:
 
 
 def check_answers(row: dict, field: str) -> None:
-    """Raises ValueError if beside a string there are whole conversations, as some sets of pairs have them.
+    """Raises UserError if beside a string there are whole conversations, as some sets of pairs have them.
 
     `preferences.format_pair` reads their messages and not the string: from it would come other ids than from
     training on the pairs.
@@ -232,7 +232,7 @@ def check_answers(row: dict, field: str) -> None:
 
 
 def chat_before_answer(row: dict, field: str) -> dict:
-    """The messages of a row that an answer is to follow, and the template's variables. Raises ValueError."""
+    """The messages of a row that an answer is to follow, and the template's variables. Raises UserError."""
     if isinstance(row[field], str):
         turns = [{"role": "user", "content": jsonl.text_field(row, field)}]
     else:
@@ -248,7 +248,7 @@ def chat_before_answer(row: dict, field: str) -> dict:
 
 
 def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
-    """Ids of a `conversations` row up to its last answer, in the model's markers. Raises ValueError."""
+    """Ids of a `conversations` row up to its last answer, in the model's markers. Raises UserError."""
     if not tokenizer.chat:
         raise UserError(
             "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
@@ -260,7 +260,7 @@ def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list
 
 
 def encode_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
-    """Ids of a chat up to where its answer begins. Raises ValueError if there are none."""
+    """Ids of a chat up to where its answer begins. Raises UserError if there are none."""
     variables = formats.template_variables(chat)
     ids = tokenizer.encode(tokenizer.render(chat["messages"], add_generation_prompt=True, **variables))
     if not ids:
@@ -292,7 +292,7 @@ def load_sft_sets(
 
     `row_formats` counts the formats of their rows.
 
-    Raises ValueError as load_tasks and packing.check_ids do.
+    Raises UserError as load_tasks and packing.check_ids do.
     """
     sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, row_formats), say)
     packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
@@ -309,7 +309,7 @@ def load_tasks(
     Counts: those of `sft.load_sft`, with tokens and trained_tokens of the tasks; dropped_without_prompt (of
     the rows that SFT would keep: nothing comes before the last answer, or it begins beyond max_seq_len);
     tokens of the longest prompt (longest_prompt).
-    Raises ValueError naming file and line for a row that is wrong, and if no task is left.
+    Raises UserError naming file and line for a row that is wrong, and if no task is left.
     """
     names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")
     counts, tasks = dict.fromkeys(names, 0), []
@@ -331,7 +331,7 @@ def load_tasks(
 
 
 def answer_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatConfig) -> int:
-    """Where the last answer of a row begins in `whole`, its example. Raises ValueError if there is none."""
+    """Index in `whole`, the row's example, of its last response. Raises UserError if there is none."""
     trained = whole.trained
     if trained[1]:  # by loss_on "all", or as token 0, which is never trained, is the answer's
         known, _ = rows.sft_row(row, fmt.template_fields())
@@ -346,7 +346,7 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
     """A prompt in the format of `row` of which `text` is the only turn, [n] int32, of any length.
 
     As SFT would see it in a row of this turn and an answer: the system says nothing, labels are left out, and
-    in rows of --prompt-template the text stands in the one field before the answer. Raises ValueError.
+    in rows of --prompt-template the text stands in the one field before the answer. Raises UserError.
     """
     row, _ = rows.sft_row(row, fmt.template_fields())
     if "messages" in row:
@@ -385,14 +385,14 @@ def text_before_answer(row: dict, fmt: FormatConfig) -> str:
 
 
 def last_answer(turns: Sequence[int]) -> int:
-    """The last of the numbers of the turns that are answers. Raises ValueError if there is none."""
+    """The last of the numbers of the turns that are answers. Raises UserError if there is none."""
     if not turns:
         raise UserError("no prompt: the row has no answer")
     return turns[-1]
 
 
 def template_values(pieces: list[tuple[str, str]], text: str, fmt: FormatConfig) -> dict[str, str]:
-    """`text` as the value of the one field before the answer, which is empty. Raises ValueError."""
+    """`text` as the value of the one field before the answer, which is empty. Raises UserError."""
     *asking, answer = [field for _, field in pieces]
     if len(set(asking)) != 1:
         raise UserError(
@@ -403,11 +403,11 @@ def template_values(pieces: list[tuple[str, str]], text: str, fmt: FormatConfig)
 
 
 def question(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[str, str]:
-    """What the last answer of a row answers, as text for a judge: all of the conversation, and its last turn.
+    """Question of a row's last response as text for a judge: all of the conversation, and its last turn.
 
     Turns are "User: ..." with a blank line between them, but a single one has no name. What the system says
     is left out where anybody else speaks. Of rows of --prompt-template both are what the model reads before
-    the answer, cut where SFT cuts it, without BOS and white space around it. Raises ValueError.
+    the answer, cut where SFT cuts it, without BOS and white space around it. Raises UserError.
     """
     row, _ = rows.sft_row(row, fmt.template_fields())
     if "messages" in row:
@@ -425,7 +425,7 @@ def as_text(turns: Sequence[tuple[str, str]]) -> str:
 
 
 def messages_turns(row: dict) -> list[tuple[str, str]]:
-    """(name, text) of the turns before the last answer of a `messages` row. Raises ValueError."""
+    """(name, text) of the turns before the last answer of a `messages` row. Raises UserError."""
     messages = row["messages"]
     formats.check_messages(messages)
     end = last_answer([i for i, message in enumerate(messages) if message["role"] == "assistant"])
@@ -434,7 +434,7 @@ def messages_turns(row: dict) -> list[tuple[str, str]]:
 
 
 def conversations_turns(row: dict) -> list[tuple[str, str]]:
-    """(name, text) of the turns before the last answer of a `conversations` row. Raises ValueError.
+    """(name, text) of the turns before the last answer of a `conversations` row. Raises UserError.
 
     If that answer is the label of a turn, its text comes before it.
     """
@@ -446,7 +446,7 @@ def conversations_turns(row: dict) -> list[tuple[str, str]]:
 
 
 def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str:
-    """What the model reads before the answer of a row of --prompt-template, without BOS."""
+    """Token ids before the response of a --prompt-template row, without BOS."""
     ids, trained, _ = formats.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
     bos = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt))
     return tokenizer.decode(ids[len(bos) : trained.index(True)]).strip()
@@ -462,7 +462,7 @@ class Template:
     def __init__(self, path: Path, flag: str, names: Sequence[str]):
         """Reads the file as it is, to the last line end.
 
-        Raises ValueError, naming `flag`: it cannot be read, lacks one of `names`, or has another variable.
+        Raises UserError, naming `flag`: it cannot be read, lacks one of `names`, or has another variable.
         """
         try:
             self.text = Path(path).read_bytes().decode("utf-8")

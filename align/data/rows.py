@@ -44,7 +44,7 @@ REFUSED = {  # would change what is learnt, and is not implemented
 def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
     """A row to be trained on in one of its forms, and the names of the fields that it was made of.
 
-    `template_fields` are those of --prompt-template. Raises ValueError.
+    `template_fields` are those of --prompt-template. Raises UserError.
     """
     refuse(row, set(template_fields))
     if "messages" in row:
@@ -140,14 +140,14 @@ def is_marker_row(row: dict) -> bool:
 
 
 def chat_row(row: dict, turns: Sequence[dict], used: set[str]) -> tuple[dict, set[str]]:
-    """A row of messages and template variables, of turns and what stands beside them. Raises ValueError."""
+    """A row of messages and template variables, of turns and what stands beside them. Raises UserError."""
     messages = with_system(row, [message(turn, i) for i, turn in enumerate(turns)])
     chat = {"messages": messages} | template_variables(row)
     return chat, {*used, "system", *VARIABLES}
 
 
 def template_variables(row: dict) -> dict:
-    """The fields tools and chat_template_kwargs of a row where they are not empty. Raises ValueError."""
+    """The fields tools and chat_template_kwargs of a row where they are not empty. Raises UserError."""
     found = {}
     for name, kind in zip(VARIABLES, (list, dict), strict=True):
         value = row.get(name)
@@ -167,7 +167,7 @@ def template_variables(row: dict) -> dict:
 
 
 def with_system(row: dict, messages: list[dict]) -> list[dict]:
-    """Messages with the text of the field `system` as the first one. Raises ValueError if they differ."""
+    """Messages with the text of the field `system` as the first one. Raises UserError if they differ."""
     if not row.get("system"):
         return messages
     first = {"role": "system", "content": text_field(row, "system")}
@@ -179,7 +179,7 @@ def with_system(row: dict, messages: list[dict]) -> list[dict]:
 
 
 def message(turn: dict, i: int) -> dict:
-    """A turn with "role" and "content", whose "weight" is 0 if it is not trained. Raises ValueError."""
+    """A turn with "role" and "content", whose "weight" is 0 if it is not trained. Raises UserError."""
     try:
         made = turn if "role" in turn or "from" not in turn else sharegpt_message(turn)
         role = KNOWN.get(text_field(made, "role"))
@@ -205,7 +205,7 @@ def message(turn: dict, i: int) -> dict:
 def tool_calls(made: dict) -> list[dict] | None:
     """The tool calls of a message, their arguments as objects: chat templates write them as JSON again.
 
-    OpenAI's form has them as JSON text. Raises ValueError for text of anything else.
+    OpenAI's form has them as JSON text. Raises UserError for text of anything else.
     """
     calls = made.get("tool_calls")
     if not isinstance(calls, list):
@@ -225,7 +225,7 @@ def with_arguments(call: object) -> object:
 
 
 def parse_object(name: str, text: str) -> dict:
-    """The object that a field has as JSON text. Raises ValueError."""
+    """The object that a field has as JSON text. Raises UserError."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -236,7 +236,7 @@ def parse_object(name: str, text: str) -> dict:
 
 
 def check_calls(i: int, message: dict, rendered: str) -> None:
-    """Raises ValueError if `rendered`, the text of message `i`, lacks the name of a tool that it calls."""
+    """Raises UserError if `rendered`, the text of message `i`, lacks the name of a tool that it calls."""
     for call in message.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
@@ -259,7 +259,7 @@ def sharegpt_message(turn: dict) -> dict:
 
 
 def text_of(made: dict) -> str | None:
-    """The content of a message as text; None beside tool calls. Raises ValueError."""
+    """The content of a message as text; None beside tool calls. Raises UserError."""
     content = made.get("content")
     if content is None and made.get("tool_calls"):
         return None
@@ -294,13 +294,13 @@ def is_trained(made: dict) -> bool:
 
 
 def check_no_system(row: dict, beside: str, used: Sequence[str]) -> None:
-    """Raises ValueError for a system text where nothing has a place for it."""
+    """Raises UserError for a system text where nothing has a place for it."""
     if row.get("system") and "system" not in used:
         raise UserError(f"field 'system' has no place beside {beside}: give 'messages'")
 
 
 def refuse(row: dict, used: set[str]) -> None:
-    """Raises ValueError for a field that would change what is learnt and is not implemented."""
+    """Raises UserError for a field that would change what is learnt and is not implemented."""
     for name, advice in REFUSED.items():
         if row.get(name) and name not in used:
             raise UserError(f"field {name!r} is not implemented: {advice}")

@@ -51,7 +51,7 @@ def adopt(
 ) -> TrainedFormat:
     """Let a tokenizer render, end and stop chats as the training rows do; `say` logs what is stored of them.
 
-    Raises ValueError for rows in two chat formats.
+    Raises UserError for rows in two chat formats.
     """
     formats.check_used(fmt, FormatConfig)
     chat = formats.chat([unescape(token) for token in fmt.chat_tokens], add_bos(tokenizer, fmt))
@@ -85,7 +85,7 @@ def load_sft(
 
     Counts: rows read; of these cut_prompts (truncation fields were cut), cut_answers (cut on the right, the
     end is lost) and dropped (nothing trained is left); tokens and trained_tokens of the examples.
-    Raises ValueError naming file and line for a row that is wrong, and if no row is left.
+    Raises UserError naming file and line for a row that is wrong, and if no row is left.
     """
     counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped"), 0)
     examples = [cut_end(whole, fmt) for _, _, whole in read_sft(paths, tokenizer, fmt, counts, formats)]
@@ -101,7 +101,7 @@ def read_sft(
 ) -> Iterator[tuple[str, dict, Example]]:
     """Every row of these files that `load_sft` keeps: "file:line", the row, its example of any length.
 
-    Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises ValueError as `load_sft` does.
+    Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises UserError as `load_sft` does.
     """
     fields, kept, bad = fmt.template_fields(), 0, BadRows(fmt.skip_bad_rows)
     for where, row in (numbered for path in paths for numbered in read_jsonl(path, bad)):

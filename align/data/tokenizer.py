@@ -51,7 +51,7 @@ CHECKED_TEXTS = 200  # of a run's first ones
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What chats and the texts in them become."""
+    """Treatment of chats and of the texts in them."""
 
     special_tokens_in_text: Literal["split", "refuse", "allow"] = "split"
     """special tokens spelled out in a message, or in a value of --prompt-template: encode them as the plain
@@ -64,7 +64,7 @@ class TextConfig:
     also after a resume"""
 
     def variables(self) -> dict:
-        """`chat_template_kwargs`, read. Raises ValueError."""
+        """`chat_template_kwargs`, read. Raises UserError."""
         try:
             found = json.loads(self.chat_template_kwargs or "{}")
         except ValueError as error:
@@ -74,7 +74,7 @@ class TextConfig:
         return found
 
     def day(self, default: datetime.date) -> datetime.date:
-        """`template_date`, read. Raises ValueError."""
+        """`template_date`, read. Raises UserError."""
         if not self.template_date:
             return default
         try:
@@ -95,7 +95,7 @@ def load(
 ) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
     """Load the tokenizer of a model directory or of a SentencePiece `.model` file; no code of it runs.
 
-    It follows the marker chat that the directory's prompt_format.json names. Raises ValueError if there is no
+    It follows the marker chat that the directory's prompt_format.json names. Raises UserError if there is no
     tokenizer at `path`.
 
     Args:
@@ -177,7 +177,7 @@ class Base:
     def hide(self, text: str) -> str:
         """`text`, a value of a row, so that `encode` takes no part of it for a special token.
 
-        Raises ValueError for a special token if --special-tokens-in-text refuses them, and for characters of
+        Raises UserError for a special token if --special-tokens-in-text refuses them, and for characters of
         the plane that hides them.
         """
         if plain_text.HIDDEN.search(text):
@@ -249,13 +249,13 @@ class Base:
     def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
         """A chat as text, through the chat template, which `variables` are passed to ("tools", others).
 
-        Raises ValueError if the model has no template, and if the template refuses the messages.
+        Raises UserError if the model has no template, and if the template refuses the messages.
         """
         template, messages, variables = self.template_input(messages, variables)
         return chat_template.render(template, messages, add_generation_prompt, **variables)
 
     def marked_answers(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
-        """Where the responses are in the rendered chat, in characters, by {% generation %} of the template.
+        """Spans of the responses in the rendered chat, in characters, by {% generation %} of the template.
 
         None for a template without such marks.
         """
@@ -265,7 +265,7 @@ class Base:
         return chat_template.answer_spans(template, messages, **variables)
 
     def template_input(self, messages: list[dict], variables: dict) -> tuple[str, list[dict], dict]:
-        """Template, messages and all variables of a chat. Raises ValueError for what no token comes from."""
+        """Template, messages and all variables of a chat. Raises UserError for what no token comes from."""
         variables = self.variables | variables
         template = self.template(with_tools=variables.get("tools") is not None)
         names = [name for name, value in variables.items() if value is not None]
@@ -283,7 +283,7 @@ class Base:
         return any(chat_template.reads(self.template(), alias) for alias in aliases)
 
     def template(self, with_tools: bool = False) -> str:
-        """The chat template with the date of the run in it. Raises ValueError if there is none."""
+        """The chat template with the date of the run in it. Raises UserError if there is none."""
         if not self.chat_template:
             raise UserError(self.no_template)
         template = self.chat_template
@@ -567,7 +567,7 @@ class SentencePieceTokenizer(Base):
 
 
 def processor(model: ModelProto) -> sentencepiece.SentencePieceProcessor:
-    """What encodes with a SentencePiece model."""
+    """Encoder of a SentencePiece model."""
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 

@@ -20,7 +20,7 @@ JSON_FILES = (  # others of a directory, which transformers reads, and refuses w
 
 
 def generation_stop_ids(directory: Path) -> set[int]:
-    """What transformers stops at: `eos_token_id`, one or several, of generation_config.json or config.json.
+    """Stop ids of transformers: `eos_token_id`, one or several, of generation_config.json or config.json.
 
     The second is read where the first is missing or names none; empty if both name none.
     """
@@ -59,7 +59,7 @@ def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
 def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
     """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
 
-    Raises ValueError for one that would get another id than the one it is given there.
+    Raises UserError for one that would get another id than the one it is given there.
     """
     config, added = (
         read_object(directory / name, required=False)

@@ -87,7 +87,7 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
     """Chats to train on and to validate on, all with different prompts.
 
     A share `mistakes` of the training answers has two neighbours swapped; the validation answers are right.
-    Raises ValueError if the task does not have that many prompts, or if `mistakes` is no share.
+    Raises UserError if the task does not have that many prompts, or if `mistakes` is no share.
     """
     check_count(num_train + num_val, f"--train-rows {num_train} and --val-rows {num_val}")
     if not 0 <= mistakes <= 1:
@@ -107,7 +107,7 @@ def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> t
     """Pairs to train on and to validate on: the right answer over one with two neighbours swapped.
 
     All prompts differ, also from the first `after` that `toy_rows` draws with this seed (4200: those of
-    `write` as it comes). Raises ValueError if the task does not have that many prompts.
+    `write` as it comes). Raises UserError if the task does not have that many prompts.
     """
     flags = f"--train-comparisons {num_train} and --val-comparisons {num_val} after {after} rows"
     check_count(after + num_train + num_val, flags)
@@ -126,7 +126,7 @@ def judge_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
     """Chats in which the assistant judges an answer: JUDGE_TEMPLATE, answered by reasons and a score.
 
     All prompts differ, also from the first `after` that `toy_rows` and `comparisons` draw with this seed
-    (6400: those of `write` and `write_comparisons` as they come). Raises ValueError if there are too few.
+    (6400: those of `write` and `write_comparisons` as they come). Raises UserError if there are too few.
     """
     rows = []
     for task, right, rng in tasks_to_judge(num, seed, after, f"--judge-rows {num}"):
@@ -231,7 +231,7 @@ def chat(asked: str, answered: str) -> dict:
 
 
 def check_count(count: int, flags: str) -> None:
-    """Raises ValueError if the task has too few prompts: near the last one, drawing a new one takes long."""
+    """Raises UserError if the task has too few prompts: near the last one, drawing a new one takes long."""
     if count > NUM_PROMPTS // 2:
         raise UserError(f"{flags}: the toy task has prompts for {NUM_PROMPTS // 2} rows in all")
 
@@ -263,7 +263,7 @@ def swapped(letters: list[str], rng: random.Random) -> list[str]:
 def toy_score(prompt: str, answer: str) -> float:
     """Share of positions that hold the right letter, from 0 to 1; missing and extra letters are mistakes.
 
-    `prompt` may be a whole rendered chat; its last task counts. Raises ValueError if it holds none.
+    `prompt` may be a whole rendered chat; its last task counts. Raises UserError if it holds none.
     """
     tasks = re.findall(rf"sort:((?: [{LETTERS}])+)", prompt)
     if not tasks:

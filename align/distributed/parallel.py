@@ -60,7 +60,7 @@ def start(config: ParallelConfig) -> Iterator[dist.Store]:
     """Process groups and seeds for the body, which gets the groups' store; an orderly end after it.
 
     Raises:
-        ValueError: the world size is not a multiple of tp * pp * cp, or a flag does not fit another.
+        UserError: the world size is not a multiple of tp * pp * cp, or a flag does not fit another.
     """
     check(config)
     end_with_torchrun()
@@ -155,7 +155,7 @@ def make_deterministic() -> None:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Device of this rank."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -169,7 +169,7 @@ def is_exact(config: ParallelConfig) -> bool:
 
 
 def device_name() -> str:
-    """What this rank computes on, as its maker calls it."""
+    """Product name of this rank's device."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
@@ -183,7 +183,7 @@ def dp_rank() -> int:
 
 
 def is_main() -> bool:
-    """Is this global rank 0, the one that writes and prints?"""
+    """True on global rank 0, the one that writes and prints."""
     return dist.get_rank() == 0
 
 
@@ -286,7 +286,7 @@ class Stop:
         self.signal = number
 
     def reason(self) -> str | None:
-        """Why to stop after this step, or None. Collective."""
+        """Reason to stop after this step, or None. Collective."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
         flags = torch.tensor([self.signal, int(late)], device=device())
         dist.all_reduce(flags, dist.ReduceOp.MAX)

@@ -259,7 +259,7 @@ def leave(status: int, reason: str) -> NoReturn:
 
 
 def machine() -> str:
-    """What tells apart the machines and containers whose process ids mean different processes."""
+    """Identity of the machine or container in which process ids are unique."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
     if not boot.is_file():
         return socket.gethostname()

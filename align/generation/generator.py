@@ -44,7 +44,7 @@ OnToken = Callable[[int, int, int], None]  # number of the prompt, of the answer
 
 
 class Tokenizer(Protocol):
-    """What this file needs of a tokenizer; `align.data.tokenizer` has two."""
+    """Methods of a tokenizer that sampling needs; `align.data.tokenizer` has two tokenizers."""
 
     stop_ids: set[int]
     stop_strings: tuple[str, ...]
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Where and how densely answers are sampled."""
+    """Layout and batch size of sampling."""
 
     rollout_layout: Literal["same", "reshard"] | None = None
     """same: sample in the training layout; reshard: from copies of the weights, remade after each update, of
@@ -86,7 +86,7 @@ class RolloutConfig:
             refuse_unused(self, RolloutConfig, "rollout_tp", "with --rollout-layout same")
 
     def reshards(self, parallel: ParallelConfig) -> bool:
-        """Are the weights copied to another layout?"""
+        """True if the weights are copied to another layout."""
         if self.rollout_layout is None:
             return parallel.tp > 1 or parallel.pp > 1 or self.rollout_tp > 1
         return self.rollout_layout == "reshard"
@@ -171,7 +171,7 @@ class Generator:
         self.leads = self.group.rank() == 0
 
     def describe(self) -> str:
-        """Where answers are sampled, for the log."""
+        """Layout of sampling, for the log."""
         where = "the training layout" if self.copy is None else "a copy of the weights"
         where = "TensorRT-LLM" if self.engine else where
         split = f", tp {self.config.rollout_tp}" if self.copy or self.engine else ""
@@ -195,7 +195,7 @@ class Generator:
             on_token: called for each new token, on the ranks that sampled it; with an engine at the end.
 
         Raises:
-            ValueError: a prompt is empty, or leaves no room for an answer in the model's context.
+            UserError: a prompt is empty, or leaves no room for an answer in the model's context.
         """
         context = self.policy.arch.max_positions
         for prompt in prompts:
@@ -228,7 +228,7 @@ class Generator:
         samples_per_prompt: int,
         on_token: OnToken | None,
     ) -> dict[tuple[int, int], Sample]:
-        """What this rank's engine of TensorRT-LLM samples, if the rank leads it. Collective."""
+        """Sample with this rank's TensorRT-LLM engine, if the rank leads one. Collective."""
         parallel.free_memory()  # the engine's processes need what torch only keeps for later
         self.engine.refresh(self.policy)
         found = {}
@@ -246,7 +246,7 @@ class Generator:
         return found
 
     def ends(self, ids: list[int]) -> bool:
-        """Does an answer end with its newest token?"""
+        """True if a response ends with its newest token."""
         return ids[-1] in self.tokenizer.stop_ids or says_stop(ids, self.tokenizer, self.sampling.stop)
 
 
@@ -295,7 +295,7 @@ def warn_if_none_ended(responses: Sequence[Sample], max_new_tokens: int, say: Ca
 
 
 def check_prompt(prompt: np.ndarray, context: int) -> None:
-    """Raises ValueError for a prompt that cannot be answered."""
+    """Raises UserError for a prompt that cannot be answered."""
     if len(prompt) == 0:
         raise UserError("the prompt is empty: there must be a token to continue")
     if len(prompt) >= context:
@@ -305,7 +305,7 @@ def check_prompt(prompt: np.ndarray, context: int) -> None:
 
 
 def says_stop(ids: Sequence[int], tokenizer: Tokenizer, stop: tuple[str, ...]) -> bool:
-    """Does one of the stop texts end in the newest token, or before in the same few?"""
+    """True if a stop text ends in the newest token, or before it among the last few."""
     # a character has at most 4 tokens, those of its bytes
     tail = 4 * max(map(len, stop), default=0) + 4
     text = tokenizer.decode([int(i) for i in ids[-tail:]]) if stop else ""
@@ -527,7 +527,7 @@ def rollout_groups(tp: int) -> ProcessGroupCollection:
 
 
 def copy_service() -> CopyService | str:
-    """What carries the weights from one layout to the other."""
+    """Copy service that moves weights from one layout to another."""
     if not torch.cuda.is_available():
         return "gloo"
     service = NCCLCopyService()

@@ -97,7 +97,7 @@ class InferenceModel:
 
     @property
     def on_gpu(self) -> bool:
-        """Are the kernels those of align/kernels/decode_attention.py?"""
+        """True if the kernels are those of align/kernels/decode_attention.py."""
         return self.device.type == "cuda"
 
     def layer(self, weights: dict[str, nn.Parameter], prefix: str) -> Layer:

@@ -1,4 +1,4 @@
-"""Where the sequences being decoded stand on the device, and the step that gives each of them a token.
+"""Device-side decoding state, and the one-token decode step.
 
 All of a step stays on the device: the newest tokens, their positions and the random numbers are there, and
 what was drawn is the next step's input. The host only looks on, so it may be a step behind, and on a GPU one
@@ -157,7 +157,7 @@ class Graphs:
         self.capacity = 0
 
     def __call__(self, step: Callable[[int], Tensor], rows: int, capacity: int) -> Tensor:
-        """What step(rows) returns, in memory that a later call overwrites."""
+        """Result of step(rows), in memory that a later call overwrites."""
         if capacity != self.capacity:  # keys and values have moved
             self.forget()
             self.capacity = capacity

@@ -210,7 +210,7 @@ class Engine:
         return [self.answer(one.outputs[0], room, ends) for one, room in zip(found, rooms, strict=True)]
 
     def options(self) -> dict[str, Any]:
-        """How tokens are drawn, in the engine's words."""
+        """Sampling parameters in the engine's names."""
         return dict(
             temperature=self.sampling.temperature,
             top_k=1 if self.sampling.greedy else self.sampling.top_k,

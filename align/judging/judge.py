@@ -65,7 +65,7 @@ STATEMENT = re.compile(  # of a text without MARKS; repetitions are bounded, so 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """How answers are judged."""
+    """Judging of responses."""
 
     judgements: int = 3
     """judgements of each answer, of which the mean counts"""
@@ -86,7 +86,7 @@ class JudgeConfig:
 
 
 class Judge:
-    """What the policy is asked about an answer, and what its reply says."""
+    """Judge prompts, and the scores in the replies."""
 
     def __init__(self, config: JudgeConfig, tokenizer: Tokenizer, fmt: FormatConfig, room: int):
         """`room`: most tokens of a judge prompt."""
@@ -117,7 +117,7 @@ class Judge:
         return ids, True
 
     def check(self, row: dict) -> None:
-        """Raises ValueError if there is no room for anything but the template, in the format of `row`."""
+        """Raises UserError if there is no room for anything but the template, in the format of `row`."""
         if len(self.encode(row, "x", "x")) > self.room:
             raise UserError(
                 f"--judge-template {self.config.judge_template} alone is longer than the {self.room} tokens "
@@ -147,7 +147,7 @@ class Judge:
 
 
 def statements(text: str) -> list[re.Match]:
-    """What gives a score in a judgement, such as "**Total points:** 3/5"; their spans are those in `text`."""
+    """Statements of a score in a judgement, such as "**Total points:** 3/5"; spans are in `text`."""
     return list(STATEMENT.finditer(text.translate(MARKS)))
 
 
@@ -195,7 +195,7 @@ def without_scores(text: str) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the judgements of one answer say."""
+    """Scores of the judgements of one response."""
 
     scores: tuple[float | None, ...]  # [judgements], None: no score could be read; () if it was not judged
 
@@ -206,7 +206,7 @@ class Judged:
 
     @property
     def mean(self) -> float | None:
-        """What the answer is worth; None without a score."""
+        """Mean score of the response; None without a score."""
         return mean(self.valid) if self.valid else None
 
     @property

@@ -72,7 +72,7 @@ def usable(scores: Sequence[float | None], ended: Sequence[bool]) -> list[int]:
 
 
 def candidate(judged: Sequence[Judged], ended: Sequence[Sequence[bool]]) -> int | None:
-    """Which of the answers to one prompt is meta-judged: the one that its judgements are least agreed about.
+    """Index of the response to meta-judge: the one whose scores have the highest variance.
 
     Args:
         judged: [answers]; one that was not judged has no scores.
@@ -108,7 +108,7 @@ def comparisons(texts: Sequence[str | None]) -> list[tuple[int, int]]:
 
 
 class MetaJudge:
-    """What the policy is asked about two judgements of one answer."""
+    """Meta-judge prompts: two judgements of one response, to be compared."""
 
     def __init__(self, config: MetaJudgeConfig, tokenizer: Tokenizer, fmt: FormatConfig, room: int):
         """`room`: most tokens of a prompt."""
@@ -116,7 +116,7 @@ class MetaJudge:
         self.config, self.tokenizer, self.fmt, self.room = config, tokenizer, fmt, room
 
     def check(self, row: dict) -> None:
-        """Raises ValueError if there is no room for anything but the template, in the format of `row`."""
+        """Raises UserError if there is no room for anything but the template, in the format of `row`."""
         text = self.template.fill(**dict.fromkeys(NAMES, "x"))
         if len(prompts.one_turn(row, text, self.tokenizer, self.fmt)) > self.room:
             raise UserError(
@@ -149,7 +149,7 @@ class MetaJudge:
 
 
 def parse_winner(text: str) -> Literal["A", "B"] | None:
-    """Who wins according to the last statement such as "Winner: Judgement A"; None if that is not clear.
+    """Winner by the last statement such as "Winner: Judgement A"; None if that is not clear.
 
     Bold, brackets, a full stop, either spelling and any case are accepted; a tie, both or another name are
     not, and no earlier statement counts in their place. Statements on the last one's line must agree with it:
@@ -245,7 +245,7 @@ def best_and_worst(
 
 
 class Pair(Protocol):
-    """What the buffer needs of a preference pair."""
+    """Fields of a preference pair that the buffer needs."""
 
     @property
     def chosen_reward(self) -> float: ...  # the score that the chosen judgement gave
@@ -260,7 +260,7 @@ class Buffer(Generic[P]):
     def __init__(self, low: float, high: float, cap: float):
         """--judge-low and --judge-high, and the share at which a class, scores rounded down to one, is full.
 
-        Raises ValueError if the cap lets no pair in: from the beginning each class counts as one.
+        Raises UserError if the cap lets no pair in: from the beginning each class counts as one.
         """
         self.classes, self.cap = range(math.floor(low), math.floor(high) + 1), cap
         if 1 / len(self.classes) >= cap:
@@ -293,7 +293,7 @@ class Buffer(Generic[P]):
 
 
 def num_meta(good: int, waiting: int, size: int, fraction: float) -> int:
-    """How many pairs of judgements go into a batch: the most m with m <= fraction min(size, good + m).
+    """Number of judgement pairs in a batch: the largest m with m <= fraction min(size, good + m).
 
     They take the places of bad pairs of answers first, then of good ones; the minimum is what is trained.
 

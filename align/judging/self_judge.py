@@ -1,4 +1,4 @@
-"""What a model says to prompts, what it says of its own answers, and what of those judgements.
+"""Self-rewarding: sample responses, judge them, compare the judgements, and build preference pairs.
 
 K answers to each prompt are sampled, those that ended are judged N times each, and a pair of them is chosen
 to train on. Of one answer to a prompt the judgements are compared with one another, which gives a pair of
@@ -54,7 +54,7 @@ class SampledPair:
         return [rollout.answer(Prompt(self.ids, {}), sample) for sample in self.samples]
 
     def texts(self, tokenizer: Tokenizer, said: Callable[[Sample], str]) -> dict[str, str | float]:
-        """What a person wants to see of it."""
+        """Text and scores of the pair, for the samples table."""
         return {
             "prompt": tokenizer.decode(self.ids.tolist()),
             "chosen": said(self.chosen),
@@ -154,7 +154,7 @@ class Answered:
 
 
 class SelfJudge:
-    """Has a model answer, judge and meta-judge."""
+    """Sample responses, judgements and meta-judgements of one model."""
 
     def __init__(self, judge: Judge, meta_judge: MetaJudge, tokenizer: Tokenizer, stop: tuple[str, ...]):
         """`stop`: --stop."""
@@ -291,7 +291,7 @@ class Compared:
 def statistics(
     found: Sequence[Answered], choices: Sequence[Choice], pairs: Sequence[SampledPair | None]
 ) -> dict[str, float]:
-    """What is logged of answers, of judgements, and of pairs, None where a prompt gave none."""
+    """Metrics of responses, of judgements, and of pairs, None where a prompt gave none."""
     answers = [sample for each in found for sample in each.samples]
     reasons = [choice.why for choice in choices]
     return {
@@ -307,7 +307,7 @@ def statistics(
 
 
 def pair_statistics(pairs: Sequence[SampledPair]) -> dict[str, float]:
-    """What is logged of pairs of answers; {} without any."""
+    """Metrics of response pairs; {} without any."""
     if not pairs:
         return {}
     return {
@@ -332,7 +332,7 @@ def compare_with(truth: np.ndarray, found: Sequence[Answered]) -> dict[str, floa
 
 
 def comparison_statistics(compared: Sequence[Compared]) -> dict[str, float]:
-    """What is logged of comparisons; without any no share of those that could not be read."""
+    """Metrics of comparisons; without any no share of unreadable ones."""
     winners = [winner for each in compared for winner in each.winners.values()]
     unparsed = {"meta_unparsed": float(np.mean([winner is None for winner in winners]))} if winners else {}
     return {"meta_comparisons": len(winners), **unparsed}

@@ -74,7 +74,7 @@ def attend(query: Tensor, cache: Tensor, positions: Tensor, scale: float, window
 
 
 def division(sequences: int, capacity: int, block: int) -> tuple[int, int]:
-    """How the keys of a sequence are divided among programs: keys of each, a multiple of block, and programs.
+    """Split of a sequence's keys among programs: keys of each, a multiple of block, and programs.
 
     Args:
         sequences: of which each is one program's work at least, batch times groups.

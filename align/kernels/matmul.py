@@ -21,7 +21,7 @@ ADDS_IN_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 def uses_onednn(x: Tensor) -> bool:
-    """Does `linear` leave products of x and a plain weight to oneDNN?"""
+    """True if `linear` multiplies x and a plain weight by oneDNN."""
     return ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
@@ -105,5 +105,5 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def kernels() -> str:
-    """Which library multiplies fp32 matrices on this CPU, for the log's first lines."""
+    """Library of fp32 matrix products on this CPU, for the log's first lines."""
     return "oneDNN" if ONEDNN else "torch"

@@ -65,7 +65,7 @@ def cdpo(
 ) -> Tensor:
     """Conservative DPO (Mitchell, ericmitchell.ai/cdpo.pdf): L = -(1 - e) log s(beta h) - e log s(-beta h).
 
-    e = `label_smoothing`, the probability that a label is the wrong way round, in [0, 0.5) (else ValueError).
+    e = `label_smoothing`, the probability that a label is the wrong way round, in [0, 0.5) (else UserError).
     """
     check_label_smoothing(label_smoothing, zero_allowed=True)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
@@ -83,7 +83,7 @@ def robust(
     """Robust DPO (arXiv 2403.00409): L = [-(1 - e) log s(beta h) + e log s(-beta h)] / (1 - 2 e).
 
     Its mean over labels that are wrong with probability e = `label_smoothing` is DPO's loss on right ones.
-    e lies in [0, 0.5), else ValueError. The loss has no lower bound.
+    e lies in [0, 0.5), else UserError. The loss has no lower bound.
     """
     check_label_smoothing(label_smoothing, zero_allowed=True)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
@@ -258,7 +258,7 @@ def exo_pair(
 ) -> Tensor:
     """EXO on pairs (arXiv 2402.00856, eq. 16): L = KL(Bern(s(beta h)) || Bern(1 - e)).
 
-    e = `label_smoothing`, in (0, 0.5) (else ValueError): at e = 0 the divergence is infinite.
+    e = `label_smoothing`, in (0, 0.5) (else UserError): at e = 0 the divergence is infinite.
     """
     check_label_smoothing(label_smoothing, zero_allowed=False)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
@@ -297,7 +297,7 @@ def _log_odds(logprob: Tensor) -> Tensor:
 
 
 def check_label_smoothing(value: float, zero_allowed: bool) -> None:
-    """Raise ValueError unless `value` can be the probability of a wrong label."""
+    """Raises UserError unless `value` can be the probability of a wrong label."""
     if not (0 <= value < 0.5 and (zero_allowed or value > 0)):
         bracket = "[" if zero_allowed else "("
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a model computes, as the config.json of a Hugging Face directory says it.
+"""Architecture of a model, read from the config.json of a Hugging Face directory.
 
 Llama, Mistral, Qwen2, Qwen3, StableLM and Nemotron are one decoder with a few switches. On top it has an
 output layer over the vocabulary (a language model), or a linear head of a few labels (a reward model,
@@ -22,7 +22,7 @@ from align.model.weights import has_own_head
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model computes: a decoder, and what is on top of it."""
+    """Architecture of a decoder and of its head."""
 
     family: str
     vocab_size: int
@@ -78,7 +78,7 @@ def read_config(directory: Path) -> Architecture:
     """The architecture that a directory's config.json describes.
 
     Raises:
-        ValueError: an unknown architecture, or a field that changes the computation and is not implemented.
+        UserError: an unknown architecture, or a field that changes the computation and is not implemented.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -140,7 +140,7 @@ def complete(fields: dict, path: Path) -> PretrainedConfig:
 
 
 def is_classifier(raw: dict) -> bool:
-    """Is this config.json that of a *ForSequenceClassification model, which is how reward models are kept?"""
+    """True for the config.json of a *ForSequenceClassification model, the form of reward models."""
     return any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or [])
 
 

@@ -37,7 +37,7 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in KNOWN else {}
 
 @dataclass
 class Packing(PackedSeqParams):
-    """Where this rank's queries and their keys lie: Megatron's own type, and the lengths on the host.
+    """Places of this rank's queries and keys: Megatron's own type, and the lengths on the host.
 
     The host copy is made once per micro-batch; reading cu_seqlens in each layer would stop the GPU each time.
     """
@@ -87,7 +87,7 @@ def describe(
 def overlap(
     lengths: list[int], prefixes: list[tuple[int, int]], first: int, end: int
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """What the queries [first, end) of a pack need, of each sequence that has any among them.
+    """Keys and masks for the queries [first, end) of a pack, by sequence.
 
     Returns:
         The sequence's number of queries; the number of keys that its last query sees; and, end to end, the
@@ -197,7 +197,7 @@ class TorchAttention(MegatronModule):
 
 
 def uses_flash(dtype: torch.dtype, head_dim: int, cuda: bool) -> bool:
-    """Does `flash` take such heads on this device? Else `attend` takes one sequence after the other.
+    """True if `flash` takes such heads on this device. Else `attend` takes one sequence after the other.
 
     fp32 is there to compare with the CPU, and flash kernels have none. Before 2.11 torch's function for packs
     had no window, or was not there.

@@ -35,7 +35,7 @@ class ModelConfig:
 
     @property
     def path(self) -> Path:
-        """The directory of the model, which is downloaded if it is one of the Hub. Raises ValueError."""
+        """The directory of the model, which is downloaded if it is one of the Hub. Raises UserError."""
         tiny = ASSETS / "tiny"
         return tiny if self.model == "tiny" else hub.local_model(Path(self.model))
 
@@ -95,7 +95,7 @@ def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
 
 
 def uses_te(config: ModelConfig) -> bool:
-    """Is Transformer Engine to be used? Raises if it is asked for and not installed."""
+    """True for Transformer Engine. Raises if it is asked for and not installed."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
@@ -106,7 +106,7 @@ def uses_te(config: ModelConfig) -> bool:
 
 
 def describe_model(arch: Architecture, config: ModelConfig) -> str:
-    """What is computed with which kernels, for the log's first lines."""
+    """Model, precision and kernels, for the log's first lines."""
     if uses_te(config):
         kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
     elif not torch.cuda.is_available():
@@ -128,5 +128,5 @@ def describe_model(arch: Architecture, config: ModelConfig) -> str:
 
 
 def overlaps_gradients() -> bool:
-    """Is there anybody to sum gradients with?"""
+    """True if more than one rank takes part in the gradient reduction."""
     return mpu.get_data_parallel_world_size(with_context_parallel=True) > 1

@@ -178,7 +178,7 @@ def load(model: Decoder, source: Source) -> None:
 
 
 def read_part(source: Source, arch: Architecture, name: str, hf_name: str, parameter: nn.Parameter) -> Tensor:
-    """What one parameter of this rank holds, read from the source."""
+    """Values of one parameter of this rank, read from the source."""
     tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     if "linear_qkv" in name and "layer_norm" not in name:
         if arch.kv_heads < tp:  # ranks share a group: each holds an equal piece of its rows

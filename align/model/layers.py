@@ -42,7 +42,7 @@ def fused(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def compiles(x: Tensor) -> bool:
-    """Is there a kernel for it? Not with --deterministic: how it sums may depend on the first size it saw."""
+    """True if a compiled kernel exists. None with --deterministic: its sums may depend on the first size."""
     return x.is_cuda and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What RMSNorm computes, without a gradient; weight may be [..., H]."""
+    """RMSNorm without a gradient; weight may be [..., H]."""
     return norm_and_scale(x, weight, eps)[0]
 
 

@@ -52,7 +52,7 @@ def target_logprobs_and_entropy(
     group: dist.ProcessGroup,
     temperature: float = 1.0,
 ) -> Tensor:
-    """What target_logprobs gives, and the entropy H = -sum_v p_v log p_v of each token's distribution p.
+    """`target_logprobs`, and the entropy H = -sum_v p_v log p_v of each token's distribution p.
 
     Returns:
         [n, 2] float32: log-prob and entropy, in nats. Either has a gradient.
@@ -154,7 +154,7 @@ def logits(
 
 
 def finished_in_kernels(z: Tensor) -> bool:
-    """Do the functions below finish logits for themselves, rather than once before them?
+    """True if the functions below scale and mask logits themselves, rather than once before them.
 
     On a GPU they are kernels that read bf16 as it comes from the product, and no float32 is ever written.
     """

@@ -16,7 +16,7 @@ ROWS = 1024  # of a matrix that are compared at a time
 
 
 class WeightFiles:
-    """Tensors by name, of which one can read a part. Every mistake is a ValueError that names the file."""
+    """Tensors by name, of which one can read a part. Every mistake is a UserError that names the file."""
 
     def __init__(self, directory: Path):
         self.directory, self.opened = Path(directory), {}

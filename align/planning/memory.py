@@ -1,4 +1,4 @@
-"""How much memory a run takes, in bytes: plan.py's arithmetic. Nothing is allocated here.
+"""Memory of a run in bytes: plan.py's arithmetic. Nothing is allocated here.
 
 Each function is one term, from sizes alone, and says which tensors of which file it counts. Micro-batches are
 full and answers of the greatest length. Not counted: what grows neither with the model nor with the tokens of
@@ -23,7 +23,7 @@ BUCKET = 40_000_000  # least weights in a bucket of Megatron's gradients, if the
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is computed, and which pipeline stage this rank is."""
+    """Precision, kernels and layout of a model, and the pipeline stage of this rank."""
 
     item: int  # bytes of a weight, and of an activation
     gpu: bool
@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """What a model is given: the largest micro-batch of a rank, and how many there are."""
+    """Load of a model: the largest micro-batch of a rank, and their number."""
 
     tokens: int  # T, over all context parallel ranks
     count: int  # micro-batches of an update
@@ -106,7 +106,7 @@ def weights(arch: Architecture, s: Setting) -> int:
 
 
 def shares_matrix(arch: Architecture, s: Setting) -> bool:
-    """Is one matrix on this rank both embedding and output layer?"""
+    """True if one matrix on this rank is both embedding and output layer."""
     return arch.tied_embeddings and not arch.labels and s.pp == 1
 
 
@@ -129,7 +129,7 @@ def optimizer(arch: Architecture, s: Setting) -> float:
 
 
 def update(arch: Architecture, s: Setting) -> float:
-    """What one optimizer step needs beside its state.
+    """Memory of one optimizer step beside its state.
 
     The norm of the gradient takes a copy of one parameter's. gloo, which a CPU's ranks speak, copies what it
     receives: the weights, a bucket at a time, from the ranks that updated them.
@@ -380,7 +380,7 @@ def forward_only(arch: Architecture, s: Setting, work: Work) -> dict[str, float]
 
 @dataclass(frozen=True)
 class Rollout:
-    """What is sampled at one time by one copy of the model."""
+    """Load of sampling on one copy of the model."""
 
     slots: int  # sequences at a time
     prompts: int  # that it takes from the queue at once, at most: its share of the rollout

@@ -84,7 +84,7 @@ class RewardConfig:
             refuse_unused(self, RewardConfig, "reward_mean reward_std", why)
 
     def with_statistics(self) -> "RewardConfig":
-        """Replace --reward-standardise auto by the numbers of the file. Raises ValueError if it has none."""
+        """Replace --reward-standardise auto by the numbers of the file. Raises UserError if it has none."""
         if self.reward_standardise == "off":
             return self
         path = hub.local_model(self.reward_model) / STATISTICS
@@ -119,7 +119,7 @@ def load_scorer(
 ) -> Scorer:
     """Load a reward model or critic, one value per token; a language model gets a head of zeros, so values 0.
 
-    Raises ValueError, naming `flag`: it has several labels, or another tokenizer than the policy (`text`),
+    Raises UserError, naming `flag`: it has several labels, or another tokenizer than the policy (`text`),
     whose token ids it is to be given.
     """
     config = replace(config, model=str(directory))
@@ -182,7 +182,7 @@ def judges(
     stop: tuple[str, ...],
     shelf: Shelf | None = None,
 ) -> list[Judge]:
-    """What the flags name; the reward of an answer is the sum of their scores."""
+    """Reward sources that the flags name; the reward of a response is the sum of their scores."""
     found: list[Judge] = []
     if reward.reward_model:
         found.append(RewardModel(reward, config, layout, batch, text, shelf))
@@ -218,7 +218,7 @@ class RewardModel:
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
         """Rewards [prompts, answers]: the model's standardised value at each answer's last token. Collective.
 
-        Raises ValueError for an answer beyond the model's context, FloatingPointError for NaN and infinity.
+        Raises UserError for an answer beyond the model's context, FloatingPointError for NaN and infinity.
         """
         longest = max(
             len(prompt.ids) + len(sample.ids)
@@ -256,7 +256,7 @@ class RewardFunction:
         self.text, self.stop = text, stop
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-        """Rewards [prompts, answers]. Collective. Raises ValueError for what is no finite number."""
+        """Rewards [prompts, answers]. Collective. Raises UserError for what is no finite number."""
         with isolated(self.flag, RANDOM_STATES):  # once: numpy's take 0.2 ms
             part = self.part(prompts, samples)
         return table(parallel.gather(part), samples)
@@ -302,7 +302,7 @@ def seed(number: int) -> None:
 
 
 def import_function(name: str, flag: str = "--reward-fn") -> Function:
-    """The function that module:function, the value of `flag`, names. Raises ValueError if there is none."""
+    """The function that module:function, the value of `flag`, names. Raises UserError if there is none."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise UserError(f"{flag} {name!r} must be of the form module:function")

@@ -6,7 +6,7 @@ from collections import Counter
 
 
 class Clock:
-    """Where the time goes: each `lap` ends a phase, `shares` sums up the phases since it was last called."""
+    """Clock of phases: each `lap` ends a phase, `shares` sums up the phases since its last call."""
 
     def __init__(self):
         self.seconds: Counter[str] = Counter()

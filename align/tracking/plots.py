@@ -48,7 +48,7 @@ def draw(run_directory: Path) -> list[Path]:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """{metric: (steps, values)} in the order of first appearance. Raises ValueError for a missing file."""
+    """{metric: (steps, values)} in the order of first appearance. Raises UserError for a missing file."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give the --output directory of a run")
     curves: dict[str, Curve] = {}

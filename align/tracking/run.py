@@ -50,7 +50,7 @@ BAR_WIDTH = 20
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run leaves its record."""
+    """Run directory and wandb."""
 
     output: Path = Path("runs/sft")
     """directory of this run: config, log, metrics, samples, plots, checkpoints, the finished model in hf/"""
@@ -116,7 +116,7 @@ class Run:
 
         A killed run may have written beyond its last checkpoint. These steps are dropped, and so are later
         checkpoints: they come again.
-        Raises ValueError if the record does not reach that step, or holds something else.
+        Raises UserError if the record does not reach that step, or holds something else.
         """
         if not self.main:
             return
@@ -136,7 +136,7 @@ class Run:
             self.wandb_run = start_wandb(self.config, fresh=step == 0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record one finished step. Raises ValueError for NaN and infinity, which JSON cannot hold."""
+        """Record one finished step. Raises UserError for NaN and infinity, which JSON cannot hold."""
         if not self.main:
             return
         for name, value in metrics.items():
@@ -236,7 +236,7 @@ def flatten(flags: dict) -> dict:
 
 
 def environment(script: Path) -> dict:
-    """What else decides the result: versions (None: not installed), commit, processes, command."""
+    """Versions (None: not installed), commit, processes and command, which decide the result as well."""
     folder = script.resolve().parent
     changes = git(folder, "status", "--porcelain", "--untracked-files=no")
     dirty = None if changes is None else bool(changes)
@@ -294,7 +294,7 @@ def append(path: Path, rows: list[dict]) -> None:
 def drop_after(path: Path, step: int) -> int:
     """Keep the rows of a jsonl file up to `step`, without a line that a kill has torn; 0 empties the file.
 
-    Returns the last step that is left. Raises ValueError for a line that is no row.
+    Returns the last step that is left. Raises UserError for a line that is no row.
     """
     unfinished, last = path.with_suffix(".tmp"), 0
     with contextlib.ExitStack() as files:
@@ -311,7 +311,7 @@ def drop_after(path: Path, step: int) -> int:
 
 
 def read_row(where: str, line: bytes) -> dict:
-    """A line of metrics.jsonl or samples.jsonl. Raises ValueError with its place if it is none."""
+    """A line of metrics.jsonl or samples.jsonl. Raises UserError with its place if it is none."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -322,5 +322,5 @@ def read_row(where: str, line: bytes) -> dict:
 
 
 def is_final(row: dict) -> bool:
-    """Is this the line of a test set, which comes after the last step, and again if the run is continued?"""
+    """True for the line of a test set, which follows the last step, and again if the run continues."""
     return len(row) > 1 and all(name == "step" or name.startswith("test") for name in row)

@@ -67,7 +67,7 @@ def answer_rows(
 def per_example(
     model: DistributedDataParallel, rows: Sequence[Sequence[Example]], config: BatchConfig
 ) -> list[np.ndarray]:
-    """What the last stage makes of each example's trained targets, [trained, ...], on every rank. Collective.
+    """Output of the last stage for each example's trained targets, [trained, ...], on every rank. Collective.
 
     The examples follow one another as in the rows. Of rows that are then trained on, in micro-batches of the
     same rows, the numbers have the same bits as in training.
@@ -116,7 +116,7 @@ def token_batches(
 
 
 def alignment(model: nn.Module) -> int:
-    """What the length of a micro-batch must be a multiple of.
+    """Number that divides the length of every micro-batch.
 
     Each rank of a split gets an equal part, which is a size of 8-bit products if there are any.
     """

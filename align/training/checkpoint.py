@@ -80,7 +80,7 @@ def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
 
 
 def is_due(config: CheckpointConfig, step: int) -> bool:
-    """Is this a step to save after?"""
+    """True if a checkpoint follows this step."""
     return config.save_interval > 0 and step % config.save_interval == 0
 
 
@@ -101,7 +101,7 @@ def resume(
         The number of finished steps, and the metrics known then.
 
     Raises:
-        ValueError: the checkpoint does not hold one of the others.
+        UserError: the checkpoint does not hold one of the others.
     """
     if path is None:
         return 0, {}
@@ -117,7 +117,7 @@ def resume(
 
 
 def read_state(path: Path) -> dict:
-    """The state.json of a checkpoint. Raises ValueError if it is damaged."""
+    """The state.json of a checkpoint. Raises UserError if it is damaged."""
     return checkpoint_files.read_state(path / "state.json")
 
 
@@ -264,17 +264,17 @@ def fill(model: nn.Module, state: dict) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Is this a checkpoint of ours?"""
+    """True for a checkpoint of this project."""
     return (path / "state.json").is_file()
 
 
 def is_reward_model(path: Path) -> bool:
-    """Does a checkpoint hold the head of a reward model?"""
+    """True if a checkpoint holds the head of a reward model."""
     return "score.weight" in dist_checkpointing.load_tensors_metadata(str(path))
 
 
 def run_flags(path: Path) -> dict:
-    """The flags of the run that a checkpoint belongs to. Raises ValueError if they are not beside it."""
+    """The flags of the run that a checkpoint belongs to. Raises UserError if they are not beside it."""
     config = path.resolve().parent.parent / "config.json"  # OUTPUT/config.json
     if not config.is_file():
         raise UserError(
@@ -305,7 +305,7 @@ def drop_absent_state(optimizer_state: dict) -> None:
 
 
 def sharding_metadata() -> dict:
-    """How a checkpoint splits what it holds."""
+    """Metadata that decides how a checkpoint is split into shards."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",  # the default cannot be saved any more
         # main weights and moments come together on one data parallel rank, not on each of them

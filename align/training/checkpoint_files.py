@@ -54,7 +54,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def check_pickles(folder: Path) -> None:
-    """Raises ValueError if a pickle of a folder that Megatron wrote would run code, or cannot be read."""
+    """Raises UserError if a pickle of a folder that Megatron wrote would run code, or cannot be read."""
     backends = read_object(folder / "metadata.json")
     if changed := [name for name, value in BACKENDS.items() if backends.get(name) != value]:
         raise UserError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
@@ -94,7 +94,7 @@ def write_state(path: Path, state: dict) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """Read the file of `write_state`. Raises ValueError if it is missing or damaged."""
+    """Read the file of `write_state`. Raises UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"damaged checkpoint: {path} is missing")
     state = read_object(path)
@@ -152,7 +152,7 @@ def damage(file: Path, expected: list) -> str:
 
 
 def verify(path: Path) -> None:
-    """Raises ValueError if a checkpoint is damaged, or if something in it would run code. Collective."""
+    """Raises UserError if a checkpoint is damaged, or if something in it would run code. Collective."""
     expected = read_state(path / STATE).get("files", {})  # an earlier version did not store them
     parts = parallel.gather([damage(path / name, expected[name]) for name in share(sorted(expected))])
     if damages := sorted(line for part in parts for line in part if line):

@@ -1,4 +1,4 @@
-"""What the loops of all scripts have in common: their flags, how many steps, when to validate."""
+"""Flags that every script has, the number of steps, and the steps that validate."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,5 +85,5 @@ class CommonConfig:
         return slice(None if batches is None else batches * self.rows_per_step)
 
     def validates(self, done: int, total_steps: int) -> bool:
-        """Is there a validation after `done` steps?"""
+        """True if a validation follows `done` steps."""
         return done % self.loop.val_interval == 0 or done == total_steps

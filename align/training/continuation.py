@@ -33,7 +33,7 @@ DATA = {  # of what `data_order` names; its rows a step and seed are flags
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a run goes on, and what its checkpoints say of it."""
+    """The checkpoint and step from which a run continues, and the order of its rows."""
 
     checkpoint: Path | None  # to load; None: a new run
     step: int  # finished steps
@@ -48,7 +48,7 @@ class Continuation:
 
     @property
     def state(self) -> dict:
-        """What a checkpoint stores of it."""
+        """Fields that a checkpoint stores."""
         return {"identity": self.identity, "pass_start": self.pass_start}
 
     def describe(self) -> str:
@@ -59,7 +59,7 @@ class Continuation:
 
 
 def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
-    """What decides the future of a run; `rows`: of each training row the ids of its sequences."""
+    """Script, flags and rows that decide the future of a run; `rows`: token ids of each row's sequences."""
     flags = json.loads(json.dumps(flatten(asdict(config)), default=str))  # as they read back
     return {
         "script": Path(script).name,
@@ -80,7 +80,7 @@ def find(
         rows: of each training row the ids of its sequences.
 
     Raises:
-        ValueError: something has changed without --resume-with-changes; the script has; more steps are
+        UserError: something has changed without --resume-with-changes; the script has; more steps are
             finished than the flags ask for.
     """
     now = identity(config, script, rows)
@@ -113,7 +113,7 @@ def find(
 
 
 def verify(path: Path) -> None:
-    """Raises ValueError for a damaged checkpoint, which names the one before it. Collective."""
+    """Raises UserError for a damaged checkpoint, which names the one before it. Collective."""
     try:
         checkpoint_files.verify(path)
     except ValueError as error:
@@ -123,7 +123,7 @@ def verify(path: Path) -> None:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What has changed, with old and new value."""
+    """Changed flags and data, with old and new value."""
     kinds = {name: f"--{name.replace('_', '-')}" for name in now["flags"]}
     changes = []
     for part, words in (("flags", kinds), ("data", DATA)):

@@ -1,4 +1,4 @@
-"""What is not needed now waits in CPU memory or in files: frozen weights, and parts of models in training.
+"""Offload model state that the current phase does not need, to pinned host memory or files.
 
 Parts of a model in training move as storages, the memory behind tensors. A storage that waits has 0 bytes,
 and every view of it (parameters, Megatron's buffers, the optimizer's shards) is right again when they are
@@ -38,7 +38,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """Does what a phase does not need wait elsewhere?"""
+    """True if state that a phase does not need is offloaded."""
 
     offload: Literal["auto", "on", "off"] = "auto"
     """on: models in training wait, part by part, while a phase does not need them: in pinned CPU memory
@@ -49,12 +49,12 @@ class OffloadConfig:
         return self.offload == "on" or (self.offload == "auto" and torch.cuda.is_available())
 
     def shelf(self, output: Path) -> "Shelf":
-        """Where that is. A GPU's frozen weights wait there in any case."""
+        """Destination of offloading. Frozen weights of a GPU are offloaded in any case."""
         return Shelf(output if self.enabled else None)
 
 
 class Shelf:
-    """Where tensors of this process wait: those of a GPU in CPU memory, those of a CPU in files if they can.
+    """Store of offloaded tensors: pinned host memory for a GPU's, files for a CPU's where possible.
 
     What is in a file stays there for the life of the Shelf.
     """
@@ -162,7 +162,7 @@ def side_stream() -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def beside(enabled: bool) -> Iterator[torch.cuda.Stream | None]:
-    """What the block queues runs on the side stream, after all that is queued now; not `enabled`: at once."""
+    """Run the block's kernels on the side stream, after all queued work; without `enabled` at once."""
     if not enabled:
         yield None
         return
@@ -285,7 +285,7 @@ class Phases:
             self.peaks[label] = max(peak_bytes() / 1e9, self.peaks.get(label, 0.0))
 
     def move(self, kept: set[tuple[str, str]]) -> None:
-        """What is to wait goes before what is needed comes: there may be no room for both."""
+        """Offload first and onload then: there may be no room for both."""
         leaving = [key for key, part in self.parts.items() if key not in kept and not part.waiting]
         if leaving:
             free_host_memory()  # what the last phase left free: copies to files take memory, too
@@ -300,7 +300,7 @@ class Phases:
         finish_queue()  # the time that the phase waits counts here
 
     def describe(self, kept: set[tuple[str, str]]) -> str:
-        """What is on this rank's device and what waits, in GB."""
+        """Resident and offloaded state of this rank, in GB."""
         sizes = {"resident": Counter(), "waiting": Counter()}
         for (model, kind), part in self.parts.items():
             whole = len({other for owner, other in kept if owner == model}) in (0, len(NEEDS["all"]))

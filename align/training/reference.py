@@ -140,7 +140,7 @@ def weights_id(directory: Path) -> str:
 def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
     """Remember in OUTPUT/reference.txt which model is the reference; refuse to continue with another one.
 
-    Raises ValueError: the policy of the newest checkpoint did not begin as the model in `directory`.
+    Raises UserError: the policy of the newest checkpoint did not begin as the model in `directory`.
     """
     if not parallel.is_main():
         return

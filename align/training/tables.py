@@ -23,7 +23,7 @@ def write(path: Path, made_of: str, arrays: Mapping[str, np.ndarray]) -> None:
 def read(path: Path, made_of: str) -> dict[str, np.ndarray] | None:
     """Arrays of a file; None if there is none, or if they were made of something else.
 
-    Raises ValueError if the file is damaged.
+    Raises UserError if the file is damaged.
     """
     if not path.is_file():
         return None

@@ -48,23 +48,25 @@ class Config(CommonConfig):
     loss: Literal[tuple(LOSSES)] = "dpo"
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: float | None = None
-    """strength of the tie to the reference; a reward is beta times the log-ratio (default: 0.1; simpo: 2)"""
+    """beta of DPO: the implicit reward is beta log(pi / pi_ref) (default: 0.1; simpo: 2)"""
     sft_weight: float | None = None
-    """weight of the chosen answers' negative log-likelihood in the loss (default: 0; orpo: 1)"""
+    """weight of the SFT loss: the chosen responses' negative log-likelihood (default: 0; orpo: 1)"""
     average_logprobs: bool | None = None
-    """log-probs per token instead of per answer (default: False; simpo and orpo: True)"""
+    """log-probs per token instead of per response (default: False; simpo and orpo: True)"""
     sft_average_logprobs: bool | None = None
-    """the same for the term of --sft-weight (default: as --average-logprobs)"""
+    """the same for the SFT loss (default: as --average-logprobs)"""
     label_smoothing: float | None = None
-    """cdpo, robust, exo_pair: share of pairs that are labelled wrong (default: 0.1; exo_pair: 0.001)"""
+    """label smoothing of cdpo, robust, exo_pair: probability that a pair is labelled the wrong way round
+    (default: 0.1; exo_pair: 0.001)"""
     simpo_gamma: float | None = None
-    """simpo: margin that the rewards should differ by (default: 0.5)"""
+    """target reward margin gamma of simpo (default: 0.5)"""
     dpop_lambda: float | None = None
-    """dpop: weight of the penalty for chosen answers that lose likelihood (default: 50)"""
+    """lambda of dpop: weight of the penalty for chosen responses that lose likelihood (default: 50)"""
     reward_scale: float | None = None
     """scale, rpo_*: factor on chosen_reward - rejected_reward of the data (default: 1)"""
     reference: Literal["precompute", "swap"] | None = None
-    """reference log-probs: all before training (default), or each step by weights that wait in CPU memory"""
+    """reference log-probs: precompute all before training (default), or swap the reference weights in at each
+    step"""
     audit_start: float | None = None
     """bound on the mean |log pi - log pi_ref| of a response before the first update, where both are one
     model, in nats (default: 0 on a CPU and with --deterministic, else 1e-3 in fp32, 1 in bf16; inf: none)"""

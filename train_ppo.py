@@ -74,51 +74,53 @@ KL = {"k1": rl.kl_k1, "abs": rl.kl_abs, "k2": rl.kl_k2, "k3": rl.kl_k3}
 @dataclass(frozen=True)
 class Config(CommonConfig):
     advantages: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
-    """what an answer is compared with: a critic, the other answers to its prompt (rloo, grpo), or all"""
+    """advantage estimator: gae (PPO's, with a critic), or without one rloo and grpo (relative to the other
+    responses to the prompt) and reinforce (relative to all)"""
     prompts_per_step: int = 64
-    """prompts that a step samples answers to"""
+    """prompts per rollout"""
     samples_per_prompt: int = 1
-    """answers to each of them: the group of rloo and grpo"""
+    """responses per prompt: the group size of rloo and grpo"""
     ppo_epochs: int = 1
-    """passes over the responses of a step; each but the first draws its minibatches anew"""
+    """PPO epochs: passes over a rollout's responses; each but the first draws its minibatches anew"""
     clip: float = 0.2
-    """an update has no reason to move the ratio of new to old probability further than this from 1"""
+    """PPO clip range epsilon: the ratio pi / pi_old is clipped to [1 - eps, 1 + eps]"""
     gamma: float = 1.0
-    """discount of later rewards per token; gae and reinforce"""
+    """discount factor of rewards per token, from 0 to 1 (gae and reinforce)"""
     gae_lambda: float = 0.95
-    """1: what was earned counts, 0: what the critic expects of the next token; gae"""
+    """GAE lambda: 1 = Monte Carlo returns, 0 = one-step TD (gae only)"""
     whiten_advantages: bool = True
-    """advantages with mean 0 and variance 1 over all tokens of the step's answers; gae and reinforce"""
+    """whiten advantages to mean 0 and variance 1 over all response tokens of the step (gae and reinforce)"""
     entropy_coef: float = 0.0
-    """weight of the entropy, in nats per token, that the loss rewards"""
+    """entropy bonus coefficient, per nat and token; 0: none"""
     unended: Literal["mask", "penalise", "keep"] = "mask"
-    """answers that --max-new-tokens cut off: left out of the policy's loss (the critic learns from them, and
-    rloo and grpo do not compare with them), given a penalty, or like the others"""
+    """truncated responses (cut off by --max-new-tokens): mask leaves them out of the policy loss (the critic
+    learns from them, rloo and grpo do not compare with them), penalise subtracts a penalty, keep treats them
+    like the others"""
     unended_penalty: float = 1.0
-    """subtracted from the reward of such an answer; --unended penalise"""
+    """penalty subtracted from the reward of a truncated response (--unended penalise)"""
     kl_coef: float = 0.01
-    """price of a nat of KL to the reference; 0: there is no reference"""
+    """KL penalty coefficient beta, per nat; 0 loads no reference model"""
     kl_in: Literal["auto", "reward", "loss"] = "auto"
-    """the KL is subtracted from each token's reward, as in PPO, or added to the loss, as in GRPO. auto: loss
-    with grpo, whose division by the spread of rewards would blow it up, else reward"""
+    """place of the KL penalty: subtracted from each token's reward, as in PPO, or added to the loss, as in
+    GRPO. auto: loss with grpo, whose division by the spread of rewards would blow it up, else reward"""
     kl: Literal["auto", "k1", "abs", "k2", "k3"] = "auto"
-    """estimator of the KL at a token, of d = log pi - log pi_ref: d, |d|, d^2 / 2, exp(-d) - 1 + d. auto: k1
-    in the reward, k3 in the loss"""
+    """KL estimator at a token, of d = log pi - log pi_ref: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) - 1 + d.
+    auto: k1 in the reward, k3 in the loss"""
     kl_target: float | None = None
-    """nats per token that --kl-coef is adapted to after each step (default: it stays as it is)"""
+    """target KL in nats per token, to which --kl-coef is adapted after each step (default: no adaptation)"""
     kl_horizon: float = 10000.0
-    """answers over which it is adapted; above a fifth of the answers of a step"""
+    """horizon of the adaptive KL coefficient, in responses; above a fifth of the responses of a step"""
     critic: Path | None = None
-    """reward model, or language model whose values start at 0, that initialises the critic (default:
-    --reward-model, else --model)"""
+    """model that initialises the critic: a reward model, or a language model whose values start at 0
+    (default: --reward-model, else --model)"""
     critic_lr: float = 1e-5
-    """learning rate of the critic, after the same warm-up as --lr"""
+    """critic learning rate, after the same warm-up as --lr"""
     critic_min_lr: float = 1e-5
-    """its learning rate at the end"""
+    """critic learning rate at the end"""
     critic_warmup_steps: int = 0
-    """first steps, in which only the critic learns"""
+    """first steps, which train the critic only"""
     value_clip: float = 0.2
-    """an update has no reason to move a value further than this from the old one; 0: no limit"""
+    """value clip range: a value is clipped to [old - x, old + x] in the critic's loss; 0: no limit"""
     audit_ratio: float | None = None
     """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
     1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""

@@ -47,14 +47,15 @@ class Config(CommonConfig):
     test_data: tuple[Path, ...] = ()
     """rows for one evaluation after the last step; like --val-data, each file is a set of its own"""
     loss: Literal["ranking", "regression"] = "ranking"
-    """ranking: -log sigmoid(score of chosen - score of rejected - margin); regression: squared error"""
+    """ranking: Bradley-Terry, -log sigmoid(score of chosen - score of rejected - margin); regression: squared
+    error"""
     center_rewards_coef: float = 0.0
-    """ranking: weight of (score of chosen + score of rejected)^2 in the loss, which draws the mean score
+    """ranking: coefficient of (score of chosen + score of rejected)^2 in the loss, which draws the mean score
     to 0; 0.01 is usual"""
     num_attributes: int = 1
-    """regression: numbers in the label of a row"""
+    """regression: attributes, the numbers in the label of a row"""
     attribute_weights: tuple[float, ...] = ()
-    """regression: what each attribute counts in the one score (default: all the same, in sum 1)"""
+    """regression: weight of each attribute in the one score (default: equal, with sum 1)"""
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/rm"))
     optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)

@@ -58,17 +58,18 @@ TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 @dataclass(frozen=True)
 class Config(CommonConfig):
     prompts_per_step: int = 32
-    """prompts that a step samples answers to"""
+    """prompts per rollout"""
     samples_per_prompt: int = 8
-    """answers to each of them"""
+    """responses per prompt: n of best-of-n"""
     keep_top: int = 1
-    """best answers to a prompt that are trained on; of equal rewards those sampled first"""
+    """best responses to a prompt that are trained on; of equal rewards those sampled first"""
     min_reward: float | None = None
-    """answers with a lower reward are never trained on, even if they are the best (default: no limit)"""
+    """least reward of a response that is trained on, even of the best one (default: no limit)"""
     unended: Literal["drop", "keep"] = "drop"
-    """answers that --max-new-tokens cut off: never trained on, or like the others"""
+    """truncated responses (cut off by --max-new-tokens): drop never trains on them, keep treats them like the
+    others"""
     duplicates: Literal["drop", "keep"] = "drop"
-    """answers to a prompt with the same tokens: only the first counts, or all"""
+    """responses to a prompt with the same tokens: drop counts only the first, keep all"""
     reward: RewardConfig = RewardConfig()
     audit: AuditConfig = AuditConfig()
     sampling: SamplingConfig = SamplingConfig()

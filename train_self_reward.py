@@ -78,31 +78,32 @@ ROLLOUT = ("generate", "judge", "meta_judge")  # phases before the update
 @dataclass(frozen=True)
 class Config(CommonConfig):
     iterations: int = 3
-    """times that the model samples, judges and learns, each time from what it has become; Adam's moments
-    start anew in each, the schedule of the learning rate spans all of them"""
+    """self-rewarding iterations: each samples, judges and trains, from the model of the one before; Adam's
+    moments start anew in each, the learning-rate schedule spans all of them"""
     steps_per_iteration: int | None = None
-    """steps of an iteration, the next goes on with the rows (default: --max-epochs passes over all rows)"""
+    """steps of an iteration; the next one goes on with the rows (default: --max-epochs passes over all
+    rows)"""
     samples_per_prompt: int = 4
-    """answers to each prompt, of which one pair is made"""
+    """responses per prompt, of which one preference pair is made"""
     length_control: tuple[float, ...] = (0.0,)
-    """one value, or one for each iteration: of the answers whose scores are within this share of the spread
-    from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
+    """length control, one value or one for each iteration: among the responses whose scores are within this
+    share of the spread from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
     loss: Literal["dpo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "ipo", "rpo_sq"] = "dpo"
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: tuple[float, ...] = (0.1,)
-    """one value, or one for each iteration: strength of the tie to the reference"""
+    """beta of DPO, one value or one for each iteration: the implicit reward is beta log(pi / pi_ref)"""
     sft_weight: float = 0.0
-    """weight of the chosen answers' negative log-likelihood in the loss"""
+    """weight of the SFT loss: the chosen responses' negative log-likelihood"""
     average_logprobs: bool = False
-    """log-probs per token instead of per answer"""
+    """log-probs per token instead of per response"""
     sft_average_logprobs: bool | None = None
-    """the same for the term of --sft-weight (default: as --average-logprobs)"""
+    """the same for the SFT loss (default: as --average-logprobs)"""
     reward_scale: float = 1.0
     """scale, rpo_*: factor on the difference of the scores; of judgements that of their strengths, in nats"""
     first_iteration_sft: bool = False
-    """supervised fine-tuning on the rows as first iteration; validations sample and judge in it as well"""
+    """supervised fine-tuning on the rows as first iteration; its validations sample and judge as well"""
     rollout_ahead: int = 1
-    """steps whose answers are sampled and judged together, and kept in files until they are trained on"""
+    """steps whose responses are sampled and judged together, and kept in files until they are trained on"""
     true_reward_fn: str | None = None
     """module:function of yours, called with prompt, response (both text) and the row, which returns a number:
     validation compares the judge with it; nothing is trained on it"""

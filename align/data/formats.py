@@ -59,25 +59,26 @@ class FormatConfig:
     """Format of training rows."""
 
     prompt_template: str = "{input} {output}"
-    """for rows without messages or conversations: their fields in braces, the answer last"""
+    """template of rows without messages or conversations: their fields in braces, the response last"""
     truncation_field: str | None = None
-    """template fields that give way when such a row is too long (comma list; they share the cut evenly);
-    default: input, or if the template has none, all fields before the answer"""
+    """template fields to truncate when such a row is too long (comma list; they share the cut evenly);
+    default: input, or if the template has none, all fields before the response"""
     truncation_side: Literal["right", "left"] = "right"
-    """the end of the truncation fields that is cut"""
+    """end of the truncation fields that is cut"""
     chat_tokens: tuple[str, str, str, str, str] = (r"\x00", r"\x11", r"\x12", r"\n", r"\n")
     """markers of conversations rows: system-turn start, turn start, label start, end of turn, end of name"""
     loss_on: Literal["answer", "all"] = "answer"
-    """train on the answers with their end signal, or on every token"""
+    """train on the responses with their end-of-turn token, or on every token"""
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
     turns: Literal["whole", "each", "last"] = "whole"
-    """messages with several answers: one example, trained on all of them (whole); an example for each answer,
-    with the turns before it as the chat template shows them then, as in inference (each); or for the last"""
+    """messages with several responses: whole, one example trained on all of them; each, an example for each
+    response, with the turns before it as the chat template renders them in inference; last, for the last
+    one"""
     max_seq_len: int = 1024
-    """most tokens of one example"""
+    """maximum sequence length in tokens"""
     skip_bad_rows: int = 0
-    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
+    """bad rows that are left out, each with a line in the log, before the run ends"""
 
     def __post_init__(self):
         check_ranges(self, max_seq_len=LENGTH, skip_bad_rows=COUNT_OR_0)

@@ -26,9 +26,10 @@ class BatchConfig:
     global_batch_size: int = 32
     """rows (sequences, pairs or prompts) per optimizer step, over all ranks"""
     micro_batch_tokens: int = 4096
-    """most tokens in one forward pass of a rank; sequences are packed up to it"""
+    """token budget of a micro-batch: most tokens in one forward pass of a rank; sequences are packed up to
+    it"""
     micro_batch_size: int | None = None
-    """most rows in one forward pass (default: as many as fit)"""
+    """most rows in one micro-batch (default: as many as fit)"""
 
     def __post_init__(self):
         check_ranges(self, global_batch_size=COUNT, micro_batch_tokens=COUNT, micro_batch_size=COUNT)

@@ -29,8 +29,8 @@ class AuditConfig:
     """Bounds of the audit; at a --temperature below 1, which enlarges rounding, they are divided by it."""
 
     audit_mean: float | None = None
-    """bound on the mean |log-prob of sampling - log-prob of training| over the tokens of a rollout, in nats;
-    beyond it the run stops (default: 5e-5 in fp32, 0.1 in bf16; inf: no bound)"""
+    """bound on the mean |sampling log-prob - training log-prob| over the tokens of a rollout, in nats; the
+    run stops beyond it (default: 5e-5 in fp32, 0.1 in bf16; inf: no bound)"""
     audit_tail: float | None = None
     """bound on the --audit-quantile of these differences, in nats (default: 1e-3 in fp32, 2 in bf16)"""
     audit_quantile: float | None = None

@@ -59,19 +59,20 @@ class RolloutConfig:
     """Layout and batch size of sampling."""
 
     rollout_layout: Literal["same", "reshard"] | None = None
-    """same: sample in the training layout; reshard: from copies of the weights, remade after each update, of
-    which each --rollout-tp ranks hold one and decode prompts of their own (default where tp or pp > 1)"""
+    """same: sample in the training layout; reshard: sample from copies of the weights in a layout of their
+    own, remade after each update; each --rollout-tp ranks hold one copy and decode their own prompts (default
+    where tp or pp > 1)"""
     rollout_tp: int = 1
-    """reshard: tensor parallel size of the copy; with 1 every rank holds a whole model while it samples"""
+    """reshard: tensor parallel size of a copy; with 1 every rank holds a whole model while it samples"""
     rollout_slots: int = 64
-    """sequences that one copy of the model decodes at the same time; their keys and values take memory"""
+    """sequences that one copy of the model decodes at a time; their KV cache takes memory"""
     generate_with: Literal["native", "trtllm"] = "native"
     """trtllm: engines of TensorRT-LLM sample, each of --rollout-tp ranks, whatever --rollout-layout says; see
     requirements-trtllm.txt. Never tried on hardware"""
     trtllm_keep: bool = False
-    """the engines' memory stays on the GPUs between rollouts"""
+    """keep the engines' memory on the GPUs between rollouts"""
     trtllm_memory: float = 0.4
-    """for an engine's keys and values, share of the GPU memory that is free when it starts"""
+    """KV cache of an engine, as a share of the GPU memory that is free when it starts"""
 
     def __post_init__(self):
         check_ranges(self, rollout_tp=COUNT, rollout_slots=whole(1, 10**6), trtllm_memory=between(0, 1))

@@ -27,21 +27,23 @@ BLOCK = 64  # columns that are summed at once, so that no cumulative sum runs ov
 @dataclass(frozen=True)
 class SamplingConfig:
     max_new_tokens: int = 256
-    """most tokens of an answer"""
+    """maximum response length in tokens"""
     temperature: float = 1.0
-    """logits are divided by it: below 1 likely tokens become likelier; in place of 0 give --greedy"""
+    """sampling temperature: logits are divided by it; in place of 0 give --greedy"""
     top_k: int = 0
-    """draw from so many likeliest tokens; 0: from all"""
+    """top-k sampling: draw from the k likeliest tokens; 0: from all"""
     top_p: float = 1.0
-    """draw from the fewest likeliest tokens that hold this share of what top-k leaves; 1: from all"""
+    """nucleus sampling: draw from the fewest likeliest tokens with this probability mass, after top-k; 1:
+    from all"""
     min_p: float = 0.0
-    """draw from tokens that are at least this times as likely as the likeliest; 0: from all"""
+    """min-p sampling: draw from tokens at least this times as likely as the likeliest; 0: from all"""
     repetition_penalty: float = 1.0
-    """positive logits of tokens in prompt and answer are divided by it, negative ones multiplied; 1: none"""
+    """repetition penalty: positive logits of tokens in prompt and response are divided by it, negative ones
+    multiplied; 1: none"""
     greedy: bool = False
-    """take the likeliest token; temperature and filters have no effect then"""
+    """greedy decoding: take the likeliest token; temperature and filters have no effect"""
     stop: tuple[str, ...] = ()
-    """texts that end an answer, besides the end-of-turn tokens of the model"""
+    """stop strings: texts that end a response, besides the end-of-turn tokens of the model"""
 
     def __post_init__(self) -> None:
         check_ranges(

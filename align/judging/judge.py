@@ -68,13 +68,14 @@ class JudgeConfig:
     """Judging of responses."""
 
     judgements: int = 3
-    """judgements of each answer, of which the mean counts"""
+    """judgements per response, whose mean is its score"""
     judge_template: Path = ASSETS / "judge.txt"
-    """text file with {{ prompt }} and {{ response }} in it, which the judge is given as one user turn"""
+    """judge prompt: text file with {{ prompt }} and {{ response }} in it, given to the judge as one user
+    turn"""
     judge_low: float = 0.0
-    """a lower score is not counted"""
+    """lowest valid score: a judgement below it is not counted"""
     judge_high: float = 5.0
-    """a higher score is not counted, nor is one that names another best score, as 4/10 does"""
+    """highest valid score: a judgement above it is not counted, nor one on another scale, such as 4/10"""
 
     def __post_init__(self):
         check_ranges(self, judgements=REPEATS, judge_low=SCORE, judge_high=SCORE)

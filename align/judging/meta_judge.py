@@ -45,15 +45,15 @@ class MetaJudgeConfig:
     """Whether the policy is trained as a judge, too, and how much."""
 
     meta_judge: bool = False
-    """have the policy compare its own judgements, and train on pairs of them as well"""
+    """meta-rewarding: the policy compares its own judgements, and trains on pairs of them as well"""
     meta_judge_fraction: float = 0.15
-    """most pairs of judgements among the pairs of a step; above 0.15 judges were seen to collapse to the
-    highest score"""
+    """largest share of judgement pairs among the pairs of a step; above 0.15 judges were seen to collapse to
+    the highest score"""
     meta_judge_class_cap: float = 0.4
     """largest share of one score, rounded down, among the chosen judgements"""
     meta_judge_template: Path = ASSETS / "meta_judge.txt"
-    """text file with {{ prompt }}, {{ response }}, {{ judgement_a }} and {{ judgement_b }} in it, which the
-    policy is given as one user turn"""
+    """meta-judge prompt: text file with {{ prompt }}, {{ response }}, {{ judgement_a }} and {{ judgement_b }}
+    in it, given to the policy as one user turn"""
 
     def __post_init__(self):
         check_ranges(self, meta_judge_fraction=between(0, 1), meta_judge_class_cap=above(0, 1))

@@ -31,7 +31,7 @@ class ModelConfig:
     fp8: bool = False
     """matrix products of the layers in 8 bits; needs --attention te and a GPU that has them (H100, H200)"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """activations to compute again in the backward pass: attention core (selective) or whole layer (full)"""
+    """activation recomputation in the backward pass: attention core (selective) or whole layers (full)"""
 
     @property
     def path(self) -> Path:

@@ -41,8 +41,8 @@ class OffloadConfig:
     """True if state that a phase does not need is offloaded."""
 
     offload: Literal["auto", "on", "off"] = "auto"
-    """on: models in training wait, part by part, while a phase does not need them: in pinned CPU memory
-    beside a GPU, on a CPU in files in OUTPUT. auto: on with a GPU"""
+    """on: state that a phase does not need is offloaded, to pinned host memory beside a GPU, on a CPU to
+    files in OUTPUT. auto: on with a GPU"""
 
     @property
     def enabled(self) -> bool:

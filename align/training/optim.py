@@ -19,22 +19,23 @@ from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ran
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 1e-5
-    """learning rate after the warm-up"""
+    """peak learning rate, after the warm-up"""
     min_lr: float = 1e-6
-    """learning rate at the end of the cosine, and in the constant tail"""
+    """minimum learning rate, at the end of the cosine decay and in the constant tail"""
     warmup_steps: int = 10
-    """steps over which the learning rate rises linearly; the first step is not 0. A step is one optimizer
-    step, in PPO and rejection sampling a rollout with all of its updates, which share a learning rate"""
+    """linear warm-up steps; the first step is not 0. A step is one optimizer step, in PPO and rejection
+    sampling a rollout with all of its updates, which share a learning rate"""
     constant_steps: int = 0
-    """last steps of the run, all at --min-lr"""
+    """constant tail: last steps of the run, all at --min-lr"""
     weight_decay: float = 0.01
-    """decoupled weight decay, on matrices only"""
+    """decoupled weight decay (AdamW), on matrices only"""
     adam_beta1: float = 0.9
-    """decay of the mean of the gradient"""
+    """Adam beta1: decay of the first moment of the gradient"""
     adam_beta2: float = 0.98
-    """decay of the mean of its square"""
+    """Adam beta2: decay of the second moment of the gradient"""
     clip_grad: float = 1.0
-    """largest norm of the gradient over all weights; a longer one is scaled down to it; 0: no limit"""
+    """gradient clipping: largest norm over all weights; a longer gradient is scaled down to it; 0: no
+    limit"""
 
     def __post_init__(self):
         check_ranges(

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from align.data import packing
 from align.data.packing import Example
-from align.errors import UserError
 from tests.conftest import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -93,7 +92,7 @@ def test_layers_that_fit():
     assert gpu.layers_that_fit(gpu.SHAPES["1b"], 85_500_000_000) == 16
     # 18 bytes for each of 480 weights of a layer and 160 of both embeddings are 60 % of 19,200 bytes
     assert gpu.layers_that_fit(SMALL, 19_200) == 1
-    with pytest.raises(UserError, match="too few to train one layer"):
+    with pytest.raises(ValueError, match="too few to train one layer"):
         gpu.layers_that_fit(SMALL, 19_199)
 
 
@@ -157,7 +156,7 @@ def test_cases_after_the_total_limit_are_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_large_shapes_need_a_gpu(tmp_path):
-    with pytest.raises(UserError, match="--shapes tiny 1b needs a GPU"):
+    with pytest.raises(ValueError, match="--shapes tiny 1b needs a GPU"):
         gpu.main(gpu.Config(shapes=("tiny", "1b"), output=tmp_path / "figures.json"))
 
 

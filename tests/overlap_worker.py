@@ -20,7 +20,7 @@ ROWS = (5, 1, 4)  # of each step, one a micro-batch: first one rank has an empty
 
 def train(directory: Path, overlap: bool) -> dict[str, object]:
     """The norms of the gradient, the number of buckets, the weights as sums of bits; buckets are small."""
-    model.overlaps_gradients = lambda: overlap
+    gpt.overlaps_gradients = lambda: overlap
     arch, config = architecture.read_config(directory), model.ModelConfig(str(directory), "fp32")
     policy = gpt.build_policy(arch, config, parallel.ParallelConfig())
     huggingface.load(policy, huggingface.open_source(directory, arch, SEED))

@@ -26,7 +26,7 @@ from align.distributed import megatron_on_cpu, parallel
 from align.generation import generator
 from align.model import gpt, huggingface
 from align.rewards import sources
-from align.training import checkpoint, engine, offload, optim
+from align.training import batching, checkpoint, engine, offload, optim
 
 ROOT = Path(__file__).parent.parent
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's numbers
@@ -34,7 +34,7 @@ PARTS = {  # of a script without phases of its own: what belongs to which
     "train": ((engine, "forward_backward"), (optim, "step")),
     "generate": ((generator.Generator, "generate"),),
     "score": ((sources.RewardModel, "__call__"),),
-    "audit": ((engine, "per_example"),),
+    "audit": ((batching, "per_example"),),
     "reference": ((engine, "outputs"),),
     "save": ((checkpoint, "save"),),
 }

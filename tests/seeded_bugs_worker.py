@@ -61,7 +61,7 @@ POSITIONS, TAIL = "np.arange(skip, skip + end - start)", "positions[total:] ="
 SAMPLE, IDS = "align.generation.generator.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
 LOGPROBS = "(x[slot, :count].copy()"
 DECODE = "align.generation.inference.InferenceModel.decode"
-DROPOUT = {"align.model.spec.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
+DROPOUT = {"align.model.gpt.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
 LINEAR = "megatron.core.tensor_parallel.layers"
 REGION = "megatron.core.tensor_parallel.mappings._CopyToModelParallelRegion"
 DDP = "megatron.core.distributed.DistributedDataParallel"

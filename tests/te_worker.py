@@ -23,7 +23,7 @@ STEPS = 2
 
 def build(directory: Path, layout: parallel.ParallelConfig, te: bool) -> gpt.Decoder:
     """A policy, its weights loaded."""
-    model.uses_te = lambda config: te
+    model.uses_te = gpt.uses_te = lambda config: te
     arch, config = architecture.read_config(directory), model.ModelConfig(str(directory), "fp32")
     made = gpt.build_policy(arch, config, layout)
     huggingface.load(made, huggingface.open_source(directory, arch, SEED))

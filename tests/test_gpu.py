@@ -387,7 +387,7 @@ def test_decode_append(device, kernels):
 
 
 WITHOUT_GRAPHS = (
-    "import runpy, sys; from align import inference; "
+    "import runpy, sys; from align.generation import inference; "
     "inference.takes_graphs = lambda policy: False; "
     "sys.argv = ['tests/generate_worker.py', *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )

@@ -59,7 +59,7 @@ def run(home: Path, url: str, *command: object, offline: bool = False) -> subpro
 READ = """
 import json, sys
 from pathlib import Path
-from align import hub
+from align.data import hub
 from align.data.jsonl import read_jsonl
 
 for name in sys.argv[1:]:

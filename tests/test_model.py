@@ -8,7 +8,7 @@ import torch
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
-from align.model import architecture, gpt, spec
+from align.model import architecture, spec
 from align.model import config as model
 from align.model.config import ModelConfig
 from align.training import batching
@@ -90,7 +90,7 @@ def test_kernels_are_named(monkeypatch):
         f"float32, torch kernels, attention by sequence, {small}"
     )
     assert model.describe_model(arch(), bf16).endswith(f"bfloat16, torch kernels, flash attention, {small}")
-    monkeypatch.setattr(gpt, "get_te_version", lambda: "2.11.0")
+    monkeypatch.setattr(model, "get_te_version", lambda: "2.11.0")
     monkeypatch.setattr(model, "overlaps_gradients", lambda: True)
     line = "bfloat16, Transformer Engine 2.11.0, fp8, gradients summed during the backward pass"
     assert model.describe_model(arch(), FP8).endswith(line)

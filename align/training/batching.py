@@ -12,7 +12,7 @@ from align.data import packing
 from align.data.packing import Batch, BatchConfig, Example
 from align.distributed import parallel
 from align.model.config import FP8_MULTIPLE
-from align.training.engine import outputs
+from align.training import engine
 
 
 def micro_batches(
@@ -78,7 +78,7 @@ def per_example(
         "trained": [np.array([example.trained.sum() for example in row]) for row in rows],
     }
     batches, mine = micro_batches(model, rows, config, values), {}
-    found = outputs(model, batches, lambda batch, output: output[batch.mask.bool()])
+    found = engine.outputs(model, batches, lambda batch, output: output[batch.mask.bool()])
     for batch, made in zip(batches, found, strict=True):
         parts = made.cpu().split(batch.extra["trained"].tolist())
         mine |= dict(zip(batch.extra["number"].tolist(), (part.numpy() for part in parts), strict=True))

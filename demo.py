@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from align import console
-from align.judge import Judged, parse_score
-from align.prompts import fill
-from align.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
+from align.data.prompts import fill
+from align.data.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
+from align.judging.judge import Judged, parse_score
 
 OUTPUT = Path("runs/demo")
 DATA, SFT, RM, DPO, RS, PPO, GRPO, SELF = (
@@ -33,7 +33,7 @@ DATA, SFT, RM, DPO, RS, PPO, GRPO, SELF = (
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROMPTS = (
     f"--model {SFT}/hf --train-data {DATA}/train.jsonl --val-data {DATA}/val.jsonl --max-prompt-len 64 "
-    "--max-new-tokens 16 --reward-fn align.toy:reward --max-steps 30 --val-interval 10 --val-batches 7"
+    "--max-new-tokens 16 --reward-fn align.data.toy:reward --max-steps 30 --val-interval 10 --val-batches 7"
 )
 JUDGES = ("sft", "self_reward")
 METRICS = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc", "self_reward": "val/true_rewards"}
@@ -78,7 +78,7 @@ def main() -> None:
             *(*TORCHRUN, "train_self_reward.py", "--model", SFT / "hf", "--output", SELF),
             *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
             *("--judge-template", DATA / "judge.txt", "--meta-judge"),
-            *("--meta-judge-template", DATA / "meta_judge.txt", "--true-reward-fn", "align.toy:reward"),
+            *("--meta-judge-template", DATA / "meta_judge.txt", "--true-reward-fn", "align.data.toy:reward"),
             *"--max-seq-len 64 --max-new-tokens 64 --steps-per-iteration 10 --sft-weight 0.5".split(),
             *"--lr 5e-5 --min-lr 5e-5 --beta 0.3 --warmup-steps 2 --val-batches 3".split(),
         ),
@@ -119,7 +119,7 @@ def command(*words: object) -> float:
 
 
 def first_and_last(directory: Path) -> str:
-    """What a stage's first and last validation found: the metric that tells most."""
+    """Main metric of a stage's first and last validation."""
     metric = METRICS.get(directory.name, "val_rollouts/rewards")
     found = curve(directory, metric)
     return f"{metric.split('/')[1]} {found[0]:.3f} -> {found[-1]:.3f}"
@@ -132,7 +132,7 @@ def curve(directory: Path, metric: str) -> list[float]:
 
 
 def judge(directory: Path, questions: list[str], answers: list[str]) -> float:
-    """How a stage's judgements of answers, three of each, go with their scores: Pearson's correlation."""
+    """Pearson correlation of a stage's judgements, three of each response, with the true scores."""
     asked = [
         fill(JUDGE_TEMPLATE, {"prompt": question, "response": answer})
         for question, answer in zip(questions, answers, strict=True)
@@ -154,7 +154,7 @@ def question_of(text: str) -> dict[str, str]:
 
 
 def generate(directory: Path, prompts: Path, output: Path, number: int) -> list:
-    """What a stage's model answers to each row of a file, at temperature 1; lists for a number above 1."""
+    """Responses of a stage's model to each row of a file, at temperature 1; lists for a number above 1."""
     command(
         *(sys.executable, "generate.py", "--model", directory / "hf", "--max-new-tokens", "64"),
         *("--samples-per-prompt", number, "--input", prompts, "--output", output),

@@ -19,36 +19,23 @@ from pathlib import Path
 
 import numpy as np
 
-from align import (
-    architecture,
-    checkpoint,
-    checkpoint_files,
-    console,
-    data,
-    huggingface,
-    launch,
-    marker_chat,
-    model,
-    packing,
-    parallel,
-    prompts,
-    tokenizer,
-    watchdog,
-)
-from align.architecture import Architecture
-from align.config_fields import read_object
-from align.data import FormatConfig, Tokenizer
+from align import console
+from align.data import jsonl, marker_chat, packing, prompts, tokenizer
+from align.data.formats import FormatConfig, Tokenizer, check_bos, format_template, template_pieces
+from align.data.packing import Example
+from align.data.prompts import Prompt, PromptFormat
+from align.data.tokenizer import TextConfig
+from align.distributed import launch, parallel, watchdog
+from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
+from align.files import check_files, read_object, write_atomically
 from align.flags import SAMPLES, check_ranges, refuse_unused
-from align.generate import Generator, RolloutConfig, Sample, check_prompt
-from align.generate import check as check_rollout
-from align.model import ModelConfig
-from align.output import check_files, write_atomically
-from align.packing import Example
-from align.parallel import ParallelConfig
-from align.prompts import Prompt, PromptFormat
-from align.sampling import SamplingConfig
-from align.tokenizer import TextConfig
+from align.generation.generator import Generator, RolloutConfig, Sample, check_prompt, check_rollout
+from align.generation.sampling import SamplingConfig
+from align.model import architecture, gpt, huggingface
+from align.model.architecture import Architecture
+from align.model.config import ModelConfig, check_model, describe_model
+from align.training import checkpoint, checkpoint_files
 
 PROGRESS_S = 5.0  # seconds between two lines about a long --input
 POLL_S = (
@@ -122,7 +109,7 @@ class Config:
 def main(config: Config) -> None:
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
-    model.check(arch, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
     settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
     text = tokenizer.load(source.directory, say, source.text_config(config.text))
@@ -142,18 +129,18 @@ def main(config: Config) -> None:
         ids = encode_text(config.prompt, text, fmt, template, config.raw)
         if template and text.chat_template and not config.raw:
             say(f"--prompt goes through --prompt-template {template!r}, as training rows did")
-        data.at("--prompt", check_ids, ids, arch)
+        jsonl.at("--prompt", check_ids, ids, arch)
     if config.input is not None:
         found = read_prompts(config.input, text, fmt, arch)
         prepare_output(config.output, config.input)
 
-    policy = model.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel)
     generator = Generator(policy, config.rollout, config.sampling, settings, config.parallel, text)
     if source.checkpoint is None:
         huggingface.load(policy, huggingface.open_source(source.directory, arch, config.parallel.seed))
     else:
         checkpoint.load_weights(source.checkpoint, policy)
-    say(f"{parallel.layout()}; {model.describe(arch, config.model)}; {generator.describe()}")
+    say(f"{parallel.layout()}; {describe_model(arch, config.model)}; {generator.describe()}")
 
     if config.chat:
         chat(generator, fmt)
@@ -174,7 +161,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """What --model names."""
+    """The model that --model names."""
 
     directory: Path  # of config.json and tokenizer
     checkpoint: Path | None  # of the weights; None: they are in the directory
@@ -190,7 +177,7 @@ class Source:
 
 
 def find_source(config: ModelConfig) -> Source:
-    """Where the parts of a model are, whose --model is a Hugging Face directory or a checkpoint of ours."""
+    """Find the parts of a model; --model is a Hugging Face directory or a checkpoint of this project."""
     path = config.path
     if not checkpoint.is_checkpoint(path):
         return Source(path, None, None, read_formats(path))
@@ -225,43 +212,43 @@ def read_formats(directory: Path) -> dict:
 def encode_text(
     text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str | None, raw: bool
 ) -> np.ndarray:
-    """Ids [n] int32 of the text of --prompt. Raises ValueError.
+    """Ids [n] int32 of the text of --prompt. Raises UserError.
 
     `template`: of training rows without messages; it goes before the chat template, and `raw` before both.
     """
     if not raw and template is not None:
-        return data.at("--prompt", encode_in_template, text, tokenizer, fmt, template)
+        return jsonl.at("--prompt", encode_in_template, text, tokenizer, fmt, template)
     if not raw and tokenizer.chat_template:
         row = {"messages": [{"role": "user", "content": text}]}
     else:
         row = {"prompt": text}
-    return data.at("--prompt", prompts.format_prompt, row, tokenizer, fmt)
+    return jsonl.at("--prompt", prompts.format_prompt, row, tokenizer, fmt)
 
 
 def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str) -> np.ndarray:
     """Ids [n] int32 before the answer of a row whose first field is `text` and whose others are empty."""
-    first, *others = [field for _, field in data.template_pieces(template)]
+    first, *others = [field for _, field in template_pieces(template)]
     if not others:
         raise UserError(f"the template {template!r} has no field for a prompt: use --raw")
     row = dict.fromkeys(others, "") | {first: text}
     rules = FormatConfig(template, first, add_bos=fmt.add_bos, max_seq_len=10**9)
-    ids, trained, _ = data.format_template(row, tokenizer, rules)
-    data.check_bos(ids, tokenizer)
+    ids, trained, _ = format_template(row, tokenizer, rules)
+    check_bos(ids, tokenizer)
     return np.array(ids, np.int32)[~np.array(trained)]
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, fmt: PromptFormat, arch: Architecture) -> list[Prompt]:
-    """The rows of --input. Raises ValueError with file and line for one that cannot be answered."""
+    """The rows of --input. Raises UserError with file and line for one that cannot be answered."""
     found = []
-    for where, row in data.read_jsonl(path):
-        ids = data.at(where, prompts.format_prompt, row, tokenizer, fmt)
-        data.at(where, check_ids, ids, arch)
+    for where, row in jsonl.read_jsonl(path):
+        ids = jsonl.at(where, prompts.format_prompt, row, tokenizer, fmt)
+        jsonl.at(where, check_ids, ids, arch)
         found.append(Prompt(ids, row))
     return found
 
 
 def check_ids(ids: np.ndarray, arch: Architecture) -> None:
-    """Raises ValueError for a prompt [n] that this model cannot continue."""
+    """Raises UserError for a prompt [n] that this model cannot continue."""
     check_prompt(ids, arch.max_positions)
     packing.check_ids([Example(ids, np.zeros(len(ids), bool))], arch.vocab_size)
 
@@ -299,13 +286,13 @@ def tell(text: str, end: str = "\n") -> None:
 
 
 def pace(samples: list[Sample], seconds: float) -> str:
-    """How many tokens these are, and how fast they came."""
+    """Number of tokens, and tokens per second, for the log."""
     tokens = sum(len(sample.ids) for sample in samples)
     return f"{tokens:,} tokens, {tokens / seconds:,.1f} tokens/s"
 
 
 class Shown:
-    """What is shown of an answer that grows: no half of a character, and nothing of what ends it."""
+    """Printable part of a growing response: no half of a character, no part of a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.tokenizer, self.stop = tokenizer, stop
@@ -313,7 +300,7 @@ class Shown:
         self.length = 0  # characters shown
 
     def add(self, token: int) -> str:
-        """What the answer's next token lets be shown."""
+        """Text that becomes printable with the next token."""
         if token not in self.tokenizer.stop_ids:
             self.ids.append(token)
         text = settled(self.tokenizer.decode(self.ids), self.stop)

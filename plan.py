@@ -1,4 +1,4 @@
-"""Does this run fit? What each phase of a run takes of a rank's memory, before any machine is asked for.
+"""Memory of each phase of a run on a rank, and whether it fits, before any machine is asked for.
 
     python plan.py --nodes 4 --gpus-per-node 8 --gpu-memory 80 \
         train_ppo.py --model DIR --tp 8 --reward-model RM --train-data prompts.jsonl
@@ -7,11 +7,11 @@ plan's own flags come before the script's name; what follows are the script's, r
 Config. Of a model only config.json is read; nothing is allocated and no GPU is needed. GB are 1e9 bytes, as
 in a run's memory/... metrics. Exit status 0: it fits; 1: it does not, or flags do not fit each other.
 
-The arithmetic is align/memory.py's. A phase is what align/offload.py calls one; in scripts without
-off-loading it is a part of a step in which memory has a peak of its own. Micro-batches are taken as full, and
-answers as of the greatest length. `bench/plan.py` compares with what runs on CPUs have taken. Of GPUs nothing
-was compared yet. With Transformer Engine, --fp8 or not, activations are counted as with torch's kernels in
-bf16.
+The arithmetic is align/planning/memory.py's. A phase is what align/training/offload.py calls one; in scripts
+without off-loading it is a part of a step in which memory has a peak of its own. Micro-batches are taken as
+full, and answers as of the greatest length. `bench/plan.py` compares with what runs on CPUs have taken. Of
+GPUs nothing was compared yet. With Transformer Engine, --fp8 or not, activations are counted as with torch's
+kernels in bf16.
 """
 
 import importlib.util
@@ -26,13 +26,18 @@ from typing import Literal
 
 import tyro
 
-from align import architecture, console, memory, model, packing, parallel, prompts
-from align.architecture import Architecture
+from align import console
+from align.data import packing, prompts
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
 from align.errors import UserError, one_line
-from align.generate import RolloutConfig, check_rollout_tp
-from align.loop import CommonConfig
-from align.memory import Rollout, Setting, Work
-from align.parallel import ParallelConfig
+from align.generation.generator import RolloutConfig, check_rollout_tp
+from align.model import architecture
+from align.model.architecture import Architecture
+from align.model.config import check_model
+from align.planning import memory
+from align.planning.memory import Rollout, Setting, Work
+from align.training.config import CommonConfig
 
 ITEMS = (
     *"process weights gradients optimizer frozen building".split(),
@@ -110,7 +115,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase needs on a rank's device."""
+    """Memory of one phase on a rank's device."""
 
     name: str
     needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as offload.Phases has it
@@ -130,7 +135,7 @@ class Job:
 
     @property
     def layout(self) -> Setting:
-        """How all models are computed; of the first stage."""
+        """Setting of all models on the first stage."""
         p = self.config.parallel
         dp = self.cluster.world // (p.tp * p.pp * p.cp)
         precision = self.config.model.precision
@@ -159,7 +164,7 @@ class Job:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], Path, list[str]]:
-    """plan's own flags, the script, the script's flags. Raises ValueError if no script is named."""
+    """plan's own flags, the script, the script's flags. Raises UserError if no script is named."""
     for i, word in enumerate(arguments):
         if word.endswith(".py") and not word.startswith("--"):
             return list(arguments[:i]), Path(word), list(arguments[i + 1 :])
@@ -167,7 +172,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], Path, list[str]]:
 
 
 def load_script(path: Path) -> ModuleType:
-    """A training script as a module; nothing of it runs. Raises ValueError for what is none."""
+    """A training script as a module; nothing of it runs. Raises UserError for what is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such script")
     script = sys.modules.get(path.stem)
@@ -176,7 +181,7 @@ def load_script(path: Path) -> ModuleType:
         script = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
     if not issubclass(getattr(script, "Config", type(None)), CommonConfig):
-        raise UserError(f"{path} is no training script: it has no Config of align.loop's kind")
+        raise UserError(f"{path} is no training script: it has no Config of align.training.config's kind")
     return script
 
 
@@ -198,7 +203,7 @@ def read(config: CommonConfig, cluster: Cluster) -> Job:
         frozen["reference"] = policy
     for arch in (*trained.values(), *frozen.values()):
         # Transformer Engine's own limits are for the machine that has it.
-        model.check(arch, replace(config.model, attention="torch", fp8=False), config.parallel)
+        check_model(arch, replace(config.model, attention="torch", fp8=False), config.parallel)
     if hasattr(config, "rollout"):
         check_rollout(config.rollout, config.parallel, policy, cluster.world)
     offload = config.offload.offload if hasattr(config, "offload") else "off"
@@ -206,7 +211,7 @@ def read(config: CommonConfig, cluster: Cluster) -> Job:
 
 
 def check_world(config: CommonConfig, world: int) -> None:
-    """What the script says of parallel sizes that do not fit so many processes. Raises ValueError."""
+    """Check parallel sizes as the script does. Raises UserError."""
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world)  # as torchrun would say
     try:
@@ -217,7 +222,7 @@ def check_world(config: CommonConfig, world: int) -> None:
 
 
 def check_rollout(rollout: RolloutConfig, layout: ParallelConfig, policy: Architecture, world: int) -> None:
-    """What the script says of a sampler that does not fit, and what plan.py cannot say. Raises ValueError."""
+    """Check the sampler as the script does, and the limits of plan.py. Raises UserError."""
     if rollout.generate_with == "trtllm":
         raise UserError("--generate-with trtllm: plan.py does not know what TensorRT-LLM's engine takes")
     if rollout.reshards(layout):
@@ -225,14 +230,14 @@ def check_rollout(rollout: RolloutConfig, layout: ParallelConfig, policy: Archit
 
 
 def has_reference(config: CommonConfig) -> bool:
-    """Does a second model, the reference, wait for its turn?"""
+    """True if the run has a reference model whose weights are swapped in."""
     if hasattr(config, "kl_coef"):
         return config.kl_coef > 0
     return hasattr(config, "iterations") or getattr(config, "reference", None) == "swap"
 
 
 def check_lengths(config: CommonConfig, context: int) -> None:
-    """What the script says of lengths that do not fit. Raises ValueError."""
+    """Check lengths as the script does. Raises UserError."""
     if hasattr(config, "check_lengths"):
         config.check_lengths(context)
     elif hasattr(config, "sampling"):
@@ -450,7 +455,7 @@ def fullest_node(job: Job, process: float) -> dict[str, float]:
 
 
 def process_bytes() -> float:
-    """What a run's process takes beside its tensors.
+    """Memory of a run's process beside its tensors.
 
     That is what this one takes now, having imported the same, and what comes with the first step.
     """
@@ -476,7 +481,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 
 def refusal(job: Job, phase: str, items: Mapping[str, float], limit: float, where: str) -> str:
-    """Why a run does not fit, its largest item, and what would make that or another large one smaller."""
+    """Explain a run that does not fit: its largest item, and flags that make it or another one smaller."""
     total, by_size = sum(items.values()), sorted(items, key=items.get, reverse=True)
     useless = {"--offload on"} if job.offloads or not hasattr(job.config, "offload") else {"--offload off"}
     if job.config.model.recompute == "full":

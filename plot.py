@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 from align.errors import one_line
-from align.plots import draw
+from align.tracking.plots import draw
 
 
 def main(run_directories: tyro.conf.Positional[tuple[Path, ...]]) -> None:

@@ -11,7 +11,7 @@ python prepare_data.py hh --input train.jsonl.gz --test-input test.jsonl.gz --ou
 python prepare_data.py judge --input data/gsm8k_train.jsonl --output data/gsm8k_judge.jsonl
 python prepare_data.py toy --output data/toy
 
---download fetches what is not in data/raw yet; addresses and sha256 are in align/download.py.
+--download fetches what is not in data/raw yet; addresses and sha256 are in align/data/download.py.
 """
 
 import json
@@ -25,14 +25,14 @@ from typing import Literal, get_args
 import tyro
 
 from align import console
-from align.data import at, read_jsonl, text_field
-from align.download import fetch
+from align.data.download import fetch
+from align.data.jsonl import at, read_jsonl, text_field
+from align.data.marker_chat import answering, check_conversation
+from align.data.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
+from align.data.rows import sft_row
+from align.data.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
 from align.errors import UserError, one_line
-from align.marker_chat import answering, check_conversation
-from align.output import check_files
-from align.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
-from align.rows import sft_row
-from align.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
+from align.files import check_files
 
 ROOT = Path(__file__).parent
 RAW = Path("data/raw")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def check_source(input: object, download: bool, **about_download: object) -> None:
-    """Raise ValueError unless one of --input and --download is given; other flags are about the latter."""
+    """Raises UserError unless one of --input and --download is given; other flags are about the latter."""
     if bool(input) == download:
         raise UserError("give either --input FILE or --download, which fetches the public file")
     for name, value in about_download.items():
@@ -71,7 +71,7 @@ def check_source(input: object, download: bool, **about_download: object) -> Non
 
 
 def raw_file(name: str, input: Path | None, download: bool, download_dir: Path | None) -> Path:
-    """Return --input, or the path of the public file `name`. Raises ValueError unless one is asked for."""
+    """Return --input, or the path of the public file `name`. Raises UserError unless one is asked for."""
     check_source(input, download, download_dir=download_dir)
     return input or fetch(name, download_dir or RAW)
 
@@ -310,7 +310,7 @@ def hh_messages(text: str) -> list[dict]:
 
 
 def hh_flaw(chosen: list[dict], rejected: list[dict]) -> str | None:
-    """Why a pair is of no use, or None."""
+    """Reason to drop a pair, or None."""
     for messages in (chosen, rejected):
         roles = [message["role"] for message in messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
@@ -380,7 +380,7 @@ def judge(
 
 
 def answered(row: dict) -> tuple[str, str]:
-    """What the last turn of a chat answers, as text for a judge, and the answer. Raises ValueError."""
+    """Question of a chat's last turn as text for a judge, and the response. Raises UserError."""
     if "conversations" in row:
         return as_text(conversations_turns(row)), last_value(row)
     if "messages" not in row:
@@ -393,7 +393,7 @@ def answered(row: dict) -> tuple[str, str]:
 
 
 def last_value(row: dict) -> str:
-    """The last answer of a `conversations` row. Raises ValueError if there is none, or if it is a label."""
+    """The last answer of a `conversations` row. Raises UserError if there is none, or if it is a label."""
     kind, masked, turns = check_conversation(row)
     if kind == "TEXT_TO_VALUE":
         raise UserError("field 'type': the answers of TEXT_TO_VALUE rows are labels, which are not judged")
@@ -470,7 +470,7 @@ def toy_judgements(num_judge: int, num_meta: int, seed: int, after: int) -> list
 
 
 def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[list, list]:
-    """Items to train on and, from the end, to validate on. Raises ValueError if one part would be empty."""
+    """Items to train on and, from the end, to validate on. Raises UserError if one part would be empty."""
     num_train = int(len(items) * (1 - fraction))
     if not 0 < num_train < len(items):
         raise UserError(f"{flag} {fraction} of {len(items)} must leave some to train and to validate on")
@@ -478,7 +478,7 @@ def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[l
 
 
 def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str = "") -> None:
-    """Write train{suffix}.jsonl and val{suffix}.jsonl. Raises ValueError if one would be empty."""
+    """Write train{suffix}.jsonl and val{suffix}.jsonl. Raises UserError if one would be empty."""
     if not train or not val:
         raise UserError(
             f"{directory}: {len(train)} rows to train on and {len(val)} to validate on: both need some"

@@ -3,10 +3,10 @@
     torchrun --nproc_per_node 2 train_dpo.py --model runs/sft/hf --loss dpo --beta 0.1 \
         --train-data train_comparisons.jsonl --val-data test_comparisons.jsonl --output runs/dpo
 
-Rows are {"prompt", "chosen", "rejected"}, as text or as messages: align/preferences.py has the formats.
---loss names a function of align/losses.py, where the equations and papers are. The reference is the model
-that training starts from. OUTPUT/hf is the result. Without arguments the built-in tiny model learns a toy
-task.
+Rows are {"prompt", "chosen", "rejected"}, as text or as messages: align/data/preferences.py has the formats.
+--loss names a function of align/losses/preference.py, where the equations and papers are. The reference is
+the model that training starts from. OUTPUT/hf is the result. Without arguments the built-in tiny model learns
+a toy task.
 """
 
 import inspect
@@ -19,31 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align import (
-    architecture,
-    checkpoint,
-    continuation,
-    data,
-    engine,
-    huggingface,
-    launch,
-    losses,
-    model,
-    optim,
-    packing,
-    parallel,
-    preferences,
-    reference,
-    tokenizer,
-    toy,
-)
+from align.data import display, packing, preferences, tokenizer, toy
+from align.data.packing import Batch
+from align.data.preferences import PreferenceFormat
+from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
-from align.loop import CommonConfig
-from align.metrics import Clock, Run, RunConfig, speed, with_std
-from align.optim import OptimConfig
-from align.packing import Batch
-from align.preferences import PreferenceFormat
+from align.losses import preference as losses
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.tracking.metrics import Clock, speed, with_std
+from align.tracking.run import Run, RunConfig
+from align.training import batching, checkpoint, continuation, engine, optim, reference
+from align.training.config import CommonConfig
+from align.training.optim import OptimConfig
 
 LOSSES = (
     "dpo ipo scale rpo_bwd_kl rpo_fwd_kl rpo_sq cdpo robust hinge kto_pair simpo orpo dpop apo_zero "
@@ -57,25 +46,27 @@ REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
 @dataclass(frozen=True)
 class Config(CommonConfig):
     loss: Literal[tuple(LOSSES)] = "dpo"
-    """preference loss, the function of that name in align/losses.py"""
+    """preference loss, the function of that name in align/losses/preference.py"""
     beta: float | None = None
-    """strength of the tie to the reference; a reward is beta times the log-ratio (default: 0.1; simpo: 2)"""
+    """beta of DPO: the implicit reward is beta log(pi / pi_ref) (default: 0.1; simpo: 2)"""
     sft_weight: float | None = None
-    """weight of the chosen answers' negative log-likelihood in the loss (default: 0; orpo: 1)"""
+    """weight of the SFT loss: the chosen responses' negative log-likelihood (default: 0; orpo: 1)"""
     average_logprobs: bool | None = None
-    """log-probs per token instead of per answer (default: False; simpo and orpo: True)"""
+    """log-probs per token instead of per response (default: False; simpo and orpo: True)"""
     sft_average_logprobs: bool | None = None
-    """the same for the term of --sft-weight (default: as --average-logprobs)"""
+    """the same for the SFT loss (default: as --average-logprobs)"""
     label_smoothing: float | None = None
-    """cdpo, robust, exo_pair: share of pairs that are labelled wrong (default: 0.1; exo_pair: 0.001)"""
+    """label smoothing of cdpo, robust, exo_pair: probability that a pair is labelled the wrong way round
+    (default: 0.1; exo_pair: 0.001)"""
     simpo_gamma: float | None = None
-    """simpo: margin that the rewards should differ by (default: 0.5)"""
+    """target reward margin gamma of simpo (default: 0.5)"""
     dpop_lambda: float | None = None
-    """dpop: weight of the penalty for chosen answers that lose likelihood (default: 50)"""
+    """lambda of dpop: weight of the penalty for chosen responses that lose likelihood (default: 50)"""
     reward_scale: float | None = None
     """scale, rpo_*: factor on chosen_reward - rejected_reward of the data (default: 1)"""
     reference: Literal["precompute", "swap"] | None = None
-    """reference log-probs: all before training (default), or each step by weights that wait in CPU memory"""
+    """reference log-probs: precompute all before training (default), or swap the reference weights in at each
+    step"""
     audit_start: float | None = None
     """bound on the mean |log pi - log pi_ref| of a response before the first update, where both are one
     model, in nats (default: 0 on a CPU and with --deterministic, else 1e-3 in fp32, 1 in bf16; inf: none)"""
@@ -116,11 +107,11 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row=2)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files = {"train": config.train_data, "val": config.val_data}
@@ -134,7 +125,7 @@ def main(config: Config) -> None:
     for name in [name for name in files if files[name]]:
         pairs[name], counts = preferences.load_pairs(files[name], text, config.format)
         packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
-        run.say(f"{name} data: {data.describe(counts)}")
+        run.say(f"{name} data: {display.describe(counts)}")
         if "reward_gap" in wanted:
             preferences.check_rewards(counts, f"--{name}-data", config.loss)
     packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")
@@ -147,9 +138,9 @@ def main(config: Config) -> None:
     run.total_steps = total_steps
 
     # ---- model -----------------------------------------------------------------------------------
-    policy = model.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
 
     # ---- reference -------------------------------------------------------------------------------
@@ -170,7 +161,7 @@ def main(config: Config) -> None:
             "row": np.array(rows)[:, None],
             "reward_gap": reward_scale * np.array([[pair.reward_gap] for pair in taken]),
         }
-        return engine.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
+        return batching.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
 
     start_bound = config.audit_start
     if start_bound is None:

@@ -9,7 +9,7 @@ A step samples answers to --prompts-per-step prompts, scores them by a reward mo
 what "better than expected" is: gae asks a critic, which starts as the reward model; rloo and grpo compare the
 --samples-per-prompt answers to a prompt; reinforce compares with all answers of the step. Policy, reference,
 reward model and critic live in the same processes; with --offload each phase has only those on the GPU that
-it needs. Rows of data are prompts: align/prompts.py has the formats. OUTPUT/hf is the result. Without
+it needs. Rows of data are prompts: align/data/prompts.py has the formats. OUTPUT/hf is the result. Without
 arguments it runs on the built-in tiny model, which is random, and a toy task; demo.py shows one that learns.
 
 PPO: arXiv 1707.06347; with language models: 1909.08593, 2203.02155. RLOO: 2402.14740. GRPO: 2402.03300, here
@@ -27,29 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align import (
-    architecture,
-    audit,
-    checkpoint,
-    continuation,
-    engine,
-    generate,
-    huggingface,
-    launch,
-    losses_rl,
-    model,
-    offload,
-    optim,
-    packing,
-    parallel,
-    prompts,
-    reference,
-    rewards,
-    tokenizer,
-    toy,
-)
-from align.audit import AuditConfig
-from align.checkpoint import CheckpointConfig
+from align.data import packing, prompts, tokenizer, toy
+from align.data.packing import Batch
+from align.data.prompts import PromptFormat
+from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import (
     BOUND,
@@ -64,20 +45,28 @@ from align.flags import (
     number,
     refuse_unused,
 )
-from align.generate import RolloutConfig
-from align.loop import CommonConfig, LoopConfig
-from align.metrics import Clock, Run, RunConfig, mean_of
-from align.offload import OffloadConfig
-from align.optim import OptimConfig
-from align.packing import Batch
-from align.prompts import PromptFormat
-from align.rewards import RewardConfig, Rollout
-from align.sampling import SamplingConfig
+from align.generation import audit
+from align.generation.audit import AuditConfig
+from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
+from align.generation.rollout import Rollout
+from align.generation.sampling import SamplingConfig
+from align.losses import rl
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.rewards import sources
+from align.rewards.sources import RewardConfig
+from align.tracking.metrics import Clock, mean_of
+from align.tracking.run import Run, RunConfig
+from align.training import batching, checkpoint, continuation, engine, offload, optim, reference
+from align.training.checkpoint import CheckpointConfig
+from align.training.config import CommonConfig, LoopConfig
+from align.training.offload import OffloadConfig
+from align.training.optim import OptimConfig
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
 WHITENED = ("gae", "reinforce")  # --advantages that may be
-KL = {"k1": losses_rl.kl_k1, "abs": losses_rl.kl_abs, "k2": losses_rl.kl_k2, "k3": losses_rl.kl_k3}
+KL = {"k1": rl.kl_k1, "abs": rl.kl_abs, "k2": rl.kl_k2, "k3": rl.kl_k3}
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -85,51 +74,53 @@ KL = {"k1": losses_rl.kl_k1, "abs": losses_rl.kl_abs, "k2": losses_rl.kl_k2, "k3
 @dataclass(frozen=True)
 class Config(CommonConfig):
     advantages: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
-    """what an answer is compared with: a critic, the other answers to its prompt (rloo, grpo), or all"""
+    """advantage estimator: gae (PPO's, with a critic), or without one rloo and grpo (relative to the other
+    responses to the prompt) and reinforce (relative to all)"""
     prompts_per_step: int = 64
-    """prompts that a step samples answers to"""
+    """prompts per rollout"""
     samples_per_prompt: int = 1
-    """answers to each of them: the group of rloo and grpo"""
+    """responses per prompt: the group size of rloo and grpo"""
     ppo_epochs: int = 1
-    """passes over the responses of a step; each but the first draws its minibatches anew"""
+    """PPO epochs: passes over a rollout's responses; each but the first draws its minibatches anew"""
     clip: float = 0.2
-    """an update has no reason to move the ratio of new to old probability further than this from 1"""
+    """PPO clip range epsilon: the ratio pi / pi_old is clipped to [1 - eps, 1 + eps]"""
     gamma: float = 1.0
-    """discount of later rewards per token; gae and reinforce"""
+    """discount factor of rewards per token, from 0 to 1 (gae and reinforce)"""
     gae_lambda: float = 0.95
-    """1: what was earned counts, 0: what the critic expects of the next token; gae"""
+    """GAE lambda: 1 = Monte Carlo returns, 0 = one-step TD (gae only)"""
     whiten_advantages: bool = True
-    """advantages with mean 0 and variance 1 over all tokens of the step's answers; gae and reinforce"""
+    """whiten advantages to mean 0 and variance 1 over all response tokens of the step (gae and reinforce)"""
     entropy_coef: float = 0.0
-    """weight of the entropy, in nats per token, that the loss rewards"""
+    """entropy bonus coefficient, per nat and token; 0: none"""
     unended: Literal["mask", "penalise", "keep"] = "mask"
-    """answers that --max-new-tokens cut off: left out of the policy's loss (the critic learns from them, and
-    rloo and grpo do not compare with them), given a penalty, or like the others"""
+    """truncated responses (cut off by --max-new-tokens): mask leaves them out of the policy loss (the critic
+    learns from them, rloo and grpo do not compare with them), penalise subtracts a penalty, keep treats them
+    like the others"""
     unended_penalty: float = 1.0
-    """subtracted from the reward of such an answer; --unended penalise"""
+    """penalty subtracted from the reward of a truncated response (--unended penalise)"""
     kl_coef: float = 0.01
-    """price of a nat of KL to the reference; 0: there is no reference"""
+    """KL penalty coefficient beta, per nat; 0 loads no reference model"""
     kl_in: Literal["auto", "reward", "loss"] = "auto"
-    """the KL is subtracted from each token's reward, as in PPO, or added to the loss, as in GRPO. auto: loss
-    with grpo, whose division by the spread of rewards would blow it up, else reward"""
+    """place of the KL penalty: subtracted from each token's reward, as in PPO, or added to the loss, as in
+    GRPO. auto: loss with grpo, whose division by the spread of rewards would blow it up, else reward"""
     kl: Literal["auto", "k1", "abs", "k2", "k3"] = "auto"
-    """estimator of the KL at a token, of d = log pi - log pi_ref: d, |d|, d^2 / 2, exp(-d) - 1 + d. auto: k1
-    in the reward, k3 in the loss"""
+    """KL estimator at a token, of d = log pi - log pi_ref: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) - 1 + d.
+    auto: k1 in the reward, k3 in the loss"""
     kl_target: float | None = None
-    """nats per token that --kl-coef is adapted to after each step (default: it stays as it is)"""
+    """target KL in nats per token, to which --kl-coef is adapted after each step (default: no adaptation)"""
     kl_horizon: float = 10000.0
-    """answers over which it is adapted; above a fifth of the answers of a step"""
+    """horizon of the adaptive KL coefficient, in responses; above a fifth of the responses of a step"""
     critic: Path | None = None
-    """reward model, or language model whose values start at 0, that initialises the critic (default:
-    --reward-model, else --model)"""
+    """model that initialises the critic: a reward model, or a language model whose values start at 0
+    (default: --reward-model, else --model)"""
     critic_lr: float = 1e-5
-    """learning rate of the critic, after the same warm-up as --lr"""
+    """critic learning rate, after the same warm-up as --lr"""
     critic_min_lr: float = 1e-5
-    """its learning rate at the end"""
+    """critic learning rate at the end"""
     critic_warmup_steps: int = 0
-    """first steps, in which only the critic learns"""
+    """first steps, which train the critic only"""
     value_clip: float = 0.2
-    """an update has no reason to move a value further than this from the old one; 0: no limit"""
+    """value clip range: a value is clipped to [old - x, old + x] in the critic's loss; 0: no limit"""
     audit_ratio: float | None = None
     """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
     1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
@@ -225,7 +216,7 @@ class Config(CommonConfig):
 
     @property
     def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What --kl names."""
+        """KL estimator that --kl names."""
         return KL[{"auto": "k3" if self.kl_place == "loss" else "k1"}.get(self.kl, self.kl)]
 
     def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:
@@ -233,7 +224,7 @@ class Config(CommonConfig):
         if self.kl_target is None or done < self.critic_warmup_steps + 2:
             return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
         kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
-        return losses_rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
+        return rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.answers_per_step)
 
     def minibatches(self, step: int, epoch: int) -> list[list[list[int]]]:
         """Draw the updates of a PPO epoch: [update][prompt][response], responses by number in the rollout.
@@ -261,12 +252,12 @@ def advantages_of(
         counted: [A] bool, answers that the policy learns from.
     """
     if config.advantages == "gae":
-        return losses_rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+        return rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
     if config.advantages == "reinforce":  # what is earned from here on
-        return losses_rl.gae(rewards, values, lengths, config.gamma, 1.0)
+        return rl.gae(rewards, values, lengths, config.gamma, 1.0)
     returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]
     groups = (-1, config.samples_per_prompt)
-    compare = losses_rl.rloo if config.advantages == "rloo" else losses_rl.grpo
+    compare = rl.rloo if config.advantages == "rloo" else rl.grpo
     advantages = compare(returns.view(groups), counted.view(groups)).view(-1)
     return expand(advantages, lengths), expand(returns, lengths)
 
@@ -309,12 +300,12 @@ def by_answer(x: Tensor, lengths: list[int]) -> Tensor:
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
-    generate.check(arch, config.rollout, config.sampling, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, reward = {"train": config.train_data, "val": config.val_data}, config.reward.with_statistics()
@@ -322,10 +313,10 @@ def main(config: Config) -> None:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
         if not (reward.reward_model or reward.reward_fn):
-            reward = replace(reward, reward_fn="align.toy:reward")
+            reward = replace(reward, reward_fn="align.data.toy:reward")
     run.say(reward.describe())
     text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
-    rewards.warn_of_other_ends(reward, text, run.say)
+    sources.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
@@ -343,14 +334,14 @@ def main(config: Config) -> None:
     # ---- models ----------------------------------------------------------------------------------
     clock, shelf = Clock(), config.offload.shelf(config.run.output)
     phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
-    judges = rewards.judges(
+    judges = sources.judges(
         reward, config.model, config.parallel, config.batch, text, config.sampling.stop, shelf
     )
-    policy = model.build_policy(
+    policy = gpt.build_policy(
         arch, config.model, config.parallel, temperature=config.sampling.temperature, entropy=True
     )
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
     if config.kl_coef:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
@@ -359,19 +350,17 @@ def main(config: Config) -> None:
     trained = {"policy": (policy, optimizer)}
     if config.advantages == "gae":
         start = config.critic or reward.reward_model or config.model.path
-        critic = rewards.load_scorer("--critic", start, config.model, config.parallel, text)
+        critic = sources.load_scorer("--critic", start, config.model, config.parallel, text)
         is_new = not architecture.read_config(replace(config.model, model=str(start)).path).labels
         values_as = (
             RewardConfig() if is_new else reward
         )  # a reward model's values are standardised as rewards
-        critic = model.distributed(critic)
+        critic = gpt.distributed(critic)
         critic_optimizer = optim.build(critic, critic_optim)
         phase.add("critic", critic, critic_optimizer)
         trained["critic"] = (critic, critic_optimizer)
         run.say(f"the critic starts as {start}")
-    generator = generate.Generator(
-        policy, config.rollout, config.sampling, config.model, config.parallel, text
-    )
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
     run.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -399,7 +388,7 @@ def main(config: Config) -> None:
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of answers
         old, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
-        loss, metrics = losses_rl.policy_loss(logprobs, old, advantages, counted, config.clip)
+        loss, metrics = rl.policy_loss(logprobs, old, advantages, counted, config.clip)
         entropy = (entropy * counted).sum()
         if kl_coef:
             kl = config.kl_estimator(logprobs, batch.extra["ref"])
@@ -408,7 +397,7 @@ def main(config: Config) -> None:
 
     def value_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values = values_as.standardised(output[batch.mask.bool()][:, 0].double())  # [n]
-        return losses_rl.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
+        return rl.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
 
     def update(
         name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], tokens: list[float], lr: float
@@ -447,19 +436,19 @@ def main(config: Config) -> None:
         # rollout: [A] answers; their N tokens lie end to end from here on
         found = rollout("train", resumed.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
-            generate.warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
+            warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
         run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
         lengths = [len(sample.ids) for sample in found.answers]
         ended = torch.tensor([sample.finish == "stop" for sample in found.answers])
         examples = [example for examples in found.examples() for example in examples]
         draws = [draw for epoch in range(config.ppo_epochs) for draw in config.minibatches(step, epoch)]
         by_prompt = [[[examples[number] for number in group] for group in draw] for draw in draws]
-        updates = [engine.answer_rows(policy, groups, config.batch) for groups in by_prompt]
+        updates = [batching.answer_rows(policy, groups, config.batch) for groups in by_prompt]
         in_order = updates[: len(updates) // config.ppo_epochs]
 
         # what the models say of each token, [N]
         with phase("logprobs", policy="weights"):
-            old = engine.per_token(policy, in_order, config.batch)[:, 0]
+            old = batching.per_token(policy, in_order, config.batch)[:, 0]
         sampled = [sample.logprobs for sample in found.answers]
         computed = [part.numpy() for part in old.split(lengths)]
         stop_texts = (*config.sampling.stop, *text.stop_strings)
@@ -471,10 +460,10 @@ def main(config: Config) -> None:
         ref_logprobs, values = old, torch.zeros_like(old)
         if config.kl_coef:
             with phase("reference"), ref.lent_to(policy.module):
-                ref_logprobs = engine.per_token(policy, in_order, config.batch)[:, 0]
+                ref_logprobs = batching.per_token(policy, in_order, config.batch)[:, 0]
         if "critic" in trained:
             with phase("values", critic="weights"):
-                values = values_as.standardised(engine.per_token(critic, in_order, config.batch)[:, 0])
+                values = values_as.standardised(batching.per_token(critic, in_order, config.batch)[:, 0])
 
         # rewards, advantages and returns of each token, [N]
         scores = torch.from_numpy(found.rewards).view(-1)  # [A]
@@ -482,7 +471,7 @@ def main(config: Config) -> None:
             scores = scores - config.unended_penalty * ended.logical_not().double()
         counted = ended if config.unended == "mask" else torch.ones_like(ended)  # [A]
         kl = config.kl_estimator(old, ref_logprobs)
-        token_rewards = losses_rl.token_rewards(scores, kl, lengths, in_reward)
+        token_rewards = rl.token_rewards(scores, kl, lengths, in_reward)
         advantages, returns = advantages_of(config, token_rewards, values, lengths, counted)
         statistics = found.statistics() | {
             "rollout_size": len(lengths),
@@ -493,17 +482,17 @@ def main(config: Config) -> None:
             statistics |= {"init_policy_kl": by_answer(kl, lengths).mean(), "kl_coef": kl_coef}
         if "critic" in trained:
             statistics |= moments("returns", returns) | moments("values", values)
-            statistics["explained_variance"] = losses_rl.explained_variance(values, returns)
+            statistics["explained_variance"] = rl.explained_variance(values, returns)
         metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
         if config.whiten_advantages and config.advantages in WHITENED:
-            advantages = losses_rl.whiten(advantages)
+            advantages = rl.whiten(advantages)
 
         # update
         known = {"old": old, "ref": ref_logprobs, "values": values, "returns": returns}
         known |= {"advantages": advantages, "counted": expand(counted.double(), lengths)}
         order = [number for draw in draws for group in draw for number in group]
         known = {name: reorder(x, lengths, order) for name, x in known.items()}
-        batches = engine.token_batches(policy, updates, config.batch, known)
+        batches = batching.token_batches(policy, updates, config.batch, known)
         part_lengths = [sum(packing.num_trained(row) for row in rows_of_update) for rows_of_update in updates]
         if "critic" in trained:
             lr = optim.learning_rate(critic_optim, step, total_steps)

@@ -5,10 +5,10 @@
 
 The score is a linear head on the hidden state of the text's last token. --loss ranking (Bradley-Terry) takes
 pairs, {"prompt", "chosen", "rejected"} or {"text"} lines, good before bad; --loss regression takes {"text",
-"label"} rows: align/preferences.py has the formats. OUTPUT/hf is the result, a *ForSequenceClassification
-model with one label; the mean and standard deviation of its scores, for --reward-standardise auto of PPO and
-rejection sampling, are in reward_statistics.json there. Without arguments the built-in tiny model learns a
-toy task.
+"label"} rows: align/data/preferences.py has the formats. OUTPUT/hf is the result, a
+*ForSequenceClassification model with one label; the mean and standard deviation of its scores, for
+--reward-standardise auto of PPO and rejection sampling, are in reward_statistics.json there. Without
+arguments the built-in tiny model learns a toy task.
 """
 
 from collections import Counter
@@ -21,32 +21,21 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from align import (
-    architecture,
-    checkpoint,
-    continuation,
-    data,
-    engine,
-    huggingface,
-    launch,
-    losses,
-    model,
-    optim,
-    packing,
-    parallel,
-    preferences,
-    tokenizer,
-    tokenizer_files,
-    toy,
-)
+from align.data import display, packing, preferences, tokenizer, tokenizer_files, toy
+from align.data.packing import Batch, Example
+from align.data.preferences import PreferenceFormat
+from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
-from align.loop import CommonConfig
-from align.metrics import Clock, Run, RunConfig, speed, wilson_interval, with_std
-from align.optim import OptimConfig
-from align.packing import Batch, Example
-from align.preferences import PreferenceFormat
-from align.rewards import save_statistics
+from align.losses import preference, supervised
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.rewards.sources import save_statistics
+from align.tracking.metrics import Clock, speed, wilson_interval, with_std
+from align.tracking.run import Run, RunConfig
+from align.training import batching, checkpoint, continuation, engine, optim
+from align.training.config import CommonConfig
+from align.training.optim import OptimConfig
 
 STATISTICS_ROWS = 1000  # whose mean is known to a few hundredths of the standard deviation
 
@@ -58,14 +47,15 @@ class Config(CommonConfig):
     test_data: tuple[Path, ...] = ()
     """rows for one evaluation after the last step; like --val-data, each file is a set of its own"""
     loss: Literal["ranking", "regression"] = "ranking"
-    """ranking: -log sigmoid(score of chosen - score of rejected - margin); regression: squared error"""
+    """ranking: Bradley-Terry, -log sigmoid(score of chosen - score of rejected - margin); regression: squared
+    error"""
     center_rewards_coef: float = 0.0
-    """ranking: weight of (score of chosen + score of rejected)^2 in the loss, which draws the mean score
+    """ranking: coefficient of (score of chosen + score of rejected)^2 in the loss, which draws the mean score
     to 0; 0.01 is usual"""
     num_attributes: int = 1
-    """regression: numbers in the label of a row"""
+    """regression: attributes, the numbers in the label of a row"""
     attribute_weights: tuple[float, ...] = ()
-    """regression: what each attribute counts in the one score (default: all the same, in sum 1)"""
+    """regression: weight of each attribute in the one score (default: equal, with sum 1)"""
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/rm"))
     optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)
@@ -99,10 +89,10 @@ class Rows:
     target: np.ndarray  # [rows, 1] or [rows, 1, A]
 
     def count(self, rows: Sequence[int]) -> int:
-        """What the loss of these rows is averaged over: pairs, or labels that are not missing."""
+        """Denominator of the loss of these rows: pairs, or labels that are not missing."""
         if self.target.ndim == 2:
             return len(rows)
-        return int((self.target[rows] != losses.MISSING).sum())
+        return int((self.target[rows] != supervised.MISSING).sum())
 
 
 def main(config: Config) -> None:
@@ -114,12 +104,12 @@ def main(config: Config) -> None:
             f"{config.num_attributes}"
         )
     arch = replace(start, labels=config.num_attributes)
-    model.check(arch, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
     per_row = 2 if config.loss == "ranking" else 1
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
     run.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
 
     # ---- data ------------------------------------------------------------------------------------
@@ -139,14 +129,14 @@ def main(config: Config) -> None:
             )
             rows = Rows([(example,) for example in texts], labels[:, None])
         packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
-        run.say(f"{name} data: {data.describe(counts)}")
+        run.say(f"{name} data: {display.describe(counts)}")
         return rows
 
     train = load(train_files, "train")
     packing.check_size(len(train.examples), config.batch.global_batch_size, "--train-data")
     first = train.examples[0][0]
     shown = Example(first.ids[:-1], np.arange(len(first.ids) - 1) == len(first.ids) - 2)
-    run.say(f"first row, its score is read at the token in brackets:\n{data.show(shown, text)}")
+    run.say(f"first row, its score is read at the token in brackets:\n{display.show(shown, text)}")
     val = {name: load([file], name) for name, file in named_sets("val", val_files).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
     sequences = ([example.ids for example in row] for row in train.examples)
@@ -158,30 +148,30 @@ def main(config: Config) -> None:
     def micro_batches(data: Rows, rows: Sequence[int]) -> list[Batch]:
         """This rank's share of some rows, packed."""
         examples = [data.examples[row] for row in rows]
-        return engine.micro_batches(scorer, examples, config.batch, {"target": data.target[rows]})
+        return batching.micro_batches(scorer, examples, config.batch, {"target": data.target[rows]})
 
     # ---- model -----------------------------------------------------------------------------------
     weights = config.attribute_weights or (1 / config.num_attributes,) * config.num_attributes
-    scorer = model.build_scorer(arch, config.model, config.parallel, weights)
+    scorer = gpt.build_scorer(arch, config.model, config.parallel, weights)
     source = huggingface.open_source(config.model.path, start, config.parallel.seed)
     if start.labels == 0:
         source = huggingface.FreshHead(source, arch, config.parallel.seed)
     huggingface.load(scorer, source)
-    scorer = model.distributed(scorer)
+    scorer = gpt.distributed(scorer)
     optimizer = optim.build(scorer, config.optim)
 
     # ---- loss ------------------------------------------------------------------------------------
     def loss_fn(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scores = values[batch.mask.bool()].double()  # [N, A], those at the last tokens
         if config.loss == "regression":
-            error, _ = losses.regression(scores, batch.extra["target"])
+            error, _ = supervised.regression(scores, batch.extra["target"])
             rewards = scores @ scorer.module.label_weights.double()  # [N]
             return error, {"rewards_all_mean": rewards.sum(), "rewards_all_square": rewards.square().sum()}
         chosen, rejected = scores.view(-1, 2).unbind(1)  # [P]
-        loss = losses.ranking(chosen, rejected, batch.extra["target"]).sum()
-        metrics = losses.pair_statistics(chosen, rejected)
+        loss = supervised.ranking(chosen, rejected, batch.extra["target"]).sum()
+        metrics = preference.pair_statistics(chosen, rejected)
         if config.center_rewards_coef:
-            metrics["centering_loss"] = losses.centering(chosen, rejected).sum()
+            metrics["centering_loss"] = supervised.centering(chosen, rejected).sum()
             loss = loss + config.center_rewards_coef * metrics["centering_loss"]
         return loss, metrics
 

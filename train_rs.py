@@ -6,7 +6,7 @@
 A step samples --samples-per-prompt answers to --prompts-per-step prompts, scores them by a reward model or by
 a function of yours (--reward-fn module:function), and keeps of each prompt the --keep-top best, on which it
 takes steps of supervised fine-tuning, --global-batch-size answers in each. Rows of data are prompts:
-align/prompts.py has the formats. OUTPUT/hf is the result. Without arguments it runs on the built-in tiny
+align/data/prompts.py has the formats. OUTPUT/hf is the result. Without arguments it runs on the built-in tiny
 model, which is random: all its responses to the toy task are worth 0, and the log says so in each step;
 demo.py shows a model that learns.
 """
@@ -20,37 +20,35 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from align import (
-    architecture,
-    audit,
-    checkpoint,
-    continuation,
-    engine,
-    generate,
-    huggingface,
-    launch,
-    losses,
-    model,
-    optim,
-    packing,
-    parallel,
-    prompts,
-    rewards,
-    tokenizer,
-    toy,
-)
-from align.audit import AuditConfig
-from align.checkpoint import CheckpointConfig
+from align.data import packing, prompts, tokenizer, toy
+from align.data.packing import Batch
+from align.data.prompts import PromptFormat
+from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import COUNT, SAMPLES, SCORE, check_ranges, refuse_unused
-from align.generate import RolloutConfig, Sample
-from align.loop import CommonConfig, LoopConfig
-from align.metrics import Clock, Run, RunConfig, mean_of
-from align.optim import OptimConfig
-from align.packing import Batch
-from align.prompts import PromptFormat
-from align.rewards import RewardConfig, Rollout
-from align.sampling import SamplingConfig
+from align.generation import audit
+from align.generation.audit import AuditConfig
+from align.generation.generator import (
+    Generator,
+    RolloutConfig,
+    Sample,
+    check_model_logprobs,
+    check_rollout,
+    warn_if_none_ended,
+)
+from align.generation.rollout import Rollout, answer
+from align.generation.sampling import SamplingConfig
+from align.losses import supervised
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.rewards import sources
+from align.rewards.sources import RewardConfig
+from align.tracking.metrics import Clock, mean_of
+from align.tracking.run import Run, RunConfig
+from align.training import batching, checkpoint, continuation, engine, optim
+from align.training.checkpoint import CheckpointConfig
+from align.training.config import CommonConfig, LoopConfig
+from align.training.optim import OptimConfig
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 
@@ -60,17 +58,18 @@ TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 @dataclass(frozen=True)
 class Config(CommonConfig):
     prompts_per_step: int = 32
-    """prompts that a step samples answers to"""
+    """prompts per rollout"""
     samples_per_prompt: int = 8
-    """answers to each of them"""
+    """responses per prompt: n of best-of-n"""
     keep_top: int = 1
-    """best answers to a prompt that are trained on; of equal rewards those sampled first"""
+    """best responses to a prompt that are trained on; of equal rewards those sampled first"""
     min_reward: float | None = None
-    """answers with a lower reward are never trained on, even if they are the best (default: no limit)"""
+    """least reward of a response that is trained on, even of the best one (default: no limit)"""
     unended: Literal["drop", "keep"] = "drop"
-    """answers that --max-new-tokens cut off: never trained on, or like the others"""
+    """truncated responses (cut off by --max-new-tokens): drop never trains on them, keep treats them like the
+    others"""
     duplicates: Literal["drop", "keep"] = "drop"
-    """answers to a prompt with the same tokens: only the first counts, or all"""
+    """responses to a prompt with the same tokens: drop counts only the first, keep all"""
     reward: RewardConfig = RewardConfig()
     audit: AuditConfig = AuditConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -86,7 +85,7 @@ class Config(CommonConfig):
         check_ranges(
             self, prompts_per_step=COUNT, samples_per_prompt=SAMPLES, keep_top=SAMPLES, min_reward=SCORE
         )
-        generate.check_model_logprobs(self.rollout, self.sampling)
+        check_model_logprobs(self.rollout, self.sampling)
         if self.samples_per_prompt == 1:
             refuse_unused(self, Config, "duplicates", "with --samples-per-prompt 1")
         if self.keep_top > self.samples_per_prompt:
@@ -125,12 +124,12 @@ def select(
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
-    generate.check(arch, config.rollout, config.sampling, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, reward = {"train": config.train_data, "val": config.val_data}, config.reward.with_statistics()
@@ -138,10 +137,10 @@ def main(config: Config) -> None:
         toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
         if not (reward.reward_model or reward.reward_fn):
-            reward = replace(reward, reward_fn="align.toy:reward")
+            reward = replace(reward, reward_fn="align.data.toy:reward")
     run.say(reward.describe())
     text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
-    rewards.warn_of_other_ends(reward, text, run.say)
+    sources.warn_of_other_ends(reward, text, run.say)
     rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
@@ -151,14 +150,12 @@ def main(config: Config) -> None:
     run.total_steps = total_steps
 
     # ---- model -----------------------------------------------------------------------------------
-    judges = rewards.judges(reward, config.model, config.parallel, config.batch, text, config.sampling.stop)
-    policy = model.build_policy(arch, config.model, config.parallel)
+    judges = sources.judges(reward, config.model, config.parallel, config.batch, text, config.sampling.stop)
+    policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    generator = generate.Generator(
-        policy, config.rollout, config.sampling, config.model, config.parallel, text
-    )
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
     run.say(generator.describe())
 
     least = -math.inf if config.min_reward is None else config.min_reward
@@ -182,7 +179,7 @@ def main(config: Config) -> None:
 
     # ---- loss ------------------------------------------------------------------------------------
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return losses.sft_loss(logprobs, batch.mask), {}
+        return supervised.sft_loss(logprobs, batch.mask), {}
 
     # ---- resume ----------------------------------------------------------------------------------
     clock = Clock()
@@ -203,7 +200,7 @@ def main(config: Config) -> None:
         # rollout
         found = rollout("train", resumed.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
-            generate.warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
+            warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
         selected, unended, duplicates, low = [], 0, 0, 0
         for i, (row, samples) in enumerate(zip(found.rows, found.samples, strict=True)):
             filters = config.keep_top, config.unended, config.duplicates
@@ -229,16 +226,16 @@ def main(config: Config) -> None:
         updates = []
         for first in range(0, len(selected), config.batch.global_batch_size):
             chosen = selected[first : first + config.batch.global_batch_size]
-            examples = [[rewards.answer(rows["train"][row], sample)] for row, _, sample, _ in chosen]
+            examples = [[answer(rows["train"][row], sample)] for row, _, sample, _ in chosen]
             tokens = sum(len(sample.ids) for _, _, sample, _ in chosen)
             if first == 0:
-                trained = engine.per_example(policy, examples, config.batch)
+                trained = batching.per_example(policy, examples, config.batch)
                 places = [(row, number) for row, number, _, _ in chosen]
                 sampled = [sample.model_logprobs for _, _, sample, _ in chosen]
                 metrics |= audit.compare(places, sampled, trained, config.model.dtype, config=config.audit)
                 clock.lap("audit")
             with engine.during(f"step {done}"):
-                batches = engine.micro_batches(policy, examples, config.batch)
+                batches = batching.micro_batches(policy, examples, config.batch)
                 update = engine.forward_backward(policy, batches, loss_fn, tokens)
                 updates.append(update | {"grad_norm": optim.step(optimizer, lr)})
             clock.lap("train")

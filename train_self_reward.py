@@ -10,8 +10,9 @@ and is the reference is the model as it was when the iteration began. At its end
 policy and Adam starts anew. The learning rate does not: one warm-up and one cosine span all iterations, so
 each later one takes its first steps, in which Adam's moments are new, without a warm-up of its own. With
 --meta-judge the model also judges its judgements, and learns to judge from them. Rows of data are those of
-SFT; on their last answers only --first-iteration-sft trains: align/data.py has the formats. OUTPUT/hf is the
-result. Without arguments it runs on the built-in tiny model, which is random; demo.py shows one that learns.
+SFT; on their last answers only --first-iteration-sft trains: align/data/formats.py has the formats. OUTPUT/hf
+is the result. Without arguments it runs on the built-in tiny model, which is random; demo.py shows one that
+learns.
 
 Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new ones from the model.
 Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
@@ -30,58 +31,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align import (
-    architecture,
-    audit,
-    checkpoint,
-    continuation,
-    data,
-    engine,
-    generate,
-    huggingface,
-    launch,
-    losses,
-    meta_judge,
-    model,
-    offload,
-    optim,
-    packing,
-    parallel,
-    prompts,
-    reference,
-    rewards,
-    rollouts,
-    self_judge,
-    tokenizer,
-    toy,
-)
-from align.audit import AuditConfig
-from align.checkpoint import CheckpointConfig
-from align.data import FormatConfig
+from align.data import packing, prompts, tokenizer, toy
+from align.data.formats import FormatConfig
+from align.data.marker_chat import RowFormats
+from align.data.packing import Batch
+from align.data.prompts import Task
+from align.data.sft import adopt
+from align.distributed import launch, parallel
 from align.errors import UserError
-from align.flags import (
-    BOUND,
-    COEFFICIENT,
-    COUNT,
-    REPEATS,
-    SCALE,
-    check_ranges,
-    number,
-    refuse_unused,
-    whole,
+from align.flags import BOUND, COEFFICIENT, COUNT, REPEATS, SCALE, check_ranges, number, refuse_unused, whole
+from align.generation import audit, rollout_cache
+from align.generation.audit import AuditConfig
+from align.generation.generator import (
+    Generator,
+    RolloutConfig,
+    Sample,
+    check_model_logprobs,
+    check_rollout,
+    warn_if_none_ended,
 )
-from align.generate import RolloutConfig, Sample
-from align.judge import Judge, JudgeConfig
-from align.loop import CommonConfig, LoopConfig
-from align.marker_chat import RowFormats
-from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
-from align.metrics import Clock, Run, RunConfig, with_std
-from align.offload import OffloadConfig
-from align.optim import OptimConfig
-from align.packing import Batch
-from align.prompts import Task
-from align.sampling import SamplingConfig
-from align.self_judge import Ids, SampledPair, SelfJudge, Streams
+from align.generation.sampling import SamplingConfig
+from align.judging import meta_judge, self_judge
+from align.judging.judge import Judge, JudgeConfig
+from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
+from align.judging.self_judge import Ids, SampledPair, SelfJudge, Streams
+from align.losses import preference as losses
+from align.losses import supervised
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.rewards import sources
+from align.tracking.metrics import Clock, with_std
+from align.tracking.run import Run, RunConfig
+from align.training import batching, checkpoint, continuation, engine, offload, optim, reference
+from align.training.checkpoint import CheckpointConfig
+from align.training.config import CommonConfig, LoopConfig
+from align.training.offload import OffloadConfig
+from align.training.optim import OptimConfig
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 MOST_WAITING = 3  # batches of pairs of judgements; while so many wait, no more are made
@@ -93,31 +78,32 @@ ROLLOUT = ("generate", "judge", "meta_judge")  # phases before the update
 @dataclass(frozen=True)
 class Config(CommonConfig):
     iterations: int = 3
-    """times that the model samples, judges and learns, each time from what it has become; Adam's moments
-    start anew in each, the schedule of the learning rate spans all of them"""
+    """self-rewarding iterations: each samples, judges and trains, from the model of the one before; Adam's
+    moments start anew in each, the learning-rate schedule spans all of them"""
     steps_per_iteration: int | None = None
-    """steps of an iteration, the next goes on with the rows (default: --max-epochs passes over all rows)"""
+    """steps of an iteration; the next one goes on with the rows (default: --max-epochs passes over all
+    rows)"""
     samples_per_prompt: int = 4
-    """answers to each prompt, of which one pair is made"""
+    """responses per prompt, of which one preference pair is made"""
     length_control: tuple[float, ...] = (0.0,)
-    """one value, or one for each iteration: of the answers whose scores are within this share of the spread
-    from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
+    """length control, one value or one for each iteration: among the responses whose scores are within this
+    share of the spread from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
     loss: Literal["dpo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "ipo", "rpo_sq"] = "dpo"
-    """preference loss, the function of that name in align/losses.py"""
+    """preference loss, the function of that name in align/losses/preference.py"""
     beta: tuple[float, ...] = (0.1,)
-    """one value, or one for each iteration: strength of the tie to the reference"""
+    """beta of DPO, one value or one for each iteration: the implicit reward is beta log(pi / pi_ref)"""
     sft_weight: float = 0.0
-    """weight of the chosen answers' negative log-likelihood in the loss"""
+    """weight of the SFT loss: the chosen responses' negative log-likelihood"""
     average_logprobs: bool = False
-    """log-probs per token instead of per answer"""
+    """log-probs per token instead of per response"""
     sft_average_logprobs: bool | None = None
-    """the same for the term of --sft-weight (default: as --average-logprobs)"""
+    """the same for the SFT loss (default: as --average-logprobs)"""
     reward_scale: float = 1.0
     """scale, rpo_*: factor on the difference of the scores; of judgements that of their strengths, in nats"""
     first_iteration_sft: bool = False
-    """supervised fine-tuning on the rows as first iteration; validations sample and judge in it as well"""
+    """supervised fine-tuning on the rows as first iteration; its validations sample and judge as well"""
     rollout_ahead: int = 1
-    """steps whose answers are sampled and judged together, and kept in files until they are trained on"""
+    """steps whose responses are sampled and judged together, and kept in files until they are trained on"""
     true_reward_fn: str | None = None
     """module:function of yours, called with prompt, response (both text) and the row, which returns a number:
     validation compares the judge with it; nothing is trained on it"""
@@ -150,7 +136,7 @@ class Config(CommonConfig):
             rollout_ahead=COUNT,
             audit_start=BOUND,
         )
-        generate.check_model_logprobs(self.rollout, self.sampling)
+        check_model_logprobs(self.rollout, self.sampling)
         for name in ("length_control", "beta"):
             if len(values := getattr(self, name)) not in (1, self.iterations):
                 raise UserError(
@@ -186,7 +172,7 @@ class Config(CommonConfig):
 
     @property
     def loss_inputs(self) -> set[str]:
-        """What the loss takes beside log-probs."""
+        """Inputs of the loss beside log-probs."""
         return set(inspect.signature(getattr(losses, self.loss)).parameters)
 
     def iteration_steps(self, num_rows: int) -> int:
@@ -202,7 +188,7 @@ class Config(CommonConfig):
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def check_lengths(self, max_positions: int) -> None:
-        """Raise ValueError if a prompt or judgement may find no room in the context, or a pair in a batch.
+        """Raises UserError if a prompt or judgement may find no room in the context, or a pair in a batch.
 
         Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
         prompt is shortened to what --max-new-tokens leaves.
@@ -230,14 +216,14 @@ def of_iteration(values: tuple[float, ...], iteration: int) -> float:
 
 
 def state_of(path: Path) -> dict:
-    """What a checkpoint knows besides its models. Raises ValueError if it is none of this script's."""
+    """Buffer and counters of a checkpoint. Raises UserError if it is of another script."""
     if not (path / "judgements.json").is_file():
         raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
     return json.loads((path / "judgements.json").read_bytes())
 
 
 def check_same(before: dict[str, int], now: dict[str, int]) -> None:
-    """Raises ValueError if a run is continued that has gone by other flags."""
+    """Raises UserError if a run is continued that has gone by other flags."""
     for name in now:
         if now[name] != before[name]:
             raise UserError(
@@ -249,12 +235,12 @@ def check_same(before: dict[str, int], now: dict[str, int]) -> None:
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
-    generate.check(arch, config.rollout, config.sampling, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     config.check_lengths(arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files = {"train": config.train_data, "val": config.val_data}
@@ -270,7 +256,7 @@ def main(config: Config) -> None:
     size = config.batch.global_batch_size
     formats = RowFormats()
     rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say, formats)
-    trained_format = data.adopt(formats, text, config.format, run.say)
+    trained_format = adopt(formats, text, config.format, run.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_size(len(rows["train"]), size, "--train-data")
     rows["val"] = rows["val"][config.val_rows()]
@@ -300,7 +286,7 @@ def main(config: Config) -> None:
     asker = SelfJudge(ask, ask_meta, text, stop_texts)
     cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else math.inf
     buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
-    true_reward = config.true_reward_fn and rewards.RewardFunction(
+    true_reward = config.true_reward_fn and sources.RewardFunction(
         config.true_reward_fn, text, stop_texts, "--true-reward-fn"
     )
 
@@ -308,9 +294,9 @@ def main(config: Config) -> None:
     folder = config.run.output / "rollouts"
     clock, shelf = Clock(), config.offload.shelf(config.run.output)
     phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
-    policy = model.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     if path := resumed.checkpoint:
         state = state_of(path)
         check_same(state["flags"], layout_of_steps)
@@ -322,9 +308,7 @@ def main(config: Config) -> None:
     ref = offload.Weights(policy.module, shelf)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
-    generator = generate.Generator(
-        policy, config.rollout, config.sampling, config.model, config.parallel, text
-    )
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
     run.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -342,9 +326,11 @@ def main(config: Config) -> None:
 
         settings = (config.sampling, config.parallel.seed, number, config.model.dtype, arch)
         path = folder / f"step_{first:08d}_{kind}.safetensors"
-        return rollouts.kept(
+        return rollout_cache.kept(
             path,
-            rollouts.made_of(ref_id, (*settings, sorted(text.stop_ids), text.stop_strings), ids, streams),
+            rollout_cache.made_of(
+                ref_id, (*settings, sorted(text.stop_ids), text.stop_strings), ids, streams
+            ),
             make,
         )
 
@@ -354,7 +340,7 @@ def main(config: Config) -> None:
     )
 
     def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return losses.sft_loss(logprobs, batch.mask), {}
+        return supervised.sft_loss(logprobs, batch.mask), {}
 
     def preference_loss(batch: Batch, logprobs: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
         ref_logprobs = torch.zeros_like(logprobs)
@@ -375,9 +361,9 @@ def main(config: Config) -> None:
         return preference + config.sft_weight * sft, metrics
 
     def known_logprobs(pairs: list[SampledPair]) -> list[np.ndarray]:
-        """What the reference says of the tokens of each sample, chosen, rejected, chosen, ..."""
+        """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
         with phase("reference"), ref.lent_to(policy.module):
-            return engine.per_example(policy, [pair.examples for pair in pairs], config.batch)
+            return batching.per_example(policy, [pair.examples for pair in pairs], config.batch)
 
     def pair_batches(pairs: list[SampledPair], known: list[np.ndarray]) -> list[Batch]:
         """This rank's share of some pairs, in the same micro-batches as there."""
@@ -385,10 +371,10 @@ def main(config: Config) -> None:
             "ref": [np.concatenate(known[i : i + 2]) for i in range(0, len(known), 2)],
             "reward_gap": [np.array([config.reward_scale * pair.gap]) for pair in pairs],
         }
-        return engine.micro_batches(policy, [pair.examples for pair in pairs], config.batch, values)
+        return batching.micro_batches(policy, [pair.examples for pair in pairs], config.batch, values)
 
     def sft_batches(tasks: Sequence[Task]) -> list[Batch]:
-        return engine.micro_batches(policy, [[task.example] for task in tasks], config.batch)
+        return batching.micro_batches(policy, [[task.example] for task in tasks], config.batch)
 
     def validate(step: int) -> dict[str, float]:
         """The policy as it is now answers and judges, and is compared with the reference."""
@@ -425,7 +411,7 @@ def main(config: Config) -> None:
 
     # ---- loop ------------------------------------------------------------------------------------
     clock.shares(), phase.memory()  # what came before the first step is not its own
-    ref_id, reason, untouched, rolled_out = rollouts.weights_digest(ref), None, False, []
+    ref_id, reason, untouched, rolled_out = rollout_cache.weights_digest(ref), None, False, []
     for step in range(first_step, total_steps):
         done, iteration = step + 1, step // iteration_steps
         begin, end = iteration * iteration_steps, (iteration + 1) * iteration_steps
@@ -448,7 +434,7 @@ def main(config: Config) -> None:
                 rolled_out = asker.answers(tasks, places, config.samples_per_prompt, sample)
                 if first_rollout:
                     responses = [sample for answered in rolled_out for sample in answered.samples]
-                    generate.warn_if_none_ended(responses, config.sampling.max_new_tokens, run.say)
+                    warn_if_none_ended(responses, config.sampling.max_new_tokens, run.say)
             if step == start and config.meta.meta_judge and len(buffer) < MOST_WAITING * size:
                 compared = asker.compare(rolled_out, sample)
                 taken = [buffer.offer(pair) for one in compared if (pair := one.pair()) is not None]
@@ -502,7 +488,7 @@ def main(config: Config) -> None:
             with phase("next_iteration", policy="all"):
                 ref.follow(policy.module)
                 optim.reset(optimizer)
-            ref_id = rollouts.weights_digest(ref)
+            ref_id = rollout_cache.weights_digest(ref)
             buffer.clear()
 
         # log, then save: what a checkpoint continues has been logged
@@ -519,7 +505,7 @@ def main(config: Config) -> None:
                     state = {"flags": layout_of_steps, **self_judge.buffer_record(buffer)}
                     (path / "judgements.json").write_text(json.dumps(state), encoding="utf-8")
             if parallel.is_main():
-                rollouts.discard(folder, config.rollout_start(done, iteration_steps) + 1)
+                rollout_cache.discard(folder, config.rollout_start(done, iteration_steps) + 1)
         if reason:
             break
 

@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 train_sft.py --tp 2 \
         --model DIR --train-data train.jsonl --val-data val.jsonl --output runs/sft
 
-Rows are prompts with a response, or conversations: align/data.py has the formats. The loss is the negative
-log-likelihood of the answers, averaged over all trained tokens of the global batch. OUTPUT/hf is the result,
-a Hugging Face directory. Without arguments the built-in tiny model learns a toy task.
+Rows are prompts with a response, or conversations: align/data/formats.py has the formats. The loss is the
+negative log-likelihood of the answers, averaged over all trained tokens of the global batch. OUTPUT/hf is the
+result, a Hugging Face directory. Without arguments the built-in tiny model learns a toy task.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,27 +13,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from align import (
-    architecture,
-    checkpoint,
-    continuation,
-    data,
-    engine,
-    huggingface,
-    launch,
-    losses,
-    model,
-    optim,
-    packing,
-    parallel,
-    tokenizer,
-    toy,
-)
-from align.data import FormatConfig
-from align.loop import CommonConfig
-from align.marker_chat import RowFormats
-from align.metrics import Clock, Run, RunConfig, speed
-from align.packing import Batch, Example
+from align.data import display, packing, sft, tokenizer, toy
+from align.data.formats import FormatConfig
+from align.data.marker_chat import RowFormats
+from align.data.packing import Batch, Example
+from align.distributed import launch, parallel
+from align.losses import supervised
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.tracking.metrics import Clock, speed
+from align.tracking.run import Run, RunConfig
+from align.training import batching, checkpoint, continuation, engine, optim
+from align.training.config import CommonConfig
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -47,11 +38,11 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    model.check(arch, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions)
     stop = parallel.Stop(config.loop.max_time)
     run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {model.describe(arch, config.model)}")
+    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
     train_files, val_files = config.train_data, config.val_data
@@ -59,16 +50,16 @@ def main(config: Config) -> None:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
     text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     formats = RowFormats()
-    train, counts = data.load_sft(train_files, text, config.format, formats)
+    train, counts = sft.load_sft(train_files, text, config.format, formats)
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
-    run.say(f"training data: {data.describe(counts)}")
-    run.say(f"first example, trained tokens in brackets:\n{data.show(train[0], text)}")
+    run.say(f"training data: {display.describe(counts)}")
+    run.say(f"first example, trained tokens in brackets:\n{display.show(train[0], text)}")
     val = []
     if val_files:
-        val, counts = data.load_sft(val_files, text, config.format)
-        run.say(f"validation data: {data.describe(counts)}")
+        val, counts = sft.load_sft(val_files, text, config.format)
+        run.say(f"validation data: {display.describe(counts)}")
         val = val[config.val_rows()]
-    trained_format = data.adopt(formats, text, config.format, run.say)
+    trained_format = sft.adopt(formats, text, config.format, run.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_ids(train + val, arch.vocab_size)
     resumed = continuation.find(config, __file__, ([example.ids] for example in train), run.say)
@@ -78,17 +69,17 @@ def main(config: Config) -> None:
 
     def micro_batches(examples: list[Example]) -> list[Batch]:
         """This rank's share of some examples, packed."""
-        return engine.micro_batches(policy, [[example] for example in examples], config.batch)
+        return batching.micro_batches(policy, [[example] for example in examples], config.batch)
 
     # ---- model -----------------------------------------------------------------------------------
-    policy = model.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
 
     # ---- loss ------------------------------------------------------------------------------------
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return losses.sft_loss(logprobs, batch.mask), {}
+        return supervised.sft_loss(logprobs, batch.mask), {}
 
     def validate() -> dict[str, float]:
         with engine.during("validation"):

@@ -208,9 +208,9 @@ def measured(log: list[dict[str, float]], tokens: list[int], **rest: float | lis
 def our_optimizer(model: Any) -> Any:
     """Return our AdamW as TRL sets its own: betas 0.9 and 0.999, eps 1e-8, no weight decay, CLIP_GRAD.
 
-    `model` is what `align.model.distributed` returned.
+    `model` is what `align.model.gpt.distributed` returned.
     """
-    from align import optim
+    from align.training import optim
 
     settings = optim.OptimConfig(lr=LEARNING_RATE, weight_decay=0.0, adam_beta2=0.999, clip_grad=CLIP_GRAD)
     return optim.build(model, settings)

@@ -83,32 +83,37 @@ def run_ours(config: Config, swap: bool) -> Measured:
     import numpy as np
     import torch
 
-    from align import architecture, engine, huggingface, losses, model, optim, packing, parallel, reference
+    from align.data import packing
+    from align.distributed import parallel
+    from align.losses import preference
+    from align.model import architecture, gpt, huggingface
+    from align.model.config import ModelConfig
+    from align.training import batching, engine, optim, reference
 
     torch.set_num_threads(config.run.threads)
     layout = parallel.ParallelConfig()
     budget = packing.BatchConfig(pairs.BATCH, micro_batch_tokens=pairs.MICRO_BATCH_TOKENS)
-    settings = model.ModelConfig(model=str(config.run.model), precision=config.run.dtype)
+    settings = ModelConfig(model=str(config.run.model), precision=config.run.dtype)
     with parallel.start(layout), tempfile.TemporaryDirectory() as scratch:
         data = pairs.load_ours(pairs.read(config.data, config.run.steps), config.run.model)
         steps = [range(i, i + pairs.BATCH) for i in range(0, len(data), pairs.BATCH)]
         arch = architecture.read_config(config.run.model)
-        policy = model.build_policy(arch, settings, layout)
+        policy = gpt.build_policy(arch, settings, layout)
         huggingface.load(policy, huggingface.open_source(config.run.model, arch, 0))
-        policy = model.distributed(policy)
+        policy = gpt.distributed(policy)
         optimizer = common.our_optimizer(policy)
 
         def sequence_logprobs(batch, logprobs):
-            return losses.sequence_logprobs(logprobs, batch.mask, batch.lengths)
+            return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths)
 
         def micro_batches(name, rows):
             examples = [data[row].examples for row in rows]
-            return engine.micro_batches(policy, examples, budget, {"row": np.array(rows)[:, None]})
+            return batching.micro_batches(policy, examples, budget, {"row": np.array(rows)[:, None]})
 
         def loss_fn(batch, logprobs):
             both = sequence_logprobs(batch, logprobs).view(-1, 2)
             four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return losses.dpo(*four, BETA).sum(), losses.log_ratio_statistics(*four, BETA)
+            return preference.dpo(*four, BETA).sum(), preference.log_ratio_statistics(*four, BETA)
 
         before = common.clocks()
         if swap:

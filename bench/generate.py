@@ -2,9 +2,9 @@
 
     python bench/generate.py --data prompts.jsonl --model models/smollm2-135m-instruct --dtype fp32
 
-Rows are those of align/prompts.py; the first 64 are used, and both sides get the same token ids. Answers are
-drawn at temperature 1 from the whole vocabulary; no end-of-turn token ends one. Weights are in `--dtype` on
-both sides.
+Rows are those of align/data/prompts.py; the first 64 are used, and both sides get the same token ids. Answers
+are drawn at temperature 1 from the whole vocabulary; no end-of-turn token ends one. Weights are in `--dtype`
+on both sides.
 
     equal    the first 1, 8 and 32 prompts at once, 64 new tokens each; transformers pads on the left
     mixed    64 prompts, 16 at a time, stopped at numbers of their own, drawn evenly from 4 to 128:
@@ -15,7 +15,7 @@ A step of `--steps` is one call, by default 1; one more is run first and dropped
 to each answer's own end, over the whole call, in which prompts are read and our weights are packed. A decode
 step is (a call of 64 tokens - a call of 1) / 63. Its floor is the products of a step's rows with all weights
 and nothing else (median of 5 passes before the calls and 5 after, same process): by torch's F.linear, and by
-align.matmul.linear, which is ours, on weights as they are and packed.
+align.kernels.matmul.linear, which is ours, on weights as they are and packed.
 
 Each side is measured in a fresh process, in turn, `rounds` times over; with one thread the clock is its own
 CPU seconds. At the end both run in fp32: greedy tokens are compared, and the log-probs of tokens that ours
@@ -71,7 +71,7 @@ def main(config: Config) -> None:
 
 def read_prompts(config: Config) -> Ids:
     """Return the token ids of the prompts. Runs in a child."""
-    from align import prompts, tokenizer
+    from align.data import prompts, tokenizer
 
     fmt = prompts.PromptFormat(max_prompt_len=1024)
     found, _ = prompts.load_prompts([config.data], tokenizer.load(config.run.model), fmt)
@@ -81,7 +81,7 @@ def read_prompts(config: Config) -> Ids:
 
 
 def time_ours(run: common.RunConfig, prompts: Ids) -> Seconds:
-    """Measure align.generate, and the products of its steps. Runs in a child."""
+    """Measure align.generation.generator, and the products of its steps. Runs in a child."""
     with our_generate(run) as (generate, weights):
         return time_calls(run, prompts, generate, partial(product_seconds, run, weights))
 
@@ -101,29 +101,34 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
     import numpy as np
     import torch
 
-    from align import architecture, generate, huggingface, model, parallel, sampling, tokenizer
+    from align.data import tokenizer
+    from align.distributed import parallel
+    from align.generation import generator as generate_module
+    from align.generation import sampling
+    from align.model import architecture, gpt, huggingface
+    from align.model.config import ModelConfig
 
     def call(prompts, limits, at_once, greedy=False):
         class GivenLengths(batch):
             def standing(self, slots):
                 ended = self.count[slots] == np.array(limits)[self.prompt[slots]]
-                return np.where(ended, generate.LENGTH, generate.LIVE)
+                return np.where(ended, generate_module.LENGTH, generate_module.LIVE)
 
-        generate.ContinuousBatch = GivenLengths
+        generate_module.ContinuousBatch = GivenLengths
         wanted = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)
-        slots = generate.RolloutConfig(rollout_slots=at_once)
-        generator = generate.Generator(policy, slots, wanted, settings, layout, words)
+        slots = generate_module.RolloutConfig(rollout_slots=at_once)
+        generator = generate_module.Generator(policy, slots, wanted, settings, layout, words)
         found = generator.generate([np.array(ids) for ids in prompts], [(i,) for i in range(len(prompts))])
         assert [len(sample.ids) for [sample] in found] == limits
         return [sample for [sample] in found]
 
-    batch = generate.ContinuousBatch
+    batch = generate_module.ContinuousBatch
     torch.set_num_threads(run.threads)
     words = tokenizer.load(run.model)
-    layout, settings = parallel.ParallelConfig(), model.ModelConfig(model=str(run.model), precision=run.dtype)
+    layout, settings = parallel.ParallelConfig(), ModelConfig(model=str(run.model), precision=run.dtype)
     with parallel.start(layout):
         arch = architecture.read_config(run.model)
-        policy = model.build_policy(arch, settings, layout)
+        policy = gpt.build_policy(arch, settings, layout)
         huggingface.load(policy, huggingface.open_source(run.model, arch, 0))
         weights = {name: p.detach() for _, p, name in huggingface.named_parameters(policy) if p.dim() == 2}
         if "lm_head.weight" in weights:  # else the embedding is the head, too
@@ -182,7 +187,7 @@ def product_seconds(run: common.RunConfig, weights: list, rows: int) -> dict[str
     import torch
     import torch.nn.functional as F
 
-    from align import matmul
+    from align.kernels import matmul
 
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype) for w in weights}
 

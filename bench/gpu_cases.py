@@ -25,21 +25,16 @@ import numpy as np
 import torch
 from gpu import SHAPES, Record, Shape, Work, median
 
-from align import (
-    architecture,
-    engine,
-    generate,
-    huggingface,
-    losses,
-    model,
-    optim,
-    packing,
-    parallel,
-    sampling,
-)
-from align.packing import Example
-from align.parallel import ParallelConfig
-from align.reference import Swapped
+from align.data import packing
+from align.data.packing import Example
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.generation import sampling
+from align.generation.generator import Generator, RolloutConfig
+from align.losses import preference, supervised
+from align.model import architecture, config, gpt, huggingface
+from align.training import batching, engine, optim
+from align.training.reference import Swapped
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 8192  # tokens
@@ -78,9 +73,9 @@ def architecture_of(shape: Shape, layers: int) -> architecture.Architecture:
 
 
 @torch.no_grad()
-def random_policy(shape: Shape, layers: int, settings: model.ModelConfig) -> model.Policy:
+def random_policy(shape: Shape, layers: int, settings: config.ModelConfig) -> gpt.Policy:
     """A policy whose matrices are normal, drawn on its own device: a CPU takes a minute for 8b."""
-    policy = model.build_policy(architecture_of(shape, layers), settings, LAYOUT)
+    policy = gpt.build_policy(architecture_of(shape, layers), settings, LAYOUT)
     torch.manual_seed(0)
     for weight in policy.parameters():
         if weight.dim() > 1:
@@ -88,9 +83,9 @@ def random_policy(shape: Shape, layers: int, settings: model.ModelConfig) -> mod
     return policy
 
 
-def settings_of(shape: str) -> model.ModelConfig:
+def settings_of(shape: str) -> config.ModelConfig:
     """How the models of this benchmark compute."""
-    return model.ModelConfig(model=f"llama-{shape}", precision="bf16")
+    return config.ModelConfig(model=f"llama-{shape}", precision="bf16")
 
 
 def steps_of_rows(shape: Shape, work: Work) -> list[list[Example]]:
@@ -238,14 +233,14 @@ def sft(case: Record, scratch: Path, emit: Emit) -> None:
     budget = packing.BatchConfig(work.rows, micro_batch_tokens=work.micro_batch_tokens)
     steps = steps_of_rows(shape, work)
     with parallel.start(LAYOUT):
-        policy = model.distributed(random_policy(shape, layers, settings_of(case["shape"])))
+        policy = gpt.distributed(random_policy(shape, layers, settings_of(case["shape"])))
         optimizer = common.our_optimizer(policy)
 
         def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            return losses.sft_loss(logprobs, batch.mask), {}
+            return supervised.sft_loss(logprobs, batch.mask), {}
 
         def step(examples: list[Example]) -> None:
-            batches = engine.micro_batches(policy, [[example] for example in examples], budget)
+            batches = batching.micro_batches(policy, [[example] for example in examples], budget)
             engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
             optim.step(optimizer, common.LEARNING_RATE)
 
@@ -269,16 +264,16 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
     budget = packing.BatchConfig(work.pairs, micro_batch_tokens=work.micro_batch_tokens)
     steps = steps_of_pairs(shape, work)
     with parallel.start(LAYOUT):
-        policy = model.distributed(random_policy(shape, layers, settings_of(case["shape"])))
+        policy = gpt.distributed(random_policy(shape, layers, settings_of(case["shape"])))
         optimizer = common.our_optimizer(policy)
 
         def sequence_logprobs(batch: packing.Batch, logprobs: torch.Tensor) -> torch.Tensor:
-            return losses.sequence_logprobs(logprobs, batch.mask, batch.lengths)
+            return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths)
 
         def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
             both = sequence_logprobs(batch, logprobs).view(-1, 2)
             four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return losses.dpo(*four, BETA).sum(), losses.log_ratio_statistics(*four, BETA)
+            return preference.dpo(*four, BETA).sum(), preference.log_ratio_statistics(*four, BETA)
 
         reference = Swapped(policy, sequence_logprobs)
         seconds, reference_s = [], []
@@ -286,7 +281,7 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
             if number == work.warmup:
                 start_peak()
             start = time.perf_counter()
-            batches = engine.micro_batches(policy, pairs, budget)
+            batches = batching.micro_batches(policy, pairs, budget)
             reference_s.append(seconds_of(functools.partial(reference.attach, batches, "train")))
             engine.forward_backward(policy, batches, loss_fn, len(pairs))
             optim.step(optimizer, common.LEARNING_RATE)
@@ -317,9 +312,9 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
     with parallel.start(LAYOUT):
         policy = random_policy(shape, shape.layers, settings)
         for count in work.decode_batches:
-            slots = generate.RolloutConfig(rollout_slots=count)
+            slots = RolloutConfig(rollout_slots=count)
             wanted = sampling.SamplingConfig(max_new_tokens=n)
-            generator = generate.Generator(policy, slots, wanted, settings, LAYOUT, NoWords())
+            generator = Generator(policy, slots, wanted, settings, LAYOUT, NoWords())
             prompts = [random_ids(shape, n, rng) for _ in range(count)]
             times: list[float] = []
 
@@ -359,7 +354,8 @@ def ppo(case: Record, scratch: Path, emit: Emit) -> None:
     import tyro
 
     import train_ppo
-    from align import checkpoint, metrics
+    from align.tracking.run import Run
+    from align.training import checkpoint
 
     shape, work = SHAPES[case["shape"]], gpu.work_of(case["shape"])
     output = scratch / gpu.name_of(case)
@@ -369,7 +365,7 @@ def ppo(case: Record, scratch: Path, emit: Emit) -> None:
     flags = tyro.cli(train_ppo.Config, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
     checkpoint.saving = lambda *_: contextlib.nullcontext(output)
     checkpoint.write = huggingface.save = lambda *_: None
-    metrics.Run.close = functools.partialmethod(metrics.Run.close, plots=False)
+    Run.close = functools.partialmethod(Run.close, plots=False)
     with parallel.start(flags.parallel):
         train_ppo.main(flags)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -32,8 +32,8 @@ def read(path: Path, steps: int) -> list[dict[str, list[dict]]]:
 
 
 def load_ours(rows: list[dict[str, list[dict]]], model: Path) -> list:
-    """Return the pairs as our package reads them, `align.preferences.Pair`."""
-    from align import preferences, tokenizer
+    """Return the pairs as our package reads them, `align.data.preferences.Pair`."""
+    from align.data import preferences, tokenizer
 
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -48,7 +48,7 @@ def load_ours(rows: list[dict[str, list[dict]]], model: Path) -> list:
 
 
 def our_tokens(data: list) -> list[int]:
-    """Return the real tokens of each step of some `align.preferences.Pair`."""
+    """Return the real tokens of each step of some `align.data.preferences.Pair`."""
     return common.sums_by_step([len(pair.chosen.ids) + len(pair.rejected.ids) for pair in data], BATCH)
 
 

@@ -359,7 +359,7 @@ def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
     import torch
 
     import train_ppo
-    from align import parallel
+    from align.distributed import parallel
 
     torch.set_num_threads(config.run.threads)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
@@ -413,7 +413,9 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
     """
     import numpy as np
 
-    from align import metrics, offload, packing, tokenizer
+    from align.data import packing, tokenizer
+    from align.tracking import run as metrics
+    from align.training import offload
 
     load, resume_at, write = tokenizer.load, metrics.Run.resume_at, metrics.Run.log
     start_peak, peaks, log = offload.start_peak, [], []

@@ -93,29 +93,34 @@ def run_ours(config: Config, start: Path) -> Measured:
     """
     import torch
 
-    from align import architecture, engine, huggingface, losses, model, optim, packing, parallel, preferences
+    from align.data import packing, preferences
+    from align.distributed import parallel
+    from align.losses import preference, supervised
+    from align.model import architecture, gpt, huggingface
+    from align.model.config import ModelConfig
+    from align.training import batching, engine, optim
 
     torch.set_num_threads(config.run.threads)
     layout = parallel.ParallelConfig()
     budget = packing.BatchConfig(pairs.BATCH, micro_batch_tokens=pairs.MICRO_BATCH_TOKENS)
-    settings = model.ModelConfig(model=str(start), precision=config.run.dtype)
+    settings = ModelConfig(model=str(start), precision=config.run.dtype)
     with parallel.start(layout):
         data = pairs.load_ours(pairs.read(config.data, config.run.steps), start)
         scored = [tuple(map(preferences.as_scored, pair.examples)) for pair in data]
         arch = architecture.read_config(start)
-        scorer = model.build_scorer(arch, settings, layout)
+        scorer = gpt.build_scorer(arch, settings, layout)
         huggingface.load(scorer, huggingface.open_source(start, arch, 0))
-        scorer = model.distributed(scorer)
+        scorer = gpt.distributed(scorer)
         optimizer = common.our_optimizer(scorer)
 
         def loss_fn(batch, values):
             chosen, rejected = values[batch.mask.bool()].double().view(-1, 2).unbind(1)
-            loss = losses.ranking(chosen, rejected, torch.zeros_like(chosen)).sum()
-            return loss, losses.pair_statistics(chosen, rejected)
+            loss = supervised.ranking(chosen, rejected, torch.zeros_like(chosen)).sum()
+            return loss, preference.pair_statistics(chosen, rejected)
 
         log = [common.clocks()]
         for i in range(0, len(scored), pairs.BATCH):
-            batches = engine.micro_batches(scorer, scored[i : i + pairs.BATCH], budget)
+            batches = batching.micro_batches(scorer, scored[i : i + pairs.BATCH], budget)
             found = engine.forward_backward(scorer, batches, loss_fn, pairs.BATCH)
             found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
             log.append(found | common.clocks())

@@ -79,34 +79,28 @@ def run_ours(config: Config) -> Measured:
     """
     import torch
 
-    from align import (
-        architecture,
-        data,
-        engine,
-        huggingface,
-        losses,
-        model,
-        optim,
-        packing,
-        parallel,
-        tokenizer,
-    )
+    from align.data import formats, packing, sft, tokenizer
+    from align.distributed import parallel
+    from align.losses import supervised
+    from align.model import architecture, gpt, huggingface
+    from align.model.config import ModelConfig
+    from align.training import engine, optim
 
     torch.set_num_threads(config.run.threads)
-    settings = model.ModelConfig(model=str(config.run.model), precision=config.run.dtype)
+    settings = ModelConfig(model=str(config.run.model), precision=config.run.dtype)
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, parallel.start(parallel.ParallelConfig()):
         file.writelines(json.dumps({"messages": messages}) + "\n" for messages in read_rows(config))
         file.flush()
         text = tokenizer.load(config.run.model)
-        rows, _ = data.load_sft([Path(file.name)], text, data.FormatConfig(loss_on=config.loss_on))
+        rows, _ = sft.load_sft([Path(file.name)], text, formats.FormatConfig(loss_on=config.loss_on))
         arch = architecture.read_config(config.run.model)
-        policy = model.build_policy(arch, settings, parallel.ParallelConfig())
+        policy = gpt.build_policy(arch, settings, parallel.ParallelConfig())
         huggingface.load(policy, huggingface.open_source(config.run.model, arch, 0))
-        policy = model.distributed(policy)
+        policy = gpt.distributed(policy)
         optimizer = common.our_optimizer(policy)
 
         def loss_fn(batch, logprobs):
-            return losses.sft_loss(logprobs, batch.mask), {}
+            return supervised.sft_loss(logprobs, batch.mask), {}
 
         steps = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         log = [common.clocks()]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from align import toy
+from align.data import toy
 
 ROOT = Path(__file__).parent.parent
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()  # macOS and CUDA want an exec after a fork

@@ -7,8 +7,8 @@ import sys
 import torch
 from torch import Tensor
 
-from align import decode_attention
-from align.layers import rotation
+from align.kernels import decode_attention
+from align.model.layers import rotation
 
 CAPACITY = 288
 LENGTHS = [1, 2, 7, 33, 128, 129, 287, 288]  # up to a block's end, beyond it, as long as there is room

@@ -9,8 +9,8 @@ from pathlib import Path
 import tyro
 
 import generate
-from align import parallel
-from align.parallel import ParallelConfig
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
 from tests import grids
 
 

@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from align import architecture, generate, huggingface, inference, model, parallel
-from align.generate import RolloutConfig
-from align.model import ModelConfig
-from align.parallel import ParallelConfig
-from align.sampling import SamplingConfig
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.generation import generator as generate
+from align.generation import inference
+from align.generation.generator import RolloutConfig
+from align.generation.sampling import SamplingConfig
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
 from tests import grids
 
 PREFILL_TOKENS = generate.PREFILL_TOKENS
@@ -57,8 +60,8 @@ def build(case: dict) -> generate.Generator:
     config = ModelConfig(model=case["model"], precision=case.get("precision", "fp32"))
     arch = architecture.read_config(config.path)
     rollout, sampling = RolloutConfig(**case.get("rollout", {})), SamplingConfig(**case["sampling"])
-    generate.check(arch, rollout, sampling, config, layout)
-    policy = model.build_policy(arch, config, layout)
+    generate.check_rollout(arch, rollout, sampling, config, layout)
+    policy = gpt.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
     letters = Letters(case.get("vocab_size", arch.vocab_size))
     return generate.Generator(policy, rollout, sampling, config, layout, letters)

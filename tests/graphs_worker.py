@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from align import generate, inference, parallel, sampling
-from align.inference import InferenceModel
-from align.parallel import ParallelConfig
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.generation import generator as generate
+from align.generation import inference, sampling
+from align.generation.inference import InferenceModel
 from tests import generate_worker
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from unittest import mock
 
 from megatron.core import parallel_state as mpu
 
-from align import parallel
+from align.distributed import parallel
 
 NAMES = [name for name in vars(mpu) if name.isupper() or name == "_global_process_group_list"]
 FRESH = {name: vars(mpu)[name] for name in NAMES}  # before there are any groups

@@ -12,8 +12,12 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from align import architecture, engine, huggingface, model, optim, packing, parallel, reference
-from align.metrics import with_std
+from align.data import packing
+from align.distributed import parallel
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
+from align.tracking.metrics import with_std
+from align.training import batching, engine, optim, reference
 from tests import grids
 from tests.parity_data import LABELS, LOSSES, LR, ROWS, SEED, STEPS, data_set, sequence_logprobs
 
@@ -39,16 +43,16 @@ class Case:
         return parallel.ParallelConfig(self.tp, self.pp, self.cp, self.sequence_parallel)
 
 
-def build(directory: Path, case: Case) -> model.Decoder:
+def build(directory: Path, case: Case) -> gpt.Decoder:
     """This rank's shard of the model that the case trains, with its weights."""
     start, labels = architecture.read_config(directory), LABELS[case.algorithm]
     arch = replace(start, labels=labels)
-    config = model.ModelConfig(model=str(directory), precision="fp32", recompute=case.recompute)
+    config = ModelConfig(model=str(directory), precision="fp32", recompute=case.recompute)
     source = huggingface.open_source(directory, start, SEED)
     if labels == 0:
-        made = model.build_policy(arch, config, case.layout)
+        made = gpt.build_policy(arch, config, case.layout)
     else:
-        made = model.build_scorer(arch, config, case.layout, (1 / labels,) * labels)
+        made = gpt.build_scorer(arch, config, case.layout, (1 / labels,) * labels)
         source = source if start.labels else huggingface.FreshHead(source, arch, SEED)
     huggingface.load(made, source)
     return made
@@ -63,7 +67,7 @@ def make_batches(policy: DistributedDataParallel, case: Case, step: int, rows: i
     config = packing.BatchConfig(
         micro_batch_tokens=case.micro_batch_tokens, micro_batch_size=case.micro_batch_size
     )
-    return engine.micro_batches(policy, examples, config, values)
+    return batching.micro_batches(policy, examples, config, values)
 
 
 def unshared(
@@ -74,7 +78,7 @@ def unshared(
     """This rank's rows in one micro-batch, in which every example has all its places itself."""
     mine = slice(parallel.dp_rank(), None, parallel.dp_size())
     batch = packing.collate(
-        [[example] for row in examples[mine] for example in row], engine.alignment(policy)
+        [[example] for row in examples[mine] for example in row], batching.alignment(policy)
     )
     assert sum(batch.lengths) > sum(map(packing.num_places, examples[mine]))  # else there is nothing to share
     for name, arrays in values.items():
@@ -101,7 +105,7 @@ def attach_reference(
 
 def train(directory: Path, case: Case, path: Path) -> list[dict[str, float]]:
     """Every metric of each update, and of one evaluation after them; `path` is for reference log-probs."""
-    policy = model.distributed(build(directory, case))
+    policy = gpt.distributed(build(directory, case))
     optimizer = optim.build(policy, optim.OptimConfig(weight_decay=0.1))
     sizes = [ROWS] * STEPS + [1]  # the evaluation has fewer rows than there are data parallel ranks
     history = []

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 
-from align import parallel
+from align.distributed import parallel
 
 SCRIPTS = (
     "generate",
@@ -36,7 +36,7 @@ SCRIPTS = (
     "train_sft",
 )
 # what a run would import when it comes to it
-LATE = ("align.plots", "matplotlib.pyplot", "torch.profiler", "tyro.constructors")
+LATE = ("align.tracking.plots", "matplotlib.pyplot", "torch.profiler", "tyro.constructors")
 LATE_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "PreTrainedTokenizerFast")
 
 

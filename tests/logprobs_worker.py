@@ -13,9 +13,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from align import architecture, engine, huggingface, model, optim, packing, parallel
-from align.logprobs import CHUNK, target_logprobs, target_logprobs_and_entropy
-from align.packing import Batch
+from align.data import packing
+from align.data.packing import Batch
+from align.distributed import parallel
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
+from align.model.logprobs import CHUNK, target_logprobs, target_logprobs_and_entropy
+from align.training import batching, engine, optim
 from tests.parity_data import examples
 
 HIDDEN, VOCAB, PADDED = 16, 37, 64
@@ -65,16 +69,16 @@ def policy_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]
 def policies(output: Path, directory: Path, layouts: list[dict]) -> None:
     """[T, 2] of the first rows, [T] without entropy, the loss and the norm of its gradient, by main rank."""
     arch = architecture.read_config(directory)
-    config, found = model.ModelConfig(str(directory), precision="fp32"), []
+    config, found = ModelConfig(str(directory), precision="fp32"), []
     for flags in layouts:
         layout = parallel.ParallelConfig(**flags)
         mpu.destroy_model_parallel()
         parallel.make_grid(layout)
-        policy = model.build_policy(arch, config, layout, TEMPERATURES[0], entropy=True)
+        policy = gpt.build_policy(arch, config, layout, TEMPERATURES[0], entropy=True)
         huggingface.load(policy, huggingface.open_source(directory, arch, 0))
-        ddp = model.distributed(policy)
+        ddp = gpt.distributed(policy)
         optimizer = optim.build(ddp, optim.OptimConfig())
-        batch = packing.collate([[example] for example in examples(0)], engine.alignment(ddp))
+        batch = packing.collate([[example] for example in examples(0)], batching.alignment(ddp))
         both = engine.outputs(ddp, [batch], lambda _, out: out)[0]
         policy.entropy = False
         logprobs = engine.outputs(ddp, [batch], lambda _, out: out)[0]

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from align import parallel
+from align.distributed import parallel
 
 TOKENS, SIZE, WIDE = 10, 24, 36
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

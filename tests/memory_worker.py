@@ -6,13 +6,14 @@ import re
 import sys
 from pathlib import Path
 
-from align import architecture, huggingface, model, parallel
+from align.distributed import parallel
+from align.model import architecture, config, gpt, huggingface
 
 
 def private_bytes() -> int:
     """Memory of this process that is not a mapped file, whose pages the kernel may drop at any time.
 
-    align.cpu keeps freed memory, so this is also the largest value so far.
+    align.distributed.megatron_on_cpu keeps freed memory, so this is also the largest value so far.
     """
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
@@ -22,7 +23,7 @@ layout = parallel.ParallelConfig(tp=2)
 with parallel.start(layout):
     arch = architecture.read_config(directory)
     before = private_bytes()
-    policy = model.build_policy(arch, model.ModelConfig(str(directory), "fp32"), layout)
+    policy = gpt.build_policy(arch, config.ModelConfig(str(directory), "fp32"), layout)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
     peak = private_bytes() - before
     shard = sum(parameter.nbytes for parameter in policy.parameters())

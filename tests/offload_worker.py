@@ -16,9 +16,12 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from align import architecture, checkpoint, engine, huggingface, model, offload, optim, parallel
-from align.checkpoint import CheckpointConfig
-from align.metrics import Clock
+from align.distributed import parallel
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
+from align.tracking.metrics import Clock
+from align.training import checkpoint, engine, offload, optim
+from align.training.checkpoint import CheckpointConfig
 from tests.invariance_worker import Case, make_batches
 from tests.parity_data import LOSSES, ROWS, SEED, STEPS, data_set
 
@@ -44,20 +47,20 @@ def build(name: str, directory: Path, setting: Setting) -> Trained:
     arch, layout = architecture.read_config(directory), parallel.ParallelConfig(setting.tp, setting.pp)
     source, config = (
         huggingface.open_source(directory, arch, SEED),
-        model.ModelConfig(str(directory), setting.precision),
+        ModelConfig(str(directory), setting.precision),
     )
     if name == "policy":
-        made = model.build_policy(arch, config, layout)
+        made = gpt.build_policy(arch, config, layout)
     else:
         arch = replace(arch, labels=1)
-        made, source = model.build_scorer(arch, config, layout), huggingface.FreshHead(source, arch, SEED)
+        made, source = gpt.build_scorer(arch, config, layout), huggingface.FreshHead(source, arch, SEED)
     huggingface.load(made, source)
-    made = model.distributed(made)
+    made = gpt.distributed(made)
     return made, optim.build(made, optim.OptimConfig(weight_decay=0.1))
 
 
 def tensors(trained: Trained) -> dict[str, list[torch.Tensor]]:
-    """What the three parts of a model in training hold, listed independently of align.offload."""
+    """What the three parts of a model in training hold, listed independently of align.training.offload."""
     weights = list(trained[0].parameters())
     states = [state for adam in optim.adams(trained[1]) for state in adam.optimizer.state.items()]
     return {
@@ -168,11 +171,11 @@ def resident_bytes() -> int:
 
 def measure(directory: Path, output: Path, in_files: bool) -> dict:
     """Resident memory in phases, by label, and what a model of about 200 MB consists of."""
-    arch, config = architecture.read_config(directory), model.ModelConfig(str(directory), "fp32")
-    made = model.build_policy(arch, config, parallel.ParallelConfig())
+    arch, config = architecture.read_config(directory), ModelConfig(str(directory), "fp32")
+    made = gpt.build_policy(arch, config, parallel.ParallelConfig())
     for weight in made.parameters():
         torch.nn.init.normal_(weight)
-    ddp = model.distributed(made)
+    ddp = gpt.distributed(made)
     optimizer = optim.build(ddp, optim.OptimConfig())
     ddp.zero_grad_buffer()
     sums = {kind: sum(value.nbytes for value in values) for kind, values in tensors((ddp, optimizer)).items()}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from align import losses
-from align.packing import Batch, Example, num_trained
-from align.preferences import Pair, as_scored
+from align.data.packing import Batch, Example, num_trained
+from align.data.preferences import Pair, as_scored
+from align.losses import preference, supervised
 
 STEPS, ROWS, VOCAB, BETA = 3, 6, 131, 0.1
 SEED = 5  # of a reward model's head
@@ -58,7 +58,7 @@ def labels(step: int, rows: int = ROWS) -> np.ndarray:
     """[rows, 2] float32, two attributes of `examples`; some are missing, never both of a row."""
     random = np.random.default_rng([step, 2])
     made = random.normal(size=(rows, 2)).astype(np.float32)
-    made[1::3, 0] = made[2::3, 1] = losses.MISSING
+    made[1::3, 0] = made[2::3, 1] = supervised.MISSING
     return made
 
 
@@ -78,7 +78,7 @@ def data_set(algorithm: str, step: int, rows: int = ROWS) -> DataSet:
         return DataSet([(example,) for example in made], {}, [num_trained([example]) for example in made])
     if algorithm == "regression":
         target = labels(step, rows)
-        counts = (target != losses.MISSING).sum(1).tolist()
+        counts = (target != supervised.MISSING).sum(1).tolist()
         scored = [(as_scored(example),) for example in examples(step, rows)]
         return DataSet(scored, {"target": target[:, None]}, counts)
     made = pairs(step, rows)
@@ -95,31 +95,31 @@ def data_set(algorithm: str, step: int, rows: int = ROWS) -> DataSet:
 def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Supervised fine-tuning."""
     assert len(logprobs) == len(batch.tokens)
-    return losses.sft_loss(logprobs, batch.mask), {"square": (logprobs.square() * batch.mask).sum()}
+    return supervised.sft_loss(logprobs, batch.mask), {"square": (logprobs.square() * batch.mask).sum()}
 
 
 def sequence_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
     """[2P]: chosen, rejected, chosen, ..."""
-    return losses.sequence_logprobs(logprobs, batch.mask, batch.lengths)
+    return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths)
 
 
 def dpo_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Direct preference optimization; the reference's log-probs are in batch.extra["ref"]."""
     both, reference = sequence_logprobs(batch, logprobs).view(-1, 2), batch.extra["ref"].view(-1, 2)
     four = (*both.unbind(1), *reference.unbind(1))
-    return losses.dpo(*four, BETA).sum(), losses.log_ratio_statistics(*four, BETA)
+    return preference.dpo(*four, BETA).sum(), preference.log_ratio_statistics(*four, BETA)
 
 
 def ranking_loss(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Reward model on pairs with margins."""
     chosen, rejected = values[batch.mask.bool()].double().view(-1, 2).unbind(1)
-    loss = losses.ranking(chosen, rejected, batch.extra["target"]).sum()
-    return loss, losses.pair_statistics(chosen, rejected)
+    loss = supervised.ranking(chosen, rejected, batch.extra["target"]).sum()
+    return loss, preference.pair_statistics(chosen, rejected)
 
 
 def regression_loss(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Reward model on labels."""
-    error, present = losses.regression(values[batch.mask.bool()].double(), batch.extra["target"])
+    error, present = supervised.regression(values[batch.mask.bool()].double(), batch.extra["target"])
     return error, {"present": present}
 
 

@@ -11,12 +11,16 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from align import architecture, engine, huggingface, model, packing, parallel
+from align.data import packing
+from align.distributed import parallel
+from align.model import architecture, gpt, huggingface, spec
+from align.model.config import ModelConfig
+from align.training import batching, engine
 from tests.invariance_worker import Case, build, train
 from tests.parity_data import FRESH, STEPS, data_set
 
 
-class Logits(model.Policy):
+class Logits(gpt.Policy):
     """The policy, but its last stage returns all logits, [T, padded V]."""
 
     def _postprocess(self, hidden_states, **rest):
@@ -27,16 +31,16 @@ class Logits(model.Policy):
 def logits(directory: Path, layout: parallel.ParallelConfig) -> torch.Tensor:
     """Logits [T, V] of the first rows in one pack."""
     arch = architecture.read_config(directory)
-    config = model.transformer_config(arch, model.ModelConfig(precision="fp32"), layout, False)
+    config = spec.transformer_config(arch, ModelConfig(precision="fp32"), layout, False)
     policy = Logits(config, arch, False)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
-    batch = packing.collate(data_set("sft", 0).rows, engine.alignment(policy))
+    batch = packing.collate(data_set("sft", 0).rows, batching.alignment(policy))
     return engine.outputs(policy, [batch], lambda _, out: out)[0][: sum(batch.lengths), : arch.vocab_size]
 
 
-def values(scorer: model.Scorer) -> list[torch.Tensor]:
+def values(scorer: gpt.Scorer) -> list[torch.Tensor]:
     """Values [n, 1] at the n tokens of each side of the first pairs, which share the places of the prompt."""
-    batch = packing.collate(data_set("ranking", 0).rows, engine.alignment(scorer))
+    batch = packing.collate(data_set("ranking", 0).rows, batching.alignment(scorer))
     packed = engine.outputs(scorer, [batch], lambda _, out: out)[0]
     own = packed[: sum(batch.lengths)].split(batch.lengths)
     return [torch.cat([packed[a : a + n], rest]) for (a, n), rest in zip(batch.prefixes, own, strict=True)]

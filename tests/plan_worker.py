@@ -4,8 +4,8 @@
 
 OUT/RANK.json gets {phase: GB}. On a CPU that is resident memory, and ALLOCATOR says of which kind: "exact"
 has each larger tensor mapped by itself and given back when it is freed, so that it is the sum of what lives;
-"run" leaves glibc as align.cpu sets it: it keeps what was freed, with gaps. Models are random: of their
-directories only config.json and tokenizer are read.
+"run" leaves glibc as align.distributed.megatron_on_cpu sets it: it keeps what was freed, with gaps. Models
+are random: of their directories only config.json and tokenizer are read.
 """
 
 import ctypes
@@ -22,15 +22,19 @@ from typing import Any
 import torch.distributed as dist
 import tyro
 
-from align import checkpoint, cpu, engine, generate, huggingface, model, offload, optim, parallel, rewards
+from align.distributed import megatron_on_cpu, parallel
+from align.generation import generator
+from align.model import gpt, huggingface
+from align.rewards import sources
+from align.training import batching, checkpoint, engine, offload, optim
 
 ROOT = Path(__file__).parent.parent
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's numbers
 PARTS = {  # of a script without phases of its own: what belongs to which
     "train": ((engine, "forward_backward"), (optim, "step")),
-    "generate": ((generate.Generator, "generate"),),
-    "score": ((rewards.RewardModel, "__call__"),),
-    "audit": ((engine, "per_example"),),
+    "generate": ((generator.Generator, "generate"),),
+    "score": ((sources.RewardModel, "__call__"),),
+    "audit": ((batching, "per_example"),),
     "reference": ((engine, "outputs"),),
     "save": ((checkpoint, "save"),),
 }
@@ -103,7 +107,7 @@ class Peaks:
         return run
 
     def of_phases(self) -> None:
-        """Note what align.offload.Phases measures, of this rank."""
+        """Note what align.training.offload.Phases measures, of this rank."""
         call = offload.Phases.__call__.__wrapped__
 
         def phase(phases: offload.Phases, name: str, /, **needs: str):  # noqa: ANN202
@@ -115,7 +119,7 @@ class Peaks:
 
     def of_first(self) -> None:
         """Note as "process" what is there before the first model is built."""
-        build = model.Decoder.__init__
+        build = gpt.Decoder.__init__
 
         def first(*args: Any, **kwargs: Any) -> None:
             if "process" not in self.found:
@@ -123,7 +127,7 @@ class Peaks:
                 self.note("process", offload.peak_bytes())
             build(*args, **kwargs)
 
-        model.Decoder.__init__ = first
+        gpt.Decoder.__init__ = first
 
 
 def main(out: Path, allocator: str, script: str, flags: list[str]) -> None:
@@ -132,7 +136,7 @@ def main(out: Path, allocator: str, script: str, flags: list[str]) -> None:
     config = tyro.cli(module.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
     huggingface.open_source = lambda directory, arch, seed: huggingface.RandomSource(arch, seed)
     if allocator == "exact":
-        cpu.keep_memory = map_each
+        megatron_on_cpu.keep_memory = map_each
     peaks = Peaks()
     peaks.of_first()
     if hasattr(config, "offload"):

@@ -9,7 +9,9 @@ import zlib
 import torch
 import tyro
 
-from align import metrics, parallel, toy
+from align.data import toy
+from align.distributed import parallel
+from align.tracking import run
 from tests import grids
 
 
@@ -22,7 +24,7 @@ def reward(prompt: str, response: str, row: dict) -> float:
 
 
 if __name__ == "__main__":
-    metrics.Run.close = functools.partialmethod(metrics.Run.close, plots=False)  # curves take long
+    run.Run.close = functools.partialmethod(run.Run.close, plots=False)  # curves take long
     commands = json.loads(sys.argv[1])
     scripts = {script: importlib.import_module(script.removesuffix(".py")) for script, *_ in commands}
     with parallel.start(parallel.ParallelConfig()):  # after the imports, as in the scripts

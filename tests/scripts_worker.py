@@ -12,8 +12,11 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from align import launch, metrics, parallel, reference
-from align.packing import Batch
+from align.data.packing import Batch
+from align.distributed import launch, parallel
+from align.errors import UserError
+from align.tracking import run
+from align.training import reference
 
 
 @contextlib.contextmanager
@@ -41,7 +44,7 @@ def attempt(script: str, *command: str) -> str | None:
             flags = launch.parse(module.Config, command)
             with parallel.start(flags.parallel):
                 module.main(flags)
-    except (ValueError, RuntimeError) as error:
+    except (UserError, RuntimeError) as error:
         return str(error)
     finally:
         if dist.is_initialized():  # a failed run leaves its groups to the end of the process
@@ -59,7 +62,7 @@ def attempt_spoilt(command: list[str]) -> str | None:
 
 
 # the curves would take most of the time; test_scripts.py looks at those of other runs
-metrics.Run.close = functools.partialmethod(metrics.Run.close, plots=False)
+run.Run.close = functools.partialmethod(run.Run.close, plots=False)
 folder = Path(sys.argv[1])
 errors = [attempt_spoilt(command) for command in json.loads((folder / "commands.json").read_text())]
 (folder / "errors.json").write_text(json.dumps(errors))

@@ -22,7 +22,8 @@ import tyro
 from megatron.core import parallel_state as mpu
 
 import train_ppo
-from align import metrics, parallel
+from align.distributed import parallel
+from align.tracking.run import Run
 
 Bug = dict[str, list[tuple[str, str]]]  # module.function or module.Class.method: [(words, others), ...]
 
@@ -55,12 +56,12 @@ class Case:
 
 # ---- the bugs ------------------------------------------------------------------------------------
 
-COLLATE, ANSWER = "align.packing.collate", "align.rewards.answer"
+COLLATE, ANSWER = "align.data.packing.collate", "align.generation.rollout.answer"
 POSITIONS, TAIL = "np.arange(skip, skip + end - start)", "positions[total:] ="
-SAMPLE, IDS = "align.generate.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
+SAMPLE, IDS = "align.generation.generator.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
 LOGPROBS = "(x[slot, :count].copy()"
-DECODE = "align.inference.InferenceModel.decode"
-DROPOUT = {"align.model.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
+DECODE = "align.generation.inference.InferenceModel.decode"
+DROPOUT = {"align.model.gpt.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
 LINEAR = "megatron.core.tensor_parallel.layers"
 REGION = "megatron.core.tensor_parallel.mappings._CopyToModelParallelRegion"
 DDP = "megatron.core.distributed.DistributedDataParallel"
@@ -84,17 +85,20 @@ READ = {  # what training reads
         "lengths", {COLLATE: [("example.trained[skip + 1 :]", "example.trained[skip:-1]")]}
     ),
     "sequences of a micro-batch see each other": Case(
-        "sampler", {"align.engine.forward": [("batch.lengths, batch.prefixes,", "[tokens], [(0, 0)],")]}
+        "sampler",
+        {"align.training.engine.forward": [("batch.lengths, batch.prefixes,", "[tokens], [(0, 0)],")]},
     ),
     "an answer sees the one before it in place of its prompt": Case(
         "sampler",
-        {"align.attention.overlap": [("(start, start + size)", "(begin - size, begin)")]},
+        {"align.model.attention.overlap": [("(start, start + size)", "(begin - size, begin)")]},
     ),
     "training does not see a prompt's first token": Case(
         "sampler", {ANSWER: [("trained = np", "prompt = type(prompt)(prompt.ids[1:], {}); trained = np")]}
     ),
     "numbers of other micro-batches": Case(
-        "sampler", {"align.engine.micro_batches": [("arrays[i] for i", "arrays[-1 - i] for i")]}, "one token"
+        "sampler",
+        {"align.training.batching.micro_batches": [("arrays[i] for i", "arrays[-1 - i] for i")]},
+        "one token",
     ),
 }
 ENDS = {  # how an answer ends
@@ -125,13 +129,13 @@ ENDS = {  # how an answer ends
 }
 DISTRIBUTION = {  # softmax of what
     "training forgets the temperature": Case(
-        "sampler", {"align.model.build_policy": [("temperature=temperature", "temperature=1.0")]}
+        "sampler", {"align.model.gpt.build_policy": [("temperature=temperature", "temperature=1.0")]}
     ),
     "the sampler's log-probs are without temperature": Case(
         "sampler", {SAMPLE: [("Sample(ids, logprobs,", "Sample(ids, model_logprobs,")]}
     ),
     "rows that only pad the vocabulary get probability": Case(
-        "sampler", {"align.logprobs.finished": [("z[:, real:] = ABSENT", "pass")]}
+        "sampler", {"align.model.logprobs.finished": [("z[:, real:] = ABSENT", "pass")]}
     ),
 }
 SAMPLER = {  # what the sampler computes
@@ -143,13 +147,17 @@ SAMPLER = {  # what the sampler computes
     ),
     "a sequence that changes its slot leaves its last key behind": Case(
         "sampler",
-        {"align.generate.ContinuousBatch.close_gaps": [("self.count[last] - 1)", "self.count[last] - 2)")]},
+        {
+            "align.generation.generator.ContinuousBatch.close_gaps": [
+                ("self.count[last] - 1)", "self.count[last] - 2)")
+            ]
+        },
         "few slots",
     ),
     "the sampler keeps the weights of before the update": Case(
         "sampler",
         {
-            "align.generate.Generator.generate": [
+            "align.generation.generator.Generator.generate": [
                 ("offload.restore(self.freed)", "hasattr(self, 'kept') or offload.restore(self.freed)"),
                 ("swap_model_weights(", "hasattr(self, 'kept') or swap_model_weights("),
                 ("self.freed = offload.release(self.copy.parameters())", "self.kept = True"),
@@ -162,7 +170,7 @@ SAMPLER = {  # what the sampler computes
 PASSES = {  # passes over the same answers that differ
     "dropout in training": Case("ratio", DROPOUT),
     "dropout in every pass": Case(
-        "sampler", DROPOUT | {"align.engine.outputs": [("model.eval()\n", "model.train()\n")]}
+        "sampler", DROPOUT | {"align.training.engine.outputs": [("model.eval()\n", "model.train()\n")]}
     ),
     "an update after every micro-batch": Case(
         "ratio",
@@ -178,7 +186,11 @@ PASSES = {  # passes over the same answers that differ
     ),
     "old log-probs of other micro-batches": Case(
         "ratio",
-        {"align.engine.micro_batches": [("arrays[i] for", "arrays[-1 - i if name == 'old' else i] for")]},
+        {
+            "align.training.batching.micro_batches": [
+                ("arrays[i] for", "arrays[-1 - i if name == 'old' else i] for")
+            ]
+        },
         "one token",
     ),
 }
@@ -191,7 +203,7 @@ RANKS = {  # what ranks tell each other
     ),
     "no sum over tensor parallel ranks in the softmax": Case(
         "sampler",
-        {"align.logprobs.TargetLogProbs.forward": [("dist.all_reduce(parts, group=group)", "pass")]},
+        {"align.model.logprobs.TargetLogProbs.forward": [("dist.all_reduce(parts, group=group)", "pass")]},
         "tp 2",
     ),
     "no sum over tensor parallel ranks in the backward pass": Case(  # their norms and biases drift apart
@@ -274,6 +286,6 @@ def main(given: Path, written: Path) -> None:
 
 
 if __name__ == "__main__":
-    metrics.Run.close = functools.partialmethod(metrics.Run.close, plots=False)  # curves take long
+    Run.close = functools.partialmethod(Run.close, plots=False)  # curves take long
     with parallel.start(parallel.ParallelConfig()):
         main(*map(Path, sys.argv[1:]))

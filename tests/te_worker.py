@@ -11,18 +11,21 @@ sys.path.insert(0, str(Path(__file__).parent / "te_stand_in"))  # before anythin
 import torch
 from megatron.core import parallel_state as mpu
 
-from align import architecture, checkpoint, engine, huggingface, model, optim, parallel
-from align.packing import BatchConfig
+from align.data.packing import BatchConfig
+from align.distributed import parallel
+from align.model import architecture, gpt, huggingface
+from align.model import config as model
+from align.training import batching, checkpoint, engine, optim
 from tests.parity_data import LOSSES, SEED, data_set
 
 STEPS = 2
 
 
-def build(directory: Path, layout: parallel.ParallelConfig, te: bool) -> model.Decoder:
+def build(directory: Path, layout: parallel.ParallelConfig, te: bool) -> gpt.Decoder:
     """A policy, its weights loaded."""
-    model.uses_te = lambda config: te
+    model.uses_te = gpt.uses_te = lambda config: te
     arch, config = architecture.read_config(directory), model.ModelConfig(str(directory), "fp32")
-    made = model.build_policy(arch, config, layout)
+    made = gpt.build_policy(arch, config, layout)
     huggingface.load(made, huggingface.open_source(directory, arch, SEED))
     return made
 
@@ -33,7 +36,7 @@ def train(trained: tuple, steps: range) -> list[tuple[float, float]]:
     found = []
     for step in steps:
         data = data_set("sft", step, 5)
-        batches = engine.micro_batches(policy, data.rows, BatchConfig(micro_batch_tokens=100), data.values)
+        batches = batching.micro_batches(policy, data.rows, BatchConfig(micro_batch_tokens=100), data.values)
         loss = engine.forward_backward(policy, batches, LOSSES["sft"], sum(data.counts))["loss"]
         found.append((loss, optim.step(optimizer, 1e-3)))
     return found
@@ -42,12 +45,12 @@ def train(trained: tuple, steps: range) -> list[tuple[float, float]]:
 def logprobs(policy: torch.nn.Module) -> list[float]:
     """Of all trained tokens of some rows that share micro-batches."""
     rows = data_set("sft", 9, 5).rows
-    return [float(x) for part in engine.per_example(policy, rows, BatchConfig()) for x in part]
+    return [float(x) for part in batching.per_example(policy, rows, BatchConfig()) for x in part]
 
 
 def describe(directory: Path, layout: parallel.ParallelConfig, te: bool, output: Path) -> dict[str, object]:
     """What the test compares, of training that is saved, and goes on with the other kind of layers."""
-    policy = model.distributed(build(directory, layout, te))
+    policy = gpt.distributed(build(directory, layout, te))
     optimizer = optim.build(policy, optim.OptimConfig())
     huggingface.save(policy, directory, output / "hf")
     files = sorted((output / "hf").glob("*.safetensors"))
@@ -56,7 +59,7 @@ def describe(directory: Path, layout: parallel.ParallelConfig, te: bool, output:
     saved = output / "checkpoint"
     checkpoint.write(saved, STEPS, policy, optimizer)
     shards = policy.module.sharded_state_dict(metadata=checkpoint.sharding_metadata())
-    other = model.distributed(build(directory, layout, not te))
+    other = gpt.distributed(build(directory, layout, not te))
     other = other, optim.build(other, optim.OptimConfig())
     checkpoint.load(saved, *other, same_layout=True)
     again = logprobs(other[0])

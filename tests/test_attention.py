@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from align import architecture, attention, model, parallel
+from align.distributed import parallel
+from align.model import architecture, attention, spec
+from align.model.config import ModelConfig
 
 HEADS, DIM = 4, 8
 
@@ -248,5 +250,5 @@ def test_window_is_told_to_megatron_without_the_token_itself():
         window=7,
         rope=(("rope_theta", 1e4),),
     )
-    config = model.transformer_config(arch, model.ModelConfig(), parallel.ParallelConfig(), te=False)
+    config = spec.transformer_config(arch, ModelConfig(), parallel.ParallelConfig(), te=False)
     assert config.window_size == (6, 0)

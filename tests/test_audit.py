@@ -20,14 +20,17 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from align import architecture, audit, engine, huggingface, inference, model, parallel, rewards
-from align.audit import AuditConfig
-from align.generate import Generator, RolloutConfig, Sample
-from align.model import ModelConfig
-from align.packing import BatchConfig
-from align.parallel import ParallelConfig
-from align.prompts import Prompt
-from align.sampling import SamplingConfig
+from align.data.packing import BatchConfig
+from align.data.prompts import Prompt
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.generation import audit, inference, rollout
+from align.generation.audit import AuditConfig
+from align.generation.generator import Generator, RolloutConfig, Sample
+from align.generation.sampling import SamplingConfig
+from align.model import architecture, gpt, huggingface, layers
+from align.model.config import ModelConfig
+from align.training import batching
 from tests import grids
 from tests.conftest import fork_ranks
 from tests.generate_worker import Letters
@@ -58,9 +61,9 @@ class Setting:
         layout, config = ParallelConfig(**flags), ModelConfig(model=str(directory), precision="fp32")
         grids.change(layout)
         arch = architecture.read_config(directory)
-        policy = model.build_policy(arch, config, layout)
+        policy = gpt.build_policy(arch, config, layout)
         huggingface.load(policy, huggingface.open_source(directory, arch, layout.seed))
-        self.policy: DistributedDataParallel = model.distributed(policy)
+        self.policy: DistributedDataParallel = gpt.distributed(policy)
         # Training's softmax leaves out the ids that this tokenizer lacks, as the sampler's does.
         letters = Letters(vocab_size=100)
         self.generator = Generator(self.policy, RolloutConfig(), SAMPLING, config, layout, letters)
@@ -78,8 +81,8 @@ class Setting:
     def check(self, answers: Answers, config: AuditConfig = DEFAULT) -> dict[str, float] | str:
         """What the audit finds, or its message."""
         ids = prompts()
-        rows = [[rewards.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
-        trained = engine.per_example(self.policy, rows, BatchConfig(micro_batch_tokens=200))
+        rows = [[rollout.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
+        trained = batching.per_example(self.policy, rows, BatchConfig(micro_batch_tokens=200))
         places = [(row, number) for row, number, _ in answers]
         sampled = [sample.model_logprobs for *_, sample in answers]
         try:
@@ -131,7 +134,7 @@ def other_weights(policy: DistributedDataParallel) -> Iterator[None]:
 
 def shifted_prefill(right: Callable) -> Callable:
     """A prefill that counts the positions of prompts from 1 instead of 0."""
-    rotation = inference.rotation
+    rotation = layers.rotation
 
     def prefill(self: inference.InferenceModel, given: list[Tensor]) -> list[inference.Prefix]:
         with mock.patch.object(inference, "rotation", lambda places, *rest: rotation(places + 1, *rest)):

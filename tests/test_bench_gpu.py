@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from align import packing
-from align.packing import Example
+from align.data import packing
+from align.data.packing import Example
 from tests.conftest import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "bench"))

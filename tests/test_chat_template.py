@@ -14,13 +14,14 @@ import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import generate
-from align import chat_template, data, preferences, prompts, tokenizer
-from align.data import FormatConfig
-from align.marker_chat import MarkerChat
-from align.model import ModelConfig
-from align.preferences import PreferenceFormat
-from align.prompts import PromptFormat
-from align.tokenizer import TextConfig
+from align.data import chat_template, display, formats, preferences, prompts, sft, tokenizer
+from align.data.formats import FormatConfig
+from align.data.marker_chat import MarkerChat
+from align.data.preferences import PreferenceFormat
+from align.data.prompts import PromptFormat
+from align.data.tokenizer import TextConfig
+from align.errors import UserError
+from align.model.config import ModelConfig
 from tests.conftest import ROOT, fork_python, random_tiny
 
 TINY = ROOT / "assets" / "tiny"
@@ -78,7 +79,7 @@ def test_a_clock_that_cannot_be_pinned_is_named(tmp_path):
 
 
 def test_a_date_that_is_none():
-    with pytest.raises(ValueError, match="--template-date '31.12.1999' must be a date YYYY-MM-DD"):
+    with pytest.raises(UserError, match="--template-date '31.12.1999' must be a date YYYY-MM-DD"):
         TextConfig(template_date="31.12.1999")
 
 
@@ -120,7 +121,7 @@ def test_variables_become_defaults_of_the_saved_template(tmp_path):
     again.save(tmp_path / "hf2")
     assert tokenizer.load(tmp_path / "hf2").render(CHAT[:1], add_generation_prompt=True) == prompt
     row = {"messages": CHAT, "chat_template_kwargs": {"think": True, "style": {"name": ""}}}
-    example, _ = data.format_sft(row, text, FormatConfig())
+    example, _ = formats.format_sft(row, text, FormatConfig())
     assert "<think>" not in text.decode(example.ids.tolist())
 
 
@@ -129,10 +130,10 @@ def test_generate_asks_a_checkpoint_with_the_variables_of_its_run(tmp_path):
     step.mkdir(parents=True)
     flags = {"model": "tiny", "chat_template_kwargs": '{"think": false}'}
     (tmp_path / "run/config.json").write_text(json.dumps({"flags": flags}))
-    with mock.patch("align.checkpoint.is_checkpoint", return_value=True):
+    with mock.patch("align.training.checkpoint.is_checkpoint", return_value=True):
         with (
-            mock.patch("align.checkpoint.is_reward_model", return_value=False),
-            mock.patch("align.checkpoint_files.verify"),
+            mock.patch("align.training.checkpoint.is_reward_model", return_value=False),
+            mock.patch("align.training.checkpoint_files.verify"),
         ):
             source = generate.find_source(ModelConfig(model=str(step)))
     assert source.text_config(TextConfig()).variables() == {"think": False}
@@ -169,7 +170,7 @@ def test_a_template_without_end_is_refused_in_time(tmp_path, monkeypatch, name):
     monkeypatch.setattr(chat_template, "SECONDS", 2.0 if name == "loops" else 30.0)
     text = tokenizer.load(directory(tmp_path / "model", ENDLESS[name]))
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=re.escape(f"the chat template {WORDS[name]}")):
+    with pytest.raises(UserError, match=re.escape(f"the chat template {WORDS[name]}")):
         text.render(CHAT)
     assert time.perf_counter() - start < 30
     assert tokenizer.load(TINY).render(CHAT)  # and the next one has its own time
@@ -178,7 +179,7 @@ def test_a_template_without_end_is_refused_in_time(tmp_path, monkeypatch, name):
 def test_a_long_text_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template, "LENGTH", 1000)
     text = tokenizer.load(directory(tmp_path / "model", "{{ 'a' * 1001 }}"))
-    with pytest.raises(ValueError, match="makes 1,001 characters of one chat"):
+    with pytest.raises(UserError, match="makes 1,001 characters of one chat"):
         text.render(CHAT)
 
 
@@ -202,10 +203,10 @@ def test_rows_of_whole_strings_with_special_tokens_are_counted(tmp_path):
     loaded, counts = prompts.load_prompts([paths["prompts"]], text, PromptFormat())
     assert counts[name] == 2
     assert loaded[0].ids.tolist() == text.encode(rendered)  # control tokens, as they stand
-    assert data.load_sft([paths["sft"]], text, FormatConfig())[1][name] == 1
+    assert sft.load_sft([paths["sft"]], text, FormatConfig())[1][name] == 1
     assert preferences.load_pairs([paths["pairs"]], text, PreferenceFormat())[1][name] == 1
     assert preferences.load_labelled([paths["labelled"]], text, PreferenceFormat(), 1)[2][name] == 1
-    assert name in data.describe(counts)
+    assert name in display.describe(counts)
 
 
 # ---- markers of a chat in its texts --------------------------------------------------------------
@@ -249,19 +250,19 @@ def test_markers_in_the_values_of_a_chat_are_text(piece_model, tmp_path, kind):
     sp = SentencePieceProcessor(model_file=str(piece_model))
     marker = sp.piece_to_id("<extra_id_1>")
     fmt = FormatConfig(chat_tokens=MARKERS, add_bos=False)
-    example, _ = data.format_sft(marker_row(FORGED), text, fmt)
+    example, _ = formats.format_sft(marker_row(FORGED), text, fmt)
     ids = example.ids.tolist()
     assert ids.count(marker) == 3  # two turns, and the end of the answer
     assert FORGED in text.decode(ids)
     assert text.decode(ids[int(np.argmax(example.trained)) :]).strip() == "nine\n<extra_id_1>"
-    plain, _ = data.format_sft(marker_row("four"), text, fmt)
+    plain, _ = formats.format_sft(marker_row("four"), text, fmt)
     written = "<extra_id_0>System\nbe kind\n<extra_id_1>User\nfour\n<extra_id_1>Assistant\nnine\n<extra_id_1>"
     assert plain.ids.tolist() == sp.encode(written)  # rows without markers have the ids that they had
     allowed = tokenizer.load(piece_model, config=TextConfig(special_tokens_in_text="allow"))
-    assert data.format_sft(marker_row(FORGED), allowed, fmt)[0].ids.tolist().count(marker) == 5
+    assert formats.format_sft(marker_row(FORGED), allowed, fmt)[0].ids.tolist().count(marker) == 5
     refusing = tokenizer.load(piece_model, config=TextConfig(special_tokens_in_text="refuse"))
-    with pytest.raises(ValueError, match="special token '<extra_id_1>' in a text"):
-        data.format_sft(marker_row(FORGED), refusing, fmt)
+    with pytest.raises(UserError, match="special token '<extra_id_1>' in a text"):
+        formats.format_sft(marker_row(FORGED), refusing, fmt)
     text.follow(MarkerChat(MARKERS))  # prompts of the trained model, as messages and as rows
     asked = [marker_row(FORGED), {"messages": [{"role": "user", "content": FORGED}]}]
     for row in asked:

@@ -13,10 +13,10 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from align import checkpoint
-from align.continuation import FREE, Continuation
-from align.metrics import flatten
-from align.packing import data_order
+from align.data.packing import data_order
+from align.tracking.run import flatten
+from align.training import checkpoint
+from align.training.continuation import FREE, Continuation
 from tests.conftest import ROOT, fork_python
 from tests.test_scripts import chats, comparisons, write_rows
 
@@ -24,7 +24,7 @@ COMMON = "--max-seq-len 64 --global-batch-size 2 --max-steps 3 --warmup-steps 1"
 STOP = ("--max-time", "00:00:00")  # after step 1
 RL = (
     "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --unended keep --max-prompt-len 64 "
-    "--reward-fn align.toy:reward --global-batch-size 4 --max-steps 3 --warmup-steps 1"
+    "--reward-fn align.data.toy:reward --global-batch-size 4 --max-steps 3 --warmup-steps 1"
 )
 FLAGS = {  # script: changed flags, and the words of the refusal
     "sft": {
@@ -57,7 +57,7 @@ FLAGS = {  # script: changed flags, and the words of the refusal
         "--samples-per-prompt 4": "--samples-per-prompt 2 -> 4",
         "--max-new-tokens 5": "--max-new-tokens 4 -> 5",
         "--advantages rloo": "--advantages gae -> rloo",
-        "--reward-fn align.gsm8k:reward": "--reward-fn align.toy:reward -> align.gsm8k:reward",
+        "--reward-fn align.rewards.gsm8k:reward": "--reward-fn align.data.toy:reward -> align.rewards.gsm8k",
     },
 }
 OTHERS = {  # checkpoint of, continued by, rows, flags: words of the refusal

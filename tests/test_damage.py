@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from align import checkpoint, checkpoint_files
+from align.training import checkpoint, checkpoint_files
 from tests.conftest import fork_python
 from tests.test_scripts import chats, comparisons, write_rows
 
@@ -26,7 +26,7 @@ COMMON = (
 RL = (
     "--prompts-per-step 2 --samples-per-prompt 2 --global-batch-size 4 --max-new-tokens 4 --unended keep "
     "--max-prompt-len 64 --max-steps 3 --warmup-steps 1 --save-interval 1 --save-top-k 9 "
-    "--reward-fn align.toy:reward --monitor train_rollouts/rewards"
+    "--reward-fn align.data.toy:reward --monitor train_rollouts/rewards"
 )
 SELF_REWARD = (
     "--samples-per-prompt 2 --judgements 2 --temperature 0.8 --rollout-ahead 3 --max-new-tokens 38 "

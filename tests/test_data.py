@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from align import data, packing, tokenizer
+from align.data import display, formats, jsonl, packing, sft, tokenizer
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
-DEFAULT = data.FormatConfig()
+DEFAULT = formats.FormatConfig()
 GOOD = {"input": "What?", "output": "That."}
 
 
@@ -42,13 +43,13 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def example(row: dict, tokens: data.Tokenizer, fmt: data.FormatConfig = DEFAULT) -> packing.Example:
-    return data.format_sft(row, tokens, fmt)[0]
+def example(row: dict, tokens: formats.Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> packing.Example:
+    return formats.format_sft(row, tokens, fmt)[0]
 
 
-def spans(row: dict, tokens: data.Tokenizer, fmt: data.FormatConfig = DEFAULT) -> str:
+def spans(row: dict, tokens: formats.Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> str:
     """The row with its trained parts in brackets, control characters and all."""
-    return data.show(example(row, tokens, fmt), tokens)
+    return display.show(example(row, tokens, fmt), tokens)
 
 
 def chat(*contents: str) -> dict:
@@ -145,21 +146,21 @@ def test_mask_names_one_role_or_several(tiny):
 
 
 def test_chat_tokens_as_typed(tiny):
-    fmt = data.FormatConfig(chat_tokens=("<s>", "<t>", "<l>", r"\n\n", ":"))
+    fmt = formats.FormatConfig(chat_tokens=("<s>", "<t>", "<l>", r"\n\n", ":"))
     row = conversation(("User", "a"), ("Assistant", "b", "q"), type="VALUE_TO_TEXT")
     expected = "<s>System:S\n\n<t>User:a\n\n<t>Assistant:<l>q:⟦b\n\n<t>⟧"
     assert spans(row, tiny, fmt) == expected.replace("\n", "↵\n")
 
 
 def test_loss_on_all_trains_every_token_but_the_first(tiny):
-    fmt = data.FormatConfig(loss_on="all")
+    fmt = formats.FormatConfig(loss_on="all")
     for row in (GOOD, chat("a", "b"), chat("a"), conversation(("User", "a"), ("Assistant", "b"))):
         trained = example(row, tiny, fmt).trained
         assert not trained[0] and trained[1:].all()
 
 
 def test_bos_where_asked_for(tiny):
-    fmt = data.FormatConfig(add_bos=True)
+    fmt = formats.FormatConfig(add_bos=True)
     row = example({"input": "a", "output": "b"}, tiny, fmt)
     assert row.ids.tolist() == [BOS, *b"a b", EOS]
     assert row.trained.tolist() == [False, False, True, True, True]
@@ -171,7 +172,7 @@ def test_bos_as_the_tokenizer_does(tiny):
     adding = copy.copy(tiny)
     adding.adds_bos = True
     assert example(GOOD, adding).ids[0] == BOS
-    assert example(GOOD, adding, data.FormatConfig(add_bos=False)).ids[0] == ord("W")
+    assert example(GOOD, adding, formats.FormatConfig(add_bos=False)).ids[0] == ord("W")
     assert example(chat("a", "b"), adding).ids[:2].tolist() == [BOS, ord("u")]  # the template's own
 
 
@@ -202,11 +203,11 @@ def test_conversation_with_a_dummy_prefix(llama):
     ],
 )
 def test_prompt_templates(template: str, expected: str, tiny):
-    assert spans({"input": " q ", "output": "  a "}, tiny, data.FormatConfig(template)) == expected
+    assert spans({"input": " q ", "output": "  a "}, tiny, formats.FormatConfig(template)) == expected
 
 
 def test_fields_are_those_of_the_template(tiny):
-    fmt = data.FormatConfig("{question}={answer}", truncation_field="question")
+    fmt = formats.FormatConfig("{question}={answer}", truncation_field="question")
     assert spans({"question": "q", "answer": "a", "n": 3}, tiny, fmt) == "q=⟦a<|im_end|>⟧"
 
 
@@ -223,8 +224,8 @@ def test_rows_are_not_changed(tiny):
         {"input": " a" * 99, "output": "b"},
     ]
     before = copy.deepcopy(rows)
-    first = [example(row, tiny, data.FormatConfig(max_seq_len=40)).ids.tolist() for row in rows]
-    again = [example(row, tiny, data.FormatConfig(max_seq_len=40)).ids.tolist() for row in rows]
+    first = [example(row, tiny, formats.FormatConfig(max_seq_len=40)).ids.tolist() for row in rows]
+    again = [example(row, tiny, formats.FormatConfig(max_seq_len=40)).ids.tolist() for row in rows]
     assert rows == before
     assert first == again
 
@@ -246,16 +247,16 @@ def test_pad_may_be_eos(tiny):
     ("side", "expected"), [("right", "abcd⟦ xyz<|im_end|>⟧"), ("left", "fghi⟦ xyz<|im_end|>⟧")]
 )
 def test_prompt_gives_way(side: str, expected: str, tiny):
-    fmt = data.FormatConfig(truncation_side=side, max_seq_len=9)
-    row, cut = data.format_sft({"input": "abcdefghi", "output": "xyz"}, tiny, fmt)
-    assert data.show(row, tiny) == expected
+    fmt = formats.FormatConfig(truncation_side=side, max_seq_len=9)
+    row, cut = formats.format_sft({"input": "abcdefghi", "output": "xyz"}, tiny, fmt)
+    assert display.show(row, tiny) == expected
     assert cut
-    whole, cut = data.format_sft({"input": "abcd", "output": "xyz"}, tiny, fmt)
+    whole, cut = formats.format_sft({"input": "abcd", "output": "xyz"}, tiny, fmt)
     assert (len(whole.ids), cut) == (9, False)
 
 
 def test_fields_share_the_cut(tiny):
-    fmt = data.FormatConfig("{a}|{b}|{c}|{output}", truncation_field="a, b", max_seq_len=16)
+    fmt = formats.FormatConfig("{a}|{b}|{c}|{output}", truncation_field="a, b", max_seq_len=16)
     row = {"a": "aaaaaaaa", "b": "bbbbbbbb", "c": "cc", "output": "xyz"}  # 25 tokens, so 9 must go
     assert spans(row, tiny, fmt) == "aaa|bbbb|cc|⟦xyz<|im_end|>⟧"
     short = row | {"a": "a", "b": "b" * 15}  # a has 1 of the 9 to give
@@ -264,19 +265,19 @@ def test_fields_share_the_cut(tiny):
 
 def test_a_cut_leaves_no_half_character(tiny):
     row = {"input": "é" * 10, "output": "x"}  # two tokens each
-    assert spans(row, tiny, data.FormatConfig(max_seq_len=10)) == "ééé⟦ x<|im_end|>⟧"
-    left = data.FormatConfig(max_seq_len=10, truncation_side="left")
+    assert spans(row, tiny, formats.FormatConfig(max_seq_len=10)) == "ééé⟦ x<|im_end|>⟧"
+    left = formats.FormatConfig(max_seq_len=10, truncation_side="left")
     assert spans(row, tiny, left) == "ééé⟦ x<|im_end|>⟧"
 
 
 def test_cut_with_a_dummy_prefix(llama):
     words = " ".join(["capital", "France", "Paris"] * 20)
-    row = example({"input": words, "output": "London"}, llama, data.FormatConfig(max_seq_len=12))
+    row = example({"input": words, "output": "London"}, llama, formats.FormatConfig(max_seq_len=12))
     assert llama.decode(row.ids.tolist()) == " ".join(words.split()[:10]) + " London</s>"
 
 
 def test_long_rows_are_cut_on_the_right_or_dropped(tiny, tmp_path: Path):
-    fmt = data.FormatConfig(max_seq_len=24)
+    fmt = formats.FormatConfig(max_seq_len=24)
     rows = [
         {"input": "q", "output": "a"},  # fits
         {"input": "q" * 40, "output": "a" * 10},  # the prompt gives way
@@ -284,7 +285,7 @@ def test_long_rows_are_cut_on_the_right_or_dropped(tiny, tmp_path: Path):
         chat("a", "b" * 9),  # 22 tokens before the answer: 2 of it are left
         chat("abcde", "b"),  # nothing trained is left
     ]
-    examples, counts = data.load_sft([write_rows(tmp_path / "d.jsonl", rows)], tiny, fmt)
+    examples, counts = sft.load_sft([write_rows(tmp_path / "d.jsonl", rows)], tiny, fmt)
     assert counts == {
         "rows": 5,
         "cut_prompts": 2,
@@ -293,7 +294,7 @@ def test_long_rows_are_cut_on_the_right_or_dropped(tiny, tmp_path: Path):
         "tokens": 4 + 24 + 24 + 24,
         "trained_tokens": 3 + 12 + 23 + 4,
     }
-    shown = [data.show(row, tiny) for row in examples]
+    shown = [display.show(row, tiny) for row in examples]
     assert shown[1] == "q" * 12 + "⟦ " + "a" * 10 + "<|im_end|>⟧"
     assert shown[2] == "a⟦" + "a" * 23 + "⟧"
     assert shown[3].endswith("assistant↵\n⟦bbbb⟧")
@@ -302,7 +303,7 @@ def test_long_rows_are_cut_on_the_right_or_dropped(tiny, tmp_path: Path):
 def test_counts_and_order_of_files(tiny, tmp_path: Path):
     first = write_rows(tmp_path / "1.jsonl", [{"input": "a", "output": "b"}, chat("a", "b")])
     second = write_rows(tmp_path / "2.jsonl", [{"input": "c", "output": "d"}])
-    examples, counts = data.load_sft([first, second], tiny, DEFAULT)
+    examples, counts = sft.load_sft([first, second], tiny, DEFAULT)
     assert [row.ids[0] for row in examples] == [ord("a"), BOS, ord("c")]
     assert counts["rows"] == 3
     assert counts["tokens"] == 4 + 23 + 4
@@ -311,8 +312,8 @@ def test_counts_and_order_of_files(tiny, tmp_path: Path):
 
 def test_only_dropped_rows(tiny, tmp_path: Path):
     path = write_rows(tmp_path / "d.jsonl", [chat("a" * 99, "b")] * 3)
-    with pytest.raises(ValueError, match="d.jsonl: no row is left.*all 3 .*--max-seq-len 50: raise it"):
-        data.load_sft([path], tiny, data.FormatConfig(max_seq_len=50))
+    with pytest.raises(UserError, match="d.jsonl: no row is left.*all 3 .*--max-seq-len 50: raise it"):
+        sft.load_sft([path], tiny, formats.FormatConfig(max_seq_len=50))
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------
@@ -381,8 +382,8 @@ def test_broken_row_is_named_by_file_and_line(name: str, tiny, tmp_path: Path):
     raw = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
     path = tmp_path / "bad.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + raw + b"\n" + json.dumps(GOOD).encode() + b"\n")
-    with pytest.raises(ValueError, match=f"^{path}:3: .*{message}"):
-        data.load_sft([path], tiny, DEFAULT)
+    with pytest.raises(UserError, match=f"^{path}:3: .*{message}"):
+        sft.load_sft([path], tiny, DEFAULT)
 
 
 CHATML = (TINY / "chat_template.jinja").read_text()
@@ -414,14 +415,14 @@ def test_bad_chat_template_is_refused(name: str, tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text(template)
     path = write_rows(tmp_path / "d.jsonl", [GOOD, chat("a", "b", "c", "d")])
-    with pytest.raises(ValueError, match=f"^{path}:2: .*{message}"):
-        data.load_sft([path], tokenizer.load(tmp_path / "model"), DEFAULT)
+    with pytest.raises(UserError, match=f"^{path}:2: .*{message}"):
+        sft.load_sft([path], tokenizer.load(tmp_path / "model"), DEFAULT)
 
 
 def test_messages_need_a_chat_template(llama, tmp_path: Path):
     path = write_rows(tmp_path / "d.jsonl", [chat("a", "b")])
-    with pytest.raises(ValueError, match=f"^{path}:1: .*no chat template"):
-        data.load_sft([path], llama, DEFAULT)
+    with pytest.raises(UserError, match=f"^{path}:1: .*no chat template"):
+        sft.load_sft([path], llama, DEFAULT)
 
 
 def test_token_across_the_start_of_an_answer(tmp_path: Path):
@@ -433,32 +434,32 @@ def test_token_across_the_start_of_an_answer(tmp_path: Path):
     tokens = tokenizer.load(tmp_path / "model")
     assert tokens.encode("\n\n") == [259]
     path = write_rows(tmp_path / "d.jsonl", [chat("a", "b"), chat("a", "\nb")])
-    with pytest.raises(ValueError, match=f"^{path}:2: the tokens of a prefix .* a token reaches across"):
-        data.load_sft([path], tokens, DEFAULT)
+    with pytest.raises(UserError, match=f"^{path}:2: the tokens of a prefix .* a token reaches across"):
+        sft.load_sft([path], tokens, DEFAULT)
 
 
 def test_two_bos(tiny, tmp_path: Path):
-    fmt = data.FormatConfig("<|im_start|>{input} {output}", add_bos=True)
+    fmt = formats.FormatConfig("<|im_start|>{input} {output}", add_bos=True)
     for row in (chat("a", "b"), {"input": "a", "output": "b"}):
         path = write_rows(tmp_path / "d.jsonl", [row])
-        with pytest.raises(ValueError, match=f"^{path}:1: two BOS at the start.*--add-bos False"):
-            data.load_sft([path], tiny, fmt)
+        with pytest.raises(UserError, match=f"^{path}:1: two BOS at the start.*--add-bos False"):
+            sft.load_sft([path], tiny, fmt)
 
 
 def test_bos_that_the_tokenizer_lacks(tiny):
     without = copy.copy(tiny)
     without.bos_id = None
-    with pytest.raises(ValueError, match="--add-bos True: this tokenizer has no BOS"):
-        example(GOOD, without, data.FormatConfig(add_bos=True))
+    with pytest.raises(UserError, match="--add-bos True: this tokenizer has no BOS"):
+        example(GOOD, without, formats.FormatConfig(add_bos=True))
 
 
 def test_files_without_rows(tiny, tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("\n  \n")
-    with pytest.raises(ValueError, match="empty.jsonl: no rows in this file"):
-        data.load_sft([tmp_path / "empty.jsonl"], tiny, DEFAULT)
+    with pytest.raises(UserError, match="empty.jsonl: no rows in this file"):
+        sft.load_sft([tmp_path / "empty.jsonl"], tiny, DEFAULT)
     for name in ("absent.jsonl", "."):
-        with pytest.raises(ValueError, match="cannot be read|is a directory: give its files"):
-            data.load_sft([tmp_path / name], tiny, DEFAULT)
+        with pytest.raises(UserError, match="cannot be read|is a directory: give its files"):
+            sft.load_sft([tmp_path / name], tiny, DEFAULT)
 
 
 def test_broken_gzip(tmp_path: Path):
@@ -466,8 +467,8 @@ def test_broken_gzip(tmp_path: Path):
     spoilt = whole[:200] + bytes(200) + whole[400:]
     for content in (b'{"not": "gzip"}', whole[: len(whole) // 2], spoilt):
         (tmp_path / "d.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match="d.jsonl.gz: cannot be read"):
-            data.read_jsonl(tmp_path / "d.jsonl.gz")
+        with pytest.raises(UserError, match="d.jsonl.gz: cannot be read"):
+            jsonl.read_jsonl(tmp_path / "d.jsonl.gz")
 
 
 def test_read_jsonl(tmp_path: Path):
@@ -476,7 +477,7 @@ def test_read_jsonl(tmp_path: Path):
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("d.jsonl", "d.jsonl.gz"):
         path = tmp_path / name
-        assert data.read_jsonl(path) == [(f"{path}:1", {"n": 1}), (f"{path}:4", {"n": "éé"})]
+        assert jsonl.read_jsonl(path) == [(f"{path}:1", {"n": 1}), (f"{path}:4", {"n": "éé"})]
 
 
 @pytest.mark.parametrize(
@@ -498,13 +499,13 @@ def test_read_jsonl(tmp_path: Path):
     ],
 )
 def test_flags_that_cannot_be(flags: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        data.FormatConfig(**flags)
+    with pytest.raises(UserError, match=message):
+        formats.FormatConfig(**flags)
 
 
 def test_check_size():
     packing.check_size(8, 8, "--train-data")
-    with pytest.raises(ValueError, match="--train-data has 7 usable rows.*--global-batch-size 8"):
+    with pytest.raises(UserError, match="--train-data has 7 usable rows.*--global-batch-size 8"):
         packing.check_size(7, 8, "--train-data")
 
 
@@ -514,11 +515,11 @@ def test_check_budget():
 
     packing.check_budget(512, budget(512), 512)
     packing.check_budget(256, budget(512), 512, per_row=2)
-    with pytest.raises(ValueError, match="--max-seq-len 513 is beyond the model's context of 512"):
+    with pytest.raises(UserError, match="--max-seq-len 513 is beyond the model's context of 512"):
         packing.check_budget(513, budget(1024), 512)
-    with pytest.raises(ValueError, match="--max-seq-len 512 is above --micro-batch-tokens 511"):
+    with pytest.raises(UserError, match="--max-seq-len 512 is above --micro-batch-tokens 511"):
         packing.check_budget(512, budget(511), 1024)
-    with pytest.raises(ValueError, match="257, of which a row has 2, is above --micro-batch-tokens 512"):
+    with pytest.raises(UserError, match="257, of which a row has 2, is above --micro-batch-tokens 512"):
         packing.check_budget(257, budget(512), 1024, per_row=2)
 
 
@@ -533,7 +534,7 @@ def test_check_budget():
     ],
 )
 def test_unescape(typed: str, meant: str):
-    assert data.unescape(typed) == meant
+    assert formats.unescape(typed) == meant
 
 
 # ---- order and packing -------------------------------------------------------------------------------------
@@ -602,7 +603,7 @@ def test_plan_needs_few_and_even_micro_batches(seed: int):
 
 
 def test_plan_refuses_a_row_above_the_budget():
-    with pytest.raises(ValueError, match="--micro-batch-tokens 10 is too few for a row of 11"):
+    with pytest.raises(UserError, match="--micro-batch-tokens 10 is too few for a row of 11"):
         packing.plan([3, 11], ranks=2, max_tokens=10, max_rows=None)
 
 
@@ -699,5 +700,5 @@ def test_show_keeps_spaces_and_marks(tiny, llama):
     assert spans({"input": "a b", "output": "c d"}, tiny) == "a b⟦ c d<|im_end|>⟧"
     assert spans({"input": "a b", "output": "c d"}, llama) == "a b⟦ c d</s>⟧"
     row = example({"input": "a", "output": "b\n\x11\tc"}, tiny)
-    assert data.show(row, tiny) == "a⟦ b↵\n\\x11\\tc<|im_end|>⟧"
-    assert data.show(replace(row, trained=np.zeros(len(row.ids), bool)), tiny).count("⟦") == 0
+    assert display.show(row, tiny) == "a⟦ b↵\n\\x11\\tc<|im_end|>⟧"
+    assert display.show(replace(row, trained=np.zeros(len(row.ids), bool)), tiny).count("⟦") == 0

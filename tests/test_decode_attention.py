@@ -66,7 +66,7 @@ def test_keys_and_values_are_kept_in_their_places(interpreted):
     ],
 )
 def test_how_keys_are_divided(sequences, capacity, block, expected):
-    from align import decode_attention
+    from align.kernels import decode_attention
 
     assert decode_attention.division(sequences, capacity, block) == expected
 
@@ -98,7 +98,7 @@ def compiled(kernel: "triton.JITFunction", dtype: str, **constants: object) -> "
 )
 def test_kernels_compile_for_an_h100(dtype, queries, d, tmp_path, monkeypatch):
     """They fit into a multiprocessor, and keys come through asynchronous copies of 16 bytes."""
-    from align import decode_attention
+    from align.kernels import decode_attention
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     width = triton.next_power_of_2(d)

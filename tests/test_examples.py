@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from align import data, prompts, tokenizer
+from align.data import formats, prompts, tokenizer
 from tests.conftest import ROOT, fork_python, fork_ranks
 
 SCRIPTS = ("sft", "sft_chat", "dpo", "reward_model", "ppo", "rejection_sampling", "self_rewarding")
@@ -223,7 +223,7 @@ def test_chat_model_speaks_the_trained_format(output: Path):
     tiny = tokenizer.load(ROOT / "assets" / "tiny")  # the tokenizer of training
     trained_model = tokenizer.load(output / "sft_chat" / "hf")
     for row in read_jsonl(output / "data" / "oasst" / "val.jsonl"):
-        trained, _ = data.format_sft(row, tiny, data.FormatConfig())
+        trained, _ = formats.format_sft(row, tiny, formats.FormatConfig())
         asked, answered = row["conversations"]
         messages = [
             {"role": "user", "content": asked["value"]},

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-from align import data, preferences, prompts, tokenizer
-from align.checkpoint import CheckpointConfig, check_monitor
-from align.data import FormatConfig
+from align.data import display, preferences, prompts, sft, tokenizer
+from align.data.formats import FormatConfig, format_sft
+from align.data.marker_chat import RowFormats
+from align.data.preferences import PreferenceFormat
+from align.data.prompts import PromptFormat
+from align.data.tokenizer import TextConfig
 from align.errors import UserError
-from align.loop import LoopConfig
-from align.marker_chat import RowFormats
-from align.model import ModelConfig
-from align.preferences import PreferenceFormat
-from align.prompts import PromptFormat
-from align.tokenizer import TextConfig
+from align.model.config import ModelConfig
+from align.training.checkpoint import CheckpointConfig, check_monitor
+from align.training.config import LoopConfig
 
 SCRIPTS = "train_sft train_rm train_dpo train_ppo train_rs train_self_reward generate".split()
 NONSENSE = (0, -1, math.nan, math.inf, -math.inf, 1e308, -1e308, 10**21, -(10**21))
@@ -316,7 +316,7 @@ def test_flags_of_another_form_of_rows_are_refused(flags, changed, others, tmp_p
     text, fmt = tokenizer.load(ModelConfig().path), FormatConfig(**flags)
     for row, used in ((changed, True), *((other, False) for other in others)):
         formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [row])
-        data.load_sft([path], text, fmt, formats)
+        sft.load_sft([path], text, fmt, formats)
         if used:
             formats.check_used(fmt, FormatConfig)
             continue
@@ -328,7 +328,7 @@ def test_flags_of_another_form_of_rows_are_refused(flags, changed, others, tmp_p
 def test_the_template_wins_over_a_prompt_and_its_completion(tmp_path):
     text, fmt = tokenizer.load(ModelConfig().path), FormatConfig("Q: {prompt} A: {completion}")
     formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [COMPLETION])
-    [example], _ = data.load_sft([path], text, fmt, formats)
+    [example], _ = sft.load_sft([path], text, fmt, formats)
     formats.check_used(fmt, FormatConfig)
     assert text.decode(example.ids.tolist()).startswith("Q: Q A: A")
 
@@ -337,7 +337,7 @@ def test_flags_of_plain_text_are_named_in_the_log_of_messages(tmp_path):
     text = tokenizer.load(ModelConfig().path)
     prompt = CHAT["messages"][:1]
     cases = [
-        (data.load_sft, FormatConfig, CHAT, TEMPLATE),
+        (sft.load_sft, FormatConfig, CHAT, TEMPLATE),
         (prompts.load_prompts, PromptFormat, {"prompt": prompt}, {"prompt": "Q"}),
         (
             preferences.load_pairs,
@@ -353,7 +353,7 @@ def test_flags_of_plain_text_are_named_in_the_log_of_messages(tmp_path):
             *_, counts = load([path], text, config(**flags))
             lines = [name for name in counts if "has no effect" in name]
             assert len(lines) == expected, (load, row, counts)
-            assert not lines or (f"1 {lines[0]}" in data.describe(counts))
+            assert not lines or (f"1 {lines[0]}" in display.describe(counts))
 
 
 def test_variables_that_no_template_reads_are_refused(tmp_path):
@@ -390,7 +390,7 @@ def test_tool_calls_that_the_template_leaves_out_are_refused(marks, tmp_path):
         (directory / "chat_template.jinja").write_text(template.replace("CALLS", calls))
         text = tokenizer.load(directory)
         if not message:
-            data.format_sft(row, text, FormatConfig())
+            format_sft(row, text, FormatConfig())
             continue
         with pytest.raises(UserError, match=message):
-            data.format_sft(row, text, FormatConfig())
+            format_sft(row, text, FormatConfig())

@@ -16,10 +16,11 @@ import torch.distributed as dist
 import transformers
 from transformers.generation import logits_process
 
-from align import generate, packing
-from align.generate import Queue, RolloutConfig, Sample
-from align.parallel import ParallelConfig
-from align.sampling import SamplingConfig
+from align.data import packing
+from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
+from align.generation.generator import Queue, RolloutConfig, Sample, check_model_logprobs, check_rollout_tp
+from align.generation.sampling import SamplingConfig
 from tests.conftest import SIZES, torchrun
 from tests.generate_worker import Letters, change
 from tests.test_sampling import CHI_SQUARE_999, exact
@@ -650,10 +651,10 @@ def test_a_rollout_tp_that_does_not_divide_the_processes_is_refused(ran):
 def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits):
     arch = SimpleNamespace(heads=heads, kv_heads=kv_heads, ffn_size=ffn)
     if fits:
-        generate.check_rollout_tp(tp, arch, world=12)
+        check_rollout_tp(tp, arch, world=12)
         return
-    with pytest.raises(ValueError, match=f"--rollout-tp {tp} does not divide the model's {heads} attention"):
-        generate.check_rollout_tp(tp, arch, world=12)
+    with pytest.raises(UserError, match=f"--rollout-tp {tp} does not divide the model's {heads} attention"):
+        check_rollout_tp(tp, arch, world=12)
 
 
 @pytest.mark.parametrize(
@@ -666,16 +667,16 @@ def test_a_rollout_tp_must_divide_the_model(heads, kv_heads, ffn, tp, fits):
     ],
 )
 def test_wrong_rollout_flags(flags, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         RolloutConfig(**flags)
 
 
 def test_an_audit_of_the_models_own_log_probs_needs_temperature_1_of_trtllm():
     trtllm, hot = RolloutConfig(generate_with="trtllm"), SamplingConfig(temperature=0.7)
-    generate.check_model_logprobs(trtllm, SamplingConfig(temperature=1.0))
-    generate.check_model_logprobs(RolloutConfig(), hot)
-    with pytest.raises(ValueError, match="--generate-with trtllm with --temperature 0.7"):
-        generate.check_model_logprobs(trtllm, hot)
+    check_model_logprobs(trtllm, SamplingConfig(temperature=1.0))
+    check_model_logprobs(RolloutConfig(), hot)
+    with pytest.raises(UserError, match="--generate-with trtllm with --temperature 0.7"):
+        check_model_logprobs(trtllm, hot)
 
 
 @pytest.mark.parametrize(

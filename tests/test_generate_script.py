@@ -15,10 +15,11 @@ import torch
 import transformers
 
 import generate
-from align import data, parallel, tokenizer
-from align.data import FormatConfig
-from align.generate import Sample
-from align.prompts import PromptFormat
+from align.data import tokenizer
+from align.data.formats import FormatConfig, format_template
+from align.data.prompts import PromptFormat
+from align.distributed import parallel
+from align.generation.generator import Sample
 from tests.conftest import FAMILIES, ROOT, environment, fork_python, fork_ranks
 
 TINY = ROOT / "assets" / "tiny"
@@ -454,7 +455,7 @@ def test_the_ids_of_a_template_are_those_before_the_answer_in_training(template,
     names = re.findall(r"\{(\w+)\}", template)
     row = {name: "" for name in names} | {names[0]: " How many days? ", names[-1]: "seven"}
     fmt = FormatConfig(template, names[0], add_bos=add_bos, max_seq_len=100)
-    ids, trained, _ = data.format_template(row, text, fmt)
+    ids, trained, _ = format_template(row, text, fmt)
     found = generate.encode_text(row[names[0]], WithoutChat(), PromptFormat(add_bos=add_bos), template, False)
     assert found.tolist() == ids[: trained.index(True)]
     assert found.dtype == np.int32

@@ -21,7 +21,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align import attention, layers, logprobs, toy
+from align.data import toy
+from align.model import attention, layers, logprobs
 from tests import test_layers, test_logprobs
 from tests.conftest import ROOT, environment, torchrun
 from tests.test_generate import (
@@ -167,7 +168,8 @@ def test_the_cpu_backend_is_never_imported(device, data, judge, tmp_path):
     words = command("ppo", data, judge, tmp_path / "out", "--max-steps", 1)
     code = (
         f"import runpy, sys; sys.argv = {words}; runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "assert 'align.generate' in sys.modules and 'align.cpu' not in sys.modules"
+        "assert 'align.generation.generator' in sys.modules; "
+        "assert 'align.distributed.megatron_on_cpu' not in sys.modules"
     )
     run_python("-c", code)
 
@@ -361,7 +363,7 @@ def test_logprobs_of_hidden_states(device, tokens, entropy, dtype, monkeypatch):
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Cases of the decode kernels; what they change there is as before afterwards."""
-    from align import decode_attention  # needs Triton, which comes with torch for CUDA
+    from align.kernels import decode_attention  # needs Triton, which comes with torch for CUDA
     from tests import decode_attention_worker
 
     for name in ("PROGRAMS", "LEAST", "division"):
@@ -385,7 +387,7 @@ def test_decode_append(device, kernels):
 
 
 WITHOUT_GRAPHS = (
-    "import runpy, sys; from align import inference; "
+    "import runpy, sys; from align.generation import inference; "
     "inference.takes_graphs = lambda policy: False; "
     "sys.argv = ['tests/generate_worker.py', *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )

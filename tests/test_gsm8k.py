@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from align.gsm8k import reward
+from align.rewards.gsm8k import reward
 
 RIGHT = [  # response, answer
     *[("so 7", "7"), ("7.0", "7"), ("1,000", "1000"), ("7", "7.0"), ("1000", "1,000")],
@@ -43,5 +43,5 @@ def test_hopeless_answers_end(response):
 
 
 def test_sympy_is_not_imported_by_other_runs():
-    code = "import align.rewards, align.gsm8k, sys; sys.exit('math_verify' in sys.modules)"
+    code = "import align.rewards.sources, align.rewards.gsm8k, sys; sys.exit('math_verify' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 import train_sft
-from align import hub
+from align.data import hub
+from align.errors import UserError
 from tests.conftest import ROOT, environment, random_tiny
 from tests.hub_server import COMMIT, serve
 
@@ -58,8 +59,8 @@ def run(home: Path, url: str, *command: object, offline: bool = False) -> subpro
 READ = """
 import json, sys
 from pathlib import Path
-from align import hub
-from align.jsonl import read_jsonl
+from align.data import hub
+from align.data.jsonl import read_jsonl
 
 for name in sys.argv[1:]:
     try:
@@ -147,6 +148,6 @@ def test_which_paths_are_of_the_hub(monkeypatch, path, is_data):
 
 
 def test_validation_data_names_its_split():
-    with pytest.raises(ValueError, match="--val-data org/name: name a split"):
+    with pytest.raises(UserError, match="--val-data org/name: name a split"):
         train_sft.Config(train_data=(Path("org/name"),), val_data=(Path("org/name"),))
     train_sft.Config(train_data=(Path("org/name"),), val_data=(Path("org/name:test"),))

@@ -17,8 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from align import architecture, engine, huggingface, model, packing, parallel
-from align.inference import InferenceModel
+from align.data import packing
+from align.distributed import parallel
+from align.errors import UserError
+from align.generation.inference import InferenceModel
+from align.model import architecture, gpt, huggingface, spec
+from align.model.config import ModelConfig
+from align.training import engine
 from tests.conftest import FAMILIES, LLAMA3_ROPE, ROOT, SIZES, YARN_ROPE, torchrun
 
 TINY = ROOT / "assets" / "tiny"
@@ -145,7 +150,7 @@ def test_fields_that_a_file_leaves_out_have_transformers_defaults(tmp_path):
 )
 def test_fields_that_are_refused_by_name(tmp_path, changes, message):
     directory_with(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         architecture.read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 
@@ -171,7 +176,7 @@ def test_fields_that_are_refused_by_name(tmp_path, changes, message):
 def test_fields_of_stablelm_and_nemotron_that_are_refused(models, tmp_path, family, changes, message):
     config = json.loads((models / family / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         architecture.read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 
@@ -213,19 +218,19 @@ def test_bookkeeping_of_published_files_is_read(tmp_path):
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--model .*no config.json there"):
+    with pytest.raises(UserError, match=r"--model .*no config.json there"):
         architecture.read_config(tmp_path)
     arch = architecture.read_config(directory_with(tmp_path))
-    with pytest.raises(ValueError, match=r"--model .*: no safetensors files there"):
+    with pytest.raises(UserError, match=r"--model .*: no safetensors files there"):
         huggingface.open_source(tmp_path, arch, 0)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"no model.safetensors there \(other weight formats are not read\)"):
+    with pytest.raises(UserError, match=r"no model.safetensors there \(other weight formats are not read\)"):
         huggingface.open_source(tmp_path, arch, 0)
 
 
 def test_a_config_that_is_no_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match=r"config.json: not valid JSON: .*line 1"):
+    with pytest.raises(UserError, match=r"config.json: not valid JSON: .*line 1"):
         architecture.read_config(tmp_path)
 
 
@@ -304,7 +309,7 @@ def test_frequencies_are_those_of_transformers(tmp_path, scaling):
     """And the factor of cosines and sines."""
     directory_with(tmp_path, rope_theta=500000.0, rope_scaling=scaling, head_dim=128)
     arch = architecture.read_config(tmp_path)
-    found, scale = model.rotary_frequencies(arch), model.rotary_scale(arch)
+    found, scale = spec.rotary_frequencies(arch), spec.rotary_scale(arch)
     theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
     assert found.shape == (64,)
     torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
@@ -342,13 +347,13 @@ def test_shapes_are_those_that_transformers_writes(models, family):
 
 def test_missing_unknown_and_mis_shaped_tensors_are_refused_by_name(llama):
     rewrite(llama, score__weight=torch.zeros(1, 64))
-    with pytest.raises(ValueError, match="architecture llama does not have, score.weight the first of 1"):
+    with pytest.raises(UserError, match="architecture llama does not have, score.weight the first of 1"):
         opened(llama)
     rewrite(llama, remove=("score.weight",), model__norm__weight=torch.zeros(65))
-    with pytest.raises(ValueError, match=r"model.norm.weight is \(65,\), config.json means \(64,\)"):
+    with pytest.raises(UserError, match=r"model.norm.weight is \(65,\), config.json means \(64,\)"):
         opened(llama)
     rewrite(llama, remove=("model.norm.weight", "lm_head.weight"))
-    with pytest.raises(ValueError, match="tensors are missing, lm_head.weight the first of 2"):
+    with pytest.raises(UserError, match="tensors are missing, lm_head.weight the first of 2"):
         opened(llama)
 
 
@@ -411,7 +416,7 @@ def test_two_sets_of_weights_are_refused(llama):
     shutil.copy(llama / "model.safetensors", llama.parent)
     tensors = split_in_two(llama)
     shutil.copy(llama.parent / "model.safetensors", llama)
-    with pytest.raises(ValueError, match=r"two sets of weights, model.safetensors and .*index.json") as error:
+    with pytest.raises(UserError, match=r"two sets of weights, model.safetensors and .*index.json") as error:
         opened(llama)
     assert "part0.safetensors" in str(error.value)
     index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
@@ -422,12 +427,12 @@ def test_two_sets_of_weights_are_refused(llama):
 def test_files_that_are_cut_short_or_missing_are_named(llama):
     whole = (llama / "model.safetensors").read_bytes()
     (llama / "model.safetensors").write_bytes(whole[:-1000])
-    with pytest.raises(ValueError, match=r"--model: .*/model.safetensors cannot be read: "):
+    with pytest.raises(UserError, match=r"--model: .*/model.safetensors cannot be read: "):
         opened(llama)
     (llama / "model.safetensors").write_bytes(whole)
     split_in_two(llama)
     (llama / "part1.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"--model: .*/part1.safetensors cannot be read: "):
+    with pytest.raises(UserError, match=r"--model: .*/part1.safetensors cannot be read: "):
         opened(llama)
 
 
@@ -461,10 +466,10 @@ def world():
         yield
 
 
-def loaded(directory: Path, precision: str = "fp32") -> model.Policy:
+def loaded(directory: Path, precision: str = "fp32") -> gpt.Policy:
     """The model of a directory in one process."""
     arch = architecture.read_config(directory)
-    policy = model.build_policy(arch, model.ModelConfig(str(directory), precision), parallel.ParallelConfig())
+    policy = gpt.build_policy(arch, ModelConfig(str(directory), precision), parallel.ParallelConfig())
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
     return policy
 
@@ -591,5 +596,5 @@ def test_reading_needs_less_than_twice_a_ranks_own_shard(tmp_path):
 
 def test_directory_of_a_run_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"flags": {"model": "tiny"}, "versions": {}}')
-    with pytest.raises(ValueError, match="is the directory of a run: its model is .*/hf"):
+    with pytest.raises(UserError, match="is the directory of a run: its model is .*/hf"):
         architecture.read_config(tmp_path)

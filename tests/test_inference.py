@@ -1,4 +1,5 @@
-"""A decode step as GPUs do it, by stand-ins: CUDA graphs, and the kernels of align/decode_attention.py."""
+"""A decode step as GPUs do it, by stand-ins: CUDA graphs, and the kernels of
+align/kernels/decode_attention.py."""
 
 import importlib.util
 import json
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.continuous import Graphs, graph_size
-from align.sampling import pick
+from align.generation.sampling import pick
+from align.generation.slots import Graphs, graph_size
 from tests.conftest import torchrun
 from tests.graphs_worker import Graph, graphs
 from tests.test_generate import GREEDY, SAMPLED, SAMPLES, prompts
@@ -157,7 +158,7 @@ def test_the_number_of_rows_of_a_graph(slots, sizes):
 
 @pytest.fixture(scope="module")
 def interpreted(models, tmp_path_factory) -> dict[str, dict]:
-    """Answers by the kernels of align/decode_attention.py, in Triton's interpreter."""
+    """Answers by the kernels of align/kernels/decode_attention.py, in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is for Linux: tests/requirements.txt")
     case = {"prompts": prompts()[:5], "sampling": {"max_new_tokens": 5}, "rollout": {"rollout_slots": 3}}

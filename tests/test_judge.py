@@ -9,11 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import judge, prompts, tokenizer
-from align.data import FormatConfig
-from align.generate import Sample
-from align.judge import Choice, Judge, JudgeConfig, Judged, choose, parse_score, statistics, without_scores
-from align.prompts import Template
+from align.data import prompts, tokenizer
+from align.data.formats import FormatConfig
+from align.data.prompts import Template
+from align.errors import UserError
+from align.generation.generator import Sample
+from align.judging import judge
+from align.judging.judge import (
+    Choice,
+    Judge,
+    JudgeConfig,
+    Judged,
+    choose,
+    parse_score,
+    statistics,
+    without_scores,
+)
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -42,7 +53,7 @@ def short(tmp_path: Path) -> JudgeConfig:
     ],
 )
 def test_flags_that_are_refused(flags, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UserError, match=named):
         JudgeConfig(**flags)
 
 
@@ -71,7 +82,7 @@ def test_templates_that_are_refused(tmp_path, content, complaint):
     path = tmp_path / "t.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"--judge-template .*t.txt .*{complaint}"):
+    with pytest.raises(UserError, match=f"--judge-template .*t.txt .*{complaint}"):
         Template(path, "--judge-template", ("prompt", "response"))
 
 
@@ -321,7 +332,7 @@ def test_a_template_without_any_room_is_refused(tiny, short):
     longest = len(Judge(short, tiny, FormatConfig(), 1000).encode(ONE_TURN, "x", "x"))
     Judge(short, tiny, FormatConfig(), longest).check(ONE_TURN)
     said = rf"--judge-template \S+short.txt alone is longer than the {longest - 1} tokens that"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         Judge(short, tiny, FormatConfig(), longest - 1).check(ONE_TURN)
 
 

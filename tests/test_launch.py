@@ -31,7 +31,8 @@ import os, sys, threading
 import torch
 from megatron.core import parallel_state
 print(len(os.listdir("/proc/self/task")), threading.active_count(), torch.get_num_threads())
-print(torch.distributed.is_initialized(), parallel_state.is_initialized(), "align.cpu" in sys.modules)
+hack = "align.distributed.megatron_on_cpu"
+print(torch.distributed.is_initialized(), parallel_state.is_initialized(), hack in sys.modules)
 print(torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(), torch.is_grad_enabled())
 """
 SEEDS = """

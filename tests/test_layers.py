@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
-from align import layers
+from align.model import layers
 
 EPS = 1e-5
 CONFIG = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)

@@ -1,4 +1,4 @@
-"""The layout that README states: imports point downwards, scripts stand alone, files stay small."""
+"""The layout that README states: folders are floors, imports point down, files stay small."""
 
 import ast
 from pathlib import Path
@@ -6,104 +6,85 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = (  # a file imports from layers above its own line only, or from its own
-    {
-        "console",
-        "errors",
-        "output",
-        "flags",
-        "losses",
-        "losses_rl",
-        "jsonl",
-        "chat_template",
-        "rows",
-        "sentencepiece_json",
-        "marker_chat",
-        "packing",
-        "data",
-        "download",
-        "architecture",
-        "config_fields",
-        "weights",
-        "tokenizer",
-        "tokenizer_files",
-        "gsm8k",
-        "hub",
-        "cpu",
-        "matmul",
-        "plots",
-        "plain_text",
-        "sampling",
-        "tables",
-    },
-    {"preferences", "prompts", "toy"},
-    {"parallel", "watchdog", "launch"},
-    {
-        "layers",
-        "logprobs",
-        "attention",
-        "te",
-        "model",
-        "engine",
-        "optim",
-        "offload",
-        "checkpoint",
-        "checkpoint_files",
-        "metrics",
-        "decode_attention",
-    },
-    {
-        "huggingface",
-        "inference",
-        "continuous",
-        "trtllm",
-        "generate",
-        "loop",
-        "continuation",
-        "reference",
-        "rewards",
-        "audit",
-    },
-    {"judge", "meta_judge", "rollouts", "self_judge", "memory"},
+FLOORS = (  # folders of align/; "" are its own files
+    ("",),
+    ("losses", "kernels"),
+    ("data", "tracking"),
+    ("distributed",),
+    ("model",),
+    ("training",),
+    ("generation",),
+    ("rewards",),
+    ("judging", "planning"),
 )
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PARTS = sorted(path for path in (ROOT / "align").glob("*.py") if path.stem != "__init__")
+FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
+PARTS = sorted(path for path in (ROOT / "align").rglob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
 
+def name_of(path: Path) -> str:
+    """A file as imports spell it: align.data.rows."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {name_of(path): path for path in PARTS}
+
+
 def imports(tree: ast.AST) -> set[str]:
-    """Names of the modules that are imported anywhere in a tree: "align.data", "torch", ..."""
-    found = set()
+    """Modules that are imported anywhere in a tree: "align.data.rows", "torch", ..."""
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names if node.module == "align" else {node.module}
-    return found
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= members & set(MODULES) or {node.module}
+    return names
 
 
-@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
-def test_imports_point_downwards(path):
-    ours = {name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("align.")}
-    assert path.stem in LEVEL, f"align/{path.name}: add it to LAYERS"
-    assert {name for name in ours if LEVEL[name] > LEVEL[path.stem]} == set()
+def parts_used(path: Path) -> set[str]:
+    """The files of align/ that a file imports."""
+    return imports(ast.parse(path.read_text(encoding="utf-8"))) & set(MODULES)
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *PARTS], ids=lambda path: path.stem)
+def folder_of(module: str) -> str:
+    return module.split(".")[1] if module.count(".") == 2 else ""
+
+
+@pytest.mark.parametrize("path", PARTS, ids=name_of)
+def test_imports_point_down(path):
+    own = folder_of(name_of(path))
+    assert own in FLOOR, f"align/{own}: add it to FLOORS"
+    wrong = [
+        name for name in parts_used(path) if folder_of(name) != own and FLOOR[folder_of(name)] >= FLOOR[own]
+    ]
+    assert not wrong
+
+
+def test_no_file_imports_itself_by_others():
+    used = {name: parts_used(path) for name, path in MODULES.items()}
+    while used:
+        free = [name for name, others in used.items() if not others & set(used)]
+        assert free, f"a cycle among {sorted(used)}"
+        for name in free:
+            del used[name]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *PARTS], ids=name_of)
 def test_nothing_imports_a_script(path):
-    assert imports(ast.parse(path.read_text())) & {script.stem for script in SCRIPTS} == set()
+    names = imports(ast.parse(path.read_text(encoding="utf-8")))
+    assert names & {script.stem for script in SCRIPTS} == set()
 
 
 def test_the_cpu_hack_is_imported_in_one_function_only():
-    found = []
+    places = []
     for path in [*SCRIPTS, *PARTS]:
-        for node in ast.parse(path.read_text()).body:
-            if "align.cpu" in imports(node):
-                found.append((path.name, type(node).__name__, getattr(node, "name", None)))
-    assert found == [("parallel.py", "FunctionDef", "start")]
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if "align.distributed.megatron_on_cpu" in imports(node):
+                places.append((path.name, type(node).__name__, getattr(node, "name", None)))
+    assert places == [("parallel.py", "FunctionDef", "start")]
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *PARTS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*SCRIPTS, *PARTS], ids=name_of)
 def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 600
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600

@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from align import layers, logprobs
-from align.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
-from align.matmul import linear
+from align.kernels.matmul import linear
+from align.model import layers, logprobs
+from align.model.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
 from tests.conftest import torchrun
 from tests.logprobs_worker import (
     HIDDEN,

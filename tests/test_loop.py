@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-from align.loop import CommonConfig, LoopConfig
-from align.packing import BatchConfig
+from align.data.packing import BatchConfig
+from align.training.config import CommonConfig, LoopConfig
 
 
 def config(**loop: int) -> CommonConfig:

@@ -8,24 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from align import losses
+from align.errors import UserError
+from align.losses import preference, supervised
 
 
 def test_sft_loss_by_hand():
     logprobs = torch.tensor([math.log(0.5), math.log(0.1), math.log(0.25), 0.0])
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    torch.testing.assert_close(losses.sft_loss(logprobs, mask), torch.tensor(math.log(8)))  # -log(1/2 1/4 1)
+    torch.testing.assert_close(
+        supervised.sft_loss(logprobs, mask), torch.tensor(math.log(8))
+    )  # -log(1/2 1/4 1)
 
 
 def test_sft_loss_is_a_sum_not_a_mean():
     logprobs, mask = torch.full((5,), -2.0), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
-    assert losses.sft_loss(logprobs, mask).item() == 6.0
-    assert losses.sft_loss(logprobs.repeat(2), mask.repeat(2)).item() == 12.0
+    assert supervised.sft_loss(logprobs, mask).item() == 6.0
+    assert supervised.sft_loss(logprobs.repeat(2), mask.repeat(2)).item() == 12.0
 
 
 def test_sft_loss_without_trained_tokens_is_zero_and_differentiable():
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss = losses.sft_loss(logprobs, torch.zeros(2))
+    loss = supervised.sft_loss(logprobs, torch.zeros(2))
     loss.backward()
     assert loss.item() == 0.0
     assert logprobs.grad.tolist() == [0.0, 0.0]
@@ -33,7 +36,7 @@ def test_sft_loss_without_trained_tokens_is_zero_and_differentiable():
 
 def test_sft_loss_gradient_is_minus_the_mask():
     logprobs = torch.randn(4, requires_grad=True)
-    losses.sft_loss(logprobs, torch.tensor([1.0, 0.0, 0.0, 1.0])).backward()
+    supervised.sft_loss(logprobs, torch.tensor([1.0, 0.0, 0.0, 1.0])).backward()
     assert logprobs.grad.tolist() == [-1.0, 0.0, 0.0, -1.0]
 
 
@@ -44,22 +47,22 @@ def test_sequence_logprobs_by_hand():
     """Three sequences of 3, 0 and 2 places, then two of padding, one of which a wrong mask would let in."""
     logprobs = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0])
     mask = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-    sums = losses.sequence_logprobs(logprobs, mask, [3, 0, 2])
+    sums = preference.sequence_logprobs(logprobs, mask, [3, 0, 2])
     assert sums.dtype == torch.float64
     assert sums.tolist() == [-6.0, 0.0, -8.0]  # -2 - 4; nothing; -8
-    assert losses.sequence_logprobs(logprobs, mask, [3, 0, 2], average=True).tolist() == [-3.0, 0.0, -8.0]
+    assert preference.sequence_logprobs(logprobs, mask, [3, 0, 2], average=True).tolist() == [-3.0, 0.0, -8.0]
 
 
 def test_sequence_logprobs_without_trained_tokens_is_zero():
     logprobs, mask = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0.0, 0.0, 1.0])
     for average in (False, True):
-        assert losses.sequence_logprobs(logprobs, mask, [2, 1], average).tolist() == [0.0, -3.0]
+        assert preference.sequence_logprobs(logprobs, mask, [2, 1], average).tolist() == [0.0, -3.0]
 
 
 def test_sequence_logprobs_of_a_batch_of_padding_is_empty_and_differentiable():
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
     for average in (False, True):
-        sums = losses.sequence_logprobs(logprobs, torch.zeros(2), [], average)
+        sums = preference.sequence_logprobs(logprobs, torch.zeros(2), [], average)
         assert sums.shape == (0,)
         sums.sum().backward()
     assert logprobs.grad.tolist() == [0.0, 0.0]
@@ -70,7 +73,7 @@ def test_sequence_logprobs_gradient():
     mask, weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([3.0, 5.0]).double()
     for average, expected in ((False, [3.0, 0.0, 3.0, 5.0, 0.0]), (True, [1.5, 0.0, 1.5, 5.0, 0.0])):
         logprobs = torch.randn(5, requires_grad=True)
-        (losses.sequence_logprobs(logprobs, mask, [3, 1], average) * weights).sum().backward()
+        (preference.sequence_logprobs(logprobs, mask, [3, 1], average) * weights).sum().backward()
         assert logprobs.grad.tolist() == expected  # the fifth place is padding, whatever the mask says of it
 
 
@@ -78,7 +81,7 @@ def test_sequence_logprobs_gradcheck():
     mask = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
     for average in (False, True):
         assert torch.autograd.gradcheck(
-            lambda x, average=average: losses.sequence_logprobs(x, mask, [2, 0, 3], average),
+            lambda x, average=average: preference.sequence_logprobs(x, mask, [2, 0, 3], average),
             torch.randn(6, dtype=torch.float64, requires_grad=True),
         )
 
@@ -87,7 +90,7 @@ def test_sequence_logprobs_sums_in_float64():
     """2^24 + 1 is the first integer that float32 does not hold: its sum of these two loses the 1."""
     logprobs = torch.tensor([-(2.0**24), -1.0])
     assert logprobs.sum().item() == -(2.0**24)
-    assert losses.sequence_logprobs(logprobs, torch.ones(2), [2]).item() == -(2.0**24) - 1
+    assert preference.sequence_logprobs(logprobs, torch.ones(2), [2]).item() == -(2.0**24) - 1
 
 
 # Preference losses: the oracle. Each paper's equation, literally in probabilities, in decimals of 100 digits,
@@ -238,7 +241,7 @@ def test_preference_loss_and_gradient_against_the_paper(name, make, beta):
     """Values and all four gradients, also at log-ratios of 1e4, against the equation in 100 digits."""
     inputs = [tensor.requires_grad_() for tensor in make()]
     own = own_parameters(name, len(inputs[0]))
-    value = getattr(losses, name)(*inputs, beta, **own)
+    value = getattr(preference, name)(*inputs, beta, **own)
     gradient = torch.autograd.grad(value.sum(), inputs, materialize_grads=True, allow_unused=True)
     with localcontext() as context:
         context.prec = 100
@@ -254,14 +257,14 @@ def test_preference_loss_and_gradient_against_the_paper(name, make, beta):
 def test_preference_loss_gradcheck(name):
     inputs = [tensor[:8].detach().requires_grad_() for tensor in random_pairs()]
     own = own_parameters(name, 8)
-    assert torch.autograd.gradcheck(lambda *four: getattr(losses, name)(*four, 0.3, **own), inputs)
+    assert torch.autograd.gradcheck(lambda *four: getattr(preference, name)(*four, 0.3, **own), inputs)
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_preference_loss_is_finite_in_float32(name):
     """The reference or the rewards may be float32: no branch may give inf or NaN there either."""
     inputs = [tensor.requires_grad_() for tensor in extreme_pairs(torch.float32)]
-    value = getattr(losses, name)(*inputs, 0.5, **own_parameters(name, 16, torch.float32))
+    value = getattr(preference, name)(*inputs, 0.5, **own_parameters(name, 16, torch.float32))
     gradient = torch.autograd.grad(value.sum(), inputs, materialize_grads=True, allow_unused=True)
     assert value.isfinite().all() and all(part.isfinite().all() for part in gradient)
 
@@ -287,7 +290,7 @@ def test_golden_vectors():
         "scale": 1.6416050,
     }
     for name, printed in golden.items():
-        value = getattr(losses, name)(*four, 0.1, **(own if name in REWARD_AWARE else {}))
+        value = getattr(preference, name)(*four, 0.1, **(own if name in REWARD_AWARE else {}))
         assert abs(value.mean().item() - printed) < 1e-7, name
 
 
@@ -298,7 +301,7 @@ def one(*numbers: float) -> list[torch.Tensor]:
 
 def test_dpo_by_hand():
     """r_w = -1 - -2 = 1, r_l = -5 - -4 = -1, h = 2; with beta = ln(3) / 2, s(ln 3) = 3/4: L = ln(4/3)."""
-    value = losses.dpo(*one(-1.0, -5.0, -2.0, -4.0), math.log(3) / 2)
+    value = preference.dpo(*one(-1.0, -5.0, -2.0, -4.0), math.log(3) / 2)
     np.testing.assert_allclose(value.item(), math.log(4 / 3), rtol=1e-14)
 
 
@@ -318,15 +321,17 @@ def test_other_losses_by_hand():
         "hinge": 0.0,  # 1 - 2 ln 3 < 0
     }
     for name, value in by_hand.items():
-        np.testing.assert_allclose(getattr(losses, name)(*four, beta).item(), value, rtol=1e-13, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(preference, name)(*four, beta).item(), value, rtol=1e-13, err_msg=name
+        )
     # z_w = 1 moves the rejected half to s(beta (-1 - 1)) = 1/10; the chosen half stays at 1 - 3/4
-    kto = losses.kto_pair(*four, beta, kl_chosen=unit, kl_rejected=zero)
+    kto = preference.kto_pair(*four, beta, kl_chosen=unit, kl_rejected=zero)
     np.testing.assert_allclose(kto.item(), (1 / 4 + 1 / 10) / 2, rtol=1e-13)
 
 
 def test_dpop_penalty_by_hand():
     """r_w = -1, r_l = -3, h = 2; lambda 5: h - 5 * 1 = -3; beta = ln(2) / 3: s(-ln 2) = 1/3, L = ln 3."""
-    value = losses.dpop(*one(-3.0, -7.0, -2.0, -4.0), math.log(2) / 3, dpop_lambda=5.0)
+    value = preference.dpop(*one(-3.0, -7.0, -2.0, -4.0), math.log(2) / 3, dpop_lambda=5.0)
     np.testing.assert_allclose(value.item(), math.log(3), rtol=1e-13)
 
 
@@ -336,9 +341,9 @@ def test_simpo_and_orpo_by_hand_without_a_reference():
     simpo, beta 2 and gamma ln(2): 2 (ln(3/4) - ln(1/2)) - ln(2) = ln(9/4 / 2), s = 9/17.
     """
     chosen, rejected = one(math.log(3 / 4), math.log(1 / 2))
-    orpo = losses.orpo(chosen, rejected, None, None, 0.25)
+    orpo = preference.orpo(chosen, rejected, None, None, 0.25)
     np.testing.assert_allclose(orpo.item(), -0.25 * math.log(3 / 4), rtol=1e-13)
-    simpo = losses.simpo(chosen, rejected, None, None, 2.0, simpo_gamma=math.log(2))
+    simpo = preference.simpo(chosen, rejected, None, None, 2.0, simpo_gamma=math.log(2))
     np.testing.assert_allclose(simpo.item(), math.log(17 / 9), rtol=1e-13)
 
 
@@ -347,7 +352,7 @@ def test_orpo_next_to_a_probability_of_one_is_accurate():
 
     1 - exp(-x) by subtraction would be wrong in the fifth digit.
     """
-    value = losses.orpo(*one(-1e-12, math.log(0.5)), None, None, 1.0).item()
+    value = preference.orpo(*one(-1e-12, math.log(0.5)), None, None, 1.0).item()
     np.testing.assert_allclose(value, 1e-12, rtol=1e-11)
 
 
@@ -356,7 +361,7 @@ def test_orpo_with_a_probability_of_one_stays_finite():
     for dtype in (torch.float32, torch.float64):
         chosen = torch.tensor([0.0, -1.0, 0.0], dtype=dtype, requires_grad=True)
         rejected = torch.tensor([-1.0, 0.0, 0.0], dtype=dtype, requires_grad=True)
-        value = losses.orpo(chosen, rejected, None, None, 1.0)
+        value = preference.orpo(chosen, rejected, None, None, 1.0)
         value.sum().backward()
         assert value.isfinite().all() and value[0] < 1e-6 and value[1] > 10 and value[2] == math.log(2)
         assert chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
@@ -367,7 +372,7 @@ def test_losses_at_the_reference():
     """policy == reference: h = r_w = r_l = 0. DPO is ln 2 to the last bit."""
     policy, beta, ln2 = [tensor.detach() for tensor in random_pairs()[:2]], 0.1, math.log(2)
     zero = torch.tensor(0.0, dtype=torch.float64)
-    assert (losses.dpo(*policy, *policy, beta) == ln2).all()
+    assert (preference.dpo(*policy, *policy, beta) == ln2).all()
     at_reference = {
         "cdpo": ln2,
         "robust": ln2,
@@ -380,9 +385,9 @@ def test_losses_at_the_reference():
         "exo_pair": 0.5 * math.log(0.5 / 0.999) + 0.5 * math.log(0.5 / 0.001),
     }
     for name, value in at_reference.items():
-        ours = getattr(losses, name)(*policy, *policy, beta).numpy()
+        ours = getattr(preference, name)(*policy, *policy, beta).numpy()
         np.testing.assert_allclose(ours, value, rtol=1e-14, err_msg=name)
-    assert (losses.kto_pair(*policy, *policy, beta, zero, zero) == 0.5).all()
+    assert (preference.kto_pair(*policy, *policy, beta, zero, zero) == 0.5).all()
 
 
 # Preference losses: symmetries
@@ -398,15 +403,15 @@ def test_swapping_the_responses():
     four, beta = random_pairs(), 0.3
     flip, h = swapped(four), (four[0] - four[2]) - (four[1] - four[3])
     close = torch.testing.assert_close
-    close(losses.dpo(*flip, beta) - losses.dpo(*four, beta), beta * h)  # log s(x) - log s(-x) = x
-    close(losses.apo_zero(*flip, beta) + losses.apo_zero(*four, beta), torch.full_like(h, 2.0))
+    close(preference.dpo(*flip, beta) - preference.dpo(*four, beta), beta * h)  # log s(x) - log s(-x) = x
+    close(preference.apo_zero(*flip, beta) + preference.apo_zero(*four, beta), torch.full_like(h, 2.0))
     z = torch.tensor([2.5, 0.75], dtype=torch.float64)
     close(
-        losses.kto_pair(*flip, beta, z[1], z[0]) + losses.kto_pair(*four, beta, z[0], z[1]),
+        preference.kto_pair(*flip, beta, z[1], z[0]) + preference.kto_pair(*four, beta, z[0], z[1]),
         torch.ones_like(h),
     )
     close(
-        losses.orpo(*flip, 1.0) - losses.orpo(*four, 1.0),
+        preference.orpo(*flip, 1.0) - preference.orpo(*four, 1.0),
         torch.logit(four[0].exp()) - torch.logit(four[1].exp()),
     )
 
@@ -414,38 +419,38 @@ def test_swapping_the_responses():
 def test_swapping_the_responses_and_their_rewards_changes_nothing():
     four, reward_gap = random_pairs(), own_parameters("scale", 12)["reward_gap"]
     for name in ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
-        loss = getattr(losses, name)
+        loss = getattr(preference, name)
         torch.testing.assert_close(loss(*swapped(four), 0.3, -reward_gap), loss(*four, 0.3, reward_gap))
-    assert torch.equal(losses.scale(*four, 0.3, -reward_gap), losses.scale(*four, 0.3, reward_gap))
+    assert torch.equal(preference.scale(*four, 0.3, -reward_gap), preference.scale(*four, 0.3, reward_gap))
 
 
 def test_rpo_is_zero_where_the_policy_has_the_gap_of_the_rewards():
     four = random_pairs()
     reward_gap = 0.3 * ((four[0] - four[2]) - (four[1] - four[3]))
     for name in ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
-        value = getattr(losses, name)(*four, 0.3, reward_gap)
+        value = getattr(preference, name)(*four, 0.3, reward_gap)
         torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-15, rtol=0)
 
 
 def test_robust_is_unbiased_under_flipped_labels():
     """(1 - e) robust(pair) + e robust(flipped pair) = dpo(pair): hence the divisor 1 - 2 e."""
     four = random_pairs()
-    mean = 0.8 * losses.robust(*four, 0.3, 0.2) + 0.2 * losses.robust(*swapped(four), 0.3, 0.2)
-    torch.testing.assert_close(mean, losses.dpo(*four, 0.3))
+    mean = 0.8 * preference.robust(*four, 0.3, 0.2) + 0.2 * preference.robust(*swapped(four), 0.3, 0.2)
+    torch.testing.assert_close(mean, preference.dpo(*four, 0.3))
 
 
 def test_label_smoothing_zero_is_dpo():
     four = random_pairs()
-    for loss in (losses.cdpo, losses.robust):
-        assert torch.equal(loss(*four, 0.3, 0.0), losses.dpo(*four, 0.3))
+    for loss in (preference.cdpo, preference.robust):
+        assert torch.equal(loss(*four, 0.3, 0.0), preference.dpo(*four, 0.3))
 
 
 @pytest.mark.parametrize(
     "name, value", [("cdpo", 0.5), ("cdpo", -0.1), ("robust", 0.5), ("exo_pair", 0.0), ("exo_pair", math.nan)]
 )
 def test_label_smoothing_out_of_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"--label-smoothing {value}: must be in [\[(]0, 0.5\)"):
-        getattr(losses, name)(*random_pairs(), 0.1, label_smoothing=value)
+    with pytest.raises(UserError, match=rf"--label-smoothing {value}: must be in [\[(]0, 0.5\)"):
+        getattr(preference, name)(*random_pairs(), 0.1, label_smoothing=value)
 
 
 # Preference losses: what TRL gives. Recorded from TRL's own functions on the pairs below, with float64 as
@@ -595,7 +600,7 @@ def test_preference_loss_equals_trl(name, version, rtol, tenth, half):
     for beta, recorded in ((0.1, tenth), (0.5, half)):
         if name == "kto_pair":
             recorded = [(a + b) / 2 for a, b in zip(recorded[:5], recorded[5:], strict=True)]
-        value = getattr(losses, name)(*four, beta, **own)
+        value = getattr(preference, name)(*four, beta, **own)
         np.testing.assert_allclose(value.numpy(), recorded, rtol=rtol)
 
 
@@ -605,7 +610,7 @@ def test_preference_loss_equals_trl(name, version, rtol, tenth, half):
 def test_ranking_by_hand():
     """s(2 - 0 - 2) = 1/2, so ln 2; s(ln 3 - 0 - 0) = 3/4, so ln 4/3."""
     rows = ([2.0, math.log(3)], [0.0, 0.0], [2.0, 0.0])
-    value = losses.ranking(*(torch.tensor(row, dtype=torch.float64) for row in rows))
+    value = supervised.ranking(*(torch.tensor(row, dtype=torch.float64) for row in rows))
     np.testing.assert_allclose(value.numpy(), [math.log(2), math.log(4 / 3)], rtol=1e-14)
 
 
@@ -616,23 +621,23 @@ def test_ranking_equals_trl():
         for x in ([1.5, 0.0, 30.0, 0.25], [-0.5, 2.0, -20.0, 0.25], [1.0, 0.0, 3.0, 0.5])
     )
     recorded = [0.31326168751822286, 2.1269280110429727, 3.873997628687187e-21, 0.9740769841801067]
-    np.testing.assert_allclose(losses.ranking(chosen, rejected, margin).numpy(), recorded, rtol=1e-12)
+    np.testing.assert_allclose(supervised.ranking(chosen, rejected, margin).numpy(), recorded, rtol=1e-12)
 
 
 def test_ranking_is_finite_at_extremes_and_passes_gradcheck():
     chosen = torch.tensor([1e4, -1e4, 0.3], dtype=torch.float64, requires_grad=True)
-    value = losses.ranking(chosen, -chosen.detach(), torch.zeros(3))
+    value = supervised.ranking(chosen, -chosen.detach(), torch.zeros(3))
     np.testing.assert_allclose(value.detach().numpy(), [0.0, 2e4, math.log1p(math.exp(-0.6))], rtol=1e-14)
     value.sum().backward()
     np.testing.assert_allclose(chosen.grad.numpy(), [0.0, -1.0, -1 / (1 + math.exp(0.6))], rtol=1e-14)
     pair = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda c, r: losses.ranking(c, r, torch.full((5,), 0.5)), pair)
+    assert torch.autograd.gradcheck(lambda c, r: supervised.ranking(c, r, torch.full((5,), 0.5)), pair)
 
 
 def test_centering_by_hand():
     """(3 - 1)^2, (-0.5 - 1)^2, (2 - 2)^2; of the first the gradient is 2 (3 - 1) for both rewards."""
     chosen, rejected = f64(3.0, -0.5, 2.0).requires_grad_(), f64(-1.0, -1.0, -2.0).requires_grad_()
-    found = losses.centering(chosen, rejected)
+    found = supervised.centering(chosen, rejected)
     assert found.tolist() == [4.0, 2.25, 0.0]
     found.sum().backward()
     assert chosen.grad.tolist() == rejected.grad.tolist() == [4.0, -3.0, 0.0]
@@ -640,11 +645,11 @@ def test_centering_by_hand():
 
 def test_regression_by_hand():
     """Errors 1, (missing), -2 / (missing), 0.5, (missing): 1 + 4 + 0.25 over 3 attributes."""
-    missing = losses.MISSING
+    missing = supervised.MISSING
     assert missing == -100.0
     scores = torch.tensor([[3.0, 7.0, 1.0], [9.0, 0.5, 4.0]], requires_grad=True)
     labels = torch.tensor([[2.0, missing, 3.0], [missing, 0.0, missing]])
-    total, present = losses.regression(scores, labels)
+    total, present = supervised.regression(scores, labels)
     assert (total.item(), present.item()) == (5.25, 3)
     total.backward()
     assert scores.grad.tolist() == [[2.0, 0.0, -4.0], [0.0, 1.0, 0.0]]  # 2 (score - label)
@@ -652,7 +657,7 @@ def test_regression_by_hand():
 
 def test_regression_without_labels_is_zero_and_differentiable():
     scores = torch.randn(2, 3, requires_grad=True)
-    total, present = losses.regression(scores, torch.full((2, 3), losses.MISSING))
+    total, present = supervised.regression(scores, torch.full((2, 3), supervised.MISSING))
     total.backward()
     assert (total.item(), present.item()) == (0.0, 0)
     assert scores.grad.abs().max().item() == 0.0
@@ -667,7 +672,7 @@ def f64(*values: float) -> torch.Tensor:
 
 def test_pair_statistics_by_hand():
     """Rewards (2, 1), (0, 0), (-1, 3): one right, one tie, which is a mistake, one wrong."""
-    found = losses.pair_statistics(f64(2, 0, -1), f64(1, 0, 3))
+    found = preference.pair_statistics(f64(2, 0, -1), f64(1, 0, 3))
     assert {name: value.item() for name, value in found.items()} == {
         "acc": 1.0,
         "rewards_chosen_mean": 1.0,
@@ -680,7 +685,7 @@ def test_pair_statistics_by_hand():
 
 def test_log_ratio_statistics_by_hand():
     """Log-ratios 2 and -1 of chosen, 1 and 3 of rejected answers, beta 0.5."""
-    found = losses.log_ratio_statistics(f64(-8, -6), f64(-4, -2), f64(-10, -5), f64(-5, -5), beta=0.5)
+    found = preference.log_ratio_statistics(f64(-8, -6), f64(-4, -2), f64(-10, -5), f64(-5, -5), beta=0.5)
     assert found["acc"].item() == 1.0
     assert found["rewards_chosen_mean"].item() == 0.5
     assert found["rewards_rejected_mean"].item() == 2.0
@@ -690,5 +695,5 @@ def test_log_ratio_statistics_by_hand():
 
 
 def test_statistics_of_no_pairs_are_zero():
-    found = losses.log_ratio_statistics(*[f64()] * 4, beta=0.1)
+    found = preference.log_ratio_statistics(*[f64()] * 4, beta=0.1)
     assert all(value.item() == 0.0 for value in found.values())

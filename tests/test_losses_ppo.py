@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from align import losses_rl
+from align.losses import rl
 
 
 def f64(*numbers: float) -> torch.Tensor:
@@ -47,20 +47,20 @@ def test_kl_estimators_by_hand():
     """d = ln 2 and -ln 2: exp(-d) = 1/2 and 2."""
     logprobs, reference = f64(-1.0, -1.0), f64(-1.0 - math.log(2), -1.0 + math.log(2))
     ln2 = math.log(2)
-    close(losses_rl.kl_k1(logprobs, reference), [ln2, -ln2])
-    close(losses_rl.kl_abs(logprobs, reference), [ln2, ln2])
-    close(losses_rl.kl_k2(logprobs, reference), [ln2**2 / 2, ln2**2 / 2])
-    close(losses_rl.kl_k3(logprobs, reference), [0.5 - 1 + ln2, 2 - 1 - ln2])
+    close(rl.kl_k1(logprobs, reference), [ln2, -ln2])
+    close(rl.kl_abs(logprobs, reference), [ln2, ln2])
+    close(rl.kl_k2(logprobs, reference), [ln2**2 / 2, ln2**2 / 2])
+    close(rl.kl_k3(logprobs, reference), [0.5 - 1 + ln2, 2 - 1 - ln2])
 
 
 def test_kl_estimators_against_a_loop():
     _, (logprobs, reference) = ragged(0, "token", "token")
     pairs = list(zip(logprobs.tolist(), reference.tolist(), strict=True))
-    close(losses_rl.kl_k1(logprobs, reference), [p - q for p, q in pairs])
-    close(losses_rl.kl_abs(logprobs, reference), [p - q if p > q else q - p for p, q in pairs])
-    close(losses_rl.kl_k2(logprobs, reference), [0.5 * (p - q) ** 2 for p, q in pairs])
+    close(rl.kl_k1(logprobs, reference), [p - q for p, q in pairs])
+    close(rl.kl_abs(logprobs, reference), [p - q if p > q else q - p for p, q in pairs])
+    close(rl.kl_k2(logprobs, reference), [0.5 * (p - q) ** 2 for p, q in pairs])
     ratios = [math.exp(q) / math.exp(p) for p, q in pairs]
-    close(losses_rl.kl_k3(logprobs, reference), [r - 1 - math.log(r) for r in ratios])
+    close(rl.kl_k3(logprobs, reference), [r - 1 - math.log(r) for r in ratios])
 
 
 def test_kl_means_over_all_outcomes():
@@ -70,7 +70,7 @@ def test_kl_means_over_all_outcomes():
     true = sum(p * math.log(p / q) for p, q in zip(policy.tolist(), reference.tolist(), strict=True))
     k1, k2, k3, distance = (
         (policy * estimator(policy.log(), reference.log())).sum().item()
-        for estimator in (losses_rl.kl_k1, losses_rl.kl_k2, losses_rl.kl_k3, losses_rl.kl_abs)
+        for estimator in (rl.kl_k1, rl.kl_k2, rl.kl_k3, rl.kl_abs)
     )
     assert abs(k1 - true) < 1e-12 and abs(k3 - true) < 1e-12
     assert 1e-12 < abs(k2 - true) < 0.05 * true
@@ -79,13 +79,13 @@ def test_kl_means_over_all_outcomes():
 
 def test_kl_k3_is_never_negative_and_accurate_near_zero():
     """d = +-1e-9: exp(-d) - 1 + d = d^2 / 2 to nine digits, 5e-19, where 1 - 1e-9 has an error of 1e-16."""
-    near = losses_rl.kl_k3(f64(-1e-9, 1e-9), f64(0.0, 0.0))
+    near = rl.kl_k3(f64(-1e-9, 1e-9), f64(0.0, 0.0))
     np.testing.assert_allclose(near.numpy(), 5e-19, rtol=1e-6)
     generator = torch.Generator().manual_seed(1)
     for size in (1e-12, 1e-8, 1e-4, 1.0, 30.0):
         d = torch.randn(10_000, generator=generator, dtype=torch.float64) * size
-        assert (losses_rl.kl_k3(d, torch.zeros_like(d)) >= 0).all()
-    assert losses_rl.kl_k3(f64(-3.0), f64(-3.0)).item() == 0.0
+        assert (rl.kl_k3(d, torch.zeros_like(d)) >= 0).all()
+    assert rl.kl_k3(f64(-3.0), f64(-3.0)).item() == 0.0
 
 
 # Rewards of tokens
@@ -97,12 +97,12 @@ def test_ppo_golden_vector():
     R = [-0.02 0.2, -0.02 0.3, -0.02 0.05 + 1.5]; backwards A = 1.499 - 0.4 = 1.099,
     (-0.006 + 0.4 + 0.1) + 0.95 1.099 = 1.53805, (-0.004 - 0.1 - 0.2) + 0.95 1.53805 = 1.1571475.
     """
-    rewards = losses_rl.token_rewards(f64(1.5), f64(0.2, 0.3, 0.05), [3], 0.02)
+    rewards = rl.token_rewards(f64(1.5), f64(0.2, 0.3, 0.05), [3], 0.02)
     close(rewards, [-0.004, -0.006, 1.499])
-    advantages, returns = losses_rl.gae(rewards, f64(0.2, -0.1, 0.4), [3], 1.0, 0.95)
+    advantages, returns = rl.gae(rewards, f64(0.2, -0.1, 0.4), [3], 1.0, 0.95)
     close(advantages, [1.1571475, 1.53805, 1.099])
     np.testing.assert_allclose(returns.numpy(), [1.357148, 1.438050, 1.499], atol=6e-7, rtol=0)
-    whitened = losses_rl.whiten(advantages).numpy()
+    whitened = rl.whiten(advantages).numpy()
     np.testing.assert_allclose(whitened, [-0.552519, 1.403664, -0.851145], atol=6e-7, rtol=0)
 
 
@@ -113,7 +113,7 @@ def test_token_rewards_against_a_loop():
         for t, penalty in enumerate(answer):
             expected.append(-0.3 * penalty + (score if t == len(answer) - 1 else 0.0))
     before = kl.clone()
-    close(losses_rl.token_rewards(scores, kl, lengths, 0.3), expected)
+    close(rl.token_rewards(scores, kl, lengths, 0.3), expected)
     assert torch.equal(kl, before)  # the estimates are logged afterwards
 
 
@@ -121,8 +121,8 @@ def test_the_score_is_on_the_last_token_and_nowhere_else():
     """Without a penalty nothing but the scores is left; with one, an answer's sum is score - c sum kl."""
     for seed in range(5):
         lengths, (scores, kl) = ragged(seed, "answer", "token")
-        alone = rows(losses_rl.token_rewards(scores, kl, lengths, 0.0), lengths)
-        both = rows(losses_rl.token_rewards(scores, kl, lengths, 0.7), lengths)
+        alone = rows(rl.token_rewards(scores, kl, lengths, 0.0), lengths)
+        both = rows(rl.token_rewards(scores, kl, lengths, 0.7), lengths)
         for i, score in enumerate(scores.tolist()):
             assert alone[i][-1] == score and not any(alone[i][:-1])
             close(sum(both[i]), score - 0.7 * sum(rows(kl, lengths)[i]))
@@ -133,7 +133,7 @@ def test_the_score_is_on_the_last_token_and_nowhere_else():
 
 def test_gae_golden_vector():
     """gamma 1/2, lambda 0: A_t = R_t + V_{t+1} / 2 - V_t = 1/2 - 0, 1 - 1, 1 + 3/2 - 2, 0 - 3."""
-    advantages, returns = losses_rl.gae(f64(0.0, 0.0, 1.0, 0.0), f64(0.0, 1.0, 2.0, 3.0), [4], 0.5, 0.0)
+    advantages, returns = rl.gae(f64(0.0, 0.0, 1.0, 0.0), f64(0.0, 1.0, 2.0, 3.0), [4], 0.5, 0.0)
     close(advantages, [0.5, 0.0, 0.5, -3.0])
     close(returns, [0.5, 1.0, 2.5, 0.0])
 
@@ -150,7 +150,7 @@ def gae_by_its_sum(rewards: list[float], values: list[float], gamma: float, lam:
 def test_gae_against_its_sum():
     lengths, (rewards, values) = ragged(2, "token", "token")
     for gamma, lam in ((1.0, 0.95), (0.9, 0.7), (0.8, 1.0), (0.7, 0.0)):
-        advantages, returns = losses_rl.gae(rewards, values, lengths, gamma, lam)
+        advantages, returns = rl.gae(rewards, values, lengths, gamma, lam)
         expected = []
         for answer in zip(rows(rewards, lengths), rows(values, lengths), strict=True):
             expected += gae_by_its_sum(*answer, gamma, lam)
@@ -164,29 +164,29 @@ def test_gae_with_lambda_one_returns_the_reward_to_go():
     to_go = []
     for answer in rows(rewards, lengths):
         to_go += [sum(0.9**k * r for k, r in enumerate(answer[t:])) for t in range(len(answer))]
-    close(losses_rl.gae(rewards, values, lengths, 0.9, 1.0)[1], to_go)
-    for part in losses_rl.gae(rewards, torch.zeros_like(values), lengths, 0.9, 1.0):
+    close(rl.gae(rewards, values, lengths, 0.9, 1.0)[1], to_go)
+    for part in rl.gae(rewards, torch.zeros_like(values), lengths, 0.9, 1.0):
         close(part, to_go)
 
 
 def test_gae_does_not_look_across_answers():
     """Another last answer, and another longest one, leave the first one's numbers alone to the last bit."""
     first, other = [f64(1.0, 2.0, 3.0), f64(0.5, -0.5, 0.25)], [f64(7.0, 8.0), f64(-3.0, 40.0)]
-    alone = losses_rl.gae(*first, [3], 0.9, 0.8)
+    alone = rl.gae(*first, [3], 0.9, 0.8)
     for parts in ((first, other), (first, other, other, other)):
         lengths = [len(part[0]) for part in parts]
-        together = losses_rl.gae(*(torch.cat(x) for x in zip(*parts, strict=True)), lengths, 0.9, 0.8)
+        together = rl.gae(*(torch.cat(x) for x in zip(*parts, strict=True)), lengths, 0.9, 0.8)
         assert all(torch.equal(a, b[:3]) for a, b in zip(alone, together, strict=True))
 
 
 def test_whiten_has_mean_zero_and_variance_one():
     """x is large, so that the 1e-8 under the root does not show; a shift and a scale change nothing then."""
     _, (x,) = ragged(4, "token")
-    white = losses_rl.whiten(1e3 * x)
+    white = rl.whiten(1e3 * x)
     assert abs(white.mean().item()) < 1e-12
     assert abs((white**2).mean().item() - 1) < 1e-12  # divided by N, not by N - 1
-    close(losses_rl.whiten(2e3 * x - 500.0), white.tolist(), atol=1e-11)
-    close(losses_rl.whiten(-1e3 * x), (-white).tolist())
+    close(rl.whiten(2e3 * x - 500.0), white.tolist(), atol=1e-11)
+    close(rl.whiten(-1e3 * x), (-white).tolist())
 
 
 def test_whiten_against_a_loop():
@@ -194,24 +194,24 @@ def test_whiten_against_a_loop():
     numbers = x.tolist()
     mean = sum(numbers) / len(numbers)
     variance = sum((number - mean) ** 2 for number in numbers) / len(numbers)
-    close(losses_rl.whiten(x), [(number - mean) / math.sqrt(variance + 1e-8) for number in numbers])
+    close(rl.whiten(x), [(number - mean) / math.sqrt(variance + 1e-8) for number in numbers])
 
 
 def test_whiten_next_to_a_constant():
     """x = 0.5 +- 1e-4 has variance 1e-8, as large as what is added: +-1 / sqrt(2). A constant gives 0."""
     half = math.sqrt(0.5)
-    close(losses_rl.whiten(f64(0.4999, 0.5001)), [-half, half], atol=1e-11)
-    assert losses_rl.whiten(f64(0.5, 0.5, 0.5, 0.5)).tolist() == [0.0] * 4
+    close(rl.whiten(f64(0.4999, 0.5001)), [-half, half], atol=1e-11)
+    assert rl.whiten(f64(0.5, 0.5, 0.5, 0.5)).tolist() == [0.0] * 4
 
 
 def test_equal_rewards_have_advantages_of_exactly_0():
     """Three times 0.1 has a mean of 0.10000000000000002; Adam makes a full step of the difference."""
     same = f64(0.1, 0.1, 0.1)
     assert float(same.sum() / 3) != 0.1
-    assert losses_rl.whiten(same).tolist() == [0.0] * 3
+    assert rl.whiten(same).tolist() == [0.0] * 3
     returns = torch.stack([f64(0.1, 0.1, 0.1, 0.1), f64(0.1, 0.1, 0.1, 0.9), f64(0.1, 0.1, 0.1, 0.4)])
     counted = torch.tensor([[True] * 4, [True, True, True, False], [True] * 4])
-    for compare in (losses_rl.rloo, losses_rl.grpo):
+    for compare in (rl.rloo, rl.grpo):
         found = compare(returns, counted)
         assert found[:2, :3].tolist() == [[0.0] * 3] * 2 and found[0, 3] == 0.0
         assert (found[2] != 0).all()
@@ -225,7 +225,7 @@ def test_rloo_golden_vector():
     """
     returns = torch.stack([f64(1.0, 0.0, -3.0, 5.0), f64(2.0, 7.0, -1.0, 0.0)])
     counted = torch.tensor([[True] * 4, [True, True, True, False]])
-    baselines = returns - losses_rl.rloo(returns, counted)
+    baselines = returns - rl.rloo(returns, counted)
     close(baselines, [[2 / 3, 1.0, 2.0, -2 / 3], [3.0, 0.5, 4.5, 4.0]])
 
 
@@ -233,7 +233,7 @@ def test_rloo_by_hand():
     """Two answers: the other one is the baseline. Fewer than two counted: nothing to compare with."""
     returns = torch.stack([f64(3.0, 1.0, 50.0), f64(3.0, 1.0, 50.0), f64(3.0, 1.0, 50.0)])
     counted = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
-    close(losses_rl.rloo(returns, counted), [[2.0, -2.0, 46.0], [0.0] * 3, [0.0] * 3])  # 46 = 50 - 4 / 1
+    close(rl.rloo(returns, counted), [[2.0, -2.0, 46.0], [0.0] * 3, [0.0] * 3])  # 46 = 50 - 4 / 1
 
 
 def test_grpo_by_hand():
@@ -243,8 +243,8 @@ def test_grpo_by_hand():
         [[True, False, True, True], [True, True, False, False], [False, False, True, False]]
     )
     std = math.sqrt(7) + 1e-4
-    close(losses_rl.grpo(returns, counted), [[-2 / std, 0.0, -1 / std, 3 / std], [0.0] * 4, [0.0] * 4])
-    assert losses_rl.grpo(returns, torch.zeros(3, 4, dtype=torch.bool)).tolist() == [[0.0] * 4] * 3
+    close(rl.grpo(returns, counted), [[-2 / std, 0.0, -1 / std, 3 / std], [0.0] * 4, [0.0] * 4])
+    assert rl.grpo(returns, torch.zeros(3, 4, dtype=torch.bool)).tolist() == [[0.0] * 4] * 3
 
 
 def test_group_advantages_against_loops():
@@ -264,15 +264,15 @@ def test_group_advantages_against_loops():
                 normalised.append((r - mean) / (std + 1e-4))
             else:
                 normalised.append(0.0)
-    close(losses_rl.rloo(returns, counted), np.reshape(leave_one_out, (7, 6)))
-    close(losses_rl.grpo(returns, counted), np.reshape(normalised, (7, 6)))
+    close(rl.rloo(returns, counted), np.reshape(leave_one_out, (7, 6)))
+    close(rl.grpo(returns, counted), np.reshape(normalised, (7, 6)))
 
 
 def test_group_advantages_ignore_what_is_not_counted():
     """A judge's NaN for an answer left out stays out of the others' advantages."""
     returns, counted = f64(1.0, math.nan, 4.0)[None], torch.tensor([[True, False, True]])
-    assert losses_rl.rloo(returns, counted)[0, [0, 2]].tolist() == [-3.0, 3.0]
-    ours = losses_rl.grpo(returns, counted)
+    assert rl.rloo(returns, counted)[0, [0, 2]].tolist() == [-3.0, 3.0]
+    ours = rl.grpo(returns, counted)
     std = math.sqrt(4.5) + 1e-4  # 1 and 4: mean 2.5, 2 * 1.5^2 / 1
     close(ours, [[-1.5 / std, 0.0, 1.5 / std]])
 
@@ -280,9 +280,9 @@ def test_group_advantages_ignore_what_is_not_counted():
 def test_adapted_kl_coef_by_hand():
     """Target 6: a KL of 6.6 is 0.1 too much; 60 and 0 are clipped to +-0.2. K = 64 / 640 = 0.1."""
     for kl, factor in ((6.6, 1.01), (60.0, 1.02), (0.0, 0.98), (6.0, 1.0), (5.4, 0.99), (-6.0, 0.98)):
-        close(losses_rl.adapted_kl_coef(0.2, kl, 6.0, 640.0, 64), 0.2 * factor)
-    close(losses_rl.adapted_kl_coef(0.2, 60.0, 6.0, 64.0, 128), 0.2 * 1.4)  # K = 2
-    assert isinstance(losses_rl.adapted_kl_coef(0.2, 6.6, 6.0, 640.0, 64), float)
+        close(rl.adapted_kl_coef(0.2, kl, 6.0, 640.0, 64), 0.2 * factor)
+    close(rl.adapted_kl_coef(0.2, 60.0, 6.0, 64.0, 128), 0.2 * 1.4)  # K = 2
+    assert isinstance(rl.adapted_kl_coef(0.2, 6.6, 6.0, 640.0, 64), float)
 
 
 # The policy's loss
@@ -316,7 +316,7 @@ def test_policy_loss_against_a_loop():
         assert 0 < mask.sum() < len(mask)
         expected, sums = policy_loss_by_loop(*(x.tolist() for x in (logprobs, old, advantages, mask)), 0.2)
         assert 0 < sums["clip_fraction"] < mask.sum()
-        loss, statistics = losses_rl.policy_loss(logprobs, old, advantages, mask, 0.2)
+        loss, statistics = rl.policy_loss(logprobs, old, advantages, mask, 0.2)
         close(loss, expected)
         assert statistics.keys() == POLICY_STATISTICS
         for name, value in statistics.items():
@@ -337,7 +337,7 @@ def test_policy_loss_four_cases_by_hand():
     """
     logprobs, old, advantages, mask = four_cases()
     logprobs.requires_grad_()
-    loss, statistics = losses_rl.policy_loss(logprobs, old, advantages, mask, 0.2)
+    loss, statistics = rl.policy_loss(logprobs, old, advantages, mask, 0.2)
     loss.backward()
     close(loss, -0.5)
     close(logprobs.grad, [0.0, -1.0, 3.5, 0.0, -2.2])
@@ -350,14 +350,14 @@ def test_policy_loss_four_cases_by_hand():
     for advantage, at in ((2.0, 0), (2.0, 1), (-2.0, 2), (-2.0, 3)):  # each alone, so none hides another
         one = [x[at : at + 1] for x in four_cases()]
         assert one[2].item() == advantage
-        assert losses_rl.policy_loss(*one, 0.2)[1]["clip_fraction"].item() == (1.0 if at in (0, 3) else 0.0)
+        assert rl.policy_loss(*one, 0.2)[1]["clip_fraction"].item() == (1.0 if at in (0, 3) else 0.0)
 
 
 def test_policy_loss_on_the_policy_that_drew_the_answers():
     """r = 1: the loss is -sum A, its gradient -A at once, and nothing is clipped."""
     _, (old, advantages) = ragged(7, "token", "token")
     logprobs = old.clone().requires_grad_()
-    loss, statistics = losses_rl.policy_loss(logprobs, old, advantages, torch.ones_like(old), 0.2)
+    loss, statistics = rl.policy_loss(logprobs, old, advantages, torch.ones_like(old), 0.2)
     loss.backward()
     close(loss, -advantages.sum().item())
     assert torch.equal(logprobs.grad, -advantages)
@@ -374,7 +374,7 @@ def test_policy_loss_on_the_policy_that_drew_the_answers():
 
 def test_policy_loss_is_a_sum():
     four = four_cases()
-    once, twice = losses_rl.policy_loss(*four, 0.2), losses_rl.policy_loss(*(x.repeat(2) for x in four), 0.2)
+    once, twice = rl.policy_loss(*four, 0.2), rl.policy_loss(*(x.repeat(2) for x in four), 0.2)
     close(twice[0], 2 * once[0].item())
     for name, value in once[1].items():
         close(twice[1][name], 2 * value.item())
@@ -387,7 +387,7 @@ def test_policy_loss_gradcheck():
     logprobs = old + f64(*[0.05, -0.05, 0.5, -0.5] * 2, 0.05, 0.5)
     mask = f64(*[1.0] * 8, 0.0, 0.0)
     assert torch.autograd.gradcheck(
-        lambda x: losses_rl.policy_loss(x, old, advantages, mask, 0.2)[0], logprobs.requires_grad_()
+        lambda x: rl.policy_loss(x, old, advantages, mask, 0.2)[0], logprobs.requires_grad_()
     )
 
 
@@ -395,14 +395,14 @@ def test_policy_loss_does_not_look_at_masked_tokens():
     """Log-ratios of +-1000 (a ratio of infinity), infinities and NaN: loss, statistics and gradient are
     those of the trained tokens alone, and exactly 0 at the others."""
     logprobs, old, advantages, _ = four_cases()
-    alone, sums = losses_rl.policy_loss(logprobs, old, advantages, torch.ones(5), 0.2)
+    alone, sums = rl.policy_loss(logprobs, old, advantages, torch.ones(5), 0.2)
     bad = f64(-1.0, -1001.0, -1.0, -1.0, -1.0, math.nan, -math.inf, -1.0)
     bad_old = f64(-1001.0, -1.0, -1001.0, math.nan, -math.inf, -1.0, -math.inf, -1.0)
     bad_advantages = f64(1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, math.nan)
     for kind in (torch.float64, torch.float32, torch.bool):
         mixed = torch.cat([bad, logprobs]).requires_grad_()
         mask = torch.cat([torch.zeros(8), torch.ones(5)]).to(kind)
-        loss, statistics = losses_rl.policy_loss(
+        loss, statistics = rl.policy_loss(
             mixed, torch.cat([bad_old, old]), torch.cat([bad_advantages, advantages]), mask, 0.2
         )
         loss.backward()
@@ -416,7 +416,7 @@ def test_policy_loss_does_not_look_at_masked_tokens():
 def test_policy_loss_without_trained_tokens_is_zero_and_differentiable():
     """So that a process all of whose answers are left out stays in step with the others."""
     logprobs = f64(-1.0, -2.0).requires_grad_()
-    loss, statistics = losses_rl.policy_loss(logprobs, f64(-3.0, -1.0), f64(1.0, 1.0), f64(0.0, 0.0), 0.2)
+    loss, statistics = rl.policy_loss(logprobs, f64(-3.0, -1.0), f64(1.0, 1.0), f64(0.0, 0.0), 0.2)
     loss.backward()
     assert loss.item() == 0.0 and logprobs.grad.tolist() == [0.0, 0.0]
     assert all(value.item() == 0.0 for value in statistics.values())
@@ -424,8 +424,8 @@ def test_policy_loss_without_trained_tokens_is_zero_and_differentiable():
 
 def test_statistics_have_no_gradient():
     logprobs, *rest = four_cases()
-    _, statistics = losses_rl.policy_loss(logprobs.requires_grad_(), *rest, 0.2)
-    _, of_values = losses_rl.value_loss(f64(1.0).requires_grad_(), f64(0.0), f64(2.0), 0.2)
+    _, statistics = rl.policy_loss(logprobs.requires_grad_(), *rest, 0.2)
+    _, of_values = rl.value_loss(f64(1.0).requires_grad_(), f64(0.0), f64(2.0), 0.2)
     assert not any(value.requires_grad for value in [*statistics.values(), *of_values.values()])
 
 
@@ -441,7 +441,7 @@ def test_value_loss_against_a_loop():
             bounded = min(max(v, before - clip), before + clip) if clip else v
             loss += 0.5 * max((v - target) ** 2, (bounded - target) ** 2)
             clipped += (bounded - target) ** 2 > (v - target) ** 2
-        ours, statistics = losses_rl.value_loss(values, old, returns, clip)
+        ours, statistics = rl.value_loss(values, old, returns, clip)
         close(ours, loss)
         assert statistics.keys() == {"value_clip_fraction"}
         close(statistics["value_clip_fraction"], clipped)
@@ -456,7 +456,7 @@ def test_value_loss_four_cases_by_hand():
     """
     values = f64(0.5, 0.5, -0.5, -0.5, 0.1).requires_grad_()
     returns = f64(1.0, -1.0, 1.0, -1.0, 1.0)
-    loss, statistics = losses_rl.value_loss(values, torch.zeros_like(returns), returns, 0.2)
+    loss, statistics = rl.value_loss(values, torch.zeros_like(returns), returns, 0.2)
     loss.backward()
     close(loss, 3.295)
     close(values.grad, [0.0, 1.5, -1.5, 0.0, -0.9])  # V - R
@@ -467,7 +467,7 @@ def test_value_loss_four_cases_by_hand():
 def test_value_loss_without_clipping():
     """value_clip 0: half the squared error, whatever the old values; the gradient is V - R."""
     values = f64(0.5, -3.0).requires_grad_()
-    loss, statistics = losses_rl.value_loss(values, f64(100.0, -100.0), f64(1.0, 1.0), 0.0)
+    loss, statistics = rl.value_loss(values, f64(100.0, -100.0), f64(1.0, 1.0), 0.0)
     loss.backward()
     close(loss, (0.25 + 16.0) / 2)
     close(values.grad, [-0.5, -4.0])
@@ -479,35 +479,33 @@ def test_value_loss_gradcheck():
     old, returns = f64(0.0, 0.1, -0.2, 0.3, 0.0, 0.5), f64(1.0, -1.0, 1.0, -1.0, 1.0, -1.0)
     values = (old + f64(0.5, 0.5, -0.5, -0.5, 0.1, -0.1)).requires_grad_()
     for clip in (0.2, 0.0):
-        assert torch.autograd.gradcheck(
-            lambda v, clip=clip: losses_rl.value_loss(v, old, returns, clip)[0], values
-        )
+        assert torch.autograd.gradcheck(lambda v, clip=clip: rl.value_loss(v, old, returns, clip)[0], values)
 
 
 def test_value_clip_counts_no_rounding_errors():
     """Within reach clip(V, ...) is V itself, not V_old + (V - V_old), which rounds digits of a small V."""
     _, (old, values, returns) = ragged(9, "token", "token", "token")
-    _, statistics = losses_rl.value_loss(0.01 * values.tanh(), 0.18 * old.tanh(), returns, 0.2)
+    _, statistics = rl.value_loss(0.01 * values.tanh(), 0.18 * old.tanh(), returns, 0.2)
     assert statistics["value_clip_fraction"].item() == 0.0
 
 
 def test_explained_variance_by_hand():
     """R = 0, 2, 4 has variance 8/3. V = 0, 2, 1: R - V = 0, 0, 3 has variance (1 + 1 + 4) / 3."""
     returns = f64(0.0, 2.0, 4.0)
-    close(losses_rl.explained_variance(f64(0.0, 2.0, 1.0), returns), 1 - 2 / (8 / 3))
-    assert losses_rl.explained_variance(returns, returns) == 1.0
-    assert losses_rl.explained_variance(returns + 5.0, returns) == 1.0  # a constant error explains all of it
-    close(losses_rl.explained_variance(f64(2.0, 2.0, 2.0), returns), 0.0)
-    close(losses_rl.explained_variance(-returns, returns), -3.0)  # R - V = 2 R: 1 - 4
-    assert isinstance(losses_rl.explained_variance(returns, returns), float)
+    close(rl.explained_variance(f64(0.0, 2.0, 1.0), returns), 1 - 2 / (8 / 3))
+    assert rl.explained_variance(returns, returns) == 1.0
+    assert rl.explained_variance(returns + 5.0, returns) == 1.0  # a constant error explains all of it
+    close(rl.explained_variance(f64(2.0, 2.0, 2.0), returns), 0.0)
+    close(rl.explained_variance(-returns, returns), -3.0)  # R - V = 2 R: 1 - 4
+    assert isinstance(rl.explained_variance(returns, returns), float)
 
 
 def test_explained_variance_of_equal_returns_is_zero():
     """The computed variance of 1000 times 0.1 is not 0, which would give a number like 1e30."""
     _, (values,) = ragged(10, "token")
-    assert losses_rl.explained_variance(values, torch.full_like(values, 0.1)) == 0.0
-    assert losses_rl.explained_variance(torch.randn(1000).double(), torch.full((1000,), 0.1).double()) == 0.0
-    assert losses_rl.explained_variance(f64(2.0), f64(3.0)) == 0.0
+    assert rl.explained_variance(values, torch.full_like(values, 0.1)) == 0.0
+    assert rl.explained_variance(torch.randn(1000).double(), torch.full((1000,), 0.1).double()) == 0.0
+    assert rl.explained_variance(f64(2.0), f64(3.0)) == 0.0
 
 
 def test_explained_variance_against_a_loop():
@@ -519,4 +517,4 @@ def test_explained_variance_against_a_loop():
         return sum((x - mean) ** 2 for x in numbers) / len(numbers)
 
     expected = 1 - variance((returns - values).tolist()) / variance(returns.tolist())
-    close(losses_rl.explained_variance(values, returns), expected)
+    close(rl.explained_variance(values, returns), expected)

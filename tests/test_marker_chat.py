@@ -10,12 +10,16 @@ import pytest
 import torch
 import transformers
 
-from align import data, marker_chat, preferences, prompts, rewards, tokenizer
-from align.generate import Sample
-from align.marker_chat import MarkerChat, RowFormats
-from align.prompts import PromptFormat
-from align.rewards import RewardConfig
-from align.rows import form_of
+from align.data import marker_chat, preferences, prompts, tokenizer
+from align.data.formats import FormatConfig, format_sft
+from align.data.marker_chat import MarkerChat, RowFormats
+from align.data.prompts import PromptFormat
+from align.data.rows import form_of
+from align.data.sft import adopt
+from align.errors import UserError
+from align.generation.generator import Sample
+from align.rewards import sources
+from align.rewards.sources import RewardConfig
 from tests.conftest import ROOT, fork_python, fork_ranks
 
 TINY = ROOT / "assets" / "tiny"
@@ -105,7 +109,7 @@ def test_template_by_hand():
     none = tokens.hf.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, label=None)
     assert none.endswith("\x11Assistant\n")
     for wrong in ([{"role": "tool", "content": "x"}], [*asked, {"role": "system", "content": "x"}]):
-        with pytest.raises(ValueError, match="roles are user and assistant, system first only"):
+        with pytest.raises(UserError, match="roles are user and assistant, system first only"):
             tokens.render(wrong)
 
 
@@ -113,10 +117,10 @@ def test_bos_is_in_the_template():
     chat = MarkerChat(TOKENS, bos=True)
     tokens = follower(chat)
     row = conversation(*QA)
-    fmt = data.FormatConfig(add_bos=True)
-    trained, _ = data.format_sft(row, tokens, fmt)
+    fmt = FormatConfig(add_bos=True)
+    trained, _ = format_sft(row, tokens, fmt)
     messages = {"messages": messages_of(row, chat)}
-    assert data.format_sft(messages, tokens, fmt)[0].ids.tolist() == trained.ids.tolist()
+    assert format_sft(messages, tokens, fmt)[0].ids.tolist() == trained.ids.tolist()
     assert trained.ids[:2].tolist() == [257, 0] and tokens.hf.bos_token_id == 257
     asked = prompts.format_prompt(messages, tokens, PromptFormat(add_bos=True))
     assert asked.tolist() == trained.ids[: len(asked)].tolist()
@@ -129,9 +133,9 @@ def test_bos_is_in_the_template():
 def test_messages_train_as_conversations_do(tokens):
     chat = MarkerChat(tokens)
     text, row = follower(chat), conversation(*QA)
-    fmt = data.FormatConfig(chat_tokens=tokens)
-    as_row, _ = data.format_sft(row, text, fmt)
-    as_messages, _ = data.format_sft({"messages": messages_of(row, chat)}, text, fmt)
+    fmt = FormatConfig(chat_tokens=tokens)
+    as_row, _ = format_sft(row, text, fmt)
+    as_messages, _ = format_sft({"messages": messages_of(row, chat)}, text, fmt)
     assert as_messages.ids.tolist() == as_row.ids.tolist()
     assert as_messages.trained.tolist() == as_row.trained.tolist()
 
@@ -150,9 +154,9 @@ def test_conversations_rows_are_prompts():
     assert prompt(conversation(QA[0])) == whole
     to_label = conversation(*QA[:2], type="TEXT_TO_VALUE")
     assert prompt(to_label) == f"{whole}b\n\nb\n\x12"
-    with pytest.raises(ValueError, match="asks for none"):
+    with pytest.raises(UserError, match="asks for none"):
         prompt(conversation(QA[0], type="TEXT_TO_VALUE"))
-    with pytest.raises(ValueError, match="was not trained on such rows"):
+    with pytest.raises(UserError, match="was not trained on such rows"):
         prompts.format_prompt(conversation(*QA), tokenizer.load(TINY), fmt)
 
 
@@ -188,7 +192,7 @@ def test_pairs_of_messages_have_the_label_of_sampled_answers():
     assert text.decode(asked) == f"\x00System\n\n\x11User\na\n{labelled}b\n\x11User\nc\n{labelled}"
     assert chosen.ids.tolist() == [*asked, *b"b\n\x11"]
     assert chosen.ids[chosen.trained].tolist() == [*b"b\n\x11"]
-    row = data.format_sft({"messages": [*prompt, turns[1]]}, text, data.FormatConfig())[0]
+    row = format_sft({"messages": [*prompt, turns[1]]}, text, FormatConfig())[0]
     assert row.ids.tolist() == chosen.ids.tolist()
 
 
@@ -202,10 +206,10 @@ def test_pairs_end_with_a_marker_of_several_tokens():
 def test_a_reward_model_of_other_ends_is_named(tmp_path: Path):
     text, said = follower(MarkerChat(TOKENS)), []
     config = RewardConfig(reward_model=tmp_path)
-    rewards.warn_of_other_ends(config, text, said.append)  # no file: nothing is known
+    sources.warn_of_other_ends(config, text, said.append)  # no file: nothing is known
     for ends in ({17: 60, 258: 2}, {258: 32, 98: 30}, {98: 40, 17: 22}):
-        rewards.save_statistics({"mean": 0.0, "std": 1.0, "ends": ends}, tmp_path)
-        rewards.warn_of_other_ends(config, text, said.append)
+        sources.save_statistics({"mean": 0.0, "std": 1.0, "ends": ends}, tmp_path)
+        sources.warn_of_other_ends(config, text, said.append)
     [warning] = said
     assert "was trained on end with 'b', responses with '\\x11', '<|im_end|>'" in warning
 
@@ -253,7 +257,7 @@ def test_what_most_rows_share_is_the_default():
 
 
 def test_two_chat_formats_are_refused():
-    with pytest.raises(ValueError, match="1 rows of 'conversations' and 2 of 'messages'"):
+    with pytest.raises(UserError, match="1 rows of 'conversations' and 2 of 'messages'"):
         formats_of(conversation(*QA), {"messages": []}, {"messages": []}).chat(TOKENS, False)
 
 
@@ -264,7 +268,7 @@ def test_other_programs_stop_at_the_marker(tmp_path: Path):
     chat = MarkerChat(TOKENS, system="S")
     formats, said = formats_of(conversation(*QA)), []
     text = tokenizer.load(TINY)
-    trained_format = data.adopt(formats, text, data.FormatConfig(), said.append)
+    trained_format = adopt(formats, text, FormatConfig(), said.append)
     assert trained_format.chat == chat and "system 'S'" in said[-1] and r"'\n\x11'" in said[-1]
     shutil.copy(TINY / "generation_config.json", tmp_path)
     text.save(tmp_path)
@@ -301,7 +305,7 @@ def test_sentencepiece_models_speak_it_before_and_after_saving(tmp_path: Path):
     marker = text.sp.piece_to_id("\x11")
     assert text.stop_ids == {text.eos_id, marker} and not text.stop_strings
     row = conversation(*QA)
-    trained, _ = data.format_sft(row, text, data.FormatConfig(add_bos=True))
+    trained, _ = format_sft(row, text, FormatConfig(add_bos=True))
     assert trained.ids[trained.trained][-1] == marker
     messages = {"messages": messages_of(row, chat)[:-1]}
     text.save(tmp_path / "hf")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align import matmul
-from align.matmul import BLOCK, STEP, Linear, add_product, linear, padded, product
+from align.kernels import matmul
+from align.kernels.matmul import BLOCK, STEP, Linear, add_product, linear, padded, product
 from tests.conftest import torchrun
 from tests.matmul_worker import DTYPES, cases, inputs
 

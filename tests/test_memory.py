@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from align import engine, huggingface, memory, model, optim, packing, parallel
-from align.architecture import Architecture
-from align.inference import InferenceModel
-from align.memory import Rollout, Setting, Work
+from align.data import packing
+from align.distributed import parallel
+from align.generation.inference import InferenceModel
+from align.model import gpt, huggingface
+from align.model.architecture import Architecture
+from align.model.config import ModelConfig
+from align.planning import memory
+from align.planning.memory import Rollout, Setting, Work
+from align.training import engine, optim
 
 SMALL = Architecture(  # 2 layers of 768 weights in matrices and 16 in norms; an embedding of 128 x 8
     family="llama",
@@ -85,14 +90,14 @@ def test_weights_of_a_rank(changes, setting, count):
 )
 def test_what_training_holds(changes, precision):
     """Weights, gradients and the optimizer's tensors of a model that is really built."""
-    arch, config = replace(SMALL, **changes), model.ModelConfig(precision=precision)
+    arch, config = replace(SMALL, **changes), ModelConfig(precision=precision)
     setting = FP32 if precision == "fp32" else BF16
-    policy = model.build_policy(arch, config, parallel.ParallelConfig())
+    policy = gpt.build_policy(arch, config, parallel.ParallelConfig())
     assert sum(weight.numel() for weight in policy.parameters()) == memory.weights(arch, setting)
     largest = max(weight.numel() for weight in policy.parameters())
     assert largest == memory.largest_weight(arch, setting)
     huggingface.load(policy, huggingface.RandomSource(arch, 0))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     optimizer = optim.build(policy, optim.OptimConfig())
     gradients = sum(weight.main_grad.nbytes for weight in policy.parameters())
     assert gradients == memory.gradients(arch, setting)
@@ -108,9 +113,7 @@ def test_what_training_holds(changes, precision):
 
 def test_a_scorer_has_a_head():
     arch = replace(SMALL, labels=3)
-    scorer = model.build_scorer(
-        arch, model.ModelConfig(precision="fp32"), parallel.ParallelConfig(), (1, 1, 1)
-    )
+    scorer = gpt.build_scorer(arch, ModelConfig(precision="fp32"), parallel.ParallelConfig(), (1, 1, 1))
     assert sum(weight.numel() for weight in scorer.parameters()) == memory.weights(arch, FP32)
 
 
@@ -197,12 +200,12 @@ def test_no_more_micro_batches_are_in_flight_than_there_are():
 MIDDLE = replace(SMALL, vocab_size=320, hidden_size=64, ffn_size=160, head_dim=16)
 
 
-def kept(arch: Architecture, config: model.ModelConfig, shared: int) -> tuple[int, float, packing.Batch]:
+def kept(arch: Architecture, config: ModelConfig, shared: int) -> tuple[int, float, packing.Batch]:
     """Bytes that one forward pass keeps for its gradient, without weights, and of what micro-batch.
 
     `shared`: of a pair of 80 tokens a side so many; 0: rows of 128 and 64 tokens instead.
     """
-    policy = model.build_policy(arch, config, parallel.ParallelConfig())
+    policy = gpt.build_policy(arch, config, parallel.ParallelConfig())
     huggingface.load(policy, huggingface.RandomSource(arch, 0))
     ids = np.random.default_rng(0).integers(0, 300, 129).astype(np.int32)
     rows = [[packing.Example(ids[: n + 1], np.arange(n + 1) > 0)] for n in (128, 64)]
@@ -249,7 +252,7 @@ def kept(arch: Architecture, config: model.ModelConfig, shared: int) -> tuple[in
 def test_what_a_layer_really_keeps(precision, recompute, changes, shared):
     """Of a real forward pass, to the byte: what two more layers add. Masks alone are bounded: a row of fp32
     for each place of a sequence that continues another is counted for all places, at the greatest length."""
-    arch, config = replace(MIDDLE, **changes), model.ModelConfig(precision=precision, recompute=recompute)
+    arch, config = replace(MIDDLE, **changes), ModelConfig(precision=precision, recompute=recompute)
     one, batch = kept(replace(arch, layers=1), config, shared)
     three, _ = kept(replace(arch, layers=3), config, shared)
     places = len(batch.tokens)
@@ -356,7 +359,7 @@ def test_keys_and_values():
 
 
 def test_the_cache_is_what_the_model_has():
-    policy = model.build_policy(SMALL, model.ModelConfig(precision="fp32"), parallel.ParallelConfig())
+    policy = gpt.build_policy(SMALL, ModelConfig(precision="fp32"), parallel.ParallelConfig())
     huggingface.load(policy, huggingface.RandomSource(SMALL, 0))
     with torch.no_grad():
         cached = InferenceModel(policy, ROLLOUT.slots)

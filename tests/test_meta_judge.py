@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import meta_judge, prompts, tokenizer
-from align.data import FormatConfig
-from align.judge import Judged, Template
-from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
+from align.data import prompts, tokenizer
+from align.data.formats import FormatConfig
+from align.data.prompts import Template
+from align.errors import UserError
+from align.judging import meta_judge
+from align.judging.judge import Judged
+from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from tests.conftest import ROOT
 
 ASSET = ROOT / "assets" / "meta_judge.txt"
@@ -165,7 +168,7 @@ def test_prompts_beyond_the_room_are_left_out(tmp_path):
 def test_a_template_without_any_room_is_refused(tmp_path):
     longest = len(prompts.one_turn(ROW, "x|x|x|x", tokenizer.load(ROOT / "assets" / "tiny"), FormatConfig()))
     short_judge(tmp_path, longest).check(ROW)
-    with pytest.raises(ValueError, match=rf"short.txt alone is longer than the {longest - 1} tokens that"):
+    with pytest.raises(UserError, match=rf"short.txt alone is longer than the {longest - 1} tokens that"):
         short_judge(tmp_path, longest - 1).check(ROW)
 
 
@@ -542,7 +545,7 @@ def test_a_cap_of_1_lets_all_in():
     "low, high, cap", [(0.0, 1.0, 0.4), (0.0, 1.0, 0.5), (0.0, 0.9, 1.0), (1.0, 5.0, 0.2)]
 )
 def test_a_cap_that_lets_nothing_in_is_refused(low, high, cap):
-    with pytest.raises(ValueError, match=f"--meta-judge-class-cap {cap} must be above 1/"):
+    with pytest.raises(UserError, match=f"--meta-judge-class-cap {cap} must be above 1/"):
         Buffer(low, high, cap)
 
 

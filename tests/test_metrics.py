@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import metrics, plots
-from align.metrics import Clock, Run, RunConfig, drop_after, speed, wilson_interval, with_std
+from align.errors import UserError
+from align.tracking import plots
+from align.tracking import run as metrics
+from align.tracking.metrics import Clock, speed, wilson_interval, with_std
+from align.tracking.run import Run, RunConfig, drop_after
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,12 +88,12 @@ def test_a_resumed_run_logs_each_flag_that_changed(tmp_path, capsys):
 def test_output_that_is_a_file_is_refused_on_every_rank(tmp_path):
     (tmp_path / "file").write_text("")
     for main in (True, False):
-        with pytest.raises(ValueError, match=r"--output .*file is a file: give a directory"):
+        with pytest.raises(UserError, match=r"--output .*file is a file: give a directory"):
             start(tmp_path / "file", main=main)
 
 
 def test_wandb_name_alone_is_refused():
-    with pytest.raises(ValueError, match="--wandb-name x needs --wandb-project"):
+    with pytest.raises(UserError, match="--wandb-name x needs --wandb-project"):
         RunConfig(wandb_name="x")
 
 
@@ -122,7 +125,7 @@ def test_a_metric_that_is_not_finite_is_refused_by_name_and_not_written(tmp_path
     run = start(tmp_path)
     run.resume_at(0)
     run.log(1, {"train/loss": 1.0})
-    with pytest.raises(ValueError, match=f"metric val/acc is {value} at step 2"):
+    with pytest.raises(UserError, match=f"metric val/acc is {value} at step 2"):
         run.log(2, {"train/loss": 1.0, "val/acc": value})
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
 
@@ -419,5 +422,5 @@ def test_plot_script_redraws_from_the_command_line(tmp_path):
 
 
 def test_plot_of_a_directory_without_metrics_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"metrics.jsonl does not exist: give the --output directory"):
+    with pytest.raises(UserError, match=r"metrics.jsonl does not exist: give the --output directory"):
         plots.draw(tmp_path)

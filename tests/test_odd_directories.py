@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align import architecture, huggingface, model
+from align.errors import UserError
+from align.model import architecture, huggingface, spec
 
 Spoil = Callable[[Path], object]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
@@ -179,9 +180,9 @@ def test_one_line_names_file_and_field(sound, tmp_path, name):
     directory = Path(shutil.copytree(sound, tmp_path / "model"))
     spoil, words = ODD[name]
     spoil(directory)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         arch = architecture.read_config(directory)
-        model.rotary_frequencies(arch)
+        spec.rotary_frequencies(arch)
         huggingface.open_source(directory, arch, 0)
     message = str(error.value)
     assert len(message.splitlines()) == 1 and len(message) < 500
@@ -195,7 +196,7 @@ def test_a_shard_without_the_tensor_that_the_index_promises(sound, tmp_path):
     index(lambda names: {"weight_map": names})(directory)
     tensors = load_file(directory / "shard.safetensors")
     save_file({x: t for x, t in tensors.items() if x != FIRST}, directory / "shard.safetensors")
-    with pytest.raises(ValueError, match=rf"shard.safetensors has no {FIRST}, which {INDEX} says"):
+    with pytest.raises(UserError, match=rf"shard.safetensors has no {FIRST}, which {INDEX} says"):
         huggingface.open_source(directory, architecture.read_config(directory), 0)
 
 
@@ -203,5 +204,5 @@ def test_a_tied_model_with_a_head_of_integers(sound, tmp_path):
     directory = Path(shutil.copytree(sound, tmp_path / "model"))
     config(tie_word_embeddings=True)(directory)
     stored_as(torch.int8, HEAD)(directory)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS}: {HEAD} is stored as I8"):
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: {HEAD} is stored as I8"):
         architecture.read_config(directory)

@@ -13,9 +13,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from align import offload, parallel
-from align.metrics import Clock
-from align.offload import Phases, Shelf, Weights
+from align.distributed import parallel
+from align.tracking.metrics import Clock
+from align.training import offload
+from align.training.offload import Phases, Shelf, Weights
 from tests.conftest import torchrun
 from tests.test_resume import fingerprint
 

@@ -6,7 +6,11 @@ import math
 import pytest
 import torch
 
-from align import architecture, huggingface, model, optim, parallel
+from align.distributed import parallel
+from align.errors import UserError
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig, overlaps_gradients
+from align.training import optim
 from tests.conftest import torchrun
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
@@ -50,14 +54,14 @@ def test_a_constant_rate():
 
 
 def test_a_minimum_above_the_rate_is_refused():
-    with pytest.raises(ValueError, match=r"--min-lr 1e-06 is above --lr 5e-07"):
+    with pytest.raises(UserError, match=r"--min-lr 1e-06 is above --lr 5e-07"):
         optim.check(optim.OptimConfig(lr=5e-7), 100)
 
 
 @pytest.mark.parametrize("total_steps", [5, 6])
 def test_a_tail_that_leaves_no_cosine_is_refused(total_steps):
     message = rf"--warmup-steps 4 and --constant-steps 2 leave no step of {total_steps} .*lower one"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         optim.check(SCHEDULE, total_steps)
     optim.check(SCHEDULE, 7)
 
@@ -74,10 +78,10 @@ def world():
 def build(directory, precision: str, **flags: float):
     """A model in one process and its optimizer."""
     arch = architecture.read_config(directory)
-    layout, config = parallel.ParallelConfig(), model.ModelConfig(str(directory), precision)
-    policy = model.build_policy(arch, config, layout)
+    layout, config = parallel.ParallelConfig(), ModelConfig(str(directory), precision)
+    policy = gpt.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
-    policy = model.distributed(policy)
+    policy = gpt.distributed(policy)
     return policy, optim.build(policy, optim.OptimConfig(**flags))
 
 
@@ -204,7 +208,7 @@ def test_the_first_step_after_a_reset_has_the_size_of_the_rate(models):
 
 def test_gradients_summed_during_the_backward_pass_are_the_same(models, tmp_path):
     """Bit for bit, in several buckets, also where a rank's last micro-batch, or its only one, is empty."""
-    assert not model.overlaps_gradients()  # with nobody
+    assert not overlaps_gradients()  # with nobody
     torchrun(2, "tests/overlap_worker.py", models / "llama", tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -18,11 +18,14 @@ import torch.distributed as dist
 
 import generate
 import prepare_data
-from align import console, rewards, tokenizer, toy
-from align.generate import Sample
-from align.metrics import Run, RunConfig
-from align.output import check_files, write_own
-from align.prompts import Prompt
+from align import console
+from align.data import tokenizer, toy
+from align.data.prompts import Prompt
+from align.errors import UserError
+from align.files import check_files, write_own
+from align.generation.generator import Sample
+from align.rewards import sources
+from align.tracking.run import Run, RunConfig
 from tests.conftest import ROOT, fork_ranks
 
 TINY = ROOT / "assets/tiny"
@@ -122,7 +125,7 @@ def test_refused_on_every_rank_before_anything_is_written(name, tmp_path, monkey
         make(Path("out"))
     before = files(tmp_path)
     for main in (True, False):
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             start(Path(os.path.expanduser(output.format(cwd=tmp_path.name))), main, **flags)
         assert len(str(error.value).splitlines()) == 1 and "--output" in str(error.value)
     assert files(tmp_path) == before and not Path("runs").exists()
@@ -151,7 +154,7 @@ def test_accepted(tmp_path, monkeypatch):
 def test_a_damaged_config_is_named(tmp_path):
     start(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
         start(tmp_path)
 
 
@@ -160,9 +163,9 @@ def test_toy_data_overwrites_no_other_file(tmp_path):
     before = files(tmp_path)
     assert toy.write(tmp_path, num_train=3, num_val=2) == ((train,), (val,)) and files(tmp_path) == before
     val.write_text("mine\n")
-    with pytest.raises(ValueError, match="val.jsonl has another content than the toy task"):
+    with pytest.raises(UserError, match="val.jsonl has another content than the toy task"):
         toy.write(tmp_path, num_train=3, num_val=2)
-    with pytest.raises(ValueError, match="val.jsonl/a: (Not a directory|File exists)"):
+    with pytest.raises(UserError, match="val.jsonl/a: (Not a directory|File exists)"):
         write_own(val / "a", "text")
     assert val.read_text() == "mine\n" and not list(tmp_path.glob("*.tmp"))
 
@@ -204,7 +207,7 @@ def test_generate_keeps_its_input(tmp_path, monkeypatch):
         (rows / "new.jsonl", "rows.jsonl is a file: give a path below a directory"),
         (Path("/dev/null"), "/dev/null is no regular file"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             generate.prepare_output(output, rows)
     generate.prepare_output(tmp_path / "new/answers.jsonl", Path("org/name"))
     check_files([rows], Path("org/name"))  # --input may be a data set of the Hub
@@ -216,7 +219,7 @@ RECORD = """
 import sys
 from pathlib import Path
 from align import console
-from align.metrics import Run, RunConfig
+from align.tracking.run import Run, RunConfig
 console.adapt()
 run = Run(RunConfig(Path(sys.argv[1])), {}, "train_sft.py", True, 2)
 run.resume_at(0)
@@ -263,9 +266,7 @@ def test_console_in_process(monkeypatch, capsys):
     generate.say("lost")
     generate.say("to the null device")
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
-    with pytest.raises(
-        ValueError, match="the answer cannot be printed: No space left on device; --input and"
-    ):
+    with pytest.raises(UserError, match="the answer cannot be printed: No space left on device; --input and"):
         generate.tell("an answer")
     for stream in (None, open(os.devnull), io.TextIOWrapper(io.BytesIO())):
         if stream:
@@ -276,7 +277,7 @@ def test_console_in_process(monkeypatch, capsys):
 
 def test_every_text_file_is_utf8():
     """checkpoint_files.py writes JSON of ASCII characters."""
-    paths = [path for folder in ("align", ".", "tools") for path in (ROOT / folder).glob("*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("align/**/*.py")]
     for path in (path for path in paths if path.name != "checkpoint_files.py"):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             name = getattr(call.func, "attr", getattr(call.func, "id", None))
@@ -334,7 +335,7 @@ def untouched(monkeypatch):
     before = state()
     yield
     after = state()
-    for (_, restore), value in zip(rewards.SETTINGS, before, strict=False):
+    for (_, restore), value in zip(sources.SETTINGS, before, strict=False):
         restore(value)
     assert after == before
 
@@ -345,7 +346,7 @@ def score(name: str) -> np.ndarray:
     zeros = np.zeros(3, np.float32)
     sample = Sample(np.array(text.encode("a b"), np.int32), zeros, zeros, "stop")
     prompts = [Prompt(np.array(text.encode("sort: b a"), np.int32), {}) for _ in range(2)]
-    return rewards.RewardFunction(f"tests.test_output:{name}", text, ())(prompts, [[sample] * 2] * 2)
+    return sources.RewardFunction(f"tests.test_output:{name}", text, ())(prompts, [[sample] * 2] * 2)
 
 
 @pytest.mark.parametrize("name", SPOILERS)
@@ -379,7 +380,7 @@ def test_import_of_a_module_leaves_no_trace(statement, tmp_path, monkeypatch):
     Path(f"{name}.py").write_text(f"{code}{statement}\ndef f(prompt, response, row): return 1\n")
     before = state()
     try:
-        rewards.import_function(f"{name}:f")
+        sources.import_function(f"{name}:f")
     except (RuntimeError, ValueError) as error:
         assert statement and str(error).startswith(
             f"--reward-fn {name}:f called sys.exit(0)" if "exit" in statement else "no"
@@ -391,7 +392,7 @@ def test_a_run_has_the_same_gradients(tmp_path):
     """Rejection sampling on the toy task, whose reward function is `spoil` or the plain one."""
     flags = "--max-steps 2 --prompts-per-step 4 --samples-per-prompt 4 --global-batch-size 4 --val-batches 1"
     flags += " --max-new-tokens 8 --save-interval 0 --unended keep --warmup-steps 1"
-    names = ("align.toy:reward", "tests.test_output:spoil")
+    names = ("align.data.toy:reward", "tests.test_output:spoil")
     outputs = [tmp_path / name for name in ("plain", "spoil")]
     commands = [
         ["train_rs.py", *flags.split(), "--reward-fn", name, "--output", str(output)]

@@ -5,8 +5,11 @@ import os
 import pytest
 import torch
 
-from align import architecture, model, parallel
-from align.parallel import ParallelConfig, check, parse_time
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig, check, parse_time
+from align.errors import UserError
+from align.model import architecture
+from align.model.config import ModelConfig, check_model
 
 
 @pytest.mark.parametrize(
@@ -27,7 +30,7 @@ def test_times(text, seconds):
     "text", ["", "90", "10:30", "00:60:00", "00:00:60", "1:2:3", "-1:00:00", "01:00:00 "]
 )
 def test_times_that_are_refused(text):
-    with pytest.raises(ValueError, match=r"--max-time .* is not of the form HH:MM:SS"):
+    with pytest.raises(UserError, match=r"--max-time .* is not of the form HH:MM:SS"):
         parse_time(text)
 
 
@@ -52,7 +55,7 @@ def test_sizes_that_fit(monkeypatch, world, flags):
 )
 def test_sizes_that_are_refused(monkeypatch, world, flags, message):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check(ParallelConfig(**flags))
 
 
@@ -65,16 +68,16 @@ def test_sizes_that_are_refused(monkeypatch, world, flags, message):
     ],
 )
 def test_splits_that_the_tiny_model_does_not_allow(flags, message):
-    config = model.ModelConfig()
-    with pytest.raises(ValueError, match=message):
-        model.check(architecture.read_config(config.path), config, ParallelConfig(**flags))
+    config = ModelConfig()
+    with pytest.raises(UserError, match=message):
+        check_model(architecture.read_config(config.path), config, ParallelConfig(**flags))
 
 
 def test_transformer_engine_is_an_error_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    config = model.ModelConfig(attention="te")
-    with pytest.raises(ValueError, match="--attention te needs a GPU and the package transformer-engine"):
-        model.check(architecture.read_config(config.path), config, ParallelConfig())
+    config = ModelConfig(attention="te")
+    with pytest.raises(UserError, match="--attention te needs a GPU and the package transformer-engine"):
+        check_model(architecture.read_config(config.path), config, ParallelConfig())
 
 
 # ---- what CUDA and NCCL read when they start -----------------------------------------------------

@@ -18,8 +18,11 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align import architecture, huggingface, model, parallel
-from align.packing import Example
+from align.data.packing import Example
+from align.distributed import parallel
+from align.errors import UserError
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
 from tests.conftest import FAMILIES, fork_ranks
 from tests.parity_data import BETA, FRESH, LR, SEED, STEPS, VOCAB, examples, pairs
 
@@ -301,5 +304,5 @@ def test_fresh_head(ours, models, family):
 def test_a_reward_model_is_no_language_model(reward_models, family):
     arch = architecture.read_config(reward_models / family)
     assert arch.labels == 1
-    with pytest.raises(ValueError, match="is a reward model"):
-        model.build_policy(arch, model.ModelConfig(), parallel.ParallelConfig())
+    with pytest.raises(UserError, match="is a reward model"):
+        gpt.build_policy(arch, ModelConfig(), parallel.ParallelConfig())

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import plan
-from align import memory
-from align.memory import Rollout, Work
+from align.errors import UserError
+from align.planning import memory
+from align.planning.memory import Rollout, Work
 from plan import Cluster
 from tests import plan_worker
 from tests.conftest import ROOT, fork_python, fork_ranks
@@ -48,7 +49,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_whose_flags_are_whose():
     words = "--nodes 2 train_sft.py --tp 2 --output a.py".split()
     assert plan.split(words) == (["--nodes", "2"], Path("train_sft.py"), ["--tp", "2", "--output", "a.py"])
-    with pytest.raises(ValueError, match="which script"):
+    with pytest.raises(UserError, match="which script"):
         plan.split(["--nodes", "2"])
 
 

@@ -18,9 +18,11 @@ import torch.distributed as dist
 import tyro
 
 import train_ppo
-from align import engine, parallel, tokenizer
-from align.packing import Batch
-from align.rewards import Tokenizer
+from align.data import tokenizer
+from align.data.packing import Batch
+from align.distributed import parallel
+from align.generation.rollout import Tokenizer
+from align.training import batching
 from tests.conftest import fork_ranks
 from tests.resume_worker import reward
 
@@ -41,7 +43,7 @@ PROMPTS = 6
 def recorded(flags: list[str], text: Tokenizer) -> dict:
     """What a step did: its answers, what each model said, what the updates were given."""
     found: dict = {"said": []}
-    rollout, per_token, token_batches = train_ppo.Rollout, engine.per_token, engine.token_batches
+    rollout, per_token, token_batches = train_ppo.Rollout, batching.per_token, batching.token_batches
 
     def note_rollout(*args: object) -> object:
         made = rollout(*args)
@@ -70,8 +72,8 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
 
     with (
         mock.patch.object(train_ppo, "Rollout", note_rollout),
-        mock.patch.object(engine, "per_token", note_said),
-        mock.patch.object(engine, "token_batches", note_batches),
+        mock.patch.object(batching, "per_token", note_said),
+        mock.patch.object(batching, "token_batches", note_batches),
     ):
         train_ppo.main(tyro.cli(train_ppo.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,)))
     return found

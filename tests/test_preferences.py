@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import prepare_data
-from align import data, packing, preferences, tokenizer
-from align.preferences import Pair, PreferenceFormat
+from align.data import formats, jsonl, packing, preferences, tokenizer
+from align.data.preferences import Pair, PreferenceFormat
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -71,7 +72,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def load(
-    rows: list[dict], tokens: data.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT
+    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT
 ) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of a file of these rows, {"text"} lines among them."""
     return preferences.load_pairs([write_rows(path / "d.jsonl", rows)], tokens, fmt, text_lines=True)
@@ -84,7 +85,7 @@ def split_ids(example: packing.Example) -> tuple[list[int], list[int]]:
     return example.ids[:start].tolist(), example.ids[start:].tolist()
 
 
-def one(row: dict, tokens: data.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT) -> tuple:
+def one(row: dict, tokens: formats.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT) -> tuple:
     """(prompt ids, chosen ids, rejected ids) of a row with both sides."""
     [pair], _ = load([row], tokens, path, fmt)
     (prompt, chosen), (again, rejected) = map(split_ids, pair.examples)
@@ -222,7 +223,7 @@ def test_prompt_ids_are_those_of_generation(
     prepare_data.hh((raw,), tmp_path, test_fraction=0.5, style=style)
     for part in ("train", "test"):
         pairs, _ = preferences.load_pairs([tmp_path / f"{part}_comparisons.jsonl"], tokens, DEFAULT)
-        prompts = [row["prompt"] for _, row in data.read_jsonl(tmp_path / f"{part}_prompts.jsonl")]
+        prompts = [row["prompt"] for _, row in jsonl.read_jsonl(tmp_path / f"{part}_prompts.jsonl")]
         rendered = [p if style == "text" else tokens.render(p, add_generation_prompt=True) for p in prompts]
         expected = [tokens.encode(text) for text in rendered]
         for side in (side for pair in pairs for side in pair.examples):
@@ -264,18 +265,16 @@ def test_long_and_identical_pairs_are_dropped_never_cut(tiny, tmp_path: Path):
         "dropped_identical": 3,
         "tokens": 12,
         "response_tokens": 8,
-        data.SPECIAL[1]: 1,
+        formats.SPECIAL[1]: 1,
     }
 
 
 def test_nothing_left(tiny, tmp_path: Path):
     short = PreferenceFormat(max_seq_len=4)
-    with pytest.raises(ValueError, match="d.jsonl: nothing is left, 2 of 2 .* --max-seq-len 4: raise it"):
+    with pytest.raises(UserError, match="d.jsonl: nothing is left, 2 of 2 .* --max-seq-len 4: raise it"):
         load([TEXT, TEXT], tiny, tmp_path, short)
     same = {"prompt": "Q", "chosen": "b", "rejected": "b"}
-    with pytest.raises(
-        ValueError, match="nothing is left, 1 of 2 .*, the sides of the other 1 are identical"
-    ):
+    with pytest.raises(UserError, match="nothing is left, 1 of 2 .*, the sides of the other 1 are identical"):
         load([TEXT, same], tiny, tmp_path, short)
 
 
@@ -351,7 +350,7 @@ def test_broken_row_is_named_by_file_and_line(name: str, tiny, tmp_path: Path):
     lines = [json.dumps(TEXT), "", line if isinstance(line, str) else json.dumps(line), json.dumps(TEXT)]
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=f"(?s)^{path}:3: .*{message}"):
+    with pytest.raises(UserError, match=f"(?s)^{path}:3: .*{message}"):
         preferences.load_pairs([path], tiny, DEFAULT, text_lines=True)
 
 
@@ -368,37 +367,35 @@ def test_broken_row_is_named_by_file_and_line(name: str, tiny, tmp_path: Path):
     ],
 )
 def test_broken_text_lines(rows: list[dict], message: str, tiny, tmp_path: Path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load(rows, tiny, tmp_path)
 
 
 def test_lines_of_two_files_are_no_pair(tiny, tmp_path: Path):
     paths = [write_rows(tmp_path / f"{i}.jsonl", [{"text": "a"}]) for i in range(2)]
-    with pytest.raises(ValueError, match="0.jsonl:1: a chosen 'text' line"):
+    with pytest.raises(UserError, match="0.jsonl:1: a chosen 'text' line"):
         preferences.load_pairs(paths, tiny, DEFAULT, text_lines=True)
 
 
 def test_text_lines_where_a_response_must_be_known(tiny, tmp_path: Path):
     path = write_rows(tmp_path / "d.jsonl", [TEXT, {"text": "a"}, {"text": "b"}])
-    with pytest.raises(
-        ValueError, match="d.jsonl:2: 'text' does not say .*'prompt', 'chosen' and 'rejected'"
-    ):
+    with pytest.raises(UserError, match="d.jsonl:2: 'text' does not say .*'prompt', 'chosen' and 'rejected'"):
         preferences.load_pairs([path], tiny, DEFAULT)
 
 
 def test_what_the_format_refuses(tiny, llama, tmp_path: Path):
-    with pytest.raises(ValueError, match="a response is empty, and --no-append-eos"):
+    with pytest.raises(UserError, match="a response is empty, and --no-append-eos"):
         load([TEXT | {"chosen": ""}], tiny, tmp_path, PreferenceFormat(append_eos=False))
     adding = PreferenceFormat(add_bos=True)
-    with pytest.raises(ValueError, match="d.jsonl:1: two BOS at the start.*--add-bos False"):
+    with pytest.raises(UserError, match="d.jsonl:1: two BOS at the start.*--add-bos False"):
         load([CHAT], tiny, tmp_path, adding)
     without = copy.copy(tiny)
     without.bos_id = None
-    with pytest.raises(ValueError, match="d.jsonl:1: --add-bos True: this tokenizer has no BOS"):
+    with pytest.raises(UserError, match="d.jsonl:1: --add-bos True: this tokenizer has no BOS"):
         load([TEXT], without, tmp_path, adding)
-    with pytest.raises(ValueError, match="d.jsonl:1: .*has no chat template"):
+    with pytest.raises(UserError, match="d.jsonl:1: .*has no chat template"):
         load([CHAT], llama, tmp_path)
-    with pytest.raises(ValueError, match="d.jsonl:1: field 'prompt' is empty"):  # no token is left of it
+    with pytest.raises(UserError, match="d.jsonl:1: field 'prompt' is empty"):  # no token is left of it
         load([TEXT | {"prompt": ""}], llama, tmp_path, adding)
 
 
@@ -406,13 +403,13 @@ def test_answer_without_a_stop_token(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     template = (TINY / "chat_template.jinja").read_text().replace("<|im_end|>", "")
     (tmp_path / "model/chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match="d.jsonl:1: end of turn not trained: .* message 1 "):
+    with pytest.raises(UserError, match="d.jsonl:1: end of turn not trained: .* message 1 "):
         load([CHAT], tokenizer.load(tmp_path / "model"), tmp_path)
 
 
 def test_token_across_the_start_of_an_answer(bpe, tmp_path: Path):
     rows = [CHAT, CHAT | {"rejected": {"role": "assistant", "content": "\nc"}}]
-    with pytest.raises(ValueError, match="d.jsonl:2: the tokens of a prefix .* a token reaches across"):
+    with pytest.raises(UserError, match="d.jsonl:2: the tokens of a prefix .* a token reaches across"):
         load(rows, bpe, tmp_path)
 
 
@@ -463,13 +460,13 @@ def test_labelled(tiny, tmp_path: Path):
 )
 def test_broken_label(row: dict, message: str, tiny, tmp_path: Path):
     path = write_rows(tmp_path / "d.jsonl", [{"text": "a", "label": [1, 2]}, row])
-    with pytest.raises(ValueError, match=f"(?s)^{path}:2: .*{message}"):
+    with pytest.raises(UserError, match=f"(?s)^{path}:2: .*{message}"):
         preferences.load_labelled([path], tiny, DEFAULT, 2)
 
 
 def test_no_labelled_text_left(tiny, tmp_path: Path):
     path = write_rows(tmp_path / "d.jsonl", [{"text": "abc", "label": [1]}])
-    with pytest.raises(ValueError, match="d.jsonl: nothing is left, 1 of 1 .* --max-seq-len 3: raise it"):
+    with pytest.raises(UserError, match="d.jsonl: nothing is left, 1 of 1 .* --max-seq-len 3: raise it"):
         preferences.load_labelled([path], tiny, PreferenceFormat(max_seq_len=3), 1)
 
 

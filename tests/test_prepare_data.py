@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from align import data, download, preferences, prompts, tokenizer, toy
-from align.judge import parse_score
+from align.data import download, formats, preferences, prompts, sft, tokenizer, toy
+from align.errors import UserError
+from align.judging.judge import parse_score
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -35,7 +36,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def loads(*paths: Path) -> int:
     """How many examples training makes of these files: all rows pass the data gate."""
-    return len(data.load_sft(list(paths), tokenizer.load(TINY), data.FormatConfig())[0])
+    return len(sft.load_sft(list(paths), tokenizer.load(TINY), formats.FormatConfig())[0])
 
 
 # ---- dolly -------------------------------------------------------------------------------------------------
@@ -73,14 +74,14 @@ def test_dolly_depends_on_the_seed_alone(tmp_path: Path):
 
 def test_dolly_names_the_bad_line(tmp_path: Path):
     raw = write_rows(tmp_path / "raw.jsonl", [dolly_row(0), {"instruction": "x", "context": ""}])
-    with pytest.raises(ValueError, match="raw.jsonl:2: no field 'response'"):
+    with pytest.raises(UserError, match="raw.jsonl:2: no field 'response'"):
         prepare_data.dolly(raw, tmp_path / "out")
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0])
 def test_split_must_leave_both_parts(fraction: float, tmp_path: Path):
     raw = write_rows(tmp_path / "raw.jsonl", [dolly_row(i) for i in range(4)])
-    with pytest.raises(ValueError, match="--val-fraction .* of 4 must leave some"):
+    with pytest.raises(UserError, match="--val-fraction .* of 4 must leave some"):
         prepare_data.dolly(raw, tmp_path / "out", val_fraction=fraction)
 
 
@@ -149,13 +150,13 @@ def test_oasst_splits_by_tree(tmp_path: Path):
 )
 def test_oasst_names_the_bad_line(bad: dict, said: str, tmp_path: Path):
     raw = write_rows(tmp_path / "trees.jsonl", [tree(message("prompter", "q")), bad])
-    with pytest.raises(ValueError, match=f"trees.jsonl:2: {said}"):
+    with pytest.raises(UserError, match=f"trees.jsonl:2: {said}"):
         prepare_data.oasst(raw, tmp_path / "out")
 
 
 def test_oasst_without_any_thread(tmp_path: Path):
     raw = write_rows(tmp_path / "trees.jsonl", [tree(message("prompter", f"q{i}")) for i in range(20)])
-    with pytest.raises(ValueError, match="0 rows to train on and 0 to validate on"):
+    with pytest.raises(UserError, match="0 rows to train on and 0 to validate on"):
         prepare_data.oasst(raw, tmp_path / "out")
 
 
@@ -178,9 +179,11 @@ def test_gsm8k(tmp_path: Path):
     }
     assert [row["answer"] for row in rows] == ["1", "2", "-1234567"]
     assert loads(tmp_path / "out.jsonl") == 3
-    examples, _ = data.load_sft([tmp_path / "out.jsonl"], tokenizer.load(TINY), data.FormatConfig())
+    examples, _ = sft.load_sft([tmp_path / "out.jsonl"], tokenizer.load(TINY), formats.FormatConfig())
     for row, example in zip(rows, examples, strict=True):  # the field `answer` is not read in training
-        alone = data.format_sft({"messages": row["messages"]}, tokenizer.load(TINY), data.FormatConfig())[0]
+        alone = formats.format_sft(
+            {"messages": row["messages"]}, tokenizer.load(TINY), formats.FormatConfig()
+        )[0]
         assert example.ids.tolist() == alone.ids.tolist()
 
 
@@ -195,7 +198,7 @@ def test_gsm8k(tmp_path: Path):
 def test_gsm8k_names_the_bad_line(answer: object, said: str, tmp_path: Path):
     rows = [{"question": "q", "answer": "#### 1"}, {"question": "q", "answer": answer}]
     raw = write_rows(tmp_path / "raw.jsonl", rows)
-    with pytest.raises(ValueError, match=f"raw.jsonl:2: field 'answer' {said}"):
+    with pytest.raises(UserError, match=f"raw.jsonl:2: field 'answer' {said}"):
         prepare_data.gsm8k(raw, tmp_path / "out.jsonl")
 
 
@@ -211,7 +214,7 @@ def test_gsm8k_instruction_follows_the_question(tmp_path: Path):
 @pytest.mark.parametrize("limit", [0, -1])
 def test_gsm8k_limit_must_leave_rows(limit: int, tmp_path: Path):
     raw = write_rows(tmp_path / "raw.jsonl", [{"question": "q", "answer": "a"}])
-    with pytest.raises(ValueError, match=f"--limit {limit} must be at least 1"):
+    with pytest.raises(UserError, match=f"--limit {limit} must be at least 1"):
         prepare_data.gsm8k(raw, tmp_path / "out.jsonl", limit=limit)
 
 
@@ -344,14 +347,14 @@ def test_hh_with_a_test_set(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 def test_hh_refuses(tmp_path: Path):
     raw = write_rows(tmp_path / "raw.jsonl", [hh_raw("q", "a"), hh_raw("q", "b")])
-    with pytest.raises(ValueError, match="--test-fraction 0.1: --test-input or --download is the test set"):
+    with pytest.raises(UserError, match="--test-fraction 0.1: --test-input or --download is the test set"):
         prepare_data.hh((raw,), tmp_path, (raw,), test_fraction=0.1)
-    with pytest.raises(ValueError, match="--test-fraction 0.1 of 1 must leave some"):
+    with pytest.raises(UserError, match="--test-fraction 0.1 of 1 must leave some"):
         prepare_data.hh((raw,), tmp_path)
-    with pytest.raises(ValueError, match="0 pairs to train on and 2 to test"):
+    with pytest.raises(UserError, match="0 pairs to train on and 2 to test"):
         prepare_data.hh((raw,), tmp_path, (raw,))
     bad = write_rows(tmp_path / "bad.jsonl", [hh_raw("q", "a"), {"chosen": hh_text("q", "a")}])
-    with pytest.raises(ValueError, match="bad.jsonl:2: no field 'rejected'"):
+    with pytest.raises(UserError, match="bad.jsonl:2: no field 'rejected'"):
         prepare_data.hh((bad,), tmp_path)
 
 
@@ -766,18 +769,16 @@ def test_toy_score(answer: str, score: float):
 
 
 def test_toy_refuses():
-    with pytest.raises(ValueError, match="is no toy task"):
+    with pytest.raises(UserError, match="is no toy task"):
         toy.toy_score("sort of", "a")
-    with pytest.raises(
-        ValueError, match="--train-rows 100000 and --val-rows 0: the toy task has prompts for"
-    ):
+    with pytest.raises(UserError, match="--train-rows 100000 and --val-rows 0: the toy task has prompts for"):
         toy.toy_rows(100000, 0, mistakes=0.0, seed=0)
     with pytest.raises(
-        ValueError,
+        UserError,
         match="--train-comparisons 90000 and --val-comparisons 10 after 4200 rows: the toy task has prompts",
     ):
         toy.comparisons(90000, 10, seed=0)
-    with pytest.raises(ValueError, match="--mistakes 1.5 must be between 0 and 1"):
+    with pytest.raises(UserError, match="--mistakes 1.5 must be between 0 and 1"):
         toy.toy_rows(10, 10, mistakes=1.5, seed=0)
 
 
@@ -845,31 +846,31 @@ def test_judge_of_conversations(tmp_path: Path):
     template.write_text("{{ prompt }} | {{ response }}")
     raw, out = write_rows(tmp_path / "raw.jsonl", [row] * 40), tmp_path / "out.jsonl"
     prepare_data.judge(raw, out, template)
-    tiny, fmt = tokenizer.load(TINY), data.FormatConfig()
+    tiny, fmt = tokenizer.load(TINY), formats.FormatConfig()
     found = Counter()
     for judgement in read_rows(out):
         asked, score = judgement["conversations"]
         assert (judgement["mask"], asked["from"], score["from"]) == (["Ann"], "Ann", "Bob")
         found[asked["value"], parse_score(score["value"], 0, 5)] += 1
         ids = prompts.one_turn(row, asked["value"], tiny, fmt).tolist()
-        assert data.format_sft(judgement, tiny, fmt)[0].ids[: len(ids)].tolist() == ids
+        assert formats.format_sft(judgement, tiny, fmt)[0].ids[: len(ids)].tolist() == ids
     own = [key for key in found if key[0] == "1 + 1? | It is 2."]
     half = [key for key in found if key[0] == "1 + 1? | It"]
     assert own == [("1 + 1? | It is 2.", 5)] and half == [("1 + 1? | It", 2)]
     assert found.total() == 40 and {score for _, score in found} == {5, 2, 1}
     raw = write_rows(raw, [row | {"type": "TEXT_TO_VALUE"}])
-    with pytest.raises(ValueError, match=r"raw.jsonl:1: field 'type'"):
+    with pytest.raises(UserError, match=r"raw.jsonl:1: field 'type'"):
         prepare_data.judge(raw, out)
 
 
 def test_judge_refuses(tmp_path: Path):
     asked = {"messages": [{"role": "user", "content": "x"}]}
     raw = write_rows(tmp_path / "raw.jsonl", [asked])
-    with pytest.raises(ValueError, match=r"raw.jsonl:1: no prompt: the row has no answer"):
+    with pytest.raises(UserError, match=r"raw.jsonl:1: no prompt: the row has no answer"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")
     raw = write_rows(raw, [{"prompt": "x"}])
-    with pytest.raises(ValueError, match=r"raw.jsonl:1: a row must have 'messages'"):
+    with pytest.raises(UserError, match=r"raw.jsonl:1: a row must have 'messages'"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")
     raw = write_rows(raw, [{"messages": [*asked["messages"], {"role": "assistant", "content": "y"}]}])
-    with pytest.raises(ValueError, match="has 1 rows: an answer is judged beside another row's"):
+    with pytest.raises(UserError, match="has 1 rows: an answer is judged beside another row's"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")

@@ -20,7 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from align import architecture, checkpoint, data, huggingface, parallel, rewards
+from align.data import formats
+from align.distributed import parallel
+from align.errors import UserError
+from align.model import architecture, huggingface
+from align.rewards import sources
+from align.training import checkpoint
 from tests.conftest import fork_ranks
 from tests.test_tokenizer import SENTENCES
 from tools import nemo_config, prepare_model
@@ -489,7 +494,7 @@ def test_tokenizer_comes_along(pieces, tmp_path):
 def test_tokenizer_of_a_flag(pieces, tmp_path):
     hub = {"tokenizer": {"library": "huggingface", "type": "meta-llama/Llama-2-7b"}}
     path = write_archive(tmp_path / "a.nemo", LLAMA, random_state(LLAMA), pieces, **hub)
-    with pytest.raises(ValueError, match="the tokenizer is meta-llama/Llama-2-7b, .*: give --tokenizer DIR"):
+    with pytest.raises(UserError, match="the tokenizer is meta-llama/Llama-2-7b, .*: give --tokenizer DIR"):
         converted(path)
     output = converted(path, tokenizer=TINY)
     assert transformers.AutoConfig.from_pretrained(output).vocab_size == 259
@@ -527,10 +532,12 @@ def test_prompt_format(fields, tokens, template, add_bos, tmp_path):
     found = json.loads((tmp_path / "prompt_format.json").read_text())
     assert found["add_bos"] == add_bos
     if tokens:
-        assert [data.unescape(token) for token in found["chat_tokens"]] == tokens == found["chat"]["tokens"]
+        assert (
+            [formats.unescape(token) for token in found["chat_tokens"]] == tokens == found["chat"]["tokens"]
+        )
         assert found["chat"]["bos"] == bool(add_bos)
     if template:
-        assert data.unescape(found["prompt_template"]) == template
+        assert formats.unescape(found["prompt_template"]) == template
 
 
 def test_a_chat_model_is_asked_in_its_markers(pieces, tmp_path):
@@ -633,13 +640,13 @@ def test_reward_models(merged, pieces, tmp_path, capsys):
 def test_fields_that_are_not_implemented_are_named(changes, message, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "model_config.yaml").write_text(yaml.safe_dump(GPT_2B | changes))
-    with pytest.raises(ValueError, match=f"--input .*in: .*{message}"):
+    with pytest.raises(UserError, match=f"--input .*in: .*{message}"):
         prepare_model.nemo(tmp_path / "in", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_absent_fields_mean_what_nemo_takes_then():
-    with pytest.raises(ValueError, match="bias = True is not implemented"):
+    with pytest.raises(UserError, match="bias = True is not implemented"):
         nemo_config.check({name: value for name, value in GPT_2B.items() if name != "bias"}, ())
     nemo_config.check(GPT_2B | {"unheard_of": 1}, ("unheard_of",))
 
@@ -669,7 +676,7 @@ def test_pickles_that_hold_code_are_refused(layout, pieces, tmp_path):
         torch.save({"model.x": harm}, path)
     name = path.relative_to(folder)
     with pytest.raises(
-        ValueError, match=rf"{name} holds code, posix\.mkdir: it is refused, nothing of it ran"
+        UserError, match=rf"{name} holds code, posix\.mkdir: it is refused, nothing of it ran"
     ):
         prepare_model.nemo(folder, tmp_path / "out")
     assert not harm.path.exists() and not (tmp_path / "out").exists()
@@ -679,7 +686,7 @@ def test_pickles_that_hold_code_are_refused(layout, pieces, tmp_path):
 def test_archives_that_are_cut_short_are_refused(prefix, pieces, tmp_path):
     path = write_archive(tmp_path / "a.nemo", GPT_2B, random_state(GPT_2B), pieces, prefix=prefix)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(ValueError, match="--input .*a.nemo is no tar, or is cut short"):
+    with pytest.raises(UserError, match="--input .*a.nemo is no tar, or is cut short"):
         converted(path)
 
 
@@ -700,10 +707,10 @@ def test_weights_that_are_cut_short_are_refused(layout, broken, message, pieces,
     write_archive(tmp_path / "a.nemo", GPT_2B, random_state(GPT_2B), pieces, LAYOUTS[layout])
     path = tmp_path / "a.folder" / broken
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare_model.nemo(tmp_path / "a.folder", tmp_path / "out")
     path.unlink()
-    with pytest.raises(ValueError, match="missing|cannot be read"):
+    with pytest.raises(UserError, match="missing|cannot be read"):
         prepare_model.nemo(tmp_path / "a.folder", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -725,7 +732,7 @@ def test_weights_that_are_cut_short_are_refused(layout, broken, message, pieces,
 def test_weights_must_be_those_of_the_configuration(changes, message, pieces, tmp_path):
     state = random_state(GPT_2B)
     path = write_archive(tmp_path / "a.nemo", GPT_2B, state, pieces, write_ranks, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         converted(path)
 
 
@@ -737,7 +744,7 @@ def test_members_that_leave_the_directory_are_refused(kind, tmp_path):
     with tarfile.open(tmp_path / "a.nemo", "w") as archive:
         archive.addfile(member, io.BytesIO())
     with pytest.raises(
-        ValueError, match=f"--input .*{member.name}' is a link, or leaves the directory: refused"
+        UserError, match=f"--input .*{member.name}' is a link, or leaves the directory: refused"
     ):
         converted(tmp_path / "a.nemo")
 
@@ -760,7 +767,7 @@ def test_an_exported_checkpoint_is_what_its_run_has_left(run, layout, toy_models
     newest = checkpoint.newest(toy_models / run / "checkpoints")
     command = f"tools/prepare_model.py export --checkpoint {newest} --output {tmp_path}/hf {layout}"
     fork_ranks(2 if layout else 1, *command.split())
-    files = {path.name for path in (toy_models / run / "hf").iterdir()} - {rewards.STATISTICS}
+    files = {path.name for path in (toy_models / run / "hf").iterdir()} - {sources.STATISTICS}
     assert {path.name for path in (tmp_path / "hf").iterdir()} == files
     for name in files:
         assert (tmp_path / "hf" / name).read_bytes() == (toy_models / run / "hf" / name).read_bytes(), name

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import prepare_data
-from align import data, preferences, prompts, tokenizer, toy
-from align.preferences import PreferenceFormat
-from align.prompts import Prompt, PromptFormat
+from align.data import display, formats, jsonl, preferences, prompts, tokenizer, toy
+from align.data.preferences import PreferenceFormat
+from align.data.prompts import Prompt, PromptFormat
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -61,17 +62,17 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def load(
-    rows: list[dict], tokens: data.Tokenizer, path: Path, fmt: PromptFormat = DEFAULT
+    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: PromptFormat = DEFAULT
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts of a file of these rows."""
     return prompts.load_prompts([write_rows(path / "d.jsonl", rows)], tokens, fmt)
 
 
-def ids(row: dict, tokens: data.Tokenizer, fmt: PromptFormat = DEFAULT) -> list[int]:
+def ids(row: dict, tokens: formats.Tokenizer, fmt: PromptFormat = DEFAULT) -> list[int]:
     return prompts.format_prompt(row, tokens, fmt).tolist()
 
 
-def ids_before_response(row: dict, tokens: data.Tokenizer, add_bos: bool | None) -> list[int]:
+def ids_before_response(row: dict, tokens: formats.Tokenizer, add_bos: bool | None) -> list[int]:
     """The ids before the chosen response, which are those before the rejected one."""
     sides = preferences.format_pair(row, tokens, PreferenceFormat(add_bos=add_bos))
     chosen, rejected = (side.ids[: int(side.trained.argmax())].tolist() for side in sides)
@@ -171,7 +172,7 @@ def test_messages_as_in_sft(name: str, request: pytest.FixtureRequest):
     tokens = request.getfixturevalue(name)
     for chat in CHATS:
         row = {"messages": [*chat, BAD]}
-        example, _ = data.format_sft(row, tokens, data.FormatConfig())
+        example, _ = formats.format_sft(row, tokens, formats.FormatConfig())
         start = np.flatnonzero(np.diff(example.trained.astype(int)) == 1)[-1] + 1  # of the last trained span
         assert ids(row, tokens) == example.ids[:start].tolist()
 
@@ -201,7 +202,7 @@ def test_prompts_of_hh_are_those_of_its_comparisons(
     prepare_data.hh((raw,), tmp_path, test_fraction=0.5, style=style)
     for part in ("train", "test"):
         comparisons, alone = (tmp_path / f"{part}_{kind}.jsonl" for kind in ("comparisons", "prompts"))
-        expected = [ids_before_response(row, tokens, None) for _, row in data.read_jsonl(comparisons)]
+        expected = [ids_before_response(row, tokens, None) for _, row in jsonl.read_jsonl(comparisons)]
         for path in (alone, comparisons):
             found, _ = prompts.load_prompts([path], tokens, DEFAULT)
             assert [prompt.ids.tolist() for prompt in found] == expected
@@ -243,7 +244,7 @@ def test_counts_and_what_is_too_long(tiny, tmp_path: Path):
     for_rewards = {"rows with 'id' (for reward functions)": 1, "rows with 'answer' (for reward functions)": 1}
     assert counts == {"prompts": 4, "dropped_too_long": 2, "tokens": 11, "longest": 8} | for_rewards
     unused = ", ".join(f"1 {name}" for name in for_rewards)
-    assert data.describe(counts) == f"4 prompts, 2 dropped too long, 11 tokens, 8 longest, {unused}"
+    assert display.describe(counts) == f"4 prompts, 2 dropped too long, 11 tokens, 8 longest, {unused}"
 
 
 def test_bos_counts_as_a_token(tiny, tmp_path: Path):
@@ -265,13 +266,13 @@ def test_several_files_one_of_them_zipped(tiny, tmp_path: Path):
     expected = [[ord("P")], [ord("Q")], [*USER_IDS, *ASKED], [ord("P")]]
     assert [prompt.ids.tolist() for prompt in found] == expected and counts["prompts"] == 4
     second.write_bytes(gzip.compress(b'{"text": "Q"}\n\n{"text": ""}\n'))
-    with pytest.raises(ValueError, match="2.jsonl.gz:3: field 'text' is empty"):
+    with pytest.raises(UserError, match="2.jsonl.gz:3: field 'text' is empty"):
         prompts.load_prompts([first, second], tiny, DEFAULT)
 
 
 def test_nothing_left(tiny, tmp_path: Path):
     paths = [write_rows(tmp_path / f"{i}.jsonl", [{"text": "abcd"}, {"prompt": "abc"}]) for i in range(2)]
-    with pytest.raises(ValueError, match="0.jsonl, .*1.jsonl: no prompt is left, all 4 .*-len 2: raise it"):
+    with pytest.raises(UserError, match="0.jsonl, .*1.jsonl: no prompt is left, all 4 .*-len 2: raise it"):
         prompts.load_prompts(paths, tiny, PromptFormat(max_prompt_len=2))
 
 
@@ -341,28 +342,28 @@ def test_broken_row_is_named_by_file_and_line(name: str, tiny, tmp_path: Path):
     good = json.dumps({"prompt": "Q"})
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join([good, "", line if isinstance(line, str) else json.dumps(line), good]))
-    with pytest.raises(ValueError, match=f"(?s)^{path}:3: .*{message}"):
+    with pytest.raises(UserError, match=f"(?s)^{path}:3: .*{message}"):
         prompts.load_prompts([path], tiny, DEFAULT)
 
 
 def test_what_the_tokenizer_refuses(tiny, llama, llama_chat, tmp_path: Path):
     adding = PromptFormat(add_bos=True)
-    with pytest.raises(ValueError, match="d.jsonl:1: field 'text' is empty"):  # no token is left of it
+    with pytest.raises(UserError, match="d.jsonl:1: field 'text' is empty"):  # no token is left of it
         load([{"text": ""}], llama, tmp_path, adding)
     for tokens in (tiny, llama_chat):
-        with pytest.raises(ValueError, match="d.jsonl:1: two BOS at the start.*--add-bos False"):
+        with pytest.raises(UserError, match="d.jsonl:1: two BOS at the start.*--add-bos False"):
             load([{"prompt": [USER]}], tokens, tmp_path, adding)
-    with pytest.raises(ValueError, match="d.jsonl:1: .*has no chat template"):
+    with pytest.raises(UserError, match="d.jsonl:1: .*has no chat template"):
         load([{"messages": [USER]}], llama, tmp_path)
     without = copy.copy(tiny)
     without.bos_id = None
     for row in ({"prompt": "Q"}, {"prompt": [USER]}):
-        with pytest.raises(ValueError, match="d.jsonl:1: --add-bos True: this tokenizer has no BOS"):
+        with pytest.raises(UserError, match="d.jsonl:1: --add-bos True: this tokenizer has no BOS"):
             load([row], without, tmp_path, adding)
 
 
 def test_template_that_says_nothing(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text("{% for m in messages %}{% endfor %}")
-    with pytest.raises(ValueError, match="d.jsonl:1: field 'prompt': the chat template makes no token of it"):
+    with pytest.raises(UserError, match="d.jsonl:1: field 'prompt': the chat template makes no token of it"):
         load([{"prompt": [USER]}], tokenizer.load(tmp_path / "model"), tmp_path, PromptFormat(add_bos=True))

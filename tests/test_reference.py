@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from align import parallel, reference, tables
-from align.checkpoint import CheckpointConfig
-from align.model import ModelConfig
-from align.packing import BatchConfig, Example
-from align.parallel import ParallelConfig
-from align.preferences import Pair
+from align.data.packing import BatchConfig, Example
+from align.data.preferences import Pair
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
+from align.model.config import ModelConfig
+from align.training import reference, tables
+from align.training.checkpoint import CheckpointConfig
 
 
 def test_each_row_once():
@@ -35,7 +37,7 @@ def test_tables(tmp_path):
     whole = path.read_bytes()
     for spoilt in (whole[:-1] + b"\x01", whole[:-8], whole[:40], b"", b"\xff" * 64):
         path.write_bytes(spoilt)
-        with pytest.raises(ValueError, match="reference.safetensors is damaged: .*remove it, and it is made"):
+        with pytest.raises(UserError, match="reference.safetensors is damaged: .*remove it, and it is made"):
             tables.read(path, "a")
 
 
@@ -104,7 +106,7 @@ def test_another_model_does_not_continue_a_run(tmp_path, monkeypatch):
     (output / "checkpoints/step_00000001").mkdir(parents=True)
     (output / "checkpoints/step_00000001/state.json").write_text("{}")
     reference.check_same(output, tmp_path / "b", CheckpointConfig())
-    with pytest.raises(ValueError, match="is not the model that this run began with"):
+    with pytest.raises(UserError, match="is not the model that this run began with"):
         reference.check_same(output, tmp_path / "a", CheckpointConfig())
     reference.check_same(output, tmp_path / "a", CheckpointConfig(resume=False))  # starts over
 

@@ -25,9 +25,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from align import checkpoint, toy
-from align.checkpoint import CheckpointConfig
-from align.output import complete_checkpoints
+from align.data import toy
+from align.errors import UserError
+from align.tracking.output import complete_checkpoints
+from align.training import checkpoint
+from align.training.checkpoint import CheckpointConfig
 from tests.conftest import ROOT, environment, fork_ranks
 from tests.test_ppo_invariance import CANCELS
 from tests.test_self_reward_invariance import close as close_to
@@ -668,7 +670,7 @@ def test_without_validation_only_the_newest_is_kept(tmp_path):
 @pytest.mark.parametrize("monitor", ["val/accuracy", "loss", "validation_los", "time/step"])
 def test_wrong_monitor_is_refused(monitor):
     known = {"val/loss": 1.0, "val/acc": 0.5, "train/loss": 2.0}
-    with pytest.raises(ValueError, match=rf"--monitor {monitor} is no metric of this run; it has .*val/loss"):
+    with pytest.raises(UserError, match=rf"--monitor {monitor} is no metric of this run; it has .*val/loss"):
         checkpoint.check_monitor(CheckpointConfig(monitor=monitor), known)
 
 
@@ -678,7 +680,7 @@ def test_half_written_and_half_deleted_are_never_picked_up(tmp_path):
     fake(tmp_path, 20, loss=2.0).rename(tmp_path / "step_00000020.tmp")
     assert checkpoint.newest(tmp_path) == tmp_path / "step_00000010"
     (fake(tmp_path, 30, loss=3.0) / "state.json").unlink()  # no kill leaves that: it is damage, and named
-    with pytest.raises(ValueError, match="damaged checkpoint: .*step_00000030/state.json is missing"):
+    with pytest.raises(UserError, match="damaged checkpoint: .*step_00000030/state.json is missing"):
         checkpoint.read_state(checkpoint.newest(tmp_path))
 
 

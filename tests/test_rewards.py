@@ -20,14 +20,19 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from align import offload, packing, parallel, rewards, tokenizer
-from align.generate import Sample
-from align.model import ModelConfig
-from align.packing import BatchConfig
-from align.parallel import ParallelConfig
-from align.preferences import as_scored
-from align.prompts import Prompt
-from align.rewards import RewardConfig, RewardFunction, RewardModel
+from align.data import packing, tokenizer
+from align.data.packing import BatchConfig
+from align.data.preferences import as_scored
+from align.data.prompts import Prompt
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
+from align.generation import rollout
+from align.generation.generator import Sample
+from align.model.config import ModelConfig
+from align.rewards import sources
+from align.rewards.sources import RewardConfig, RewardFunction, RewardModel
+from align.training import offload
 from tests import grids
 from tests.conftest import FAMILIES, ROOT, fork_ranks
 
@@ -263,15 +268,15 @@ def test_what_is_no_number_is_refused(name, found):
 )
 def test_a_function_that_is_not_there(name, message, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    with pytest.raises(ValueError, match=message):
-        rewards.import_function(name)
+    with pytest.raises(UserError, match=message):
+        sources.import_function(name)
 
 
 def test_a_module_of_the_current_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_of_test.py").write_text("def f(prompt, response, row):\n    return 7\n")
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.chdir(tmp_path)
-    assert rewards.import_function("my_rewards_of_test:f")("", "", {}) == 7
+    assert sources.import_function("my_rewards_of_test:f")("", "", {}) == 7
 
 
 def test_an_import_that_fails_in_the_module_is_not_hidden(tmp_path, monkeypatch):
@@ -279,7 +284,7 @@ def test_an_import_that_fails_in_the_module_is_not_hidden(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
-        rewards.import_function("my_broken_rewards:f")
+        sources.import_function("my_broken_rewards:f")
 
 
 def test_standardised_scores():
@@ -292,13 +297,13 @@ def test_standardised_scores():
 def test_standardised_by_the_numbers_of_a_file(tmp_path):
     """--reward-standardise auto takes what train_rm.py wrote beside the weights, or says what to do."""
     config = RewardConfig(reward_model=tmp_path, reward_standardise="auto")
-    with pytest.raises(ValueError, match=r"there is no .*reward_statistics.json, .* Give --reward-mean and"):
+    with pytest.raises(UserError, match=r"there is no .*reward_statistics.json, .* Give --reward-mean and"):
         config.with_statistics()
-    rewards.save_statistics({"mean": 2.0, "std": 4.0, "texts": 10, "data": "val"}, tmp_path)
+    sources.save_statistics({"mean": 2.0, "std": 4.0, "texts": 10, "data": "val"}, tmp_path)
     assert config.with_statistics() == RewardConfig(reward_model=tmp_path, reward_mean=2.0, reward_std=4.0)
     for wrong in ({"mean": 2.0}, {"mean": 2.0, "std": 0.0}, {"mean": "x", "std": 1.0}, [1.0]):
         (tmp_path / "reward_statistics.json").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"reward_statistics.json must hold numbers"):
+        with pytest.raises(UserError, match=r"reward_statistics.json must hold numbers"):
             config.with_statistics()
     off = RewardConfig(reward_model=tmp_path)
     assert off.with_statistics() is off
@@ -308,11 +313,11 @@ def test_two_judges_are_asked():
     """A reward model and a function together: train_ppo.py and train_rs.py add up what they say."""
     text = tokenizer.load(TINY)
     config = RewardConfig(reward_fn="tests.test_rewards:returns_numpy")
-    found = rewards.judges(config, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
+    found = sources.judges(config, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
     assert [type(judge) for judge in found] == [RewardFunction]
-    with mock.patch.object(rewards, "RewardModel", lambda *args: args):
+    with mock.patch.object(sources, "RewardModel", lambda *args: args):
         both = replace(config, reward_model=Path("x"))
-        model, function = rewards.judges(both, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
+        model, function = sources.judges(both, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
     assert model[0] is both and isinstance(function, RewardFunction)
 
 
@@ -352,7 +357,7 @@ def test_small_micro_batches_split_the_answers_to_a_prompt():
     """Of the data above: else a budget of 60 would be the same case as one of 4096."""
     prompts, samples = numbers()
     rows = [
-        [as_scored(rewards.answer(prompt, sample)) for sample in row]
+        [as_scored(rollout.answer(prompt, sample)) for sample in row]
         for prompt, row in zip(prompts, samples, strict=True)
     ]
     assert any(packing.num_places(row) > min(BUDGETS) for row in rows)

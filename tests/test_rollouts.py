@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from align import parallel, rollouts, tables
-from align.generate import Sample
-from align.offload import Shelf, Weights
-from align.sampling import SamplingConfig
+from align.distributed import parallel
+from align.generation import rollout_cache
+from align.generation.generator import Sample
+from align.generation.sampling import SamplingConfig
+from align.training import tables
+from align.training.offload import Shelf, Weights
 
 ODD = np.array([0.1, -0.0, 1e-45, -3.4028235e38, -np.inf, -1 / 3], np.float32)  # every kind of float32
 
@@ -69,22 +71,22 @@ def path_in(directory: Path) -> Path:
 def test_samples_are_made_once_and_then_read(tmp_path, samples):
     """No samples of some prompt, none of any, no prompt at all: an answer that did not end is not judged."""
     path, make = path_in(tmp_path), Made(samples)
-    first = rollouts.kept(path, "a", make)
+    first = rollout_cache.kept(path, "a", make)
     assert bits(first) == bits(samples) and make.times == 1
     written = path.stat().st_mtime_ns, path.stat().st_ino
     for _ in range(2):
-        assert bits(rollouts.kept(path, "a", make)) == bits(samples)
+        assert bits(rollout_cache.kept(path, "a", make)) == bits(samples)
     assert make.times == 1 and (path.stat().st_mtime_ns, path.stat().st_ino) == written
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_samples_of_something_else_are_replaced(tmp_path):
     path, old, new = path_in(tmp_path), Made(SOME), Made(UNEQUAL)
-    rollouts.kept(path, "a", old)
-    assert rollouts.read(path, "b") is None
-    assert bits(rollouts.kept(path, "b", new)) == bits(UNEQUAL) and new.times == 1
-    assert bits(rollouts.kept(path, "b", new)) == bits(UNEQUAL) and new.times == 1
-    assert bits(rollouts.kept(path, "a", old)) == bits(SOME) and old.times == 2
+    rollout_cache.kept(path, "a", old)
+    assert rollout_cache.read(path, "b") is None
+    assert bits(rollout_cache.kept(path, "b", new)) == bits(UNEQUAL) and new.times == 1
+    assert bits(rollout_cache.kept(path, "b", new)) == bits(UNEQUAL) and new.times == 1
+    assert bits(rollout_cache.kept(path, "a", old)) == bits(SOME) and old.times == 2
 
 
 def test_a_half_written_file_is_never_read(tmp_path, monkeypatch):
@@ -99,22 +101,22 @@ def test_a_half_written_file_is_never_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tables, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        rollouts.kept(path, "a", make)
+        rollout_cache.kept(path, "a", make)
     [left] = path.parent.iterdir()
-    assert left != path and rollouts.read(path, "a") is None
+    assert left != path and rollout_cache.read(path, "a") is None
     monkeypatch.undo()
-    assert bits(rollouts.kept(path, "a", make)) == bits(SOME) and make.times == 2
+    assert bits(rollout_cache.kept(path, "a", make)) == bits(SOME) and make.times == 2
     assert list(path.parent.iterdir()) == [path]
-    assert bits(rollouts.read(path, "a")) == bits(SOME)
+    assert bits(rollout_cache.read(path, "a")) == bits(SOME)
 
 
 def test_other_ranks_make_and_read_but_do_not_write(tmp_path, monkeypatch):
     path, make = path_in(tmp_path), Made(SOME)
-    monkeypatch.setattr(rollouts.parallel, "is_main", lambda: False)
-    monkeypatch.setattr(rollouts.parallel, "on_main", lambda read: None)  # the main rank found nothing
-    assert rollouts.kept(path, "a", make) is SOME and not path.exists()
-    monkeypatch.setattr(rollouts.parallel, "on_main", lambda read: UNEQUAL)
-    assert rollouts.kept(path, "a", make) is UNEQUAL and make.times == 1
+    monkeypatch.setattr(rollout_cache.parallel, "is_main", lambda: False)
+    monkeypatch.setattr(rollout_cache.parallel, "on_main", lambda read: None)  # the main rank found nothing
+    assert rollout_cache.kept(path, "a", make) is SOME and not path.exists()
+    monkeypatch.setattr(rollout_cache.parallel, "on_main", lambda read: UNEQUAL)
+    assert rollout_cache.kept(path, "a", make) is UNEQUAL and make.times == 1
 
 
 def test_files_of_finished_steps_are_deleted(tmp_path):
@@ -124,9 +126,9 @@ def test_files_of_finished_steps_are_deleted(tmp_path):
     others = ["step_00000001_judge.tmp", "notes.txt", "reference.safetensors"]
     for name in names + others:
         (tmp_path / name).write_text("")
-    rollouts.discard(tmp_path, before=10)
+    rollout_cache.discard(tmp_path, before=10)
     assert {path.name for path in tmp_path.iterdir()} == {*names[4:], *others}
-    rollouts.discard(tmp_path / "missing", before=10)
+    rollout_cache.discard(tmp_path / "missing", before=10)
 
 
 # ---- what a file was made of -----------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def test_made_of_tells_every_difference():
     config, streams = SamplingConfig(), [(0, 1, 2), (0, 1, 3)]
 
     def made_of(weights="w", config=config, seed=1, number=4, prompts=([1, 2], [3]), streams=streams) -> str:
-        return rollouts.made_of(weights, (config, seed, number), ids_of(*prompts), streams)
+        return rollout_cache.made_of(weights, (config, seed, number), ids_of(*prompts), streams)
 
     others = [
         made_of(weights="v"),
@@ -166,7 +168,7 @@ def test_made_of_tells_every_difference():
 
 def test_ids_of_another_integer_type_are_the_same_question():
     wide = [ids.astype(np.int64) for ids in ids_of([1, 2], [3])]
-    assert rollouts.made_of("w", 1, wide, []) == rollouts.made_of("w", 1, ids_of([1, 2], [3]), [])
+    assert rollout_cache.made_of("w", 1, wide, []) == rollout_cache.made_of("w", 1, ids_of([1, 2], [3]), [])
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ def make() -> Callable[[], nn.Module]:
 
     def make() -> nn.Module:
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(100, 3), nn.Linear(3 * rollouts.NUMBERS, 2, bias=False))
+        module = nn.Sequential(nn.Linear(100, 3), nn.Linear(3 * rollout_cache.NUMBERS, 2, bias=False))
         return module.append(nn.Linear(5, 1, bias=False, dtype=torch.bfloat16))
 
     return make
@@ -185,18 +187,18 @@ def make() -> Callable[[], nn.Module]:
 def test_a_change_of_any_tensor_shows(make, number, tmp_path):
     module = make()
     held = Weights(module, Shelf(tmp_path))
-    first = rollouts.weights_digest(held)
-    assert first == rollouts.weights_digest(held) == rollouts.weights_digest(Weights(make()))
+    first = rollout_cache.weights_digest(held)
+    assert first == rollout_cache.weights_digest(held) == rollout_cache.weights_digest(Weights(make()))
     with torch.no_grad():
         list(module.parameters())[number].mul_(1.01)
-    assert rollouts.weights_digest(held) == first  # a copy does not change by itself
+    assert rollout_cache.weights_digest(held) == first  # a copy does not change by itself
     held.follow(module)
-    assert rollouts.weights_digest(held) == rollouts.weights_digest(Weights(module)) != first
+    assert rollout_cache.weights_digest(held) == rollout_cache.weights_digest(Weights(module)) != first
 
 
 def test_equal_tensors_under_other_names_are_other_weights(make):
     module, other = make(), nn.ModuleDict({"other": make()})
-    assert rollouts.weights_digest(Weights(module)) != rollouts.weights_digest(Weights(other))
+    assert rollout_cache.weights_digest(Weights(module)) != rollout_cache.weights_digest(Weights(other))
 
 
 def test_weights_of_every_rank_count(make, monkeypatch):
@@ -204,6 +206,6 @@ def test_weights_of_every_rank_count(make, monkeypatch):
 
     def of_two_ranks(other: str, main: bool) -> str:
         monkeypatch.setattr(parallel, "gather", lambda own: [own, other] if main else [other, own])
-        return rollouts.weights_digest(held)
+        return rollout_cache.weights_digest(held)
 
     assert len({of_two_ranks("a", True), of_two_ranks("b", True), of_two_ranks("a", False)}) == 3

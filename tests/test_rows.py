@@ -14,11 +14,12 @@ import pyarrow.parquet
 import pytest
 import transformers
 
-from align import data, jsonl, preferences, prompts, tokenizer
-from align.data import FormatConfig
-from align.preferences import PreferenceFormat
-from align.prompts import PromptFormat
-from align.tokenizer import TextConfig
+from align.data import display, formats, jsonl, preferences, prompts, sft, tokenizer
+from align.data.formats import FormatConfig
+from align.data.preferences import PreferenceFormat
+from align.data.prompts import PromptFormat
+from align.data.tokenizer import TextConfig
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"city": "string"}}}]
@@ -146,7 +147,7 @@ def ids_of(hf, messages: list[dict], asks: bool = False, **variables: object) ->
 @pytest.mark.parametrize("name", CHATS)
 def test_chats_are_those_of_transformers(name, text, hf):
     row, messages, trained, variables = CHATS[name]
-    example, _ = data.format_sft(row, text, FormatConfig())
+    example, _ = formats.format_sft(row, text, FormatConfig())
     assert example.ids.tolist() == ids_of(hf, messages, **variables)
     expected = [False] * len(example.ids)
     for i in trained:
@@ -167,16 +168,16 @@ def test_alpaca(text):
     """Instruction, blank line, input where there is one; the column `text`, with the answer, is not read."""
     for given, prompt in [("", "Name it."), (None, "Name it."), ("a cat", "Name it.\n\na cat")]:
         row = {"instruction": "Name it.", "input": given, "output": "Tom", "text": "### Name it. Tom"}
-        example, _ = data.format_sft(row, text, FormatConfig())
+        example, _ = formats.format_sft(row, text, FormatConfig())
         assert example.ids.tolist() == [*prompt.encode(), *b" Tom", 258]
         assert example.trained.tolist() == [False] * len(prompt) + [True] * 5
         assert prompts.format_prompt(row, text, PromptFormat()).tolist() == [*prompt.encode()]
     own = FormatConfig("{instruction}: {output}", truncation_field="instruction")
-    assert data.format_sft(row, text, own)[0].ids.tolist() == [*b"Name it.: Tom", 258]
+    assert formats.format_sft(row, text, own)[0].ids.tolist() == [*b"Name it.: Tom", 258]
 
 
 def test_prompt_and_completion(text):
-    example, _ = data.format_sft({"prompt": "Q: a ", "completion": " b"}, text, FormatConfig())
+    example, _ = formats.format_sft({"prompt": "Q: a ", "completion": " b"}, text, FormatConfig())
     assert example.ids.tolist() == [*b"Q: a  b", 258]
     assert example.trained.tolist() == [False] * 5 + [True] * 3
 
@@ -256,16 +257,16 @@ def test_a_labelled_chat_ends_where_its_score_is_read(text, hf, tmp_path):
     ],
 )
 def test_what_is_refused(row, message, text):
-    with pytest.raises(ValueError, match=message):
-        data.format_sft(row, text, FormatConfig())
+    with pytest.raises(UserError, match=message):
+        formats.format_sft(row, text, FormatConfig())
 
 
 def test_a_template_without_tools_refuses_them():
     plain = tokenizer.load(TINY)
-    with pytest.raises(ValueError, match="the chat template does not read 'tools'"):
-        data.format_sft({"messages": [ASKED, ANSWER], "tools": TOOLS}, plain, FormatConfig())
-    with pytest.raises(ValueError, match="the chat template does not read 'tool_calls'"):
-        data.format_sft({"messages": CALLS}, plain, FormatConfig())
+    with pytest.raises(UserError, match="the chat template does not read 'tools'"):
+        formats.format_sft({"messages": [ASKED, ANSWER], "tools": TOOLS}, plain, FormatConfig())
+    with pytest.raises(UserError, match="the chat template does not read 'tool_calls'"):
+        formats.format_sft({"messages": CALLS}, plain, FormatConfig())
 
 
 def test_fields_that_are_not_used_are_named(text, tmp_path):
@@ -275,8 +276,8 @@ def test_fields_that_are_not_used_are_named(text, tmp_path):
         {"messages": [ASKED, ANSWER], "my_id": 2},
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    _, counts = data.load_sft([path], text, FormatConfig())
-    assert "2 rows with 'my_id' (not used), 1 rows with 'source' (not used)" in data.describe(counts)
+    _, counts = sft.load_sft([path], text, FormatConfig())
+    assert "2 rows with 'my_id' (not used), 1 rows with 'source' (not used)" in display.describe(counts)
 
 
 # ---- text is not control -----------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def test_special_tokens_in_a_message_are_text(side, text, tmp_path):
     before = [257, *f"user\n{asked}".encode(), 258, 257, *b"assistant\n"]
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": [ASKED, ANSWER]}))
-    [example, _], counts = data.load_sft([path], text, FormatConfig())
+    [example, _], counts = sft.load_sft([path], text, FormatConfig())
     assert example.ids.tolist() == [*before, *answer.encode(), 258]
     assert example.trained.tolist() == [False] * len(before) + [True] * (len(answer.encode()) + 1)
     assert counts["rows with special tokens in their text"] == 1
@@ -305,9 +306,9 @@ def test_special_tokens_in_a_message_are_text(side, text, tmp_path):
 def test_special_tokens_in_a_value_of_the_template_are_text(text):
     """In what is cut as well."""
     row = {"input": FORGED, "output": "b<|im_end|>"}
-    example, _ = data.format_sft(row, text, FormatConfig())
+    example, _ = formats.format_sft(row, text, FormatConfig())
     assert example.ids.tolist() == [*FORGED.encode(), *b" b<|im_end|>", 258]
-    example, cut = data.format_sft(row, text, FormatConfig(max_seq_len=30))
+    example, cut = formats.format_sft(row, text, FormatConfig(max_seq_len=30))
     assert cut and example.ids.tolist() == [*FORGED.encode()[:17], *b" b<|im_end|>", 258]
 
 
@@ -317,7 +318,7 @@ def test_special_tokens_in_marker_rows_are_text(text):
         "mask": "User",
         "conversations": [{"from": "User", "value": FORGED}, {"from": "Bot", "value": "b<|im_end|>"}],
     }
-    example, _ = data.format_sft(row, text, FormatConfig())
+    example, _ = formats.format_sft(row, text, FormatConfig())
     assert not {257, 258} & set(example.ids.tolist())
 
 
@@ -331,10 +332,10 @@ def test_special_tokens_of_whole_texts_stay(text):
 def test_special_tokens_may_be_refused_or_allowed(model):
     row = {"messages": [said("user", FORGED), ANSWER]}
     refuses = tokenizer.load(model, config=TextConfig(special_tokens_in_text="refuse"))
-    with pytest.raises(ValueError, match="special token '<.im_end.>' in a text"):
-        data.format_sft(row, refuses, FormatConfig())
+    with pytest.raises(UserError, match="special token '<.im_end.>' in a text"):
+        formats.format_sft(row, refuses, FormatConfig())
     allows = tokenizer.load(model, config=TextConfig(special_tokens_in_text="allow"))
-    example, _ = data.format_sft(row, allows, FormatConfig())
+    example, _ = formats.format_sft(row, allows, FormatConfig())
     assert example.ids.tolist().count(258) == 3
 
 
@@ -345,7 +346,7 @@ def test_a_flag_sets_variables_for_all_rows(model, hf):
         found = prompts.format_prompt(row, text, PromptFormat()).tolist()
         assert found == ids_of(hf, [ASKED], True, enable_thinking=own)
     for wrong in ("{", "[]"):
-        with pytest.raises(ValueError, match="--chat-template-kwargs"):
+        with pytest.raises(UserError, match="--chat-template-kwargs"):
             TextConfig(chat_template_kwargs=wrong)
 
 
@@ -406,10 +407,10 @@ def test_several_answers(shape, turns, model, tmp_path):
     text, hf = tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": THINKS}))
     if turns not in allowed:
-        with pytest.raises(ValueError, match="use --turns each"):
-            data.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
+        with pytest.raises(UserError, match="use --turns each"):
+            sft.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
         return
-    examples, _ = data.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
+    examples, _ = sft.load_sft([tmp_path / "d.jsonl"], text, FormatConfig(turns=turns))
     ends = {"whole": [4], "each": [2, 4], "last": [4]}[turns]
     assert [example.ids.tolist() for example in examples] == [ids_of(hf, THINKS[:end]) for end in ends]
     for example, end in zip(examples, ends, strict=True):
@@ -438,13 +439,13 @@ def test_answers_that_the_template_marks(model, tmp_path):
     marked, plain = tokenizer.load(tmp_path), tokenizer.load(model)
     messages = [ASKED, ANSWER | {"weight": 0}, said("user", FORGED), said("assistant", "a<|im_end|>b")]
     found, expected = (
-        data.format_sft({"messages": messages}, text, FormatConfig())[0] for text in (marked, plain)
+        formats.format_sft({"messages": messages}, text, FormatConfig())[0] for text in (marked, plain)
     )
     assert found.ids.tolist() == expected.ids.tolist() and found.trained.tolist() == expected.trained.tolist()
     endless = marks.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(endless)
-    with pytest.raises(ValueError, match="end of turn not trained"):
-        data.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())
+    with pytest.raises(UserError, match="end of turn not trained"):
+        formats.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())
 
 
 @pytest.mark.parametrize("turns", ["whole", "each", "last"])
@@ -453,10 +454,10 @@ def test_a_conversation_of_100_000_turns_ends_in_time(turns, text, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [ASKED, ANSWER] * 50_000}))
     fmt, began = FormatConfig(turns=turns, max_seq_len=200), time.monotonic()
     if turns == "last":
-        with pytest.raises(ValueError, match="no row is left"):
-            data.load_sft([tmp_path / "d.jsonl"], text, fmt)
+        with pytest.raises(UserError, match="no row is left"):
+            sft.load_sft([tmp_path / "d.jsonl"], text, fmt)
     else:
-        examples, _ = data.load_sft([tmp_path / "d.jsonl"], text, fmt)
+        examples, _ = sft.load_sft([tmp_path / "d.jsonl"], text, fmt)
         # a question has 20 tokens, an answer 11 and 8 that are trained: five answers end within 200
         assert sum(example.trained.sum() for example in examples) == 5 * 8
     assert time.monotonic() - began < 60
@@ -475,21 +476,21 @@ def test_arrays_and_parquet_are_read_as_lines_are(text, tmp_path):
     with gzip.open(tmp_path / "a.json.gz", "wt") as file:
         file.write("\ufeff" + json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    expected, _ = data.load_sft([tmp_path / "a.jsonl"], text, FormatConfig())
+    expected, _ = sft.load_sft([tmp_path / "a.jsonl"], text, FormatConfig())
     for name in ("a.json", "a.json.gz", "a.parquet"):
-        found, counts = data.load_sft([tmp_path / name], text, FormatConfig())
+        found, counts = sft.load_sft([tmp_path / name], text, FormatConfig())
         assert [one.ids.tolist() for one in found] == [one.ids.tolist() for one in expected]
         assert [one.trained.tolist() for one in found] == [one.trained.tolist() for one in expected]
         assert counts["rows"] == 2
     assert jsonl.read_jsonl(tmp_path / "a.json")[1][0] == f"{tmp_path}/a.json: row 2"
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="b.parquet: cannot be read"):
-        data.load_sft([tmp_path / "b.parquet"], text, FormatConfig())
+    with pytest.raises(UserError, match="b.parquet: cannot be read"):
+        sft.load_sft([tmp_path / "b.parquet"], text, FormatConfig())
     (tmp_path / "b.json").write_text("[{}, 3]")
-    with pytest.raises(ValueError, match="b.json: row 2: a row must be a JSON object"):
+    with pytest.raises(UserError, match="b.json: row 2: a row must be a JSON object"):
         jsonl.read_jsonl(tmp_path / "b.json")
     (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(ValueError, match="deep.jsonl:1: not valid JSON"):
+    with pytest.raises(UserError, match="deep.jsonl:1: not valid JSON"):
         jsonl.read_jsonl(tmp_path / "deep.jsonl")
 
 
@@ -497,35 +498,35 @@ def test_bad_rows_may_be_left_out(text, tmp_path):
     """Up to the number that is given; they are counted, and the log names where they are."""
     good, path = json.dumps({"messages": [ASKED, ANSWER]}), tmp_path / "d.jsonl"
     path.write_text("\n".join([good, "{", good, '{"messages": []}', good, "[]"]))
-    examples, counts = data.load_sft([path], text, FormatConfig(skip_bad_rows=3))
+    examples, counts = sft.load_sft([path], text, FormatConfig(skip_bad_rows=3))
     assert (len(examples), counts["rows"]) == (3, 3)
-    assert f"3 bad rows left out ('{path}:2: not valid JSON" in data.describe(counts)
-    assert f"; {path}:6, {path}:4)" in data.describe(counts)
-    with pytest.raises(ValueError, match=f"{path}:4: field 'messages' must be"):
-        data.load_sft([path], text, FormatConfig(skip_bad_rows=2))
+    assert f"3 bad rows left out ('{path}:2: not valid JSON" in display.describe(counts)
+    assert f"; {path}:6, {path}:4)" in display.describe(counts)
+    with pytest.raises(UserError, match=f"{path}:4: field 'messages' must be"):
+        sft.load_sft([path], text, FormatConfig(skip_bad_rows=2))
     found, counts = prompts.load_prompts([path], text, PromptFormat(skip_bad_rows=3))
-    assert len(found) == 3 and "3 bad rows left out" in data.describe(counts)
+    assert len(found) == 3 and "3 bad rows left out" in display.describe(counts)
     pair = {"prompt": [ASKED], "chosen": ANSWER, "rejected": said("assistant", "b")}
     path.write_text("\n".join([json.dumps(pair), json.dumps(pair | {"chosen": "b"}), json.dumps(pair)]))
     pairs, counts = preferences.load_pairs([path], text, PreferenceFormat(skip_bad_rows=1))
-    assert len(pairs) == 2 and "1 bad rows left out" in data.describe(counts)
+    assert len(pairs) == 2 and "1 bad rows left out" in display.describe(counts)
     label = {"messages": [ASKED, ANSWER], "label": [1]}
     path.write_text("\n".join([json.dumps(label), json.dumps(label | {"label": "good"})]))
     scored, _, counts = preferences.load_labelled([path], text, PreferenceFormat(skip_bad_rows=1), 1)
-    assert len(scored) == 1 and "1 bad rows left out" in data.describe(counts)
+    assert len(scored) == 1 and "1 bad rows left out" in display.describe(counts)
 
 
 # ---- what a newcomer's files had ------------------------------------------------------------------
 
 
 def loaded(
-    tmp_path: Path, text: data.Tokenizer, rows: list[dict], fmt: FormatConfig | None = None
+    tmp_path: Path, text: formats.Tokenizer, rows: list[dict], fmt: FormatConfig | None = None
 ) -> tuple[list[str], dict]:
     """Examples as text, and the counts."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples, counts = data.load_sft([path], text, fmt or FormatConfig())
-    return [data.show(example, text) for example in examples], counts
+    examples, counts = sft.load_sft([path], text, fmt or FormatConfig())
+    return [display.show(example, text) for example in examples], counts
 
 
 def test_arguments_of_tool_calls_are_objects(text, tmp_path):
@@ -546,14 +547,14 @@ def test_arguments_of_tool_calls_are_objects(text, tmp_path):
     for broken, words in (("{", "not valid JSON"), ("[1]", "must be an object, not list")):
         call = {"name": "get_time", "arguments": broken}
         row = {"messages": [said("user", "Time?"), said("assistant", None, tool_calls=[call])]}
-        with pytest.raises(ValueError, match=f"rows.jsonl:1: message 1: field 'arguments' .*{words}"):
+        with pytest.raises(UserError, match=f"rows.jsonl:1: message 1: field 'arguments' .*{words}"):
             loaded(tmp_path, text, [row])
 
 
 def test_the_older_form_of_calls_is_refused(text, tmp_path):
     call = {"name": "get_time", "arguments": "{}"}
     row = {"messages": [ASKED, said("assistant", None, function_call=call)]}
-    with pytest.raises(ValueError, match="message 1: field 'function_call' is not implemented: give 'tool"):
+    with pytest.raises(UserError, match="message 1: field 'function_call' is not implemented: give 'tool"):
         loaded(tmp_path, text, [row])
 
 
@@ -579,16 +580,16 @@ def test_empty_answers_and_null_columns(tmp_path):
     rows = [{"input": "a", "output": "", "note": None}, {"input": "a", "output": "b", "note": None}]
     _, counts = loaded(tmp_path, text, rows)
     assert counts["empty_answers"] == 1 and not [name for name in counts if "note" in name]
-    assert "1 empty answers" in data.describe(counts)
+    assert "1 empty answers" in display.describe(counts)
 
 
 def test_rows_in_none_of_the_forms_name_them(tmp_path):
     text = tokenizer.load(TINY)
-    with pytest.raises(ValueError, match="fields 'question', 'answer': a row has 'mess.*--prompt-template"):
+    with pytest.raises(UserError, match="fields 'question', 'answer': a row has 'mess.*--prompt-template"):
         loaded(tmp_path, text, [{"question": "a", "answer": "b"}])
     fmt = FormatConfig("{question} {answer}", max_seq_len=8)  # whose question gives way
     shown, counts = loaded(tmp_path, text, [{"question": "a" * 30, "answer": "bcd"}], fmt)
-    assert shown == ["aaa⟦ bcd<|im_end|>⟧"] and "1 cut prompts (--max-seq-len)" in data.describe(counts)
+    assert shown == ["aaa⟦ bcd<|im_end|>⟧"] and "1 cut prompts (--max-seq-len)" in display.describe(counts)
 
 
 def test_the_prompt_beside_a_conversation_is_a_copy(tmp_path):
@@ -606,6 +607,6 @@ def test_the_prompt_beside_a_conversation_is_a_copy(tmp_path):
 def test_conversations_with_an_unknown_name(tmp_path):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "robot", "value": "b"}]}
     with pytest.raises(
-        ValueError, match="message 1: role 'robot' is not one of system, user, assistant, tool"
+        UserError, match="message 1: role 'robot' is not one of system, user, assistant, tool"
     ):
         loaded(tmp_path, tokenizer.load(TINY), [row])

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers.generation import logits_process
 
-from align import sampling
-from align.sampling import SamplingConfig, _top_p_floor, _top_p_floor_by_bisection, check, pick
+from align.errors import UserError
+from align.generation import sampling
+from align.generation.sampling import SamplingConfig, _top_p_floor, _top_p_floor_by_bisection, check, pick
 
 BELOW_ONE = math.nextafter(1.0, 0.0)
 CHI_SQUARE_999 = (  # 99.9 % quantiles for 1, 2, ... degrees of freedom
@@ -161,7 +162,7 @@ def test_the_repetition_penalty_by_hand():
 
 
 def test_a_repetition_penalty_without_the_seen_tokens_is_refused():
-    with pytest.raises(ValueError, match=r"--repetition-penalty 1.5 needs the tokens seen so far"):
+    with pytest.raises(UserError, match=r"--repetition-penalty 1.5 needs the tokens seen so far"):
         pick(torch.zeros(1, 3), torch.zeros(1), SamplingConfig(repetition_penalty=1.5))
 
 
@@ -416,7 +417,7 @@ def test_greedy_heeds_the_repetition_penalty():
 
 
 def test_an_empty_stop_string_is_refused():
-    with pytest.raises(ValueError, match='--stop "": a stop string of zero length would end every answer'):
+    with pytest.raises(UserError, match='--stop "": a stop string of zero length would end every answer'):
         SamplingConfig(stop=("\n", ""))
 
 

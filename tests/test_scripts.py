@@ -22,9 +22,13 @@ from torch import Tensor
 import train_dpo
 import train_rm
 import train_sft
-from align import checkpoint, data, losses, preferences, tokenizer
-from align.packing import Example
-from align.preferences import Pair, PreferenceFormat
+from align.data import preferences, tokenizer
+from align.data.formats import FormatConfig
+from align.data.packing import Example
+from align.data.preferences import Pair, PreferenceFormat
+from align.data.sft import load_sft
+from align.losses import supervised
+from align.training import checkpoint
 from tests.conftest import ROOT, environment, fork_python, fork_ranks, torchrun
 
 TINY = ROOT / "assets" / "tiny"
@@ -92,7 +96,7 @@ def labelled(count: int, seed: int) -> list[dict]:
     for i, word in enumerate(words(count, seed)):
         label = random.integers(0, 5, 3).astype(float).tolist()
         if i % 3 == 0:
-            label[i % 2] = losses.MISSING
+            label[i % 2] = supervised.MISSING
         rows.append({"text": word, "label": label})
     return rows
 
@@ -185,7 +189,7 @@ def test_transformers_opens_the_result_and_finds_the_same_loss(run):
     """val/loss is the mean over all trained tokens of what transformers, row by row, gives them."""
     policy, info = transformers.AutoModelForCausalLM.from_pretrained(run / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    rows, _ = data.load_sft([run.parent / "val.jsonl"], tokenizer.load(run / "hf"), data.FormatConfig())
+    rows, _ = load_sft([run.parent / "val.jsonl"], tokenizer.load(run / "hf"), FormatConfig())
     total, count = 0.0, 0
     for row in rows:
         ids, trained = torch.tensor(row.ids[None]).long(), torch.tensor(row.trained[1:])
@@ -574,7 +578,7 @@ def test_regression_on_attributes_exports_their_weighted_sum(attempts):
     attributes = np.array(attributes)
     assert np.array(scores) == pytest.approx(attributes @ [0.5, 0.3, 0.2], abs=1e-5)
     assert np.abs(scores).max() > 1e-2
-    errors = (attributes - labels)[labels != losses.MISSING]
+    errors = (attributes - labels)[labels != supervised.MISSING]
     assert errors.size == 3 * 24 - 8
     metrics = read_metrics(output)
     assert metrics[3]["val/loss"] == pytest.approx(np.square(errors).mean(), rel=1e-4)

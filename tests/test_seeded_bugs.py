@@ -13,7 +13,10 @@ import pytest
 import torch
 import transformers
 
-from align import audit, losses_rl, offload, toy
+from align.data import toy
+from align.generation import audit
+from align.losses import rl
+from align.training import offload
 from tests import test_data, test_logprobs, test_losses_ppo, test_offload, test_sampling
 from tests.conftest import ROOT, SIZES, fork_ranks
 from tests.seeded_bugs_worker import (
@@ -98,7 +101,7 @@ def test_a_wrong_gradient_shows_beside_one_process(name, ran):
 
 # ---- by a named test -------------------------------------------------------------------------------
 
-LOSSES, LENT = "align.losses_rl", "align.offload.Weights.lent_to"
+LOSSES, LENT = "align.losses.rl", "align.training.offload.Weights.lent_to"
 OF_NEXT, CLIPPED = "F.pad(value, (0, 1))[:, 1:]", "clamp(old_values - value_clip, old_values + value_clip)"
 Test = Callable[[], None]
 
@@ -238,11 +241,15 @@ NAMED: dict[str, tuple[Bug, Test]] = {
         ppo("policy_loss_does_not_look_at_masked_tokens"),
     ),
     "the gradient forgets the temperature": (
-        {"align.logprobs.TargetLogProbs.backward": [("grad = grad / ctx.temperature", "pass")]},
+        {"align.model.logprobs.TargetLogProbs.backward": [("grad = grad / ctx.temperature", "pass")]},
         gradients_at_a_temperature,
     ),
     "the likeliest token is drawn": (
-        {"align.sampling._draw": [("return block * BLOCK + column,", "return weights.argmax(-1),")]},
+        {
+            "align.generation.sampling._draw": [
+                ("return block * BLOCK + column,", "return weights.argmax(-1),")
+            ]
+        },
         test_sampling.test_draws_by_hand,
     ),
     "the reference is the policy": (
@@ -273,4 +280,4 @@ def test_a_bug_whose_words_are_gone_is_an_error():
     """Else its case would try nothing."""
     for words, times in (("no such words", 0), ("x.", 2)):
         with pytest.raises(LookupError, match=f"whiten has '{words}' {times} times"):
-            mutant(losses_rl.whiten, [(words, "")])
+            mutant(rl.whiten, [(words, "")])

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from align import judge, packing, self_judge, tokenizer
-from align.data import FormatConfig
-from align.generate import Sample
-from align.judge import Choice, Judge, JudgeConfig, Judged
-from align.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
-from align.packing import Example
-from align.prompts import Prompt, Task
-from align.self_judge import Answered, Compared, SampledPair, SelfJudge
+from align.data import packing, tokenizer
+from align.data.formats import FormatConfig
+from align.data.packing import Example
+from align.data.prompts import Prompt, Task
+from align.generation.generator import Sample
+from align.judging import judge, self_judge
+from align.judging.judge import Choice, Judge, JudgeConfig, Judged
+from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
+from align.judging.self_judge import Answered, Compared, SampledPair, SelfJudge
 from tests.conftest import ROOT
 from train_self_reward import TRAIN, VAL
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from align import judge
+from align.judging import judge
 from tests.conftest import fork_ranks
 from tests.test_rs_invariance import metrics, rows
 
@@ -53,7 +53,7 @@ def run(trained: Path, output: Path, processes: int, cases: list[tuple[str, str]
     common = (
         f"train_self_reward.py --model {trained}/hf --train-data {trained}/data/train.jsonl "
         f"--val-data {trained}/data/val.jsonl --val-batches 1 --val-interval {STEPS} "
-        f"--true-reward-fn align.toy:reward --judge-template {trained}/data/judge.txt --judgements 2 "
+        f"--true-reward-fn align.data.toy:reward --judge-template {trained}/data/judge.txt --judgements 2 "
         "--samples-per-prompt 3 --temperature 0.8 --max-seq-len 36 --max-new-tokens 38 "
         "--global-batch-size 6 --micro-batch-tokens 256 --iterations 2 --steps-per-iteration 2 "
         "--rollout-ahead 2 --lr 2e-4 --min-lr 1e-4 --warmup-steps 0 --save-interval 0"

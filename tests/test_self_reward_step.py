@@ -21,9 +21,13 @@ import transformers
 import tyro
 
 import train_self_reward
-from align import engine, generate, meta_judge, parallel, tokenizer
-from align.packing import Batch
-from align.rewards import Tokenizer
+from align.data import tokenizer
+from align.data.packing import Batch
+from align.distributed import parallel
+from align.generation import generator
+from align.generation.rollout import Tokenizer
+from align.judging import meta_judge
+from align.training import engine
 from tests.conftest import fork_ranks
 from tests.test_rs_invariance import rows
 
@@ -46,9 +50,9 @@ WINNER = re.compile(r"[^W]* Winner: Judgement ([AB])")
 def recorded(flags: list[str], text: Tokenizer) -> dict:
     """What a run did: prompts and samples, the pairs of each step, and what the updates got of them."""
     found: dict = {"rollouts": [], "mixed": [], "updates": []}
-    sample, mix, update = generate.Generator.generate, meta_judge.mix, engine.forward_backward
+    sample, mix, update = generator.Generator.generate, meta_judge.mix, engine.forward_backward
 
-    def note_samples(self: generate.Generator, prompts: list, streams: list, number: int) -> list:
+    def note_samples(self: generator.Generator, prompts: list, streams: list, number: int) -> list:
         made = sample(self, prompts, streams, number)
         found["rollouts"] += [
             {
@@ -81,7 +85,7 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
         return metrics
 
     with (
-        mock.patch.object(generate.Generator, "generate", note_samples),
+        mock.patch.object(generator.Generator, "generate", note_samples),
         mock.patch.object(meta_judge, "mix", note_mixed),
         mock.patch.object(engine, "forward_backward", note_update),
     ):

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align import data, jsonl, prompts, tokenizer
-from align.data import FormatConfig
-from align.marker_chat import RowFormats
-from align.prompts import Task
+from align.data import formats, jsonl, prompts, sft, tokenizer
+from align.data.formats import FormatConfig
+from align.data.marker_chat import RowFormats
+from align.data.prompts import Task
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 BOS, EOS = 257, 258
@@ -78,15 +79,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def load(
-    rows: list[dict], tokens: data.Tokenizer, path: Path, fmt: FormatConfig = DEFAULT
+    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: FormatConfig = DEFAULT
 ) -> tuple[list[Task], dict[str, int]]:
     """The tasks of a file of these rows."""
     return prompts.load_tasks([write_rows(path / "d.jsonl", rows)], tokens, fmt)
 
 
-def sft_prompt(row: dict, tokens: data.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
+def sft_prompt(row: dict, tokens: formats.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
     """The ids before the only answer of a row, in the example that SFT trains on."""
-    example, cut = data.format_sft(row, tokens, fmt)
+    example, cut = formats.format_sft(row, tokens, fmt)
     start = int(example.trained.argmax())
     assert example.trained[start:].sum() == example.trained.sum() and not cut
     return example.ids[:start].tolist()
@@ -135,7 +136,7 @@ def test_prompt_ends_where_the_last_answer_begins(name: str, fmt: FormatConfig, 
     [task], counts = load([row], tiny, tmp_path, fmt)
     assert task.prompt.ids.tolist() == expected and task.prompt.ids.dtype == np.int32
     assert task.prompt.row == row
-    whole, _ = data.format_sft(row, tiny, fmt)
+    whole, _ = formats.format_sft(row, tiny, fmt)
     assert task.example.ids.tolist() == whole.ids.tolist()
     assert task.example.trained.tolist() == whole.trained.tolist()
     if fmt.loss_on == "all":
@@ -200,7 +201,7 @@ def test_what_is_cut_and_dropped(tiny, tmp_path: Path):
         "trained_tokens": 3 + 12 + 4 + 1,
         "longest_prompt": 23,
     }
-    examples, _ = data.load_sft([write_rows(tmp_path / "kept.jsonl", [row for row, _ in kept])], tiny, fmt)
+    examples, _ = sft.load_sft([write_rows(tmp_path / "kept.jsonl", [row for row, _ in kept])], tiny, fmt)
     for task, example in zip(tasks, examples, strict=True):
         assert task.example.ids.tolist() == example.ids.tolist()
         assert task.example.trained.tolist() == example.trained.tolist()
@@ -228,15 +229,15 @@ def test_nothing_before_the_answer(add_bos: bool, loss_on: str, tiny, tmp_path: 
     assert task.prompt.ids.tolist() == [BOS] * add_bos + [ord("x")]
     assert counts["dropped_without_prompt"] == len(rows) - 1
     alone = replace(fmt, prompt_template="{output}", truncation_field="output")
-    with pytest.raises(ValueError, match="d.jsonl: no prompt is left, in all .* or nothing comes before it"):
+    with pytest.raises(UserError, match="d.jsonl: no prompt is left, in all .* or nothing comes before it"):
         load(rows[:2], tiny, tmp_path, alone)
 
 
 def test_no_prompt_left(tiny, tmp_path: Path):
     rows = [chat("a", "b", "c", "d")] * 3
-    with pytest.raises(ValueError, match="d.jsonl: no prompt is left, in all 3 .*--max-seq-len 30"):
+    with pytest.raises(UserError, match="d.jsonl: no prompt is left, in all 3 .*--max-seq-len 30"):
         load(rows, tiny, tmp_path, FormatConfig(max_seq_len=30))
-    with pytest.raises(ValueError, match="d.jsonl: no row is left, all 3 .*--max-seq-len 20: raise it"):
+    with pytest.raises(UserError, match="d.jsonl: no row is left, all 3 .*--max-seq-len 20: raise it"):
         load(rows, tiny, tmp_path, FormatConfig(max_seq_len=20))
 
 
@@ -245,7 +246,7 @@ def test_no_prompt_left(tiny, tmp_path: Path):
     "row", [chat("a"), conversation(("User", "a")), conversation(("Bot", "a"), ("User", "b"))]
 )
 def test_a_row_without_an_answer_is_named(row: dict, fmt: FormatConfig, tiny, tmp_path: Path):
-    with pytest.raises(ValueError, match="d.jsonl:2: no .*: the row has no answer"):
+    with pytest.raises(UserError, match="d.jsonl:2: no .*: the row has no answer"):
         load([chat("a", "b"), row], tiny, tmp_path, fmt)
 
 
@@ -255,8 +256,8 @@ def test_a_template_that_hides_where_answers_begin(tmp_path: Path):
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     (tmp_path / "model/chat_template.jinja").write_text(template)
     tokens = tokenizer.load(tmp_path / "model")
-    assert data.load_sft([write_rows(tmp_path / "d.jsonl", [chat("a", "b")])], tokens, LOSS_ON_ALL)
-    with pytest.raises(ValueError, match="d.jsonl:1: .*is not a prefix of the whole"):
+    assert sft.load_sft([write_rows(tmp_path / "d.jsonl", [chat("a", "b")])], tokens, LOSS_ON_ALL)
+    with pytest.raises(UserError, match="d.jsonl:1: .*is not a prefix of the whole"):
         load([chat("a", "b")], tokens, tmp_path, LOSS_ON_ALL)
 
 
@@ -294,14 +295,14 @@ def test_ids_of_answers_are_checked(name: str, tiny, tmp_path: Path):
     """A model of 258 tokens has no EOS, which is in no prompt of template rows."""
     paths = {key: [write_rows(tmp_path / f"{key}.jsonl", [{"input": "a", "output": "b"}])] for key in [name]}
     prompts.load_sft_sets(paths, tiny, DEFAULT, 259, print, RowFormats())
-    with pytest.raises(ValueError, match="gives token 258, the model has 258"):
+    with pytest.raises(UserError, match="gives token 258, the model has 258"):
         prompts.load_sft_sets(paths, tiny, DEFAULT, 258, print, RowFormats())
 
 
 # ---- one turn ----------------------------------------------------------------------------------------------
 
 
-def one_turn(row: dict, text: str, tokens: data.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
+def one_turn(row: dict, text: str, tokens: formats.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
     ids = prompts.one_turn(row, text, tokens, fmt)
     assert ids.dtype == np.int32 and ids.ndim == 1
     return ids.tolist()
@@ -393,7 +394,7 @@ def test_chat_tokens_of_the_format(tiny):
 )
 def test_a_template_must_have_one_field_for_the_text(template: str, field: str, number: int, tiny):
     fmt = FormatConfig(template, truncation_field=field)
-    with pytest.raises(ValueError, match=rf"--prompt-template '{template}' has {number} fields before the"):
+    with pytest.raises(UserError, match=rf"--prompt-template '{template}' has {number} fields before the"):
         prompts.one_turn({"input": "a", "output": "b"}, "q", tiny, fmt)
 
 
@@ -404,14 +405,14 @@ def test_a_template_may_name_its_field_twice(tiny):
 
 
 def test_what_one_turn_refuses(tiny, llama):
-    with pytest.raises(ValueError, match="the prompt is empty"):
+    with pytest.raises(UserError, match="the prompt is empty"):
         prompts.one_turn({"input": "a", "output": "b"}, " ", tiny, FormatConfig(add_bos=True))
     for row in (chat("a", "b"), {"input": "a", "output": "b"}):
-        with pytest.raises(ValueError, match="two BOS at the start"):
+        with pytest.raises(UserError, match="two BOS at the start"):
             prompts.one_turn(row, "q", tiny, FormatConfig("<|im_start|>{input} {output}", add_bos=True))
-    with pytest.raises(ValueError, match="no prompt: the row has no answer"):
+    with pytest.raises(UserError, match="no prompt: the row has no answer"):
         prompts.one_turn(conversation(("User", "a")), "q", tiny, DEFAULT)
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(UserError, match="has no chat template"):
         prompts.one_turn(chat("a", "b"), "q", llama, DEFAULT)
 
 
@@ -486,5 +487,5 @@ def test_a_cut_prompt_is_judged_as_the_model_reads_it(tiny, tmp_path: Path):
 
 @pytest.mark.parametrize("row", [chat("a"), conversation(("User", "a"))])
 def test_nothing_was_answered(row: dict, tiny):
-    with pytest.raises(ValueError, match="no prompt: the row has no answer"):
+    with pytest.raises(UserError, match="no prompt: the row has no answer"):
         prompts.question(row, tiny, DEFAULT)

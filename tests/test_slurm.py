@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from align.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 NAMES = [path.stem for path in SCRIPTS]
@@ -164,7 +166,7 @@ def test_the_example_is_one_that_training_takes(name):
 def test_the_example_of_self_rewarding_fits_a_context_of_4096_tokens():
     config = example_config("self_reward")
     config.check_lengths(4096)
-    with pytest.raises(ValueError, match="--max-seq-len 2048 is beyond the model's context of 2047 tokens"):
+    with pytest.raises(UserError, match="--max-seq-len 2048 is beyond the model's context of 2047 tokens"):
         config.check_lengths(2047)
     assert (config.iterations, config.length_control) == (3, (0.0, 0.0, 0.1))
     assert config.meta.meta_judge and config.meta.meta_judge_fraction <= 0.15

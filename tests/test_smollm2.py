@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from align.errors import UserError
 from tools.smollm2 import halves_together, huggingface_name, main
 
 
@@ -30,6 +31,6 @@ def test_an_existing_model_is_left_alone(tmp_path, capsys) -> None:
 
 
 def test_another_directory_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"--output .* holds no model.safetensors"):
+    with pytest.raises(UserError, match=r"--output .* holds no model.safetensors"):
         main(tmp_path)
     assert list(tmp_path.iterdir()) == []

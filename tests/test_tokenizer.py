@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 import transformers
 
-from align import tokenizer, tokenizer_files
+from align.data import tokenizer, tokenizer_files
+from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 CHAT = [{"role": "user", "content": "hi "}, {"role": "assistant", "content": "yo"}]
@@ -163,25 +164,25 @@ def test_adds_bos_is_seen_and_encode_still_adds_none(tmp_path: Path):
 def test_without_chat_template(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "t")
     (tmp_path / "t/chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template.*chat_template.jinja.*--prompt-template"):
+    with pytest.raises(UserError, match="no chat template.*chat_template.jinja.*--prompt-template"):
         tokenizer.load(tmp_path / "t").render(CHAT)
 
 
 def test_refusal_of_the_chat_template_is_a_value_error(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "t")
     (tmp_path / "t/chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="refuses these messages: roles must alternate"):
+    with pytest.raises(UserError, match="refuses these messages: roles must alternate"):
         tokenizer.load(tmp_path / "t").render(CHAT)
 
 
 def test_no_end_of_text_token(tmp_path: Path):
-    with pytest.raises(ValueError, match="no end-of-text token: set eos_token"):
+    with pytest.raises(UserError, match="no end-of-text token: set eos_token"):
         tokenizer.load(tiny_with(tmp_path / "t", "tokenizer_config.json", eos_token=None))
 
 
 def test_no_tokenizer_there(tmp_path: Path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.model"):
-        with pytest.raises(ValueError, match="holds no tokenizer"):
+        with pytest.raises(UserError, match="holds no tokenizer"):
             tokenizer.load(path)
 
 
@@ -258,7 +259,7 @@ def test_ids_beyond_the_vocabulary_are_spelled_out(name, sentencepiece_models, s
 
 
 def test_sentencepiece_has_no_chat_template(sentencepiece_models: dict[str, Path]):
-    with pytest.raises(ValueError, match="no chat template.*'conversations'"):
+    with pytest.raises(UserError, match="no chat template.*'conversations'"):
         tokenizer.load(sentencepiece_models["bpe"]).render(CHAT)
 
 

@@ -20,8 +20,9 @@ from tokenizers import (
     trainers,
 )
 
-from align import data, preferences, prompts, tokenizer, tokenizer_files
-from align.data import FormatConfig
+from align.data import formats, preferences, prompts, tokenizer, tokenizer_files
+from align.data.formats import FormatConfig
+from align.errors import UserError
 
 SPECIAL = ["<|end|>", "<s>", "<|user|>", "<|answer|>"]
 CHAT_TEMPLATE = (
@@ -197,7 +198,7 @@ def test_ids_are_those_of_the_file(kind, name, files, tmp_path):
         prompt = f"<|user|>{text}<|end|><|answer|>"
         ids = oracle.encode(prompt, add_special_tokens=False).ids
         whole = oracle.encode(f"{prompt}The fox<|end|>", add_special_tokens=False).ids
-        example, _ = data.format_sft({"messages": [asked, answer]}, loaded, FormatConfig())
+        example, _ = formats.format_sft({"messages": [asked, answer]}, loaded, FormatConfig())
         assert example.ids.tolist() == whole
         assert prompts.format_prompt({"prompt": [asked]}, loaded, prompts.PromptFormat()).tolist() == ids
         chosen, _ = preferences.format_pair(
@@ -244,7 +245,7 @@ def test_tokens_of_the_config_are_added(files, tmp_path):
     assert tokenizer.load(path).encode("a<tool>")[1:] == [size]
     directory(tmp_path, files["gpt2 split"], "none", added_tokens_decoder={str(size + 1): token})
     with pytest.raises(
-        ValueError, match=f"'<tool>' has the id {size + 1} in tokenizer_config.json, and {size}"
+        UserError, match=f"'<tool>' has the id {size + 1} in tokenizer_config.json, and {size}"
     ):
         tokenizer.load(path)
 
@@ -306,14 +307,14 @@ def test_broken_files_are_named(name, text, message, files, tmp_path):
         (path / "chat_template.jinja").unlink(missing_ok=True)  # which goes before the field
         text = json.dumps(json.loads((path / name).read_text()) | json.loads(text))
     (path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         tokenizer.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x0a\x07\x0a\x05<unk>", b"\x0a\xff\xff\xff"])
 def test_a_sentencepiece_model_that_is_none(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match="tokenizer.model: (not a SentencePiece model|the model has no end)"):
+    with pytest.raises(UserError, match="tokenizer.model: (not a SentencePiece model|the model has no end)"):
         tokenizer.load(tmp_path)
 
 

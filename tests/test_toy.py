@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from align import data, judge, meta_judge, tokenizer, toy
+from align.data import formats, sft, tokenizer, toy
+from align.data.prompts import Template
+from align.errors import UserError
+from align.judging import judge, meta_judge
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -97,7 +100,7 @@ def test_toy_files_for_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     prepare_data.main()
     fields = ["prompt", "response", "judgement_a", "judgement_b"]
     for name, names in (("judge.txt", fields[:2]), ("meta_judge.txt", fields)):
-        template = judge.Template(tmp_path / name, "--template", names)
+        template = Template(tmp_path / name, "--template", names)
         assert re.findall(r"{{ (\w+) }}", template.text) == names
 
     rows = read_rows(tmp_path / "train_judge.jsonl")
@@ -111,14 +114,14 @@ def test_toy_files_for_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(set(prompts)) == len(prompts) == 300 + 20 + 30 + 10 + 80 + 40
     assert read_rows(tmp_path / "train.jsonl") == toy.toy_rows(300, 20, mistakes=0.4, seed=1234)[0]
 
-    examples, _ = data.load_sft(
-        [tmp_path / "train_judge.jsonl"], tokenizer.load(TINY), data.FormatConfig(max_seq_len=192)
+    examples, _ = sft.load_sft(
+        [tmp_path / "train_judge.jsonl"], tokenizer.load(TINY), formats.FormatConfig(max_seq_len=192)
     )
     assert len(examples) == 120 and max(len(example.ids) for example in examples) < 192
 
 
 def test_too_many_judgements():
-    with pytest.raises(ValueError, match="--judge-rows 90000 after 6400 rows: the toy task has prompts for"):
+    with pytest.raises(UserError, match="--judge-rows 90000 after 6400 rows: the toy task has prompts for"):
         toy.judge_rows(90000, seed=0)
-    with pytest.raises(ValueError, match="--meta-rows 90000 after 6400 rows: the toy task has prompts for"):
+    with pytest.raises(UserError, match="--meta-rows 90000 after 6400 rows: the toy task has prompts for"):
         toy.meta_rows(90000, seed=0)

@@ -10,12 +10,15 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 
-from align import checkpoint, losses_rl, toy
-from align.optim import OptimConfig
-from align.packing import BatchConfig
-from align.parallel import ParallelConfig
-from align.rewards import RewardConfig
-from align.sampling import SamplingConfig
+from align.data import toy
+from align.data.packing import BatchConfig
+from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
+from align.generation.sampling import SamplingConfig
+from align.losses import rl
+from align.rewards.sources import RewardConfig
+from align.training import checkpoint
+from align.training.optim import OptimConfig
 from tests.conftest import fork_ranks
 from tests.test_train_rs import read_jsonl, save_reward_model, without_times
 from train_ppo import Config, advantages_of, by_answer, expand, moments, tokens_with_gradient
@@ -70,7 +73,7 @@ WHOLE_DISTRIBUTION = (
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         Config(**flags)
     assert str(error.value) == message
 
@@ -222,13 +225,13 @@ def test_where_the_kl_goes_and_how_it_is_estimated():
     """In the reward by k1; in the loss, which is grpo's default, by k3; flags win."""
     grpo = {"advantages": "grpo", "samples_per_prompt": 2}
     for flags, place, estimator in (
-        ({}, "reward", losses_rl.kl_k1),
-        ({"advantages": "reinforce"}, "reward", losses_rl.kl_k1),
-        ({"kl": "abs"}, "reward", losses_rl.kl_abs),
-        ({"kl_in": "loss"}, "loss", losses_rl.kl_k3),
-        (grpo, "loss", losses_rl.kl_k3),
-        (grpo | {"kl": "k2"}, "loss", losses_rl.kl_k2),
-        (grpo | {"kl_in": "reward"}, "reward", losses_rl.kl_k1),
+        ({}, "reward", rl.kl_k1),
+        ({"advantages": "reinforce"}, "reward", rl.kl_k1),
+        ({"kl": "abs"}, "reward", rl.kl_abs),
+        ({"kl_in": "loss"}, "loss", rl.kl_k3),
+        (grpo, "loss", rl.kl_k3),
+        (grpo | {"kl": "k2"}, "loss", rl.kl_k2),
+        (grpo | {"kl_in": "reward"}, "reward", rl.kl_k1),
     ):
         config = Config(**flags)
         assert (config.kl_place, config.kl_estimator) == (place, estimator), flags

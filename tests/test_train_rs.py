@@ -14,10 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from align import toy
-from align.generate import Sample
-from align.rewards import RewardConfig
-from align.sampling import SamplingConfig
+from align.data import toy
+from align.errors import UserError
+from align.generation.generator import Sample
+from align.generation.sampling import SamplingConfig
+from align.rewards.sources import RewardConfig
 from tests.conftest import ROOT, fork_ranks, torchrun
 from tests.test_rewards import sample_of
 from train_rs import Config, select
@@ -95,7 +96,7 @@ def test_select(samples, values, keep_top, unended, duplicates, expected):
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         Config(**flags)
     assert str(error.value) == message
 

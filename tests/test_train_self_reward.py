@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from align import toy
-from align.data import FormatConfig
-from align.judge import JudgeConfig
-from align.loop import LoopConfig
-from align.meta_judge import MetaJudgeConfig
-from align.packing import BatchConfig
-from align.sampling import SamplingConfig
+from align.data import toy
+from align.data.formats import FormatConfig
+from align.data.packing import BatchConfig
+from align.errors import UserError
+from align.generation.sampling import SamplingConfig
+from align.judging.judge import JudgeConfig
+from align.judging.meta_judge import MetaJudgeConfig
+from align.training.config import LoopConfig
 from tests.conftest import fork_ranks
 from train_self_reward import Config, check_same, of_iteration, state_of
 
@@ -69,7 +70,7 @@ from train_self_reward import Config, check_same, of_iteration, state_of
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         Config(**flags)
     assert str(error.value) == message
 
@@ -194,13 +195,13 @@ def test_lengths_that_just_fit():
     ],
 )
 def test_lengths_that_are_refused(config, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         config.check_lengths(4096 if config.format.max_seq_len == 4096 else 100)
     assert str(error.value) == message
 
 
 def test_a_checkpoint_of_another_script_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is none of train_self_reward.py: give another --output"):
+    with pytest.raises(UserError, match="is none of train_self_reward.py: give another --output"):
         state_of(tmp_path)
     (tmp_path / "judgements.json").write_text('{"waiting": []}')
     assert state_of(tmp_path) == {"waiting": []}
@@ -209,7 +210,7 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
 def test_another_layout_of_steps_is_refused():
     before = {"steps of an iteration": 10, "--rollout-ahead": 2}
     check_same(before, dict(before))
-    with pytest.raises(ValueError, match="--rollout-ahead: 3, in the run that is to be continued 2: its ref"):
+    with pytest.raises(UserError, match="--rollout-ahead: 3, in the run that is to be continued 2: its ref"):
         check_same(before, {**before, "--rollout-ahead": 3})
 
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from align import trtllm
-from align.model import ModelConfig
-from align.parallel import ParallelConfig
-from align.sampling import SamplingConfig
+from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
+from align.generation import trtllm
+from align.generation.sampling import SamplingConfig
+from align.model.config import ModelConfig
 from tests.conftest import fork_ranks
 
 FAKE = Path(__file__).parent / "fake_tensorrt_llm"
@@ -234,7 +235,7 @@ def test_gpus_are_named_as_on_their_node(visible, number):
 def test_gpus_by_uuid_are_refused():
     visible = {"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}
     with mock.patch.dict(os.environ, visible), mock.patch("torch.cuda.current_device", return_value=0):
-        with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES GPU-8932f937"):
+        with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES GPU-8932f937"):
             trtllm.gpu()
 
 
@@ -264,14 +265,14 @@ def check(
 )
 def test_what_the_engine_does_not_do_is_refused(given, message):
     check(temperature=0.5, top_k=1024, top_p=0.5)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check(**given)
 
 
 def test_angles_that_the_engine_would_overlook_are_refused(tmp_path):
     rope = {"rope_theta": 500000.0, "rope_type": "default"}
     (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope}))
-    with pytest.raises(ValueError, match="rope_theta and rope_scaling"):
+    with pytest.raises(UserError, match="rope_theta and rope_scaling"):
         check(model=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope, "rope_theta": 500000.0}))
     check(model=str(tmp_path))
@@ -281,7 +282,7 @@ def test_a_share_of_rotated_dimensions_that_the_engine_would_overlook_is_refused
     rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, "rope_type": "default"}
     config = {"model_type": "nemotron", "rope_parameters": rope, "rope_theta": 10000.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="give it partial_rotary_factor and rope_scaling"):
+    with pytest.raises(UserError, match="give it partial_rotary_factor and rope_scaling"):
         check(model=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 0.25}))
     check(model=str(tmp_path))
@@ -289,12 +290,12 @@ def test_a_share_of_rotated_dimensions_that_the_engine_would_overlook_is_refused
 
 def test_stablelm_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "stablelm"}))
-    with pytest.raises(ValueError, match="--generate-with trtllm does not know the model_type stablelm"):
+    with pytest.raises(UserError, match="--generate-with trtllm does not know the model_type stablelm"):
         check(model=str(tmp_path))
 
 
 def test_a_machine_without_a_gpu_is_refused():
-    with pytest.raises(ValueError, match="needs a GPU"):
+    with pytest.raises(UserError, match="needs a GPU"):
         trtllm.check(SamplingConfig(), ModelConfig(), ParallelConfig())
 
 

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from safetensors.torch import load_file
 
-from align import architecture, generate, huggingface, model, parallel, trtllm
-from align.generate import RolloutConfig
-from align.model import ModelConfig
-from align.parallel import ParallelConfig
-from align.sampling import SamplingConfig
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
+from align.generation import generator, trtllm
+from align.generation.generator import RolloutConfig
+from align.generation.sampling import SamplingConfig
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "fake_tensorrt_llm"))
 
@@ -30,7 +32,7 @@ class Letters:
 
 
 def ends(ids: list[int], stop: tuple[str, ...]) -> bool:
-    """The rule of align/generate.py in other words."""
+    """The rule of align/generation/generator.py in other words."""
     return ids[-1] in Letters.stop_ids or any(Letters().decode(ids).endswith(text) for text in stop)
 
 
@@ -55,23 +57,23 @@ def run(case: dict) -> dict:
     parallel.make_grid(layout)
     config, sampling = ModelConfig(model=case["model"], precision="fp32"), SamplingConfig(**case["sampling"])
     arch = architecture.read_config(config.path)
-    policy = model.build_policy(arch, config, layout)
+    policy = gpt.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
     prompts, tp = [np.array(ids, np.int32) for ids in case["prompts"]], case["rollout_tp"]
     found = {"answers": [], "wrong": [], "native": None}
     if case.get("native"):
-        native = generate.Generator(policy, RolloutConfig(), sampling, config, layout, Letters())
+        native = generator.Generator(policy, RolloutConfig(), sampling, config, layout, Letters())
         samples = native.generate(prompts, [(0, i) for i in range(len(prompts))])
         found["native"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
         by_engine = RolloutConfig(
             generate_with="trtllm", rollout_tp=tp, rollout_slots=4, trtllm_keep=case["keep"]
         )
-        through, told = generate.Generator(policy, by_engine, sampling, config, layout, Letters()), []
+        through, told = generator.Generator(policy, by_engine, sampling, config, layout, Letters()), []
         streams = [(0, i) for i in range(len(prompts))]
         samples = through.generate(prompts, streams, on_token=lambda *token: told.append(token))
         found["generator"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
         found["described"], found["told"] = through.describe(), sum(by_rank(told), [])
-    group = generate.rollout_groups(tp).tp
+    group = generator.rollout_groups(tp).tp
     engine = trtllm.Engine(config.path, sampling, Letters.stop_ids, (), group, 4, case["keep"], 0.5)
     replica, replicas = dist.get_rank() // tp, dist.get_world_size() // tp
     for factor in (1.0, 1.0, 0.5):

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from align import launch, parallel, watchdog
+from align.distributed import launch, parallel, watchdog
+from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
-from align.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

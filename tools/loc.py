@@ -25,7 +25,8 @@ def main() -> None:
             print_row(str(folder / name), size)
         print_row(f"= {folder}/", add(list(files.values())))
         print()
-    product = [size for folder in (Path("."), Path("align")) for size in folders[folder].values()]
+    parts = [folder for folder in folders if folder == Path(".") or folder.parts[0] == "align"]
+    product = [size for folder in parts for size in folders[folder].values()]
     print_row("= package and scripts", add(product))
 
 

@@ -87,7 +87,7 @@ def read(path: Path, ignore: Collection[str] = ()) -> dict:
         ignore: names of unknown fields that are accepted.
 
     Raises:
-        ValueError: it cannot be read, or a field is unknown or means something that is not implemented.
+        UserError: it cannot be read, or a field is unknown or means something that is not implemented.
     """
     try:
         fields = yaml.safe_load(path.read_bytes())
@@ -118,7 +118,7 @@ def check(fields: dict, ignore: Collection[str]) -> None:
         raise not_implemented("peft.peft_scheme", scheme, "merge the adapter in NeMo first")
 
 
-def not_implemented(name: str, value: object, rule: str) -> ValueError:
+def not_implemented(name: str, value: object, rule: str) -> UserError:
     return UserError(f"model_config.yaml: {name} = {value!r} is not implemented; {rule}")
 
 
@@ -129,7 +129,7 @@ def normalization(fields: dict) -> str:
 
 
 def family(fields: dict) -> str:
-    """Hugging Face's model_type. Raises ValueError if there is none for this pair of norm and activation."""
+    """Hugging Face's model_type. Raises UserError if there is none for this pair of norm and activation."""
     pair = normalization(fields), str(fields.get("activation", "gelu")).removeprefix("fast-")
     if pair not in FAMILIES:
         known = "; ".join(f"{norm} with {activation}" for norm, activation in FAMILIES)
@@ -141,7 +141,7 @@ def huggingface_config(fields: dict) -> dict:
     """The config.json of a language model, without the size of its vocabulary and its special tokens.
 
     Raises:
-        ValueError: a field is missing or no number, or the sizes are none that the family can have.
+        UserError: a field is missing or no number, or the sizes are none that the family can have.
     """
     kind, heads, hidden = family(fields), number(fields, "num_attention_heads"), number(fields, "hidden_size")
     config = {
@@ -206,7 +206,7 @@ def rope(fields: dict, kind: str) -> dict:
 
 
 def number(fields: dict, name: str, default: float | None = None, kind: type = int) -> float:
-    """A field as a number; YAML reads 1e-5 as text. Raises ValueError if it is missing or none."""
+    """A field as a number; YAML reads 1e-5 as text. Raises UserError if it is missing or none."""
     value = default if fields.get(name) is None else fields[name]
     try:
         return kind(value)

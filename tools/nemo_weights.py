@@ -78,7 +78,7 @@ def read(folder: Path, fields: dict) -> Weights:
     """The weights of an extracted archive whose model_config.yaml has these fields.
 
     Raises:
-        ValueError: there are none, they are incomplete, cannot be read, or are more than data.
+        UserError: there are none, they are incomplete, cannot be read, or are more than data.
     """
     if (folder / "model_weights.ckpt").is_file():
         return from_ranks([[load_state(folder / "model_weights.ckpt")]], fields)
@@ -98,7 +98,7 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def complete(ranks: dict[tuple[int, int], Path], fields: dict) -> list[list[Path]]:
-    """Files by stage and tensor parallel rank. Raises ValueError if one is missing or too many."""
+    """Files by stage and tensor parallel rank. Raises UserError if one is missing or too many."""
     if (fields.get("virtual_pipeline_model_parallel_size") or 1) > 1:
         raise UserError(
             "model_config.yaml: virtual_pipeline_model_parallel_size = "
@@ -117,7 +117,7 @@ def complete(ranks: dict[tuple[int, int], Path], fields: dict) -> list[list[Path
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, its tensors left there until they are read. Raises ValueError."""
+    """The state dict in a file, its tensors left there until they are read. Raises UserError."""
     name = f"{path.parent.name}/{path.name}" if RANK.fullmatch(path.parent.name) else path.name
     state = load_tensors(path, name, mmap=True)
     if not isinstance(state, dict):
@@ -126,7 +126,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(source: Path | io.BytesIO, name: str, mmap: bool | None = None) -> object:
-    """Load a torch pickle. Raises ValueError with the `name` if it is broken or holds more than data."""
+    """Load a torch pickle. Raises UserError with the `name` if it is broken or holds more than data."""
     data_only = [io.BytesIO]  # Transformer Engine's extra state
     try:
         with torch.serialization.safe_globals(data_only):
@@ -254,7 +254,7 @@ def torch_dist(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str]
 
 
 def read_bytes(path: Path, offset: int, length: int) -> bytes:
-    """A part of a file. Raises ValueError if it is not there."""
+    """A part of a file. Raises UserError if it is not there."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)

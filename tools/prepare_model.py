@@ -23,24 +23,18 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align import (
-    architecture,
-    checkpoint_files,
-    console,
-    data,
-    huggingface,
-    marker_chat,
-    model,
-    parallel,
-    tokenizer,
-    tokenizer_files,
-)
-from align import checkpoint as checkpoints
-from align.data import FormatConfig, TrainedFormat
+from align import console
+from align.data import formats, jsonl, marker_chat, tokenizer, tokenizer_files
+from align.data.formats import FormatConfig
+from align.data.marker_chat import MarkerChat
+from align.data.sft import TrainedFormat
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
 from align.errors import UserError, one_line
-from align.marker_chat import MarkerChat
-from align.model import ModelConfig
-from align.parallel import ParallelConfig
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
+from align.training import checkpoint as checkpoints
+from align.training import checkpoint_files
 from tools import nemo_config, nemo_weights
 from tools.nemo_weights import Weights
 
@@ -75,13 +69,13 @@ def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple
         unfinished = Path(scratch) / "model"
         unfinished.mkdir()
         archive = input if input.is_dir() else extract(input, Path(scratch) / "archive")
-        data.at(f"--input {input}", convert, archive, unfinished, tokenizer, ignore)
+        jsonl.at(f"--input {input}", convert, archive, unfinished, tokenizer, ignore)
         os.replace(unfinished, output)
     print(f"the model is in {output}")
 
 
 def extract(path: Path, folder: Path) -> Path:
-    """Copy what is needed out of a tar, plain or compressed. Raises ValueError if it is broken or unsafe."""
+    """Copy what is needed out of a tar, plain or compressed. Raises UserError if it is broken or unsafe."""
     folder.mkdir()
     try:
         with tarfile.open(path, "r:*") as archive:
@@ -134,7 +128,7 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
         tokenizer_files.save_pad_token(output)
 
 
-def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> data.Tokenizer:
+def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> formats.Tokenizer:
     """The tokenizer of --tokenizer, or the SentencePiece model that the archive holds."""
     if path is not None:
         return tokenizer.load(path)
@@ -210,7 +204,7 @@ def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 def checked(
     tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, which must be those of `shapes`. Raises ValueError."""
+    """The tensors, which must be those of `shapes`. Raises UserError."""
     left = dict(shapes)
     for name, tensor in tensors:
         if name not in left:
@@ -237,9 +231,9 @@ def prompt_format(fields: dict) -> TrainedFormat | None:
             defaults = dict(zip(MARKERS, FormatConfig.chat_tokens, strict=True))
             tokens = tuple(escape(markers[name]) if name in markers else defaults[name] for name in MARKERS)
             FormatConfig(chat_tokens=tokens)
-            chat = MarkerChat(tuple(map(data.unescape, tokens)), bos=bool(add_bos))
+            chat = MarkerChat(tuple(map(formats.unescape, tokens)), bos=bool(add_bos))
             return TrainedFormat("conversations", FormatConfig.prompt_template, tokens, add_bos, chat)
-        data.template_pieces(escape(template))
+        formats.template_pieces(escape(template))
         return TrainedFormat("template", escape(template), FormatConfig.chat_tokens, add_bos, None)
     except ValueError as error:
         print(f"no prompt_format.json is written: {error}")
@@ -291,7 +285,7 @@ def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
 
 def build(
     path: Path, start: Path, flags: dict, layout: ParallelConfig
-) -> tuple[model.Decoder, list[Callable[[Path], None]]]:
+) -> tuple[gpt.Decoder, list[Callable[[Path], None]]]:
     """The model of a checkpoint, its weights not filled, and what its run writes beside it."""
     shapes = dist_checkpointing.load_tensors_metadata(str(path))
     precision = DTYPES[shapes["embedding.word_embeddings.weight"].dtype]
@@ -300,7 +294,7 @@ def build(
     if "score.weight" in shapes:
         labels = shapes["score.weight"].global_shape[0]
         weights = flags.get("attribute_weights") or (1 / labels,) * labels
-        scorer = model.build_scorer(replace(arch, labels=labels), config, layout, weights)
+        scorer = gpt.build_scorer(replace(arch, labels=labels), config, layout, weights)
         return scorer, [text.save, tokenizer_files.save_pad_token]
     companions = [text.save]
     run = path.parent.parent
@@ -308,7 +302,7 @@ def build(
         if chat := marker_chat.read(run):
             text.follow(chat)
         companions.append(lambda directory: shutil.copy(run / "prompt_format.json", directory))
-    return model.build_policy(arch, config, layout), companions
+    return gpt.build_policy(arch, config, layout), companions
 
 
 if __name__ == "__main__":

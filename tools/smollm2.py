@@ -63,7 +63,7 @@ def main(output: Path = Path("models/smollm2-135m-instruct")) -> None:
         output: the directory to write. If it holds a model already, nothing happens.
 
     Raises:
-        ValueError: `output` exists and holds no model.
+        UserError: `output` exists and holds no model.
         RuntimeError: the converted model failed a check (then nothing is written).
     """
     if (output / "model.safetensors").exists():

@@ -1,0 +1,166 @@
+"""Chat templates (Jinja), rendered as transformers does, within bounds of time and memory.
+
+The sandbox is that of transformers: a template runs no other code. It may still loop or grow without end.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from align.errors import UserError
+
+SECONDS = 10.0  # of one rendering
+MEMORY = 1 << 30  # bytes that one of the first renderings may add to the process
+LENGTH = 1 << 26  # characters of a rendered chat
+WATCHED = 3  # renderings whose memory is bounded: a template of a stranger shows itself in them
+STRFTIME = re.compile(r"""strftime_now\s*\(\s*(["'])(?P<format>[^"'\\\n]*)\1\s*\)""")
+ERRORS = (  # of code in a template
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
+    *(TypeError, ValueError),
+)
+watched: dict[str, int] = {}  # renderings of each template so far, up to WATCHED
+
+
+def render(
+    template: str, messages: list[dict], add_generation_prompt: bool = False, **variables: object
+) -> str:
+    """Render a chat. Raises UserError if the template refuses it or leaves the bounds."""
+    with bounded(template):
+        [text], _ = render_jinja_template(
+            [messages],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+    if len(text) > LENGTH:
+        raise UserError(f"the chat template makes {len(text):,} characters of one chat")
+    return text
+
+
+def answer_spans(template: str, messages: list[dict], **variables: object) -> list[tuple[int, int]]:
+    """Spans [first, last) of the rendered characters inside {% generation %}."""
+    with bounded(template):
+        _, [spans] = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
+        )
+    return spans
+
+
+@functools.lru_cache
+def marks_answers(template: str) -> bool:
+    """True if a template has {% generation %}."""
+    return re.search(r"{%-?\s*generation\b", template) is not None
+
+
+@functools.lru_cache
+def reads(template: str, name: str) -> bool:
+    """True if a variable's or a field's name occurs in a template."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+# ---- bounds --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bounded(template: str) -> Iterator[None]:
+    """Turn errors of a template's code into one UserError; bound time, and at first memory.
+
+    Signals reach the main thread only: in another one nothing is bounded.
+    """
+    limits = None
+    try:
+        if threading.current_thread() is threading.main_thread():
+            limits = limit_memory(template)
+            handle_alarm()
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        yield
+    except TimeoutError as error:
+        raise UserError(f"the chat template takes more than {SECONDS:g} s for one chat") from error
+    except MemoryError as error:
+        raise UserError(f"the chat template takes more than {MEMORY >> 30} GiB for one chat") from error
+    except ERRORS as error:
+        raise UserError(f"the chat template refuses these messages: {error}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if limits:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def limit_memory(template: str) -> tuple[int, int] | None:
+    """Let the process grow by MEMORY at most, for the first renderings of a template; the limits before."""
+    count = watched.get(template, 0)
+    if count == WATCHED:
+        return None
+    watched[template] = count + 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = address_space() + MEMORY
+    resource.setrlimit(
+        resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard)
+    )
+    return soft, hard
+
+
+@functools.cache
+def handle_alarm() -> None:
+    """Have SIGALRM raise TimeoutError, from the first rendering on."""
+    signal.signal(signal.SIGALRM, out_of_time)
+
+
+def out_of_time(signum: int, frame: object) -> None:
+    """Signal handler: end the rendering."""
+    raise TimeoutError
+
+
+def address_space() -> int:
+    """Bytes of virtual memory of this process."""
+    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+    return pages * resource.getpagesize()
+
+
+# ---- changes -------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def with_date(template: str, day: datetime.date) -> str:
+    """Replace each strftime_now("...") by that text of `day`, so that a run sees one date to its end."""
+
+    def text(call: re.Match) -> str:
+        return call[1] + day.strftime(call["format"]) + call[1]
+
+    return STRFTIME.sub(text, template)
+
+
+def reads_clock(template: str) -> bool:
+    """True if a template asks for the time in a way that `with_date` does not replace."""
+    return re.search(r"strftime_now\s*\(", STRFTIME.sub("", template)) is not None
+
+
+def with_defaults(template: str, variables: dict) -> str:
+    """Give variables of a template values where the caller gives none."""
+    lines = [
+        f"{{% set {name} = {name} if {name} is defined else {literal(value)} %}}\n"
+        for name, value in variables.items()
+    ]
+    return "".join(lines) + template
+
+
+def literal(value: object) -> str:
+    """A JSON value in Jinja's syntax."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(name)}: {literal(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if value is None:
+        return "none"
+    return json.dumps(value, ensure_ascii=False)

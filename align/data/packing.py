@@ -1,0 +1,246 @@
+"""From examples to packed micro-batches: the order of the data, the packing plan, and the one token shift.
+
+`Batch` states the batch layout of the whole project.
+"""
+
+import functools
+import heapq
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from align.errors import UserError
+from align.flags import COUNT, check_ranges
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Sizes of an optimizer step and of a forward pass."""
+
+    global_batch_size: int = 32
+    """rows (sequences, pairs or prompts) per optimizer step, over all ranks"""
+    micro_batch_tokens: int = 4096
+    """token budget of a micro-batch: most tokens in one forward pass of a rank; sequences are packed up to
+    it"""
+    micro_batch_size: int | None = None
+    """most rows in one micro-batch (default: as many as fit)"""
+
+    def __post_init__(self):
+        check_ranges(self, global_batch_size=COUNT, micro_batch_tokens=COUNT, micro_batch_size=COUNT)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row as tokens. `trained[i]`: token i is a target of the loss; never the first, none precedes it."""
+
+    ids: np.ndarray  # [n] int32
+    trained: np.ndarray  # [n] bool
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that go into the model: all but the last."""
+        return len(self.ids) - 1
+
+
+def num_trained(examples: Sequence[Example]) -> int:
+    """Trained tokens of some examples: the denominator of their loss."""
+    return sum(int(example.trained.sum()) for example in examples)
+
+
+def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_row: int = 1) -> None:
+    """Raises UserError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
+    if max_seq_len > max_positions:
+        raise UserError(
+            f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
+        )
+    if per_row * max_seq_len > config.micro_batch_tokens:
+        both = "" if per_row == 1 else f", of which a row has {per_row},"
+        raise UserError(
+            f"--max-seq-len {max_seq_len}{both} is above --micro-batch-tokens {config.micro_batch_tokens}: "
+            "raise that"
+        )
+
+
+def check_ids(examples: list[Example], vocab_size: int) -> None:
+    """Raises UserError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
+    largest = max(int(example.ids.max()) for example in examples)
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
+            "of another model"
+        )
+
+
+def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--global-batch-size") -> None:
+    """Raises UserError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
+    if num_rows < needed:
+        raise UserError(
+            f"{flag} has {num_rows} usable rows, fewer than one step takes: "
+            f"give more rows or lower {needed_flag} {needed}"
+        )
+
+
+def global_batch(num_rows: int, size: int, seed: int, step: int) -> list[int]:
+    """Row numbers of step `step` (from 0): each epoch a new order, the tail that fills no batch left out.
+
+    A function of its arguments alone: that is what makes a resumed run see the same rows.
+    """
+    epoch, batch = divmod(step, num_rows // size)
+    return epoch_order(num_rows, seed, epoch)[batch * size : (batch + 1) * size].tolist()
+
+
+def data_order(rows: Iterable[Sequence[np.ndarray]], rows_per_step: int, seed: int) -> dict[str, int]:
+    """Identity of the data order: `global_batch` gives a step the same rows while this stays the same.
+
+    `rows`: of each training row the ids of its sequences.
+    """
+    count, crc = 0, 0
+    for row in rows:
+        count += 1
+        for ids in row:
+            crc = zlib.crc32(ids.tobytes(), zlib.crc32(len(ids).to_bytes(4, "little"), crc))
+    return {"rows": count, "token_ids_crc32": crc, "rows_per_step": rows_per_step, "seed": seed}
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `range(num_rows)` of one epoch. [num_rows]"""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) -> list[list[list[int]]]:
+    """Deal rows to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
+
+    `lengths`: places that each row takes (`num_places`). A micro-batch holds at most `max_tokens` of them
+    and `max_rows` rows. All ranks get the same number of micro-batches, as few as the longest-first
+    rule manages, of about equal load; some are empty if there are fewer rows than micro-batches.
+    Deterministic.
+    Raises UserError if one row alone is above `max_tokens`.
+    """
+    if max(lengths, default=0) > max_tokens:
+        raise UserError(
+            f"--micro-batch-tokens {max_tokens} is too few for a row of {max(lengths)}: "
+            "raise it or lower --max-seq-len"
+        )
+    max_rows = max_rows or len(lengths)
+    count = max(1, -(-sum(lengths) // (ranks * max_tokens)), -(-len(lengths) // max(1, ranks * max_rows)))
+    while (bins := fill_bins(lengths, ranks * count, max_tokens, max_rows)) is None:
+        count += 1
+    loads = [sum(lengths[row] for row in rows) for rows in bins]
+    dealt = fill_bins(loads, ranks, sum(loads), count)
+    return [[sorted(bins[b]) for b in rank] for rank in dealt]
+
+
+def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) -> list[list[int]] | None:
+    """Longest first into the emptiest bin that may take more items; None if one does not fit."""
+    bins = [[] for _ in range(num_bins)]
+    heap = [(0, b) for b in range(num_bins)]
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, b = heapq.heappop(heap)
+        if load + sizes[item] > max_size:
+            return None
+        bins[b].append(item)
+        if len(bins[b]) < max_items:
+            heapq.heappush(heap, (load + sizes[item], b))
+    return bins
+
+
+def within_budget(sizes: Sequence[int], budget: int) -> list[range]:
+    """Runs of neighbours whose sizes sum up to `budget` at most; what is above it stands alone."""
+    runs, start = [], 0
+    for end in range(1, len(sizes) + 1):
+        if end == len(sizes) or sum(sizes[start : end + 1]) > budget:
+            runs.append(range(start, end))
+            start = end
+    return runs
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One packed micro-batch, the only batch layout of the project.
+
+    N sequences lie end to end and never see each other; of the T places the last may be padding, which
+    belongs to no sequence and is masked. Index t of mask, log-probs, values, rewards and advantages is about
+    one thing: the prediction of `targets[t]` from the tokens of its sequence up to `tokens[t]`. A sequence
+    of n ids takes n - 1 places, because the last is only predicted and the first only read. This shift
+    happens in `collate`, nowhere else.
+
+    Sequences with a common beginning, such as the two answers to a prompt, may share its places: the first
+    holds them, another one continues that `prefix`, sees it as its own and takes places for the rest only.
+    """
+
+    tokens: torch.Tensor  # [T] int64, inputs
+    targets: torch.Tensor  # [T] int64, the token after each input
+    mask: torch.Tensor  # [T] float32, 1 where the target is trained
+    positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
+    cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
+    lengths: list[int]  # [N], the lengths of the sequences, on the host
+    prefixes: list[
+        tuple[int, int]
+    ]  # [N], (start, size) of the places that a sequence continues; size 0: none
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the loss needs, by name
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(
+            self.tokens.to(device),
+            self.targets.to(device),
+            self.mask.to(device),
+            self.positions.to(device),
+            self.cu_seqlens.to(device),
+            self.lengths,
+            self.prefixes,
+            {name: tensor.to(device) for name, tensor in self.extra.items()},
+        )
+
+
+def shared_places(row: Sequence[Example]) -> list[int]:
+    """Number of places that each example of a row can share with the first.
+
+    Those of their common beginning, up to the first that the example trains: a place has one mask and one
+    target, and what is trained must be the example's own.
+    """
+    shared, first = [0], row[0].ids
+    for example in row[1:]:
+        places = min(len(first), len(example.ids)) - 1
+        same = np.append(first[:places] == example.ids[:places], False)
+        untrained = np.append(~example.trained[1:], False)
+        shared.append(int(min(same.argmin(), untrained.argmin())))
+    return shared
+
+
+def num_places(row: Sequence[Example]) -> int:
+    """Places that a row of examples takes in a batch in which they share their beginnings."""
+    return sum(example.num_inputs for example in row) - sum(shared_places(row))
+
+
+def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
+    """Shift and pack rows of examples, those of a row with a shared beginning; T is a multiple of `multiple`.
+
+    Without examples the batch is `multiple` padding tokens: a rank without rows still takes part in
+    collectives.
+    """
+    examples = [example for row in rows for example in row]
+    skipped = [size for row in rows for size in shared_places(row)]
+    lengths = [example.num_inputs - size for example, size in zip(examples, skipped, strict=True)]
+    total = sum(lengths)
+    padded = max(1, -(-total // multiple)) * multiple
+    tokens, targets, positions = (np.zeros(padded, dtype=np.int64) for _ in range(3))
+    mask = np.zeros(padded, dtype=np.float32)
+    ends = np.cumsum([0, *lengths])
+    for example, skip, start, end in zip(examples, skipped, ends, ends[1:], strict=False):
+        tokens[start:end] = example.ids[skip:-1]
+        targets[start:end] = example.ids[skip + 1 :]
+        mask[start:end] = example.trained[skip + 1 :]
+        positions[start:end] = np.arange(skip, skip + end - start)
+    positions[total:] = np.arange(padded - total)
+    arrays = (tokens, targets, mask, positions, ends.astype(np.int32))
+    firsts = np.cumsum([0, *map(len, rows)])[:-1].repeat([len(row) for row in rows])  # of each example's row
+    prefixes = [(int(ends[first]), size) for first, size in zip(firsts, skipped, strict=True)]
+    return Batch(*map(torch.from_numpy, arrays), lengths, prefixes)

@@ -1,0 +1,458 @@
+"""Preference data: pairs of a chosen and a rejected response, and labelled texts, as token ids.
+
+A row is {"prompt", "chosen", "rejected"} in strings or in messages, {"chosen", "rejected"} in whole
+conversations, or, where only a score is read, two {"text"} lines. The ids of a prompt are those that
+generation from it sees. Nothing is ever cut: a side that is too long drops its pair.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from align.data import display, formats, jsonl, rows, sft
+from align.data.formats import BosChoice, Tokenizer
+from align.data.jsonl import BadRows, turns_field
+from align.data.packing import Example, num_trained
+from align.errors import UserError
+from align.flags import COUNT_OR_0, LENGTH, check_ranges
+from align.losses.supervised import MISSING
+
+REWARDS = ("chosen_reward", "rejected_reward")
+ANSWERS = ("chosen", "rejected", "chosen_response", "rejected_response")
+USED = {  # fields that pairs and labelled texts are made of
+    *("prompt", "instruction", "input", "conversations", "messages", "text", "system", "margin", "label"),
+    *(*ANSWERS, *REWARDS, *rows.VARIABLES),
+}
+ACCEPTED = """accepted are
+  {"prompt", "chosen", "rejected"}, three strings;
+  {"prompt", "chosen", "rejected"}, a list of messages and for each answer one assistant message;
+  {"instruction", "input"} or {"conversations"} of ShareGPT in place of "prompt";
+  {"chosen", "rejected"}, two conversations that differ in their last message, which is the assistant's
+    (beside them "prompt" may be a string, which is not read);
+  {"text"}, {"text"}: two lines, the chosen text and the rejected one (reward models only).
+"chosen_response" and "rejected_response" are other names of "chosen" and "rejected"."""
+
+
+@dataclass(frozen=True)
+class PreferenceFormat:
+    """Format of preference rows."""
+
+    max_seq_len: int = 1024
+    """most tokens of one side of a pair, prompt and response; a pair beyond is dropped and counted"""
+    add_bos: bool | None = None
+    """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
+    append_eos: bool = True
+    """end plain text with EOS, or as turns end in a model that was trained on 'conversations' rows, unless it
+    ends with a stop token; messages end as the template ends them"""
+
+    skip_bad_rows: int = 0
+    """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
+
+    def __post_init__(self):
+        check_ranges(self, max_seq_len=LENGTH, skip_bad_rows=COUNT_OR_0)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two answers to one prompt. `trained` marks the response; in pairs of {"text"} lines it is all False."""
+
+    chosen: Example
+    rejected: Example
+    margin: float = 0.0  # by how much the chosen score should exceed the rejected one
+    reward_gap: float = 1.0  # reward of chosen minus reward of rejected
+    has_rewards: bool = False  # whether its row states them
+
+    @property
+    def examples(self) -> tuple[Example, Example]:
+        """Both sides, chosen first."""
+        return self.chosen, self.rejected
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that go into the model."""
+        return self.chosen.num_inputs + self.rejected.num_inputs
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows to pairs
+
+
+def load_pairs(
+    paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool = False
+) -> tuple[list[Pair], dict[str, int]]:
+    """All pairs of these files, and counts for the log.
+
+    `text_lines`: accept {"text"} lines, which do not say where the response begins.
+    Counts: pairs read; of these with_rewards (their rows state them), dropped_too_long (a side is above
+    max_seq_len) and dropped_identical (equal sides state no preference); tokens and response_tokens of the
+    pairs that are left.
+    Raises UserError naming file and line for a row that is wrong, and if no pair is left.
+    """
+    names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
+    counts = dict.fromkeys(names, 0)
+    pairs = []
+    bad = BadRows(fmt.skip_bad_rows)
+    read = (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines, counts, bad))
+    for pair in read:
+        counts["pairs"] += 1
+        counts["with_rewards"] += pair.has_rewards
+        if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
+            counts["dropped_too_long"] += 1
+        elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
+            counts["dropped_identical"] += 1
+        else:
+            pairs.append(pair)
+    for pair in pairs:
+        for side in pair.examples:
+            formats.count_empty(side, tokenizer, counts)
+    counts |= bad.counts()
+    check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
+    sides = [side for pair in pairs for side in pair.examples]
+    counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
+    return pairs, counts
+
+
+def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
+    """Raises UserError if no pair of the data of `flag` states rewards, which the loss is about."""
+    if not counts["with_rewards"]:
+        raise UserError(
+            f"--loss {loss} needs pairs with 'chosen_reward' and 'rejected_reward': {flag} has none"
+        )
+
+
+def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
+    """Raises UserError if nothing is left of what was read from `paths`, saying why."""
+    if left:
+        return
+    why = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
+    rest = ": raise it" if too_long == read else f", the sides of the other {read - too_long} are identical"
+    raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {why}{rest}")
+
+
+def read_pairs(
+    path: Path,
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    text_lines: bool,
+    counts: dict[str, int],
+    bad: BadRows,
+) -> Iterator[Pair]:
+    """Every pair of a file, of any length; counts unused fields. Raises UserError naming file and line."""
+    lines = iter(jsonl.read_jsonl(path, bad))
+    for where, row in lines:
+        seen = formats.special_counts(tokenizer)
+        try:
+            pair = make_pair(where, row, lines, tokenizer, fmt, text_lines)
+        except ValueError as error:
+            if "text" in row:  # else the lines after it would be paired wrongly
+                raise
+            bad.add(error)
+            continue
+        sft.count_unused(row, used_fields(row), counts)
+        formats.count_special(seen, tokenizer, counts)
+        count_unchanged(row, fmt, counts)
+        yield pair
+
+
+def count_unchanged(row: dict, fmt: PreferenceFormat, counts: dict[str, int]) -> None:
+    """Count a row of messages beside flags that change plain text alone."""
+    row = with_prompt(row)
+    if "text" in row or ("messages" not in row and any(isinstance(row.get(name), str) for name in ANSWERS)):
+        return
+    for flag, value in (("--add-bos False", fmt.add_bos), ("--no-append-eos", fmt.append_eos)):
+        if value is False:
+            formats.count(counts, formats.UNCHANGED.format(flag))
+
+
+def used_fields(row: dict) -> set[str]:
+    """The fields that a pair is made of: beside whole conversations a string "prompt" is not read."""
+    whole = isinstance(row.get("chosen", row.get("chosen_response")), list) and isinstance(
+        row.get("prompt"), str
+    )
+    return USED - {"messages"} - ({"prompt"} if whole else set())
+
+
+def make_pair(
+    where: str,
+    row: dict,
+    lines: Iterator[tuple[str, dict]],
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    text_lines: bool,
+) -> Pair:
+    """The pair of a row, or of a {"text"} line and the next of `lines`. Raises UserError."""
+    if "label" in row:
+        raise UserError(f"{where}: a labelled text is no side of a pair: use --loss regression")
+    if "text" not in row:
+        sides = jsonl.at(where, format_pair, row, tokenizer, fmt)
+    elif text_lines:
+        chosen = jsonl.at(where, format_text, row, tokenizer, fmt)
+        below, rejected_row = next(lines, ("the end of the file", {}))
+        check_rejected_line(where, below, rejected_row)
+        sides = chosen, jsonl.at(below, format_text, rejected_row, tokenizer, fmt)
+    else:
+        raise UserError(
+            f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
+            "'rejected' instead"
+        )
+    return Pair(*sides, *jsonl.at(where, pair_numbers, row))
+
+
+def check_rejected_line(where: str, below: str, row: dict) -> None:
+    """Raises UserError if `row`, found at `below`, is not the rejected line of the chosen one at `where`."""
+    if "text" not in row:
+        raise UserError(
+            f"{where}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
+            "(lines are chosen, rejected, chosen, rejected, ...)"
+        )
+    if misplaced := [field for field in ("margin", *REWARDS) if field in row]:
+        raise UserError(f"{below}: a rejected 'text' line: field {misplaced[0]!r} belongs to the chosen one")
+
+
+def pair_numbers(row: dict) -> tuple[float, float, bool]:
+    """`margin`, `reward_gap`, `has_rewards` of a row. Raises UserError for what cannot be."""
+    margin = number(row["margin"], "field 'margin'") if "margin" in row else 0.0
+    if margin < 0:
+        raise UserError(f"field 'margin' is {margin}, it must not be negative")
+    given = [field for field in REWARDS if field in row]
+    if len(given) == 1:
+        raise UserError(f"field {given[0]!r} stands alone: give both of {', '.join(REWARDS)}, or neither")
+    chosen, rejected = (number(row[field], f"field {field!r}") for field in REWARDS) if given else (1.0, 0.0)
+    return margin, chosen - rejected, bool(given)
+
+
+def number(value: object, name: str) -> float:
+    """`value`, which must be a number that float32 holds (UserError): all that follows computes in it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name} must be a number, not {type(value).__name__}")
+    if not abs(value) <= float(np.finfo(np.float32).max):  # so written, it refuses NaN too
+        raise UserError(f"{name} must be a finite number of single precision, not {value}")
+    return float(value)
+
+
+# --------------------------------------------------------------------------------------------------
+# One side
+
+
+def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[Example]:
+    """Chosen and rejected side of a row that has both. Raises UserError."""
+    rows.refuse(row, set())
+    fields = [answer_field(row, "chosen"), answer_field(row, "rejected")]
+    row = with_prompt(row)
+    prompt, *answers = kinds = [type(row.get("prompt")), *(type(row[field]) for field in fields)]
+    if kinds == [str, str, str]:
+        given = jsonl.text_field(row, "prompt")
+        return [format_response(given, jsonl.text_field(row, field), tokenizer, fmt) for field in fields]
+    if prompt is list and set(answers) <= {dict, list}:
+        messages = turns_field(row, "prompt")
+        chats = [[*messages, *answer_message(row, field)] for field in fields]
+    elif prompt in (str, type(None)) and answers == [list, list]:
+        chats = [turns_field(row, field) for field in fields]
+    else:
+        found = zip(("prompt", *fields), kinds, strict=True)
+        raise UserError(f"{', '.join(f'{f!r}: {kind.__name__}' for f, kind in found)}: {ACCEPTED}")
+    made = [
+        jsonl.at(f"field {field!r}", rows.chat_row, row, chat, {field})[0]
+        for chat, field in zip(chats, fields, strict=True)
+    ]
+    sides = [format_chat(chat, field, tokenizer, fmt) for chat, field in zip(made, fields, strict=True)]
+    if made[0]["messages"][:-1] != made[1]["messages"][:-1]:
+        raise UserError("the conversations must be equal but for their last message, and they are not")
+    return sides
+
+
+def with_prompt(row: dict) -> dict:
+    """A row whose "prompt" is made of what other files call it: instruction and input, conversations.
+
+    Strings beside a system text become messages.
+    """
+    if "prompt" not in row and "instruction" in row:
+        row = row | {"prompt": rows.alpaca_prompt(row)}
+    if "prompt" not in row and "conversations" in row:
+        row = row | {"prompt": row["conversations"]}
+    if row.get("system") and isinstance(row.get("prompt"), str):
+        changed = {"prompt": [{"role": "user", "content": jsonl.text_field(row, "prompt")}]}
+        for name in ANSWERS:
+            if isinstance(row.get(name), str):
+                changed[name] = {"role": "assistant", "content": jsonl.text_field(row, name)}
+        row = row | changed
+    return row
+
+
+def answer_field(row: dict, name: str) -> str:
+    """Name of the field, `name` or `name`_response, that a row has: just one of them (UserError)."""
+    given = [field for field in (name, f"{name}_response") if field in row]
+    if len(given) == 2:
+        raise UserError(f"both {given[0]!r} and {given[1]!r}: a row has one of them")
+    if not given or "text" in row:
+        raise UserError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
+    return given[0]
+
+
+def answer_message(row: dict, field: str) -> list[dict]:
+    """The one message of a field that answers a list of messages, in a list. Raises UserError."""
+    messages = [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
+    if len(messages) != 1:
+        raise UserError(f"field {field!r} must be one message, the answer to 'prompt', not {len(messages)}")
+    return messages
+
+
+def format_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """A conversation, trained on its last message. It ends where generation does: at that one's last stop
+    token, without what the template puts behind it."""
+    messages, variables = chat["messages"], formats.template_variables(chat)
+    jsonl.at(f"field {field!r}", formats.check_messages, messages)
+    if messages[-1]["role"] != "assistant":
+        raise UserError(f"field {field!r} ends with the role {messages[-1]['role']!r}, not the assistant's")
+    text = tokenizer.render(messages, **variables)
+    ids = tokenizer.encode(text)
+    start, end = formats.answer_span(messages, len(messages) - 1, text, ids, tokenizer, variables)
+    bos = formats.bos_before_chat(tokenizer, fmt)
+    return make_example(bos + ids[:start], ids[start:end], tokenizer)
+
+
+def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """Prompt and response of plain text, tokenised apart: the response does not change the prompt's ids."""
+    prompt_ids = encode_prompt(prompt, "prompt", tokenizer, fmt)
+    response_ids = encode_ended(response, tokenizer, fmt, continued=True)
+    if not response_ids:
+        raise UserError("a response is empty, and --no-append-eos leaves nothing of it")
+    return make_example(prompt_ids, response_ids, tokenizer)
+
+
+def encode_prompt(text: str, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
+    """Ids of a prompt of plain text, the value of `field`, with its BOS. Raises UserError if it is empty."""
+    ids = tokenizer.encode(tokenizer.as_it_stands(text))
+    if not ids:
+        raise UserError(f"field {field!r} is empty: a response must follow something")
+    return formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt)) + ids
+
+
+def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """A {"text"} line: nothing of it is trained, it is read for its score. Raises UserError."""
+    if "prompt" in row or "chosen" in row or "rejected" in row:
+        raise UserError(f"fields {', '.join(map(repr, row))}: {ACCEPTED}")
+    text = jsonl.text_field(row, "text")
+    if not tokenizer.encode(text):
+        raise UserError("field 'text' is empty")
+    bos = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt))
+    return make_example(bos + encode_ended(text, tokenizer, fmt), [], tokenizer)
+
+
+def encode_ended(
+    text: str, tokenizer: Tokenizer, fmt: PreferenceFormat, continued: bool = False
+) -> list[int]:
+    """Ids of a text with the end that --append-eos asks for: the end of sampled answers."""
+    ids = tokenizer.encode(tokenizer.as_it_stands(text), continued)
+    if not fmt.append_eos:
+        return ids
+    stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    if (
+        stops and not tokenizer.decode(ids[stops[-1] + 1 :]).strip()
+    ):  # a rendered chat, with its last line end
+        return ids[: stops[-1] + 1]
+    if tokenizer.chat:
+        return tokenizer.encode(tokenizer.chat.end(text), continued)
+    return ids + [tokenizer.eos_id]
+
+
+def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) -> Example:
+    """`response` trained after `context`. Raises UserError for two BOS at the start."""
+    formats.check_bos(context + response, tokenizer)
+    trained = [False] * len(context) + [True] * len(response)
+    return Example(np.array(context + response, np.int32), np.array(trained, bool))
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts to be scored
+
+
+def as_scored(example: Example) -> Example:
+    """The example with one more id, 0, and that alone trained: what a reward model reads.
+
+    `packing.collate` takes the last id for a target only. So the last place of the packed sequence is the
+    example's last real token, `batch.mask` is 1 there and nowhere else, and there the score is read.
+    """
+    trained = np.zeros(len(example.ids) + 1, bool)
+    trained[-1] = True
+    return Example(np.append(example.ids, np.int32(0)), trained)
+
+
+def load_labelled(
+    paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, num_attributes: int
+) -> tuple[list[Example], np.ndarray, dict[str, int]]:
+    """Labelled rows as scored examples, their labels [N, num_attributes] float32, and counts.
+
+    A row is {"text", "label"} or {"messages", "label"}, whose last message is scored. A label has a number
+    for each attribute, MISSING (-100) where it is not known. Counts: texts read; of these dropped_too_long;
+    tokens of the others. Raises UserError naming file and line for a row that is wrong, and if no text is
+    left.
+    """
+    counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
+    examples, labels, bad = [], [], BadRows(fmt.skip_bad_rows)
+    for where, row in (numbered for path in paths for numbered in jsonl.read_jsonl(path, bad)):
+        seen = formats.special_counts(tokenizer)
+        try:
+            example = jsonl.at(where, format_labelled, row, tokenizer, fmt)
+            label = jsonl.at(where, label_field, row, num_attributes)
+        except ValueError as error:
+            bad.add(error)
+            continue
+        sft.count_unused(row, USED, counts)
+        formats.count_special(seen, tokenizer, counts)
+        count_unchanged(row, fmt, counts)
+        counts["texts"] += 1
+        if len(example.ids) > fmt.max_seq_len:
+            counts["dropped_too_long"] += 1
+            continue
+        counts["tokens"] += len(example.ids)
+        examples.append(as_scored(example))
+        labels.append(label)
+    counts |= bad.counts()
+    check_left(len(examples), counts["texts"], counts["dropped_too_long"], paths, fmt)
+    return examples, np.array(labels, np.float32), counts
+
+
+def format_labelled(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
+    """The text or the chat of a labelled row. Raises UserError."""
+    if "messages" not in row:
+        return format_text(row, tokenizer, fmt)
+    if "text" in row:
+        raise UserError("both 'text' and 'messages': a row has one of them")
+    chat, _ = rows.chat_row(row, turns_field(row, "messages"), {"messages"})
+    return format_chat(chat, "messages", tokenizer, fmt)
+
+
+def label_field(row: dict, num_attributes: int) -> list[float]:
+    """The label of a row: `num_attributes` numbers, not all of them missing (UserError)."""
+    label = row.get("label")
+    if not isinstance(label, list) or len(label) != num_attributes:
+        found = f"a list of {len(label)}" if isinstance(label, list) else type(label).__name__
+        raise UserError(f"field 'label' must be a list of {num_attributes} numbers, not {found}")
+    numbers = [number(value, f"field 'label', number {i}") for i, value in enumerate(label)]
+    if all(value == MISSING for value in numbers):
+        raise UserError(f"field 'label': all {num_attributes} attributes are missing ({MISSING})")
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# What the user is shown
+
+
+def texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:
+    """Prompt, chosen and rejected response as text; the prompt of {"text"} lines is empty."""
+    start = int(pair.chosen.trained.argmax())  # the first trained token
+    prompt = tokenizer.decode(pair.chosen.ids[:start].tolist())
+    # decoded with the prompt: a response alone may lose its first space
+    chosen, rejected = (tokenizer.decode(side.ids.tolist())[len(prompt) :] for side in pair.examples)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def show(pair: Pair, tokenizer: Tokenizer) -> str:
+    """A pair for the log, marked and escaped as by `data.show`: the prompt once, then each response."""
+    said = {name: "".join(map(display.visible, text)) for name, text in texts(pair, tokenizer).items()}
+    if not pair.chosen.trained.any():
+        return f"chosen: {said['chosen']}\nrejected: {said['rejected']}"
+    return f"prompt: {said['prompt']}\nchosen: ⟦{said['chosen']}⟧\nrejected: ⟦{said['rejected']}⟧"

@@ -1,0 +1,106 @@
+"""The files of a tokenizer's directory: what they say, checked, and what an export changes in them."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+import transformers
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
+
+from align.errors import UserError
+from align.files import read_object, shown
+
+JSON_FILES = (  # others of a directory, which transformers reads, and refuses with errors of its own
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+
+
+def generation_stop_ids(directory: Path) -> set[int]:
+    """Stop ids of transformers: `eos_token_id`, one or several, of generation_config.json or config.json.
+
+    The second is read where the first is missing or names none; empty if both name none.
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        stop = read_object(path, required=False).get("eos_token_id")
+        if stop is None:
+            continue
+        ids = stop if isinstance(stop, list) else [stop]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
+        return set(ids)
+    return set()
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer that a tokenizer.json describes, without its limit of length and its padding."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the class of all errors of tokenizers
+        raise UserError(f"{path}: no tokenizer can be made of it: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that transformers makes of a directory."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
+
+
+def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
+    """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
+
+    Raises UserError for one that would get another id than the one it is given there.
+    """
+    config, added = (
+        read_object(directory / name, required=False)
+        for name in ("tokenizer_config.json", "added_tokens.json")
+    )
+    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
+    for i, token in listed.items():
+        if not isinstance(token.get("content"), str):
+            raise UserError(f"{directory}/tokenizer_config.json: added token {i} has no string as content")
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    for i, token in sorted(listed.items()):
+        if vocabulary.get(token["content"]) == i:
+            continue
+        fields = {name: value for name, value in token.items() if name not in ("content", "__type")}
+        backend.add_tokens([AddedToken(token["content"], **fields)])
+        if backend.token_to_id(token["content"]) != i:
+            raise UserError(
+                f"{directory}: token {token['content']!r} has the id {i} in tokenizer_config.json, and "
+                f"{backend.token_to_id(token['content'])} in tokenizer.json"
+            )
+
+
+def save_pad_token(directory: Path) -> None:
+    """Give the reward model in a directory a pad token that no text ends with, in all its files.
+
+    transformers reads the score at the last token that is not padding, found by its id. Were that id also the
+    end of a text (SmolLM2, GPT-2B), the score would be read one token early. Without a token to spare there
+    is no pad token at all, and transformers refuses batches that would need one.
+    """
+    hf = read_hugging_face(directory)
+    ends = {hf.eos_token_id, hf.bos_token_id} | generation_stop_ids(directory)
+    special = [i for i, token in sorted(hf.added_tokens_decoder.items()) if token.special]
+    spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *special) if i not in {None, *ends}]
+    pad_id = spare[0] if spare else None
+    config = read_object(directory / "config.json") | {"pad_token_id": pad_id}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).is_file():
+            fields = read_object(directory / name)
+            fields["pad_token"] = None if pad_id is None else hf.convert_ids_to_tokens(pad_id)
+            (directory / name).write_text(
+                json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )

@@ -1,0 +1,60 @@
+"""Run a script: flags, process group, watch over the ranks, and errors in one line."""
+
+import contextlib
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from align import console
+from align.distributed import parallel, watchdog
+from align.errors import UserError
+
+C = TypeVar("C")
+BORDER, RULE = re.compile(r"^[│|]|[│|]$"), "─╭╮╰╯+- "  # of the box around tyro's messages
+
+
+def run(main: Callable[[C], None], config_class: type[C]) -> None:
+    """Call a script's `main` with the flags of the command line, on every rank of its process group.
+
+    A user's mistake ends with one line on stderr and in log.txt and with status 2, whichever rank meets it;
+    any other error with its traceback, status 1 and the name of the rank. No rank outlives another's failure.
+    """
+    console.adapt()
+    try:
+        config = parse(config_class)
+        with parallel.start(config.parallel) as store:
+            with watchdog.Watchdog(store, config.parallel.stall_limit, log_of(config)):
+                main(config)
+    except UserError as error:  # before the ranks know each other: each has the same
+        line, status, _ = watchdog.outcome(error, "")
+        if os.environ.get("RANK", "0") == "0":
+            watchdog.say(line, "", None)
+        else:
+            time.sleep(watchdog.GRACE_S)  # torchrun ends all as soon as one has ended
+        watchdog.leave(status, line)
+
+
+def parse(config_class: type[C], words: Sequence[str] | None = None) -> C:
+    """`words`, or the command line, as a configuration. Raises UserError for a flag that it does not take."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(config_class, args=words, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        lines = [BORDER.sub("", line.strip()).strip() for line in box.getvalue().splitlines()]
+        lines = [line for line in lines[1:] if line.strip(RULE) and not line.startswith("For full helptext")]
+        text = " ".join(lines)
+        raise UserError(re.sub(r"^Error parsing \w+: ", "", text)) from None
+
+
+def log_of(config: Any) -> Path | None:
+    """The log.txt of a script that has a run directory."""
+    return config.run.output / "log.txt" if hasattr(config, "run") else None

@@ -1,0 +1,179 @@
+"""Lets Megatron-Core 0.16 run without CUDA. The one file of the project that changes somebody else's code.
+
+Megatron names CUDA in many places: `device="cuda"` in its schedules and optimizers,
+`torch.cuda.current_device()`, the CUDA random state. `enable()` gives Megatron's own modules a look-alike
+`torch` in which those names mean the CPU. Every other library, ours included, keeps the real torch: replacing
+`torch.tensor` and its kin for everybody breaks `with torch.device("meta")`, and transformers then loads wrong
+weights without an error.
+"""
+
+import ctypes
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from align.kernels import matmul
+
+# What we use of Megatron must be imported before the exchange: modules that come later keep the real torch.
+MODULES = (
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.torch",
+    "distributed",
+    "models.gpt",
+    "optimizer",
+    "pipeline_parallel",
+    "resharding.refit",
+    "tensor_parallel.random",
+    "transformer",
+)
+FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like")
+
+
+class Stream(torch.cpu.Stream):
+    """A CPU stream with the CUDA stream's signatures (checkpointing makes one per device)."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__()
+
+    def record_event(self, event: object = None) -> torch.cpu.Event:
+        return torch.cpu.Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+@functools.cache  # once is enough
+def enable() -> None:
+    """Exchange the `torch` of all Megatron modules, before the first Megatron object is made."""
+    if torch.cuda.is_available():
+        raise RuntimeError("align.distributed.megatron_on_cpu is for machines without CUDA")
+    for name in MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    cpu = torch.device("cpu")
+    cuda = look_alike(
+        torch.cuda,
+        current_device=lambda: cpu,
+        set_device=nothing,
+        synchronize=nothing,
+        empty_cache=nothing,
+        Event=torch.cpu.Event,
+        Stream=Stream,
+        stream=torch.cpu.stream,
+        current_stream=torch.cpu.current_stream,
+        default_stream=torch.cpu.current_stream,
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda state, *_: torch.set_rng_state(state),
+    )
+    factories = {name: on_cpu(getattr(torch, name)) for name in FACTORIES}
+    fake = look_alike(torch, cuda=cuda, **factories)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = fake
+
+    # One generator serves both "devices": Megatron's tracker forks it for dropout and recomputation.
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    # gloo copies a whole buffer onto itself where a group has one rank.
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    # Megatron multiplies by torch's fp32 product, slow on some processors: see align/kernels/matmul.py.
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    name = "linear_with_grad_accumulation_and_async_allreduce"
+    setattr(layers, name, linear_by_onednn(getattr(layers, name)))
+    keep_memory()
+
+    torch.Tensor.cuda = lambda self, *_, **__: self  # without CUDA it could only raise
+    torch.Tensor.type = cuda_type_names(torch.Tensor.type)
+
+
+def nothing(*_: object, **__: object) -> None:
+    pass
+
+
+def look_alike(module: types.ModuleType, **changed: object) -> types.ModuleType:
+    """A copy of a module's dictionary with some names changed: attribute access costs what it cost before."""
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update(changed)
+    copy.__getattr__ = lambda name: getattr(module, name)  # names that torch loads late
+    return copy
+
+
+def on_cpu(make: Callable) -> Callable:
+    """A tensor factory for which device="cuda" means the CPU."""
+
+    def made(*args: object, **kwargs: object) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = torch.device("cpu")
+        return make(*args, **kwargs)
+
+    return made
+
+
+def unless_alone(collective: Callable) -> Callable:
+    """A collective between a buffer and this rank's part of it, left out where that part is the whole."""
+
+    def call(
+        output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup, **kwargs: object
+    ) -> object:
+        return None if group.size() == 1 else collective(output, input, group=group, **kwargs)
+
+    return call
+
+
+def linear_by_onednn(megatrons: Callable) -> Callable:
+    """The product of Megatron's parallel linear layers, in fp32 by align.kernels.matmul.
+
+    Megatron's regions do here what its own function does: input gathered or copied, its gradient scattered or
+    summed. The gathered input is kept for the backward pass instead of gathered there again.
+    """
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+
+    @functools.wraps(megatrons)  # with its attribute `warned`, which it reads by its own name
+    def linear(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **how: object
+    ) -> torch.Tensor:
+        if not matmul.uses_onednn(input):
+            return megatrons(input, weight, bias, **how)
+        if how["sequence_parallel"]:
+            input = mappings.gather_from_sequence_parallel_region(input, group=how["tp_group"])
+        elif how["allreduce_dgrad"]:
+            input = mappings.copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
+        return matmul.Linear.apply(input, weight, bias)
+
+    return linear
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory for the next step, as a caching allocator does on GPUs.
+
+    Otherwise every tensor of some megabytes is mapped afresh, and touching new pages takes longer than most
+    of the arithmetic on them. Other C libraries have no mallopt; they stay as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_max, trim_threshold = -4, -1  # glibc's numbers for these parameters
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def cuda_type_names(plain: Callable) -> Callable:
+    """Tensor.type, but Megatron's optimizers get the name they compare with: 'torch.cuda.FloatTensor'."""
+
+    def type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+        answer = plain(self, *args, **kwargs)
+        if isinstance(answer, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
+            return answer.replace("torch.", "torch.cuda.")
+        return answer
+
+    return type

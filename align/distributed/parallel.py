@@ -1,0 +1,296 @@
+"""torchrun, process groups, seeds, and the few helpers that speak to other ranks.
+
+Ranks form a grid of tensor (tp), context (cp), pipeline (pp) and data (dp) parallel groups, Megatron's order.
+Started without torchrun, a script is a world of one process.
+"""
+
+import contextlib
+import ctypes
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from align.errors import UserError
+from align.flags import COUNT, check_ranges, whole
+
+T = TypeVar("T")
+# A rank waits for those whose answers or rewards take longer; NCCL's own limit would be 10 minutes.
+LONGEST_WAIT = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tp: int = 1
+    """tensor parallel size: every matrix is split over this many ranks"""
+    pp: int = 1
+    """pipeline parallel size: the layers are split into this many stages"""
+    cp: int = 1
+    """context parallel size: the tokens of a micro-batch are split over this many ranks"""
+    sequence_parallel: bool = False
+    """split the activations between the tensor parallel regions as well (saves memory; needs --tp > 1)"""
+    seed: int = 1234
+    """seed of the data order and of every random number, from 0 to 2^32 - 1"""
+    deterministic: bool = False
+    """only deterministic kernels and reductions on GPUs, at some cost in speed (a CPU run always is)"""
+    stall_limit: float = 1800.0
+    """seconds without progress of any rank (a micro-batch, a decoded token, a reward, a save), after which
+    the job ends and the rank at fault is named; 0: no limit, else at least 5"""
+
+    def __post_init__(self):
+        limit = "0, or from 5 to 1e9 seconds", lambda x: x == 0 or 5 <= x <= 1e9
+        check_ranges(self, tp=COUNT, pp=COUNT, cp=COUNT, seed=whole(0, 2**32 - 1), stall_limit=limit)
+
+
+@contextlib.contextmanager
+def start(config: ParallelConfig) -> Iterator[dist.Store]:
+    """Process groups and seeds for the body, which gets the groups' store; an orderly end after it.
+
+    Raises:
+        UserError: the world size is not a multiple of tp * pp * cp, or a flag does not fit another.
+    """
+    check(config)
+    end_with_torchrun()
+    # A save of Megatron's forks: after a kill -9 such a child would stay for ever.
+    os.register_at_fork(after_in_child=end_with_parent)
+    if config.tp > 1:
+        use_one_queue()
+    if config.deterministic:
+        make_deterministic()
+    if not torch.cuda.is_available():
+        from align.distributed import megatron_on_cpu  # here, so that it is never imported on GPUs
+
+        megatron_on_cpu.enable()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    else:  # not started by torchrun
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=rank, world_size=world)
+    make_grid(config)
+    yield store
+    # Leaving the groups to the interpreter's exit can abort a rank whose gloo threads still run.
+    dist.barrier()
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def end_with_torchrun() -> None:
+    """Have the kernel kill this rank when torchrun dies, as torchrun itself can only do while it lives.
+
+    After a kill -9 of torchrun alone the ranks would train on, and share one OUTPUT with those of the next.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # from linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def make_grid(config: ParallelConfig) -> None:
+    """Megatron's process groups, and the seeds, which depend on a rank's place in the grid."""
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        context_parallel_size=config.cp,
+        distributed_timeout_minutes=LONGEST_WAIT.total_seconds() / 60,
+        create_gloo_process_groups=True,  # checkpoints gather on hosts
+    )
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    model_parallel_cuda_manual_seed(config.seed)
+
+
+def check(config: ParallelConfig) -> None:
+    """Refuse sizes that do not fit each other or the world, before anything is built."""
+    world, model = int(os.environ.get("WORLD_SIZE", 1)), config.tp * config.pp * config.cp
+    if world % model:
+        raise UserError(
+            f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} "
+            f"processes: start a multiple of {model} with torchrun --nproc_per_node"
+        )
+    if config.sequence_parallel and config.tp == 1:
+        raise UserError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
+
+
+def use_one_queue() -> None:
+    """Kernels start in the order of their launch: Megatron overlaps a layer's communication by that.
+
+    CUDA reads this when it starts. What the user has set stays.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def make_deterministic() -> None:
+    """Fix what may differ between two runs on GPUs: reductions, Transformer Engine's and cuBLAS's kernels.
+
+    Of NCCL's algorithms only those are left out that add in the NVLink switches, in whatever order values
+    come. "Tree" alone, which is often advised, would leave gathers and scatters without any: NCCL 2.24 and
+    later refuse that.
+    """
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def device() -> torch.device:
+    """Device of this rank."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def is_exact(config: ParallelConfig) -> bool:
+    """True if passes over the same micro-batches have the same bits: on a CPU, or with --deterministic."""
+    return config.deterministic or device().type == "cpu"
+
+
+def device_name() -> str:
+    """Product name of this rank's device."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def dp_size() -> int:
+    """Number of ranks that see different data."""
+    return mpu.get_data_parallel_world_size()
+
+
+def dp_rank() -> int:
+    return mpu.get_data_parallel_rank()
+
+
+def is_main() -> bool:
+    """True on global rank 0, the one that writes and prints."""
+    return dist.get_rank() == 0
+
+
+def layout_sizes() -> dict[str, int]:
+    """The grid's sizes by name."""
+    return {
+        "tp": mpu.get_tensor_model_parallel_world_size(),
+        "cp": mpu.get_context_parallel_world_size(),
+        "pp": mpu.get_pipeline_model_parallel_world_size(),
+        "dp": dp_size(),
+    }
+
+
+def layout() -> str:
+    """The grid in words, for the log's first lines."""
+    grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
+    return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}"
+
+
+def sum_over_dp(x: Tensor) -> Tensor:
+    """Sum a tensor over the data parallel ranks, in place."""
+    dist.all_reduce(x, group=mpu.get_data_parallel_group())
+    return x
+
+
+def gather(item: T) -> list[T]:
+    """The items of all ranks, in their order. Collective."""
+    items: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def gather_over_dp(item: T) -> list[T]:
+    """The items of all data parallel ranks, in their order. Collective."""
+    items: list[T | None] = [None] * dp_size()
+    dist.all_gather_object(items, item, group=mpu.get_data_parallel_group())
+    return items
+
+
+def list_from_last_stage(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy the last pipeline stage's list of tensors, of whatever shapes, to every stage. Collective."""
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        return tensors
+    group, last = mpu.get_pipeline_model_parallel_group(), mpu.get_pipeline_model_parallel_last_rank()
+    box = [[(tensor.shape, tensor.dtype) for tensor in tensors]]
+    dist.broadcast_object_list(box, last, group=group)
+    if not mpu.is_pipeline_last_stage():
+        tensors = [torch.empty(shape, dtype=dtype, device=device()) for shape, dtype in box[0]]
+    for tensor in tensors:
+        dist.broadcast(tensor, last, group=group)
+    return tensors
+
+
+def free_memory() -> None:
+    """Give memory that is free, but kept for later, back to the device or the operating system."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def on_main(make: Callable[[], T]) -> T:
+    """Call a function on global rank 0 only and hand its result, or its UserError, to every rank."""
+    result, mistake = None, None
+    if is_main():
+        try:
+            result = make()
+        except UserError as error:
+            mistake = error
+    box = [result, mistake]
+    dist.broadcast_object_list(box, src=0)
+    if mistake or box[1]:
+        raise mistake or box[1]
+    return box[0]
+
+
+def parse_time(text: str) -> int:
+    """HH:MM:SS (or D-HH:MM:SS, as Slurm writes it) in seconds."""
+    match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,6}):([0-5]\d):([0-5]\d)", text)
+    if not match:
+        raise UserError(f"--max-time {text!r} is not of the form HH:MM:SS")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+class Stop:
+    """Tells all ranks together when to stop before the end: SIGTERM or SIGUSR1 came, or the time is up.
+
+    The answer is the same on every rank in the same step, which no rank could know by itself.
+    """
+
+    def __init__(self, max_time: str | None):
+        """max_time: HH:MM:SS from now, or None for no limit."""
+        self.deadline = None if max_time is None else time.monotonic() + parse_time(max_time)
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame: object) -> None:
+        self.signal = number
+
+    def reason(self) -> str | None:
+        """Reason to stop after this step, or None. Collective."""
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        flags = torch.tensor([self.signal, int(late)], device=device())
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        number, late = flags.tolist()
+        if number:
+            return f"{signal.Signals(number).name} received"
+        return "--max-time is over" if late else None

@@ -1,0 +1,144 @@
+"""Audit of the sampler against the trainer, after every rollout and before its first update.
+
+Both have the same weights then, so the log-prob that a token was sampled with and the one that training
+computes of it must agree. A mask or position that is off by one, stale weights, dropout, another temperature,
+a wrong cache: whatever makes the two differ shows here, and stops the run. All ranks know all answers, so
+each of them comes to the same verdict.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from align.flags import BOUND, above, check_ranges
+from align.generation.generator import Sample
+
+# Default bounds on differences of log-probs in nats: on their mean, and on a quantile of them. For
+# SmolLM2-135M, whose logits reach 37, rounding alone makes the mean 4e-6 and the maximum 4e-5 in fp32. In
+# bf16 23,274 tokens had a mean of 0.037, a 0.9999 quantile of 0.45 and a maximum of 0.51: the maximum grows
+# with the number of tokens, the quantile does not.
+BOUNDS = {torch.float32: (5e-5, 1e-3, 1.0), torch.bfloat16: (0.1, 2.0, 0.9999)}
+RATIO_BOUND = 1e-5  # where two passes over the same micro-batches have the same bits
+RATIO_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # elsewhere
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Bounds of the audit; at a --temperature below 1, which enlarges rounding, they are divided by it."""
+
+    audit_mean: float | None = None
+    """bound on the mean |sampling log-prob - training log-prob| over the tokens of a rollout, in nats; the
+    run stops beyond it (default: 5e-5 in fp32, 0.1 in bf16; inf: no bound)"""
+    audit_tail: float | None = None
+    """bound on the --audit-quantile of these differences, in nats (default: 1e-3 in fp32, 2 in bf16)"""
+    audit_quantile: float | None = None
+    """quantile that --audit-tail bounds, from 0 to 1, the maximum (default: 1 in fp32, 0.9999 in bf16, where
+    the maximum of the rounding errors grows with the number of tokens)"""
+
+    def __post_init__(self):
+        check_ranges(self, audit_mean=BOUND, audit_tail=BOUND, audit_quantile=above(0, 1))
+
+    def bounds(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        """Bound on the mean, bound on the quantile, and the quantile, for weights of a precision."""
+        own = (self.audit_mean, self.audit_tail, self.audit_quantile)
+        return tuple(d if value is None else value for value, d in zip(own, BOUNDS[dtype], strict=True))
+
+
+def compare(
+    places: Sequence[tuple[int, int]],
+    sampled: Sequence[np.ndarray],
+    trained: Sequence[np.ndarray],
+    dtype: torch.dtype,
+    temperature: float = 1.0,
+    config: AuditConfig = AuditConfig(),
+) -> dict[str, float]:
+    """Compare the log-probs that responses were sampled with and those that training computes.
+
+    Args:
+        places: of each answer its row of the data and its number, for the message.
+        sampled: of each answer [n], what the sampler said.
+        trained: of each answer [n], what training's forward pass says, with the weights of the sampler.
+        dtype: of the weights.
+        temperature: that of both.
+
+    Returns:
+        Mean, quantile and maximum of |sampled - trained| over all tokens, in nats.
+
+    Raises:
+        RuntimeError: a bound is exceeded; the message names the token with the largest difference.
+    """
+    for place, said, computed in zip(places, sampled, trained, strict=True):
+        if len(said) != len(computed):
+            raise RuntimeError(
+                f"audit: answer {place[1]} to row {place[0]} was sampled with {len(said)} tokens, training "
+                f"has {len(computed)}"
+            )
+    errors = [abs(a.astype(np.float64) - b) for a, b in zip(sampled, trained, strict=True)]
+    every = np.concatenate(errors)
+    most_mean, most_tail, q = config.bounds(dtype)
+    most_mean, most_tail = (bound / min(temperature, 1.0) for bound in (most_mean, most_tail))
+    mean, tail, largest = float(every.mean()), quantile(every, q), float(every.max())
+    if not (mean <= most_mean and tail <= most_tail):  # so written, NaN is refused too
+        answer = int(np.argmax([error.max() for error in errors]))  # of NaN, the first
+        token, (row, number) = int(errors[answer].argmax()), places[answer]
+        name = "maximum" if q == 1 else f"{q:g} quantile"
+        raise RuntimeError(
+            f"audit: token {token} of answer {number} to row {row} was sampled with log-prob "
+            f"{sampled[answer][token]:.6f}, training says {trained[answer][token]:.6f}. They differ by "
+            f"{errors[answer][token]:.2g}. Of all {len(every)} tokens the mean difference is {mean:.2g} "
+            f"(--audit-mean {most_mean:.2g}), the {name} {tail:.2g} (--audit-tail {most_tail:.2g}): "
+            "the sampler and the trainer do not compute the same model"
+        )
+    return {
+        "audit/logprob_error": mean,
+        "audit/logprob_error_quantile": tail,
+        "audit/logprob_error_max": largest,
+    }
+
+
+def quantile(values: np.ndarray, q: float) -> float:
+    """The smallest value that at least a share q of the values does not exceed; NaN if one is NaN.
+
+    Of fewer than 1 / (1 - q) values it is the maximum.
+    """
+    return float(np.quantile(values, q, method="inverted_cdf"))
+
+
+def check_ends(
+    places: Sequence[tuple[int, int]], answers: Sequence[Sample], stop_ids: set[int], stop: tuple[str, ...]
+) -> None:
+    """Raises RuntimeError if an answer that ended by itself does not hold the token that ended it.
+
+    Such a model is never taught to end. With stop strings an answer may end without such a token.
+    """
+    for (row, number), sample in zip(places, answers, strict=True):
+        if sample.finish == "stop" and not stop and int(sample.ids[-1]) not in stop_ids:
+            raise RuntimeError(
+                f"audit: answer {number} to row {row} ended, but its last token {sample.ids[-1]} is none "
+                "that ends an answer: the stop token was lost"
+            )
+
+
+def ratio_bound(dtype: torch.dtype, exact: bool) -> float:
+    """Default of --audit-ratio; `exact`: two passes over the same micro-batches have the same bits."""
+    return RATIO_BOUND if exact else RATIO_BOUNDS[dtype]
+
+
+def check_ratio(error: float, bound: float) -> dict[str, float]:
+    """Check that PPO's ratio is 1 at the first update of a rollout, where the policy is the one that sampled.
+
+    Args:
+        error: mean over its tokens of |pi / pi_old - 1|.
+
+    Raises:
+        RuntimeError: it is above the bound.
+    """
+    if not error <= bound:
+        raise RuntimeError(
+            f"audit: at the first update of a rollout the policy's ratio is off 1 by {error:.2g} on average "
+            f"(--audit-ratio {bound:.2g}): training does not compute what the pass for the old log-probs "
+            "did. On GPUs try --deterministic"
+        )
+    return {"audit/ratio_error": error}

@@ -1,0 +1,277 @@
+"""Core attention on torch's own kernels, over packed sequences.
+
+On GPUs (bf16) torch's flash kernels take the whole pack at once. On a CPU, in fp32, and with heads that those
+kernels do not take, each sequence is one call of scaled_dot_product_attention. Nothing is padded either way.
+Megatron calls this class where its layer spec says `core_attention`; Transformer Engine's attention takes its
+place with --attention te.
+"""
+
+import inspect
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from align.model.layers import rotate
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9, which TensorRT-LLM asks for
+    KNOWN = frozenset()  # names of its arguments
+else:
+    KNOWN = frozenset(inspect.signature(varlen_attn).parameters)
+# torch 2.11's has no such argument, and takes fewer key heads than query heads unasked.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in KNOWN else {}
+
+
+@dataclass
+class Packing(PackedSeqParams):
+    """Places of this rank's queries and keys: Megatron's own type, and the lengths on the host.
+
+    The host copy is made once per micro-batch; reading cu_seqlens in each layer would stop the GPU each time.
+    """
+
+    lengths: list[int] = field(default_factory=list)  # queries of each sequence that has any on this rank
+    # Keys that the last of them sees: the sequence's prefix, then its own. The queries are the last of them.
+    seen: list[int] = field(default_factory=list)
+    # Which places of the whole pack those keys are, of all sequences end to end; None: all, as they lie.
+    keys: Tensor | slice | None = None
+    rotation: tuple[Tensor, Tensor] | None = None  # layers.rotation of this rank's tokens; the model sets it
+
+
+def describe(
+    lengths: list[int],
+    prefixes: list[tuple[int, int]],
+    total: int,
+    qkv_format: str | None,
+    device: torch.device,
+    part: tuple[int, int] | None = None,
+) -> Packing:
+    """Describe sequences of these lengths, end to end; tokens after them, up to total, are one more sequence.
+
+    Args:
+        prefixes: (start, size) of what each sequence continues, as in packing.Batch.
+        total: tokens of the pack on all context parallel ranks.
+        qkv_format: "thd" for Transformer Engine; None for TorchAttention, which Megatron then leaves tensors
+            [T, 1, heads, d] to.
+        part: (rank, ranks) of the context parallel group, of which each rank has an equal slice of the
+            queries; None: this process's.
+    """
+    rank, ranks = part or (mpu.get_context_parallel_rank(), max(mpu.get_context_parallel_world_size(), 1))
+    rest = total - sum(lengths)
+    mine = rank * total // ranks, (rank + 1) * total // ranks
+    queries, seen, spans = overlap(lengths + [rest], prefixes + [(0, 0)], *mine)
+    return Packing(
+        qkv_format=qkv_format,
+        cu_seqlens_q=on_device([0, *itertools.accumulate(queries)], torch.int32, device),
+        cu_seqlens_kv=on_device([0, *itertools.accumulate(seen)], torch.int32, device),
+        max_seqlen_q=max(queries),
+        max_seqlen_kv=max(seen),
+        lengths=queries,
+        seen=seen,
+        keys=places(spans, total, device),
+    )
+
+
+def overlap(
+    lengths: list[int], prefixes: list[tuple[int, int]], first: int, end: int
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Keys and masks for the queries [first, end) of a pack, by sequence.
+
+    Returns:
+        The sequence's number of queries; the number of keys that its last query sees; and, end to end, the
+        places [start, end) in the pack of these keys: of its prefix, then of its own.
+    """
+    queries, seen, spans = [], [], []
+    begins = itertools.accumulate(lengths[:-1], initial=0)
+    for begin, length, (start, size) in zip(begins, lengths, prefixes, strict=True):
+        last = min(begin + length, end)
+        if last > max(begin, first):
+            queries.append(last - max(begin, first))
+            seen.append(size + last - begin)
+            spans += [(start, start + size), (begin, last)]
+    return queries, seen, spans
+
+
+def places(spans: list[tuple[int, int]], total: int, device: torch.device) -> Tensor | slice | None:
+    """All places of these spans [start, end), as an index of a pack of so many; None if it is all of them."""
+    spans = [(start, end) for start, end in spans if start < end]
+    if all(end == start for (_, end), (start, _) in itertools.pairwise(spans)):
+        first, last = spans[0][0], spans[-1][1]
+        return None if (first, last) == (0, total) else slice(first, last)
+    return on_device([place for span in spans for place in range(*span)], torch.int64, device)
+
+
+def on_device(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers as a tensor. A GPU copies them when it gets there: waiting would empty its queue."""
+    made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
+
+
+class TorchAttention(MegatronModule):
+    """Rotary positions, then softmax(q k^T / sqrt(d)) v, causal, inside each sequence of the pack.
+
+    With a sliding window, a query sees itself and the keys of the window - 1 tokens before it.
+
+    With context parallelism each rank holds an equal slice of the pack's tokens: queries stay where they are,
+    keys and values are gathered (their gradients are summed and scattered on the way back).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        # the number of keys that a query sees, itself included
+        self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.cp: dist.ProcessGroup = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,  # [T/cp, 1, heads, d]
+        key: Tensor,  # [T/cp, 1, groups, d]
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: Packing | None = None,
+    ) -> Tensor:
+        """Returns [T/cp, 1, heads * d]."""
+        assert attention_mask is None and attention_bias is None and packed_seq_params is not None
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        query, key = (rotate(x, *packed_seq_params.rotation) for x in (query, key))
+        if self.cp.size() > 1:
+            key, value = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp) for x in (key, value)
+            )
+        return self.within(query, key, value, packed_seq_params).reshape(len(query), 1, -1)
+
+    def within(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
+        """This rank's queries [T/cp, heads, d] and the whole pack's keys and values [T, groups, d]."""
+        if isinstance(sequences.keys, slice):
+            key, value = key[sequences.keys], value[sequences.keys]
+        elif sequences.keys is not None:  # the gradient of index_select is a sum, that of x[keys] a sort
+            key, value = (x.index_select(0, sequences.keys) for x in (key, value))
+        if uses_flash(query.dtype, query.shape[-1], query.is_cuda):
+            return self.flash(query, key, value, sequences)
+        return self.by_sequence(query, key, value, sequences)
+
+    def flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
+        """All sequences in one kernel."""
+        return flash(
+            query,
+            key,
+            value,
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_kv,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_kv,
+            self.scale,
+            self.window,
+        )
+
+    def by_sequence(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
+        """One call per sequence."""
+        # split, not slices: the gradient of a slice is a full-size tensor of zeros, once per sequence
+        parts = query.split(sequences.lengths), key.split(sequences.seen), value.split(sequences.seen)
+        return torch.cat([attend(*part, self.scale, self.window) for part in zip(*parts, strict=True)])
+
+
+def uses_flash(dtype: torch.dtype, head_dim: int, cuda: bool) -> bool:
+    """True if `flash` takes such heads on this device. Else `attend` takes one sequence after the other.
+
+    fp32 is there to compare with the CPU, and flash kernels have none. Before 2.11 torch's function for packs
+    had no window, or was not there.
+    """
+    return (
+        cuda
+        and "window_size" in KNOWN
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+    )
+
+
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """All sequences of a pack in one kernel, where `uses_flash`: queries [m, heads, d] -> [m, heads, d].
+
+    A query sees itself and the keys of its sequence before it, `window` keys in all at most.
+
+    Args:
+        key, value: [n, groups, d]; groups divides heads.
+        cu_q, cu_k: [N + 1] int32 on the GPU. Sequence i has queries cu_q[i] to cu_q[i + 1] and keys cu_k[i]
+            to cu_k[i + 1], of which those of its queries are the last.
+        max_q, max_k: most queries and keys of a sequence.
+    """
+    span = (-1 if window is None else window - 1, 0)  # keys before and after the query's own
+    return varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=span, **GROUPED)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """One sequence: queries [m, heads, d], the last m of n; keys [n, groups, d] -> [m, heads, d].
+
+    A query sees itself and the keys before it, `window` keys in all at most.
+    """
+    m, n = len(query), len(key)
+    mask = None
+    if m < n or (window is not None and n > window):
+        distance = torch.arange(n - m, n, device=query.device)[:, None] - torch.arange(n, device=query.device)
+        mask = (distance >= 0) & (distance < (window or n))
+    dtype = query.dtype
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, tokens, d]
+    if not query.is_cuda:  # the CPU's kernel is faster in fp32, and exact
+        query, key, value = query.float(), key.float(), value.float()
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[0].transpose(0, 1).to(dtype)
+
+
+def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """One query of each sequence against all that is kept of it, on a CPU: [B, groups, queries, d].
+
+    The products by themselves are faster there than scaled_dot_product_attention, which takes each sequence
+    apart. GPUs have align/kernels/decode_attention.py.
+
+    Args:
+        query: [B, groups, queries of a group, d].
+        keys, values: [B, groups, n, d].
+        mask: [B, 1, 1, n] of 0 and minus infinity.
+    """
+    scores = torch.matmul(query * scale, keys.transpose(2, 3)).add_(mask)
+    return torch.matmul(scores.softmax(-1), values)

@@ -1,0 +1,132 @@
+"""Flags of a model, and checks of them against its architecture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.utils import get_te_version
+
+from align.data import hub
+from align.distributed.parallel import ParallelConfig, device_name
+from align.errors import UserError
+from align.files import ASSETS
+from align.kernels import matmul
+from align.model.architecture import Architecture
+from align.model.attention import uses_flash
+
+FP8_MULTIPLE = 16  # what the sizes of an 8-bit product must be multiples of
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = "tiny"
+    """Hugging Face directory to start from, a model of the Hub (org/name, org/name@revision), or "tiny": a
+    small random Llama that comes with this project"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: weights in bf16; main weights, gradients and Adam in fp32. auto: bf16 on GPUs, fp32 on a CPU"""
+    attention: Literal["auto", "torch", "te"] = "auto"
+    """attention and linear layers: torch's kernels or Transformer Engine. auto: te where it is installed"""
+    fp8: bool = False
+    """matrix products of the layers in 8 bits; needs --attention te and a GPU that has them (H100, H200)"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activation recomputation in the backward pass: attention core (selective) or whole layers (full)"""
+
+    @property
+    def path(self) -> Path:
+        """The directory of the model, which is downloaded if it is one of the Hub. Raises UserError."""
+        tiny = ASSETS / "tiny"
+        return tiny if self.model == "tiny" else hub.local_model(Path(self.model))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        precision = (
+            ("bf16" if torch.cuda.is_available() else "fp32") if self.precision == "auto" else self.precision
+        )
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_model(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a split that this model does not allow, before anything is built."""
+    tp, pp = parallel.tp, parallel.pp
+    if arch.heads % tp or arch.ffn_size % tp:
+        raise UserError(
+            f"--tp {tp} does not divide the model's {arch.heads} attention heads (and {arch.ffn_size} ffn "
+            "columns): use a divisor, or data parallelism (more processes) or --pp instead"
+        )
+    if arch.kv_heads % tp and tp % arch.kv_heads:
+        raise UserError(
+            f"--tp {tp} and the model's {arch.kv_heads} key-value heads: one must divide the other"
+        )
+    if arch.layers % pp:
+        raise UserError(f"--pp {pp} does not divide the model's {arch.layers} layers")
+    if uses_te(config) and (arch.window is not None or parallel.cp > 1):
+        raise UserError(
+            f"--attention {config.attention} is Transformer Engine's here, which does not do sliding windows "
+            "or --cp above 1 yet: give --attention torch"
+        )
+    if uses_te(config) and (arch.out_bias or arch.mlp_bias):
+        raise UserError(
+            f"--attention {config.attention} is Transformer Engine's here, which is not connected to "
+            "attention_bias and mlp_bias yet: give --attention torch"
+        )
+    if config.fp8:
+        check_fp8(arch, config, tp)
+
+
+def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
+    """Refuse --fp8 where Transformer Engine's 8-bit products cannot be used."""
+    if not uses_te(config):
+        raise UserError("--fp8 needs Transformer Engine: give --attention te on a GPU, or leave --fp8 out")
+    if config.dtype != torch.bfloat16:
+        raise UserError(f"--fp8 and --precision {config.precision}: what is not in 8 bits must be in bf16")
+    if torch.cuda.get_device_capability() < (8, 9):
+        raise UserError(f"--fp8: {device_name()} has no 8-bit products: leave it out")
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        "attention columns": arch.heads * arch.head_dim // tp,
+        "query, key and value rows": (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp,
+        "ffn columns": arch.ffn_size // tp,
+    }
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise UserError(f"--fp8: the {size} {name} of a rank are no multiple of {FP8_MULTIPLE}")
+
+
+def uses_te(config: ModelConfig) -> bool:
+    """True for Transformer Engine. Raises if it is asked for and not installed."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
+        raise UserError(
+            "--attention te needs a GPU and the package transformer-engine: install it or use torch"
+        )
+    return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
+
+
+def describe_model(arch: Architecture, config: ModelConfig) -> str:
+    """Model, precision and kernels, for the log's first lines."""
+    if uses_te(config):
+        kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
+    elif not torch.cuda.is_available():
+        kernels = "torch kernels"
+        if config.dtype == torch.float32:
+            kernels += f", matrix products by {matmul.kernels()}"
+    else:
+        flash = uses_flash(config.dtype, arch.head_dim, cuda=True)
+        kernels = f"torch kernels, {'flash attention' if flash else 'attention by sequence'}"
+        kernels += ", small layers compiled"
+    if overlaps_gradients():
+        kernels += ", gradients summed during the backward pass"
+    precision = str(config.dtype).removeprefix("torch.")
+    one_matrix = arch.tied_embeddings and not arch.labels  # for embedding and output layer
+    weights = arch.matmul_params + (0 if one_matrix else arch.vocab_size * arch.hidden_size)
+    size = f"{weights / 1e6:.1f} M weights"
+    commit = f" ({config.path.name})" if config.path.parent.name == "snapshots" else ""
+    return f"{arch.family} with {size} from {config.model}{commit}, {precision}, {kernels}"
+
+
+def overlaps_gradients() -> bool:
+    """True if more than one rank takes part in the gradient reduction."""
+    return mpu.get_data_parallel_world_size(with_context_parallel=True) > 1

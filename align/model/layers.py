@@ -1,0 +1,272 @@
+"""The small layers between the matrix products: norm, gate, rotation, with their gradients written out.
+
+Each saves its input and little else for the backward pass. Left to autograd, they would save every step of
+their arithmetic: two thirds more activation memory, and as much more traffic to and from it.
+
+What they compute is written once, in the functions marked `fused`: on a CPU they run as they are, on a GPU
+each is compiled to one kernel (the norm's gradient: two or three). LayerNorm is torch's own kernel.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from align.distributed.parallel import device
+
+T = TypeVar("T")
+VARIANTS = 64  # kernels of one function: of each width and data type, and for one row
+
+
+def fused(function: Callable[..., T]) -> Callable[..., T]:
+    """On GPUs the steps of an element-wise function as one kernel; on a CPU the function as it is.
+
+    torch.compile makes the kernel at the first call with CUDA tensors, which must come before a CUDA graph is
+    captured. Run step by step on a GPU, each step would read and write its tensor in memory.
+
+    The function takes a tensor [n, ...] first. n may vary without a new kernel, in it and in all tensors with
+    as many dimensions; every other size and every number is part of the kernel. No gradient passes through.
+    """
+    kernel = functools.cache(functools.partial(compiled, function))
+
+    @functools.wraps(function)
+    def run(x: Tensor, *rest: object) -> T:
+        return kernel()(x, *rest) if compiles(x) else function(x, *rest)
+
+    return run
+
+
+def compiles(x: Tensor) -> bool:
+    """True if a compiled kernel exists. None with --deterministic: its sums may depend on the first size."""
+    return x.is_cuda and not torch.are_deterministic_algorithms_enabled()
+
+
+def compiled(function: Callable[..., T], backend: str | Callable = "inductor") -> Callable[..., T]:
+    """torch.compile of a function that `fused` may mark, for any number of rows; `backend` is for tests."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    # dynamic=False, for kernels with fixed widths are faster; the marks below say what is not fixed.
+    kernel = torch.compile(function, dynamic=False, backend=backend)
+
+    def run(x: Tensor, *rest: object) -> T:
+        rows = x.dim()
+        given = [a.detach() if isinstance(a, Tensor) else a for a in (x, *rest)]
+        for a in given:
+            if isinstance(a, Tensor) and a.dim() == rows:
+                torch._dynamo.maybe_mark_dynamic(a, 0)
+        return kernel(*given)
+
+    return run
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; in fp32 inside."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
+        # Under sequence parallelism each rank sees some of the tokens: Megatron sums the marked gradients.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a gradient; weight may be [..., H]."""
+    return norm_and_scale(x, weight, eps)[0]
+
+
+@fused
+def norm_and_scale(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x, and 1 / rms(x) = 1 / sqrt(mean(x^2) + eps) in fp32, [..., 1]."""
+    scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x * scale).to(x.dtype) * weight, scale
+
+
+@fused
+def norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight.
+
+    With n = x / rms(x), y = n w:  dw = sum dy n,  dx = (dy w - n mean(dy w n)) / rms(x).
+    """
+    normed = x * scale
+    grad_weight = (grad * normed).flatten(0, -2).sum(0)
+    grad_normed = (grad * weight).float()
+    along = (grad_normed * normed).mean(-1, keepdim=True)
+    grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(scale)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """norm_and_scale for autograd, which calls norm_gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # noqa: ANN001
+        y, scale = norm_and_scale(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        return *norm_gradient(grad, *ctx.saved_tensors), None
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension; torch's own kernel."""
+
+    initial_weight = 1.0
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", self.initial_weight), ("bias", 0.0)):
+            filled = torch.full((hidden_size,), value, dtype=config.params_dtype, device=device())
+            self.register_parameter(name, nn.Parameter(filled))
+            getattr(self, name).sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class LayerNorm1P(LayerNorm):
+    """LayerNorm with the factor weight + 1, added in the weight's precision (NeMo's layernorm1p)."""
+
+    initial_weight = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight + 1, self.bias, self.eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm with a factor and a bias [H]."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "layer_1p": LayerNorm1P}  # by Architecture.norm
+
+
+class SwiGLU(MegatronModule):  # Megatron's type, because checkpoints ask each part of an MLP for its weights
+    """silu(gate) * up for an input [..., gate; up] (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SwiGLUFunction.apply(x)
+
+
+@fused
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of [..., gate; up], without a gradient."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+@fused
+def swiglu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x:  d gate = dy up silu'(gate),  d up = dy silu(gate)."""
+    gate, up = x.chunk(2, -1)
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat([grad_gate, F.silu(gate).mul_(grad)], -1)
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """swiglu for autograd, which calls swiglu_gradient."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ANN001
+        ctx.save_for_backward(x)
+        return swiglu(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        return swiglu_gradient(grad, *ctx.saved_tensors)
+
+
+class SquaredReLU(MegatronModule):
+    """relu(x)^2 (https://arxiv.org/abs/2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SquaredReLUFunction.apply(x)
+
+
+@fused
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, without a gradient."""
+    return F.relu(x).square_()
+
+
+@fused
+def squared_relu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x:  dx = 2 dy relu(x)."""
+    return F.relu(x).mul_(2).mul_(grad)
+
+
+class SquaredReLUFunction(torch.autograd.Function):
+    """squared_relu for autograd, which calls squared_relu_gradient."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ANN001
+        ctx.save_for_backward(x)
+        return squared_relu(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        return squared_relu_gradient(grad, *ctx.saved_tensors)
+
+
+ACTIVATIONS = {"swiglu": SwiGLU, "relu2": SquaredReLU}  # by Architecture.activation
+
+
+def rotation(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of some tokens, each [T, 1, d/2], for all heads and layers.
+
+    Args:
+        positions: [T].
+        frequencies: [d/2].
+        scale: [d/2], factor of cosines and sines (YaRN's attention factor); None: 1.
+    """
+    angles = torch.outer(positions.float(), frequencies)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    if scale is not None:
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype), sin.to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864), pairs being dimensions i and i + d/2.
+
+    Args:
+        x: [T, heads, d] queries or keys.
+        cos, sin: [T, 1, d/2] from `rotation`.
+    """
+    return RotateFunction.apply(x, cos, sin)
+
+
+class RotateFunction(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back; a factor in cos and sin stays the same."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):  # noqa: ANN001
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        return turn(grad, *ctx.saved_tensors, -1), None, None
+
+
+@fused
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """(a, b) -> (a cos - s b sin, b cos + s a sin) for the halves a, b of the last dimension and s = sign."""
+    a, b = x.chunk(2, -1)
+    first, second = (a * cos).addcmul_(b, sin, value=-sign), (b * cos).addcmul_(a, sin, value=sign)
+    return torch.cat([first, second], -1)

@@ -1,0 +1,326 @@
+"""Sampled answers and what they are worth, to a reward model in the same job or to a function of the user's.
+
+Both judges take answers by prompt and return an array [prompts, answers of each], the same on every rank.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import json
+import math
+import os
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from align.data import hub, tokenizer
+from align.data.packing import BatchConfig
+from align.data.preferences import as_scored
+from align.data.prompts import Prompt
+from align.distributed import parallel, watchdog
+from align.distributed.parallel import ParallelConfig
+from align.errors import UserError
+from align.flags import SCALE, SCORE, check_ranges, refuse_unused
+from align.generation.generator import Sample
+from align.generation.rollout import T, Tokenizer, answer
+from align.model import architecture, gpt, huggingface
+from align.model.config import ModelConfig
+from align.model.gpt import Scorer
+from align.training import batching, offload
+from align.training.offload import Shelf
+
+Function = Callable[[str, str, dict], float]  # prompt, response, row of the data -> reward
+STATISTICS = "reward_statistics.json"  # in a reward model's directory, beside config.json
+Setting = tuple[Callable[[], object], Callable[[object], object]]  # read it, restore it
+SETTINGS: tuple[Setting, ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (os.getcwd, os.chdir),
+)
+RANDOM_STATES: tuple[Setting, ...] = (
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+    (
+        lambda: torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        lambda state: None if state is None else torch.cuda.set_rng_state(state),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    reward_model: Path | None = None
+    """reward model (train_rm.py makes one) with the policy's tokenizer: a directory, or one of the Hub"""
+    reward_fn: str | None = None
+    """module:function of yours, called with prompt, response (both text) and the row; returns a number; with
+    a reward model as well their sum counts"""
+    reward_mean: float = 0.0
+    """subtracted from the reward model's scores"""
+    reward_std: float = 1.0
+    """the scores are divided by it then; with the mean and standard deviation that the reward model has on
+    answers of --model, rewards are standardised"""
+    reward_standardise: Literal["off", "auto"] = "off"
+    """auto: --reward-mean and --reward-std are those in the reward model's reward_statistics.json, in which
+    train_rm.py writes the mean and standard deviation of its scores on validation rows"""
+
+    def __post_init__(self):
+        check_ranges(self, reward_mean=SCORE, reward_std=SCALE)
+        if not self.reward_model:
+            names = "reward_mean reward_std reward_standardise"
+            refuse_unused(self, RewardConfig, names, "without --reward-model")
+        if self.reward_standardise == "auto":
+            why = "with --reward-standardise auto, which reads it from a file"
+            refuse_unused(self, RewardConfig, "reward_mean reward_std", why)
+
+    def with_statistics(self) -> "RewardConfig":
+        """Replace --reward-standardise auto by the numbers of the file. Raises UserError if it has none."""
+        if self.reward_standardise == "off":
+            return self
+        path = hub.local_model(self.reward_model) / STATISTICS
+        if not path.is_file():
+            raise UserError(
+                f"--reward-standardise auto: there is no {path}, which train_rm.py writes with each reward "
+                "model. Give --reward-mean and --reward-std instead: rewards_all_mean and rewards_all_std of "
+                "its validation, or what the reward model gives to responses of --model"
+            )
+        try:
+            mean, std = (float(json.loads(path.read_bytes())[name]) for name in ("mean", "std"))
+            return replace(self, reward_standardise="off", reward_mean=mean, reward_std=std)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'--reward-standardise auto: {path} must hold numbers "mean" and "std", std above 0: {error}'
+            ) from error
+
+    def describe(self) -> str:
+        """The parts of a reward, for the log."""
+        score = self.reward_model and f"the score of {self.reward_model}"
+        if (self.reward_mean, self.reward_std) != (0.0, 1.0):
+            score = f"({score} - {self.reward_mean:g}) / {self.reward_std:g}"
+        return f"reward: {' + '.join(filter(None, [score, self.reward_fn]))}"
+
+    def standardised(self, scores: T) -> T:
+        """Scores of the reward model, an array or tensor, as rewards."""
+        return (scores - self.reward_mean) / self.reward_std
+
+
+def load_scorer(
+    flag: str, directory: Path, config: ModelConfig, layout: ParallelConfig, text: Tokenizer
+) -> Scorer:
+    """Load a reward model or critic, one value per token; a language model gets a head of zeros, so values 0.
+
+    Raises UserError, naming `flag`: it has several labels, or another tokenizer than the policy (`text`),
+    whose token ids it is to be given.
+    """
+    config = replace(config, model=str(directory))
+    start = architecture.read_config(config.path)
+    if start.labels > 1:
+        raise UserError(f"{flag} {directory} has {start.labels} labels: give a model with one")
+    if tokenizer.load(config.path).ids_by_token != text.ids_by_token:
+        raise UserError(
+            f"{flag} {directory} has another tokenizer than --model: it would read other texts than were "
+            "sampled"
+        )
+    arch = replace(start, labels=1)
+    scorer = gpt.build_scorer(arch, config, layout)
+    source = huggingface.open_source(config.path, arch if start.labels else start, layout.seed)
+    if not start.labels:  # a critic: random values would only add noise to the first advantages
+        source = huggingface.FreshHead(source, arch, layout.seed, std=0.0)
+    huggingface.load(scorer, source)
+    return scorer
+
+
+def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str], None]) -> None:
+    """Log a warning if the texts of a reward model's training seldom end as responses of the policy do.
+
+    The score is read at the last token: after another one it is off the training distribution.
+    """
+    path = reward.reward_model and hub.local_model(reward.reward_model) / STATISTICS
+    ends = json.loads(path.read_bytes()).get("ends") if path and path.is_file() else None
+    if not ends:
+        return
+    strings = [text.encode(end, continued=True)[-1] for end in text.stop_strings]
+    share = sum(ends.get(str(i), 0) for i in {*text.stop_ids, *strings}) / sum(ends.values())
+    if share < 0.5:
+        most = text.decode([int(max(ends, key=ends.get))])
+        stops = ", ".join(repr(text.decode([i])) for i in sorted(text.stop_ids))
+        say(
+            f"WARNING: texts that --reward-model {reward.reward_model} was trained on end with {most!r}, "
+            f"responses with {stops}: its scores are off its training distribution. Train it from the SFT "
+            "model, whose format it takes over, or on texts that end as responses do"
+        )
+
+
+def save_statistics(statistics: dict, directory: Path) -> None:
+    """Write mean and standard deviation of a reward model's scores for `RewardConfig.with_statistics`.
+
+    A file of its own: transformers would take a field of config.json over into every model that is made from
+    this one, and its scores are others.
+    """
+    (directory / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+
+
+Judge = Callable[[Sequence[Prompt], Sequence[Sequence[Sample]]], np.ndarray]  # rewards [prompts, answers]
+
+
+def judges(
+    reward: RewardConfig,
+    config: ModelConfig,
+    layout: ParallelConfig,
+    batch: BatchConfig,
+    text: Tokenizer,
+    stop: tuple[str, ...],
+    shelf: Shelf | None = None,
+) -> list[Judge]:
+    """Reward sources that the flags name; the reward of a response is the sum of their scores."""
+    found: list[Judge] = []
+    if reward.reward_model:
+        found.append(RewardModel(reward, config, layout, batch, text, shelf))
+    if reward.reward_fn:
+        found.append(RewardFunction(reward.reward_fn, text, stop))
+    return found
+
+
+class RewardModel:
+    """A reward model in the policy's layout. Between rollouts its weights wait elsewhere."""
+
+    def __init__(
+        self,
+        reward: RewardConfig,
+        config: ModelConfig,
+        layout: ParallelConfig,
+        batch: BatchConfig,
+        text: Tokenizer,
+        shelf: Shelf | None = None,
+    ):
+        """
+        Args:
+            config: the policy's, for its precision and kernels.
+            text: the policy's tokenizer.
+            shelf: where the weights wait.
+        """
+        self.reward, self.batch = reward, batch
+        if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
+            raise UserError(f"--reward-model {reward.reward_model} is a language model: give a reward model")
+        self.scorer = load_scorer("--reward-model", reward.reward_model, config, layout, text)
+        self.weights = offload.park(self.scorer, shelf or Shelf())
+
+    def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
+        """Rewards [prompts, answers]: the model's standardised value at each answer's last token. Collective.
+
+        Raises UserError for an answer beyond the model's context, FloatingPointError for NaN and infinity.
+        """
+        longest = max(
+            len(prompt.ids) + len(sample.ids)
+            for prompt, answers in zip(prompts, samples, strict=True)
+            for sample in answers
+        )
+        if longest > (context := self.scorer.arch.max_positions):
+            raise UserError(
+                f"--reward-model has a context of {context} tokens, prompt and answer have {longest}: lower "
+                "--max-prompt-len or --max-new-tokens"
+            )
+        examples = [
+            [as_scored(answer(prompt, sample)) for sample in answers]
+            for prompt, answers in zip(prompts, samples, strict=True)
+        ]
+        with self.weights.lent_to(self.scorer):
+            found = batching.per_example(
+                self.scorer, batching.answer_rows(self.scorer, examples, self.batch), self.batch
+            )
+        rewards = np.concatenate(found)[:, 0].astype(np.float64).reshape(len(prompts), -1)
+        if not np.isfinite(rewards).all():
+            raise FloatingPointError("--reward-model gave a score that is NaN or infinite")
+        return self.reward.standardised(rewards)
+
+
+class RewardFunction:
+    """A function of the user's. Each answer is scored once, by one of the ranks.
+
+    It leaves no trace in training. Its random numbers follow from the answer and its place, in every layout.
+    """
+
+    def __init__(self, name: str, text: Tokenizer, stop: tuple[str, ...], flag: str = "--reward-fn"):
+        """`name`: module:function, the module in the current directory or installed; `stop`: --stop."""
+        self.flag, self.function = f"{flag} {name}", import_function(name, flag)
+        self.text, self.stop = text, stop
+
+    def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
+        """Rewards [prompts, answers]. Collective. Raises UserError for what is no finite number."""
+        with isolated(self.flag, RANDOM_STATES):  # once: numpy's take 0.2 ms
+            part = self.part(prompts, samples)
+        return table(parallel.gather(part), samples)
+
+    def part(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[tuple]:
+        """(prompt, answer, reward) of this rank's share."""
+        places = [(i, k) for i, answers in enumerate(samples) for k in range(len(answers))]
+        rewards = []
+        for i, k in places[dist.get_rank() :: dist.get_world_size()]:
+            watchdog.tick(self.flag)
+            prompt, response = prompts[i], samples[i][k].text(self.text, self.stop)
+            row = copy.deepcopy(prompt.row)  # the function may change it
+            seed(zlib.crc32(samples[i][k].ids.tobytes(), i * len(samples[i]) + k))
+            with isolated(self.flag, SETTINGS):
+                value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
+            if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+                raise UserError(
+                    f"{self.flag} returned {value!r} for the answer {response!r}: a reward is a finite number"
+                )
+            rewards.append((i, k, float(value)))
+        return rewards
+
+
+@contextlib.contextmanager
+def isolated(flag: str, settings: Sequence[Setting]) -> Iterator[None]:
+    """Restore settings after code of the user's. Raises RuntimeError, naming `flag`, for its sys.exit."""
+    before = [read() for read, _ in settings]
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"{flag} called sys.exit({error.code!r}): a function returns or raises") from error
+    finally:
+        for (read, restore), value in zip(settings, before, strict=True):
+            if read() is not value:  # random states always are other objects
+                restore(value)
+
+
+def seed(number: int) -> None:
+    """Seed Python's, numpy's and torch's random numbers on the CPU."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+
+
+def import_function(name: str, flag: str = "--reward-fn") -> Function:
+    """The function that module:function, the value of `flag`, names. Raises UserError if there is none."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"{flag} {name!r} must be of the form module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    package = module.partition(".")[0]  # find_spec raises an error of its own if this one is missing
+    with isolated(f"{flag} {name}", (*SETTINGS, *RANDOM_STATES)):
+        if importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None:
+            raise UserError(f"{flag} {name}: no module {module!r} in the current directory or installed")
+        attribute = getattr(importlib.import_module(module), function, None)
+    if not callable(attribute):
+        raise UserError(f"{flag} {name}: module {module!r} has no function {function!r}")
+    return attribute
+
+
+def table(parts: Sequence[Sequence[tuple[int, int, float]]], samples: Sequence[Sequence]) -> np.ndarray:
+    """(prompt, answer, reward) of all ranks as an array [prompts, answers]."""
+    rewards = np.full((len(samples), len(samples[0])), np.nan)
+    for part in parts:
+        for i, k, reward in part:
+            rewards[i, k] = reward
+    return rewards

@@ -1,0 +1,98 @@
+"""Checks of --output before anything is written, so that nothing of the user's is overwritten."""
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from align.errors import UserError
+from align.files import ROOT, check_path, read_object
+
+WRITTEN = (  # in OUTPUT by a run, beside the script; weights mean that OUTPUT is a model
+    "config.json log.txt metrics.jsonl samples.jsonl metrics.tmp samples.tmp prompt_format.json "
+    "reference.txt wandb_id.txt checkpoints hf hf.tmp plots rollouts *.safetensors pytorch_model*.bin".split()
+)
+
+
+def check_run(output: Path, flags: dict, script: Path) -> None:
+    """Refuse an OUTPUT in which a run would overwrite or delete what no run has written.
+
+    Args:
+        flags: name and value of each flag.
+        script: copied to OUTPUT.
+
+    Raises:
+        UserError: also for data directly in OUTPUT, and for models in it, which the export may replace.
+    """
+    check_path(output)
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"--output {output} is a file: give a directory")
+    code, home = "the directory of the code", Path(os.path.expanduser("~"))
+    places = {Path("/"): "the root directory", home: "the home directory", ROOT: code, script.parent: code}
+    for place, name in {**places, Path(): "the current directory"}.items():
+        if place.exists() and output.samefile(place):
+            raise UserError(f"--output {output} is {name}: give a directory of its own")
+    for flag, path in inputs(flags):
+        folders = [path, *path.resolve().parents] if path.is_dir() else {path.parent, path.resolve().parent}
+        if any(folder.samefile(output) for folder in folders):
+            raise UserError(
+                f"{flag} {path} is in --output {output}, where a run writes: give another --output"
+            )
+    if (output / "hf").is_symlink():
+        raise UserError(f"--output {output}: hf in it is a link, which the export cannot replace: remove it")
+    held = [path.name for name in (*WRITTEN, script.name) for path in output.glob(name)]
+    if held and not is_run(output):  # in this order: rank 0 may write now, the flags first
+        raise UserError(f"--output {output} holds {held[0]}, and no config.json of a run: give another")
+
+
+def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
+    """Hold OUTPUT for this process until the file is closed, or until the process ends, in whatever way.
+
+    Raises UserError if another process holds it. A file system without locks is logged.
+    """
+    file = open(output / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # unlike flock's, no fork of this process inherits it
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"--output {output} is in use by another run, {file.read()}: give another") from None
+    except OSError as error:
+        say(f"WARNING: --output {output} cannot be locked ({error.strerror}): start no second run there")
+        return file
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def is_run(output: Path) -> bool:
+    """True if a run has left its flags or a checkpoint there."""
+    config = output / "config.json"
+    has_flags = config.is_file() and "flags" in read_object(config)
+    return has_flags or bool(complete_checkpoints(output / "checkpoints"))
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, oldest first."""
+    return sorted(path for path in directory.glob("step_????????") if path.is_dir())
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint so that a kill leaves no half of it under its name; the next save clears up."""
+    shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+
+
+def inputs(flags: dict) -> Iterator[tuple[str, Path]]:
+    """Flag and path of the models and data sets that are on this machine."""
+    for name, value in flags.items():
+        if name in ("model", "reward_model", "critic") or name.endswith("_data"):
+            for path in value if isinstance(value, tuple | list) else [value]:
+                if path and Path(path).exists():
+                    yield f"--{name.replace('_', '-')}", Path(path)

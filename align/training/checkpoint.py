@@ -1,0 +1,366 @@
+"""Checkpoints that continue a run bit for bit, in any parallel layout.
+
+    OUTPUT/checkpoints/step_00000100/     weights, main weights, Adam, random states, in Megatron's format
+        critic/                           the same of another model in training, if there is one
+        state.json                        step, layout, what decided the run, metrics by which to keep it
+
+A checkpoint appears by one rename, so what has its name is complete. The model for others is OUTPUT/hf.
+"""
+
+import contextlib
+import os
+import queue
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import nn
+
+from align.distributed import parallel, watchdog
+from align.errors import UserError
+from align.files import read_object
+from align.flags import COUNT_OR_0, check_ranges
+from align.tracking.output import complete_checkpoints, delete_checkpoint
+from align.training import checkpoint_files, optim
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_interval: int = 500
+    """steps between checkpoints; one more comes at the end, and when a run is told to stop; 0: only those"""
+    save_top_k: int = 1
+    """checkpoints to keep, the best by --monitor; the newest is always kept as well"""
+    monitor: str = "val/loss"
+    """metric that ranks checkpoints: lowest first where its name says loss, else highest first; for
+    torchrun write -- before the script's name, else it takes this flag for its --monitor-interval"""
+    resume: bool = True
+    """continue from the newest checkpoint in --output; --no-resume starts over and deletes what is there"""
+    resume_from: Path | None = None
+    """checkpoint of --output to continue from in place of the newest one; later ones are deleted"""
+    resume_with_changes: bool = False
+    """continue with other flags or training rows than the checkpoint's: the changes are logged, and after a
+    change of the rows, their order or their number a step a new pass over them begins"""
+
+    def __post_init__(self):
+        check_ranges(self, save_interval=COUNT_OR_0, save_top_k=COUNT_OR_0)
+        given = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
+        for flag in (flag for flag, value in given.items() if value and not self.resume):
+            raise UserError(f"{flag} continues a run, and --no-resume starts over: give one of them")
+
+    @property
+    def metric(self) -> str:
+        """--monitor as metrics.jsonl spells it; val_loss and validation_loss are accepted."""
+        if "/" in self.monitor:
+            return self.monitor
+        return self.monitor.replace("validation", "val", 1).replace("val_", "val/", 1)
+
+
+def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
+    """Refuse a --monitor that is no metric of the run, once it has metrics of training or of validation."""
+    kind = next((kind for kind in ("train", "val") if config.metric.startswith(kind)), "")
+    others = sorted(name for name in known if name.startswith(kind))
+    if not kind or (others and config.metric not in known):
+        raise UserError(f"--monitor {config.monitor} is no metric of this run; it has {', '.join(others)}")
+
+
+def is_due(config: CheckpointConfig, step: int) -> bool:
+    """True if a checkpoint follows this step."""
+    return config.save_interval > 0 and step % config.save_interval == 0
+
+
+def resume(
+    path: Path | None,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
+    during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
+) -> tuple[int, dict[str, float]]:
+    """Continue from a checkpoint, or start at step 0 without one. Collective.
+
+    Args:
+        others: more models in training, by the names of their folders in the checkpoint.
+        during: makes what surrounds the loading of one of them, or of the first, whose name is "policy".
+
+    Returns:
+        The number of finished steps, and the metrics known then.
+
+    Raises:
+        UserError: the checkpoint does not hold one of the others.
+    """
+    if path is None:
+        return 0, {}
+    state = read_state(path)
+    same_layout = state["layout"] == parallel.layout_sizes()
+    for name, other in others.items():
+        if not (path / name).is_dir():
+            raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
+        with during(name):
+            load(path / name, *other, same_layout)
+    with during("policy"):
+        return load(path, model, optimizer, same_layout), state["metrics"]
+
+
+def read_state(path: Path) -> dict:
+    """The state.json of a checkpoint. Raises UserError if it is damaged."""
+    return checkpoint_files.read_state(path / "state.json")
+
+
+def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
+    """The checkpoint that a run continues from. Collective.
+
+    Raises UserError if --resume-from is none of this run's.
+    """
+    known = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
+    if config.resume_from is None:
+        return known[-1] if known and config.resume else None
+    for path in known:
+        if config.resume_from.resolve() == path.resolve():
+            return path
+    there = ", ".join(map(str, known)) or "none"
+    raise UserError(
+        f"--resume-from {config.resume_from} is no checkpoint of --output {output}; it has {there}"
+    )
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint of the highest step, or None."""
+    paths = complete_checkpoints(directory)
+    return paths[-1] if paths else None
+
+
+def save(
+    config: CheckpointConfig,
+    output: Path,
+    step: int,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    metrics: dict[str, float],
+    run_state: dict,
+) -> None:
+    """A checkpoint of one model, see `saving`. Collective."""
+    with saving(config, output, step, metrics, run_state) as path:
+        write(path, step, model, optimizer)
+
+
+@contextlib.contextmanager
+def saving(
+    config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], run_state: dict
+) -> Iterator[Path]:
+    """Make OUTPUT/checkpoints/step_XXXXXXXX and delete what --save-top-k does not keep. Collective.
+
+    The block `write`s the models into the directory that it is given, or into folders of it.
+
+    Args:
+        metrics: the newest value of each metric, for ranking checkpoints.
+        run_state: what a continued run is compared with (`Continuation.state`).
+    """
+    path = output / "checkpoints" / f"step_{step:08d}"
+    unfinished = path.with_suffix(".tmp")
+    if parallel.is_main():
+        for leftover in path.parent.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+    yield unfinished
+    dist.barrier()
+    files = checkpoint_files.checksums(unfinished)
+    if parallel.is_main():
+        state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": metrics}
+        checkpoint_files.write_state(unfinished / "state.json", state | {"files": files})
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(unfinished, path)
+        prune(path.parent, config)
+    dist.barrier()
+
+
+def write(path: Path, step: int, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    """Write a model in training, and the random states, into a directory. Collective."""
+    write_state(path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step})
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's weights alone into a directory, for `load_weights`. Collective."""
+    write_state(path, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Write a sharded state into a directory, which is made. Collective."""
+    watchdog.tick("save")
+    if parallel.is_main():
+        path.mkdir(parents=True)
+    parallel.free_memory()  # saving takes copies of everything
+    dist.barrier()
+    # Megatron would start a process to hold this queue, which imports the whole script again; saving in the
+    # foreground needs no such thing.
+    filesystem_async._results_queue = queue.Queue()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(state, str(path), sharded_strategy=strategy)
+    parallel.free_memory()
+
+
+def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> int:
+    """Fill model and optimizer with what `write` wrote in any layout and return its step. Collective.
+
+    Args:
+        same_layout: it was this one; random states of another have no meaning here.
+
+    Raises:
+        an error of Megatron's that names what is missing, if the checkpoint does not hold all that is needed.
+    """
+    for adam in optim.adams(optimizer):
+        if (
+            not adam.optimizer.state
+        ):  # torch's AdamW has no state, so no place to load to, before its first step
+            adam._init_optimizer_states_with_dummy_values()
+    keep_step_through_loading()
+    wanted = sharded_state(model, optimizer, is_loading=True)
+    if same_layout:
+        wanted["rng"] = rng_state()
+    state = dist_checkpointing.load(wanted, str(path))
+    fill(model.module, state["model"])
+    settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # flags win over what the checkpoint was trained with
+    for adam in optim.adams(optimizer):
+        for tensors in adam.optimizer.state.values():
+            if isinstance(tensors.get("step"), torch.Tensor):
+                tensors["step"] = tensors[
+                    "step"
+                ].clone()  # one tensor for all would count each parameter as a step
+    if same_layout:
+        set_rng_state(state["rng"])
+    return state["step"]
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill a model that is not to be trained from a checkpoint of any layout and precision. Collective.
+
+    Raises:
+        an error of Megatron's that names what is missing, if the checkpoint is another model's.
+    """
+    wanted = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+    fill(model, dist_checkpointing.load(wanted, str(path))["model"])
+
+
+def fill(model: nn.Module, state: dict) -> None:
+    """Put loaded tensors into a model, all of whose weights must be among them."""
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert not [name for name in missing if "_extra_state" not in name], missing
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True for a checkpoint of this project."""
+    return (path / "state.json").is_file()
+
+
+def is_reward_model(path: Path) -> bool:
+    """True if a checkpoint holds the head of a reward model."""
+    return "score.weight" in dist_checkpointing.load_tensors_metadata(str(path))
+
+
+def run_flags(path: Path) -> dict:
+    """The flags of the run that a checkpoint belongs to. Raises UserError if they are not beside it."""
+    config = path.resolve().parent.parent / "config.json"  # OUTPUT/config.json
+    if not config.is_file():
+        raise UserError(
+            f"--model {path}: {config}, which says what model this is a checkpoint of, is missing"
+        )
+    return read_object(config).get("flags", {})
+
+
+def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict:
+    """Model and optimizer as Megatron's checkpoints want them: each tensor knows its place in the whole."""
+    metadata = sharding_metadata()
+    model_state = model.module.sharded_state_dict(metadata=metadata)
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    drop_absent_state(optimizer_state)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def drop_absent_state(optimizer_state: dict) -> None:
+    """Delete Megatron's None for main weights and moments on the ranks that do not save them.
+
+    They are saved by the first data parallel rank. Megatron takes the None of the others for a value that all
+    ranks should have, and warns at each save that rank 0 has none.
+    """
+    chained = [part for part in optimizer_state.values() if isinstance(part, dict)]
+    for part in (optimizer_state, *chained):
+        if part.get("param_state", part) is None:
+            del part["param_state"]
+
+
+def sharding_metadata() -> dict:
+    """Metadata that decides how a checkpoint is split into shards."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",  # the default cannot be saved any more
+        # main weights and moments come together on one data parallel rank, not on each of them
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def keep_step_through_loading() -> None:
+    """Repair Megatron 0.16 with torch's AdamW: loading drops the state's "step" and then asks for it."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if original.__name__ == "with_step":
+        return
+
+    def with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict) -> None:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        original(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+def rng_state() -> ShardedObject:
+    """Random states of this rank, of every kind."""
+    numpy_kind, numpy_keys, *numpy_rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (numpy_kind, numpy_keys.tolist(), *numpy_rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def set_rng_state(state: dict) -> None:
+    """The inverse of rng_state."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def prune(directory: Path, config: CheckpointConfig) -> None:
+    """Delete all checkpoints but the newest and the best --save-top-k, of equals the oldest."""
+    states = {path: read_state(path) for path in complete_checkpoints(directory) if is_checkpoint(path)}
+    last = newest(directory)
+    check_monitor(config, states[last]["metrics"])
+    values = {
+        path: state["metrics"][config.metric]
+        for path, state in states.items()
+        if config.metric in state["metrics"]
+    }
+    best = sorted(values, key=values.get, reverse="loss" not in config.metric)[: config.save_top_k]
+    for path in set(states) - set(best) - {last}:
+        delete_checkpoint(path)

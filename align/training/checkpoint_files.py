@@ -1,0 +1,165 @@
+"""The files of a checkpoint: a checksum of each, and nothing in them that could run code.
+
+Megatron loads `.metadata`, `common.pt` and the random states as pickles, which may call any function. They
+are looked at first, by an unpickler that knows the classes of torch's checkpoints and no others.
+"""
+
+import io
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from align.distributed import parallel
+from align.errors import UserError
+from align.files import read_object
+
+METADATA = "torch.distributed.checkpoint"
+CLASSES = {  # of `.metadata`
+    f"{METADATA}.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{METADATA}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    f"{METADATA}.filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+}
+BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+BLOCK = 1 << 22  # bytes that are hashed at a time
+STATE = "state.json"  # which holds the checksums
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Loads the pickle of a checkpoint's metadata; raises UnpicklingError for any other class or function."""
+
+    def find_class(self, module: str, name: str) -> object:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def check_pickles(folder: Path) -> None:
+    """Raises UserError if a pickle of a folder that Megatron wrote would run code, or cannot be read."""
+    backends = read_object(folder / "metadata.json")
+    if changed := [name for name, value in BACKENDS.items() if backends.get(name) != value]:
+        raise UserError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
+    path = folder / ".metadata"
+    try:
+        metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        path = folder / "common.pt"
+        torch.load(path, map_location="cpu", weights_only=True)
+        for index, place in metadata.storage_data.items():
+            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                path = folder / place.relative_path
+                with open(path, "rb") as file:
+                    file.seek(place.offset)
+                    content = file.read(place.length)
+                torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except ERRORS as error:
+        raise UserError(f"{path} is damaged, or not of a checkpoint: {one_line(error)}") from error
+
+
+ERRORS = (  # of pickles that are cut short, or that hold something else
+    *(OSError, EOFError, pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile),
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError, MemoryError),
+)
+
+
+def one_line(error: Exception) -> str:
+    """The first sentence of an error's message."""
+    return re.split(r"\n|(?<=\.) ", str(error).strip() or type(error).__name__)[0]
+
+
+# ---- state.json ----------------------------------------------------------------------------------
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Write the description of a checkpoint, with a checksum of it."""
+    path.write_text(json.dumps(state | {"xxh3": digest(state)}, indent=2) + "\n")
+
+
+def read_state(path: Path) -> dict:
+    """Read the file of `write_state`. Raises UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"damaged checkpoint: {path} is missing")
+    state = read_object(path)
+    if missing := {"step", "layout", "metrics"} - set(state):
+        raise UserError(f"{path}: no {min(missing)!r} in it")
+    if state.pop("xxh3", None) not in (None, digest(state)):  # an earlier version did not write it
+        raise UserError(f"damaged checkpoint: {path} has other values than were written")
+    return state
+
+
+def digest(state: dict) -> str:
+    """XXH3 of a JSON object."""
+    return xxhash.xxh3_64(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+# ---- checksums -----------------------------------------------------------------------------------
+
+
+def checksums(path: Path) -> dict[str, list]:
+    """Size and XXH3 of all files of a checkpoint but `STATE`, each read by one of the ranks. Collective."""
+    names = [sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())]
+    dist.broadcast_object_list(names, src=0)
+    parts = parallel.gather({name: checksum(path / name) for name in share(names[0])})
+    return {name: value for part in parts for name, value in sorted(part.items()) if name != STATE}
+
+
+def share(names: list[str]) -> list[str]:
+    """The files that this rank reads: its own ones, by their names, and a part of the others."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    writers = [re.search(r"__(\d+)_\d+\.distcp$", name) for name in names]
+    return [
+        name
+        for i, (name, writer) in enumerate(zip(names, writers, strict=True))
+        if (int(writer[1]) if writer else i) % world == rank
+    ]
+
+
+def checksum(file: Path) -> list:
+    """[size, XXH3] of a file."""
+    digest, size = xxhash.xxh3_64(), 0
+    with open(file, "rb") as opened:
+        while block := opened.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def damage(file: Path, expected: list) -> str:
+    """A line for a damaged file; "" for a whole one."""
+    if not file.is_file():
+        return f"{file} is missing"
+    if (size := file.stat().st_size) != expected[0]:
+        return f"{file} has {size} bytes, {expected[0]} were written"
+    return "" if checksum(file) == expected else f"{file} has other bytes than were written"
+
+
+def verify(path: Path) -> None:
+    """Raises UserError if a checkpoint is damaged, or if something in it would run code. Collective."""
+    expected = read_state(path / STATE).get("files", {})  # an earlier version did not store them
+    parts = parallel.gather([damage(path / name, expected[name]) for name in share(sorted(expected))])
+    if damages := sorted(line for part in parts for line in part if line):
+        raise UserError(f"damaged checkpoint: {damages[0]}")
+
+    def check_folders() -> None:
+        for file in sorted(path.rglob(".metadata")):
+            check_pickles(file.parent)
+
+    parallel.on_main(check_folders)

@@ -1,0 +1,136 @@
+"""Continue a run, or say why not: what decides its future is compared with what its checkpoint says.
+
+That is the script, the flags that change its numbers, and the training rows. Flags of `FREE` change none:
+where things are written, when to save, validate and stop, and how the work is dealt to ranks.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from align.data.packing import data_order, global_batch
+from align.errors import UserError
+from align.tracking.output import complete_checkpoints
+from align.tracking.run import flatten
+from align.training import checkpoint, checkpoint_files
+from align.training.config import CommonConfig
+
+FREE = frozenset(
+    "output wandb_project wandb_name save_interval save_top_k monitor resume resume_from resume_with_changes "
+    "max_time val_interval val_batches val_data test_data train_data skip_bad_rows "  # rows are compared
+    "micro_batch_tokens micro_batch_size recompute attention tp pp cp sequence_parallel stall_limit offload "
+    "rollout_layout rollout_tp rollout_slots trtllm_keep trtllm_memory reference "
+    "audit_start audit_mean audit_tail audit_quantile audit_ratio".split()
+)
+DATA = {  # of what `data_order` names; its rows a step and seed are flags
+    "rows": "rows of --train-data",
+    "token_ids_crc32": "checksum of the token ids of --train-data",
+}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The checkpoint and step from which a run continues, and the order of its rows."""
+
+    checkpoint: Path | None  # to load; None: a new run
+    step: int  # finished steps
+    pass_start: int  # the step before which the present order of the rows began
+    total_steps: int
+    identity: dict  # what decides the future of the run
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Numbers of the training rows that a step takes (from 0)."""
+        data = self.identity["data"]
+        return global_batch(data["rows"], data["rows_per_step"], data["seed"], step - self.pass_start)
+
+    @property
+    def state(self) -> dict:
+        """Fields that a checkpoint stores."""
+        return {"identity": self.identity, "pass_start": self.pass_start}
+
+    def describe(self) -> str:
+        """A line for the log of a run that has finished steps."""
+        if self.step == self.total_steps:
+            return f"the run is complete: all {self.step} steps are done"
+        return f"continuing after step {self.step}"
+
+
+def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
+    """Script, flags and rows that decide the future of a run; `rows`: token ids of each row's sequences."""
+    flags = json.loads(json.dumps(flatten(asdict(config)), default=str))  # as they read back
+    return {
+        "script": Path(script).name,
+        "flags": {name: value for name, value in flags.items() if name not in FREE},
+        "data": data_order(rows, config.rows_per_step, config.parallel.seed),
+    }
+
+
+def find(
+    config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]], say: Callable[[str], None]
+) -> Continuation:
+    """Find the checkpoint that a run continues from, and compare what decides its future. Collective.
+
+    After a change of the data with --resume-with-changes a new pass over the rows begins.
+
+    Args:
+        script: the script's `__file__`.
+        rows: of each training row the ids of its sequences.
+
+    Raises:
+        UserError: something has changed without --resume-with-changes; the script has; more steps are
+            finished than the flags ask for.
+    """
+    now = identity(config, script, rows)
+    path = checkpoint.to_resume(config.checkpoint, config.run.output)
+    if path is None:
+        return Continuation(None, 0, 0, config.total_steps(now["data"]["rows"]), now)
+    verify(path)
+    state = checkpoint.read_state(path)
+    step, before = state["step"], state.get("identity", now)  # an earlier version did not store it
+    if before["script"] != now["script"]:
+        raise UserError(
+            f"{path} is of {before['script']}, not of {now['script']}: give another --output, or "
+            "--no-resume, which starts over"
+        )
+    changed_data = before["data"] != now["data"]
+    if changes := ", ".join(differences(before, now)):
+        if not config.checkpoint.resume_with_changes:
+            raise UserError(
+                f"{path} was trained otherwise: {changes}. Give the data and flags of that run, another "
+                "--output, --resume-with-changes, which goes on, or --no-resume, which starts over"
+            )
+        say(f"continuing with changes: {changes}")
+    if changed_data:
+        say("a new pass over the training rows begins; --max-epochs counts from here")
+    pass_start = step if changed_data else state.get("pass_start", 0)
+    total_steps = config.total_steps(now["data"]["rows"], pass_start)
+    if step > total_steps:
+        raise UserError(f"{path}: {step} steps are finished, and the flags ask for {total_steps} in all")
+    return Continuation(path, step, pass_start, total_steps, now)
+
+
+def verify(path: Path) -> None:
+    """Raises UserError for a damaged checkpoint, which names the one before it. Collective."""
+    try:
+        checkpoint_files.verify(path)
+    except ValueError as error:
+        earlier = [other for other in complete_checkpoints(path.parent) if other.name < path.name]
+        advice = f"--resume-from {earlier[-1]} goes on before it" if earlier else "no earlier one is left"
+        raise UserError(f"{error}; {advice}") from error
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """Changed flags and data, with old and new value."""
+    kinds = {name: f"--{name.replace('_', '-')}" for name in now["flags"]}
+    changes = []
+    for part, words in (("flags", kinds), ("data", DATA)):
+        old, new = before[part], now[part]
+        changes += [
+            f"{words[name]} {old[name]} -> {new[name]}"
+            for name in words
+            if name in old and old[name] != new[name]
+        ]
+    return changes

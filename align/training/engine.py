@@ -1,0 +1,191 @@
+"""Forward and backward over micro-batches with Megatron's schedules. The only file that knows stages.
+
+A script gives a list of packed micro-batches and a loss function
+
+    loss_fn(batch, output) -> loss, metrics
+
+that sees one micro-batch and what the model's last stage made of it (a policy: log-probs [T], or with entropy
+[T, 2]; a reward model: values [T, A]), and returns **sums**: the loss to minimise, a scalar, and what to
+log, scalars by name. The engine divides all of them by one denominator, that of the whole step over all ranks
+(trained tokens, pairs, sequences), before the backward pass. So neither the gradient nor a metric depends on
+how the step was split.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from align.data.packing import Batch
+from align.distributed import parallel, watchdog
+from align.model import attention
+
+LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+def forward_backward(
+    model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float
+) -> dict[str, float]:
+    """The gradient of one step, into the model's buffers, and its metrics.
+
+    Args:
+        batches: this data parallel rank's micro-batches; every rank must hold the same number of them.
+        denominator: of the whole step, over all data parallel ranks, the same on every rank.
+
+    Returns:
+        "loss" and the loss function's metrics: sums over all micro-batches and ranks, divided by denominator.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the ranks whose data made it so.
+    """
+    model.zero_grad_buffer()
+    return run(model, batches, loss_fn, denominator, forward_only=False)
+
+
+@torch.no_grad()
+def evaluate(
+    model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float
+) -> dict[str, float]:
+    """The metrics of forward_backward without the gradient."""
+    model.eval()
+    metrics = run(model, batches, loss_fn, denominator, forward_only=True)
+    model.train()
+    return metrics
+
+
+@torch.no_grad()
+def outputs(
+    model: DistributedDataParallel, batches: list[Batch], compute: Callable[[Batch, Tensor], Tensor]
+) -> list[Tensor]:
+    """`compute(batch, output)` of each micro-batch, without a gradient, on every stage.
+
+    The output is what a loss function is given, and comes from the same forward pass: of the same micro-batch
+    it has the same bits as in training.
+    """
+
+    def finish(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return output.new_zeros(()), torch.zeros((), dtype=torch.int), compute(batch, output)
+
+    model.eval()
+    found = schedule(model, batches, finish, forward_only=True)
+    model.train()
+    return parallel.list_from_last_stage(found)
+
+
+def run(
+    model: DistributedDataParallel,
+    batches: list[Batch],
+    loss_fn: LossFn,
+    denominator: float,
+    forward_only: bool,
+) -> dict[str, float]:
+    """Loss and metrics of the micro-batches, and their gradient unless `forward_only`."""
+
+    def finish(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, sums = loss_fn(batch, output)
+        no_tokens = torch.zeros((), dtype=torch.int)  # "0 tokens" tells Megatron not to divide the gradient
+        sums = {"loss": total, **sums}
+        return total / denominator, no_tokens, {name: value.detach().double() for name, value in sums.items()}
+
+    return reduce_metrics(schedule(model, batches, finish, forward_only), denominator)
+
+
+def schedule(
+    model: DistributedDataParallel, batches: list[Batch], finish: Callable, forward_only: bool
+) -> list:
+    """Drive Megatron's schedule over the micro-batches.
+
+    `finish(batch, output)` runs on the last stage and returns the loss, "0 tokens", and what to collect.
+    Returns what was collected, one item per micro-batch; nothing on the other stages.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=functools.partial(forward_step, finish=finish),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=1,  # unused: micro-batches tell their length themselves
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel, finish: Callable
+) -> tuple[Tensor, Callable]:
+    """One micro-batch through this stage; the schedule calls the returned function on the last stage."""
+    watchdog.tick("forward and backward" if torch.is_grad_enabled() else "forward")
+    batch = next(batches)
+    return forward(model, batch), lambda output: finish(batch, whole_sequence(output))
+
+
+def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
+    """One micro-batch through this stage: hidden states for the next, on the last log-probs or values."""
+    tokens = len(batch.tokens)
+    cp, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+    part = slice(rank * tokens // cp, (rank + 1) * tokens // cp)  # collate made T a multiple of cp
+    qkv_format = "thd" if unwrap_model(model).te else None
+    return model(
+        input_ids=batch.tokens[None, part],
+        position_ids=batch.positions[None, part],
+        attention_mask=None,
+        labels=batch.targets[None, part],
+        loss_mask=batch.mask[None, part],
+        packed_seq_params=attention.describe(
+            batch.lengths, batch.prefixes, tokens, qkv_format, batch.tokens.device
+        ),
+    )
+
+
+def whole_sequence(output: Tensor) -> Tensor:
+    """[T/cp, ...] of each context parallel rank -> [T, ...] on all; each gets its own part's gradient back.
+
+    So a loss function never knows of context parallelism.
+    """
+    if mpu.get_context_parallel_world_size() == 1:
+        return output
+    return gather_from_sequence_parallel_region(
+        output, tensor_parallel_output_grad=False, group=mpu.get_context_parallel_group()
+    )
+
+
+def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[str, float]:
+    """Sum over micro-batches and data parallel ranks, divide, and tell every stage."""
+    result: list[dict[str, float] | None] = [None]
+    local_loss = 0.0
+    if mpu.is_pipeline_last_stage():
+        names = list(parts[0])
+        sums = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in names])
+        local_loss = float(sums[names.index("loss")])
+        result = [dict(zip(names, (parallel.sum_over_dp(sums) / denominator).tolist(), strict=True))]
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        group = mpu.get_pipeline_model_parallel_group()
+        dist.broadcast_object_list(result, mpu.get_pipeline_model_parallel_last_rank(), group=group)
+    if not math.isfinite(result[0]["loss"]):
+        raise FloatingPointError(
+            f"the loss is {result[0]['loss']}, from the data of rank {ranks_where(local_loss)}"
+        )
+    return result[0]
+
+
+def ranks_where(value: float) -> str:
+    """The global ranks on which a value is not finite, for an error message. Collective."""
+    flags = parallel.gather(not math.isfinite(value))
+    return ", ".join(str(rank) for rank, bad in enumerate(flags) if bad) or "none (only the sum overflows)"
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Put what was being done in front of a FloatingPointError's message: "step 12: the loss is nan, ..."."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{what}: {error}") from error

@@ -1,0 +1,138 @@
+"""AdamW (Megatron's distributed optimizer) and the learning-rate schedule.
+
+Main weights and both moments are fp32 and split over the data parallel ranks. Pure bf16 weights hardly learn
+at learning rates of 1e-5 and below: updates that small are lost in rounding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from align.errors import UserError
+from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ranges, number
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-5
+    """peak learning rate, after the warm-up"""
+    min_lr: float = 1e-6
+    """minimum learning rate, at the end of the cosine decay and in the constant tail"""
+    warmup_steps: int = 10
+    """linear warm-up steps; the first step is not 0. A step is one optimizer step, in PPO and rejection
+    sampling a rollout with all of its updates, which share a learning rate"""
+    constant_steps: int = 0
+    """constant tail: last steps of the run, all at --min-lr"""
+    weight_decay: float = 0.01
+    """decoupled weight decay (AdamW), on matrices only"""
+    adam_beta1: float = 0.9
+    """Adam beta1: decay of the first moment of the gradient"""
+    adam_beta2: float = 0.98
+    """Adam beta2: decay of the second moment of the gradient"""
+    clip_grad: float = 1.0
+    """gradient clipping: largest norm over all weights; a longer gradient is scaled down to it; 0: no
+    limit"""
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            lr=LEARNING_RATE,
+            min_lr=LEARNING_RATE,
+            warmup_steps=COUNT_OR_0,
+            constant_steps=COUNT_OR_0,
+            weight_decay=number(0, 1e3),
+            adam_beta1=below(0, 1),
+            adam_beta2=below(0, 1),
+            clip_grad=COEFFICIENT,
+        )
+
+
+def check(config: OptimConfig, total_steps: int) -> None:
+    """Refuse a schedule that does not fit the run."""
+    if config.min_lr > config.lr:
+        raise UserError(f"--min-lr {config.min_lr} is above --lr {config.lr}")
+    if config.constant_steps and config.warmup_steps + config.constant_steps >= total_steps:
+        raise UserError(
+            f"--warmup-steps {config.warmup_steps} and --constant-steps {config.constant_steps} leave no "
+            f"step of {total_steps} for the cosine between them: lower one of them"
+        )
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, half a cosine from lr to min_lr, tail at min_lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    cosine_steps = max(total_steps - config.warmup_steps - config.constant_steps, 1)
+    progress = min((step - config.warmup_steps) / cosine_steps, 1.0)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimizer:
+    """AdamW over the model's weights, as they are now: load weights before, not after."""
+    dtype = model.module.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            clip_grad=config.clip_grad or math.inf,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        [model],
+        use_gloo_process_groups=True,
+    )
+    for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler; norms and biases have 0
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    for adam in adams(optimizer):
+        torchs = isinstance(adam.optimizer, torch.optim.AdamW)
+        for group in adam.optimizer.param_groups:
+            if torchs:
+                group["fused"], group["foreach"] = True, False
+            for weight in group["params"]:  # as its first step would: a save may come before
+                state = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                if torchs:  # Transformer Engine's Adam counts in the group, from its first step on
+                    state["step"] = torch.zeros((), device=weight.device)
+                adam.optimizer.state[weight] = state
+    return optimizer
+
+
+def step(optimizer: MegatronOptimizer, lr: float) -> float:
+    """Clip the gradient, update the weights, and return the gradient's norm before clipping.
+
+    Raises:
+        FloatingPointError: the gradient is not finite. The weights are lost then; the last checkpoint is not.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    _, grad_norm, _ = optimizer.step()
+    optimizer.zero_grad()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the norm of the gradient is {grad_norm}")
+    return float(grad_norm)
+
+
+@torch.no_grad()
+def reset(optimizer: MegatronOptimizer) -> None:
+    """Forget both moments and the number of steps, as if none had been taken; the weights stay."""
+    for adam in adams(optimizer):
+        for state in adam.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                if name in state:
+                    state[name].zero_()
+        for group in adam.optimizer.param_groups:
+            if "step" in group:  # where Transformer Engine's Adam counts
+                group["step"] = 0 * group["step"]
+
+
+def adams(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The distributed optimizers inside Megatron's chain that hold weights."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chain if not part.is_stub_optimizer]

@@ -4,7 +4,7 @@
     python bench/plan.py --only sft ppo_on
 
 Models are random, with some 50 to 115 million weights. Measured is resident memory with each larger tensor
-mapped by itself (tests/plan_worker.py: "exact"), the sum of what lives at one moment, which is what plan.py
+mapped by itself (tests/workers/plan.py: "exact"), the sum of what lives at one moment, which is what plan.py
 computes. --allocator run measures with glibc as runs have it: it keeps what was freed, with gaps between
 tensors, and so a phase's peak is that of all phases before it, too. plan's allowance for CPUs is for that.
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import plan  # noqa: E402
-from tests import plan_worker  # noqa: E402
+from tests.workers import plan as plan_worker  # noqa: E402
 
 LARGE = dict(
     vocab_size=16384,
@@ -119,7 +119,7 @@ def measured(processes: int, command: list[str], allocator: str, directory: Path
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory(dir=directory) as out:
-        worker = [str(ROOT / "tests" / "plan_worker.py"), out, allocator]
+        worker = [str(ROOT / "tests" / "workers" / "plan.py"), out, allocator]
         done = subprocess.run(
             [*start, *worker, *command, "--output", f"{out}/run"],
             cwd=ROOT,

@@ -17,8 +17,8 @@ import torch
 import transformers
 
 from align.data import toy
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()  # macOS and CUDA want an exec after a fork
 SIZES = dict(
     vocab_size=131,  # odd, so that the embedding is padded
@@ -104,7 +104,7 @@ def toy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--output {directory}/{name} {common}"
         for name, model, kind in (("sft", "tiny", ""), ("rm", directory / "sft/hf", "_comparisons"))
     )
-    fork_ranks(2, "tests/resume_worker.py", json.dumps([sft.split(), rm.split()]))
+    fork_ranks(2, "tests/workers/resume.py", json.dumps([sft.split(), rm.split()]))
     return directory
 
 
@@ -129,7 +129,7 @@ def toy_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"train_sft.py --train-data {train} {data}/train_judge.jsonl --output {directory} --max-seq-len 160 "
         "--max-epochs 3 --save-interval 0 --lr 4e-3 --min-lr 5e-4 --warmup-steps 5"
     )
-    fork_ranks(2, "tests/resume_worker.py", json.dumps([command.split()]))
+    fork_ranks(2, "tests/workers/resume.py", json.dumps([command.split()]))
     return directory
 
 
@@ -186,7 +186,7 @@ def fork(
         server.stdin.flush()
         answer = server.stdout.readline()
         printed = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
-    assert answer, "tests/launch.py has ended; see its stderr at the first test that used it"
+    assert answer, "tests/support/fork_server.py has ended; see its stderr at the first test that used it"
     code = json.loads(answer)
     assert code is not None, f"{command} took over {timeout_s} s\n{printed[0]}\n{printed[1]}"
     return subprocess.CompletedProcess([*command], code, *printed)
@@ -194,9 +194,9 @@ def fork(
 
 @functools.cache
 def warm_process() -> subprocess.Popen:
-    """The process of tests/launch.py, which ends with this one."""
+    """The process of tests/support/fork_server.py, which ends with this one."""
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "tests.launch"],
+        [sys.executable, "-u", "-m", "tests.support.fork_server"],
         cwd=ROOT,
         env={**environment(), "TORCHELASTIC_RUN_ID": "tests"},
         stdin=subprocess.PIPE,

@@ -23,7 +23,8 @@ from typing import IO
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 BIN = Path(sys.executable).parent  # torchrun is installed beside python
 NODES = ("127.0.0.1", "127.0.0.2")
 DAEMONS = ("slurmctld", "slurmd")

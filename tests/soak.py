@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.test_resume import (
+from tests.training.test_resume import (
     CASES,
     assert_same_end,
     data,

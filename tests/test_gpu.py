@@ -23,9 +23,8 @@ from torch import Tensor
 
 from align.data import toy
 from align.model import attention, layers, logprobs
-from tests import test_layers, test_logprobs
-from tests.conftest import ROOT, environment, torchrun
-from tests.test_generate import (
+from tests.conftest import environment, torchrun
+from tests.generation.test_generator import (
     FP32,
     GREEDY,
     NEW_TOKENS,
@@ -35,14 +34,16 @@ from tests.test_generate import (
     sample,
     transformers_greedy,
 )
-from tests.test_resume import SELF_REWARD
+from tests.model import test_layers, test_logprobs
+from tests.support.files import ROOT
+from tests.training.test_resume import SELF_REWARD
 
 CUDA = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and there is none")]
 on_gpu = [pytest.param("cuda", marks=needs_gpu)]
 on_both = ["cpu", *on_gpu]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
-ANSWERS = "--reward-fn tests.resume_worker:reward --unended keep --max-prompt-len 48 --prompts-per-step 4"
+ANSWERS = "--reward-fn tests.workers.resume:reward --unended keep --max-prompt-len 48 --prompts-per-step 4"
 COMMANDS = {  # the tiny model; {data} and {judge} are folders
     "sft": "train_sft.py --train-data {data}/train.jsonl --global-batch-size 4 --max-seq-len 64",
     "rm": "train_rm.py --train-data {data}/train_comparisons.jsonl --global-batch-size 4 --max-seq-len 64",
@@ -135,7 +136,7 @@ def cpu_and_gpu(data: Path, judge: Path, tmp_path_factory: pytest.TempPathFactor
         flags = ("--precision", "fp32", "--max-steps", STEPS)
         runs = [command(name, data, judge, folder / name, *flags) for name in COMMANDS]
         with without_gpu() if device == "cpu" else mock.patch.dict(os.environ):
-            torchrun(1, "tests/resume_worker.py", json.dumps(runs), timeout_s=500)
+            torchrun(1, "tests/workers/resume.py", json.dumps(runs), timeout_s=500)
     return folders
 
 
@@ -364,12 +365,12 @@ def test_logprobs_of_hidden_states(device, tokens, entropy, dtype, monkeypatch):
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Cases of the decode kernels; what they change there is as before afterwards."""
     from align.kernels import decode_attention  # needs Triton, which comes with torch for CUDA
-    from tests import decode_attention_worker
+    from tests.workers import decode_attention as cases
 
     for name in ("PROGRAMS", "LEAST", "division"):
         monkeypatch.setattr(decode_attention, name, getattr(decode_attention, name))
     with torch.device("cuda"):
-        yield decode_attention_worker
+        yield cases
 
 
 @pytest.mark.parametrize("device", on_gpu)
@@ -389,7 +390,8 @@ def test_decode_append(device, kernels):
 WITHOUT_GRAPHS = (
     "import runpy, sys; from align.generation import inference; "
     "inference.takes_graphs = lambda policy: False; "
-    "sys.argv = ['tests/generate_worker.py', *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    "sys.argv = ['tests/workers/generator.py', *sys.argv[1:]]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 

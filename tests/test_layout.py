@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 FLOORS = (  # folders of align/; "" are its own files
     ("",),
     ("losses", "kernels"),

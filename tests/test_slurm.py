@@ -17,8 +17,8 @@ import pytest
 import tyro
 
 from align.errors import UserError
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 NAMES = [path.stem for path in SCRIPTS]
 BIN = Path(sys.executable).parent  # torchrun and shellcheck are installed beside python

@@ -14,7 +14,7 @@ test-slurm: .venv/test  ## the batch files on a real Slurm of two nodes, all on 
 	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q tests/real_slurm.py
 
 soak: .venv/test  ## 100 kill -9 at random moments over all scripts, about 40 minutes: SOAK_KILLS=N for others
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -s tests/soak.py
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -s tests/training/soak.py
 
 check: .venv/ready  ## format and lint
 	$(PYTHON) -m ruff format --check .

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from align.data import toy
 from align.model import attention, layers, logprobs
-from tests.conftest import environment, torchrun
-from tests.generation.test_generator import (
+from tests.support import layer_formulas, logprob_formulas
+from tests.support.files import ROOT, read_jsonl, reproducible_metrics
+from tests.support.generation import (
     FP32,
     GREEDY,
     NEW_TOKENS,
@@ -34,16 +35,16 @@ from tests.generation.test_generator import (
     sample,
     transformers_greedy,
 )
-from tests.model import test_layers, test_logprobs
-from tests.support.files import ROOT
-from tests.training.test_resume import SELF_REWARD
+from tests.support.launch import environment, torchrun
+from tests.support.resume import SELF_REWARD
+from tests.workers.logprobs import entropy_grad, inputs
 
 CUDA = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and there is none")]
 on_gpu = [pytest.param("cuda", marks=needs_gpu)]
 on_both = ["cpu", *on_gpu]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
-ANSWERS = "--reward-fn tests.workers.resume:reward --unended keep --max-prompt-len 48 --prompts-per-step 4"
+ANSWERS = "--reward-fn tests.support.rewards:reward --unended keep --max-prompt-len 48 --prompts-per-step 4"
 COMMANDS = {  # the tiny model; {data} and {judge} are folders
     "sft": "train_sft.py --train-data {data}/train.jsonl --global-batch-size 4 --max-seq-len 64",
     "rm": "train_rm.py --train-data {data}/train_comparisons.jsonl --global-batch-size 4 --max-seq-len 64",
@@ -84,19 +85,6 @@ def command(name: str, data: Path, judge: Path, output: Path, *more: object) -> 
     words = COMMANDS[name].format(data=data, judge=judge).split()
     words += ["--output", output, "--save-interval", 0, "--warmup-steps", 1, "--lr", 1e-4, *more]
     return [str(word) for word in words]
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics_of(output: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock and on the machine."""
-    changing = ("time/", "timers/", "memory/")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(changing)}
-        for row in read_jsonl(output / "metrics.jsonl")
-    ]
 
 
 # ---- the scripts ---------------------------------------------------------------------------------
@@ -147,7 +135,7 @@ def test_losses_are_those_of_a_cpu(name, device, cpu_and_gpu):
     cpu, gpu = (cpu_and_gpu[where] / name for where in ("cpu", "gpu"))
     assert " on CPU, gloo" in (cpu / "log.txt").read_text()
     assert "nccl" in (gpu / "log.txt").read_text()
-    before, after = metrics_of(cpu), metrics_of(gpu)
+    before, after = reproducible_metrics(cpu), reproducible_metrics(gpu)
     assert len(before) >= STEPS and [set(row) for row in before] == [set(row) for row in after]
     losses = {key for row in before for key in row if "loss" in key}
     assert losses
@@ -193,7 +181,7 @@ def test_offloading_changes_no_bit(device, data, judge, tmp_path):
     for offload in ("on", "off"):
         flags = ("--offload", offload, "--deterministic", "--max-steps", 3)
         run_python(*command("ppo", data, judge, tmp_path / offload, *flags))
-    assert metrics_of(tmp_path / "on") == metrics_of(tmp_path / "off")
+    assert reproducible_metrics(tmp_path / "on") == reproducible_metrics(tmp_path / "off")
     assert (tmp_path / "on/samples.jsonl").read_text() == (tmp_path / "off/samples.jsonl").read_text()
     assert_same_weights(tmp_path / "on", tmp_path / "off")
 
@@ -210,7 +198,7 @@ def test_a_continued_run_has_the_same_bits(name, device, data, judge, tmp_path):
     shutil.rmtree(tmp_path / "continued/hf")
     run_python(*command(name, data, judge, tmp_path / "continued", *flags))
     assert "continuing after step 2" in (tmp_path / "continued/log.txt").read_text()
-    assert metrics_of(tmp_path / "continued") == metrics_of(tmp_path / "whole")
+    assert reproducible_metrics(tmp_path / "continued") == reproducible_metrics(tmp_path / "whole")
     assert_same_weights(tmp_path / "continued", tmp_path / "whole")
 
 
@@ -242,20 +230,20 @@ def test_small_layers(device, dtype):
     torch.manual_seed(0)
     weight = torch.randn(64, device=device).to(dtype).requires_grad_()
     cases: dict[Callable, tuple[Callable, tuple[int, ...]]] = {
-        lambda x: layers.RMSNormFunction.apply(x, weight, test_layers.EPS): (test_layers.norm, (64,)),
-        layers.SwiGLUFunction.apply: (test_layers.gate, (1, 64)),
+        lambda x: layers.RMSNormFunction.apply(x, weight, layer_formulas.EPS): (layer_formulas.norm, (64,)),
+        layers.SwiGLUFunction.apply: (layer_formulas.gate, (1, 64)),
     }
     for ours, (plain, shape) in cases.items():
         for tokens in (1, 5, 128, 777):
             x = torch.randn(tokens, *shape, device=device).to(dtype).requires_grad_()
             grad = torch.randn_like(y := ours(x))
             y.backward(grad)
-            given = exact(x, weight) if plain is test_layers.norm else exact(x)
+            given = exact(x, weight) if plain is layer_formulas.norm else exact(x)
             expected = plain(*given)
             expected.backward(grad.cpu().double())
             assert_near(y, expected, dtype)
             assert_near(x.grad, given[0].grad, dtype)
-            if plain is test_layers.norm:
+            if plain is layer_formulas.norm:
                 assert_near(weight.grad, given[1].grad, dtype)
                 weight.grad = None
 
@@ -271,7 +259,7 @@ def test_rotation(device, dtype):
         grad = torch.randn_like(y := layers.rotate(x, cos, sin))
         y.backward(grad)
         (given,) = exact(x)
-        expected = test_layers.turned(given, angles)
+        expected = layer_formulas.turned(given, angles)
         expected.backward(grad.cpu().double())
         assert_near(y, expected, dtype)
         assert_near(x.grad, given.grad, dtype)
@@ -350,11 +338,11 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
 def test_logprobs_of_hidden_states(device, tokens, entropy, dtype, monkeypatch):
     """With their gradients, beside float64 on a CPU; the most tokens take several chunks."""
     monkeypatch.setattr(logprobs, "GPU_LOGITS", 2**17)
-    hidden, weight, targets, grad = test_logprobs.inputs(tokens)
-    grad = test_logprobs.entropy_grad(tokens) if entropy else grad
+    hidden, weight, targets, grad = inputs(tokens)
+    grad = entropy_grad(tokens) if entropy else grad
     given = hidden.to(dtype), weight.to(dtype), targets, grad
-    found = test_logprobs.ours(*(x.to(device) for x in given))
-    for ours, theirs in zip(found, test_logprobs.oracle(*given), strict=True):
+    found = logprob_formulas.ours(*(x.to(device) for x in given))
+    for ours, theirs in zip(found, logprob_formulas.oracle(*given), strict=True):
         assert_near(ours, theirs, dtype, bf16=2e-2)  # logits are rounded, then probabilities
 
 

@@ -22,8 +22,9 @@ from align.data.prompts import PromptFormat
 from align.data.tokenizer import TextConfig
 from align.errors import UserError
 from align.model.config import ModelConfig
-from tests.conftest import fork_python, random_tiny
-from tests.support.files import TINY
+from tests.support.files import TINY, write_rows
+from tests.support.launch import fork_python
+from tests.support.models import random_tiny
 
 DATED = (  # as Llama 3.1's: a date of the caller's, else today's
     "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
@@ -199,7 +200,7 @@ def test_rows_of_whole_strings_with_special_tokens_are_counted(tmp_path):
     paths = {}
     for kind, some in rows.items():
         paths[kind] = tmp_path / f"{kind}.jsonl"
-        paths[kind].write_text("".join(json.dumps(row) + "\n" for row in some))
+        write_rows(paths[kind], some)
     loaded, counts = prompts.load_prompts([paths["prompts"]], text, PromptFormat())
     assert counts[name] == 2
     assert loaded[0].ids.tolist() == text.encode(rendered)  # control tokens, as they stand

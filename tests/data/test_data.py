@@ -18,7 +18,8 @@ import torch
 
 from align.data import display, formats, jsonl, packing, sft, tokenizer
 from align.errors import UserError
-from tests.support.files import TINY
+from tests.support.files import TINY, write_rows
+from tests.support.seeded_bugs import assert_fails_with
 
 BOS, EOS = 257, 258
 DEFAULT = formats.FormatConfig()
@@ -36,11 +37,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SentencePieceTo
     directory = tmp_path_factory.mktemp("llama")
     shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", directory / "tokenizer.model")
     return tokenizer.load(directory)
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def example(row: dict, tokens: formats.Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> packing.Example:
@@ -702,3 +698,9 @@ def test_show_keeps_spaces_and_marks(tiny, llama):
     row = example({"input": "a", "output": "b\n\x11\tc"}, tiny)
     assert display.show(row, tiny) == "a⟦ b↵\n\\x11\\tc<|im_end|>⟧"
     assert display.show(replace(row, trained=np.zeros(len(row.ids), bool)), tiny).count("⟦") == 0
+
+
+def test_positions_that_are_one_too_high_are_noticed():
+    """Rotations tell distances only: no log-prob shows it."""
+    words = "np.arange(skip, skip + end - start)"
+    assert_fails_with({"align.data.packing.collate": [(words, f"{words} + 1")]}, test_collate_by_hand)

@@ -12,9 +12,10 @@ import pytest
 import train_sft
 from align.data import hub
 from align.errors import UserError
-from tests.conftest import environment, random_tiny
-from tests.support.files import ROOT
+from tests.support.files import ROOT, write_rows
 from tests.support.hub_server import COMMIT, serve
+from tests.support.launch import environment
+from tests.support.models import random_tiny
 
 
 def chats(prefix: str, count: int) -> list[dict]:
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "test"):
         table = pyarrow.Table.from_pylist(chats(split, 6))
         pyarrow.parquet.write_table(table, parquet / f"{split}-00000-of-00001.parquet")
-    (lines / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats("line", 3)))
+    write_rows(lines / "train.jsonl", chats("line", 3))
     return root
 
 

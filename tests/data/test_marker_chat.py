@@ -20,8 +20,8 @@ from align.errors import UserError
 from align.generation.generator import Sample
 from align.rewards import sources
 from align.rewards.sources import RewardConfig
-from tests.conftest import fork_python, fork_ranks
-from tests.support.files import TINY
+from tests.support.files import TINY, write_rows
+from tests.support.launch import fork_python, fork_ranks
 
 TURN = 0x11  # a token of the tiny tokenizer is a byte
 TOKENS = ("\x00", "\x11", "\x12", "\n", "\n")
@@ -323,7 +323,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data.jsonl, and OUTPUT of an SFT run on it: every answer is "ok"."""
     folder = tmp_path_factory.mktemp("trained")
     rows = [conversation(("User", x), ("Assistant", "ok"), type=None) for x in "abcdefgh" * 16]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "data.jsonl", rows)
     (folder / "judge.txt").write_text("judge {{ prompt }}: {{ response }}")
     flags = "--global-batch-size 16 --max-epochs 4 --lr 4e-3 --min-lr 4e-3 --warmup-steps 2 --max-seq-len 64"
     sft = f"train_sft.py --train-data {folder}/data.jsonl --output {folder}/sft {flags}"
@@ -338,7 +338,7 @@ def test_generate_asks_and_stops_in_the_trained_format(model: str, trained: Path
     assert done.stdout == "ok\n" and "(stop, 4 tokens" in done.stderr
     row = conversation(("User", "d"), ("Assistant", "?"))
     questions = [row, {"messages": [{"role": "user", "content": "e"}]}]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    write_rows(tmp_path / "in.jsonl", questions)
     fork_python(*command, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["response"], row["finish"]) for row in answers] == [("ok", "stop"), ("ok", "stop")]

@@ -16,7 +16,7 @@ import prepare_data
 from align.data import formats, jsonl, packing, preferences, tokenizer
 from align.data.preferences import Pair, PreferenceFormat
 from align.errors import UserError
-from tests.support.files import TINY
+from tests.support.files import TINY, write_rows
 
 BOS, EOS = 257, 258
 DEFAULT = PreferenceFormat()
@@ -64,11 +64,6 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.HuggingFaceTokeni
     spec["model"]["merges"] = [["Ċ", "Ċ"], ["Ġ", "a"], [":", "Ġ"]]
     (directory / "tokenizer.json").write_text(json.dumps(spec))
     return tokenizer.load(directory)
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def load(

@@ -18,7 +18,7 @@ from align.data import display, formats, jsonl, preferences, prompts, tokenizer,
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import Prompt, PromptFormat
 from align.errors import UserError
-from tests.support.files import TINY
+from tests.support.files import TINY, write_rows
 
 BOS, EOS = 257, 258
 DEFAULT = PromptFormat()
@@ -54,11 +54,6 @@ def llama_chat(llama, tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Hug
     (directory / "tokenizer.model").unlink()
     (directory / "chat_template.jinja").write_text(LLAMA_CHAT)
     return tokenizer.load(directory)
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def load(

@@ -20,7 +20,7 @@ from align.data.preferences import PreferenceFormat
 from align.data.prompts import PromptFormat
 from align.data.tokenizer import TextConfig
 from align.errors import UserError
-from tests.support.files import TINY
+from tests.support.files import TINY, write_rows
 
 TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"city": "string"}}}]
 CALL = {"type": "function", "function": {"name": "get_time", "arguments": {"city": "Oslo"}}}
@@ -524,7 +524,7 @@ def loaded(
 ) -> tuple[list[str], dict]:
     """Examples as text, and the counts."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     examples, counts = sft.load_sft([path], text, fmt or FormatConfig())
     return [display.show(example, text) for example in examples], counts
 

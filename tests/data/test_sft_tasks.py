@@ -4,7 +4,6 @@ With the tiny tokenizer a token is a byte; 257, 258 are <|im_start|> (BOS) and <
 """
 
 import copy
-import json
 import shutil
 from dataclasses import replace
 from importlib.resources import files
@@ -18,7 +17,7 @@ from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.prompts import Task
 from align.errors import UserError
-from tests.support.files import TINY
+from tests.support.files import TINY, write_rows
 
 BOS, EOS = 257, 258
 DEFAULT = FormatConfig()
@@ -71,11 +70,6 @@ def conversation(*turns: tuple, **fields: object) -> dict:
 def said(role: str, content: str) -> list[int]:
     """The ids of a message."""
     return [BOS, *f"{role}\n{content}".encode(), EOS, 10]
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def load(

@@ -13,15 +13,10 @@ import transformers
 from align.data import tokenizer, tokenizer_files
 from align.errors import UserError
 from tests.support.files import TINY
+from tests.support.tokenizers import SENTENCES
 
 CHAT = [{"role": "user", "content": "hi "}, {"role": "assistant", "content": "yo"}]
 MARKERS = ["<extra_id_0>", "<extra_id_1>", "<extra_id_2>", "many"]  # the last could also be cut otherwise
-SENTENCES = [
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
-    "How many clips did Natalia sell altogether in April and May?",
-    "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting.",
-    "The quick brown fox jumps over the lazy dog while the other foxes look on and wonder.",
-]
 TEXTS = [
     *SENTENCES,
     *["", "a", " a", "a b", "  a  b ", "\n", "   ", "new\nline\n\n\nmore\ttab", "====== ---- !!!!!!"],

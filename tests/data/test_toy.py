@@ -1,6 +1,5 @@
 """Judgements of the toy task: right by construction, checked against their prompts by other means."""
 
-import json
 import re
 import sys
 from collections import Counter
@@ -13,11 +12,7 @@ from align.data import formats, sft, tokenizer, toy
 from align.data.prompts import Template
 from align.errors import UserError
 from align.judging import judge, meta_judge
-from tests.support.files import TINY
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.support.files import TINY, read_jsonl
 
 
 def chats(rows: list[dict]) -> list[tuple[str, str]]:
@@ -102,16 +97,16 @@ def test_toy_files_for_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         template = Template(tmp_path / name, "--template", names)
         assert re.findall(r"{{ (\w+) }}", template.text) == names
 
-    rows = read_rows(tmp_path / "train_judge.jsonl")
+    rows = read_jsonl(tmp_path / "train_judge.jsonl")
     kinds = [asked.split(":")[0] for asked, _ in chats(rows)]
     assert Counter(kinds) == {"judge": 80, "compare": 40}
     assert "compare" in kinds[:20] and "judge" in kinds[-20:]  # mixed
     prompts = [re.search(r"sort:( [a-j])+", asked)[0] for asked, _ in chats(rows)]
     for name in ("train", "val"):
-        prompts += [asked for asked, _ in chats(read_rows(tmp_path / f"{name}.jsonl"))]
-        prompts += [row["prompt"][0]["content"] for row in read_rows(tmp_path / f"{name}_comparisons.jsonl")]
+        prompts += [asked for asked, _ in chats(read_jsonl(tmp_path / f"{name}.jsonl"))]
+        prompts += [row["prompt"][0]["content"] for row in read_jsonl(tmp_path / f"{name}_comparisons.jsonl")]
     assert len(set(prompts)) == len(prompts) == 300 + 20 + 30 + 10 + 80 + 40
-    assert read_rows(tmp_path / "train.jsonl") == toy.toy_rows(300, 20, mistakes=0.4, seed=1234)[0]
+    assert read_jsonl(tmp_path / "train.jsonl") == toy.toy_rows(300, 20, mistakes=0.4, seed=1234)[0]
 
     examples, _ = sft.load_sft(
         [tmp_path / "train_judge.jsonl"], tokenizer.load(TINY), formats.FormatConfig(max_seq_len=192)

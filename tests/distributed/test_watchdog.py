@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import fork_ranks, torchrun
+from tests.support.launch import fork_ranks, torchrun
 
 SCRIPT = "tests/workers/watchdog.py"
 NAME = r"rank {} of 2 \(pid \d+ on \S+\)"

@@ -31,9 +31,9 @@ from align.generation.sampling import SamplingConfig
 from align.model import architecture, gpt, huggingface, layers
 from align.model.config import ModelConfig
 from align.training import batching
-from tests.conftest import fork_ranks
 from tests.support import grids
-from tests.workers.generator import Letters
+from tests.support.launch import fork_ranks
+from tests.support.tokenizers import Letters
 
 LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}
 NUM_PROMPTS, ANSWERS, NEW_TOKENS = 16, 2, 12

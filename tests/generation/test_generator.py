@@ -1,7 +1,6 @@
 """Generation against transformers, in every layout; what a sample may depend on, and what not."""
 
 import itertools
-import json
 import math
 import threading
 from collections import Counter
@@ -21,11 +20,23 @@ from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
 from align.generation.generator import Queue, RolloutConfig, Sample, check_model_logprobs, check_rollout_tp
 from align.generation.sampling import SamplingConfig
-from tests.conftest import SIZES, torchrun
-from tests.generation.test_sampling import CHI_SQUARE_999, exact
-from tests.workers.generator import Letters, change
+from tests.support.generation import (
+    BF16,
+    FP32,
+    GREEDY,
+    NEW_TOKENS,
+    SAMPLED,
+    SAMPLES,
+    WARPED,
+    network,
+    prompts,
+    sample,
+    transformers_greedy,
+)
+from tests.support.sampling import CHI_SQUARE_999, exact
+from tests.support.tokenizers import Letters
+from tests.workers.generator import change
 
-NEW_TOKENS = 12
 LAYOUTS = {  # name: processes, training layout, rollout flags
     "one": (1, {}, {}),
     "one-few-slots": (1, {}, {"rollout_slots": 5}),
@@ -44,28 +55,15 @@ LAYOUTS = {  # name: processes, training layout, rollout flags
     "dp4-to-tp2": (4, {}, {"rollout_layout": "reshard", "rollout_tp": 2}),
 }
 FOUR = ("qwen2", "nemotron")  # families that are tried in the layouts of four processes, which take long
-GREEDY = {"max_new_tokens": NEW_TOKENS, "greedy": True}
-WARPED = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2}
-SAMPLED = {"max_new_tokens": NEW_TOKENS, **WARPED, "stop": [Letters().decode([i]) for i in range(40, 44)]}
-SAMPLES = 3  # answers to a prompt in the cases that sample
 PENALTY = 1.3  # repetition penalty of greedy answers
 LIKELIHOOD = ("llama", "qwen3", "mistral")  # families whose log-probs are compared
 DRAWS = {"max_new_tokens": 2, "temperature": 1.4, "top_k": 4, "top_p": 0.95}
 NUM_DRAWS = 4000
 KNOWN = 40  # ids of a tokenizer with fewer than the model has
 
-# What log-probs may differ by in nats, on average and at one token. Those of transformers in fp32 are up to
-# 1.6e-5 off those in fp64; in bf16 they are 0.037 and 0.49 off those in fp32 of the same weights.
-FP32, BF16 = (5e-6, 4e-5), (0.08, 1.0)
 
 Answer = tuple[list[int], list[float], list[float], str]  # ids, logprobs, model_logprobs, finish
 Run = Callable[[int], dict[str, dict]]  # number of processes -> what workers/generator.py found, by case
-
-
-def prompts(count: int = 64) -> list[list[int]]:
-    """Random prompts of 1 to 40 tokens."""
-    rng = np.random.default_rng(3)
-    return [rng.integers(3, 131, rng.integers(1, 41)).tolist() for _ in range(count)]
 
 
 def long_prompts() -> list[list[int]]:
@@ -74,32 +72,7 @@ def long_prompts() -> list[list[int]]:
     return [rng.integers(3, 131, length).tolist() for length in (246, 250, 255)]
 
 
-def sample(tmp_path: Path, processes: int, cases: dict[str, dict]) -> dict[str, dict]:
-    """What the cases sample, all in one start of the processes."""
-    given, written = tmp_path / "cases.json", tmp_path / "found.json"
-    given.write_text(json.dumps(cases))
-    torchrun(processes, "tests/workers/generator.py", given, written, timeout_s=400)
-    return json.loads(written.read_text())
-
-
 # ---- transformers --------------------------------------------------------------------------------
-
-
-def network(directory: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-
-def transformers_greedy(
-    policy: transformers.PreTrainedModel, given: list[list[int]], new_tokens: int, **options: float
-) -> list[list[int]]:
-    """Greedy answers by transformers, each prompt alone, up to the end token 2 or the context's end."""
-    fixed = dict(do_sample=False, eos_token_id=2, pad_token_id=0)
-    context, answers = SIZES["max_position_embeddings"], []
-    for ids in given:
-        room = min(new_tokens, context - len(ids))
-        out = policy.generate(torch.tensor([ids]), max_new_tokens=room, **fixed, **options)
-        answers.append(out[0, len(ids) :].tolist())
-    return answers
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from align.generation.sampling import pick
 from align.generation.slots import Graphs, graph_size
-from tests.conftest import torchrun
-from tests.generation.test_generator import GREEDY, SAMPLED, SAMPLES, prompts
-from tests.generation.test_sampling import CONFIGS
+from tests.support.generation import GREEDY, SAMPLED, SAMPLES, prompts
+from tests.support.launch import torchrun
+from tests.support.sampling import CONFIGS
 from tests.workers.graphs import Graph, graphs
 
 INTERPRETED = ("mistral", "qwen3")  # with a window, with normed queries and keys

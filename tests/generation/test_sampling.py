@@ -1,6 +1,5 @@
 """Sampling: draws against exact distributions, the warpers of transformers, numbers worked by hand."""
 
-import itertools
 import math
 
 import pytest
@@ -10,25 +9,10 @@ from transformers.generation import logits_process
 from align.errors import UserError
 from align.generation import sampling
 from align.generation.sampling import SamplingConfig, _top_p_floor, _top_p_floor_by_bisection, check, pick
+from tests.support.sampling import CHI_SQUARE_999, CONFIGS, exact
+from tests.support.seeded_bugs import assert_fails_with
 
 BELOW_ONE = math.nextafter(1.0, 0.0)
-CHI_SQUARE_999 = (  # 99.9 % quantiles for 1, 2, ... degrees of freedom
-    (10.828, 13.816, 16.266, 18.467, 20.515, 22.458, 24.322, 26.124, 27.877, 29.588)
-    + (31.264, 32.909, 34.528, 36.123, 37.697, 39.252, 40.790, 42.312, 43.820, 45.315)
-)
-CONFIGS = {
-    "plain": SamplingConfig(),
-    "cold": SamplingConfig(temperature=0.7),
-    "hot": SamplingConfig(temperature=1.5),
-    "top_k": SamplingConfig(top_k=5),
-    "top_p": SamplingConfig(top_p=0.8),
-    "min_p": SamplingConfig(min_p=0.15),
-    "penalty": SamplingConfig(repetition_penalty=1.8),
-    "reward": SamplingConfig(repetition_penalty=0.7),
-    "top_k_top_p": SamplingConfig(top_k=6, top_p=0.8),
-    "cold_top_p_min_p": SamplingConfig(temperature=0.7, top_p=0.95, min_p=0.05),
-    "all": SamplingConfig(temperature=1.5, top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=1.3),
-}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -41,26 +25,6 @@ def random_row(vocabulary: int, seed: int, scale: float = 1.5) -> tuple[torch.Te
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(vocabulary, generator=generator) * scale
     return logits, torch.rand(vocabulary, generator=generator) < 1 / 3
-
-
-def exact(logits: torch.Tensor, seen: torch.Tensor, config: SamplingConfig) -> list[float]:
-    """The distribution that a row is drawn from, in Python's floats. No two logits are equal."""
-    scores = logits.tolist()
-    for token in seen.nonzero()[:, 0].tolist():
-        penalty = config.repetition_penalty
-        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-    scores = [score / config.temperature for score in scores]
-    order = sorted(range(len(scores)), key=lambda token: -scores[token])
-    order = order[: config.top_k or None]
-    mass = [math.exp(scores[token] - scores[order[0]]) for token in order]
-    running = list(itertools.accumulate(mass))
-    count = next((n for n, sum_ in enumerate(running, 1) if sum_ >= config.top_p * running[-1]), len(order))
-    kept = {
-        token: weight
-        for token, weight in zip(order[:count], mass[:count], strict=True)
-        if weight >= config.min_p * mass[0]
-    }
-    return [kept.get(token, 0.0) / math.fsum(kept.values()) for token in range(len(scores))]
 
 
 def draw(
@@ -424,3 +388,8 @@ def test_an_empty_stop_string_is_refused():
 def test_the_bounds_of_the_flags_are_accepted():
     SamplingConfig(max_new_tokens=1, temperature=1e-3, top_k=1, top_p=1.0, min_p=0.999, stop=("###",))
     SamplingConfig(greedy=True, repetition_penalty=1.2, stop=("\n\n",))
+
+
+def test_a_sampler_that_draws_the_likeliest_token_is_noticed():
+    words = ("return block * BLOCK + column,", "return weights.argmax(-1),")
+    assert_fails_with({"align.generation.sampling._draw": [words]}, test_draws_by_hand)

@@ -19,7 +19,7 @@ from align.errors import UserError
 from align.generation import trtllm
 from align.generation.sampling import SamplingConfig
 from align.model.config import ModelConfig
-from tests.conftest import fork_ranks
+from tests.support.launch import fork_ranks
 from tests.support.stand_ins import StandIn
 
 LAYOUTS = {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {}}

@@ -26,6 +26,7 @@ from align.judging.judge import (
     without_scores,
 )
 from tests.support.files import TINY
+from tests.support.tokenizers import Letters
 
 BOS, EOS = 257, 258
 ASKED = [BOS, *b"assistant\n"]  # where an answer begins, with the newline
@@ -351,16 +352,6 @@ def test_no_half_character_is_left(tiny, short):
     assert cut("é", 33) is None  # 34 are too many, and half of the response is no character
 
 
-class Letters:
-    """A tokenizer with a token for each letter."""
-
-    def encode(self, text: str, continued: bool = False) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-
 def test_a_response_is_cut_until_it_fits(short, monkeypatch):
     # as if in a whole prompt two letters were a token: 8 too many, so 8 letters go, then 4 too many, 2, 1
     lengths = []
@@ -372,7 +363,7 @@ def test_a_response_is_cut_until_it_fits(short, monkeypatch):
 
     monkeypatch.setattr(prompts, "question", lambda row, tokenizer, fmt: ("long " * 20, "q"))
     monkeypatch.setattr(prompts, "one_turn", one_turn)
-    ids, shortened = Judge(short, Letters(), FormatConfig(), room=12).prompt({}, "b" * 31)
+    ids, shortened = Judge(short, Letters(offset=0), FormatConfig(), room=12).prompt({}, "b" * 31)
     assert ids.tolist() == [*b"Q: q\nA: " + b"b" * 16 + b"\n"][1::2] and shortened
     assert lengths == [69, 20, 16, 14, 13, 12]  # the whole conversation, the last turn, four cuts
 

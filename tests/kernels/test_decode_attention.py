@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.conftest import environment
 from tests.support.files import ROOT
+from tests.support.launch import environment
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux: tests/requirements.txt")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align.kernels import matmul
 from align.kernels.matmul import BLOCK, STEP, Linear, add_product, linear, padded, product
-from tests.conftest import torchrun
+from tests.support.launch import torchrun
 from tests.workers.matmul import DTYPES, cases, inputs
 
 K, N = 37, 21  # no multiples of a vector's width

@@ -24,8 +24,9 @@ from align.generation.inference import InferenceModel
 from align.model import architecture, gpt, huggingface, spec
 from align.model.config import ModelConfig
 from align.training import engine
-from tests.conftest import FAMILIES, LLAMA3_ROPE, SIZES, YARN_ROPE, torchrun
 from tests.support.files import TINY
+from tests.support.launch import torchrun
+from tests.support.models import FAMILIES, LLAMA3_ROPE, SIZES, YARN_ROPE
 
 THETA = {"rope_theta": 1e4, "rope_type": "default"}
 LLAMA3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}

@@ -5,39 +5,17 @@ What torch.compile makes of them for GPUs is compared here, on the CPU, with the
 
 import math
 import shutil
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 
 from align.model import layers
+from tests.support.layer_formulas import EPS, centred_norm, counting, gate, norm, turned
 
-EPS = 1e-5
 CONFIG = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
-
-
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
-
-
-def centred_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    x = x - x.mean(-1, keepdim=True)
-    return norm(x, weight) + bias
-
-
-def gate(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return first / (1 + (-first).exp()) * second
-
-
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Each pair (i, i + d/2) as a complex number, multiplied by exp(i angle); angles [T, d/2]."""
-    pairs = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat([pairs.real, pairs.imag], -1)
 
 
 def test_norm_by_hand():
@@ -168,17 +146,6 @@ def test_angles_of_far_positions_are_fp32_before_they_are_rounded():
     cos, _ = layers.rotation(torch.tensor([777]), torch.tensor([1.0]), torch.bfloat16)
     assert cos.dtype == torch.bfloat16
     assert cos.item() == pytest.approx(math.cos(777), rel=2**-8)
-
-
-def counting(backend: str) -> tuple[Callable, list]:
-    """A backend of torch.compile, and a list that has an item for everything that it has compiled."""
-    seen = []
-
-    def compile_and_count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        seen.append(graph)
-        return lookup_backend(backend)(graph, inputs)
-
-    return compile_and_count, seen
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 from align.kernels.matmul import linear
 from align.model import layers, logprobs
 from align.model.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
-from tests.conftest import torchrun
-from tests.model.test_layers import counting
+from tests.support.launch import torchrun
+from tests.support.layer_formulas import counting
+from tests.support.logprob_formulas import ALONE, oracle, ours
 from tests.support.parity_data import examples
+from tests.support.seeded_bugs import assert_fails_with
 from tests.workers.logprobs import (
     HIDDEN,
     PADDED,
@@ -28,44 +30,6 @@ from tests.workers.logprobs import (
 
 PLAIN = {name: getattr(logprobs, name) for name in ("largest", "sums_", "gradient_")}
 """What is compiled on GPUs."""
-ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # all that is asked of a group of one rank
-
-
-def oracle(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    grad: Tensor,
-    vocab: int = VOCAB,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, gradient of hidden, gradient of weight) by log_softmax and autograd in float64.
-
-    With a gradient [n, 2] log-probs and entropies, [n, 2].
-    """
-    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    every = (hidden @ weight[:vocab].T / temperature).log_softmax(1)
-    values = every.gather(1, targets[:, None])[:, 0]
-    if grad.dim() == 2:
-        values = torch.stack([values, -(every.exp() * every).sum(1)], 1)
-    values.backward(grad.double())
-    return values.detach(), hidden.grad, weight.grad
-
-
-def ours(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    grad: Tensor,
-    vocab: int = VOCAB,
-    temperature: float = 1.0,
-) -> tuple:
-    """The same three by the function that the shape of the gradient asks for."""
-    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    compute = target_logprobs if grad.dim() == 1 else target_logprobs_and_entropy
-    values = compute(hidden, weight, targets, vocab, ALONE, temperature)
-    values.backward(grad)
-    return values.detach(), hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
@@ -306,3 +270,8 @@ def test_policy(models, tmp_path, family):
         torch.testing.assert_close(both[mask].double(), values, rtol=0, atol=1e-4, msg=str(layout))
         assert torch.equal(logprobs, both[:, 0]), layout
         assert abs(found_loss - loss) <= 1e-4 and abs(found_norm - norm) <= 1e-3, (layout, found, loss, norm)
+
+
+def test_a_gradient_that_forgets_the_temperature_is_noticed():
+    bug = {"align.model.logprobs.TargetLogProbs.backward": [("grad = grad / ctx.temperature", "pass")]}
+    assert_fails_with(bug, lambda: test_values_and_gradients(5, 0.7, False))

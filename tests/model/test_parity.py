@@ -23,7 +23,8 @@ from align.distributed import parallel
 from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
-from tests.conftest import FAMILIES, fork_ranks
+from tests.support.launch import fork_ranks
+from tests.support.models import FAMILIES
 from tests.support.parity_data import BETA, FRESH, LR, SEED, STEPS, VOCAB, examples, pairs
 
 PAIR_METRICS = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import torchrun
+from tests.support.launch import torchrun
 
 CASES = {
     2: [

@@ -12,10 +12,10 @@ import plan
 from align.errors import UserError
 from align.planning import memory
 from align.planning.memory import Rollout, Work
+from bench import plan_cases
 from plan import Cluster
-from tests.conftest import fork_python, fork_ranks
 from tests.support.files import ROOT
-from tests.workers import plan as plan_worker
+from tests.support.launch import fork_python, fork_ranks
 
 SCRIPTS = ("train_sft", "train_rm", "train_dpo", "train_rs", "train_ppo", "train_self_reward")
 MEASURES = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
@@ -41,7 +41,7 @@ def phases_of(job: plan.Job, stage: int = 0) -> dict[str, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plan_worker.write_model(tmp_path_factory.mktemp("rm") / "rm", labels=1)
+    return plan_cases.write_model(tmp_path_factory.mktemp("rm") / "rm", labels=1)
 
 
 # ---- command lines ---------------------------------------------------------------------------------------
@@ -420,9 +420,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models of 26 million weights, and data."""
     directory = tmp_path_factory.mktemp("plan")
     return {
-        "policy": plan_worker.write_model(directory / "policy", **SIZES),
-        "rm": plan_worker.write_model(directory / "rm", labels=1, **SIZES),
-        "data": plan_worker.write_data(directory / "data", 32, 256, 128),
+        "policy": plan_cases.write_model(directory / "policy", **SIZES),
+        "rm": plan_cases.write_model(directory / "rm", labels=1, **SIZES),
+        "data": plan_cases.write_data(directory / "data", 32, 256, 128),
     }
 
 
@@ -432,7 +432,7 @@ def test_peaks_are_what_plan_says(case, places, tmp_path):
     """Each phase's peak of resident memory on each rank, within a tenth. bench/plan.py has more cases."""
     processes, line = CASES[case]
     script, *flags = line.format(**places).split()
-    worker = ("tests/workers/plan.py", tmp_path / "found", "exact", script)
+    worker = ("bench/plan_cases.py", tmp_path / "found", "exact", script)
     fork_ranks(processes, *worker, *flags, "--output", tmp_path / "run")
     job = job_of(Path(script).stem, " ".join(flags), device="cpu", host_memory=64, gpus_per_node=processes)
     for rank in range(processes):

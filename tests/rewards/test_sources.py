@@ -33,9 +33,11 @@ from align.model.config import ModelConfig
 from align.rewards import sources
 from align.rewards.sources import RewardConfig, RewardFunction, RewardModel
 from align.training import offload
-from tests.conftest import FAMILIES, fork_ranks
 from tests.support import grids
 from tests.support.files import TINY
+from tests.support.generation import sample_of
+from tests.support.launch import fork_ranks
+from tests.support.models import FAMILIES
 
 SCORED = ("llama", "qwen3", "mistral")  # families whose reward models are compared
 LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}
@@ -96,11 +98,6 @@ WRONG = {  # function: what it returned, as the message has it
 
 
 # ---- data ----------------------------------------------------------------------------------------
-
-
-def sample_of(ids: list[int]) -> Sample:
-    zeros = np.zeros(len(ids), np.float32)
-    return Sample(np.array(ids, np.int32), zeros, zeros, "length")
 
 
 def texts(text: tokenizer.HuggingFaceTokenizer, log: Path) -> tuple[list[Prompt], list[list[Sample]]]:

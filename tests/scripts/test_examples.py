@@ -1,7 +1,8 @@
 """The scripts of examples/, as a user runs them: small files in the raw formats, the tiny model, few steps.
 
-They are bash, and start python and torchrun. Here those are stand-ins that have conftest.py fork the process,
-because imports take longer than these runs; each process gets the words that the real one would get.
+They are bash, and start python and torchrun. Here those are stand-ins that have tests/support/launch.py fork
+the process, because imports take longer than these runs; each process gets the words that the real one would
+get.
 """
 
 import gzip
@@ -19,8 +20,8 @@ import pytest
 import transformers
 
 from align.data import formats, prompts, tokenizer
-from tests.conftest import fork_python, fork_ranks
-from tests.support.files import ROOT
+from tests.support.files import ROOT, read_jsonl
+from tests.support.launch import fork_python, fork_ranks
 
 SCRIPTS = ("sft", "sft_chat", "dpo", "reward_model", "ppo", "rejection_sampling", "self_rewarding")
 LABELS = {"quality": 0.75, "toxicity": 0.0}
@@ -170,10 +171,6 @@ def output(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- checks --------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_every_script_is_tested():

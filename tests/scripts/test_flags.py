@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import math
 import re
 import shlex
@@ -10,7 +9,6 @@ import shutil
 import types
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import tyro
@@ -25,6 +23,7 @@ from align.errors import UserError
 from align.model.config import ModelConfig
 from align.training.checkpoint import CheckpointConfig, check_monitor
 from align.training.config import LoopConfig
+from tests.support.files import write_rows
 
 SCRIPTS = "train_sft train_rm train_dpo train_ppo train_rs train_self_reward generate".split()
 NONSENSE = (0, -1, math.nan, math.inf, -math.inf, 1e308, -1e308, 10**21, -(10**21))
@@ -304,11 +303,6 @@ OF_FORM = [  # flags, rows that they change, rows that they do not
     ({"chat_tokens": ("<s>", "<t>", "<l>", r"\n", r"\n")}, MARKERS, [CHAT, TEMPLATE, COMPLETION]),
     ({"turns": "last"}, CHAT, [MARKERS, TEMPLATE, COMPLETION]),
 ]
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.mark.parametrize(("flags", "changed", "others"), OF_FORM, ids=lambda x: str(x)[:30])

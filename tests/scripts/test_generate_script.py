@@ -20,8 +20,9 @@ from align.data.formats import FormatConfig, format_template
 from align.data.prompts import PromptFormat
 from align.distributed import parallel
 from align.generation.generator import Sample
-from tests.conftest import FAMILIES, environment, fork_python, fork_ranks
-from tests.support.files import ROOT, TINY
+from tests.support.files import ROOT, TINY, read_jsonl, write_rows
+from tests.support.launch import environment, fork_python, fork_ranks
+from tests.support.models import FAMILIES
 
 NEW_TOKENS = 12
 GREEDY = ("--greedy", "--max-new-tokens", NEW_TOKENS)
@@ -108,15 +109,6 @@ def chat_ids(message: str) -> list[int]:
     """Ids of a chat of one message."""
     text = f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
     return transformers.AutoTokenizer.from_pretrained(TINY).encode(text, add_special_tokens=False)
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -297,7 +289,7 @@ def test_rows_of_every_format_are_answered_in_order(one, folder, greedy):
     answers.append(greedy.chat("u", "a", "u"))
     assert len(set(answers)) == 4
     written = folder / "new" / "greedy.jsonl"
-    rows = read_rows(written)
+    rows = read_jsonl(written)
     assert [row.pop("response") for row in rows] == answers
     assert {row.pop("finish") for row in rows} <= {"stop", "length"}
     assert rows == [{name: value for name, value in row.items() if name != "response"} for row in ROWS]
@@ -311,7 +303,7 @@ def test_sampled_answers_are_the_same_on_two_copies_of_the_model(one, two, folde
     """Three answers each, which differ, and do not depend on where and in what company they are decoded."""
     texts = [(folder / f"{name}.jsonl").read_text() for name in ("one", "two", "seed")]
     assert texts[0] == texts[1] != texts[2]
-    rows = read_rows(folder / "one.jsonl")
+    rows = read_jsonl(folder / "one.jsonl")
     assert [len(row[name]) for row in rows for name in ("response", "finish")] == [3] * 24
     assert len({answer for row in rows for answer in row["response"]}) > 30
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import fork_ranks
-from tests.scripts.test_rs_invariance import metrics, rows
+from tests.support.files import read_jsonl, reproducible_metrics
+from tests.support.launch import fork_ranks
+from tests.support.rounding import PPO_CANCELS
 
 STEPS = 3
-BY_RULE = "--reward-fn tests.workers.resume:reward"
+BY_RULE = "--reward-fn tests.support.rewards:reward"
 MODEL = "--advantages gae --samples-per-prompt 2 --global-batch-size 8 --reward-model {rm} --critic-lr 1e-3"
 RULE = (  # its critic starts as the language model with a head of zeros
     f"--advantages gae --samples-per-prompt 2 --global-batch-size 8 {BY_RULE} --critic-lr 1e-3"
@@ -47,17 +48,6 @@ CASES = {  # by number of processes: kind of PPO and layout
         (GRPO, "--pp 2 --cp 2"),
     ],
 }
-# Means of numbers of about unit size that have both signs, such as whitened advantages, or that are the
-# differences of such numbers, as in all kinds of KL: near 0 they have the rounding of what they are made of.
-# The same goes for explained variance, 1 minus a share, and gradients, in which tokens of both signs meet.
-CANCELS = {
-    *(f"train_rollouts/{name}_mean" for name in ("advantages", "values", "returns")),
-    *(f"train_rollouts/{name}" for name in ("init_policy_kl", "rewards_with_kl", "explained_variance")),
-    *(
-        f"train_optim/{name}"
-        for name in ("loss", "approx_kl", "ratio_error", "grad_norm", "critic_grad_norm")
-    ),
-}
 COUNTED = {"train_optim/clip_fraction", "train_optim/critic_value_clip_fraction"}
 
 
@@ -75,7 +65,10 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
         for path, (kind, layout) in zip(outputs, cases, strict=True)
     ]
     fork_ranks(processes, "tests/workers/resume.py", json.dumps(commands))
-    return [{"metrics": metrics(path), "samples": rows(path / "samples.jsonl")} for path in outputs]
+    return [
+        {"metrics": reproducible_metrics(path), "samples": read_jsonl(path / "samples.jsonl")}
+        for path in outputs
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +132,7 @@ def close(name: str, value: float, exact: bool) -> object:
         return 0.0
     if name.startswith("audit/"):
         return pytest.approx(0.0, abs=1e-5)
-    if name in CANCELS or ("rewards" in name and not exact):
+    if name in PPO_CANCELS or ("rewards" in name and not exact):
         return pytest.approx(value, rel=1e-5, abs=1e-5)
     rounded = name.startswith("train_optim/") or name.endswith(("_std", "/entropy"))
     return pytest.approx(value, rel=1e-5) if rounded and name not in COUNTED else value

@@ -23,8 +23,8 @@ from align.data.packing import Batch
 from align.distributed import parallel
 from align.generation.rollout import Tokenizer
 from align.training import batching
-from tests.conftest import fork_ranks
-from tests.workers.resume import reward
+from tests.support.launch import fork_ranks
+from tests.support.rewards import reward
 
 KL_COEF, GAMMA, LAMBDA, PENALTY = 0.07, 0.97, 0.9, 0.25
 KINDS = {
@@ -211,7 +211,7 @@ if __name__ == "__main__":
                 f"--model {trained}/sft/hf --train-data {trained}/data/train.jsonl --output {output}/{name} "
                 f"--prompts-per-step {PROMPTS} --global-batch-size {answers // 2} --max-prompt-len 48 "
                 f"--max-new-tokens 8 --max-steps 1 --kl-coef {KL_COEF} --micro-batch-tokens 64 "
-                f"--reward-fn tests.workers.resume:reward --save-interval 0 {more}"
+                f"--reward-fn tests.support.rewards:reward --save-interval 0 {more}"
             )
             result = recorded(command.split(), tokenizer.load(trained / "sft/hf"))
             (output / f"{name}{dist.get_rank()}.json").write_text(json.dumps(result))

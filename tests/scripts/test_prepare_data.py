@@ -21,16 +21,7 @@ import prepare_data
 from align.data import download, formats, preferences, prompts, sft, tokenizer, toy
 from align.errors import UserError
 from align.judging.judge import parse_score
-from tests.support.files import TINY
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.support.files import TINY, read_jsonl, write_rows
 
 
 def loads(*paths: Path) -> int:
@@ -48,7 +39,7 @@ def dolly_row(i: int, context: str = "") -> dict:
 def test_dolly(tmp_path: Path):
     raw = [dolly_row(i, "" if i % 2 else f" given {i}\n") for i in range(200)]
     prepare_data.dolly(write_rows(tmp_path / "raw.jsonl", raw), tmp_path / "out", val_fraction=0.1)
-    train, val = read_rows(tmp_path / "out/train.jsonl"), read_rows(tmp_path / "out/val.jsonl")
+    train, val = read_jsonl(tmp_path / "out/train.jsonl"), read_jsonl(tmp_path / "out/val.jsonl")
     assert (len(train), len(val)) == (180, 20)
     orders = {"instruction first": 0, "context first": 0}
     rows = sorted(train + val, key=lambda row: int(row["output"].split()[1]))
@@ -130,7 +121,7 @@ def test_oasst_splits_by_tree(tmp_path: Path):
     raw = tmp_path / "trees.jsonl.gz"
     raw.write_bytes(gzip.compress("".join(json.dumps(t) + "\n" for t in trees).encode()))
     prepare_data.oasst(raw, tmp_path / "out")
-    train, val = read_rows(tmp_path / "out/train.jsonl"), read_rows(tmp_path / "out/val.jsonl")
+    train, val = read_jsonl(tmp_path / "out/train.jsonl"), read_jsonl(tmp_path / "out/val.jsonl")
     assert (len(train), len(val)) == (76, 4)  # 38 and 2 trees of two threads
     prompts = [{row["conversations"][0]["value"] for row in rows} for rows in (train, val)]
     assert [len(part) for part in prompts] == [38, 2] and not prompts[0] & prompts[1]
@@ -168,7 +159,7 @@ def test_gsm8k(tmp_path: Path):
     lines = [json.dumps({"question": f"{n} + 1?", "answer": answer}) for n, answer in enumerate(answers)]
     raw.write_bytes(gzip.compress("\n".join(lines).encode()))
     prepare_data.gsm8k(raw, tmp_path / "out.jsonl", limit=3)
-    rows = read_rows(tmp_path / "out.jsonl")
+    rows = read_jsonl(tmp_path / "out.jsonl")
     assert rows[1] == {
         "messages": [
             {"role": "user", "content": "1 + 1?"},
@@ -232,7 +223,7 @@ def hh_raw(*turns: str, rejected: str = "bad") -> dict:
 
 def hh_outputs(directory: Path) -> dict[str, list[dict]]:
     names = ("train_comparisons", "train_prompts", "test_comparisons", "test_prompts")
-    return {name: read_rows(directory / f"{name}.jsonl") for name in names}
+    return {name: read_jsonl(directory / f"{name}.jsonl") for name in names}
 
 
 def test_hh_styles(tmp_path: Path):
@@ -364,7 +355,7 @@ def test_hh_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     prepare_data.main()
     assert [len(rows) for rows in hh_outputs(tmp_path / "out").values()] == [4, 2, 2, 1]
-    assert read_rows(tmp_path / "out/test_prompts.jsonl") == [{"prompt": "User: t\n\nAssistant:"}]
+    assert read_jsonl(tmp_path / "out/test_prompts.jsonl") == [{"prompt": "User: t\n\nAssistant:"}]
 
 
 # ---- downloads ---------------------------------------------------------------------------------------------
@@ -610,7 +601,7 @@ def test_commands_download(server, tmp_path: Path, monkeypatch):
     ]
     for path in written:
         assert ("data" / path).read_text() == ("by_hand" / path).read_text()
-    assert [len(read_rows(tmp_path / f"data/gsm8k/{part}.jsonl")) for part in ("train", "test")] == [4, 3]
+    assert [len(read_jsonl(tmp_path / f"data/gsm8k/{part}.jsonl")) for part in ("train", "test")] == [4, 3]
 
 
 HH_NAMES = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -682,7 +673,7 @@ def test_toy_from_the_command_line(
     command = ["prepare_data.py", "toy", "--output", str(tmp_path), "--train-rows", "500", "--val-rows", "50"]
     monkeypatch.setattr(sys, "argv", command)
     prepare_data.main()
-    train, val = read_rows(tmp_path / "train.jsonl"), read_rows(tmp_path / "val.jsonl")
+    train, val = read_jsonl(tmp_path / "train.jsonl"), read_jsonl(tmp_path / "val.jsonl")
     assert (len(train), len(val)) == (500, 50)
     assert sum(score < 1 for score in scores(train)) == 200  # 40 % of 500
     assert scores(val) == [1.0] * 50
@@ -696,10 +687,10 @@ def test_toy_comparisons_from_the_command_line(tmp_path: Path, monkeypatch: pyte
     numbers = ["--train-rows", "4500", "--train-comparisons", "300", "--val-comparisons", "20"]
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "toy", "--output", str(tmp_path), *numbers])
     prepare_data.main()
-    chats = [row for name in ("train", "val") for row in read_rows(tmp_path / f"{name}.jsonl")]
+    chats = [row for name in ("train", "val") for row in read_jsonl(tmp_path / f"{name}.jsonl")]
     files = [tmp_path / f"{name}_comparisons.jsonl" for name in ("train", "val")]
-    rows = [row for path in files for row in read_rows(path)]
-    assert [len(read_rows(path)) for path in files] == [300, 20]
+    rows = [row for path in files for row in read_jsonl(path)]
+    assert [len(read_jsonl(path)) for path in files] == [300, 20]
     prompts = [row["messages"][0]["content"] for row in chats]
     prompts += [row["prompt"][0]["content"] for row in rows]
     assert len(set(prompts)) == 4500 + 200 + 300 + 20
@@ -724,9 +715,9 @@ def test_toy_comparisons_are_as_described():
 
 
 def test_toy_files_as_they_come_share_no_prompt(tmp_path: Path):
-    rows = [row for paths in toy.write(tmp_path) for path in paths for row in read_rows(path)]
+    rows = [row for paths in toy.write(tmp_path) for path in paths for row in read_jsonl(path)]
     train, val = toy.write_comparisons(tmp_path)
-    pairs = [row for path in (*train, *val) for row in read_rows(path)]
+    pairs = [row for path in (*train, *val) for row in read_jsonl(path)]
     assert [path.name for path in (*train, *val)] == ["train_comparisons.jsonl", "val_comparisons.jsonl"]
     prompts = [row["messages"][0]["content"] for row in rows]
     prompts += [row["prompt"][0]["content"] for row in pairs]
@@ -795,7 +786,7 @@ def test_judge(tmp_path: Path):
     template.write_text("{{ prompt }} | {{ response }}\n")
     raw, out = write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "out.jsonl"
     prepare_data.judge(raw, out, template)
-    found, scores = read_rows(out), Counter()
+    found, scores = read_jsonl(out), Counter()
     for i, row in enumerate(found):
         asked, judgement = (message["content"] for message in row["messages"])
         question, _, response = asked.removesuffix("\n").partition(" | ")
@@ -813,7 +804,7 @@ def test_judge(tmp_path: Path):
     assert len(found) == 400 and min(scores[score] for score in (0, 1, 2, 5)) > 70
     assert loads(out) == 400
     prepare_data.judge(raw, tmp_path / "again.jsonl", template, limit=7)
-    assert len(read_rows(tmp_path / "again.jsonl")) == 7
+    assert len(read_jsonl(tmp_path / "again.jsonl")) == 7
 
 
 def test_judge_of_several_turns_and_of_an_answer_without_numbers(tmp_path: Path):
@@ -828,7 +819,7 @@ def test_judge_of_several_turns_and_of_an_answer_without_numbers(tmp_path: Path)
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]}] * 20
     rows += [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}] * 20
     prepare_data.judge(write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "out.jsonl")
-    first, *_ = found = read_rows(tmp_path / "out.jsonl")
+    first, *_ = found = read_jsonl(tmp_path / "out.jsonl")
     assert (
         "<question>\nUser: Hi\n\nAssistant: Hello\n\nUser: Bye\n</question>"
         in first["messages"][0]["content"]
@@ -847,7 +838,7 @@ def test_judge_of_conversations(tmp_path: Path):
     prepare_data.judge(raw, out, template)
     tiny, fmt = tokenizer.load(TINY), formats.FormatConfig()
     found = Counter()
-    for judgement in read_rows(out):
+    for judgement in read_jsonl(out):
         asked, score = judgement["conversations"]
         assert (judgement["mask"], asked["from"], score["from"]) == (["Ann"], "Ann", "Bob")
         found[asked["value"], parse_score(score["value"], 0, 5)] += 1

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import fork_ranks
+from tests.support.files import read_jsonl, reproducible_metrics
+from tests.support.launch import fork_ranks
 
 STEPS = 3
-BY_RULE, BY_MODEL = "--reward-fn tests.workers.resume:reward", "--reward-model {rm}"
+BY_RULE, BY_MODEL = "--reward-fn tests.support.rewards:reward", "--reward-model {rm}"
 CASES = {  # by number of processes: judge and layout
     1: [
         (BY_RULE, "--micro-batch-tokens 64"),
@@ -57,19 +58,9 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
         for path, (judge, layout) in zip(outputs, cases, strict=True)
     ]
     fork_ranks(processes, "tests/workers/resume.py", json.dumps(commands))
-    return [{"metrics": metrics(path), "samples": rows(path / "samples.jsonl")} for path in outputs]
-
-
-def rows(path: Path) -> list[dict]:
-    """The rows of a jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(output: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock and on the machine."""
     return [
-        {name: row[name] for name in row if not name.startswith(("time/", "timers/", "memory/"))}
-        for row in rows(output / "metrics.jsonl")
+        {"metrics": reproducible_metrics(path), "samples": read_jsonl(path / "samples.jsonl")}
+        for path in outputs
     ]
 
 

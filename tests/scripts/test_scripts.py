@@ -29,8 +29,9 @@ from align.data.preferences import Pair, PreferenceFormat
 from align.data.sft import load_sft
 from align.losses import supervised
 from align.training import checkpoint
-from tests.conftest import environment, fork_python, fork_ranks, torchrun
-from tests.support.files import ROOT, TINY
+from tests.support.files import ROOT, TINY, read_jsonl, write_rows
+from tests.support.launch import environment, fork_python, fork_ranks, torchrun
+from tests.support.rows import chats, comparisons, words
 
 SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_rm.py": train_rm}
 QUICK = ("--global-batch-size", 4, "--max-steps", 3, "--warmup-steps", 1, "--lr", 1e-3)
@@ -42,25 +43,6 @@ def python(*command: object) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def words(count: int, seed: int) -> list[str]:
-    """Random short words."""
-    random = np.random.default_rng(seed)
-    return ["".join(random.choice(list("abcdefg"), random.integers(1, 9))) for _ in range(count)]
-
-
-def chats(count: int, seed: int) -> list[dict]:
-    roles = ("user", "assistant") * 2
-    return [
-        {"messages": [{"role": role, "content": word} for role, word in zip(roles, some, strict=True)]}
-        for some in (words(4, seed + i) for i in range(count))
-    ]
-
-
 def conversations(count: int) -> list[dict]:
     return [
         {
@@ -69,14 +51,6 @@ def conversations(count: int) -> list[dict]:
             "conversations": [{"from": "User", "value": word}, {"from": "Assistant", "value": word[::-1]}],
         }
         for word in words(count, 0)
-    ]
-
-
-def comparisons(count: int, seed: int, **more: float) -> list[dict]:
-    """Pairs of answers to random words; a right one has its word in order, a wrong one reversed."""
-    return [
-        {"prompt": word, "chosen": "".join(sorted(word)) + "a", "rejected": word[::-1] + "g", **more}
-        for word in words(count, seed)
     ]
 
 
@@ -99,10 +73,6 @@ def labelled(count: int, seed: int) -> list[dict]:
             label[i % 2] = supervised.MISSING
         rows.append({"text": word, "label": label})
     return rows
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_metrics(output: Path) -> list[dict]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from align.judging import judge
-from tests.conftest import fork_ranks
-from tests.scripts.test_rs_invariance import metrics, rows
+from tests.support.files import read_jsonl, reproducible_metrics
+from tests.support.launch import fork_ranks
+from tests.support.rounding import close_self_reward
 
 STEPS = 4
 META = (
@@ -36,16 +37,6 @@ CASES = {  # by number of processes: what is learnt and layout
     ],
     4: [(META, "--tp 2 --pp 2")],
 }
-# near 0 the differences of log-probs, and means of numbers of both signs, have the rounding of what they are
-# made of
-CANCELS = {
-    *("rewards_chosen_mean", "rewards_rejected_mean", "rewards_margin_mean", "rewards_all_mean"),
-    *("rewards_all_std", "logratio_abs_mean"),
-}
-ROUNDED = {
-    *("loss", "preference_loss", "sft_loss", "data_loss", "grad_norm"),
-    *("logprobs_chosen_mean", "logprobs_rejected_mean"),
-}
 
 
 def run(trained: Path, output: Path, processes: int, cases: list[tuple[str, str]]) -> list[dict]:
@@ -64,7 +55,10 @@ def run(trained: Path, output: Path, processes: int, cases: list[tuple[str, str]
         for path, (kind, layout) in zip(outputs, cases, strict=True)
     ]
     fork_ranks(processes, "tests/workers/resume.py", json.dumps(commands))
-    return [{"metrics": metrics(path), "samples": rows(path / "samples.jsonl")} for path in outputs]
+    return [
+        {"metrics": reproducible_metrics(path), "samples": read_jsonl(path / "samples.jsonl")}
+        for path in outputs
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +109,4 @@ def test_every_layout_gives_the_same(processes, toy_judge, one_process, tmp_path
         assert result["samples"] == expected["samples"], case
         assert len(result["metrics"]) == len(expected["metrics"])
         for row, wanted in zip(result["metrics"], expected["metrics"], strict=True):
-            assert row == {name: close(name, wanted[name]) for name in wanted}, case
-
-
-def close(name: str, value: float) -> object:
-    """What a metric may be: what counts answers, scores or tokens as it is, the rest to 1e-5.
-
-    The audit's errors are nothing but rounding, which each layout has of its own.
-    """
-    kind = name.partition("/")[2]
-    if name.startswith("audit/"):
-        return pytest.approx(0.0, abs=1e-5)
-    if kind in CANCELS:
-        return pytest.approx(value, rel=1e-5, abs=1e-5)
-    return pytest.approx(value, rel=1e-5) if kind in ROUNDED else value
+            assert row == {name: close_self_reward(name, wanted[name]) for name in wanted}, case

@@ -28,8 +28,8 @@ from align.generation import generator
 from align.generation.rollout import Tokenizer
 from align.judging import meta_judge
 from align.training import engine
-from tests.conftest import fork_ranks
-from tests.scripts.test_rs_invariance import rows
+from tests.support.files import read_jsonl
+from tests.support.launch import fork_ranks
 
 KNOWN_IDS = 259  # of the tokenizer; the model has 264 rows
 PROMPTS, STEPS, FRACTION, BETA, SCALE, SFT_WEIGHT = 12, 2, 0.25, 0.2, 0.7, 0.3
@@ -124,8 +124,8 @@ class Found:
     def __init__(self, folder: Path, kind: str):
         self.kind = kind
         self.ranks = [json.loads((folder / f"{kind}{rank}.json").read_text()) for rank in range(2)]
-        self.samples = rows(folder / kind / "samples.jsonl")
-        self.log = [row for row in rows(folder / kind / "metrics.jsonl") if row["step"] > 0]
+        self.samples = read_jsonl(folder / kind / "samples.jsonl")
+        self.log = [row for row in read_jsonl(folder / kind / "metrics.jsonl") if row["step"] > 0]
 
     def rollouts(self, step: int, purpose: int) -> list[dict]:
         """Answers (0), judgements (1) or verdicts (2) of a step, as rank 0 saw them."""

@@ -19,8 +19,9 @@ from align.losses import rl
 from align.rewards.sources import RewardConfig
 from align.training import checkpoint
 from align.training.optim import OptimConfig
-from tests.conftest import fork_ranks
-from tests.scripts.test_train_rs import read_jsonl, save_reward_model, without_times
+from tests.support.files import read_jsonl, without_times
+from tests.support.launch import fork_ranks
+from tests.support.models import save_reward_model
 from train_ppo import Config, advantages_of, by_answer, expand, moments, tokens_with_gradient
 
 DATA = {"train_data": (Path("rows.jsonl"),)}
@@ -240,7 +241,7 @@ def test_where_the_kl_goes_and_how_it_is_estimated():
 # ---- runs on two processes -----------------------------------------------------------------------
 
 STEPS, NEW_TOKENS = 2, 8
-BY_RULE = "--reward-fn tests.workers.resume:reward"
+BY_RULE = "--reward-fn tests.support.rewards:reward"
 KEEP = "--save-top-k 9 --monitor train_rollouts/rewards"
 UPDATES = "--lr 1e-3 --critic-lr 1e-3"
 STILL = "--lr 0 --min-lr 0 --critic-lr 0 --critic-min-lr 0"
@@ -250,7 +251,7 @@ GRPO = (  # with this seed no answer ends by itself
 )
 FLAT = (  # all answers have one reward
     "--model {start} --advantages grpo --unended keep --ppo-epochs 2 --max-steps 1 --lr 1e-3 "
-    "--reward-fn tests.scripts.test_train_rs:tenth --kl-coef"
+    "--reward-fn tests.support.rewards:tenth --kl-coef"
 )
 RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of the first
     (

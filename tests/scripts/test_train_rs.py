@@ -1,9 +1,7 @@
 """Rejection sampling: what is selected, what is refused, and what a run logs, does and says when it fails."""
 
-import copy
 import json
 import math
-import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,14 +17,14 @@ from align.errors import UserError
 from align.generation.generator import Sample
 from align.generation.sampling import SamplingConfig
 from align.rewards.sources import RewardConfig
-from tests.conftest import fork_ranks, torchrun
-from tests.rewards.test_sources import sample_of
-from tests.support.files import TINY
+from tests.support.files import TINY, read_jsonl, without_times, write_rows
+from tests.support.generation import sample_of
+from tests.support.launch import fork_ranks, torchrun
+from tests.support.models import MEAN, STD, save_reward_model
 from train_rs import Config, select
 
 NEW_TOKENS = 5
 UNIFORM = math.log(264)  # loss of the random tiny model in nats, nearly: it knows nothing of 264 tokens
-MEAN, STD = 0.25, 0.5  # that the reward model's directory says of its scores
 LAST_WORDS = "the judge is out of office"
 DATA = {"train_data": (Path("rows.jsonl"),)}
 
@@ -124,11 +122,6 @@ def zero(prompt: str, response: str, row: dict) -> float:
     return 0.0
 
 
-def tenth(prompt: str, response: str, row: dict) -> float:
-    """0.1, of which three times the sum, divided by 3, is another number."""
-    return 0.1
-
-
 def broken(prompt: str, response: str, row: dict) -> float:
     """Fails on one answer, and so on one rank, which says when."""
     if row["kind"] == "fatal" and not Path(row["log"]).exists():
@@ -137,31 +130,19 @@ def broken(prompt: str, response: str, row: dict) -> float:
     return 0.0
 
 
-def write_rows(path: Path, kind: str, count: int, log: Path, prompt: str = "say {}: ") -> list[dict]:
+def write_prompts(path: Path, kind: str, count: int, log: Path, prompt: str = "say {}: ") -> list[dict]:
     """Prompts in a file, all different."""
     rows = [{"prompt": prompt.format(i), "kind": kind, "log": str(log)} for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return rows
-
-
-def save_reward_model(directory: Path) -> Path:
-    """A random reward model with the policy's tokenizer, its scores of about 1 or -1."""
-    config = copy.deepcopy(transformers.AutoConfig.from_pretrained(TINY))
-    config.num_labels, config.initializer_range = 1, 0.2
-    torch.manual_seed(9)
-    transformers.LlamaForSequenceClassification(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, directory / name)
-    (directory / "reward_statistics.json").write_text(json.dumps({"mean": MEAN, "std": STD}))
-    return directory
 
 
 def commands(folder: Path) -> dict[str, list[object]]:
     """The command of each run; those with a name of a reward function write their calls to calls.jsonl."""
-    write_rows(folder / "train.jsonl", "train", 8, folder / "calls.jsonl")
+    write_prompts(folder / "train.jsonl", "train", 8, folder / "calls.jsonl")
     with (folder / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x" * 200, "kind": "long", "log": "none"}) + "\n")
-    write_rows(folder / "val.jsonl", "val", 3, folder / "calls.jsonl")
+    write_prompts(folder / "val.jsonl", "val", 3, folder / "calls.jsonl")
     steps = ("--prompts-per-step", 4, "--samples-per-prompt", 4, "--max-steps", 2)
     short = ("--max-new-tokens", NEW_TOKENS, "--max-prompt-len", 64)
     train = ("--train-data", folder / "train.jsonl")
@@ -186,10 +167,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def metrics(folder: Path, name: str) -> list[dict[str, float]]:
     """Lines of a run's metrics.jsonl, by step."""
     rows = read_jsonl(folder / name / "metrics.jsonl")
@@ -200,10 +177,6 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
 
 STATISTICS = {"rewards", "response_lengths", "prompt_lengths", "ended"}
 SELECTION = {"selected", "dropped_low", "dropped_unended", "dropped_duplicates", "rewards_selected"}
-
-
-def without_times(row: dict[str, float]) -> set[str]:
-    return {name for name in row if not name.startswith(("time/", "timers/"))}
 
 
 def test_names_of_the_metrics(folder):
@@ -290,14 +263,8 @@ def test_too_long_prompts_are_dropped_and_counted(folder):
 def idle(folder) -> Path:
     """OUTPUT of runs in whose first steps nothing, or almost nothing, is selected."""
     flags = ["train_rs.py", "--model", folder / "function" / "hf", "--train-data", folder / "train.jsonl"]
-    flags += [
-        "--reward-fn",
-        "tests.scripts.test_train_rs:zero",
-        "--max-prompt-len",
-        64,
-        "--max-new-tokens",
-        1,
-    ]
+    flags += ["--reward-fn", "tests.scripts.test_train_rs:zero"]
+    flags += ["--max-prompt-len", 64, "--max-new-tokens", 1]
     flags += ["--prompts-per-step", 4, "--samples-per-prompt", 4, "--output"]
     keep = ["--unended", "keep", "--max-steps", 2, "--min-reward"]
     nothing = [*flags, folder / "nothing", "--max-steps", 2]
@@ -402,7 +369,7 @@ def test_the_reward_model_judges_the_toy_task_too(folder):
 def test_a_failing_reward_function_stops_the_run(tmp_path):
     """On one rank, while the other waits for its rewards: within a minute, with the exception shown."""
     log = tmp_path / "failed_at"
-    write_rows(tmp_path / "rows.jsonl", "fatal", 4, log)
+    write_prompts(tmp_path / "rows.jsonl", "fatal", 4, log)
     flags = ("--prompts-per-step", 2, "--samples-per-prompt", 2, "--max-new-tokens", 2)
     data = ("--train-data", tmp_path / "rows.jsonl", "--output", tmp_path / "out")
     fatal = ("--reward-fn", "tests.scripts.test_train_rs:broken")

@@ -17,7 +17,7 @@ from align.generation.sampling import SamplingConfig
 from align.judging.judge import JudgeConfig
 from align.judging.meta_judge import MetaJudgeConfig
 from align.training.config import LoopConfig
-from tests.conftest import fork_ranks
+from tests.support.launch import fork_ranks
 from train_self_reward import Config, check_same, of_iteration, state_of
 
 # ---- flags ---------------------------------------------------------------------------------------

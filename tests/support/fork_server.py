@@ -1,6 +1,6 @@
 """A warm process of which tests fork their ranks: importing everything anew takes 4 s of CPU for each rank.
 
-Started once by conftest.py as `python -m tests.support.fork_server`: requests are lines on stdin, answers
+Started once by launch.py as `python -m tests.support.fork_server`: requests are lines on stdin, answers
 lines on stdout.
 This process imports what the project's scripts import, and no more: it runs no kernel, starts no thread and
 no process group, so that a fork of it is what a fresh process is after its imports. A fork then has an

@@ -26,9 +26,9 @@ from align.errors import UserError
 from align.model import architecture, huggingface
 from align.rewards import sources
 from align.training import checkpoint
-from tests.conftest import fork_ranks
-from tests.data.test_tokenizer import SENTENCES
 from tests.support.files import TINY
+from tests.support.launch import fork_ranks
+from tests.support.tokenizers import SENTENCES
 from tools import nemo_config, prepare_model
 
 State = dict[str, Tensor]  # by NeMo's names

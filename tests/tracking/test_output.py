@@ -26,8 +26,8 @@ from align.files import check_files, write_own
 from align.generation.generator import Sample
 from align.rewards import sources
 from align.tracking.run import Run, RunConfig
-from tests.conftest import fork_ranks
 from tests.support.files import ROOT, TINY
+from tests.support.launch import fork_ranks
 
 
 def start(output: Path, main: bool = True, **flags: object) -> Run:
@@ -375,7 +375,7 @@ def test_import_of_a_module_leaves_no_trace(statement, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.chdir(tmp_path)
     name = f"module_{len(statement)}"
-    code = "from tests import test_output\nfor change in test_output.SPOILERS.values(): change()\n"
+    code = "from tests.tracking import test_output\nfor change in test_output.SPOILERS.values(): change()\n"
     Path(f"{name}.py").write_text(f"{code}{statement}\ndef f(prompt, response, row): return 1\n")
     before = state()
     try:

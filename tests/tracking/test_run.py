@@ -16,7 +16,7 @@ from align.tracking import plots
 from align.tracking import run as metrics
 from align.tracking.metrics import Clock, speed, wilson_interval, with_std
 from align.tracking.run import Run, RunConfig, drop_after
-from tests.support.files import ROOT
+from tests.support.files import ROOT, write_rows
 
 
 def start(output: Path, flags: dict | None = None, main: bool = True, total_steps: int = 10) -> Run:
@@ -304,7 +304,7 @@ def test_final_line_comes_again(tmp_path):
     """A finished run that is started again evaluates its test set again."""
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 1, "train/loss": 1.0}, {"step": 1, "test/acc": 0.5, "test/other/acc": 0.1}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     drop_after(path, 1)
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:1]
 

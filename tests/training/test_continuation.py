@@ -17,9 +17,9 @@ from align.data.packing import data_order
 from align.tracking.run import flatten
 from align.training import checkpoint
 from align.training.continuation import FREE, Continuation
-from tests.conftest import fork_python
-from tests.scripts.test_scripts import chats, comparisons, write_rows
-from tests.support.files import ROOT
+from tests.support.files import ROOT, write_rows
+from tests.support.launch import fork_python
+from tests.support.rows import chats, comparisons
 
 COMMON = "--max-seq-len 64 --global-batch-size 2 --max-steps 3 --warmup-steps 1"
 STOP = ("--max-time", "00:00:00")  # after step 1

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from align.training import checkpoint, checkpoint_files
-from tests.conftest import fork_python
-from tests.scripts.test_scripts import chats, comparisons, write_rows
+from tests.support.files import write_rows
+from tests.support.launch import fork_python
+from tests.support.rows import chats, comparisons
 
 Damage = Callable[[Path], object]
 LAST = "checkpoints/step_00000002"

@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from tests.conftest import fork_ranks
+from tests.support.launch import fork_ranks
 from tests.support.parity_data import BETA
 
 CASES = {

@@ -11,7 +11,7 @@ from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig, overlaps_gradients
 from align.training import optim
-from tests.conftest import torchrun
+from tests.support.launch import torchrun
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
 

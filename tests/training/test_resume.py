@@ -5,37 +5,42 @@ killed in place of the few times that CASES has.
 """
 
 import contextlib
-import hashlib
-import io
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from align.data import toy
 from align.errors import UserError
-from align.tracking.output import complete_checkpoints
 from align.training import checkpoint
 from align.training.checkpoint import CheckpointConfig
-from tests.conftest import environment, fork_ranks
-from tests.scripts.test_ppo_invariance import CANCELS
-from tests.scripts.test_self_reward_invariance import close as close_to
-from tests.support.files import ROOT
+from tests.support.files import reproducible_metrics
+from tests.support.launch import fork_ranks
+from tests.support.resume import (
+    CASES,
+    LAST,
+    SAVE_INTERVAL,
+    STEPS,
+    assert_same_end,
+    command,
+    finish,
+    kept,
+    kill_all,
+    launch,
+    printed,
+    ranks,
+    samples,
+    self_reward_run,
+)
+from tests.support.rounding import PPO_CANCELS, close_self_reward
 
-STEPS, SAVE_INTERVAL = 32, 8  # an epoch has 20
 MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
     "start": 4.0,  # from the launch to about the first step
     "reference": 0.05,  # the whole pass takes some 0.3 s
@@ -45,116 +50,7 @@ MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """A command that is killed at the first `usual` of `kinds`, unless RESUME_KILLS says how many.
-
-    No kind may come when too few steps are left for it: "steps" makes one more checkpoint, "save" none. In
-    flags, {judge} is the folder of `toy_judge`.
-    """
-
-    script: str
-    flags: str
-    usual: int
-    kinds: str
-
-    def words(self, judge: Path) -> list[str]:
-        """Its flags, word by word."""
-        return self.flags.format(judge=judge).split()
-
-    def kinds_of_kills(self) -> list[str]:
-        """What this run is killed in, one after the other."""
-        return self.kinds.split()[: int(os.environ.get("RESUME_KILLS", self.usual))]
-
-
-SELF_REWARD = (  # its --max-epochs, --lr and --micro-batch-tokens win over those of `command`
-    "--model {judge}/hf --train-data {judge}/data/train.jsonl --val-data {judge}/data/val.jsonl "
-    "--judge-template {judge}/data/judge.txt --meta-judge-template {judge}/data/meta_judge.txt --meta-judge "
-    "--meta-judge-fraction 0.4 --samples-per-prompt 2 --judgements 2 --temperature 0.8 --rollout-ahead 3 "
-    "--max-new-tokens 38 --sft-weight 0.1 --val-batches 1 --max-epochs 1 --lr 1e-4 --micro-batch-tokens 256"
-)
-CASES = {  # bf16: main weights in fp32
-    "sft": Case(
-        "train_sft.py", "--precision bf16", 2, "save steps start steps save start steps start save export"
-    ),
-    "rm": Case(
-        "train_rm.py", "--precision bf16", 1, "save steps start steps save start steps start save export"
-    ),
-    "dpo": Case("train_dpo.py", "", 2, "reference steps save start steps start save steps start export"),
-    "rs": Case(
-        "train_rs.py", "--deterministic", 1, "steps save start steps start save steps start save export"
-    ),
-    "ppo": Case(
-        "train_ppo.py",
-        "--deterministic --advantages gae --critic-lr 1e-3 --kl-target 0.1 --kl-horizon 100",
-        1,
-        "save steps start steps save start steps start save export",
-    ),
-    "self_reward": Case(
-        "train_self_reward.py",
-        f"--deterministic {SELF_REWARD} --steps-per-iteration 14 --iterations 3",
-        1,
-        "steps save start steps start save steps start save export",
-    ),
-}
-COMPARISONS = ("train_rm.py", "train_dpo.py")
-LAST = {"rm": 18, "dpo": 24, "rs": 24, "ppo": 20}  # steps of the runs that go on in another layout
-ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
-    "--prompts-per-step 4 --unended keep --global-batch-size 4 --max-prompt-len 48 "
-    "--reward-fn tests.workers.resume:reward"
-)
-BATCHES = {  # by script, else TEXTS
-    "train_self_reward.py": "--global-batch-size 4 --max-seq-len 36",
-    "train_rs.py": f"{ROLLOUTS} --samples-per-prompt 4 --keep-top 2 --max-new-tokens 12",
-    "train_ppo.py": f"{ROLLOUTS} --samples-per-prompt 2 --max-new-tokens 6 --val-batches 1",
-}
-TEXTS = "--global-batch-size 4 --max-seq-len 64"
-
-
 # ---- one run and what it leaves ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of chats and of comparisons for 20 steps in an epoch."""
-    directory = tmp_path_factory.mktemp("data")
-    toy.write(directory, num_train=80, num_val=8)
-    toy.write_comparisons(directory, num_train=80, num_val=8)
-    return directory
-
-
-def command(script: str, data: Path, output: Path, *more: object) -> list[str]:
-    """A script with flags: the tiny model, big steps, validations at other steps than saves."""
-    kind = "_comparisons" if script in COMPARISONS else ""
-    common = (
-        f"{script} --train-data {data}/train{kind}.jsonl --val-data {data}/val{kind}.jsonl --output {output} "
-        f"{BATCHES.get(script, TEXTS)} --micro-batch-tokens 128 --max-epochs 2 --max-steps {STEPS} --lr 1e-3 "
-        f"--warmup-steps 3 --save-interval {SAVE_INTERVAL} --val-interval 10"
-    )
-    return [*common.split(), *map(str, more)]
-
-
-def launch(script: str, data: Path, output: Path, *more: object) -> subprocess.Popen:
-    """Start a script on two processes; what it prints goes to OUTPUT.out."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with open(printed(output), "w") as out:
-        return subprocess.Popen(
-            [*launcher, *command(script, data, output, *more)],
-            cwd=ROOT,
-            env=environment(),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def printed(output: Path) -> Path:
-    """Where `launch` leaves what the last run of OUTPUT printed."""
-    return output.with_suffix(".out")
-
-
-def finish(launcher: subprocess.Popen, output: Path) -> None:
-    """Wait for the end of a run, which must be a good one."""
-    assert launcher.wait(timeout=300) == 0, printed(output).read_text()[-8000:]
 
 
 def steps_printed(output: Path) -> int:
@@ -171,84 +67,6 @@ def wait_for(happened: Callable[[], object], launcher: subprocess.Popen, output:
         time.sleep(0.002)
 
 
-def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that torchrun has started, rank 0 first."""
-    return sorted(psutil.Process(launcher.pid).children(recursive=True), key=lambda process: process.pid)
-
-
-def metrics(output: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock and on the machine."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    changing = ("time/", "timers/", "memory/")
-    return [{name: row[name] for name in row if not name.startswith(changing)} for row in rows]
-
-
-def samples(output: Path) -> str | None:
-    """samples.jsonl, None for a script that writes none."""
-    path = output / "samples.jsonl"
-    return path.read_text() if path.exists() else None
-
-
-def kept(output: Path) -> list[str]:
-    """Names of the checkpoints of a run."""
-    return [path.name for path in complete_checkpoints(output / "checkpoints")]
-
-
-def fingerprint(output: Path) -> dict[str, str]:
-    """sha256 by name of all that the newest checkpoint holds, and of the exported model's files."""
-    path = checkpoint.newest(output / "checkpoints")
-    state = contents(path)
-    for folder in path.iterdir():
-        if folder.is_dir():  # of another model
-            state |= {f"{folder.name}/{name}": value for name, value in contents(folder).items()}
-    state |= {file.name: file.read_bytes() for file in path.glob("*.json") if file.name != "state.json"}
-    state["state.json"] = {k: v for k, v in checkpoint.read_state(path).items() if k != "files"}
-    state |= {f"hf/{file.name}": file.read_bytes() for file in (output / "hf").iterdir()}
-    return {name: sha256(value) for name, value in state.items()}
-
-
-def contents(path: Path) -> dict[str, object]:
-    """All that a checkpoint holds of one model in training."""
-    reader = dcp.FileSystemReader(path)
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        if isinstance(entry, TensorStorageMetadata)
-        else io.BytesIO()
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return {**state, "common": torch.load(path / "common.pt")}
-
-
-def sha256(value: object) -> str:
-    """Hash of a tensor's bits, of bytes, or of nested containers of numbers and tensors."""
-    if isinstance(value, torch.Tensor):
-        value = (
-            str((value.dtype, value.shape)).encode()
-            + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    if isinstance(value, dict):
-        value = [(name, sha256(value[name])) for name in sorted(value)]
-    elif isinstance(value, list | tuple):
-        value = [sha256(item) for item in value]
-    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
-
-
-def assert_same_end(output: Path, expected: Path) -> None:
-    """Weights, main weights, Adam, random states, metrics, samples and exported model, bit for bit."""
-    assert metrics(output) == metrics(expected)
-    assert samples(output) == samples(expected)
-    found, wanted = fingerprint(output), fingerprint(expected)
-    moment = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
-    assert {moment, "rng/shard_1_2", "state.json", "hf/model.safetensors"} <= set(wanted)
-    has_critic = any("train_optim/critic_loss" in row for row in metrics(expected))
-    assert ({f"critic/{moment}", "critic/score.weight"} <= set(wanted)) == has_critic
-    rewards_itself = any("train/iteration" in row for row in metrics(expected))
-    reference = {"reference/decoder.final_layernorm.weight", "judgements.json"}
-    assert (reference <= set(wanted)) == rewards_itself
-    assert found == wanted
-
-
 # ---- kill -9 -----------------------------------------------------------------------------------------------
 
 
@@ -260,23 +78,6 @@ def is_saving(output: Path, since: float) -> bool:
             if path.stat().st_ctime > since and (newest is None or path.stem > newest.name):
                 return True
     return False
-
-
-def kill_all(launcher: subprocess.Popen, output: Path) -> None:
-    """kill -9 of torchrun and its ranks."""
-    psutil.Process(launcher.pid).suspend()  # so that it starts no rank after they were listed
-    family = [psutil.Process(launcher.pid), *ranks(launcher)]
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family)
-    launcher.wait()
-    time.sleep(0.2)
-    left = [
-        process.info
-        for process in psutil.process_iter(["cmdline"])
-        if str(output) in (process.info["cmdline"] or ())
-    ]
-    assert not left, "a process outlives its rank"
 
 
 def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, output: Path) -> None:
@@ -304,25 +105,6 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
         assert not (output / "hf").exists()
 
 
-@pytest.fixture(scope="module")
-def whole(data, toy_judge, tmp_path_factory) -> Path:
-    """A folder of uninterrupted runs: each of CASES, and five at tp 2 that keep all their checkpoints.
-
-    Of those at tp 2 some end before step 32, with the last step that is compared with another layout.
-    """
-    directory = tmp_path_factory.mktemp("whole")
-    runs = [
-        command(case.script, data, directory / name, *case.words(toy_judge)) for name, case in CASES.items()
-    ]
-    at_tp2 = ("--tp", 2, "--save-top-k", 99)
-    for name, flags in (("rm", ""), ("dpo", ""), ("rs", ""), ("ppo", CASES["ppo"].flags)):
-        last = ("--max-steps", LAST[name], *flags.split())
-        runs.append(command(CASES[name].script, data, directory / f"{name}-tp2", *at_tp2, *last))
-    runs.append(command(*self_reward_run(data, toy_judge, directory / "self_reward-tp2"), *at_tp2))
-    fork_ranks(2, "tests/workers/resume.py", json.dumps(runs), timeout_s=600)
-    return directory
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole, tmp_path):
     """Data parallel, and with two ranks that each write a part of the checkpoint."""
@@ -336,7 +118,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole,
         rollouts.append(rollouts_left(output))
     fork_ranks(2, *command(case.script, data, output, *words))
     tables.append(reference_file(output))
-    assert len(metrics(output)) == STEPS + 1
+    assert len(reproducible_metrics(output)) == STEPS + 1
     said = (output / "log.txt").read_text()
     assert said.count("continuing after step") >= case.kinds_of_kills().count("steps")
     assert_same_end(output, whole / name)
@@ -388,7 +170,7 @@ def test_pairs_of_judgements_wait_in_the_checkpoint(whole):
     """They are of the reference's making, and new ones come only now and then."""
     path = checkpoint.newest(whole / "self_reward/checkpoints")
     assert len(json.loads((path / "judgements.json").read_text())["waiting"]) > 0
-    learnt = [row.get("train/meta_samples_per_GBS", 0) for row in metrics(whole / "self_reward")]
+    learnt = [row.get("train/meta_samples_per_GBS", 0) for row in reproducible_metrics(whole / "self_reward")]
     assert sum(share > 0 for share in learnt) > 10
 
 
@@ -501,22 +283,16 @@ def test_ppo_continues_in_another_layout(data, whole, tmp_path):
     assert tables(tmp_path / "0", last) == tables(tmp_path / "1", last) == expected
 
 
-def self_reward_run(data: Path, judge: Path, output: Path) -> list:
-    """A short run, saved after step 8, where an iteration of six steps and two of the next are over."""
-    flags = f"{SELF_REWARD} --steps-per-iteration 6 --iterations 2".format(judge=judge)
-    return ["train_self_reward.py", data, output, *flags.split()]
-
-
 def test_self_rewarding_continues_in_another_layout(data, toy_judge, whole, tmp_path):
     """Policy, reference and waiting judgements, from tp 2 to dp 2; the three steps are sampled anew."""
     start, output = whole / "self_reward-tp2", tmp_path / "run"
     copy_run(start, output, 8)
     run = command(*self_reward_run(data, toy_judge, output))
     fork_ranks(2, "tests/workers/resume.py", json.dumps([run]))
-    found, expected = metrics(output)[9:], metrics(start)[9:]
+    found, expected = reproducible_metrics(output)[9:], reproducible_metrics(start)[9:]
     assert [row["step"] for row in found] == [9, 10, 11, 12]
     for row, wanted in zip(found, expected, strict=True):
-        assert row == {name: close_to(name, wanted[name]) for name in wanted}
+        assert row == {name: close_self_reward(name, wanted[name]) for name in wanted}
     said = [json.loads(line) for line in samples(start).splitlines()]
     assert [json.loads(line) for line in samples(output).splitlines()] == said
 
@@ -547,7 +323,9 @@ def continue_and_compare(
         commands.append(command(script, data, output, "--max-steps", last, *layout.split()))
     fork_ranks(processes, "tests/workers/resume.py", json.dumps(commands))
     for output, (start, script, layout, last) in zip(outputs, runs, strict=True):
-        found, expected = ([row for row in metrics(run) if row["step"] > 16] for run in (output, start))
+        found, expected = (
+            [row for row in reproducible_metrics(run) if row["step"] > 16] for run in (output, start)
+        )
         assert [row["step"] for row in found] == list(range(17, last + 1)), (script, layout)
         for row, wanted in zip(found, expected, strict=True):
             row, wanted = determined(script, row), determined(script, wanted)
@@ -574,7 +352,7 @@ def close(name: str, value: float) -> object:
     """
     if name.startswith("audit/"):
         return pytest.approx(0.0, abs=1e-5)
-    cancels = "rewards" in name or name in CANCELS or name == "train_rollouts/values_std"
+    cancels = "rewards" in name or name in PPO_CANCELS or name == "train_rollouts/values_std"
     return pytest.approx(value, rel=1e-5, abs=1e-6 if cancels else 0.0)
 
 
@@ -606,13 +384,13 @@ def restarted(data, tmp_path_factory) -> Path:
 
 
 def test_no_resume_starts_over(restarted):
-    assert [row["step"] for row in metrics(restarted / "b")] == [0, 1]
+    assert [row["step"] for row in reproducible_metrics(restarted / "b")] == [0, 1]
     assert kept(restarted / "b") == ["step_00000001"]
 
 
 def test_flags_win_over_a_checkpoint(restarted):
     """Megatron loads the optimizer's settings together with its state."""
-    assert [row["step"] for row in metrics(restarted / "a")] == [0, 1, 2, 3]
+    assert [row["step"] for row in reproducible_metrics(restarted / "a")] == [0, 1, 2, 3]
     common = torch.load(checkpoint.newest(restarted / "a/checkpoints") / "common.pt")
     groups = common["optimizer"]["optimizer"]["param_groups"]
     found = sorted((group["weight_decay"], group["betas"], group["step"]) for group in groups)

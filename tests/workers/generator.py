@@ -19,21 +19,9 @@ from align.generation.sampling import SamplingConfig
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from tests.support import grids
+from tests.support.tokenizers import Letters
 
 PREFILL_TOKENS = generate.PREFILL_TOKENS
-
-
-class Letters:
-    """A tokenizer in which every token is one character, and 2 ends an answer."""
-
-    stop_ids = {2}
-    stop_strings, chat = (), None
-
-    def __init__(self, vocab_size: int = 131):
-        self.vocab_size = vocab_size
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(0x100 + i) for i in ids)
 
 
 class Recorder(inference.InferenceModel):

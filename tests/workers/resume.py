@@ -4,24 +4,13 @@ import functools
 import importlib
 import json
 import sys
-import zlib
 
 import torch
 import tyro
 
-from align.data import toy
 from align.distributed import parallel
 from align.tracking import run
 from tests.support import grids
-
-
-def reward(prompt: str, response: str, row: dict) -> float:
-    """For --reward-fn: the toy's score, and up to 1 that each answer has of its own.
-
-    So answers of a random model differ in what they are worth, and one that differs shows in the mean reward.
-    """
-    return toy.reward(prompt, response, row) + zlib.crc32(response.encode("utf-8", "replace")) / 2**32
-
 
 if __name__ == "__main__":
     run.Run.close = functools.partialmethod(run.Run.close, plots=False)  # curves take long

@@ -1,20 +1,10 @@
-"""Run by test_seeded_bugs.py on every rank: train_ppo.py with a bug in it, case after case, and how it ends.
+"""Run by test_seeded_bugs.py on every rank: train_ppo.py with one bug after another, and its errors."""
 
-A bug is the code of this project with a few words of a function replaced, in memory and for the time of one
-run. The words must be there: where the code has changed, its bug has to be seeded anew.
-"""
-
-import contextlib
 import functools
-import inspect
 import json
-import pkgutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,14 +14,13 @@ from megatron.core import parallel_state as mpu
 import train_ppo
 from align.distributed import parallel
 from align.tracking.run import Run
-
-Bug = dict[str, list[tuple[str, str]]]  # module.function or module.Class.method: [(words, others), ...]
+from tests.support.seeded_bugs import Bug, seeded
 
 # 16 answers a step, of which a few end by themselves, in one update of several micro-batches.
 COMMON = (
     "--advantages grpo --prompts-per-step 8 --samples-per-prompt 2 --unended keep --global-batch-size 16 "
     "--micro-batch-tokens 128 --max-prompt-len 48 --max-steps 2 --temperature 0.8 --lr 1e-3 --deterministic "
-    "--precision fp32 --reward-fn tests.workers.resume:reward --max-new-tokens"
+    "--precision fp32 --reward-fn tests.support.rewards:reward --max-new-tokens"
 )
 FLAGS = {
     "usual": f"{COMMON} 12",
@@ -227,32 +216,7 @@ UNSTOPPED = {  # what shows only beside another layout
 CASES = READ | ENDS | DISTRIBUTION | SAMPLER | PASSES | RANKS
 
 
-# ---- seeding and running -------------------------------------------------------------------------
-
-
-def mutant(thing: object, changes: list[tuple[str, str]]) -> object:
-    """A function or a method with words of its source replaced; LookupError unless each occurs there once."""
-    function = inspect.unwrap(getattr(thing, "__func__", thing))
-    source = textwrap.dedent(inspect.getsource(function))
-    for words, others in changes:
-        times = source.count(words)
-        if times != 1:
-            raise LookupError(f"{function.__qualname__} has {words!r} {times} times: seed this bug anew")
-        source = source.replace(words, others)
-    made: dict[str, Callable] = {}
-    exec(source, function.__globals__, made)
-    return made[function.__name__]
-
-
-@contextlib.contextmanager
-def seeded(bug: Bug) -> Iterator[None]:
-    """Inside the block the project has this bug."""
-    with contextlib.ExitStack() as stack:
-        for place, changes in bug.items():
-            owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
-            changed = mutant(inspect.getattr_static(owner, name), changes)
-            stack.enter_context(mock.patch.object(owner, name, changed))
-        yield
+# ---- running -------------------------------------------------------------------------------------
 
 
 def run(flags: str, bug: Bug, output: Path) -> dict[str, object]:

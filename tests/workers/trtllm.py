@@ -18,23 +18,15 @@ from align.generation.sampling import SamplingConfig
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from tests.support import stand_ins
+from tests.support.tokenizers import Letters
 
 stand_ins.install("tensorrt_llm")
-
-
-class Letters:
-    """A tokenizer in which every token is one character, and some end an answer."""
-
-    stop_ids, vocab_size = set(range(2, 12)), 131
-    stop_strings, chat = (), None
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(0x100 + i) for i in ids)
+LETTERS = Letters(stop_ids=range(2, 12))
 
 
 def ends(ids: list[int], stop: tuple[str, ...]) -> bool:
     """The rule of align/generation/generator.py in other words."""
-    return ids[-1] in Letters.stop_ids or any(Letters().decode(ids).endswith(text) for text in stop)
+    return ids[-1] in LETTERS.stop_ids or any(LETTERS.decode(ids).endswith(text) for text in stop)
 
 
 def wrong_weights(got: dict[str, torch.Tensor], directory: Path, factor: float) -> list[str]:
@@ -63,19 +55,19 @@ def run(case: dict) -> dict:
     prompts, tp = [np.array(ids, np.int32) for ids in case["prompts"]], case["rollout_tp"]
     found = {"answers": [], "wrong": [], "native": None}
     if case.get("native"):
-        native = generator.Generator(policy, RolloutConfig(), sampling, config, layout, Letters())
+        native = generator.Generator(policy, RolloutConfig(), sampling, config, layout, LETTERS)
         samples = native.generate(prompts, [(0, i) for i in range(len(prompts))])
         found["native"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
         by_engine = RolloutConfig(
             generate_with="trtllm", rollout_tp=tp, rollout_slots=4, trtllm_keep=case["keep"]
         )
-        through, told = generator.Generator(policy, by_engine, sampling, config, layout, Letters()), []
+        through, told = generator.Generator(policy, by_engine, sampling, config, layout, LETTERS), []
         streams = [(0, i) for i in range(len(prompts))]
         samples = through.generate(prompts, streams, on_token=lambda *token: told.append(token))
         found["generator"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
         found["described"], found["told"] = through.describe(), sum(by_rank(told), [])
     group = generator.rollout_groups(tp).tp
-    engine = trtllm.Engine(config.path, sampling, Letters.stop_ids, (), group, 4, case["keep"], 0.5)
+    engine = trtllm.Engine(config.path, sampling, LETTERS.stop_ids, (), group, 4, case["keep"], 0.5)
     replica, replicas = dist.get_rank() // tp, dist.get_world_size() // tp
     for factor in (1.0, 1.0, 0.5):
         if factor != 1:

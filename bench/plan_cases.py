@@ -1,6 +1,6 @@
-"""Run by test_plan.py and bench/plan.py, also under torchrun: peaks of a run's memory by phase, to files.
+"""Models and data of bench/plan.py; as a script, also under torchrun: peaks of a run's memory by phase.
 
-    workers/plan.py OUT ALLOCATOR SCRIPT FLAGS...
+    plan_cases.py OUT ALLOCATOR SCRIPT FLAGS...
 
 OUT/RANK.json gets {phase: GB}. On a CPU that is resident memory, and ALLOCATOR says of which kind: "exact"
 has each larger tensor mapped by itself and given back when it is freed, so that it is the sum of what lives;
@@ -27,8 +27,8 @@ from align.generation import generator
 from align.model import gpt, huggingface
 from align.rewards import sources
 from align.training import batching, checkpoint, engine, offload, optim
-from tests.support.files import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's numbers
 PARTS = {  # of a script without phases of its own: what belongs to which
     "train": ((engine, "forward_backward"), (optim, "step")),

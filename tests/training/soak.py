@@ -11,20 +11,10 @@ import time
 
 import pytest
 
-from tests.training.test_resume import (
-    CASES,
-    assert_same_end,
-    data,
-    finish,
-    kept,
-    kill_all,
-    launch,
-    metrics,
-    whole,
-)
+from tests.support.files import reproducible_metrics
+from tests.support.resume import CASES, assert_same_end, finish, kept, kill_all, launch
 
 KILLS = int(os.environ.get("SOAK_KILLS", 100))
-FIXTURES = (data, whole)  # which pytest finds by name
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
@@ -50,5 +40,7 @@ def test_soak(number, data, toy_judge, whole, tmp_path):
             steps.append(int(kept(output)[-1].removeprefix("step_")) if kept(output) else 0)
     finish(launch(case.script, data, output, *words), output)
     assert_same_end(output, whole / name)
-    assert len(metrics(output)) == len(metrics(whole / name)) and kept(output) == kept(whole / name)
+    assert len(reproducible_metrics(output)) == len(reproducible_metrics(whole / name)) and kept(
+        output
+    ) == kept(whole / name)
     print(f"\n{name}: {kills} kills, with {steps} steps saved; {ends + 1} runs ended as one without kills")

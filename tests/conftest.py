@@ -8,10 +8,16 @@ import pytest
 import torch
 import transformers
 
-from align.data import toy
-from tests.support.files import write_rows
+from align.data import tokenizer, toy
+from tests.support.files import TINY, write_rows
 from tests.support.launch import fork_ranks
 from tests.support.models import FAMILIES
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tokenizer.HuggingFaceTokenizer:
+    """The tiny model's tokenizer: a token is a byte; 257, 258 are <|im_start|> (BOS) and <|im_end|> (EOS)."""
+    return tokenizer.load(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import copy
 import gzip
 import json
 import shutil
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +26,6 @@ USER = {"role": "user", "content": "a"}
 GOOD, BAD = {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "cd"}
 USER_IDS = [BOS, *b"user\na", EOS, 10]
 ASKED = [BOS, *b"assistant\n"]  # where an answer begins
-LLAMA_CHAT = (
-    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tokenizer.HuggingFaceTokenizer:
-    return tokenizer.load(TINY)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SentencePieceTokenizer:
-    """A real SentencePiece model, which puts a dummy prefix in front of every text."""
-    directory = tmp_path_factory.mktemp("llama")
-    shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", directory / "tokenizer.model")
-    return tokenizer.load(directory)
-
-
-@pytest.fixture(scope="module")
-def llama_chat(llama, tmp_path_factory: pytest.TempPathFactory) -> tokenizer.HuggingFaceTokenizer:
-    """The same as a Hugging Face directory, with a chat template like Llama 2's, which brings its own BOS."""
-    directory = tmp_path_factory.mktemp("llama_chat")
-    llama.save(directory)
-    (directory / "tokenizer.model").unlink()
-    (directory / "chat_template.jinja").write_text(LLAMA_CHAT)
-    return tokenizer.load(directory)
 
 
 def load(

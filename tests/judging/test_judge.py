@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.data import prompts, tokenizer
+from align.data import prompts
 from align.data.formats import FormatConfig
 from align.data.prompts import Template
 from align.errors import UserError
@@ -25,16 +25,10 @@ from align.judging.judge import (
     statistics,
     without_scores,
 )
-from tests.support.files import TINY
 from tests.support.tokenizers import Letters
 
 BOS, EOS = 257, 258
 ASKED = [BOS, *b"assistant\n"]  # where an answer begins, with the newline
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tokenizer.HuggingFaceTokenizer:
-    return tokenizer.load(TINY)
 
 
 @pytest.fixture

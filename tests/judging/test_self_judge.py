@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from align.data import packing, tokenizer
+from align.data import packing
 from align.data.formats import FormatConfig
 from align.data.packing import Example
 from align.data.prompts import Prompt, Task
@@ -20,17 +20,11 @@ from align.judging import judge, self_judge
 from align.judging.judge import Choice, Judge, JudgeConfig, Judged
 from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
 from align.judging.self_judge import Answered, Compared, SampledPair, SelfJudge
-from tests.support.files import ROOT
 from train_self_reward import TRAIN, VAL
 
 BOS, EOS = 257, 258
 ASKED = [BOS, *b"assistant\n"]  # where an answer begins
 ROOMY = 10**6
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tokenizer.HuggingFaceTokenizer:
-    return tokenizer.load(ROOT / "assets" / "tiny")
 
 
 @pytest.fixture

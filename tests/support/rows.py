@@ -23,3 +23,10 @@ def comparisons(count: int, seed: int, **more: float) -> list[dict]:
         {"prompt": word, "chosen": "".join(sorted(word)) + "a", "rejected": word[::-1] + "g", **more}
         for word in words(count, seed)
     ]
+
+
+def chat(*contents: str) -> dict:
+    """A messages row: user and assistant by turns."""
+    roles = ("user", "assistant") * len(contents)
+    turns = zip(roles, contents, strict=False)
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}

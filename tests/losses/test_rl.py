@@ -10,11 +10,7 @@ import torch
 
 from align.losses import rl
 from tests.support.seeded_bugs import assert_fails_with
-
-
-def f64(*numbers: float) -> torch.Tensor:
-    """The numbers as a float64 tensor."""
-    return torch.tensor(numbers, dtype=torch.float64)
+from tests.support.tensors import f64
 
 
 def ragged(seed: int, *kinds: str) -> tuple[list[int], list[torch.Tensor]]:

@@ -22,6 +22,7 @@ from align.training.optim import OptimConfig
 from tests.support.files import read_jsonl, without_times
 from tests.support.launch import fork_ranks
 from tests.support.models import save_reward_model
+from tests.support.tensors import f64
 from train_ppo import Config, advantages_of, by_answer, expand, moments, tokens_with_gradient
 
 DATA = {"train_data": (Path("rows.jsonl"),)}
@@ -103,10 +104,6 @@ def test_flags_that_go_together(flags):
 
 
 # ---- advantages ----------------------------------------------------------------------------------
-
-
-def f64(*numbers: float) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 LENGTHS = [2, 1, 2, 1]  # two answers to each of two prompts

@@ -139,9 +139,9 @@ def test_losses_are_those_of_a_cpu(name, device, cpu_and_gpu):
     assert len(before) >= STEPS and [set(row) for row in before] == [set(row) for row in after]
     losses = {key for row in before for key in row if "loss" in key}
     assert losses
-    for expected, found in zip(before, after, strict=True):
+    for expected, actual in zip(before, after, strict=True):
         of_step = {key: expected[key] for key in losses & set(expected)}
-        assert {key: found[key] for key in of_step} == pytest.approx(of_step, rel=ALIKE, abs=ALIKE)
+        assert {key: actual[key] for key in of_step} == pytest.approx(of_step, rel=ALIKE, abs=ALIKE)
     if (cpu / "samples.jsonl").exists():
         assert texts(gpu) == texts(cpu)
 
@@ -204,17 +204,17 @@ def test_a_continued_run_has_the_same_bits(name, device, data, judge, tmp_path):
 
 def assert_same_weights(one: Path, other: Path) -> None:
     """The exported models are equal to the last bit."""
-    found, expected = (load_file(path / "hf" / "model.safetensors") for path in (one, other))
-    assert set(found) == set(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    weights, expected = (load_file(path / "hf" / "model.safetensors") for path in (one, other))
+    assert set(weights) == set(expected)
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, bf16: float = 1e-2) -> None:
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, bf16: float = 1e-2) -> None:
     """The norm of the difference, relative to that of the expected values, is below 1e-5; `bf16` in bf16."""
-    error = ((found.detach().cpu().double() - expected.detach()).norm() / expected.detach().norm()).item()
+    error = ((actual.detach().cpu().double() - expected.detach()).norm() / expected.detach().norm()).item()
     assert error < {torch.float32: 1e-5, torch.bfloat16: bf16}[dtype]
 
 
@@ -238,13 +238,13 @@ def test_small_layers(device, dtype):
             x = torch.randn(tokens, *shape, device=device).to(dtype).requires_grad_()
             grad = torch.randn_like(y := ours(x))
             y.backward(grad)
-            given = exact(x, weight) if plain is layer_formulas.norm else exact(x)
-            expected = plain(*given)
+            inputs = exact(x, weight) if plain is layer_formulas.norm else exact(x)
+            expected = plain(*inputs)
             expected.backward(grad.cpu().double())
             assert_near(y, expected, dtype)
-            assert_near(x.grad, given[0].grad, dtype)
+            assert_near(x.grad, inputs[0].grad, dtype)
             if plain is layer_formulas.norm:
-                assert_near(weight.grad, given[1].grad, dtype)
+                assert_near(weight.grad, inputs[1].grad, dtype)
                 weight.grad = None
 
 
@@ -258,11 +258,11 @@ def test_rotation(device, dtype):
         x = torch.randn(tokens, 3, 24, device=device).to(dtype).requires_grad_()
         grad = torch.randn_like(y := layers.rotate(x, cos, sin))
         y.backward(grad)
-        (given,) = exact(x)
-        expected = layer_formulas.turned(given, angles)
+        (exact_x,) = exact(x)
+        expected = layer_formulas.turned(exact_x, angles)
         expected.backward(grad.cpu().double())
         assert_near(y, expected, dtype)
-        assert_near(x.grad, given.grad, dtype)
+        assert_near(x.grad, exact_x.grad, dtype)
 
 
 def random_pack(rng: torch.Generator) -> tuple[list[int], list[tuple[int, int]]]:
@@ -312,22 +312,22 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
     lengths, prefixes = random_pack(rng)
     total = sum(lengths)
     packing = attention.describe(lengths, prefixes, total, None, torch.device(device), part=(0, 1))
-    given = [
+    inputs = [
         torch.randn(total, count, d, generator=rng).bfloat16().to(device).requires_grad_()
         for count in (heads, groups, groups)
     ]
-    assert attention.uses_flash(torch.bfloat16, d, given[0].is_cuda) == (device == "cuda")
+    assert attention.uses_flash(torch.bfloat16, d, inputs[0].is_cuda) == (device == "cuda")
     core = object.__new__(attention.TorchAttention)  # without the parts that need process groups
     torch.nn.Module.__init__(core)
     core.scale, core.window = d**-0.5, window
-    out = core.within(*given, packing)
+    out = core.within(*inputs, packing)
     grad = torch.randn(total, heads, d, generator=rng).bfloat16()
     out.backward(grad.to(device))
-    slow = exact(*given)
+    slow = exact(*inputs)
     expected = attend_slowly(*slow, lengths, prefixes, window)
     expected.backward(grad.double())
     assert_near(out, expected, torch.bfloat16)
-    for ours, theirs in zip(given, slow, strict=True):
+    for ours, theirs in zip(inputs, slow, strict=True):
         assert_near(ours.grad, theirs.grad, torch.bfloat16)
 
 
@@ -340,9 +340,9 @@ def test_logprobs_of_hidden_states(device, tokens, entropy, dtype, monkeypatch):
     monkeypatch.setattr(logprobs, "GPU_LOGITS", 2**17)
     hidden, weight, targets, grad = inputs(tokens)
     grad = entropy_grad(tokens) if entropy else grad
-    given = hidden.to(dtype), weight.to(dtype), targets, grad
-    found = logprob_formulas.ours(*(x.to(device) for x in given))
-    for ours, theirs in zip(found, logprob_formulas.oracle(*given), strict=True):
+    arguments = hidden.to(dtype), weight.to(dtype), targets, grad
+    results = logprob_formulas.ours(*(x.to(device) for x in arguments))
+    for ours, theirs in zip(results, logprob_formulas.oracle(*arguments), strict=True):
         assert_near(ours, theirs, dtype, bf16=2e-2)  # logits are rounded, then probabilities
 
 
@@ -365,8 +365,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 def test_decode_attention(device, kernels):
     """The compiled kernels on the cases that the interpreter runs in test_decode_attention.py."""
     for case in kernels.CASES:
-        found = kernels.attend_error(*case)
-        assert found["error"] < (1e-5 if case[-1] == "float32" else 2e-2), case
+        result = kernels.attend_error(*case)
+        assert result["error"] < (1e-5 if case[-1] == "float32" else 2e-2), case
 
 
 @pytest.mark.parametrize("device", on_gpu)
@@ -388,10 +388,10 @@ def test_graphs_change_no_answer(device, models, tmp_path):
     """Drawn answers with penalty and filters; more prompts than slots, so that slots are filled anew."""
     case = {"model": str(models / "llama"), "prompts": prompts(), "sampling": SAMPLED, "samples": 2}
     cases = {str(slots): {**case, "rollout": {"rollout_slots": slots}} for slots in (3, 50, 128)}
-    given, written = tmp_path / "cases.json", tmp_path / "plain.json"
-    given.write_text(json.dumps(cases))
-    run_python("-c", WITHOUT_GRAPHS, given, written)
-    plain, graphed = json.loads(written.read_text()), sample(tmp_path, 1, cases)
+    cases_path, results_path = tmp_path / "cases.json", tmp_path / "plain.json"
+    cases_path.write_text(json.dumps(cases))
+    run_python("-c", WITHOUT_GRAPHS, cases_path, results_path)
+    plain, graphed = json.loads(results_path.read_text()), sample(tmp_path, 1, cases)
     for name in cases:
         for answer, other in zip(
             (answer for answers in graphed[name]["answers"] for answer in answers),
@@ -414,8 +414,8 @@ def test_greedy_answers_are_those_of_transformers(device, models, tmp_path):
         for family in families
         for slots in (5, 64)
     }
-    found = sample(tmp_path, 1, cases)
+    results = sample(tmp_path, 1, cases)
     for family in families:
         expected = transformers_greedy(network(models / family), prompts(), NEW_TOKENS)
         for slots in (5, 64):
-            assert [answer[0] for [answer] in found[f"{family} {slots}"]["answers"]] == expected
+            assert [answer[0] for [answer] in results[f"{family} {slots}"]["answers"]] == expected

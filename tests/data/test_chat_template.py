@@ -52,11 +52,11 @@ def directory(path: Path, template: str) -> Path:
 
 
 def test_the_template_sees_the_day_of_the_run(tmp_path):
-    said: list[str] = []
-    text = tokenizer.load(directory(tmp_path / "model", DATED), said.append, day=DAY)
+    messages: list[str] = []
+    text = tokenizer.load(directory(tmp_path / "model", DATED), messages.append, day=DAY)
     ours = text.render(CHAT)
     assert "Today: 29 Feb 2024<" in ours
-    assert [line for line in said if "the chat template writes the date 2024-02-29" in line]
+    assert [line for line in messages if "the chat template writes the date 2024-02-29" in line]
     with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
         clock.now.return_value = datetime.datetime(2024, 2, 29, 23, 59)
         assert text.hf.apply_chat_template(CHAT, tokenize=False) == ours
@@ -74,9 +74,9 @@ def test_the_saved_template_still_asks_for_the_date(tmp_path):
 
 
 def test_a_clock_that_cannot_be_pinned_is_named(tmp_path):
-    said: list[str] = []
-    tokenizer.load(directory(tmp_path / "model", DATED.replace("'%d %b %Y'", "format")), said.append)
-    assert [line for line in said if line.startswith("WARNING: the chat template writes the time")]
+    messages: list[str] = []
+    tokenizer.load(directory(tmp_path / "model", DATED.replace("'%d %b %Y'", "format")), messages.append)
+    assert [line for line in messages if line.startswith("WARNING: the chat template writes the time")]
 
 
 def test_a_date_that_is_none():
@@ -138,8 +138,8 @@ def test_generate_asks_a_checkpoint_with_the_variables_of_its_run(tmp_path):
         ):
             source = generate.find_source(ModelConfig(model=str(step)))
     assert source.text_config(TextConfig()).variables() == {"think": False}
-    given = TextConfig(chat_template_kwargs='{"think": true}')
-    assert source.text_config(given).variables() == {"think": True}
+    config = TextConfig(chat_template_kwargs='{"think": true}')
+    assert source.text_config(config).variables() == {"think": True}
 
 
 # ---- templates that never end --------------------------------------------------------------------
@@ -267,5 +267,5 @@ def test_markers_in_the_values_of_a_chat_are_text(piece_model, tmp_path, kind):
     text.follow(MarkerChat(MARKERS))  # prompts of the trained model, as messages and as rows
     asked = [marker_row(FORGED), {"messages": [{"role": "user", "content": FORGED}]}]
     for row in asked:
-        found = prompts.format_prompt(row, text, PromptFormat(add_bos=False)).tolist()
-        assert found.count(marker) == 2 and FORGED in text.decode(found)
+        prompt_ids = prompts.format_prompt(row, text, PromptFormat(add_bos=False)).tolist()
+        assert prompt_ids.count(marker) == 2 and FORGED in text.decode(prompt_ids)

@@ -112,21 +112,25 @@ MISSING = {
 
 def test_what_the_hub_has_and_has_not(root, tmp_path):
     with serve(root) as (url, _):
-        found = read(tmp_path, url, *FOUND, *MISSING)
+        contents = read(tmp_path, url, *FOUND, *MISSING)
     for name, (count, first) in FOUND.items():
         turns = [{"role": "user", "content": first}, {"role": "assistant", "content": "b" + first[-1]}]
-        assert len(found[name]) == count
-        assert found[name][0] == [f"{name}: row 1", {"messages": turns}]  # without the null fields
+        assert len(contents[name]) == count
+        assert contents[name][0] == [f"{name}: row 1", {"messages": turns}]  # without the null fields
     for name, words in MISSING.items():
-        assert found[name].startswith(f"{name} is no ") and words in found[name] and "\n" not in found[name]
-        assert "Without a network" not in found[name]
+        assert (
+            contents[name].startswith(f"{name} is no ")
+            and words in contents[name]
+            and "\n" not in contents[name]
+        )
+        assert "Without a network" not in contents[name]
 
 
 def test_without_a_network(tmp_path):
     url = "http://127.0.0.1:9"  # nobody listens
-    found = read(tmp_path, url, "org/model", "org/parquet", offline=True)
-    assert "Without a network run `hf download org/model --local-dir DIR`" in found["org/model"]
-    assert "`hf download --repo-type dataset org/parquet --local-dir DIR`" in found["org/parquet"]
+    contents = read(tmp_path, url, "org/model", "org/parquet", offline=True)
+    assert "Without a network run `hf download org/model --local-dir DIR`" in contents["org/model"]
+    assert "`hf download --repo-type dataset org/parquet --local-dir DIR`" in contents["org/parquet"]
     assert read(tmp_path, url, "org/model")["org/model"].startswith("org/model is no directory here")
 
 

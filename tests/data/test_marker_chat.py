@@ -85,11 +85,11 @@ def test_template_renders_the_training_text(name: str):
     messages = messages_of(row, chat)
     assert tokens.hf.apply_chat_template(messages, tokenize=False) == text
     last = len(messages) - 1 if messages[-1]["role"] == "assistant" else len(messages)
-    given = {"label": messages[-1]["label"]} if chat.kind == "VALUE_TO_TEXT" else {}
+    variables = {"label": messages[-1]["label"]} if chat.kind == "VALUE_TO_TEXT" else {}
     asked = messages if chat.kind == "TEXT_TO_VALUE" else messages[:last]
     if chat.kind == "TEXT_TO_VALUE":
         asked = [*messages[:-1], {**messages[-1], "label": None}]
-    prompt = tokens.hf.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **given)
+    prompt = tokens.hf.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **variables)
     expected = text[: spans[-1][0]] if last < len(messages) else text + f"\x11{chat.assistant}\n"
     assert prompt == expected
 
@@ -204,13 +204,13 @@ def test_pairs_end_with_a_marker_of_several_tokens():
 
 
 def test_a_reward_model_of_other_ends_is_named(tmp_path: Path):
-    text, said = follower(MarkerChat(TOKENS)), []
+    text, messages = follower(MarkerChat(TOKENS)), []
     config = RewardConfig(reward_model=tmp_path)
-    sources.warn_of_other_ends(config, text, said.append)  # no file: nothing is known
+    sources.warn_of_other_ends(config, text, messages.append)  # no file: nothing is known
     for ends in ({17: 60, 258: 2}, {258: 32, 98: 30}, {98: 40, 17: 22}):
         sources.save_statistics({"mean": 0.0, "std": 1.0, "ends": ends}, tmp_path)
-        sources.warn_of_other_ends(config, text, said.append)
-    [warning] = said
+        sources.warn_of_other_ends(config, text, messages.append)
+    [warning] = messages
     assert "was trained on end with 'b', responses with '\\x11', '<|im_end|>'" in warning
 
 
@@ -266,10 +266,10 @@ def test_two_chat_formats_are_refused():
 
 def test_other_programs_stop_at_the_marker(tmp_path: Path):
     chat = MarkerChat(TOKENS, system="S")
-    formats, said = formats_of(conversation(*QA)), []
+    formats, messages = formats_of(conversation(*QA)), []
     text = tokenizer.load(TINY)
-    trained_format = adopt(formats, text, FormatConfig(), said.append)
-    assert trained_format.chat == chat and "system 'S'" in said[-1] and r"'\n\x11'" in said[-1]
+    trained_format = adopt(formats, text, FormatConfig(), messages.append)
+    assert trained_format.chat == chat and "system 'S'" in messages[-1] and r"'\n\x11'" in messages[-1]
     shutil.copy(TINY / "generation_config.json", tmp_path)
     text.save(tmp_path)
     trained_format.save(tmp_path)

@@ -171,8 +171,8 @@ def test_prompts_of_hh_are_those_of_its_comparisons(
         comparisons, alone = (tmp_path / f"{part}_{kind}.jsonl" for kind in ("comparisons", "prompts"))
         expected = [ids_before_response(row, tokens, None) for _, row in jsonl.read_jsonl(comparisons)]
         for path in (alone, comparisons):
-            found, _ = prompts.load_prompts([path], tokens, DEFAULT)
-            assert [prompt.ids.tolist() for prompt in found] == expected
+            loaded, _ = prompts.load_prompts([path], tokens, DEFAULT)
+            assert [prompt.ids.tolist() for prompt in loaded] == expected
 
 
 def test_prompts_of_gsm8k_keep_the_answer(tiny, tmp_path: Path):
@@ -185,9 +185,9 @@ def test_prompts_of_gsm8k_keep_the_answer(tiny, tmp_path: Path):
 def test_prompts_of_the_toy_task(tiny, tmp_path: Path):
     prepare_data.toy(tmp_path, train_rows=5, val_rows=2, train_comparisons=3, val_comparisons=2)
     paths = [tmp_path / f"{name}.jsonl" for name in ("train", "val", "train_comparisons", "val_comparisons")]
-    found, counts = prompts.load_prompts(paths, tiny, DEFAULT)
-    assert counts["prompts"] == len(found) == 5 + 2 + 3 + 2
-    for prompt in found:
+    loaded, counts = prompts.load_prompts(paths, tiny, DEFAULT)
+    assert counts["prompts"] == len(loaded) == 5 + 2 + 3 + 2
+    for prompt in loaded:
         user = prompt.row.get("prompt", prompt.row.get("messages"))[0]["content"]
         assert prompt.ids.tolist() == [BOS, *f"user\n{user}".encode(), EOS, 10, *ASKED]
         right = " ".join(sorted(user.removeprefix("sort: ").split(" ")))
@@ -204,10 +204,10 @@ def test_counts_and_what_is_too_long(tiny, tmp_path: Path):
         {"prompt": "abc", "answer": [1]},
         {"text": "é" * 5},
     ]
-    found, counts = load(rows, tiny, tmp_path, PromptFormat(max_prompt_len=8))
-    assert [prompt.ids.tolist() for prompt in found] == [[*b"xxxxxxxx"], [*b"abc"]]
-    assert [prompt.row for prompt in found] == [rows[0], rows[2]]
-    assert all(prompt.ids.dtype == np.int32 for prompt in found)
+    loaded, counts = load(rows, tiny, tmp_path, PromptFormat(max_prompt_len=8))
+    assert [prompt.ids.tolist() for prompt in loaded] == [[*b"xxxxxxxx"], [*b"abc"]]
+    assert [prompt.row for prompt in loaded] == [rows[0], rows[2]]
+    assert all(prompt.ids.dtype == np.int32 for prompt in loaded)
     for_rewards = {"rows with 'id' (for reward functions)": 1, "rows with 'answer' (for reward functions)": 1}
     assert counts == {"prompts": 4, "dropped_too_long": 2, "tokens": 11, "longest": 8} | for_rewards
     unused = ", ".join(f"1 {name}" for name in for_rewards)
@@ -216,22 +216,22 @@ def test_counts_and_what_is_too_long(tiny, tmp_path: Path):
 
 def test_bos_counts_as_a_token(tiny, tmp_path: Path):
     fmt = PromptFormat(max_prompt_len=3, add_bos=True)
-    found, counts = load([{"text": "ab"}, {"text": "abc"}], tiny, tmp_path, fmt)
-    assert [prompt.ids.tolist() for prompt in found] == [[BOS, *b"ab"]] and counts["dropped_too_long"] == 1
+    loaded, counts = load([{"text": "ab"}, {"text": "abc"}], tiny, tmp_path, fmt)
+    assert [prompt.ids.tolist() for prompt in loaded] == [[BOS, *b"ab"]] and counts["dropped_too_long"] == 1
 
 
 def test_one_token_is_a_prompt(tiny, tmp_path: Path):
-    found, _ = load([{"text": "a"}], tiny, tmp_path, PromptFormat(max_prompt_len=1))
-    assert [prompt.ids.tolist() for prompt in found] == [[ord("a")]]
+    loaded, _ = load([{"text": "a"}], tiny, tmp_path, PromptFormat(max_prompt_len=1))
+    assert [prompt.ids.tolist() for prompt in loaded] == [[ord("a")]]
 
 
 def test_several_files_one_of_them_zipped(tiny, tmp_path: Path):
     first = write_rows(tmp_path / "1.jsonl", [{"prompt": "P"}])
     second = tmp_path / "2.jsonl.gz"
     second.write_bytes(gzip.compress(b'{"text": "Q"}\n\n{"messages": [{"role": "user", "content": "a"}]}\n'))
-    found, counts = prompts.load_prompts([first, second, first], tiny, DEFAULT)
+    loaded, counts = prompts.load_prompts([first, second, first], tiny, DEFAULT)
     expected = [[ord("P")], [ord("Q")], [*USER_IDS, *ASKED], [ord("P")]]
-    assert [prompt.ids.tolist() for prompt in found] == expected and counts["prompts"] == 4
+    assert [prompt.ids.tolist() for prompt in loaded] == expected and counts["prompts"] == 4
     second.write_bytes(gzip.compress(b'{"text": "Q"}\n\n{"text": ""}\n'))
     with pytest.raises(UserError, match="2.jsonl.gz:3: field 'text' is empty"):
         prompts.load_prompts([first, second], tiny, DEFAULT)

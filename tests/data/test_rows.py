@@ -160,14 +160,14 @@ def test_chats_are_those_of_transformers(name, text, hf):
 @pytest.mark.parametrize("name", [name for name in CHATS if "completion" not in name])
 def test_prompts_are_those_of_training(name, text, hf):
     row, messages, _, variables = CHATS[name]
-    found = prompts.format_prompt(row, text, PromptFormat())
-    assert found.tolist() == ids_of(hf, messages[:-1], True, **variables)
+    ids = prompts.format_prompt(row, text, PromptFormat())
+    assert ids.tolist() == ids_of(hf, messages[:-1], True, **variables)
 
 
 def test_alpaca(text):
     """Instruction, blank line, input where there is one; the column `text`, with the answer, is not read."""
-    for given, prompt in [("", "Name it."), (None, "Name it."), ("a cat", "Name it.\n\na cat")]:
-        row = {"instruction": "Name it.", "input": given, "output": "Tom", "text": "### Name it. Tom"}
+    for source, prompt in [("", "Name it."), (None, "Name it."), ("a cat", "Name it.\n\na cat")]:
+        row = {"instruction": "Name it.", "input": source, "output": "Tom", "text": "### Name it. Tom"}
         example, _ = formats.format_sft(row, text, FormatConfig())
         assert example.ids.tolist() == [*prompt.encode(), *b" Tom", 258]
         assert example.trained.tolist() == [False] * len(prompt) + [True] * 5
@@ -206,9 +206,9 @@ def test_pairs(text, hf):
 
 def test_a_switch_of_the_chat_template(text, hf):
     row = {"prompt": [ASKED], "chat_template_kwargs": {"enable_thinking": False}}
-    found = prompts.format_prompt(row, text, PromptFormat()).tolist()
-    assert found == ids_of(hf, [ASKED], True, enable_thinking=False)
-    assert found[-15:] == [*b"<think></think>"]
+    ids = prompts.format_prompt(row, text, PromptFormat()).tolist()
+    assert ids == ids_of(hf, [ASKED], True, enable_thinking=False)
+    assert ids[-15:] == [*b"<think></think>"]
 
 
 def test_a_labelled_chat_ends_where_its_score_is_read(text, hf, tmp_path):
@@ -343,8 +343,8 @@ def test_a_flag_sets_variables_for_all_rows(model, hf):
     text = tokenizer.load(model, config=TextConfig(chat_template_kwargs='{"enable_thinking": false}'))
     for own in (False, True):
         row = {"prompt": [ASKED]} | ({"chat_template_kwargs": {"enable_thinking": True}} if own else {})
-        found = prompts.format_prompt(row, text, PromptFormat()).tolist()
-        assert found == ids_of(hf, [ASKED], True, enable_thinking=own)
+        ids = prompts.format_prompt(row, text, PromptFormat()).tolist()
+        assert ids == ids_of(hf, [ASKED], True, enable_thinking=own)
     for wrong in ("{", "[]"):
         with pytest.raises(UserError, match="--chat-template-kwargs"):
             TextConfig(chat_template_kwargs=wrong)
@@ -438,10 +438,13 @@ def test_answers_that_the_template_marks(model, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(marks)
     marked, plain = tokenizer.load(tmp_path), tokenizer.load(model)
     messages = [ASKED, ANSWER | {"weight": 0}, said("user", FORGED), said("assistant", "a<|im_end|>b")]
-    found, expected = (
+    trained, expected = (
         formats.format_sft({"messages": messages}, text, FormatConfig())[0] for text in (marked, plain)
     )
-    assert found.ids.tolist() == expected.ids.tolist() and found.trained.tolist() == expected.trained.tolist()
+    assert (
+        trained.ids.tolist() == expected.ids.tolist()
+        and trained.trained.tolist() == expected.trained.tolist()
+    )
     endless = marks.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(endless)
     with pytest.raises(UserError, match="end of turn not trained"):
@@ -478,9 +481,9 @@ def test_arrays_and_parquet_are_read_as_lines_are(text, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     expected, _ = sft.load_sft([tmp_path / "a.jsonl"], text, FormatConfig())
     for name in ("a.json", "a.json.gz", "a.parquet"):
-        found, counts = sft.load_sft([tmp_path / name], text, FormatConfig())
-        assert [one.ids.tolist() for one in found] == [one.ids.tolist() for one in expected]
-        assert [one.trained.tolist() for one in found] == [one.trained.tolist() for one in expected]
+        examples, counts = sft.load_sft([tmp_path / name], text, FormatConfig())
+        assert [one.ids.tolist() for one in examples] == [one.ids.tolist() for one in expected]
+        assert [one.trained.tolist() for one in examples] == [one.trained.tolist() for one in expected]
         assert counts["rows"] == 2
     assert jsonl.read_jsonl(tmp_path / "a.json")[1][0] == f"{tmp_path}/a.json: row 2"
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
@@ -504,8 +507,8 @@ def test_bad_rows_may_be_left_out(text, tmp_path):
     assert f"; {path}:6, {path}:4)" in display.describe(counts)
     with pytest.raises(UserError, match=f"{path}:4: field 'messages' must be"):
         sft.load_sft([path], text, FormatConfig(skip_bad_rows=2))
-    found, counts = prompts.load_prompts([path], text, PromptFormat(skip_bad_rows=3))
-    assert len(found) == 3 and "3 bad rows left out" in display.describe(counts)
+    loaded, counts = prompts.load_prompts([path], text, PromptFormat(skip_bad_rows=3))
+    assert len(loaded) == 3 and "3 bad rows left out" in display.describe(counts)
     pair = {"prompt": [ASKED], "chosen": ANSWER, "rejected": said("assistant", "b")}
     path.write_text("\n".join([json.dumps(pair), json.dumps(pair | {"chosen": "b"}), json.dumps(pair)]))
     pairs, counts = preferences.load_pairs([path], text, PreferenceFormat(skip_bad_rows=1))

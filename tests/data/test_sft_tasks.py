@@ -236,11 +236,11 @@ def test_sets(tiny, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(jsonl, "read_lines", lambda path: opened.append(path.name) or read_lines(path))
     first = write_rows(tmp_path / "1.jsonl", [chat("a", "b"), chat("c", "d")])
     second = write_rows(tmp_path / "2.jsonl", [{"input": "Q", "output": "b"}])
-    given = {"train": [second, first], "val": [first]}
-    sets = prompts.load_sft_sets(given, tiny, DEFAULT, 259, lines.append, RowFormats())
+    paths_of_sets = {"train": [second, first], "val": [first]}
+    sets = prompts.load_sft_sets(paths_of_sets, tiny, DEFAULT, 259, lines.append, RowFormats())
     asked = [[*said("user", letter), *ASKED] for letter in "ac"]
-    found = {name: [task.prompt.ids.tolist() for task in tasks] for name, tasks in sets.items()}
-    assert found == {"train": [[ord("Q")], *asked], "val": asked}
+    prompt_ids = {name: [task.prompt.ids.tolist() for task in tasks] for name, tasks in sets.items()}
+    assert prompt_ids == {"train": [[ord("Q")], *asked], "val": asked}
     assert opened == ["2.jsonl", "1.jsonl", "1.jsonl"]
     assert lines == [
         "train data: 3 rows, 50 tokens, 7 trained tokens, 20 longest prompt",

@@ -60,24 +60,24 @@ PIECES = [
 
 def byte_level(split: str | None) -> tokenizers.Tokenizer:
     """Byte-level BPE with the split rule of GPT-2 (None) or another."""
-    made = tokenizers.Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     if split is None:
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     elif split == "digits":
-        made.pre_tokenizer = pre_tokenizers.Sequence(
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     else:
-        made.pre_tokenizer = pre_tokenizers.Sequence(
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(split), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-    made.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXT * 4, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet))
-    return made
+    tokenizer.train_from_iterator(TEXT * 4, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet))
+    return tokenizer
 
 
 def sentencepiece_like(steps: list, scheme: str | None) -> tokenizers.Tokenizer:
@@ -87,7 +87,7 @@ def sentencepiece_like(steps: list, scheme: str | None) -> tokenizers.Tokenizer:
     trained.train_from_iterator(TEXT * 4, trainers.BpeTrainer(vocab_size=200))
     model = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *sorted(model["vocab"], key=model["vocab"].get)]
-    made = tokenizers.Tokenizer(
+    tokenizer = tokenizers.Tokenizer(
         models.BPE(
             vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
             merges=[tuple(merge) for merge in model["merges"]],
@@ -97,12 +97,12 @@ def sentencepiece_like(steps: list, scheme: str | None) -> tokenizers.Tokenizer:
         )
     )
     if steps:
-        made.normalizer = normalizers.Sequence(steps)
+        tokenizer.normalizer = normalizers.Sequence(steps)
     if scheme:
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if scheme != "never" else undo)
-    return made
+    tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if scheme != "never" else undo)
+    return tokenizer
 
 
 REPLACE = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -133,33 +133,37 @@ CLASSES = {  # tokenizer_class and model_type, which transformers looks at both
 }
 
 
-def with_normalizer(made: tokenizers.Tokenizer, normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
-    made.normalizer = normalizer
-    return made
+def with_normalizer(
+    tokenizer: tokenizers.Tokenizer, normalizer: normalizers.Normalizer
+) -> tokenizers.Tokenizer:
+    tokenizer.normalizer = normalizer
+    return tokenizer
 
 
-def with_bos(made: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def with_bos(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """With a post-processor that puts <s> in front."""
-    add_tokens(made, "bos")
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    add_tokens(tokenizer, "bos")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return made
+    return tokenizer
 
 
-def add_tokens(made: tokenizers.Tokenizer, kind: str) -> None:
+def add_tokens(tokenizer: tokenizers.Tokenizer, kind: str) -> None:
     takes = dict(lstrip=True, rstrip=True) if kind == "tokens that take spaces" else {}
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False, **takes) for token in SPECIAL])
-    made.add_tokens([AddedToken("foxes", normalized=True)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False, **takes) for token in SPECIAL]
+    )
+    tokenizer.add_tokens([AddedToken("foxes", normalized=True)])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
     """tokenizer.json of each kind."""
-    made = {kind: make() for kind, make in KINDS.items()}
-    for kind, one in made.items():
+    tokenizer_of = {kind: make() for kind, make in KINDS.items()}
+    for kind, one in tokenizer_of.items():
         add_tokens(one, kind)
-    return {kind: one.to_str() for kind, one in made.items()}
+    return {kind: one.to_str() for kind, one in tokenizer_of.items()}
 
 
 def directory(folder: Path, text: str, name: str, **fields: object) -> Path:
@@ -230,12 +234,12 @@ def test_hidden_special_tokens_are_plain_text(kind, files, tmp_path):
 
 
 def test_a_limit_and_padding_in_the_file_are_not_for_training(files, tmp_path):
-    made = tokenizers.Tokenizer.from_str(files["gpt2 split"])
+    limited = tokenizers.Tokenizer.from_str(files["gpt2 split"])
     text = " ".join(TEXT)
-    ids = made.encode(text).ids
-    made.enable_truncation(8)
-    made.enable_padding(length=400)
-    assert tokenizer.load(directory(tmp_path, made.to_str(), "none")).encode(text) == ids
+    ids = limited.encode(text).ids
+    limited.enable_truncation(8)
+    limited.enable_padding(length=400)
+    assert tokenizer.load(directory(tmp_path, limited.to_str(), "none")).encode(text) == ids
 
 
 def test_tokens_of_the_config_are_added(files, tmp_path):
@@ -257,12 +261,12 @@ def test_add_bos_token_of_the_config_counts(files, tmp_path):
 
 
 def test_a_class_that_changes_the_file_and_text_that_does_not_come_back_are_said(files, tmp_path):
-    said = []
-    loaded = tokenizer.load(directory(tmp_path, files["nfkc and lower case"], "gpt2"), said.append)
-    assert len(said) == 1 and "GPT2Tokenizer" in said[0] and "changes its normalizer" in said[0]
+    messages = []
+    loaded = tokenizer.load(directory(tmp_path, files["nfkc and lower case"], "gpt2"), messages.append)
+    assert len(messages) == 1 and "GPT2Tokenizer" in messages[0] and "changes its normalizer" in messages[0]
     for text in ["the fox", "The fox", "THE"]:
         loaded.encode(text)
-    assert said[1:] == ["decoding does not give the text back: 'The fox' becomes 'the fox'"]
+    assert messages[1:] == ["decoding does not give the text back: 'The fox' becomes 'the fox'"]
 
 
 @pytest.mark.parametrize(

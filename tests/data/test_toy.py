@@ -23,13 +23,13 @@ def chats(rows: list[dict]) -> list[tuple[str, str]]:
 
 def judged(prompt: str, answer: str) -> tuple[list[str], int]:
     """The places of a right judgement and its score, in halves to round them without floats."""
-    right, given = sorted(prompt), answer.split(" ")
+    right, letters = sorted(prompt), answer.split(" ")
     places, hits = [], 0
-    for i in range(max(len(right), len(given))):
+    for i in range(max(len(right), len(letters))):
         wanted = right[i] if i < len(right) else "-"
-        found = given[i] if i < len(given) else "-"
-        hits += wanted == found
-        places.append(wanted.upper() + found + ("=" if wanted == found else "/"))
+        letter = letters[i] if i < len(letters) else "-"
+        hits += wanted == letter
+        places.append(wanted.upper() + letter + ("=" if wanted == letter else "/"))
     whole, rest = divmod(5 * hits, len(places))
     up = 2 * rest > len(places) or (2 * rest == len(places) and whole % 2)  # a half goes to the even number
     return places, whole + up

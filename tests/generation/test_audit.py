@@ -71,10 +71,10 @@ class Setting:
     def sample(self) -> Answers:
         """Answers to all prompts, with the numbers of their rows. Collective."""
         streams = [(0, i) for i in range(NUM_PROMPTS)]
-        found = self.generator.generate(prompts(), streams, ANSWERS)
+        groups = self.generator.generate(prompts(), streams, ANSWERS)
         return [
             (FIRST_ROW + row, k, answer)
-            for row, answers in enumerate(found)
+            for row, answers in enumerate(groups)
             for k, answer in enumerate(answers)
         ]
 
@@ -136,9 +136,9 @@ def shifted_prefill(right: Callable) -> Callable:
     """A prefill that counts the positions of prompts from 1 instead of 0."""
     rotation = layers.rotation
 
-    def prefill(self: inference.InferenceModel, given: list[Tensor]) -> list[inference.Prefix]:
+    def prefill(self: inference.InferenceModel, prompts: list[Tensor]) -> list[inference.Prefix]:
         with mock.patch.object(inference, "rotation", lambda places, *rest: rotation(places + 1, *rest)):
-            return right(self, given)
+            return right(self, prompts)
 
     return prefill
 
@@ -157,33 +157,33 @@ def wrong_samplers(setting: Setting) -> dict[str, dict[str, float] | str]:
     """What the audit says of samplers with something wrong in them."""
     shifted = shifted_prefill(inference.InferenceModel.prefill)
     ahead = shifted_decode(inference.InferenceModel.decode)
-    found = {}
+    results = {}
     with mock.patch.object(inference.InferenceModel, "prefill", shifted):
-        found["rotation off by one"] = setting.check(setting.sample())
+        results["rotation off by one"] = setting.check(setting.sample())
     with mock.patch.object(inference.InferenceModel, "decode", ahead):
-        found["position off by one"] = setting.check(setting.sample())
+        results["position off by one"] = setting.check(setting.sample())
     answers = setting.sample()
     with other_weights(setting.policy):
-        found["stale weights"] = setting.check(answers)
-        found["fresh weights"] = setting.check(setting.sample())
-    found["weights of before"] = setting.check(answers)
-    return found
+        results["stale weights"] = setting.check(answers)
+        results["fresh weights"] = setting.check(setting.sample())
+    results["weights of before"] = setting.check(answers)
+    return results
 
 
 def wrong_values(setting: Setting, answers: Answers) -> dict[str, dict[str, float] | str]:
     """What the audit says of wrong log-probs beside right answers."""
     places = [answers[i][:2] for i in (3, -4)]
-    found = {
+    results = {
         "all by 1e-4": setting.check(everywhere(answers, lambda sample: sample.model_logprobs + 1e-4)),
         "shifted": setting.check(everywhere(answers, lambda sample: np.roll(sample.model_logprobs, 1))),
         "tempered": setting.check(everywhere(answers, lambda sample: sample.logprobs)),
         "one by 5e-4": setting.check(altered(answers, places[0], at(4, 5e-4))),
     }
     for i, place in enumerate(places):
-        found[f"one by 0.01 {i} {place}"] = setting.check(altered(answers, place, at(4, 0.01)))
-        found[f"one by -0.01 {i} {place}"] = setting.check(altered(answers, place, at(0, -0.01)))
-        found[f"nan {i} {place}"] = setting.check(altered(answers, place, at(6, float("nan"))))
-    return found
+        results[f"one by 0.01 {i} {place}"] = setting.check(altered(answers, place, at(4, 0.01)))
+        results[f"one by -0.01 {i} {place}"] = setting.check(altered(answers, place, at(0, -0.01)))
+        results[f"nan {i} {place}"] = setting.check(altered(answers, place, at(6, float("nan"))))
+    return results
 
 
 def cases(models: Path) -> Iterator[tuple[str, dict | str]]:
@@ -200,15 +200,15 @@ def cases(models: Path) -> Iterator[tuple[str, dict | str]]:
                 wrong = altered(wrong, (row, number), at(5, 0.002))
             config = AuditConfig(audit_quantile=1 - 2.5 / count)
             yield f"{name} {outliers} wrong of {count}", setting.check(wrong, config)
-        for case, said in (wrong_values(setting, answers) | wrong_samplers(setting)).items():
-            yield f"{name} {case}", said
+        for case, result in (wrong_values(setting, answers) | wrong_samplers(setting)).items():
+            yield f"{name} {case}", result
 
 
 # ---- tests ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def said(models, tmp_path_factory) -> dict[str, list[dict | str]]:
+def results(models, tmp_path_factory) -> dict[str, list[dict | str]]:
     """What the audit says on each of two ranks, by case."""
     output = tmp_path_factory.mktemp("audit")
     fork_ranks(2, "tests/generation/test_audit.py", models, output)
@@ -217,30 +217,30 @@ def said(models, tmp_path_factory) -> dict[str, list[dict | str]]:
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
-def of(said: dict[str, list], pattern: str) -> dict[str, dict | str]:
+def of(results: dict[str, list], pattern: str) -> dict[str, dict | str]:
     """What is said in the cases whose whole name is like the pattern; all ranks say the same."""
-    found = {name: texts for name, texts in said.items() if re.fullmatch(pattern, name)}
-    assert found
-    for name, (first, second) in found.items():
+    matching = {name: texts for name, texts in results.items() if re.fullmatch(pattern, name)}
+    assert matching
+    for name, (first, second) in matching.items():
         assert first == second, name
-    return {name: first for name, (first, _) in found.items()}
+    return {name: first for name, (first, _) in matching.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", ["right", "one answer", "fresh weights", "weights of before"])
-def test_what_agrees_passes(layout, case, said):
+def test_what_agrees_passes(layout, case, results):
     """Also with fewer answers than data parallel ranks, and after the weights have changed, and back."""
-    [found] = of(said, f"{layout} {case}").values()
-    assert set(found) == {f"audit/logprob_error{part}" for part in ("", "_quantile", "_max")}, found
-    assert 0 <= found["audit/logprob_error"] < MEAN / 10
-    assert found["audit/logprob_error_quantile"] == found["audit/logprob_error_max"]  # in fp32
-    assert found["audit/logprob_error"] <= found["audit/logprob_error_max"] < MOST / 10
+    [metrics] = of(results, f"{layout} {case}").values()
+    assert set(metrics) == {f"audit/logprob_error{part}" for part in ("", "_quantile", "_max")}, metrics
+    assert 0 <= metrics["audit/logprob_error"] < MEAN / 10
+    assert metrics["audit/logprob_error_quantile"] == metrics["audit/logprob_error_max"]  # in fp32
+    assert metrics["audit/logprob_error"] <= metrics["audit/logprob_error_max"] < MOST / 10
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_token_within_the_bound_passes(layout, said):
-    [found] = of(said, f"{layout} one by 5e-4").values()
-    assert found["audit/logprob_error_max"] == pytest.approx(5e-4, rel=0.05)
+def test_one_token_within_the_bound_passes(layout, results):
+    [metrics] = of(results, f"{layout} one by 5e-4").values()
+    assert metrics["audit/logprob_error_max"] == pytest.approx(5e-4, rel=0.05)
 
 
 NAMED = re.compile(
@@ -260,11 +260,11 @@ def named(message: dict | str) -> tuple[tuple[int, int, int], tuple[float, ...]]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "token"), [(0.01, 4), (-0.01, 0)])
-def test_one_wrong_token_is_named(layout, size, token, said):
+def test_one_wrong_token_is_named(layout, size, token, results):
     """By its largest error alone: the mean stays within its bound."""
-    found = of(said, rf"{layout} one by {size} .*")
-    assert len(found) == 2
-    for name, message in found.items():
+    matching = of(results, rf"{layout} one by {size} .*")
+    assert len(matching) == 2
+    for name, message in matching.items():
         row, number = map(int, re.search(r"\((\d+), (\d+)\)", name).groups())
         place, (sampled, trained, largest, mean) = named(message)
         assert place == (row, number, token), name
@@ -273,10 +273,10 @@ def test_one_wrong_token_is_named(layout, size, token, said):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan_is_named(layout, said):
-    found = of(said, rf"{layout} nan .*")
-    assert len(found) == 2
-    for name, message in found.items():
+def test_nan_is_named(layout, results):
+    matching = of(results, rf"{layout} nan .*")
+    assert len(matching) == 2
+    for name, message in matching.items():
         row, number = map(int, re.search(r"\((\d+), (\d+)\)", name).groups())
         place, (sampled, trained, *_) = named(message)
         assert place == (row, number, 6), name
@@ -315,29 +315,29 @@ def differing(count: int, outliers: int, size: float) -> tuple[list, list[np.nda
 def test_bf16_forgives_one_token_in_10_000(count, forgiven):
     """The 0.9999 quantile of n differences is the largest but floor(n / 10,000): below 10,000 the maximum."""
     for outliers in range(forgiven + 2):
-        given = differing(count, min(outliers, count), 7.0)
+        logprobs = differing(count, min(outliers, count), 7.0)
         if outliers <= forgiven:
-            found = audit.compare(*given, torch.bfloat16)
-            assert found["audit/logprob_error_quantile"] < 0.04 + 1e-9
-            assert found["audit/logprob_error_max"] == pytest.approx(7.0 if outliers else 0.04, rel=0.25)
+            metrics = audit.compare(*logprobs, torch.bfloat16)
+            assert metrics["audit/logprob_error_quantile"] < 0.04 + 1e-9
+            assert metrics["audit/logprob_error_max"] == pytest.approx(7.0 if outliers else 0.04, rel=0.25)
         elif count > 1:
             words = rf"differ by 7\. Of all {count} tokens .* the 0\.9999 quantile 7 \(--audit-tail 2\)"
             with pytest.raises(RuntimeError, match=words):
-                audit.compare(*given, torch.bfloat16)
+                audit.compare(*logprobs, torch.bfloat16)
     if forgiven:  # in fp32 nothing is
         with pytest.raises(RuntimeError, match=r"the maximum 0\.01 \(--audit-tail 0\.001\)"):
             audit.compare(*altered_by(differing(count, 0, 0.0), 0.01), torch.float32)
-    given = differing(count, 0, 0.0)
-    given[1][0][0] = math.nan  # whose quantile is no number, wherever it stands
+    logprobs = differing(count, 0, 0.0)
+    logprobs[1][0][0] = math.nan  # whose quantile is no number, wherever it stands
     with pytest.raises(
         RuntimeError, match="audit: token 0 of answer 0 to row 0 was sampled with log-prob nan"
     ):
-        audit.compare(*given, torch.bfloat16)
+        audit.compare(*logprobs, torch.bfloat16)
 
 
-def altered_by(given: tuple[list, list[np.ndarray], list[np.ndarray]], size: float) -> tuple:
+def altered_by(logprobs: tuple[list, list[np.ndarray], list[np.ndarray]], size: float) -> tuple:
     """Answers whose log-probs agree but for one token."""
-    places, _, trained = given
+    places, _, trained = logprobs
     sampled = [part.copy() for part in trained]
     sampled[-1][-1] += size
     return places, sampled, trained
@@ -349,7 +349,7 @@ def test_bounds_of_flags():
     assert AuditConfig().bounds(torch.float32) == (5e-5, 1e-3, 1.0)
     own = AuditConfig(audit_mean=0.5, audit_tail=math.inf, audit_quantile=0.9)
     assert own.bounds(torch.float32) == (0.5, math.inf, 0.9)
-    given = altered_by(differing(100, 0, 0.0), 0.0015)  # a mean of 1.5e-5
+    logprobs = altered_by(differing(100, 0, 0.0), 0.0015)  # a mean of 1.5e-5
     for temperature, config, passes in (
         (1.0, AuditConfig(), False),
         (2.0, AuditConfig(), False),
@@ -360,25 +360,25 @@ def test_bounds_of_flags():
         (1.0, AuditConfig(audit_tail=math.inf), True),
     ):
         if passes:
-            audit.compare(*given, torch.float32, temperature, config)
+            audit.compare(*logprobs, torch.float32, temperature, config)
         else:
             with pytest.raises(RuntimeError, match="do not compute the same model"):
-                audit.compare(*given, torch.float32, temperature, config)
+                audit.compare(*logprobs, torch.float32, temperature, config)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_quantile_is_over_the_tokens_of_all_ranks(layout, said):
+def test_the_quantile_is_over_the_tokens_of_all_ranks(layout, results):
     """One that leaves out two tokens of all: two wrong ones, on several ranks, pass; three do not."""
-    [(name, found)] = of(said, rf"{layout} 2 wrong of \d+").items()
-    assert found["audit/logprob_error_quantile"] < MOST < found["audit/logprob_error_max"], name
-    [message] = of(said, rf"{layout} 3 wrong of \d+").values()
+    [(name, metrics)] = of(results, rf"{layout} 2 wrong of \d+").items()
+    assert metrics["audit/logprob_error_quantile"] < MOST < metrics["audit/logprob_error_max"], name
+    [message] = of(results, rf"{layout} 3 wrong of \d+").values()
     assert isinstance(message, str) and "(--audit-tail 0.001)" in message
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_small_error_at_every_token_is_caught(layout, said):
+def test_a_small_error_at_every_token_is_caught(layout, results):
     """By the mean alone."""
-    [message] = of(said, f"{layout} all by 1e-4").values()
+    [message] = of(results, f"{layout} all by 1e-4").values()
     (row, number, token), (_, _, largest, mean) = named(message)
     assert FIRST_ROW <= row < FIRST_ROW + NUM_PROMPTS and number < ANSWERS and token < NEW_TOKENS
     assert mean == pytest.approx(1e-4, rel=0.1) and largest < MOST
@@ -388,9 +388,9 @@ def test_a_small_error_at_every_token_is_caught(layout, said):
 @pytest.mark.parametrize(
     "case", ["stale weights", "shifted", "tempered", "rotation off by one", "position off by one"]
 )
-def test_a_wrong_sampler_is_caught(layout, case, said):
+def test_a_wrong_sampler_is_caught(layout, case, results):
     """Weights that changed since, log-probs of the token before, of another temperature, positions."""
-    [message] = of(said, f"{layout} {case}").values()
+    [message] = of(results, f"{layout} {case}").values()
     (row, number, token), (sampled, trained, largest, mean) = named(message)
     assert FIRST_ROW <= row < FIRST_ROW + NUM_PROMPTS and number < ANSWERS and token < NEW_TOKENS
     assert largest > MOST and mean > MEAN
@@ -398,7 +398,7 @@ def test_a_wrong_sampler_is_caught(layout, case, said):
 
 
 if __name__ == "__main__":
-    given, written = map(Path, sys.argv[1:])
+    models, output = map(Path, sys.argv[1:])
     with parallel.start(ParallelConfig()):
-        results = dict(cases(given))
-        (written / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+        results = dict(cases(models))
+        (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -160,10 +160,10 @@ def cases_of_one(models: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def ran(models, greedy, tmp_path_factory) -> Run:
     """What all cases of a number of processes sample, in one start, at the first call."""
-    found: dict[int, dict] = {}
+    by_processes: dict[int, dict] = {}
 
     def run(processes: int) -> dict[str, dict]:
-        if processes not in found:
+        if processes not in by_processes:
             cases = shared_cases(processes, models)
             if processes < 4:
                 cases |= cases_of_some_layouts(processes, models, greedy)
@@ -172,20 +172,20 @@ def ran(models, greedy, tmp_path_factory) -> Run:
             if processes == 2:
                 case = {"model": str(models / "llama"), "prompts": [[5]], "sampling": GREEDY}
                 cases["rollout tp"] = case | {"rollout": {"rollout_tp": 3}}
-            found[processes] = sample(tmp_path_factory.mktemp("generate"), processes, cases)
-        return found[processes]
+            by_processes[processes] = sample(tmp_path_factory.mktemp("generate"), processes, cases)
+        return by_processes[processes]
 
     return run
 
 
-def first_answers(found: dict) -> list[list[int]]:
+def first_answers(result: dict) -> list[list[int]]:
     """The ids of the only answer to each prompt."""
-    return [ids for [(ids, _, _, _)] in found["answers"]]
+    return [ids for [(ids, _, _, _)] in result["answers"]]
 
 
-def finishes(found: dict) -> list[str]:
+def finishes(result: dict) -> list[str]:
     """Why the only answer to each prompt ended."""
-    return [finish for [(_, _, _, finish)] in found["answers"]]
+    return [finish for [(_, _, _, finish)] in result["answers"]]
 
 
 # ---- greedy answers ------------------------------------------------------------------------------
@@ -196,25 +196,25 @@ def test_greedy_tokens_are_those_of_transformers(processes, greedy, ran):
     """64 prompts of mixed lengths in every layout; some answers end early, some at the limit."""
     for name in layouts(processes):
         for family in families(processes):
-            found, expected = ran(processes)[f"greedy {family} {name}"], greedy[family]
-            assert first_answers(found) == expected, (family, name)
+            result, expected = ran(processes)[f"greedy {family} {name}"], greedy[family]
+            assert first_answers(result) == expected, (family, name)
             wanted = ["stop" if ids[-1] == 2 else "length" for ids in expected]
-            assert finishes(found) == wanted, (family, name)
+            assert finishes(result) == wanted, (family, name)
     assert {"stop", "length"} == set(wanted)
 
 
 def test_one_new_token(greedy, ran):
-    found = ran(1)["one token"]
-    assert first_answers(found) == [ids[:1] for ids in greedy["llama"]]
-    assert set(finishes(found)) <= {"stop", "length"}
+    result = ran(1)["one token"]
+    assert first_answers(result) == [ids[:1] for ids in greedy["llama"]]
+    assert set(finishes(result)) <= {"stop", "length"}
 
 
 def test_an_answer_ends_with_the_context(models, ran):
     """Prompts of 246, 250 and 255 tokens in a context of 256."""
-    found, expected = ran(1)["context"], transformers_greedy(network(models / "llama"), long_prompts(), 12)
+    result, expected = ran(1)["context"], transformers_greedy(network(models / "llama"), long_prompts(), 12)
     assert [len(ids) for ids in expected] == [10, 6, 1], "an answer that stops by itself shows nothing"
-    assert first_answers(found) == expected
-    assert finishes(found) == ["length"] * 3
+    assert first_answers(result) == expected
+    assert finishes(result) == ["length"] * 3
 
 
 @pytest.fixture(scope="module")
@@ -255,12 +255,12 @@ def cut(ids: list[int], pairs: list[tuple[int, int]]) -> list[int]:
 def test_stop_strings_of_two_tokens(name, greedy, ran):
     """Answers are the greedy ones up to the first stop string, and text() leaves that out."""
     pairs, ends = pairs_of(greedy["llama"]), stops(greedy["llama"])
-    found = ran(LAYOUTS[name][0])[f"stop {name}"]
+    result = ran(LAYOUTS[name][0])[f"stop {name}"]
     expected = [cut(ids, pairs) for ids in greedy["llama"]]
-    assert first_answers(found) == expected
+    assert first_answers(result) == expected
     stopped = [tuple(ids[-2:]) in pairs for ids in expected]
     assert sum(stopped) >= 5 and not all(stopped)
-    for ids, finish, by_text in zip(expected, finishes(found), stopped, strict=True):
+    for ids, finish, by_text in zip(expected, finishes(result), stopped, strict=True):
         assert finish == ("stop" if by_text or ids[-1] == 2 else "length")
         wanted = ids[:-2] if by_text else ids[:-1] if ids[-1] == 2 else ids
         assert sample_of(ids, finish).text(Letters(), tuple(ends)) == Letters().decode(wanted)
@@ -302,10 +302,10 @@ def test_text_of_an_answer(ids, stop, text):
 # ---- sampled answers: what they depend on --------------------------------------------------------
 
 
-def assert_same(found: list[list[Answer]], expected: list[list[Answer]], name: str) -> None:
+def assert_same(answers: list[list[Answer]], expected: list[list[Answer]], name: str) -> None:
     """The same tokens and ends, and log-probs up to rounding."""
-    for mine, wanted in zip(found, expected, strict=True):
-        for (ids, *logprobs, finish), (ids_, *logprobs_, finish_) in zip(mine, wanted, strict=True):
+    for samples, wanted in zip(answers, expected, strict=True):
+        for (ids, *logprobs, finish), (ids_, *logprobs_, finish_) in zip(samples, wanted, strict=True):
             assert (ids, finish) == (ids_, finish_), name
             assert len(logprobs[0]) == len(logprobs[1]) == len(ids), name
             np.testing.assert_allclose(logprobs, logprobs_, rtol=0, atol=FP32[1], err_msg=name)
@@ -333,10 +333,10 @@ def test_what_is_sampled_beside_an_answer_does_not_matter(ran):
 
 @pytest.mark.parametrize("name", ["other seed", "other streams"])
 def test_other_random_numbers_give_other_answers(name, ran):
-    expected, found = ran(1)["sampled one"]["answers"][:8], ran(1)[name]["answers"]
-    same = [a[0] == b[0] for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
+    expected, answers = ran(1)["sampled one"]["answers"][:8], ran(1)[name]["answers"]
+    same = [a[0] == b[0] for x, y in zip(answers, expected, strict=True) for a, b in zip(x, y, strict=True)]
     assert len(same) == 8 * SAMPLES and sum(same) <= 4
-    for samples in found:  # and the answers to one prompt differ among themselves
+    for samples in answers:  # and the answers to one prompt differ among themselves
         assert len({tuple(ids) for ids, *_ in samples}) > 1
 
 
@@ -365,10 +365,10 @@ def transformers_logprobs(
     return [drawn, plain]
 
 
-def logprob_errors(policy: transformers.PreTrainedModel, found: list[list[Answer]]) -> np.ndarray:
+def logprob_errors(policy: transformers.PreTrainedModel, answers: list[list[Answer]]) -> np.ndarray:
     """Ours less those of transformers, [2, tokens]: under the distribution drawn from, under the model."""
     errors = []
-    for prompt, samples in zip(prompts(), found, strict=False):
+    for prompt, samples in zip(prompts(), answers, strict=False):
         for ids, *logprobs, _ in samples:
             errors.append(np.array(logprobs) - transformers_logprobs(policy, prompt, ids))
     return np.concatenate(errors, 1)
@@ -420,13 +420,13 @@ def chances(policy: transformers.PreTrainedModel, prompt: list[int]) -> dict[tup
         shares = exact(logits, torch.zeros(len(logits), dtype=torch.bool), SamplingConfig(**DRAWS))
         return [(token, share) for token, share in enumerate(shares) if share > 0]
 
-    found = {}
+    probabilities = {}
     for first, share in following(prompt):
         if first == 2:
-            found[first,] = share
+            probabilities[first,] = share
             continue
-        found |= {(first, second): share * rest for second, rest in following([*prompt, first])}
-    return found
+        probabilities |= {(first, second): share * rest for second, rest in following([*prompt, first])}
+    return probabilities
 
 
 def chi_square(counts: Counter, chances: dict) -> tuple[float, int]:
@@ -448,8 +448,8 @@ def test_answers_of_two_tokens_are_drawn_with_their_exact_probabilities(models, 
     """4,000 answers to one prompt: chi-square of first tokens and of pairs below the 99.9 % quantiles."""
     expected = chances(network(models / "llama"), prompts()[0])
     assert sum(expected.values()) == pytest.approx(1)
-    [found] = ran(1)["draws"]["answers"]
-    counts = Counter(tuple(ids) for ids, *_ in found)
+    [answers] = ran(1)["draws"]["answers"]
+    counts = Counter(tuple(ids) for ids, *_ in answers)
     assert sum(counts.values()) == NUM_DRAWS and set(counts) <= set(expected)
     firsts, first_chances = Counter(), Counter()
     for outcome, count in counts.items():
@@ -482,9 +482,9 @@ def test_runs_within_a_budget(sizes, budget, runs):
 
 def test_prompts_are_read_within_the_budget_unless_one_alone_is_above_it(greedy, ran):
     """Each of 64 prompts of 1 to 40 tokens once, 30 tokens in a pass."""
-    found = ran(1)["budget"]
-    assert first_answers(found) == greedy["llama"]
-    passes = found["passes"]
+    result = ran(1)["budget"]
+    assert first_answers(result) == greedy["llama"]
+    passes = result["passes"]
     assert [length for lengths in passes for length in lengths] == [len(ids) for ids in prompts()]
     assert all(sum(lengths) <= 30 or len(lengths) == 1 for lengths in passes)
     assert any(len(lengths) > 1 for lengths in passes) and any(sum(lengths) > 30 for lengths in passes)
@@ -517,16 +517,16 @@ def copies(name: str) -> int | None:
 # ---- sharing the work ----------------------------------------------------------------------------
 
 
-def lengths(found: dict) -> list[int]:
+def lengths(result: dict) -> list[int]:
     """Tokens of all answers to each prompt."""
-    return [sum(len(ids) for ids, *_ in samples) for samples in found["answers"]]
+    return [sum(len(ids) for ids, *_ in samples) for samples in result["answers"]]
 
 
 @pytest.mark.parametrize("name", ["dp2", "dp2-fixed", "tp2-reshard", "pp2-reshard"])
 def test_of_two_copies_each_prompt_is_answered_by_one(name, ran):
-    found = ran(2)[f"sampled {name}"]
-    first, second = found["tokens"]
-    assert [sorted(pair) for pair in zip(first, second, strict=True)] == [[0, n] for n in lengths(found)]
+    result = ran(2)[f"sampled {name}"]
+    first, second = result["tokens"]
+    assert [sorted(pair) for pair in zip(first, second, strict=True)] == [[0, n] for n in lengths(result)]
     assert any(first) and any(second)
     if name == "dp2-fixed":
         assert not any(first[1::2]) and not any(second[::2])
@@ -534,41 +534,41 @@ def test_of_two_copies_each_prompt_is_answered_by_one(name, ran):
 
 @pytest.mark.parametrize("name", ["tp2-same", "pp2-same", "pp2-to-tp2", "cp2"])
 def test_ranks_of_one_copy_sample_alike(name, ran):
-    found = ran(2)[f"sampled {name}"]
-    both = lengths(found)
+    result = ran(2)[f"sampled {name}"]
+    both = lengths(result)
     if name == "cp2":  # context parallel ranks hold a whole model each
-        assert [sum(pair) for pair in zip(*found["tokens"], strict=True)] == both
+        assert [sum(pair) for pair in zip(*result["tokens"], strict=True)] == both
     else:
-        assert found["tokens"] == [both, both]
+        assert result["tokens"] == [both, both]
 
 
 def queues(total: int, replicas: int, monkeypatch: pytest.MonkeyPatch, fixed: bool = False) -> list[Queue]:
     """What the copies of the model share a rollout's prompts by, in one process."""
-    store, made = dist.HashStore(), []
+    store, queues_ = dist.HashStore(), []
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     for replica in range(replicas):
         monkeypatch.setattr(Queue, "numbers", itertools.count(7))  # as in a process of its own
         group = SimpleNamespace(size=lambda: 1)
         generator = SimpleNamespace(group=group, replica=replica, replicas=replicas, leads=True, fixed=fixed)
-        made.append(Queue(total, generator))
-    return made
+        queues_.append(Queue(total, generator))
+    return queues_
 
 
 @pytest.mark.parametrize(("total", "replicas"), [(0, 2), (1, 3), (7, 2), (40, 3), (64, 4)])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_queue_hands_out_each_prompt_once(total, replicas, fixed, monkeypatch):
-    rng, taken = np.random.default_rng(total), []
+    rng, numbers_taken = np.random.default_rng(total), []
     left = queues(total, replicas, monkeypatch, fixed)
     while left:
         queue = left[rng.integers(len(left))]
         most = int(rng.integers(1, 9))
         numbers = queue.take(most)
         assert len(numbers) <= most
-        taken += numbers
+        numbers_taken += numbers
         if not numbers:
             assert not queue.take(3)
             left.remove(queue)
-    assert sorted(taken) == list(range(total))
+    assert sorted(numbers_taken) == list(range(total))
 
 
 def test_a_queue_leaves_something_for_the_others(monkeypatch):
@@ -587,20 +587,20 @@ def test_a_fixed_queue_deals_the_prompts_out_in_turn(monkeypatch):
 
 def test_copies_that_take_at_the_same_time(monkeypatch):
     """Four threads: between looking what is left and taking it another may have taken."""
-    taken: list[list[int]] = []
+    numbers_taken: list[list[int]] = []
 
     def work(queue: Queue) -> None:
-        mine: list[int] = []
+        numbers_of_copy: list[int] = []
         while numbers := queue.take(3):
-            mine += numbers
-        taken.append(mine)
+            numbers_of_copy += numbers
+        numbers_taken.append(numbers_of_copy)
 
     threads = [threading.Thread(target=work, args=(q,)) for q in queues(8000, 4, monkeypatch)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(itertools.chain(*taken)) == list(range(8000))
+    assert sorted(itertools.chain(*numbers_taken)) == list(range(8000))
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ INTERPRETED = ("mistral", "qwen3")  # with a window, with normed queries and key
 
 def run(tmp_path: Path, cases: dict[str, dict]) -> dict[str, dict]:
     """What workers/graphs.py finds of the cases."""
-    given, written = tmp_path / "cases.json", tmp_path / "found.json"
-    given.write_text(json.dumps(cases))
-    torchrun(1, "tests/workers/graphs.py", given, written)
-    return json.loads(written.read_text())
+    cases_path, results_path = tmp_path / "cases.json", tmp_path / "found.json"
+    cases_path.write_text(json.dumps(cases))
+    torchrun(1, "tests/workers/graphs.py", cases_path, results_path)
+    return json.loads(results_path.read_text())
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -73,18 +73,18 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
 def test_answers_by_graphs_are_the_same(name, replayed):
     """To the last bit, and on_token sees the same: though a step is done before the last one is looked at,
     sequences end and others take their slots, and keys and values move to a larger place."""
-    found = replayed[name]
-    assert found["gpu"] == found["plain"]
+    result = replayed[name]
+    assert result["gpu"] == result["plain"]
 
 
 def test_keys_and_values_are_gone_after_a_rollout(replayed):
     """By themselves: without the collector of circles, which comes when it likes."""
-    assert {found["left"] for name, found in replayed.items() if name != "broken"} == {0}
+    assert {result["left"] for name, result in replayed.items() if name != "broken"} == {0}
 
 
 def test_most_steps_are_replays(replayed):
     """Each size of graph is captured once for each place of keys and values, if it is used there."""
-    replays = {name: found["replays"] for name, found in replayed.items() if name != "broken"}
+    replays = {name: result["replays"] for name, result in replayed.items() if name != "broken"}
     assert len(replays["few slots"]) == 2 and sum(replays["few slots"]) > 300
     assert len(replays["one slot"]) == 1 and sum(replays["one slot"]) > 150
     assert len(replays["tail"]) >= 5 and sum(replays["tail"]) > 100  # 32, 8 and 2 rows, room for 64 ... 192
@@ -96,21 +96,21 @@ def test_a_model_whose_logits_are_not_numbers_is_refused(replayed):
 
 
 def test_a_graph_works_on_the_tensors_of_its_capture():
-    total, given, calls = torch.zeros(4), torch.zeros(4), []
+    total, addend, calls = torch.zeros(4), torch.zeros(4), []
 
     def step(rows: int) -> Tensor:
         calls.append(rows)
-        total[:rows] += given[:rows]
+        total[:rows] += addend[:rows]
         return total[:rows] * 10
 
     with graphs():
-        captured, found = Graphs(), []
+        captured, totals = Graphs(), []
         for rows, value in ((4, 1.0), (4, 2.0), (2, 3.0), (4, 4.0), (2, 5.0)):
-            given.fill_(value)
-            found.append(captured(step, rows, 32).tolist())
-        assert found == [[10.0] * 4, [30.0] * 4, [60.0] * 2, [100.0] * 2 + [70.0] * 2, [150.0] * 2]
+            addend.fill_(value)
+            totals.append(captured(step, rows, 32).tolist())
+        assert totals == [[10.0] * 4, [30.0] * 4, [60.0] * 2, [100.0] * 2 + [70.0] * 2, [150.0] * 2]
         assert calls == [4, 4, 2, 2], "twice for each size: once for itself, once to be captured"
-        assert [graph.replays for graph in Graph.made] == [2, 1]
+        assert [graph.replays for graph in Graph.captured] == [2, 1]
         assert captured(step, 4, 64).tolist() == [200.0] * 2 + [120.0] * 2
         assert calls == [4, 4, 2, 2, 4, 4]
 

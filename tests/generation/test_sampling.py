@@ -330,9 +330,9 @@ def test_draws_are_the_same_by_products(config, monkeypatch):
     """What --deterministic uses on GPUs."""
     logits, seen = (torch.stack(x) for x in zip(*(random_row(1984, seed) for seed in range(30)), strict=True))
     uniforms = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    wanted = pick(logits, uniforms, CONFIGS[config], seen)
+    expected = pick(logits, uniforms, CONFIGS[config], seen)
     monkeypatch.setattr(sampling, "_running_sums", sampling._sums_by_product)
-    for a, b in zip(pick(logits, uniforms, CONFIGS[config], seen), wanted, strict=True):
+    for a, b in zip(pick(logits, uniforms, CONFIGS[config], seen), expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -341,8 +341,10 @@ def test_broken_logits_leave_the_other_rows_as_they_are():
     broken = logits.clone()
     broken[1, 7] = math.nan
     for options in (dict(top_k=5, top_p=0.9), dict(greedy=True)):
-        wanted, found = (pick(x, torch.full((3,), 0.4), SamplingConfig(**options)) for x in (logits, broken))
-        for a, b in zip(wanted, found, strict=True):
+        expected, draws = (
+            pick(x, torch.full((3,), 0.4), SamplingConfig(**options)) for x in (logits, broken)
+        )
+        for a, b in zip(expected, draws, strict=True):
             assert torch.equal(a[::2], b[::2])
 
 

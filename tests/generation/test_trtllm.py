@@ -34,7 +34,7 @@ CASES = {  # family, sampling, ranks of an engine, is memory kept
 
 
 @pytest.fixture(scope="module")
-def found(models, tmp_path_factory) -> dict[str, dict]:
+def results(models, tmp_path_factory) -> dict[str, dict]:
     """What workers/trtllm.py found in each layout and case."""
     rng = np.random.default_rng(5)
     prompts = [rng.integers(12, 131, length).tolist() for length in (3, 9, 1, 250, 20, 5)]
@@ -63,15 +63,15 @@ def fake():
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_engine_gets_the_weights_bit_for_bit(found, layout, name):
-    wrong = found[f"{layout} {name}"]["wrong"]
+def test_each_engine_gets_the_weights_bit_for_bit(results, layout, name):
+    wrong = results[f"{layout} {name}"]["wrong"]
     assert len(wrong) == 3 and all(engines == [[]] * (2 // CASES[name][2]) for engines in wrong)
 
 
 @pytest.mark.parametrize("name", ("greedy", "greedy over 2"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_greedy_answers_are_those_of_native_sampling(found, layout, name):
-    case = found[f"{layout} {name}"]
+def test_greedy_answers_are_those_of_native_sampling(results, layout, name):
+    case = results[f"{layout} {name}"]
     assert len({answer[3] for answer in case["native"]}) == 2, "some end by themselves, some do not"
     for ours, native in zip(case["answers"][0], case["native"], strict=True):
         assert (ours[0], ours[1], ours[3]) == (native[0], native[1], native[3])
@@ -80,8 +80,8 @@ def test_greedy_answers_are_those_of_native_sampling(found, layout, name):
 
 @pytest.mark.parametrize("name", ("greedy", "greedy over 2"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_generator_samples_with_engines(found, layout, name):
-    case = found[f"{layout} {name}"]
+def test_the_generator_samples_with_engines(results, layout, name):
+    case = results[f"{layout} {name}"]
     assert case["generator"] == case["answers"][0]
     told = {}
     for i, number, token in case["told"]:
@@ -92,32 +92,32 @@ def test_the_generator_samples_with_engines(found, layout, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_answers_follow_from_weights_and_seeds_alone(found, name):
+def test_answers_follow_from_weights_and_seeds_alone(results, name):
     ids = {
-        layout: [[answer[0] for answer in rollout] for rollout in found[f"{layout} {name}"]["answers"]]
+        layout: [[answer[0] for answer in rollout] for rollout in results[f"{layout} {name}"]["answers"]]
         for layout in LAYOUTS
     }
     assert ids["tp2"][0] == ids["tp2"][1] != ids["tp2"][2], "the third has other weights"
     assert ids["tp2"] == ids["pp2"] == ids["dp2"]
 
 
-def test_stop_strings_end_answers_with_the_token_that_completes_them(found):
+def test_stop_strings_end_answers_with_the_token_that_completes_them(results):
     ended = 0
-    for ids, *_, finish in found["dp2 drawn"]["answers"][0]:
+    for ids, *_, finish in results["dp2 drawn"]["answers"][0]:
         stops = [i for i, token in enumerate(ids) if 2 <= token < 12 or 40 <= token < 60]
         assert stops == ([len(ids) - 1] if finish == "stop" else [])
         ended += finish == "stop" and ids[-1] >= 12
     assert ended
 
 
-def test_memory_is_released_between_rollouts_unless_it_is_kept(found):
+def test_memory_is_released_between_rollouts_unless_it_is_kept(results):
     update = ["update_weights", "finish"]
     asleep, kept = ("greedy over 2", "drawn")
-    [log] = found[f"tp2 {asleep}"]["log"]
+    [log] = results[f"tp2 {asleep}"]["log"]
     once = [call for i, call in enumerate(log) if call != "update_weights" or log[i - 1] != call]
     assert once == [*update, "generate", "sleep", *(["wakeup", *update, "wakeup", "generate", "sleep"] * 2)]
     assert log.count("update_weights") > 3 * 5, "several buckets"
-    log, _ = found[f"tp2 {kept}"]["log"]
+    log, _ = results[f"tp2 {kept}"]["log"]
     once = [call for i, call in enumerate(log) if call != "update_weights" or log[i - 1] != call]
     assert once == [*update, "generate"] * 3
 
@@ -194,10 +194,10 @@ def test_buckets_hold_copies_up_to_their_size():
     tensors = [
         (f"t{i}", torch.full((2, n), float(i)).t()) for i, n in enumerate((1, 2, 9, 1))
     ]  # 8, 16, 72, 8
-    made = list(trtllm.buckets(iter(tensors), 24))
-    assert [[name for name, _ in bucket] for bucket in made] == [["t0", "t1"], ["t2"], ["t3"]]
-    for (_, mine), (_, given) in zip(sum(made, []), tensors, strict=True):
-        assert torch.equal(mine, given) and mine.is_contiguous() and mine.data_ptr() != given.data_ptr()
+    buckets = list(trtllm.buckets(iter(tensors), 24))
+    assert [[name for name, _ in bucket] for bucket in buckets] == [["t0", "t1"], ["t2"], ["t3"]]
+    for (_, copy), (_, tensor) in zip(sum(buckets, []), tensors, strict=True):
+        assert torch.equal(copy, tensor) and copy.is_contiguous() and copy.data_ptr() != tensor.data_ptr()
 
 
 @pytest.mark.parametrize("before", [None, "4,5,6,7"])
@@ -253,7 +253,7 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("settings", "message"),
     [
         ({"package": False}, "requirements-trtllm.txt"),
         ({"precision": "fp32"}, "--precision fp32"),
@@ -263,10 +263,10 @@ def check(
         ({"top_k": 1025}, "--top-k up to 1024, not 1025"),
     ],
 )
-def test_what_the_engine_does_not_do_is_refused(given, message):
+def test_what_the_engine_does_not_do_is_refused(settings, message):
     check(temperature=0.5, top_k=1024, top_p=0.5)
     with pytest.raises(UserError, match=message):
-        check(**given)
+        check(**settings)
 
 
 def test_angles_that_the_engine_would_overlook_are_refused(tmp_path):
@@ -307,7 +307,7 @@ def test_workers_find_the_device_where_torch_keeps_it():
 # ---- the stand-in --------------------------------------------------------------------------------
 
 
-def made(fake, model: Path, **changes: object):
+def stand_in_engine(fake, model: Path, **changes: object):
     """An engine of the stand-in with the options of the adapter, but for `changes`."""
     ours = engine()
     ours.model, ours.context = model, 256
@@ -328,15 +328,15 @@ def made(fake, model: Path, **changes: object):
 )
 def test_the_stand_in_refuses_unknown_names_and_types(fake, models, changes, error):
     with pytest.raises(error):
-        made(fake, models / "llama", **changes)
+        stand_in_engine(fake, models / "llama", **changes)
 
 
 @pytest.mark.parametrize(
-    "given", [{"stop_ids": [2]}, {"logprobs": 1.0}, {"stop_token_ids": {2}}, {"top_p": 1}]
+    "options", [{"stop_ids": [2]}, {"logprobs": 1.0}, {"stop_token_ids": {2}}, {"top_p": 1}]
 )
-def test_the_stand_in_refuses_unknown_sampling_parameters(fake, given):
+def test_the_stand_in_refuses_unknown_sampling_parameters(fake, options):
     with pytest.raises(TypeError):
-        fake.SamplingParams(**given)
+        fake.SamplingParams(**options)
 
 
 def test_the_stand_in_finds_stale_blocks_and_missing_tensors(fake, models):
@@ -344,7 +344,7 @@ def test_the_stand_in_finds_stale_blocks_and_missing_tensors(fake, models):
 
     params = [fake.SamplingParams(-1, max_tokens=2, stop_token_ids=[2], seed=1, temperature=1.0, top_p=1.0)]
     for reuse in (False, True):
-        llm = made(fake, models / "llama", kv_cache_config=KvCacheConfig(enable_block_reuse=reuse))
+        llm = stand_in_engine(fake, models / "llama", kv_cache_config=KvCacheConfig(enable_block_reuse=reuse))
         whole = [(name, (torch.clone, (tensor.data,))) for name, tensor in llm.expected.items()]
         with pytest.raises(AssertionError, match="not complete"):
             llm.generate([[5]], params)
@@ -365,7 +365,7 @@ def test_the_stand_in_finds_stale_blocks_and_missing_tensors(fake, models):
 @pytest.mark.parametrize("last", [2, 9])
 def test_each_stop_token_stays_in_its_answer(fake, models, last):
     ours = engine()
-    ours.stop_ids, ours.context, ours.llm = [2, 9], 256, made(fake, models / "llama")
+    ours.stop_ids, ours.context, ours.llm = [2, 9], 256, stand_in_engine(fake, models / "llama")
     ours.llm.whole = True
     with mock.patch.object(ours.llm, "_draw", side_effect=[7, last]):
         [(ids, _, _, finish)] = ours.sample([np.array([5])], [1], lambda ids: ids[-1] in (2, 9))
@@ -375,7 +375,7 @@ def test_each_stop_token_stays_in_its_answer(fake, models, last):
 def test_ids_without_a_token_are_never_drawn(fake, models):
     ours = engine(max_new_tokens=40, temperature=3.0)
     ours.absent_ids, ours.stop_ids = list(range(10, 131)), [131]  # no id ends an answer early
-    ours.context, ours.llm = 256, made(fake, models / "llama")
+    ours.context, ours.llm = 256, stand_in_engine(fake, models / "llama")
     ours.llm.whole = True
     [(ids, *_)] = ours.sample([np.array([5])], [1], lambda ids: False)
     assert len(ids) == 40 and set(ids.tolist()) <= set(range(10)) and len(set(ids.tolist())) > 2
@@ -383,7 +383,7 @@ def test_ids_without_a_token_are_never_drawn(fake, models):
 
 def test_equal_seeds_draw_equal_answers(fake, models):
     ours = engine(max_new_tokens=8)
-    ours.stop_ids, ours.context, ours.llm = [131], 256, made(fake, models / "llama")
+    ours.stop_ids, ours.context, ours.llm = [131], 256, stand_in_engine(fake, models / "llama")
     ours.llm.whole = True
     first, second, third = ours.sample([np.array([5])] * 3, [1, 2, 1], lambda ids: False)
     assert first[0].tolist() == third[0].tolist() != second[0].tolist()

@@ -326,8 +326,8 @@ def test_without_room_for_any_of_the_response_there_is_no_prompt(tiny, short, ro
 def test_a_template_without_any_room_is_refused(tiny, short):
     longest = len(Judge(short, tiny, FormatConfig(), 1000).encode(ONE_TURN, "x", "x"))
     Judge(short, tiny, FormatConfig(), longest).check(ONE_TURN)
-    said = rf"--judge-template \S+short.txt alone is longer than the {longest - 1} tokens that"
-    with pytest.raises(UserError, match=said):
+    message = rf"--judge-template \S+short.txt alone is longer than the {longest - 1} tokens that"
+    with pytest.raises(UserError, match=message):
         Judge(short, tiny, FormatConfig(), longest - 1).check(ONE_TURN)
 
 
@@ -380,10 +380,10 @@ def test_judge_prompts_in_the_other_formats(tiny, short):
 
 
 def test_what_the_judgements_of_an_answer_say():
-    found = Judged((4.0, None, 1.0, 4.0))
-    assert found.valid == [4.0, 1.0, 4.0]
-    assert found.mean == 3.0 and found.variance == 2.0  # (1 + 4 + 1) / 3
-    assert found.agreement == pytest.approx(1 / 3)  # (4, 4) of (4, 1), (4, 4), (1, 4)
+    judged = Judged((4.0, None, 1.0, 4.0))
+    assert judged.valid == [4.0, 1.0, 4.0]
+    assert judged.mean == 3.0 and judged.variance == 2.0  # (1 + 4 + 1) / 3
+    assert judged.agreement == pytest.approx(1 / 3)  # (4, 4) of (4, 1), (4, 4), (1, 4)
     assert Judged((0.1,) * 3).mean == 0.1 and Judged((0.1,) * 3).variance == 0  # rounding makes no difference
     assert Judged((0.1, 0.2, 0.3)).mean == Judged((0.3, 0.2, 0.1)).mean
 
@@ -392,8 +392,8 @@ def test_what_the_judgements_of_an_answer_say():
     "scores, mean, agreement", [((), None, None), ((None, None), None, None), ((0.0, None), 0.0, None)]
 )
 def test_few_judgements(scores, mean, agreement):
-    found = Judged(scores)
-    assert (found.mean, found.variance, found.agreement) == (mean, 0.0, agreement)
+    judged = Judged(scores)
+    assert (judged.mean, judged.variance, judged.agreement) == (mean, 0.0, agreement)
 
 
 def test_statistics_by_hand():

@@ -272,9 +272,9 @@ def test_tally_of_every_two_verdicts():
         (None, None, (0.0, 0.0)),
     ]:
         for verdicts in ({(0, 1): first, (1, 0): second}, {(1, 0): second, (0, 1): first}):
-            found = meta_judge.tally(2, verdicts)
-            assert found.dtype == np.float64
-            assert found.tolist() == [[0.0, wins[0]], [wins[1], 0.0]]
+            tally = meta_judge.tally(2, verdicts)
+            assert tally.dtype == np.float64
+            assert tally.tolist() == [[0.0, wins[0]], [wins[1], 0.0]]
 
 
 def test_tally_finds_results_by_player():
@@ -344,8 +344,8 @@ def root(falling: Callable[[float], float]) -> float:
 def test_one_win_between_two_players(prior):
     """By symmetry t_b = -t_a, and the derivative in t_a is 0: s(-2 t_a) = prior t_a."""
     strength = root(lambda t: sigmoid(-2 * t) - prior * t)
-    found = meta_judge.bradley_terry(np.array([[0.0, 1.0], [0.0, 0.0]]), prior)
-    np.testing.assert_allclose(found, [strength, -strength], rtol=0, atol=1e-12)
+    strengths = meta_judge.bradley_terry(np.array([[0.0, 1.0], [0.0, 0.0]]), prior)
+    np.testing.assert_allclose(strengths, [strength, -strength], rtol=0, atol=1e-12)
 
 
 def test_the_prior_is_1_if_none_is_given():
@@ -355,8 +355,8 @@ def test_the_prior_is_1_if_none_is_given():
 
 def test_a_weak_prior_leaves_the_log_odds():
     """3 wins to 1 between two: their strengths differ by log 3."""
-    found = meta_judge.bradley_terry(np.array([[0.0, 3.0], [1.0, 0.0]]), prior=1e-9)
-    assert found[0] - found[1] == pytest.approx(math.log(3), abs=1e-7)
+    strengths = meta_judge.bradley_terry(np.array([[0.0, 3.0], [1.0, 0.0]]), prior=1e-9)
+    assert strengths[0] - strengths[1] == pytest.approx(math.log(3), abs=1e-7)
 
 
 def test_ties_alone_make_all_equal():
@@ -369,10 +369,10 @@ def test_one_sided_results_are_finite_and_in_order():
     """0 > 1, 0 > 2, 1 > 2. By symmetry t = (x, 0, -x) with s(-x) + s(-2 x) = x."""
     wins = np.zeros((3, 3))
     wins[0, 1] = wins[0, 2] = wins[1, 2] = 1.0
-    found = meta_judge.bradley_terry(wins)
+    strengths = meta_judge.bradley_terry(wins)
     strength = root(lambda x: sigmoid(-x) + sigmoid(-2 * x) - x)
     assert 0.5 < strength < 0.7
-    np.testing.assert_allclose(found, [strength, 0.0, -strength], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(strengths, [strength, 0.0, -strength], rtol=0, atol=1e-12)
 
 
 def test_elo_by_hand():
@@ -384,16 +384,18 @@ def test_elo_by_hand():
 def test_a_pair_that_was_left_out_shifts_nobody():
     """0 > 2 and 2 > 1 with 0 and 1 not compared. Taken in the order of all pairs it would be 0 > 1, 2 < 0."""
     verdicts = {(0, 2): "A", (2, 0): "B", (1, 2): "B", (2, 1): "A"}
-    found = meta_judge.bradley_terry(meta_judge.tally(3, verdicts))
-    assert found[0] > found[2] > found[1]
+    strengths = meta_judge.bradley_terry(meta_judge.tally(3, verdicts))
+    assert strengths[0] > strengths[2] > strengths[1]
 
 
 def test_a_player_without_comparisons_has_no_strength_and_no_effect():
     wins = np.zeros((3, 3))
     wins[0, 2] = 1.0
-    found = meta_judge.bradley_terry(wins)
-    assert np.isnan(found).tolist() == [False, True, False]
-    np.testing.assert_array_equal(found[[0, 2]], meta_judge.bradley_terry(np.array([[0.0, 1.0], [0.0, 0.0]])))
+    strengths = meta_judge.bradley_terry(wins)
+    assert np.isnan(strengths).tolist() == [False, True, False]
+    np.testing.assert_array_equal(
+        strengths[[0, 2]], meta_judge.bradley_terry(np.array([[0.0, 1.0], [0.0, 0.0]]))
+    )
     assert np.isnan(meta_judge.bradley_terry(np.zeros((2, 2)))).all()
     assert len(meta_judge.bradley_terry(np.zeros((0, 0)))) == 0
 
@@ -403,10 +405,10 @@ def test_it_is_the_maximum_that_gradient_ascent_finds(prior):
     rng = np.random.default_rng(0)
     for number in (2, 3, 4, 5, 6):
         for wins in (random_wins(rng, number), random_wins(rng, number) * rng.uniform(0.1, 5)):
-            found, expected = meta_judge.bradley_terry(wins, prior), ascent(wins, prior)
+            strengths, expected = meta_judge.bradley_terry(wins, prior), ascent(wins, prior)
             played = (wins + wins.T).any(1)
-            assert np.isnan(found).tolist() == (~played).tolist()
-            np.testing.assert_allclose(found[played], expected[played], rtol=0, atol=1e-9)
+            assert np.isnan(strengths).tolist() == (~played).tolist()
+            np.testing.assert_allclose(strengths[played], expected[played], rtol=0, atol=1e-9)
 
 
 def test_nothing_near_it_is_higher():
@@ -422,11 +424,11 @@ def test_the_gradient_is_zero_to_1e_12():
     rng = np.random.default_rng(2)
     for _ in range(50):
         wins = random_wins(rng, 7)
-        found = np.nan_to_num(meta_judge.bradley_terry(wins))
+        strengths = np.nan_to_num(meta_judge.bradley_terry(wins))
         assert (
-            np.abs(gradient(wins, found, 1.0)).max() <= 1e-12 * wins.sum() + 1e-13
+            np.abs(gradient(wins, strengths, 1.0)).max() <= 1e-12 * wins.sum() + 1e-13
         )  # the sum's own rounding
-        assert abs(found.sum()) < 1e-10
+        assert abs(strengths.sum()) < 1e-10
 
 
 def test_a_full_newton_step_too_far_is_halved():
@@ -435,8 +437,8 @@ def test_a_full_newton_step_too_far_is_halved():
     wins[0, 1] = wins[1, 2] = wins[3, 0] = 1000.0
     wins[1, 0] = wins[4, 2] = 10.0
     wins[1, 3] = wins[4, 3] = 1.0
-    found = meta_judge.bradley_terry(wins, prior=0.01)
-    assert np.abs(gradient(wins, found, 0.01)).max() <= 1e-12 * 3022 + 1e-12
+    strengths = meta_judge.bradley_terry(wins, prior=0.01)
+    assert np.abs(gradient(wins, strengths, 0.01)).max() <= 1e-12 * 3022 + 1e-12
 
 
 def test_strengths_follow_the_players():
@@ -644,10 +646,10 @@ def filled(number: int) -> Buffer[Pair]:
 )
 def test_mix(pairs, waiting, fraction, batch):
     buffer = filled(waiting)
-    given = [None if name == "-" else Pair(name) for name in pairs]
-    assert names(meta_judge.mix(given, buffer, fraction)) == batch
-    taken = sum(name.startswith("judge") for name in batch)
-    assert names(list(buffer.waiting)) == [f"judge {i}" for i in range(taken, waiting)]
+    offered = [None if name == "-" else Pair(name) for name in pairs]
+    assert names(meta_judge.mix(offered, buffer, fraction)) == batch
+    num_answers = sum(name.startswith("judge") for name in batch)
+    assert names(list(buffer.waiting)) == [f"judge {i}" for i in range(num_answers, waiting)]
 
 
 def test_more_judgements_than_one_batch_takes_come_with_the_next():

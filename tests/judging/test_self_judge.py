@@ -90,7 +90,7 @@ def test_answers_that_ended_are_judged_each(make):
     ]
     script = Script(generate=answers, judge=judgements)
     tasks, places = [task("one"), task("two")], [(TRAIN, 7, 3), (TRAIN, 7, 5)]
-    found = make().answers(tasks, places, 2, script)
+    judged = make().answers(tasks, places, 2, script)
     assert script.calls == [
         ("generate", [[10, 20, 3], [10, 20, 3]], [(0, 7, 3, 0, 0), (0, 7, 5, 0, 0)], 2),
         (
@@ -100,8 +100,8 @@ def test_answers_that_ended_are_judged_each(make):
             2,
         ),
     ]
-    first, second = found
-    assert [(each.row, each.place, each.task) for each in found] == [
+    first, second = judged
+    assert [(each.row, each.place, each.task) for each in judged] == [
         (3, places[0], tasks[0]),
         (5, places[1], tasks[1]),
     ]
@@ -134,17 +134,17 @@ def test_answers_that_are_shortened_or_find_no_room(make):
 
 def test_where_no_answer_ended_nothing_is_judged_but_all_ranks_ask(make):
     script = Script(generate=[[words("a", ended=False)] * 2], judge=[])
-    [found] = make().answers([task("one")], [(VAL, 0, 0)], 2, script)
+    [answers] = make().answers([task("one")], [(VAL, 0, 0)], 2, script)
     assert script.calls[1] == ("judge", [], [], 2)
-    assert found.judged == [Judged(())] * 2 and found.judgements == [[], []] == found.ended
+    assert answers.judged == [Judged(())] * 2 and answers.judgements == [[], []] == answers.ended
 
 
 def test_what_ends_an_answer_is_not_shown_to_the_judge(make):
     """And a score behind what ended the judgement does not count."""
     script = Script(generate=[[words("yes##no", ended=False)]], judge=[[words("Score: 2 ##Score: 4")]])
     object.__setattr__(script.said["generate"][0][0], "finish", "stop")
-    [found] = make(1, stop=("##",)).answers([task("one")], [(VAL, 0, 0)], 1, script)
-    assert script.calls[1][1] == [turn("Q: one\nA: yes\n")] and found.judged == [Judged((2.0,))]
+    [answers] = make(1, stop=("##",)).answers([task("one")], [(VAL, 0, 0)], 1, script)
+    assert script.calls[1][1] == [turn("Q: one\nA: yes\n")] and answers.judged == [Judged((2.0,))]
 
 
 def test_all_random_numbers_are_different(make):
@@ -188,24 +188,24 @@ def answered(*scores: Sequence[float | None], row: int = 3) -> Answered:
 
 
 def test_the_pair_of_a_choice():
-    found = answered((4.0, None, 1.0), (), (5.0, 5.0, 4.0))
-    pair = found.pair(Choice(2, 0))
-    assert pair.row == 3 and pair.ids is found.task.prompt.ids
-    assert pair.chosen is found.samples[2] and pair.rejected is found.samples[0]
+    answer = answered((4.0, None, 1.0), (), (5.0, 5.0, 4.0))
+    pair = answer.pair(Choice(2, 0))
+    assert pair.row == 3 and pair.ids is answer.task.prompt.ids
+    assert pair.chosen is answer.samples[2] and pair.rejected is answer.samples[0]
     assert (pair.chosen_reward, pair.rejected_reward) == (14 / 3, 2.5)
     assert pair.gap == 14 / 3 - 2.5
-    assert pair.samples == (found.samples[2], found.samples[0])
-    assert [found.pair(Choice(why=why)) for why in judge.REASONS] == [None] * 4
+    assert pair.samples == (answer.samples[2], answer.samples[0])
+    assert [answer.pair(Choice(why=why)) for why in judge.REASONS] == [None] * 4
 
 
 def test_pairs_of_a_batch_keep_their_places(make):
-    found = [
+    answers = [
         answered((1.0,), (2.0,)),
         answered((3.0,), (3.0,)),
         answered((5.0,), ()),
         answered((5.0,), (0.0,)),
     ]
-    pairs, logged = make(1).pairs(found, 0.0)
+    pairs, logged = make(1).pairs(answers, 0.0)
     assert [pair and (pair.chosen_reward, pair.rejected_reward) for pair in pairs] == [
         *((2.0, 1.0), None, None, (5.0, 0.0))
     ]
@@ -214,10 +214,10 @@ def test_pairs_of_a_batch_keep_their_places(make):
 
 def test_length_control_takes_the_shortest_of_the_best(make):
     """Scores 4.5 and 5 are within a tenth of the spread from the best; the first one is shorter."""
-    found = [answered((4.5,), (5.0,), (0.0,), (0.5,))]
-    chosen = {rho: make(1).pairs(found, rho)[0][0] for rho in (0.0, 0.1)}
-    assert [chosen[rho].chosen is found[0].samples[k] for rho, k in ((0.0, 1), (0.1, 0))] == [True, True]
-    assert [chosen[rho].rejected is found[0].samples[k] for rho, k in ((0.0, 2), (0.1, 3))] == [True, True]
+    answers = [answered((4.5,), (5.0,), (0.0,), (0.5,))]
+    chosen = {rho: make(1).pairs(answers, rho)[0][0] for rho in (0.0, 0.1)}
+    assert [chosen[rho].chosen is answers[0].samples[k] for rho, k in ((0.0, 1), (0.1, 0))] == [True, True]
+    assert [chosen[rho].rejected is answers[0].samples[k] for rho, k in ((0.0, 2), (0.1, 3))] == [True, True]
 
 
 def sample(*ids: int) -> Sample:
@@ -299,7 +299,7 @@ def test_what_is_compared_and_what_is_not(make):
     ]
     scores = (5.0, 1.0, 4.0, 2.0, 3.0, None)
     same = judged_answer(judgements, (3.0,) * 6, row=8)
-    found = [
+    answers = [
         same,
         judged_answer(judgements, scores),
         answered((), row=4),
@@ -309,7 +309,7 @@ def test_what_is_compared_and_what_is_not(make):
     shown = ["Clear.|Vague.", "Vague.|Clear.", "Vague.|Clear.", "Clear.|Vague."]
     verdicts = [[words(f"{number} Winner: {letter}")] for number, letter in enumerate("ABBAABAX")]
     script = Script(meta_judge=verdicts)
-    first, second = make(6).compare(found, script)
+    first, second = make(6).compare(answers, script)
     assert script.calls == [
         (
             "meta_judge",
@@ -318,7 +318,7 @@ def test_what_is_compared_and_what_is_not(make):
             1,
         )
     ]
-    assert (first.answered, first.answer, second.answered, second.answer) == (found[1], 1, found[3], 1)
+    assert (first.answered, first.answer, second.answered, second.answer) == (answers[1], 1, answers[3], 1)
     assert first.verdicts == {order: f"{i} Winner: {'ABBA'[i]}" for i, order in enumerate(orders)}
     assert first.winners == dict(zip(orders, "ABBA", strict=True))
     assert second.winners == dict(zip(orders, ["A", "B", "A", None], strict=True))
@@ -327,9 +327,9 @@ def test_what_is_compared_and_what_is_not(make):
 def test_a_pair_that_is_too_long_moves_no_other_one(make):
     """Of three judgements the first is too long to be shown: the verdict is about the second and third."""
     judgements = [words("Long reasons. Score: 5"), words("Bad. Score: 1"), words("Good. Score: 4")]
-    found = judged_answer(judgements, (5.0, 1.0, 4.0))
+    answer = judged_answer(judgements, (5.0, 1.0, 4.0))
     script = Script(meta_judge=[[words("Winner: B")], [words("Winner: A")]])
-    [one] = make(3, len(turn("three|yes|Good.|Bad."))).compare([found], script)
+    [one] = make(3, len(turn("three|yes|Good.|Bad."))).compare([answer], script)
     assert script.calls[0][1:3] == (
         [turn("three|yes|Bad.|Good."), turn("three|yes|Good.|Bad.")],
         [(TRAIN, 7, 3, 2, 5), (TRAIN, 7, 3, 2, 7)],
@@ -372,12 +372,12 @@ THREE = [words("best Score: 4"), words("even Score: 2"), words("also Score: 0")]
 
 def test_the_pair_of_judgements_by_hand():
     """0 wins against 1 and 2, which tie: by symmetry t = (x, -x/2, -x/2), where 2 s(-3x/2) = x."""
-    said = verdicts(v01="A", v10="B", v02="A", v20="B", v12="A", v21="A")
-    found = judged_answer(THREE, (4.0, 2.0, 0.0))
-    pair = Compared(found, 1, said).pair()
+    verdicts_ = verdicts(v01="A", v10="B", v02="A", v20="B", v12="A", v21="A")
+    answer = judged_answer(THREE, (4.0, 2.0, 0.0))
+    pair = Compared(answer, 1, verdicts_).pair()
     assert pair.chosen is THREE[0] and pair.rejected is THREE[1]  # of the two weakest the first
     assert (pair.row, pair.chosen_reward, pair.rejected_reward) == (3, 4.0, 2.0)
-    assert pair.ids is found.asked[1]  # what the judgements continue
+    assert pair.ids is answer.asked[1]  # what the judgements continue
     assert pair.gap == pytest.approx(1.5 * root(lambda x: 2 * logistic(-1.5 * x) - x), rel=1e-9)
 
 
@@ -390,7 +390,7 @@ def test_a_lower_score_may_be_the_better_judgement():
 
 
 @pytest.mark.parametrize(
-    ("said", "scores"),
+    ("verdicts_", "scores"),
     [
         (verdicts(v01="A", v10="A"), (4.0, 2.0, 0.0)),  # a tie
         (verdicts(v01="A", v10="C"), (4.0, 2.0, 0.0)),  # one order is not clear
@@ -398,18 +398,18 @@ def test_a_lower_score_may_be_the_better_judgement():
         ({}, (4.0, 2.0, 0.0)),
     ],
 )
-def test_no_pair_of_judgements(said, scores):
-    assert Compared(judged_answer(THREE, scores), 1, said).pair() is None
+def test_no_pair_of_judgements(verdicts_, scores):
+    assert Compared(judged_answer(THREE, scores), 1, verdicts_).pair() is None
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_judgements(make):
-    asker, found = make(), answered((4.0, None), (), (1.0, 2.0), row=9)
+    asker, answers = make(), answered((4.0, None), (), (1.0, 2.0), row=9)
     first = {"table": "t", "row": 9, "answer": 0, "response": "answer 0"}
     last = {"table": "t", "row": 9, "answer": 2, "response": "answer 2!!"}
-    assert asker.tables("t", [found]) == [
+    assert asker.tables("t", [answers]) == [
         {**first, "judgement": "reason 0 Score: 4.0", "score": 4.0},
         {**first, "judgement": "reason 1 Score: None", "score": None},
         {**last, "judgement": "reason 0 Score: 1.0", "score": 1.0},
@@ -443,12 +443,12 @@ def test_the_table_of_comparisons(make):
 
 def test_statistics_by_hand():
     """Three prompts: a pair with means 4 and 1; one whose second answer did not end; and equal means."""
-    found = [answered((5.0, 3.0), (1.0, None)), answered((2.0, 2.0), ()), answered((3.0, 3.0), (3.0, 3.0))]
-    found[1].shortened[0] = True
-    found[2].asked[1] = None
+    answers = [answered((5.0, 3.0), (1.0, None)), answered((2.0, 2.0), ()), answered((3.0, 3.0), (3.0, 3.0))]
+    answers[1].shortened[0] = True
+    answers[2].asked[1] = None
     choices = [Choice(0, 1), Choice(why="few"), Choice(why="tied")]
-    pairs = [each.pair(choice) for each, choice in zip(found, choices, strict=True)]
-    assert self_judge.statistics(found, choices, pairs) == pytest.approx(
+    pairs = [each.pair(choice) for each, choice in zip(answers, choices, strict=True)]
+    assert self_judge.statistics(answers, choices, pairs) == pytest.approx(
         {
             "response_lengths": (9 + 10 + 9 + 9 + 9 + 10) / 6,  # with the stop token, where there is one
             "bad_ends_per_GBS": 1 / 6,
@@ -472,8 +472,8 @@ def test_statistics_by_hand():
 
 
 def test_statistics_of_pairs_by_hand():
-    found = answered((5.0,), (1.0,), (2.0,))
-    pairs = [found.pair(Choice(0, 1)), found.pair(Choice(2, 1))]
+    answers = answered((5.0,), (1.0,), (2.0,))
+    pairs = [answers.pair(Choice(0, 1)), answers.pair(Choice(2, 1))]
     assert self_judge.pair_statistics(pairs) == {
         "chosen_lengths": (9 + 11) / 2,
         "reject_lengths": 10.0,
@@ -485,14 +485,14 @@ def test_statistics_of_pairs_by_hand():
 
 def test_the_judge_against_the_truth():
     """Means 4, 2, 3 against 1, 0, 2: deviations (1, -1, 0) and (0, -1, 1), so r = 1 / sqrt(2 * 2)."""
-    found = [answered((5.0, 3.0), ()), answered((2.0, None), (3.0, 3.0))]
+    answers = [answered((5.0, 3.0), ()), answered((2.0, None), (3.0, 3.0))]
     truth = np.array([[1.0, 9.0], [0.0, 2.0]])
-    compared = self_judge.compare_with(truth, found)
+    compared = self_judge.compare_with(truth, answers)
     assert compared == pytest.approx({"true_rewards": 3.0, "judge_correlation": 0.5})
 
 
 @pytest.mark.parametrize(
-    ("found", "truth"),
+    ("answers", "truth"),
     [
         ([answered((3.0,), (3.0,), (3.0,))], [[1.0, 2.0, 3.0]]),
         ([answered((3.0,), (1.0,), (2.0,))], [[2.0, 2.0, 2.0]]),
@@ -502,9 +502,9 @@ def test_the_judge_against_the_truth():
         ([answered((), (), ())], [[1.0, 2.0, 3.0]]),
     ],
 )
-def test_without_variation_there_is_no_correlation(found, truth):
+def test_without_variation_there_is_no_correlation(answers, truth):
     expected = {"true_rewards": float(np.mean(truth)), "judge_correlation": 0.0}
-    assert self_judge.compare_with(np.array(truth), found) == expected
+    assert self_judge.compare_with(np.array(truth), answers) == expected
 
 
 def test_statistics_of_comparisons_by_hand():
@@ -559,10 +559,10 @@ def test_a_buffer_through_json_is_the_same_to_the_last_bit():
 def test_a_buffer_goes_on_as_if_it_had_not_been_written():
     buffer, later = (Buffer[SampledPair](0.0, 5.0, 0.4) for _ in range(2))
     fives = [pair_of_samples(words("a"), words("b")) for _ in range(8)]
-    taken = [buffer.offer(pair) for pair in fives[:2]]
+    accepted = [buffer.offer(pair) for pair in fives[:2]]
     self_judge.fill_buffer(later, json.loads(json.dumps(self_judge.buffer_record(buffer))))
     assert [later.offer(pair) for pair in fives[2:]] == [buffer.offer(pair) for pair in fives[2:]]
-    assert taken == [True, True] and contents(later) == contents(buffer)
+    assert accepted == [True, True] and contents(later) == contents(buffer)
     # with n pairs the share of their class is (1 + n) / (6 + n): of 0.4 it is at n = 2.33
     assert len(later) == 3
 

@@ -33,14 +33,14 @@ def interpreted() -> dict[str, list]:
 
 def test_attention_is_that_of_loops_in_float64(interpreted):
     """1 to 16 queries of a group, d 8 to 256, windows, lengths from 1 to all there is room for."""
-    for *case, dtype, found in interpreted["attend"]:
-        assert found["error"] <= TOLERANCE[dtype], (case, dtype, found)
+    for *case, dtype, result in interpreted["attend"]:
+        assert result["error"] <= TOLERANCE[dtype], (case, dtype, result)
     assert len(interpreted["attend"]) == 20
 
 
 def test_keys_are_divided_among_programs(interpreted):
     """Both ways have been through the comparison above: one program a sequence, several."""
-    parts = {(case[3] > 1, found["parts"]) for *case, found in interpreted["attend"]}
+    parts = {(case[3] > 1, result["parts"]) for *case, result in interpreted["attend"]}
     assert {count for several, count in parts if not several} == {1}
     assert {count for several, count in parts if several} == {3, 5, 9}
 

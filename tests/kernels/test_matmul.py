@@ -23,11 +23,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def same(found: Tensor, expected: Tensor) -> None:
+def same(actual: Tensor, expected: Tensor) -> None:
     """Equal but for fp32's rounding, relative to the largest value: bf16 or TF32 would be 100 times off."""
-    assert found.dtype == torch.float32 and expected.dtype == torch.float64
+    assert actual.dtype == torch.float32 and expected.dtype == torch.float64
     scale = max(expected.abs().max().item(), 1e-9) if expected.numel() else 1.0
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6 * scale)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * scale)
 
 
 def views(matrix: Tensor) -> dict[str, Tensor]:
@@ -48,9 +48,9 @@ def views(matrix: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear(shape, bias):
     x, weight, b = random(*shape), random(N, K, seed=1), random(N, seed=2) if bias else None
-    found = linear(x, weight, b)
-    assert found.shape == (*shape[:-1], N)
-    same(found, F.linear(x.double(), weight.double(), None if b is None else b.double()))
+    actual = linear(x, weight, b)
+    assert actual.shape == (*shape[:-1], N)
+    same(actual, F.linear(x.double(), weight.double(), None if b is None else b.double()))
 
 
 @pytest.mark.parametrize("how", views(torch.zeros(2, 2)))
@@ -151,14 +151,14 @@ def test_few_shapes_reach_onednn():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 def test_gradients(shape, bias):
-    given = [random(*shape), random(N, K, seed=1), *([random(N, seed=2)] if bias else [])]
+    tensors = [random(*shape), random(N, K, seed=1), *([random(N, seed=2)] if bias else [])]
     grad = random(N, *shape[:-1], seed=3).movedim(0, -1)  # strided, as a transposed view's gradient is
-    ours = [t.clone().requires_grad_() for t in given]
-    exact = [t.double().requires_grad_() for t in given]
+    ours = [t.clone().requires_grad_() for t in tensors]
+    exact = [t.double().requires_grad_() for t in tensors]
     Linear.apply(*ours, *([] if bias else [None])).backward(grad)
     F.linear(*exact).backward(grad.double())
-    for found, expected in zip(ours, exact, strict=True):
-        same(found.grad, expected.grad)
+    for gradient, expected in zip(ours, exact, strict=True):
+        same(gradient.grad, expected.grad)
 
 
 def assembled(directory: Path, name: str, tp: int, split: dict[str, int]) -> dict[str, Tensor]:
@@ -172,11 +172,11 @@ def assembled(directory: Path, name: str, tp: int, split: dict[str, int]) -> dic
     return whole
 
 
-def exact(given: dict[str, Tensor]) -> dict[str, Tensor]:
+def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Output and gradients of the two layers, by autograd in float64."""
-    x, first, bias, second = (given[k].double().requires_grad_() for k in ("x", "first", "bias", "second"))
+    x, first, bias, second = (tensors[k].double().requires_grad_() for k in ("x", "first", "bias", "second"))
     output = F.linear(F.linear(x, first, bias), second)
-    output.backward(given["grad"].double())
+    output.backward(tensors["grad"].double())
     grads = {"x": x.grad, "first": first.grad, "bias": bias.grad, "second": second.grad}
     return {"output": output.detach(), **grads}
 
@@ -191,10 +191,10 @@ def test_linear_layers_of_megatron(tmp_path, tp):
         function = torch.load(tmp_path / f"{name}-0.pt")["function"]
         assert function == ("LinearBackward" if ours else MEGATRONS_FUNCTION)
         split = {"first": 0, "bias": 0, "second": 1} | ({"output": 0, "x": 0} if sequence_parallel else {})
-        found, expected = assembled(tmp_path, name, tp, split), exact(inputs(DTYPES[precision]))
+        actual, expected = assembled(tmp_path, name, tp, split), exact(inputs(DTYPES[precision]))
         for key in expected:
             if precision == "fp32":
-                same(found[key], expected[key])
+                same(actual[key], expected[key])
             else:
-                error = (found[key].double() - expected[key]).norm()
+                error = (actual[key].double() - expected[key]).norm()
                 assert error < 0.01 * expected[key].norm(), (name, key)

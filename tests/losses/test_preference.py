@@ -581,8 +581,8 @@ def test_preference_loss_equals_trl(name, version, rtol, tenth, half):
 
 def test_pair_statistics_by_hand():
     """Rewards (2, 1), (0, 0), (-1, 3): one right, one tie, which is a mistake, one wrong."""
-    found = preference.pair_statistics(f64(2, 0, -1), f64(1, 0, 3))
-    assert {name: value.item() for name, value in found.items()} == {
+    statistics = preference.pair_statistics(f64(2, 0, -1), f64(1, 0, 3))
+    assert {name: value.item() for name, value in statistics.items()} == {
         "acc": 1.0,
         "rewards_chosen_mean": 1.0,
         "rewards_rejected_mean": 4.0,
@@ -594,15 +594,17 @@ def test_pair_statistics_by_hand():
 
 def test_log_ratio_statistics_by_hand():
     """Log-ratios 2 and -1 of chosen, 1 and 3 of rejected answers, beta 0.5."""
-    found = preference.log_ratio_statistics(f64(-8, -6), f64(-4, -2), f64(-10, -5), f64(-5, -5), beta=0.5)
-    assert found["acc"].item() == 1.0
-    assert found["rewards_chosen_mean"].item() == 0.5
-    assert found["rewards_rejected_mean"].item() == 2.0
-    assert found["logprobs_chosen_mean"].item() == -14.0
-    assert found["logprobs_rejected_mean"].item() == -6.0
-    assert found["logratio_abs_mean"].item() == 3.5  # (2 + 1 + 1 + 3) / 2
+    statistics = preference.log_ratio_statistics(
+        f64(-8, -6), f64(-4, -2), f64(-10, -5), f64(-5, -5), beta=0.5
+    )
+    assert statistics["acc"].item() == 1.0
+    assert statistics["rewards_chosen_mean"].item() == 0.5
+    assert statistics["rewards_rejected_mean"].item() == 2.0
+    assert statistics["logprobs_chosen_mean"].item() == -14.0
+    assert statistics["logprobs_rejected_mean"].item() == -6.0
+    assert statistics["logratio_abs_mean"].item() == 3.5  # (2 + 1 + 1 + 3) / 2
 
 
 def test_statistics_of_no_pairs_are_zero():
-    found = preference.log_ratio_statistics(*[f64()] * 4, beta=0.1)
-    assert all(value.item() == 0.0 for value in found.values())
+    statistics = preference.log_ratio_statistics(*[f64()] * 4, beta=0.1)
+    assert all(value.item() == 0.0 for value in statistics.values())

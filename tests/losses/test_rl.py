@@ -211,9 +211,9 @@ def test_equal_rewards_have_advantages_of_exactly_0():
     returns = torch.stack([f64(0.1, 0.1, 0.1, 0.1), f64(0.1, 0.1, 0.1, 0.9), f64(0.1, 0.1, 0.1, 0.4)])
     counted = torch.tensor([[True] * 4, [True, True, True, False], [True] * 4])
     for compare in (rl.rloo, rl.grpo):
-        found = compare(returns, counted)
-        assert found[:2, :3].tolist() == [[0.0] * 3] * 2 and found[0, 3] == 0.0
-        assert (found[2] != 0).all()
+        advantages = compare(returns, counted)
+        assert advantages[:2, :3].tolist() == [[0.0] * 3] * 2 and advantages[0, 3] == 0.0
+        assert (advantages[2] != 0).all()
 
 
 def test_rloo_golden_vector():

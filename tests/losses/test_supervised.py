@@ -67,9 +67,9 @@ def test_ranking_is_finite_at_extremes_and_passes_gradcheck():
 def test_centering_by_hand():
     """(3 - 1)^2, (-0.5 - 1)^2, (2 - 2)^2; of the first the gradient is 2 (3 - 1) for both rewards."""
     chosen, rejected = f64(3.0, -0.5, 2.0).requires_grad_(), f64(-1.0, -1.0, -2.0).requires_grad_()
-    found = supervised.centering(chosen, rejected)
-    assert found.tolist() == [4.0, 2.25, 0.0]
-    found.sum().backward()
+    penalties = supervised.centering(chosen, rejected)
+    assert penalties.tolist() == [4.0, 2.25, 0.0]
+    penalties.sum().backward()
     assert chosen.grad.tolist() == rejected.grad.tolist() == [4.0, -3.0, 0.0]
 
 

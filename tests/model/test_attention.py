@@ -93,9 +93,9 @@ def dense(
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("lengths", [[12], [5, 1, 6], [1, 1, 10], [0, 7, 0, 5]], ids=str)
 def test_pack(lengths, window, groups, kernel):
-    found, exact = tensors(12, groups), tensors(12, groups)
-    out = core(window).within(*found, pack(lengths))
-    same_with_gradients(out, dense(*exact, lengths, 0, window), found, exact)
+    inputs, exact = tensors(12, groups), tensors(12, groups)
+    out = core(window).within(*inputs, pack(lengths))
+    same_with_gradients(out, dense(*exact, lengths, 0, window), inputs, exact)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -103,9 +103,9 @@ def test_pack(lengths, window, groups, kernel):
 @pytest.mark.parametrize("lengths", [[2, 3, 6, 1], [0, 11, 1], [12]], ids=str)
 def test_slices_of_a_pack_add_up_to_the_whole(ranks, window, lengths, kernel):
     """Context parallelism: a rank has some of the queries and all keys; sequences cross its borders."""
-    found, exact = tensors(12, 2), tensors(12, 2)
-    out = in_slices(core(window), *found, lengths, None, ranks)
-    same_with_gradients(out, dense(*exact, lengths, 0, window), found, exact)
+    inputs, exact = tensors(12, 2), tensors(12, 2)
+    out = in_slices(core(window), *inputs, lengths, None, ranks)
+    same_with_gradients(out, dense(*exact, lengths, 0, window), inputs, exact)
 
 
 def in_slices(
@@ -120,17 +120,20 @@ def in_slices(
     """What all context parallel ranks give, one after the other; gathered keys' gradients sum over ranks."""
     parts = enumerate(query.chunk(ranks))
     return torch.cat(
-        [module.within(mine, key, value, pack(lengths, prefixes, (rank, ranks))) for rank, mine in parts]
+        [
+            module.within(query_slice, key, value, pack(lengths, prefixes, (rank, ranks)))
+            for rank, query_slice in parts
+        ]
     )
 
 
-def same_with_gradients(out: Tensor, expected: Tensor, found: list[Tensor], exact: list[Tensor]) -> None:
+def same_with_gradients(out: Tensor, expected: Tensor, inputs: list[Tensor], exact: list[Tensor]) -> None:
     """Values, and the gradients of `found` and `exact` for some gradient of the values."""
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double()
     out.backward(grad)
     expected.backward(grad)
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(inputs, exact, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -149,10 +152,10 @@ def test_a_sequence_does_not_feel_its_neighbours():
 
 
 def test_bf16_in_bf16_out():
-    found = [x.detach().bfloat16() for x in tensors(12, 2)]
-    out = core().by_sequence(*found, pack([7, 5]))
+    inputs = [x.detach().bfloat16() for x in tensors(12, 2)]
+    out = core().by_sequence(*inputs, pack([7, 5]))
     assert out.dtype == torch.bfloat16
-    expected = dense(*(x.double() for x in found), [7, 5], 0, None)
+    expected = dense(*(x.double() for x in inputs), [7, 5], 0, None)
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-6)
 
 
@@ -238,9 +241,9 @@ def test_shared_prefix_is_as_good_as_a_copy(ranks, window, kernel):
     ]  # the place of each token in the shared pack
     sequences = [5, 2, 3, 1, 1], [(0, 0), (0, 3), (0, 0), (7, 1), (0, 0)]
     own = [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 14, 15]  # where those places are in the unshared one
-    found, exact = tensors(12, 2), tensors(12, 2)
+    inputs, exact = tensors(12, 2), tensors(12, 2)
     expected = dense(*(x[unshared] for x in exact), [5, 5, 3, 2, 1], 0, window)[own]
-    same_with_gradients(in_slices(core(window), *found, *sequences, ranks), expected, found, exact)
+    same_with_gradients(in_slices(core(window), *inputs, *sequences, ranks), expected, inputs, exact)
 
 
 def test_window_is_told_to_megatron_without_the_token_itself():

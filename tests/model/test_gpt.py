@@ -8,8 +8,7 @@ import torch
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
-from align.model import architecture, spec
-from align.model import config as model
+from align.model import architecture, config, spec
 from align.model.config import ModelConfig
 from align.training import batching
 
@@ -25,7 +24,7 @@ def world():
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As on an H100 with Transformer Engine, as far as checks ask."""
-    monkeypatch.setattr(model, "uses_te", lambda config: config.attention != "torch")
+    monkeypatch.setattr(config, "uses_te", lambda config: config.attention != "torch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
@@ -35,9 +34,14 @@ def arch() -> architecture.Architecture:
 
 def test_8_bit_products_are_megatrons_without_state(on_gpu):
     """Scales come from the values of each product, so that a checkpoint needs none."""
-    model.check_model(arch(), FP8, ParallelConfig())
-    made = spec.transformer_config(arch(), FP8, ParallelConfig(), te=True)
-    assert (made.fp8, made.fp8_recipe, made.fp8_param, made.bf16) == ("hybrid", "tensorwise", False, True)
+    config.check_model(arch(), FP8, ParallelConfig())
+    settings = spec.transformer_config(arch(), FP8, ParallelConfig(), te=True)
+    assert (settings.fp8, settings.fp8_recipe, settings.fp8_param, settings.bf16) == (
+        "hybrid",
+        "tensorwise",
+        False,
+        True,
+    )
     assert spec.transformer_config(arch(), replace(FP8, fp8=False), ParallelConfig(), te=True).fp8 is None
 
 
@@ -62,35 +66,35 @@ def test_micro_batches_have_a_size_of_8_bit_products_on_each_rank(layout, multip
 )
 def test_8_bit_products_are_refused_without_what_they_need(on_gpu, changes, message):
     with pytest.raises(UserError, match=message):
-        model.check_model(arch(), replace(FP8, **changes), ParallelConfig())
+        config.check_model(arch(), replace(FP8, **changes), ParallelConfig())
 
 
 def test_8_bit_products_are_refused_on_a_gpu_without_them(on_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(UserError, match="--fp8: CPU has no 8-bit products"):
-        model.check_model(arch(), FP8, ParallelConfig())
+        config.check_model(arch(), FP8, ParallelConfig())
 
 
 def test_8_bit_products_are_refused_for_sizes_that_they_do_not_take(on_gpu):
     odd = replace(arch(), ffn_size=48)
-    model.check_model(odd, FP8, ParallelConfig())
+    config.check_model(odd, FP8, ParallelConfig())
     with pytest.raises(UserError, match="--fp8: the 24 ffn columns of a rank are no multiple of 16"):
-        model.check_model(odd, FP8, ParallelConfig(tp=2))
+        config.check_model(odd, FP8, ParallelConfig(tp=2))
 
 
 def test_kernels_are_named(monkeypatch):
     """On a CPU; on GPUs with torch's kernels in both precisions, and with Transformer Engine's."""
     fp32, bf16 = ModelConfig(precision="fp32"), ModelConfig(precision="bf16")
-    assert "float32, torch kernels, matrix products by " in model.describe_model(arch(), fp32)
-    assert model.describe_model(arch(), bf16).endswith("bfloat16, torch kernels")
+    assert "float32, torch kernels, matrix products by " in config.describe_model(arch(), fp32)
+    assert config.describe_model(arch(), bf16).endswith("bfloat16, torch kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(model, "uses_te", lambda config: config.attention == "te")
+    monkeypatch.setattr(config, "uses_te", lambda config: config.attention == "te")
     small = "small layers compiled"
-    assert model.describe_model(arch(), fp32).endswith(
+    assert config.describe_model(arch(), fp32).endswith(
         f"float32, torch kernels, attention by sequence, {small}"
     )
-    assert model.describe_model(arch(), bf16).endswith(f"bfloat16, torch kernels, flash attention, {small}")
-    monkeypatch.setattr(model, "get_te_version", lambda: "2.11.0")
-    monkeypatch.setattr(model, "overlaps_gradients", lambda: True)
+    assert config.describe_model(arch(), bf16).endswith(f"bfloat16, torch kernels, flash attention, {small}")
+    monkeypatch.setattr(config, "get_te_version", lambda: "2.11.0")
+    monkeypatch.setattr(config, "overlaps_gradients", lambda: True)
     line = "bfloat16, Transformer Engine 2.11.0, fp8, gradients summed during the backward pass"
-    assert model.describe_model(arch(), FP8).endswith(line)
+    assert config.describe_model(arch(), FP8).endswith(line)

@@ -81,8 +81,8 @@ def test_the_tiny_model():
 )
 def test_switches_of_the_families(models, family, switches):
     arch = architecture.read_config(models / family)
-    found = arch.tied_embeddings, arch.qkv_bias, arch.qk_norm, arch.window, arch.head_dim
-    assert found == switches
+    read = arch.tied_embeddings, arch.qkv_bias, arch.qk_norm, arch.window, arch.head_dim
+    assert read == switches
 
 
 @pytest.mark.parametrize(
@@ -264,18 +264,18 @@ def test_configurations_of_transformers_4_say_the_same(scaling, expected):
     assert architecture.rope_fields(hf) == {"rope_theta": 12345.0, **expected}
 
 
-@pytest.mark.parametrize("given", ["partial_rotary_factor", "rope_parameters", None])
+@pytest.mark.parametrize("field", ["partial_rotary_factor", "rope_parameters", None])
 @pytest.mark.parametrize("family, default", [("stablelm", 0.25), ("nemotron", 0.5)])
-def test_share_of_a_head_that_is_rotated(models, tmp_path, family, default, given):
+def test_share_of_a_head_that_is_rotated(models, tmp_path, family, default, field):
     """At the top level as transformers 4 writes it, inside as 5 does, or left out; to 4.57 an attribute."""
     config = json.loads((models / family / "config.json").read_text())
     del config["rope_parameters"]
-    if given:
+    if field:
         config |= {
-            given: 0.75 if given == "partial_rotary_factor" else THETA | {"partial_rotary_factor": 0.75}
+            field: 0.75 if field == "partial_rotary_factor" else THETA | {"partial_rotary_factor": 0.75}
         }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    arch, share = architecture.read_config(tmp_path), 0.75 if given else default
+    arch, share = architecture.read_config(tmp_path), 0.75 if field else default
     assert (arch.rotary_fraction, arch.rotary_dims) == (share, arch.head_dim * share)
     assert arch.rope == (("rope_theta", 1e4), ("rope_type", "default"))
     hf = types.SimpleNamespace(rope_theta=1e4, partial_rotary_factor=share)  # Nemotron has no rope_scaling
@@ -310,10 +310,10 @@ def test_frequencies_are_those_of_transformers(tmp_path, scaling):
     """And the factor of cosines and sines."""
     directory_with(tmp_path, rope_theta=500000.0, rope_scaling=scaling, head_dim=128)
     arch = architecture.read_config(tmp_path)
-    found, scale = spec.rotary_frequencies(arch), spec.rotary_scale(arch)
+    frequencies, scale = spec.rotary_frequencies(arch), spec.rotary_scale(arch)
     theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
-    assert found.shape == (64,)
-    torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert frequencies.shape == (64,)
+    torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
     expected = torch.full((64,), theirs.attention_scaling)
     torch.testing.assert_close(torch.ones(64) if scale is None else scale, expected, rtol=1e-6, atol=0)
 
@@ -381,8 +381,8 @@ def test_tied_in_config_json_but_with_an_output_embedding_of_its_own(world, mode
     if sharded:
         split_in_two(source)
     policy = loaded(source)
-    found = InferenceModel(policy, 1).prefill([ids[0]])[0].logits
-    torch.testing.assert_close(found, expected[-1], rtol=0, atol=1e-5)
+    logits = InferenceModel(policy, 1).prefill([ids[0]])[0].logits
+    torch.testing.assert_close(logits, expected[-1], rtol=0, atol=1e-5)
     huggingface.save(policy, source, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"], head)
@@ -539,8 +539,8 @@ def test_logits_of_a_model_of_the_shape_of_gpt_2b(world, tmp_path):
     expected = theirs(ids[None]).logits[0]
     assert 1 < expected.abs().max() < 30
     prefixes = InferenceModel(policy, 1).prefill([ids[: n + 1] for n in range(40)])
-    found = torch.stack([prefix.logits for prefix in prefixes])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    logits = torch.stack([prefix.logits for prefix in prefixes])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     batch = packing.collate([[packing.Example(ids.numpy().astype(np.int32), np.arange(40) > 0)]])
     logprobs = expected.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
     torch.testing.assert_close(engine.forward(policy, batch)[:39], logprobs, rtol=0, atol=1e-5)
@@ -567,8 +567,8 @@ def test_logits_with_yarn_and_biases(world, tmp_path, kind, changes):
     theirs.save_pretrained(tmp_path)
     ids = torch.randint(0, SIZES["vocab_size"], (40,))
     prefixes = InferenceModel(loaded(tmp_path), 1).prefill([ids[: n + 1] for n in range(40)])
-    found = torch.stack([prefix.logits for prefix in prefixes])
-    torch.testing.assert_close(found, theirs(ids[None]).logits[0], rtol=0, atol=1e-4)
+    logits = torch.stack([prefix.logits for prefix in prefixes])
+    torch.testing.assert_close(logits, theirs(ids[None]).logits[0], rtol=0, atol=1e-4)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -590,9 +590,9 @@ def test_reading_needs_less_than_twice_a_ranks_own_shard(tmp_path):
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     torchrun(2, "tests/workers/memory.py", tmp_path, tmp_path)
     for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["shard"] > 80e6
-        assert found["shard"] < found["peak"] < 2 * found["shard"], found
+        memory = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert memory["shard"] > 80e6
+        assert memory["shard"] < memory["peak"] < 2 * memory["shard"], memory
 
 
 def test_directory_of_a_run_is_no_model(tmp_path):

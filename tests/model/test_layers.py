@@ -20,21 +20,21 @@ CONFIG = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
 
 def test_norm_by_hand():
     """(3, 4) has the root mean square sqrt(12.5)."""
-    found = layers.RMSNormFunction.apply(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.0)
-    torch.testing.assert_close(found, torch.tensor([3.0, 8.0]) / 12.5**0.5)
+    normed = layers.RMSNormFunction.apply(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.0)
+    torch.testing.assert_close(normed, torch.tensor([3.0, 8.0]) / 12.5**0.5)
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (5, 1, 3, 8)], ids=str)
 def test_norm_and_its_gradient(shape):
     torch.manual_seed(0)
     x, weight, grad = torch.randn(shape) * 3, torch.randn(8), torch.randn(shape)
-    found = [t.clone().requires_grad_() for t in (x, weight)]
+    inputs = [t.clone().requires_grad_() for t in (x, weight)]
     exact = [t.double().requires_grad_() for t in (x, weight)]
-    y, expected = layers.RMSNormFunction.apply(*found, EPS), norm(*exact)
+    y, expected = layers.RMSNormFunction.apply(*inputs, EPS), norm(*exact)
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
     y.backward(grad)
     expected.backward(grad.double())
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(inputs, exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
@@ -176,14 +176,16 @@ def test_one_kernel_serves_every_number_of_rows(function, dtype):
     backend, seen = counting("aot_eager")
     kernel = layers.compiled(function.__wrapped__, backend)
     for n in (16, 5, 9, 1, 300, 1, 16):
-        given = [x.requires_grad_(n == 5) if isinstance(x, Tensor) else x for x in FUSED[function](n, dtype)]
-        same_to_rounding(kernel(*given), function(*given), dtype)
+        arguments = [
+            x.requires_grad_(n == 5) if isinstance(x, Tensor) else x for x in FUSED[function](n, dtype)
+        ]
+        same_to_rounding(kernel(*arguments), function(*arguments), dtype)
     assert len(seen) == 2
 
 
-def same_to_rounding(found: Tensor | tuple, expected: Tensor | tuple, dtype: torch.dtype) -> None:
+def same_to_rounding(actual: Tensor | tuple, expected: Tensor | tuple, dtype: torch.dtype) -> None:
     """One rounding to dtype apart; a kernel may leave out those between the steps. Without a gradient."""
-    for ours, theirs in zip(as_tuple(found), as_tuple(expected), strict=True):
+    for ours, theirs in zip(as_tuple(actual), as_tuple(expected), strict=True):
         assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
         assert not ours.requires_grad
         error = (ours.double() - theirs.detach().double()).abs().max()
@@ -197,10 +199,10 @@ def as_tuple(x: Tensor | tuple) -> tuple:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_what_the_compiler_makes_of_two_reductions():
     """torch.compile's own backend, here by way of C++, against float64."""
-    given = FUSED[layers.norm_gradient](37, torch.float32)
+    arguments = FUSED[layers.norm_gradient](37, torch.float32)
     kernel = layers.compiled(layers.norm_gradient.__wrapped__)
-    exact = layers.norm_gradient(*(x.double() for x in given))
-    for ours, theirs in zip(kernel(*given), exact, strict=True):
+    exact = layers.norm_gradient(*(x.double() for x in arguments))
+    for ours, theirs in zip(kernel(*arguments), exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 

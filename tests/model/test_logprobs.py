@@ -36,22 +36,22 @@ PLAIN = {name: getattr(logprobs, name) for name in ("largest", "sums_", "gradien
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("entropy", [False, True])
 def test_values_and_gradients(tokens, temperature, entropy):
-    *given, grad = inputs(tokens)
-    given = *given, entropy_grad(tokens) if entropy else grad, VOCAB, temperature
-    for found, expected in zip(ours(*given), oracle(*given), strict=True):
-        assert found.dtype == torch.float32 and found.shape == expected.shape
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    *arguments, grad = inputs(tokens)
+    arguments = *arguments, entropy_grad(tokens) if entropy else grad, VOCAB, temperature
+    for actual, expected in zip(ours(*arguments), oracle(*arguments), strict=True):
+        assert actual.dtype == torch.float32 and actual.shape == expected.shape
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_entropy_alone(temperature):
     """The log-prob's gradient is zero, and cannot hide an error of the entropy's; first larger than 1."""
-    *given, _ = inputs(CHUNK + 1)
+    *arguments, _ = inputs(CHUNK + 1)
     grad = entropy_grad(CHUNK + 1) * torch.tensor([0.0, 1.0])
     for scale in (10.0, 0.01):
-        case = *given, grad * scale, VOCAB, temperature
-        for found, expected in zip(ours(*case), oracle(*case), strict=True):
-            error = (found.double() - expected).norm()
+        case = *arguments, grad * scale, VOCAB, temperature
+        for actual, expected in zip(ours(*case), oracle(*case), strict=True):
+            error = (actual.double() - expected).norm()
             assert error < 1e-5 * expected.norm(), error / expected.norm()
 
 
@@ -73,11 +73,11 @@ def test_differences_of_the_entropy_are_its_gradient():
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_entropy_leaves_the_logprobs_their_bits(temperature):
     """Asked for or not, as long as it is not trained: the same log-probs and gradients."""
-    *given, grad = inputs(CHUNK + 9)
-    alone = ours(*given, grad, VOCAB, temperature)
-    both = ours(*given, torch.stack([grad, torch.zeros_like(grad)], 1), VOCAB, temperature)
-    for found, expected in zip((both[0][:, 0], *both[1:]), alone, strict=True):
-        assert torch.equal(found, expected)
+    *arguments, grad = inputs(CHUNK + 9)
+    alone = ours(*arguments, grad, VOCAB, temperature)
+    both = ours(*arguments, torch.stack([grad, torch.zeros_like(grad)], 1), VOCAB, temperature)
+    for actual, expected in zip((both[0][:, 0], *both[1:]), alone, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_at_temperature_1_nothing_is_divided():
@@ -110,17 +110,17 @@ def test_uniform_and_certain_distributions():
 def test_by_hand():
     """Logits (0, log 3) give probabilities 1/4 and 3/4."""
     weight = torch.tensor([[0.0], [torch.tensor(3.0).log()]])
-    found = target_logprobs(torch.ones(2, 1), weight, torch.tensor([0, 1]), 2, ALONE)
-    torch.testing.assert_close(found.exp(), torch.tensor([0.25, 0.75]))
+    values = target_logprobs(torch.ones(2, 1), weight, torch.tensor([0, 1]), 2, ALONE)
+    torch.testing.assert_close(values.exp(), torch.tensor([0.25, 0.75]))
 
 
 def test_by_hand_with_temperature_and_entropy():
     """The same logits over 1/2 are (0, log 9): 1/10 and 9/10, H = log 10 - 0.9 log 9."""
     weight = torch.tensor([[0.0], [torch.tensor(3.0).log()]])
     targets = torch.tensor([0, 1])
-    found = target_logprobs_and_entropy(torch.ones(2, 1), weight, targets, 2, ALONE, 0.5)
-    torch.testing.assert_close(found[:, 0].exp(), torch.tensor([0.1, 0.9]))
-    torch.testing.assert_close(found[:, 1], torch.full((2,), math.log(10) - 0.9 * math.log(9)))
+    values = target_logprobs_and_entropy(torch.ones(2, 1), weight, targets, 2, ALONE, 0.5)
+    torch.testing.assert_close(values[:, 0].exp(), torch.tensor([0.1, 0.9]))
+    torch.testing.assert_close(values[:, 1], torch.full((2,), math.log(10) - 0.9 * math.log(9)))
 
 
 def test_zero_tokens():
@@ -137,19 +137,19 @@ def test_rows_past_the_vocabulary_get_no_probability_and_no_gradient():
         target_logprobs(hidden, weight, torch.full((5,), v), VOCAB, ALONE).exp() for v in range(VOCAB)
     )
     torch.testing.assert_close(total, torch.ones(5))
-    *given, grad = inputs(5)
+    *arguments, grad = inputs(5)
     for some in (grad, entropy_grad(5)):
-        grad_weight = ours(*given, some)[2]
+        grad_weight = ours(*arguments, some)[2]
         assert torch.equal(grad_weight[VOCAB:], torch.zeros(PADDED - VOCAB, HIDDEN))
         assert grad_weight[:VOCAB].any()
 
 
 def test_large_logits_do_not_overflow():
     hidden, weight, targets, _ = inputs(7)
-    given = (hidden * 1e4, weight, targets, entropy_grad(7))
-    found, expected = ours(*given), oracle(*given)
-    assert all(values.isfinite().all() for values in found)
-    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-1)
+    arguments = (hidden * 1e4, weight, targets, entropy_grad(7))
+    actual, expected = ours(*arguments), oracle(*arguments)
+    assert all(values.isfinite().all() for values in actual)
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=1e-1)
 
 
 def test_bf16_computes_the_softmax_in_fp32():
@@ -157,12 +157,12 @@ def test_bf16_computes_the_softmax_in_fp32():
     hidden, weight, targets, _ = inputs(CHUNK + 9)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     for temperature in TEMPERATURES:
-        found = target_logprobs_and_entropy(hidden, weight, targets, VOCAB, ALONE, temperature)
+        values = target_logprobs_and_entropy(hidden, weight, targets, VOCAB, ALONE, temperature)
         every = ((hidden @ weight[:VOCAB].T).double() / temperature).log_softmax(1)
         logprobs, entropies = every.gather(1, targets[:, None])[:, 0], -(every.exp() * every).sum(1)
-        assert found.dtype == torch.float32
+        assert values.dtype == torch.float32
         torch.testing.assert_close(
-            found.double(), torch.stack([logprobs, entropies], 1), rtol=1e-5, atol=1e-5
+            values.double(), torch.stack([logprobs, entropies], 1), rtol=1e-5, atol=1e-5
         )
 
 
@@ -184,15 +184,15 @@ def test_compiled_kernels_change_nothing(monkeypatch, dtype, temperature, entrop
     for tokens in (5, CHUNK, 2 * CHUNK + 3):
         hidden, weight, targets, grad = inputs(tokens)
         grad = entropy_grad(tokens) if entropy else grad
-        given = hidden.to(dtype), weight.to(dtype), targets, grad, VOCAB, temperature
-        compiled = ours(*given)
+        arguments = hidden.to(dtype), weight.to(dtype), targets, grad, VOCAB, temperature
+        compiled = ours(*arguments)
         with monkeypatch.context() as plain:
             for name, function in PLAIN.items():
                 plain.setattr(logprobs, name, function)
             plain.setattr(logprobs, "finished_in_kernels", lambda z: False)
-            expected = ours(*given)
-        for found, theirs in zip(compiled, expected, strict=True):
-            torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-6)
+            expected = ours(*arguments)
+        for actual, theirs in zip(compiled, expected, strict=True):
+            torch.testing.assert_close(actual, theirs, rtol=1e-6, atol=1e-6)
     assert len(seen) == 3
 
 
@@ -207,9 +207,9 @@ def test_chunks_are_few_on_a_gpu():
 def test_bf16_sums_the_gradient_of_many_chunks_in_fp32():
     """Summed in bf16 the weight's gradient would be off by 0.4 %."""
     hidden, weight, targets, grad = inputs(16 * CHUNK)
-    given = hidden.bfloat16(), weight.bfloat16(), targets, grad.abs()
-    _, grad_hidden, grad_weight = ours(*given)
-    _, exact_hidden, exact_weight = oracle(*given)
+    arguments = hidden.bfloat16(), weight.bfloat16(), targets, grad.abs()
+    _, grad_hidden, grad_weight = ours(*arguments)
+    _, exact_hidden, exact_weight = oracle(*arguments)
     assert grad_hidden.dtype == grad_weight.dtype == torch.bfloat16
     assert (grad_hidden.double() - exact_hidden).norm() < 0.005 * exact_hidden.norm()
     assert (grad_weight.double() - exact_weight).norm() < 0.003 * exact_weight.norm()
@@ -219,19 +219,19 @@ def test_vocabulary_split_over_two_ranks(tmp_path):
     """Once with padding rows on the second rank, once with nothing but padding there."""
     torchrun(2, "tests/workers/logprobs.py", "values", tmp_path)
     for vocab in (VOCAB, PADDED // 4):
-        *given, grad = inputs(CHUNK + 9, vocab)
+        *arguments, grad = inputs(CHUNK + 9, vocab)
         for temperature in TEMPERATURES:
             ranks = [torch.load(tmp_path / f"{vocab}-{temperature}-{rank}.pt") for rank in range(2)]
             for number, some in enumerate((grad, entropy_grad(CHUNK + 9))):
-                expected = oracle(*given, some, vocab, temperature)
-                assert_together([found[number] for found in ranks], expected)
+                expected = oracle(*arguments, some, vocab, temperature)
+                assert_together([results[number] for results in ranks], expected)
 
 
 def assert_together(ranks: list[tuple], expected: tuple) -> None:
     """Two ranks' values and gradients against those of the whole vocabulary."""
     values, grad_hidden, grad_weight = zip(*ranks, strict=True)
-    for found in values:  # both ranks know the whole answer
-        torch.testing.assert_close(found.double(), expected[0], rtol=1e-5, atol=1e-5)
+    for actual in values:  # both ranks know the whole answer
+        torch.testing.assert_close(actual.double(), expected[0], rtol=1e-5, atol=1e-5)
     parts = grad_hidden[0] + grad_hidden[1]  # copy_to's backward sums them
     torch.testing.assert_close(parts.double(), expected[1], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(torch.cat(grad_weight).double(), expected[2], rtol=1e-5, atol=1e-4)
@@ -250,11 +250,11 @@ def plain_policy(directory: Path) -> tuple[Tensor, float, float]:
         logprobs = every.gather(1, ids[1:, None])[:, 0]
         values.append(torch.stack([logprobs, -(every.exp() * every).sum(1)], 1)[trained])
         targets.append(ids[1:][trained])
-    found, batch = torch.cat(values), SimpleNamespace(targets=torch.cat(targets), mask=1.0)
-    loss = policy_loss(batch, found)[0] / 1000
+    actual, batch = torch.cat(values), SimpleNamespace(targets=torch.cat(targets), mask=1.0)
+    loss = policy_loss(batch, actual)[0] / 1000
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in lm.parameters() if p.grad is not None]).norm()
-    return found.detach(), float(loss.detach()), float(norm)
+    return actual.detach(), float(loss.detach()), float(norm)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
@@ -264,12 +264,12 @@ def test_policy(models, tmp_path, family):
     worker = "tests/workers/logprobs.py", "policy", tmp_path, models / family, json.dumps(layouts)
     torchrun(2, *worker)
     values, loss, norm = plain_policy(models / family)
-    for layout, found in zip(layouts, torch.load(tmp_path / "policies.pt"), strict=True):
-        mask, both, logprobs, found_loss, found_norm = found
+    for layout, actual in zip(layouts, torch.load(tmp_path / "policies.pt"), strict=True):
+        mask, both, logprobs, found_loss, found_norm = actual
         assert both.shape == (len(mask), 2) and not both[~mask].any(), layout
         torch.testing.assert_close(both[mask].double(), values, rtol=0, atol=1e-4, msg=str(layout))
         assert torch.equal(logprobs, both[:, 0]), layout
-        assert abs(found_loss - loss) <= 1e-4 and abs(found_norm - norm) <= 1e-3, (layout, found, loss, norm)
+        assert abs(found_loss - loss) <= 1e-4 and abs(found_norm - norm) <= 1e-3, (layout, actual, loss, norm)
 
 
 def test_a_gradient_that_forgets_the_temperature_is_noticed():

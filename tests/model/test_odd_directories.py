@@ -59,8 +59,8 @@ def index(content: object) -> Spoil:
         names = load_file(directory / WEIGHTS)
         (directory / WEIGHTS).rename(directory / "shard.safetensors")
         weight_map = dict.fromkeys(names, "shard.safetensors")
-        made = content(weight_map) if callable(content) else content
-        (directory / INDEX).write_text(made if isinstance(made, str) else json.dumps(made))
+        text = content(weight_map) if callable(content) else content
+        (directory / INDEX).write_text(text if isinstance(text, str) else json.dumps(text))
 
     return spoil
 

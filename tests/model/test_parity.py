@@ -46,12 +46,12 @@ def reward_models(tmp_path_factory):
         torch.manual_seed(100 + seed)
         config = copy.deepcopy(config)
         config.num_labels = 1
-        made = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            for parameter in made.parameters():
+            for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
-        made.save_pretrained(directory / name)
+        model.save_pretrained(directory / name)
     return directory
 
 
@@ -79,16 +79,16 @@ def ours(request, models, reward_models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(models, reward_models):
     """What plain loops over transformers and torch.optim give."""
-    found = {}
+    expected = {}
     for name in FAMILIES:
-        found[name] = {
+        expected[name] = {
             "logits": plain_logits(language_model(models / name)),
             "values": plain_values(reward_model(reward_models / name)),
             "sft": plain_sft(language_model(models / name)),
             "dpo": plain_dpo(language_model(models / name), language_model(models / name)),
             "ranking": plain_ranking(reward_model(reward_models / name)),
         }
-    return found
+    return expected
 
 
 def language_model(directory: Path) -> torch.nn.Module:
@@ -178,14 +178,14 @@ def plain_training(
     )
     history = []
     for step in range(STEPS):
-        found = Counter(loss=0.0)
+        sums = Counter(loss=0.0)
         for loss, metrics in parts(step):
             loss.backward()
-            found.update({"loss": float(loss.detach()), **metrics})
+            sums.update({"loss": float(loss.detach()), **metrics})
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        history.append({**found, "grad_norm": float(norm)})
+        history.append({**sums, "grad_norm": float(norm)})
     return history
 
 
@@ -203,8 +203,8 @@ def test_logits(ours, reference, family):
 def test_values(ours, reference, family):
     """At every token, the prompt's included, whose places the rejected side takes from the chosen one."""
     results, _ = ours
-    for found, expected in zip(results[family]["values"], reference[family]["values"], strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    for actual, expected in zip(results[family]["values"], reference[family]["values"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "ranking"])
@@ -212,10 +212,10 @@ def test_values(ours, reference, family):
 def test_training(ours, reference, family, algorithm):
     results, _ = ours
     steps = zip(results[family][algorithm], reference[family][algorithm], strict=True)
-    for step, (found, expected) in enumerate(steps):
+    for step, (actual, expected) in enumerate(steps):
         for name, value in expected.items():
             allowed = 1e-3 if name == "grad_norm" else 1e-4
-            assert abs(found[name] - value) <= allowed, (step, name, found[name], value)
+            assert abs(actual[name] - value) <= allowed, (step, name, actual[name], value)
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
@@ -223,11 +223,11 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     return {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
 
 
-def assert_same_bytes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_bytes(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name].view(torch.int32), tensor.view(torch.int32)), name
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name].view(torch.int32), tensor.view(torch.int32)), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

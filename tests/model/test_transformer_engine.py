@@ -19,7 +19,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def found(request, models, tmp_path_factory) -> list[tuple[dict, dict]]:
+def results(request, models, tmp_path_factory) -> list[tuple[dict, dict]]:
     """Of each case and rank what was found with torch's layers, and with Transformer Engine's."""
     output: Path = tmp_path_factory.mktemp("te")
     torchrun(request.param, "tests/workers/te.py", models, output, json.dumps(CASES[request.param]))
@@ -27,36 +27,36 @@ def found(request, models, tmp_path_factory) -> list[tuple[dict, dict]]:
     return [tuple(pair) for rank in ranks for pair in rank]
 
 
-def test_one_path_is_transformer_engine(found):
-    assert all(torch["te"] == 0 and te["te"] > 0 for torch, te in found)
+def test_one_path_is_transformer_engine(results):
+    assert all(torch["te"] == 0 and te["te"] > 0 for torch, te in results)
 
 
-def test_names_and_exported_files_are_the_same(found):
+def test_names_and_exported_files_are_the_same(results):
     """Byte for byte, from weights that were read by the same names."""
-    for torch, te in found:
+    for torch, te in results:
         assert te["weights"] == torch["weights"] != []
         assert sorted(te["names"]) == sorted(torch["names"])
 
 
-def test_logprobs_are_the_same(found):
-    for torch, te in found:
+def test_logprobs_are_the_same(results):
+    for torch, te in results:
         assert te["logprobs"] == pytest.approx(torch["logprobs"], abs=1e-5)
 
 
-def test_checkpoints_have_the_same_entries(found):
-    for torch, te in found:
+def test_checkpoints_have_the_same_entries(results):
+    for torch, te in results:
         assert te["shards"] == torch["shards"]
 
 
-def test_a_checkpoint_moves_between_both(found):
+def test_a_checkpoint_moves_between_both(results):
     """Log-probs before and after the move are those of the same weights, and so is what is trained then."""
-    for pair in found:
+    for pair in results:
         for before, after in (each["moved"] for each in pair):
             assert after == pytest.approx(before, abs=1e-5)
 
 
-def test_training_is_the_same(found):
+def test_training_is_the_same(results):
     """Losses, and norms of the gradient, which say whether split and copied weights are counted rightly."""
-    for torch, te in found:
-        for mine, other in zip(te["history"], torch["history"], strict=True):
-            assert mine == pytest.approx(other, rel=1e-4)
+    for torch, te in results:
+        for step, other in zip(te["history"], torch["history"], strict=True):
+            assert step == pytest.approx(other, rel=1e-4)

@@ -213,18 +213,18 @@ def kept(arch: Architecture, config: ModelConfig, shared: int) -> tuple[int, flo
         trained = np.arange(81) > shared
         other = np.where(trained, (ids[:81] + 1) % 300, ids[:81]).astype(np.int32)
         rows = [[packing.Example(ids[:81], trained), packing.Example(other, trained)]]
-    batch, found = packing.collate(rows), {}
+    batch, tensors = packing.collate(rows), {}
     weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage  # held, so that no other gets its place
+            tensors[storage.data_ptr()] = storage  # held, so that no other gets its place
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         output = engine.forward(policy, batch)
-    size = sum(storage.nbytes() for storage in found.values())
+    size = sum(storage.nbytes() for storage in tensors.values())
     assert output.requires_grad
     return size, batch
 
@@ -260,11 +260,11 @@ def test_what_a_layer_really_keeps(precision, recompute, changes, shared):
     seen = sum(length + size for length, (_, size) in zip(batch.lengths, batch.prefixes, strict=True))
     setting = replace(FP32 if precision == "fp32" else BF16, recompute=recompute)
     work = Work(places, 1, longest=80, shared=seen / places)
-    said = 64 * setting.item if recompute == "full" else memory.layer_saves(arch, setting, work)
+    planned = 64 * setting.item if recompute == "full" else memory.layer_saves(arch, setting, work)
     masks = 4 * 80 * (places - 48 if shared else 0)  # the second answer has 48 places of its own
     state = 8 if recompute == "selective" else 0  # of random numbers, for the pass that is made again
     state = 2 * 64 * setting.item if "norm" in changes else state  # weight + 1 of both norms
-    assert said * places - masks == pytest.approx((three - one) / 2, abs=state)
+    assert planned * places - masks == pytest.approx((three - one) / 2, abs=state)
 
 
 # ---- what lives for a moment -----------------------------------------------------------------------------
@@ -397,8 +397,8 @@ def test_a_copy_in_another_layout():
     same = memory.sampling(big, replace(GPU, tp=2), short, None)
     assert same["copies"] == 0 and same["kv_cache"] == memory.kv_cache(big, replace(GPU, tp=2), short)
     long = replace(ROLLOUT, slots=64, prompt=4000, answer=9000)
-    found = memory.sampling(big, replace(GPU, tp=2), long, copy)
-    assert found["copies"] == whole and found["kv_cache"] == memory.kv_cache(big, copy, long) > whole
+    sizes = memory.sampling(big, replace(GPU, tp=2), long, copy)
+    assert sizes["copies"] == whole and sizes["kv_cache"] == memory.kv_cache(big, copy, long) > whole
 
 
 def test_a_checkpoint_is_gathered():

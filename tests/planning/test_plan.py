@@ -35,8 +35,8 @@ def job_of(script: str, flags: str = "", **cluster: object) -> plan.Job:
 def phases_of(job: plan.Job, stage: int = 0) -> dict[str, dict[str, float]]:
     """Bytes by item of each phase, without the process and items that are 0."""
     s = replace(job.layout, stage=stage)
-    found = {phase.name: plan.on_device(job, s, phase, 0.0) for phase in plan.phases(job, s)}
-    return {name: {item: size for item, size in items.items() if size} for name, items in found.items()}
+    sizes = {phase.name: plan.on_device(job, s, phase, 0.0) for phase in plan.phases(job, s)}
+    return {name: {item: size for item, size in items.items() if size} for name, items in sizes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def test_whose_flags_are_whose():
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_the_command_without_flags_fits(script, device, capsys):
     plan.main(["--gpus-per-node", "2", "--device", device, "--host-memory", "64", str(ROOT / f"{script}.py")])
-    said = capsys.readouterr().out
-    assert said.startswith(f"{script}.py: 1 nodes x 2 ")
-    assert said.endswith("it fits\n") and said.count("<- peak") == 1
-    assert ("fp32" if device == "cpu" else "bf16") in said.splitlines()[0]
+    report = capsys.readouterr().out
+    assert report.startswith(f"{script}.py: 1 nodes x 2 ")
+    assert report.endswith("it fits\n") and report.count("<- peak") == 1
+    assert ("fp32" if device == "cpu" else "bf16") in report.splitlines()[0]
 
 
 def test_a_script_of_ones_own(tmp_path, capsys):
@@ -119,7 +119,7 @@ def test_exit_statuses():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ("--gpus-per-node 8 train_sft.py --tp 3", "does not divide the 8 processes"),
         ("--gpus-per-node 8 train_sft.py --tp 8", "--tp 8 does not divide the model's 4 attention heads"),
@@ -147,12 +147,12 @@ def test_exit_statuses():
         ("--device cpu train_sft.py", "--device cpu needs --host-memory"),
     ],
 )
-def test_what_is_refused(words, said, monkeypatch, capfd):
+def test_what_is_refused(words, message, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as error:
         plan.main(words.split())
     assert error.value.code != 0
-    assert said in f"{error.value.code} {' '.join(capfd.readouterr().err.replace('│', ' ').split())}"
+    assert message in f"{error.value.code} {' '.join(capfd.readouterr().err.replace('│', ' ').split())}"
 
 
 def test_kernels_that_this_machine_lacks():
@@ -175,31 +175,31 @@ def test_the_environment_stays_as_it_was(monkeypatch):
 def test_phases_of_sft():
     """The tiny model: bf16 weights, gradients in fp32, and 12 bytes a weight of Adam over two ranks."""
     job = job_of("train_sft", gpus_per_node=2)
-    count, found = memory.weights(job.trained["policy"], job.layout), phases_of(job)
+    count, sizes = memory.weights(job.trained["policy"], job.layout), phases_of(job)
     state = {"weights": 2 * count, "gradients": 4 * count, "optimizer": 12 * count / 2}
-    assert list(found) == ["build policy", "train", "save"]
-    assert found["build policy"] == {"weights": 2 * count, "gradients": 4 * count, "building": 2 * count}
-    assert found["save"] == state
-    assert state.items() <= found["train"].items() and found["train"]["activations"] > 0
+    assert list(sizes) == ["build policy", "train", "save"]
+    assert sizes["build policy"] == {"weights": 2 * count, "gradients": 4 * count, "building": 2 * count}
+    assert sizes["save"] == state
+    assert state.items() <= sizes["train"].items() and sizes["train"]["activations"] > 0
 
 
 @pytest.mark.parametrize("reference, phases", [("precompute", []), ("swap", ["reference"])])
 def test_phases_of_dpo(reference, phases):
     job = job_of("train_dpo", f"--reference {reference}")
-    found = phases_of(job)
-    assert list(found) == ["build policy", *phases, "train", "save"]
-    assert ("frozen" in found["train"]) is False  # it waits in the host's memory
+    sizes = phases_of(job)
+    assert list(sizes) == ["build policy", *phases, "train", "save"]
+    assert ("frozen" in sizes["train"]) is False  # it waits in the host's memory
     if phases:
-        assert found["reference"]["frozen"] == found["train"]["weights"]
+        assert sizes["reference"]["frozen"] == sizes["train"]["weights"]
         on_cpu = phases_of(job_of("train_dpo", "--reference swap", device="cpu", host_memory=1))
         assert on_cpu["train"]["frozen"] == on_cpu["train"]["weights"]  # which is where it is there
 
 
 def test_phases_of_ppo(reward_model):
     flags = f"--reward-model {reward_model}"
-    found = phases_of(job_of("train_ppo", flags))
+    sizes = phases_of(job_of("train_ppo", flags))
     needs = {
-        name: set(items) & {"weights", "gradients", "optimizer", "frozen"} for name, items in found.items()
+        name: set(items) & {"weights", "gradients", "optimizer", "frozen"} for name, items in sizes.items()
     }
     everything = {"weights", "gradients", "optimizer"}
     assert needs == {
@@ -215,7 +215,7 @@ def test_phases_of_ppo(reward_model):
         "save critic": everything,
     }
     off = phases_of(job_of("train_ppo", f"{flags} --offload off"))
-    both = found["save policy"]["optimizer"] + found["save critic"]["optimizer"]
+    both = sizes["save policy"]["optimizer"] + sizes["save critic"]["optimizer"]
     assert {items["optimizer"] for name, items in off.items() if name != "build critic"} == {both}
     assert "critic" not in " ".join(phases_of(job_of("train_ppo", "--advantages reinforce")))
     assert "reference" not in phases_of(job_of("train_ppo", "--kl-coef 0"))
@@ -228,27 +228,27 @@ def test_frozen_models_on_a_cpu(reward_model):
     for offload in count:
         job = job_of("train_ppo", f"--reward-model {reward_model} --offload {offload}", **cpu)
         frozen = {name: 4 * memory.weights(arch, job.layout) for name, arch in job.frozen.items()}
-        found = phases_of(job)
-        assert found["train policy"].get("frozen", 0) == count[offload] * sum(frozen.values())
+        sizes = phases_of(job)
+        assert sizes["train policy"].get("frozen", 0) == count[offload] * sum(frozen.values())
         waiting = count[offload] * frozen["reference"]
-        assert found["score"]["frozen"] == frozen["reward model"] + waiting
+        assert sizes["score"]["frozen"] == frozen["reward model"] + waiting
 
 
 def test_phases_of_rejection_sampling_and_self_rewarding(reward_model):
-    found = phases_of(job_of("train_rs", f"--reward-model {reward_model}"))
-    assert list(found) == ["build policy", "generate", "score", "audit", "train", "save"]
-    assert "optimizer" in found["generate"]  # nothing waits elsewhere
-    found = phases_of(job_of("train_self_reward"))
-    assert list(found) == ["build policy", "generate", "judge", "reference", "train policy", "save policy"]
-    assert "weights" not in found["judge"] and found["judge"]["kv_cache"] > found["generate"]["kv_cache"]
+    sizes = phases_of(job_of("train_rs", f"--reward-model {reward_model}"))
+    assert list(sizes) == ["build policy", "generate", "score", "audit", "train", "save"]
+    assert "optimizer" in sizes["generate"]  # nothing waits elsewhere
+    sizes = phases_of(job_of("train_self_reward"))
+    assert list(sizes) == ["build policy", "generate", "judge", "reference", "train policy", "save policy"]
+    assert "weights" not in sizes["judge"] and sizes["judge"]["kv_cache"] > sizes["generate"]["kv_cache"]
     assert "meta_judge" in phases_of(job_of("train_self_reward", "--meta-judge"))
 
 
 def test_sampling_from_a_copy():
-    found = phases_of(job_of("train_rs", "--tp 2 --rollout-slots 64", gpus_per_node=2))
+    sizes = phases_of(job_of("train_rs", "--tp 2 --rollout-slots 64", gpus_per_node=2))
     same = phases_of(job_of("train_rs", "--tp 2 --rollout-slots 64 --rollout-layout same", gpus_per_node=2))
-    assert found["generate"]["copies"] > 0 and "copies" not in same["generate"]
-    assert found["generate"]["kv_cache"] == 2 * same["generate"]["kv_cache"]  # all heads on one rank
+    assert sizes["generate"]["copies"] > 0 and "copies" not in same["generate"]
+    assert sizes["generate"]["kv_cache"] == 2 * same["generate"]["kv_cache"]  # all heads on one rank
 
 
 def test_slots():
@@ -257,20 +257,20 @@ def test_slots():
     job = job_of("train_rs", few)
     rollout = Rollout(slots=6, prompts=2, per_prompt=3, prompt=512, answer=128)
     validated = f"{few} --train-data a --reward-fn a:b --val-data a"  # by default on 2 prompts, a step's
-    said = job_of("train_rs", f"{validated} --val-batches None")
+    other_job = job_of("train_rs", f"{validated} --val-batches None")
     arch, s = job.trained["policy"], job.layout
     answer = job.config.sampling.max_new_tokens
     for few_slots in (job, job_of("train_rs", validated)):
         needed = phases_of(few_slots)["generate"]["kv_cache"]
         assert needed == memory.kv_cache(arch, s, replace(rollout, answer=answer))
     many = Rollout(slots=64, prompts=64, per_prompt=1, prompt=512, answer=answer)
-    assert phases_of(said)["generate"]["kv_cache"] == memory.kv_cache(arch, s, many)
+    assert phases_of(other_job)["generate"]["kv_cache"] == memory.kv_cache(arch, s, many)
 
 
 def test_each_copy_reads_its_share(monkeypatch):
     """4 ranks with tp 2: copies of the weights on each, or 2 in the training layout."""
     asked, sampling = [], memory.sampling
-    monkeypatch.setattr(memory, "sampling", lambda *given: asked.append(given[2]) or sampling(*given))
+    monkeypatch.setattr(memory, "sampling", lambda *args: asked.append(args[2]) or sampling(*args))
     for flags in ("", "--rollout-tp 2", "--rollout-layout same"):
         phases_of(job_of("train_rs", f"--prompts-per-step 32 --tp 2 {flags}", gpus_per_node=4))
     assert [rollout.prompts for rollout in asked] == [8, 16, 16]
@@ -298,8 +298,8 @@ def test_micro_batches():
 def test_answers_in_a_row():
     """To a prompt of 512 tokens as many answers of 128 as 1,500 tokens take, and as there are."""
     flags = "--advantages grpo --max-new-tokens 128 --global-batch-size 32 --prompts-per-step 4"
-    for given, together in ((16, 7), (4, 4)):
-        job = job_of("train_ppo", f"{flags} --samples-per-prompt {given} --prompts-per-step {64 // given}")
+    for length, together in ((16, 7), (4, 4)):
+        job = job_of("train_ppo", f"{flags} --samples-per-prompt {length} --prompts-per-step {64 // length}")
         tight = replace(job.config, batch=replace(job.config.batch, micro_batch_tokens=1500))
         assert plan.answers_together(tight, 512, 128) == together
 
@@ -436,14 +436,14 @@ def test_peaks_are_what_plan_says(case, places, tmp_path):
     fork_ranks(processes, *worker, *flags, "--output", tmp_path / "run")
     job = job_of(Path(script).stem, " ".join(flags), device="cpu", host_memory=64, gpus_per_node=processes)
     for rank in range(processes):
-        found = json.loads((tmp_path / "found" / f"{rank}.json").read_text())
-        process = found["process"] * GB + plan.FIRST_STEP
+        peaks = json.loads((tmp_path / "found" / f"{rank}.json").read_text())
+        process = peaks["process"] * GB + plan.FIRST_STEP
         s = replace(job.layout, stage=rank // (job.layout.tp * job.layout.dp))
         for phase in plan.phases(job, s):
             if phase.name.startswith("build"):  # of which the worker counts no peak
                 continue
-            said = sum(plan.on_device(job, s, phase, process).values()) / GB
-            assert said == pytest.approx(found[phase.name], rel=0.1), (rank, phase.name)
+            planned = sum(plan.on_device(job, s, phase, process).values()) / GB
+            assert planned == pytest.approx(peaks[phase.name], rel=0.1), (rank, phase.name)
 
 
 def test_the_process_itself():

@@ -137,19 +137,19 @@ def by_functions(log: Path) -> dict[str, object]:
     """What functions give, or the messages."""
     text = tokenizer.load(TINY)
     prompts, samples = texts(text, log)
-    found = {}
+    results = {}
     for name in ("noted", "returns_numpy", "returns_bool"):
         reward = RewardFunction(f"tests.rewards.test_sources:{name}", text, STOP)
-        found[name] = reward(prompts, samples).tolist()
+        results[name] = reward(prompts, samples).tolist()
     for name in WRONG:
         reward = RewardFunction(f"tests.rewards.test_sources:{name}", text, STOP)
-        found[name] = message_of(lambda reward=reward: reward(prompts, samples))
-    return found
+        results[name] = message_of(lambda reward=reward: reward(prompts, samples))
+    return results
 
 
 def by_models(directory: Path) -> dict[str, object]:
     """Scores by each reward model in each layout, and the weights that it holds between calls."""
-    text, found = tokenizer.load(TINY), {}
+    text, results = tokenizer.load(TINY), {}
     for name, flags in LAYOUTS.items():
         layout = ParallelConfig(**flags)
         grids.change(layout)
@@ -163,8 +163,8 @@ def by_models(directory: Path) -> dict[str, object]:
                 scores = [reward(*numbers()).tolist()]
                 held.append(held_weights(reward))
                 scores.append(reward(*numbers()).tolist())
-                found[f"{name} {family} {budget}"] = {"scores": scores, "held": held}
-    return found
+                results[f"{name} {family} {budget}"] = {"scores": scores, "held": held}
+    return results
 
 
 def held_weights(reward: RewardModel) -> int:
@@ -180,12 +180,12 @@ def save_reward_model(directory: Path, family: str, labels: int, seed: int) -> P
     config = copy.deepcopy(FAMILIES[family])
     config.num_labels = labels
     torch.manual_seed(seed)
-    made = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    made.save_pretrained(directory)
+    model.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, directory / name)
     return directory
@@ -209,7 +209,7 @@ def output(reward_models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(output) -> list[dict]:
+def results(output) -> list[dict]:
     """What each of two processes found."""
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
@@ -230,21 +230,21 @@ def test_a_function_sees_each_answer_once(output):
     assert sorted(Counter(call[3] for call in calls).values()) == [7, 8]
 
 
-def test_rewards_of_a_function_stand_where_their_answers_do(found):
+def test_rewards_of_a_function_stand_where_their_answers_do(results):
     wanted = [[len(answer) + 100 * i for answer in responses()] for i in range(len(QUESTIONS))]
-    assert [rank["functions"]["noted"] for rank in found] == [wanted, wanted]
+    assert [rank["functions"]["noted"] for rank in results] == [wanted, wanted]
 
 
-def test_any_real_number_is_a_reward(found):
-    assert found[0]["functions"]["returns_numpy"] == [[0.5] * 5] * 3
-    assert found[0]["functions"]["returns_bool"] == [[1.0, 1.0, 0.0, 0.0, 0.0]] * 3
+def test_any_real_number_is_a_reward(results):
+    assert results[0]["functions"]["returns_numpy"] == [[0.5] * 5] * 3
+    assert results[0]["functions"]["returns_bool"] == [[1.0, 1.0, 0.0, 0.0, 0.0]] * 3
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_number_is_refused(name, found):
+def test_what_is_no_number_is_refused(name, results):
     """Each rank names its own first answer."""
     for rank, answer in enumerate(("yes", "yes")):
-        assert found[rank]["functions"][name] == (
+        assert results[rank]["functions"][name] == (
             f"--reward-fn tests.rewards.test_sources:{name} returned {WRONG[name]} "
             f"for the answer {answer!r}: a reward is a finite number"
         )
@@ -319,8 +319,8 @@ def test_two_judges_are_asked():
     """A reward model and a function together: train_ppo.py and train_rs.py add up what they say."""
     text = tokenizer.load(TINY)
     config = RewardConfig(reward_fn="tests.rewards.test_sources:returns_numpy")
-    found = sources.judges(config, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
-    assert [type(judge) for judge in found] == [RewardFunction]
+    sources_ = sources.judges(config, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
+    assert [type(judge) for judge in sources_] == [RewardFunction]
     with mock.patch.object(sources, "RewardModel", lambda *args: args):
         both = replace(config, reward_model=Path("x"))
         model, function = sources.judges(both, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
@@ -347,11 +347,11 @@ def transformers_scores(directory: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", SCORED)
-def test_scores_are_those_of_transformers(family, found, reward_models):
+def test_scores_are_those_of_transformers(family, results, reward_models):
     """In each layout, on each rank, in large micro-batches and in such as split the answers to a prompt."""
     wanted = transformers_scores(reward_models / family)
     assert wanted.std() > 0.1, "scores that are all alike show no mix-up"
-    for rank in found:
+    for rank in results:
         for layout in LAYOUTS:
             for budget in BUDGETS:
                 first, second = rank["models"][f"{layout} {family} {budget}"]["scores"]
@@ -369,9 +369,9 @@ def test_small_micro_batches_split_the_answers_to_a_prompt():
     assert any(packing.num_places(row) > min(BUDGETS) for row in rows)
 
 
-def test_weights_are_parked_between_calls(found):
+def test_weights_are_parked_between_calls(results):
     """The module's parameters hold no memory, before the first call and after it."""
-    held = [case["held"] for rank in found for case in rank["models"].values()]
+    held = [case["held"] for rank in results for case in rank["models"].values()]
     assert held == [[0, 0]] * (2 * len(LAYOUTS) * len(SCORED) * len(BUDGETS))
 
 
@@ -414,16 +414,16 @@ def test_several_labels_are_refused(tmp_path):
 
 def test_another_tokenizer_is_refused(tmp_path):
     directory = save_reward_model(tmp_path / "other", "llama", 1, 0)
-    made = json.loads((directory / "tokenizer.json").read_text())
-    vocabulary = made["model"]["vocab"]
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
     first, second = list(vocabulary)[65:67]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (directory / "tokenizer.json").write_text(json.dumps(made))
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
     assert refused(directory).startswith(f"--reward-model {directory} has another tokenizer than --model: ")
 
 
 if __name__ == "__main__":
-    given, written = map(Path, sys.argv[1:])
+    models, output = map(Path, sys.argv[1:])
     with parallel.start(ParallelConfig()):
-        results = {"functions": by_functions(written / "calls.jsonl"), "models": by_models(given)}
-        (written / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+        results = {"functions": by_functions(output / "calls.jsonl"), "models": by_models(models)}
+        (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -94,10 +94,10 @@ class Greedy:
 
     def ids(self, prompt: list[int], most: int = NEW_TOKENS) -> list[int]:
         """The answer to token ids, its end token included."""
-        given = torch.tensor([prompt])
+        inputs = torch.tensor([prompt])
         unknown = list(range(len(self.text), self.network.config.vocab_size))  # ids that the tokenizer lacks
         out = self.network.generate(
-            given, max_new_tokens=most, do_sample=False, pad_token_id=0, suppress_tokens=unknown
+            inputs, max_new_tokens=most, do_sample=False, pad_token_id=0, suppress_tokens=unknown
         )
         return out[0, len(prompt) :].tolist()
 
@@ -336,8 +336,8 @@ def test_chat_starts_over_when_the_context_is_full(one, greedy):
     """LONG once more does not fit; LONGER would not even alone, and leaves nothing behind."""
     out, shown = one["long talk"]
     assert out == "\n".join([greedy.chat(LONG), greedy.chat(LONG), greedy.chat("abc"), ""])
-    found = re.findall(r"the model's context 256: (starting over|it is not asked)", shown)
-    assert found == ["starting over", "starting over", "it is not asked"]
+    notices = re.findall(r"the model's context 256: (starting over|it is not asked)", shown)
+    assert notices == ["starting over", "starting over", "it is not asked"]
 
 
 def test_ranks_meet_while_they_wait_for_the_keyboard(monkeypatch, capsys):
@@ -448,9 +448,11 @@ def test_the_ids_of_a_template_are_those_before_the_answer_in_training(template,
     row = {name: "" for name in names} | {names[0]: " How many days? ", names[-1]: "seven"}
     fmt = FormatConfig(template, names[0], add_bos=add_bos, max_seq_len=100)
     ids, trained, _ = format_template(row, text, fmt)
-    found = generate.encode_text(row[names[0]], WithoutChat(), PromptFormat(add_bos=add_bos), template, False)
-    assert found.tolist() == ids[: trained.index(True)]
-    assert found.dtype == np.int32
+    prompt_ids = generate.encode_text(
+        row[names[0]], WithoutChat(), PromptFormat(add_bos=add_bos), template, False
+    )
+    assert prompt_ids.tolist() == ids[: trained.index(True)]
+    assert prompt_ids.dtype == np.int32
 
 
 class WithoutChat:
@@ -494,9 +496,9 @@ def field_names(config: type) -> set[str]:
 
 def test_help_shows_every_flag_with_its_text():
     parts = re.split(r"\n│ (?=--[a-z])", fork_python("generate.py", "--help").stdout)[1:]
-    found = {re.match("--([a-z0-9-]+)", part)[1]: part for part in parts}
-    assert set(found) == {name.replace("_", "-") for name in field_names(generate.Config)}
-    for flag, part in found.items():
+    flags = {re.match("--([a-z0-9-]+)", part)[1]: part for part in parts}
+    assert set(flags) == {name.replace("_", "-") for name in field_names(generate.Config)}
+    for flag, part in flags.items():
         text = re.sub(r"\(default:.*|\{.*?\}|--\S+", "", part, flags=re.DOTALL)
         assert len(re.findall("[a-z]{2,}", text)) >= 2, f"--{flag} has no text: {part}"
 

@@ -75,14 +75,14 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
 def one_process(toy_models, tmp_path_factory) -> tuple[dict[str, dict], list[dict]]:
     """{kind: the plainest run of one process}, and those of CASES[1]."""
     plain = [(MODEL, ""), (RULE, ""), (GRPO, "")]
-    found = run(toy_models, tmp_path_factory.mktemp("one"), 1, plain + CASES[1])
-    return {kind: result for (kind, _), result in zip(plain, found, strict=False)}, found[len(plain) :]
+    results = run(toy_models, tmp_path_factory.mktemp("one"), 1, plain + CASES[1])
+    return {kind: result for (kind, _), result in zip(plain, results, strict=False)}, results[len(plain) :]
 
 
 def test_the_run_has_all_that_could_differ(one_process):
     """Answers of both ends, advantages of both signs, a policy that leaves the reference, clips that bind."""
-    for kind, found in one_process[0].items():
-        steps = found["metrics"][1:]
+    for kind, result in one_process[0].items():
+        steps = result["metrics"][1:]
         assert len(steps) == STEPS
         assert 0.5 < steps[0]["train_rollouts/ended"] < 1
         # whitened, or of a prompt's answers their sum 0: all are 0, or some are on each side of it
@@ -96,7 +96,7 @@ def test_the_run_has_all_that_could_differ(one_process):
         critic = [step.get("train_optim/critic_value_clip_fraction", 0.0) for step in steps]
         assert (max(critic) > 0) == (kind != GRPO)
         before, after = (
-            [row["response"] for row in found["samples"] if (row["step"], row["table"]) == place]
+            [row["response"] for row in result["samples"] if (row["step"], row["table"]) == place]
             for place in ((0, "val_rollouts"), (STEPS, "val_rollouts"))
         )
         assert len(before) == len(after) == 4 and before != after
@@ -104,19 +104,19 @@ def test_the_run_has_all_that_could_differ(one_process):
 
 @pytest.mark.parametrize("processes", CASES)
 def test_every_layout_gives_the_same(processes, toy_models, one_process, tmp_path):
-    plain, found = one_process
+    plain, results = one_process
     if processes > 1:
-        found = run(toy_models, tmp_path, processes, CASES[processes])
-    for case, result in zip(CASES[processes], found, strict=True):
+        results = run(toy_models, tmp_path, processes, CASES[processes])
+    for case, result in zip(CASES[processes], results, strict=True):
         assert_same(result, plain[case[0]], exact=case[0] != MODEL, case=case)
 
 
-def assert_same(found: dict, expected: dict, exact: bool, case: tuple[str, str]) -> None:
+def assert_same(result: dict, expected: dict, exact: bool, case: tuple[str, str]) -> None:
     """The same samples, numbers of training to 1e-5; rewards bit for bit if `exact`, else to 1e-5."""
-    assert len(found["metrics"]) == len(expected["metrics"])
-    for row, wanted in zip(found["metrics"], expected["metrics"], strict=True):
+    assert len(result["metrics"]) == len(expected["metrics"])
+    for row, wanted in zip(result["metrics"], expected["metrics"], strict=True):
         assert row == {name: close(name, wanted[name], exact) for name in wanted}, case
-    for row, wanted in zip(found["samples"], expected["samples"], strict=True):
+    for row, wanted in zip(result["samples"], expected["samples"], strict=True):
         assert row | {"reward": 0} == wanted | {"reward": 0}, case
         assert row["reward"] == close("rewards", wanted["reward"], exact), case
 

@@ -42,33 +42,33 @@ PROMPTS = 6
 
 def recorded(flags: list[str], text: Tokenizer) -> dict:
     """What a step did: its answers, what each model said, what the updates were given."""
-    found: dict = {"said": []}
+    record: dict = {"said": []}
     rollout, per_token, token_batches = train_ppo.Rollout, batching.per_token, batching.token_batches
 
     def note_rollout(*args: object) -> object:
-        made = rollout(*args)
-        found["answers"] = [
+        result = rollout(*args)
+        record["answers"] = [
             {
                 "ids": sample.ids.tolist(),
                 "ended": sample.finish == "stop",
                 "score": reward(text.decode(prompt.ids.tolist()), sample.text(text), prompt.row),
             }
-            for prompt, samples in zip(made.prompts, made.samples, strict=True)
+            for prompt, samples in zip(result.prompts, result.samples, strict=True)
             for sample in samples
         ]
-        return made
+        return result
 
     def note_said(*args: object) -> object:
-        made = per_token(*args)
-        if len(found["said"]) == 1:  # the reference, which is the policy in a first step
-            made[:, 0] += 0.3 * torch.arange(len(made)).sin()
-        found["said"].append(made[:, 0].tolist())
-        return made
+        values = per_token(*args)
+        if len(record["said"]) == 1:  # the reference, which is the policy in a first step
+            values[:, 0] += 0.3 * torch.arange(len(values)).sin()
+        record["said"].append(values[:, 0].tolist())
+        return values
 
     def note_batches(model: object, updates: list, config: object, tokens: dict) -> list:
-        made = token_batches(model, updates, config, tokens)
-        found["batches"] = [[sequences(batch) for batch in batches] for batches in made]
-        return made
+        micro_batches = token_batches(model, updates, config, tokens)
+        record["batches"] = [[sequences(batch) for batch in batches] for batches in micro_batches]
+        return micro_batches
 
     with (
         mock.patch.object(train_ppo, "Rollout", note_rollout),
@@ -76,30 +76,30 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
         mock.patch.object(batching, "token_batches", note_batches),
     ):
         train_ppo.main(tyro.cli(train_ppo.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,)))
-    return found
+    return record
 
 
 def sequences(batch: Batch) -> list[dict]:
     """Of each sequence of a micro-batch its trained targets, and what stands beside them."""
-    ends, first, found = batch.cu_seqlens.tolist(), 0, []
+    ends, first, parts = batch.cu_seqlens.tolist(), 0, []
     for start, end in zip(ends, ends[1:], strict=False):
         targets = batch.targets[start:end][batch.mask[start:end].bool()].tolist()
         here = slice(first, first + len(targets))
-        found.append({"targets": targets, **{k: x[here].tolist() for k, x in batch.extra.items()}})
+        parts.append({"targets": targets, **{k: x[here].tolist() for k, x in batch.extra.items()}})
         first += len(targets)
-    return found
+    return parts
 
 
 # ---- slow loops ----------------------------------------------------------------------------------
 
 
-def expected(kind: str, found: dict) -> list[dict[str, list[float]]]:
+def expected(kind: str, record: dict) -> list[dict[str, list[float]]]:
     """What each token of each answer must have."""
     critic = kind in ("gae", "plain")
-    old, ref, *rest = found["said"]
+    old, ref, *rest = record["said"]
     values = rest[0] if critic else [0.0] * len(old)
     result, place = [], 0
-    for answer in found["answers"]:
+    for answer in record["answers"]:
         own = range(place, place + len(answer["ids"]))
         place += len(own)
         score = answer["score"]
@@ -176,24 +176,26 @@ def test_every_token_has_its_own_numbers(kind, steps):
     for epoch in range(epochs):
         left = dict(enumerate(wanted))
         for number in (2 * epoch, 2 * epoch + 1):
-            given = [one for rank in ranks for batch in rank["batches"][number] for one in batch]
-            assert len(given) == per_update
-            taken = [take(left, one) for one in given]
-            drawn += [set(taken)] if number == 2 * epoch else []
+            trained = [one for rank in ranks for batch in rank["batches"][number] for one in batch]
+            assert len(trained) == per_update
+            places = [take(left, one) for one in trained]
+            drawn += [set(places)] if number == 2 * epoch else []
         assert not left
     assert drawn[0] == set(range(per_update))
     assert all(drawn[i] != drawn[k] for i in range(epochs) for k in range(i))
 
 
-def take(left: dict[int, dict], given: dict) -> int:
+def take(left: dict[int, dict], sequence: dict) -> int:
     """Remove the answer that a sequence is, and has the numbers of; returns its place in the rollout."""
     place = next(
-        i for i, one in left.items() if one["targets"] == given["targets"] and one["old"] == given["old"]
+        i
+        for i, one in left.items()
+        if one["targets"] == sequence["targets"] and one["old"] == sequence["old"]
     )
     answer = left.pop(place)
     for name in ("ref", "values", "counted"):
-        assert given[name] == answer[name], name
-    assert given["advantages"] == pytest.approx(answer["advantages"], rel=1e-9, abs=1e-9)
+        assert sequence[name] == answer[name], name
+    assert sequence["advantages"] == pytest.approx(answer["advantages"], rel=1e-9, abs=1e-9)
     return place
 
 

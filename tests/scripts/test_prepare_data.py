@@ -129,7 +129,7 @@ def test_oasst_splits_by_tree(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "reason"),
     [
         ({"prompt": None}, "field 'prompt' must be the object at the root"),
         (tree(message("user", "q")), "role 'user' is not one of prompter, assistant"),
@@ -138,9 +138,9 @@ def test_oasst_splits_by_tree(tmp_path: Path):
         (tree(message("assistant", "a") | {"labels": {"quality": 1}}), "label 'quality' must hold a number"),
     ],
 )
-def test_oasst_names_the_bad_line(bad: dict, said: str, tmp_path: Path):
+def test_oasst_names_the_bad_line(bad: dict, reason: str, tmp_path: Path):
     raw = write_rows(tmp_path / "trees.jsonl", [tree(message("prompter", "q")), bad])
-    with pytest.raises(UserError, match=f"trees.jsonl:2: {said}"):
+    with pytest.raises(UserError, match=f"trees.jsonl:2: {reason}"):
         prepare_data.oasst(raw, tmp_path / "out")
 
 
@@ -178,17 +178,17 @@ def test_gsm8k(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         (3, "must be a string, not int"),
         ("2 and 2 are 4", "must end with '####' and the final answer"),
         ("2 and 2 are #### ,", "must end with '####' and the final answer"),
     ],
 )
-def test_gsm8k_names_the_bad_line(answer: object, said: str, tmp_path: Path):
+def test_gsm8k_names_the_bad_line(answer: object, message: str, tmp_path: Path):
     rows = [{"question": "q", "answer": "#### 1"}, {"question": "q", "answer": answer}]
     raw = write_rows(tmp_path / "raw.jsonl", rows)
-    with pytest.raises(UserError, match=f"raw.jsonl:2: field 'answer' {said}"):
+    with pytest.raises(UserError, match=f"raw.jsonl:2: field 'answer' {message}"):
         prepare_data.gsm8k(raw, tmp_path / "out.jsonl")
 
 
@@ -521,10 +521,10 @@ def test_download_with_the_wrong_sha256(server, tmp_path: Path, monkeypatch):
 def test_download_without_a_published_sha256(server, tmp_path: Path, monkeypatch, capsys):
     publish(server, monkeypatch)
     monkeypatch.setitem(download.PUBLIC, "f", (f"{server.url}/f", None))
-    for found in ("downloaded 0.7 MB", "already there"):
+    for state in ("downloaded 0.7 MB", "already there"):
         path = download.fetch("f", tmp_path)
-        said = f"{path}: {found}, sha256 {hashlib.sha256(BODY).hexdigest()} not checked: no published one"
-        assert capsys.readouterr().out.startswith(said)
+        message = f"{path}: {state}, sha256 {hashlib.sha256(BODY).hexdigest()} not checked: no published one"
+        assert capsys.readouterr().out.startswith(message)
     assert path.read_bytes() == BODY and len(server.requests) == 1
 
 
@@ -627,7 +627,7 @@ def test_hh_downloads_its_sets(server, tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("dolly", "give either --input FILE or --download"),
         ("oasst --input a --download", "give either --input FILE or --download"),
@@ -638,7 +638,7 @@ def test_hh_downloads_its_sets(server, tmp_path: Path, monkeypatch):
         ("hh --download --test-fraction 0.1", "--test-fraction 0.1: --test-input or --download is"),
     ],
 )
-def test_download_flags_are_checked_first(words: str, said: str, tmp_path: Path, monkeypatch, capsys):
+def test_download_flags_are_checked_first(words: str, message: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare_data, "fetch", lambda *_: pytest.fail("it downloads"))
     output = [] if "--output" in words else ["--output", "out"]
@@ -786,8 +786,8 @@ def test_judge(tmp_path: Path):
     template.write_text("{{ prompt }} | {{ response }}\n")
     raw, out = write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "out.jsonl"
     prepare_data.judge(raw, out, template)
-    found, scores = read_jsonl(out), Counter()
-    for i, row in enumerate(found):
+    written, scores = read_jsonl(out), Counter()
+    for i, row in enumerate(written):
         asked, judgement = (message["content"] for message in row["messages"])
         question, _, response = asked.removesuffix("\n").partition(" | ")
         assert question == f"What is {i} + {i}?"
@@ -801,7 +801,7 @@ def test_judge(tmp_path: Path):
             1: response != own and shape == [len(word) for word in own.split()],
             0: response != own and response in [chat[1][1] for chat in chats],
         }[score], (response, judgement)
-    assert len(found) == 400 and min(scores[score] for score in (0, 1, 2, 5)) > 70
+    assert len(written) == 400 and min(scores[score] for score in (0, 1, 2, 5)) > 70
     assert loads(out) == 400
     prepare_data.judge(raw, tmp_path / "again.jsonl", template, limit=7)
     assert len(read_jsonl(tmp_path / "again.jsonl")) == 7
@@ -819,12 +819,12 @@ def test_judge_of_several_turns_and_of_an_answer_without_numbers(tmp_path: Path)
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]}] * 20
     rows += [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}] * 20
     prepare_data.judge(write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "out.jsonl")
-    first, *_ = found = read_jsonl(tmp_path / "out.jsonl")
+    first, *_ = written = read_jsonl(tmp_path / "out.jsonl")
     assert (
         "<question>\nUser: Hi\n\nAssistant: Hello\n\nUser: Bye\n</question>"
         in first["messages"][0]["content"]
     )
-    assert {parse_score(row["messages"][1]["content"], 0, 5) for row in found} == {0.0, 5.0}
+    assert {parse_score(row["messages"][1]["content"], 0, 5) for row in written} == {0.0, 5.0}
 
 
 def test_judge_of_conversations(tmp_path: Path):
@@ -837,17 +837,17 @@ def test_judge_of_conversations(tmp_path: Path):
     raw, out = write_rows(tmp_path / "raw.jsonl", [row] * 40), tmp_path / "out.jsonl"
     prepare_data.judge(raw, out, template)
     tiny, fmt = tokenizer.load(TINY), formats.FormatConfig()
-    found = Counter()
+    counts = Counter()
     for judgement in read_jsonl(out):
         asked, score = judgement["conversations"]
         assert (judgement["mask"], asked["from"], score["from"]) == (["Ann"], "Ann", "Bob")
-        found[asked["value"], parse_score(score["value"], 0, 5)] += 1
+        counts[asked["value"], parse_score(score["value"], 0, 5)] += 1
         ids = prompts.one_turn(row, asked["value"], tiny, fmt).tolist()
         assert formats.format_sft(judgement, tiny, fmt)[0].ids[: len(ids)].tolist() == ids
-    own = [key for key in found if key[0] == "1 + 1? | It is 2."]
-    half = [key for key in found if key[0] == "1 + 1? | It"]
+    own = [key for key in counts if key[0] == "1 + 1? | It is 2."]
+    half = [key for key in counts if key[0] == "1 + 1? | It"]
     assert own == [("1 + 1? | It is 2.", 5)] and half == [("1 + 1? | It", 2)]
-    assert found.total() == 40 and {score for _, score in found} == {5, 2, 1}
+    assert counts.total() == 40 and {score for _, score in counts} == {5, 2, 1}
     raw = write_rows(raw, [row | {"type": "TEXT_TO_VALUE"}])
     with pytest.raises(UserError, match=r"raw.jsonl:1: field 'type'"):
         prepare_data.judge(raw, out)

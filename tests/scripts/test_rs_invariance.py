@@ -68,14 +68,14 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
 def one_process(toy_models, tmp_path_factory) -> tuple[dict[str, dict], list[dict]]:
     """{judge: the plainest run of one process}, and those of CASES[1]."""
     plain = [(BY_RULE, ""), (BY_MODEL, "")]
-    found = run(toy_models, tmp_path_factory.mktemp("one"), 1, plain + CASES[1])
-    return {judge: result for (judge, _), result in zip(plain, found, strict=False)}, found[len(plain) :]
+    results = run(toy_models, tmp_path_factory.mktemp("one"), 1, plain + CASES[1])
+    return {judge: result for (judge, _), result in zip(plain, results, strict=False)}, results[len(plain) :]
 
 
 def test_the_run_has_all_that_could_differ(one_process):
     """Answers of both ends, some equal, both kinds of updates, and other samples after them than before."""
-    for found in one_process[0].values():
-        steps = found["metrics"][1:]
+    for result in one_process[0].values():
+        steps = result["metrics"][1:]
         assert len(steps) == STEPS
         for name in ("dropped_unended", "dropped_duplicates"):
             assert sum(step[f"train_rollouts/{name}"] for step in steps) > 0
@@ -84,7 +84,7 @@ def test_the_run_has_all_that_could_differ(one_process):
         before, after = (
             [
                 row["response"]
-                for row in found["samples"]
+                for row in result["samples"]
                 if row["step"] == step and row["table"] == "val_rollouts"
             ]
             for step in (0, STEPS)
@@ -94,19 +94,19 @@ def test_the_run_has_all_that_could_differ(one_process):
 
 @pytest.mark.parametrize("processes", CASES)
 def test_every_layout_gives_the_same(processes, toy_models, one_process, tmp_path):
-    plain, found = one_process
+    plain, results = one_process
     if processes > 1:
-        found = run(toy_models, tmp_path, processes, CASES[processes])
-    for case, result in zip(CASES[processes], found, strict=True):
+        results = run(toy_models, tmp_path, processes, CASES[processes])
+    for case, result in zip(CASES[processes], results, strict=True):
         assert_same(result, plain[case[0]], exact=case[0] == BY_RULE, case=case)
 
 
-def assert_same(found: dict, expected: dict, exact: bool, case: tuple[str, str]) -> None:
+def assert_same(result: dict, expected: dict, exact: bool, case: tuple[str, str]) -> None:
     """The same samples and choices, losses to 1e-5; rewards bit for bit if `exact`, else to 1e-5."""
-    assert len(found["metrics"]) == len(expected["metrics"])
-    for row, wanted in zip(found["metrics"], expected["metrics"], strict=True):
+    assert len(result["metrics"]) == len(expected["metrics"])
+    for row, wanted in zip(result["metrics"], expected["metrics"], strict=True):
         assert row == {name: close(name, wanted[name], exact) for name in wanted}, case
-    for row, wanted in zip(found["samples"], expected["samples"], strict=True):
+    for row, wanted in zip(result["samples"], expected["samples"], strict=True):
         assert row | {"reward": 0} == wanted | {"reward": 0}, case
         assert row["reward"] == close("rewards", wanted["reward"], exact), case
 

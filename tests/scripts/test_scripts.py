@@ -262,13 +262,13 @@ def test_dpo_without_arguments(tmp_path):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     pairs = pairs_of(tmp_path / "data/val_comparisons.jsonl", tmp_path / "hf")
-    found = np.array([[response_logprob(policy, side) for side in pair.examples] for pair in pairs])
+    logprobs = np.array([[response_logprob(policy, side) for side in pair.examples] for pair in pairs])
     kept = load_file(tmp_path / "reference.safetensors")["val"].numpy()
     last = metrics[3]
-    assert found.mean(0) == pytest.approx(
+    assert logprobs.mean(0) == pytest.approx(
         [last["val/logprobs_chosen_mean"], last["val/logprobs_rejected_mean"]], abs=1e-4
     )
-    rewards = 0.1 * (found - kept)
+    rewards = 0.1 * (logprobs - kept)
     wanted = [last["val/rewards_chosen_mean"], last["val/rewards_rejected_mean"]]
     assert rewards.mean(0) == pytest.approx(wanted, abs=1e-6)
     assert abs(wanted[0]) > 1e-4, "the policy has not moved"
@@ -449,11 +449,13 @@ def test_kl_of_kto_is_that_of_the_whole_step(attempts):
 
 
 def test_a_wrong_reference_is_refused_before_the_first_update(attempts):
-    found = attempts["wrong reference"]
-    assert "before the first update the policy is the reference, but their log-probs differ" in found["error"]
-    assert re.search(r"by 0\.00(1|099)\d* nats a sequence", found["error"])
-    assert [row["step"] for row in read_metrics(found["output"])] == [0]
-    assert not (found["output"] / "checkpoints").exists() and not (found["output"] / "hf").exists()
+    message = attempts["wrong reference"]
+    assert (
+        "before the first update the policy is the reference, but their log-probs differ" in message["error"]
+    )
+    assert re.search(r"by 0\.00(1|099)\d* nats a sequence", message["error"])
+    assert [row["step"] for row in read_metrics(message["output"])] == [0]
+    assert not (message["output"] / "checkpoints").exists() and not (message["output"] / "hf").exists()
     [_, first] = read_metrics(finished(attempts, "forgiven reference"))
     assert first["train/logratio_abs_mean"] == pytest.approx(1e-3, rel=0.01)
 
@@ -502,9 +504,9 @@ def test_statistics_of_training_rows(attempts):
     pairs = pairs_of(output.parent / "pairs.jsonl", output / "hf")
     scores = scores_of(output / "hf", pairs)
     expected = pytest.approx({"mean": scores.mean(), "std": scores.std()}, abs=1e-5)
-    found = json.loads((output / "hf" / "reward_statistics.json").read_text())
-    assert found.pop("ends") == {"258": 48}
-    assert (found.pop("texts"), found.pop("data")) == (48, "train") and found == expected
+    statistics = json.loads((output / "hf" / "reward_statistics.json").read_text())
+    assert statistics.pop("ends") == {"258": 48}
+    assert (statistics.pop("texts"), statistics.pop("data")) == (48, "train") and statistics == expected
     assert scores.std() > 1e-2
 
 
@@ -707,10 +709,10 @@ def attempts(tmp_path_factory) -> dict[str, dict]:
     ]
     (folder / "commands.json").write_text(json.dumps(commands))
     fork_python("tests/workers/scripts.py", folder)
-    found = json.loads((folder / "errors.json").read_text())
+    errors = json.loads((folder / "errors.json").read_text())
     return {
         name: {"error": error, "output": output}
-        for (name, output), error in zip(outputs.items(), found, strict=True)
+        for (name, output), error in zip(outputs.items(), errors, strict=True)
     }
 
 

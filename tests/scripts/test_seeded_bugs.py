@@ -37,36 +37,36 @@ Ran = dict[int, list[dict[str, dict]]]
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """How all runs end: by number of processes, rank and case."""
-    given, found = tmp_path_factory.mktemp("given"), {}
-    toy.write(given, num_train=16, num_val=1)
-    shutil.copytree(ROOT / "assets" / "tiny", given / "model")
+    folder, results = tmp_path_factory.mktemp("given"), {}
+    toy.write(folder, num_train=16, num_val=1)
+    shutil.copytree(ROOT / "assets" / "tiny", folder / "model")
     torch.manual_seed(0)  # large random weights: each token matters to those after it, as in a trained model
     sizes = SIZES | dict(vocab_size=264, num_hidden_layers=2, bos_token_id=257, eos_token_id=258)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(given / "model")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder / "model")
     for processes in (1, 2):
         output = tmp_path_factory.mktemp(f"on{processes}")
-        fork_ranks(processes, "tests/workers/seeded_bugs.py", given, output)
+        fork_ranks(processes, "tests/workers/seeded_bugs.py", folder, output)
         ranks = [output / f"rank{rank}.json" for rank in range(processes)]
-        found[processes] = [json.loads(rank.read_text()) for rank in ranks]
-    return found
+        results[processes] = [json.loads(rank.read_text()) for rank in ranks]
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_with_this_bug_is_stopped(name, ran):
     """On every rank, by the right check, at the first step that the bug can show in."""
     case = CASES[name]
-    for found in ran[PROCESSES[case.flags]]:
-        message = found[name]["message"]
+    for results in ran[PROCESSES[case.flags]]:
+        message = results[name]["message"]
         assert message and re.fullmatch(MESSAGES[case.caught], message), message
-        assert [step["step"] for step in found[name]["steps"]] == [1, 2][: case.after]
+        assert [step["step"] for step in results[name]["steps"]] == [1, 2][: case.after]
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_the_same_run_without_a_bug_ends_well(flags, ran):
     mean, largest, _ = audit.BOUNDS[torch.float32]
-    for found in ran[PROCESSES[flags]]:
-        assert found[f"{flags} alone"]["message"] is None
-        steps = found[f"{flags} alone"]["steps"]
+    for results in ran[PROCESSES[flags]]:
+        assert results[f"{flags} alone"]["message"] is None
+        steps = results[f"{flags} alone"]["steps"]
         assert [step["step"] for step in steps] == [1, 2]
         for step in steps:
             assert step["audit/logprob_error"] < mean / 5
@@ -83,10 +83,10 @@ def test_a_wrong_gradient_shows_beside_one_process(name, ran):
         assert run["message"] is None
         return run["steps"][0]["train_optim/grad_norm"]
 
-    for found in bugged:
+    for results in bugged:
         for layout in ("tp 2 alone", "dp 2 alone"):
-            assert norm(found[layout]) == pytest.approx(norm(one["usual alone"]), rel=1e-5)
-        assert norm(found[name]) != pytest.approx(norm(one["usual alone"]), rel=0.1)
+            assert norm(results[layout]) == pytest.approx(norm(one["usual alone"]), rel=1e-5)
+        assert norm(results[name]) != pytest.approx(norm(one["usual alone"]), rel=0.1)
 
 
 def test_a_bug_whose_words_are_gone_is_an_error():

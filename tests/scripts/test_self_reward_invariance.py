@@ -65,22 +65,22 @@ def run(trained: Path, output: Path, processes: int, cases: list[tuple[str, str]
 def one_process(toy_judge, tmp_path_factory) -> tuple[dict[str, dict], list[dict]]:
     """{what is learnt: the plainest run of one process}, and those of CASES[1]."""
     plain = [(META, ""), (ANSWERS, "")]
-    found = run(toy_judge, tmp_path_factory.mktemp("one"), 1, plain + CASES[1])
-    return {kind: result for (kind, _), result in zip(plain, found, strict=False)}, found[len(plain) :]
+    results = run(toy_judge, tmp_path_factory.mktemp("one"), 1, plain + CASES[1])
+    return {kind: result for (kind, _), result in zip(plain, results, strict=False)}, results[len(plain) :]
 
 
 def test_the_run_has_all_that_could_differ(one_process):
     """Judgements with scores of all kinds and without, verdicts, prompts without a pair, another policy."""
     without = []
-    for kind, found in one_process[0].items():
-        steps = found["metrics"][1:]
+    for kind, result in one_process[0].items():
+        steps = result["metrics"][1:]
         assert len(steps) == STEPS and [step["train/iteration"] for step in steps] == [0, 0, 1, 1]
         assert sum(step["train/bad_ends_per_GBS"] for step in steps) > 0
         without += [why for step in steps for why in judge.REASONS if step[f"train/bad_{why}"] > 0]
         assert all(step["train/bad_samples_per_GBS"] < 1 for step in steps)
         unparsed = [step["train/judge_unparsed"] for step in steps]
         assert max(unparsed) > 0 and sum(unparsed) / STEPS < 0.5
-        scores = Counter(row["score"] for row in found["samples"] if row["table"] == "train_judgements")
+        scores = Counter(row["score"] for row in result["samples"] if row["table"] == "train_judgements")
         assert len(scores) > 3 and scores.most_common(1)[0][1] < 0.7 * scores.total()
         # one cosine over both iterations, whatever becomes of Adam between them
         rates = [1e-4 + 1e-4 * (1 + math.cos(math.pi * i / STEPS)) / 2 for i in range(STEPS)]
@@ -88,11 +88,11 @@ def test_the_run_has_all_that_could_differ(one_process):
         moved = [step["train/logratio_abs_mean"] for step in steps]
         assert moved[0] == moved[2] == 0 and min(moved[1], moved[3]) > 0.1
         before, after = (
-            [row["judgement"] for row in found["samples"] if (row["step"], row["table"]) == place]
+            [row["judgement"] for row in result["samples"] if (row["step"], row["table"]) == place]
             for place in ((0, "val_judgements"), (STEPS, "val_judgements"))
         )
         assert min(len(before), len(after)) > 20 and before != after
-        winners = [row["winner"] for row in found["samples"] if row["table"] == "train_comparisons"]
+        winners = [row["winner"] for row in result["samples"] if row["table"] == "train_comparisons"]
         assert (Counter(winners).total() > 20 and winners.count(None) < len(winners) / 2) == (kind == META)
         learnt = sum(step["train/meta_samples_per_GBS"] > 0 for step in steps)
         assert learnt > 2 if kind == META else learnt == 0
@@ -101,10 +101,10 @@ def test_the_run_has_all_that_could_differ(one_process):
 
 @pytest.mark.parametrize("processes", CASES)
 def test_every_layout_gives_the_same(processes, toy_judge, one_process, tmp_path):
-    plain, found = one_process
+    plain, results = one_process
     if processes > 1:
-        found = run(toy_judge, tmp_path, processes, CASES[processes])
-    for case, result in zip(CASES[processes], found, strict=True):
+        results = run(toy_judge, tmp_path, processes, CASES[processes])
+    for case, result in zip(CASES[processes], results, strict=True):
         expected = plain[case[0]]
         assert result["samples"] == expected["samples"], case
         assert len(result["metrics"]) == len(expected["metrics"])

@@ -49,12 +49,12 @@ WINNER = re.compile(r"[^W]* Winner: Judgement ([AB])")
 
 def recorded(flags: list[str], text: Tokenizer) -> dict:
     """What a run did: prompts and samples, the pairs of each step, and what the updates got of them."""
-    found: dict = {"rollouts": [], "mixed": [], "updates": []}
+    record: dict = {"rollouts": [], "mixed": [], "updates": []}
     sample, mix, update = generator.Generator.generate, meta_judge.mix, engine.forward_backward
 
     def note_samples(self: generator.Generator, prompts: list, streams: list, number: int) -> list:
-        made = sample(self, prompts, streams, number)
-        found["rollouts"] += [
+        groups = sample(self, prompts, streams, number)
+        record["rollouts"] += [
             {
                 "stream": stream,
                 "prompt": prompt.tolist(),
@@ -62,26 +62,26 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
                 "ended": [one.finish == "stop" for one in samples],
                 "texts": [one.text(text) for one in samples],
             }
-            for prompt, stream, samples in zip(prompts, streams, made, strict=True)
+            for prompt, stream, samples in zip(prompts, streams, groups, strict=True)
         ]
-        return made
+        return groups
 
     def note_mixed(*args: object) -> list:
-        made = mix(*args)
-        found["mixed"].append(
-            [[pair.ids.tolist(), *(one.ids.tolist() for one in pair.samples)] for pair in made]
+        pairs = mix(*args)
+        record["mixed"].append(
+            [[pair.ids.tolist(), *(one.ids.tolist() for one in pair.samples)] for pair in pairs]
         )
-        return made
+        return pairs
 
     def note_update(model: object, batches: list[Batch], loss_fn: engine.LossFn, denominator: float) -> dict:
-        said = []
+        logprobs_of_batches = []
 
         def noting(batch: Batch, logprobs: torch.Tensor) -> tuple:
-            said.append(logprobs.detach()[batch.mask.bool()])
+            logprobs_of_batches.append(logprobs.detach()[batch.mask.bool()])
             return loss_fn(batch, logprobs)
 
         metrics = update(model, batches, noting, denominator)
-        found["updates"].append([pairs_of(*both) for both in zip(batches, said, strict=True)])
+        record["updates"].append([pairs_of(*both) for both in zip(batches, logprobs_of_batches, strict=True)])
         return metrics
 
     with (
@@ -92,7 +92,7 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
         train_self_reward.main(
             tyro.cli(train_self_reward.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
         )
-    return found
+    return record
 
 
 def pairs_of(batch: Batch, policy: torch.Tensor) -> list[dict]:
@@ -118,7 +118,7 @@ def pairs_of(batch: Batch, policy: torch.Tensor) -> list[dict]:
 # ---- slow loops ----------------------------------------------------------------------------------
 
 
-class Found:
+class RunRecord:
     """What a run of one kind left: what each rank saw, the tables of samples, and the log."""
 
     def __init__(self, folder: Path, kind: str):
@@ -144,45 +144,45 @@ class Found:
         table, scores = iter(self.table(step, "train_judgements")), {}
         for one in self.rollouts(step, 1):
             row, k = one["stream"][2], one["stream"][4]
-            said = [next(table) for _ in one["texts"]]
-            assert [(each["row"], each["answer"], each["judgement"]) for each in said] == [
+            rows = [next(table) for _ in one["texts"]]
+            assert [(each["row"], each["answer"], each["judgement"]) for each in rows] == [
                 (row, k, text) for text in one["texts"]
             ]
-            scores[row, k] = [each["score"] for each in said]
+            scores[row, k] = [each["score"] for each in rows]
         assert not list(table)
-        said = self.table(step, "train_judgements")
-        check_read(SCORE, [row["judgement"] for row in said], [row["score"] for row in said], float)
+        rows = self.table(step, "train_judgements")
+        check_read(SCORE, [row["judgement"] for row in rows], [row["score"] for row in rows], float)
         return scores
 
     def winners(self, step: int) -> dict[int, dict[int, str | None]]:
         """By row of the data and 2 a + b who won, of the judgements a, shown as A, and b, shown as B."""
-        made, table = self.rollouts(step, 2), self.table(step, "train_comparisons")
-        assert [one["texts"] for one in made] == [[row["verdict"]] for row in table]
+        verdicts, table = self.rollouts(step, 2), self.table(step, "train_comparisons")
+        assert [one["texts"] for one in verdicts] == [[row["verdict"]] for row in table]
         check_read(WINNER, [row["verdict"] for row in table], [row["winner"] for row in table], str)
         winners: dict[int, dict[int, str | None]] = {}
-        for one, row in zip(made, table, strict=True):
+        for one, row in zip(verdicts, table, strict=True):
             winners.setdefault(one["stream"][2], {})[one["stream"][4]] = row["winner"]
         return winners
 
 
 def check_read(taught: re.Pattern, texts: list[str], values: list, kind: type) -> None:
     """Of texts in the form that the model was taught, which are most, the right thing was read."""
-    found = [(taught.fullmatch(text), value) for text, value in zip(texts, values, strict=True)]
-    read = [(kind(match[1]), value) for match, value in found if match]
-    assert len(read) > len(texts) / 2 and all(said == value for said, value in read), read
+    matches = [(taught.fullmatch(text), value) for text, value in zip(texts, values, strict=True)]
+    read = [(kind(match[1]), value) for match, value in matches if match]
+    assert len(read) > len(texts) / 2 and all(value_read == value for value_read, value in read), read
 
 
-def good_pairs(found: Found, step: int) -> list[dict]:
+def good_pairs(run: RunRecord, step: int) -> list[dict]:
     """Of each prompt the answers with the highest and the lowest mean score, if they differ."""
-    scores, pairs = found.scores(step), []
-    for one in found.rollouts(step, 0):
+    scores, pairs = run.scores(step), []
+    for one in run.rollouts(step, 0):
         row = one["stream"][2]
         valid = {
-            k: said
+            k: scores_of_answer
             for k, ended in enumerate(one["ended"])
-            if ended and (said := [score for score in scores[row, k] if score is not None])
+            if ended and (scores_of_answer := [score for score in scores[row, k] if score is not None])
         }
-        means = {k: mean(said) for k, said in valid.items()}
+        means = {k: mean(scores_of_answer) for k, scores_of_answer in valid.items()}
         if len(means) < 2 or max(means.values()) == min(means.values()):
             continue
         best, worst = (
@@ -195,15 +195,15 @@ def good_pairs(found: Found, step: int) -> list[dict]:
     return pairs
 
 
-def judgement_pairs(found: Found, step: int) -> list[dict]:
+def judgement_pairs(run: RunRecord, step: int) -> list[dict]:
     """Of each prompt the two judgements of the answer with the most different ones, if both orders agree."""
-    scores, pairs = found.scores(step), []
-    judged = {(one["stream"][2], one["stream"][4]): one for one in found.rollouts(step, 1)}
-    for row, winners in found.winners(step).items():
+    scores, pairs = run.scores(step), []
+    judged = {(one["stream"][2], one["stream"][4]): one for one in run.rollouts(step, 1)}
+    for row, winners in run.winners(step).items():
         spread = {
-            k: pvariance(said)
-            for (of, k), said in scores.items()
-            if of == row and None not in said and all(judged[of, k]["ended"])
+            k: pvariance(scores_of_answer)
+            for (of, k), scores_of_answer in scores.items()
+            if of == row and None not in scores_of_answer and all(judged[of, k]["ended"])
         }
         k = min(k for k in spread if spread[k] == max(spread.values()))
         assert spread[k] > 0 and set(winners) == {1, 2}  # 2 a + b of (0, 1) and of (1, 0)
@@ -227,23 +227,23 @@ def strength_gap() -> float:
     return low
 
 
-def expected(found: Found) -> list[dict]:
+def expected(run: RunRecord) -> list[dict]:
     """Of each step its pairs in order, how many judgements are among them, and were taken in."""
     counts, waiting, steps = Counter(range(6)), [], []
     for step in range(STEPS):
-        good, offered = good_pairs(found, step), judgement_pairs(found, step)
-        taken = 0
+        good, offered = good_pairs(run, step), judgement_pairs(run, step)
+        accepted = 0
         for pair in offered:
             if counts[math.floor(pair["score"])] / counts.total() < 0.4:  # --meta-judge-class-cap
                 counts[math.floor(pair["score"])] += 1
                 waiting.append(pair)
-                taken += 1
+                accepted += 1
         number = 0
         while number < len(waiting) and number + 1 <= FRACTION * min(PROMPTS, len(good) + number + 1):
             number += 1
         pairs = good[: PROMPTS - number] + waiting[:number]
         waiting = waiting[number:]
-        steps.append({"pairs": pairs, "good": len(good), "judgements": number, "taken": taken})
+        steps.append({"pairs": pairs, "good": len(good), "judgements": number, "taken": accepted})
     return steps
 
 
@@ -301,8 +301,8 @@ def folder(toy_judge, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def found(request, folder) -> Found:
-    return Found(folder, request.param)
+def run(request, folder) -> RunRecord:
+    return RunRecord(folder, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -311,51 +311,51 @@ def start(toy_judge) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(toy_judge / "hf", dtype=torch.float64)
 
 
-def test_each_step_has_the_pairs_that_the_scores_give(found):
+def test_each_step_has_the_pairs_that_the_scores_give(run):
     """Those of answers first, then of judgements as many as --meta-judge-fraction allows."""
-    for mixed, wanted, log in zip(found.ranks[0]["mixed"], expected(found), found.log, strict=True):
+    for mixed, wanted, log in zip(run.ranks[0]["mixed"], expected(run), run.log, strict=True):
         assert mixed == [pair["ids"] for pair in wanted["pairs"]]
         good, judgements = wanted["good"], wanted["judgements"]
         assert 0 < good <= PROMPTS and 0 < judgements <= FRACTION * len(mixed)
-        assert good + judgements > PROMPTS if found.kind == "scale" else len(mixed) < PROMPTS
+        assert good + judgements > PROMPTS if run.kind == "scale" else len(mixed) < PROMPTS
         assert log["train/bad_samples_per_GBS"] == pytest.approx(1 - good / PROMPTS, rel=1e-12)
         assert log["train/meta_samples_per_GBS"] == judgements / PROMPTS
         assert log["train/meta_pairs"] == wanted["taken"]
 
 
-def test_every_pair_is_trained_once_with_its_own_tokens(found):
+def test_every_pair_is_trained_once_with_its_own_tokens(run):
     """In one micro-batch of one rank: the samples to their ends, nothing of the prompt, and the gap."""
-    scale = 1.0 if found.kind == "dpo" else SCALE
-    for step, wanted in enumerate(expected(found)):
-        batches = [batch for rank in found.ranks for batch in rank["updates"][step]]
-        given = [pair for batch in batches for pair in batch]
-        assert len(batches) > 2 and all(rank["updates"][step][0] for rank in found.ranks)
-        assert len(given) == len(wanted["pairs"])
+    scale = 1.0 if run.kind == "dpo" else SCALE
+    for step, wanted in enumerate(expected(run)):
+        batches = [batch for rank in run.ranks for batch in rank["updates"][step]]
+        trained = [pair for batch in batches for pair in batch]
+        assert len(batches) > 2 and all(rank["updates"][step][0] for rank in run.ranks)
+        assert len(trained) == len(wanted["pairs"])
         for pair in wanted["pairs"]:
             prompt, *samples = pair["ids"]
             sides = [(ids, list(range(len(prompt) - 1, len(prompt) + len(ids) - 1))) for ids in samples]
             same = [
                 one
-                for one in given
+                for one in trained
                 if [(side["targets"], side["positions"]) for side in one["sides"]] == sides
                 and one["gap"] == pytest.approx(scale * pair["gap"], rel=1e-9)
             ]
             assert same, pair
-            given.remove(same[0])
-        assert not given
+            trained.remove(same[0])
+        assert not trained
 
 
-def test_the_reference_is_the_model_of_the_start(found, start):
+def test_the_reference_is_the_model_of_the_start(run, start):
     """Each token has the log-prob that transformers gives, in the second step as well, which is another's."""
-    for step, wanted in enumerate(expected(found)):
-        given = [pair for rank in found.ranks for batch in rank["updates"][step] for pair in batch]
+    for step, wanted in enumerate(expected(run)):
+        trained = [pair for rank in run.ranks for batch in rank["updates"][step] for pair in batch]
         for prompt, *samples in (pair["ids"] for pair in wanted["pairs"]):
             for ids in samples:
-                said = [s for pair in given for s in pair["sides"] if s["targets"] == ids]
-                said = [s["ref"] for s in said if s["positions"][0] == len(prompt) - 1]
+                ref_logprobs = [s for pair in trained for s in pair["sides"] if s["targets"] == ids]
+                ref_logprobs = [s["ref"] for s in ref_logprobs if s["positions"][0] == len(prompt) - 1]
                 truth = logprobs(start, prompt, ids)
-                assert any(one == pytest.approx(truth, rel=0, abs=1e-4) for one in said), ids
-        sides = [side for pair in given for side in pair["sides"]]
+                assert any(one == pytest.approx(truth, rel=0, abs=1e-4) for one in ref_logprobs), ids
+        sides = [side for pair in trained for side in pair["sides"]]
         change = max(abs(p - r) for side in sides for p, r in zip(side["policy"], side["ref"], strict=True))
         assert change == 0 if step == 0 else change > 0.01
 
@@ -367,17 +367,17 @@ def logprobs(model: transformers.PreTrainedModel, prompt: list[int], ids: list[i
     return logits.log_softmax(-1)[range(len(ids)), ids].tolist()
 
 
-def test_the_log_is_the_mean_over_the_pairs(found):
+def test_the_log_is_the_mean_over_the_pairs(run):
     """Over those of answers and of judgements alike; a prompt without a pair counts nowhere."""
-    for step, log in enumerate(found.log):
-        pairs = [pair for rank in found.ranks for batch in rank["updates"][step] for pair in batch]
-        for name, value in line(found.kind, pairs).items():
+    for step, log in enumerate(run.log):
+        pairs = [pair for rank in run.ranks for batch in rank["updates"][step] for pair in batch]
+        for name, value in line(run.kind, pairs).items():
             assert log[f"train/{name}"] == pytest.approx(value, rel=1e-9, abs=1e-12), (step, name)
         assert log["audit/logprob_error_max"] < 1e-4
 
 
-def test_ranks_agree(found):
-    first, second = found.ranks
+def test_ranks_agree(run):
+    first, second = run.ranks
     assert first["rollouts"] == second["rollouts"] and first["mixed"] == second["mixed"]
 
 

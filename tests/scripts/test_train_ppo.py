@@ -150,15 +150,15 @@ ROOT2 = 2**0.5 + 1e-4  # the deviation of rewards 1 and 3, or 2 and 0, and GRPO'
 def test_advantages_by_hand(flags, values, counted, advantages, returns):
     config = Config(samples_per_prompt=2, **flags)
     values = torch.zeros_like(REWARDS) if values is None else values
-    found = advantages_of(config, REWARDS, values, LENGTHS, counted)
-    torch.testing.assert_close(found, (advantages, returns), rtol=1e-15, atol=1e-15)
+    advantages_and_returns = advantages_of(config, REWARDS, values, LENGTHS, counted)
+    torch.testing.assert_close(advantages_and_returns, (advantages, returns), rtol=1e-15, atol=1e-15)
 
 
 def test_numbers_of_answers_and_tokens():
     torch.testing.assert_close(expand(f64(5, 6, 7, 8), LENGTHS), f64(5, 5, 6, 7, 7, 8))
     torch.testing.assert_close(by_answer(REWARDS, LENGTHS), f64(0.5, 3, 1, 0))
-    found = moments("x", f64(1, 5))  # the deviation of all there is, not of a sample
-    assert {name: float(value) for name, value in found.items()} == {"x_mean": 3.0, "x_std": 2.0}
+    statistics = moments("x", f64(1, 5))  # the deviation of all there is, not of a sample
+    assert {name: float(value) for name, value in statistics.items()} == {"x_mean": 3.0, "x_std": 2.0}
 
 
 def test_minibatches():
@@ -413,14 +413,14 @@ def test_result_opens_with_transformers(folder):
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint's folder, by name."""
     reader = dcp.FileSystemReader(path)
-    found = {
+    weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.endswith("weight") and not name.startswith("optimizer")
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
-    assert len(found) > 4
-    return found
+    dcp.load(weights, storage_reader=reader, no_dist=True)
+    assert len(weights) > 4
+    return weights
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -457,11 +457,11 @@ def test_without_critic_and_reference(folder):
 
 
 def test_stopped_by_the_time_and_continued(folder):
-    said = (folder / "timed" / "log.txt").read_text()
-    assert f"--max-time is over: stopped after step 1 of {STEPS}; the same command continues" in said
-    assert "continuing after step 1" in said
-    found, expected = ([without_machine(row) for row in metrics(folder, name)] for name in ("timed", "grpo"))
-    assert found == expected
+    log = (folder / "timed" / "log.txt").read_text()
+    assert f"--max-time is over: stopped after step 1 of {STEPS}; the same command continues" in log
+    assert "continuing after step 1" in log
+    rows, expected = ([without_machine(row) for row in metrics(folder, name)] for name in ("timed", "grpo"))
+    assert rows == expected
     assert same(exported(folder, "timed"), exported(folder, "grpo"))
 
 
@@ -511,8 +511,8 @@ def test_a_new_critic_has_values_of_0(folder):
     """Standardised are the rewards, and the values of a critic that starts as the reward model: no others."""
     [row] = metrics(folder, "masked")
     assert row["train_rollouts/values_mean"] == row["train_rollouts/values_std"] == 0.0
-    said = f"reward: (the score of {folder / 'judge'} - 0.25) / 0.5"
-    assert said in (folder / "masked" / "log.txt").read_text()
+    message = f"reward: (the score of {folder / 'judge'} - 0.25) / 0.5"
+    assert message in (folder / "masked" / "log.txt").read_text()
 
 
 def test_without_advantages_no_update_is_made(folder):
@@ -522,8 +522,8 @@ def test_without_advantages_no_update_is_made(folder):
     assert row["train_rollouts/prompts_without_spread"] == 1.0
     assert group(row, "train_optim") == {"skipped_updates"} and row["train_optim/skipped_updates"] == 4
     assert same(exported(folder, "flat"), exported(folder, "gae"))
-    said = "step 1: all advantages are 0, so the policy learnt nothing"
-    assert said in (folder / "flat" / "log.txt").read_text()
+    message = "step 1: all advantages are 0, so the policy learnt nothing"
+    assert message in (folder / "flat" / "log.txt").read_text()
     assert group(with_kl, "train_optim") == OPTIM and with_kl["train_optim/skipped_updates"] == 0
     assert not same(exported(folder, "flat_kl"), exported(folder, "gae"))
 

@@ -32,8 +32,8 @@ DATA = {"train_data": (Path("rows.jsonl"),)}
 
 
 def sample(*ids: int, ended: bool = True) -> Sample:
-    made = sample_of(list(ids))
-    return Sample(made.ids, made.logprobs, made.model_logprobs, "stop" if ended else "length")
+    rated = sample_of(list(ids))
+    return Sample(rated.ids, rated.logprobs, rated.model_logprobs, "stop" if ended else "length")
 
 
 def open_end(*ids: int) -> Sample:
@@ -71,8 +71,8 @@ def open_end(*ids: int) -> Sample:
     ],
 )
 def test_select(samples, values, keep_top, unended, duplicates, expected):
-    found = select(samples, np.array(values, float), keep_top, unended, duplicates)
-    assert found == expected
+    selection = select(samples, np.array(values, float), keep_top, unended, duplicates)
+    assert selection == expected
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -149,13 +149,13 @@ def commands(folder: Path) -> dict[str, list[object]]:
     by_function = ("--reward-fn", "tests.scripts.test_train_rs:noted")
     keep = ("--unended", "keep", "--duplicates", "keep")
     two = ("--keep-top", 2, "--global-batch-size", 4, "--lr", 1e-3, "--audit-quantile", 0.01)
-    made = {
+    flags_of_runs = {
         "function": [*steps, *short, *train, "--val-data", folder / "val.jsonl", *by_function, *keep, *two],
         "model": [*steps, "--max-new-tokens", 1, *keep, "--val-batches", 1, "--tp", 2]
         + ["--reward-model", save_reward_model(folder / "judge"), "--reward-standardise", "auto"],
         "toy": [*steps, *short, "--val-batches", 1],
     }
-    return {name: ["train_rs.py", *flags, "--output", folder / name] for name, flags in made.items()}
+    return {name: ["train_rs.py", *flags, "--output", folder / name] for name, flags in flags_of_runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +199,8 @@ def calls(folder: Path) -> dict[str, list[list[tuple[str, str, float]]]]:
 
     Those of one rollout come after all of the one before, since its answers are given to every rank.
     """
-    found = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
-    of = {kind: [tuple(rest) for kind_, *rest in found if kind_ == kind] for kind in ("train", "val")}
+    lines = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+    of = {kind: [tuple(rest) for kind_, *rest in lines if kind_ == kind] for kind in ("train", "val")}
     train, val = of["train"], of["val"]
     assert len(train) == 2 * 16 and len(val) == 2 * 3
     return {"train": [train[:16], train[16:]], "val": [val[:3], val[3:]]}
@@ -209,23 +209,23 @@ def calls(folder: Path) -> dict[str, list[list[tuple[str, str, float]]]]:
 def test_rewards_in_the_metrics_are_those_of_the_function(folder):
     """Means over all answers, and over the two best to each of four prompts."""
     rows, rollouts = metrics(folder, "function"), calls(folder)
-    for row, made in zip((rows[0], rows[2]), rollouts["val"], strict=True):
-        assert row["val_rollouts/rewards"] == pytest.approx(np.mean([value for *_, value in made]))
-    for row, made in zip(rows[1:], rollouts["train"], strict=True):
-        assert row["train_rollouts/rewards"] == pytest.approx(np.mean([value for *_, value in made]))
+    for row, rated in zip((rows[0], rows[2]), rollouts["val"], strict=True):
+        assert row["val_rollouts/rewards"] == pytest.approx(np.mean([value for *_, value in rated]))
+    for row, rated in zip(rows[1:], rollouts["train"], strict=True):
+        assert row["train_rollouts/rewards"] == pytest.approx(np.mean([value for *_, value in rated]))
         by_prompt = defaultdict(list)
-        for prompt, _, value in made:
+        for prompt, _, value in rated:
             by_prompt[prompt].append(value)
         assert [len(values) for values in by_prompt.values()] == [4] * 4
         best = [sorted(values)[-2:] for values in by_prompt.values()]
         assert row["train_rollouts/rewards_selected"] == pytest.approx(np.mean(best))
         assert np.mean(best) > row["train_rollouts/rewards"]
-        lengths = [len(prompt) for prompt, *_ in made]  # a token is a character of these
+        lengths = [len(prompt) for prompt, *_ in rated]  # a token is a character of these
         assert row["train_rollouts/prompt_lengths"] == pytest.approx(np.mean(lengths))
 
 
 def test_all_rows_are_used_once_in_an_epoch(folder):
-    prompts = [sorted({prompt for prompt, *_ in made}) for made in calls(folder)["train"]]
+    prompts = [sorted({prompt for prompt, *_ in rated}) for rated in calls(folder)["train"]]
     assert sorted(prompts[0] + prompts[1]) == [f"say {i}: " for i in range(8)]
 
 
@@ -235,8 +235,8 @@ def test_samples_are_what_the_function_saw(folder):
     for step, number in ((0, 0), (2, 1)):
         shown = [row for row in rows if row["step"] == step and row["table"] == "val_rollouts"]
         assert [row["prompt"] for row in shown] == [f"say {i}: " for i in range(3)]
-        found = [(row["prompt"], row["response"], row["reward"]) for row in shown]
-        assert sorted(found) == sorted(rollouts["val"][number])
+        rated = [(row["prompt"], row["response"], row["reward"]) for row in shown]
+        assert sorted(rated) == sorted(rollouts["val"][number])
     for step in (1, 2):
         [shown] = [row for row in rows if row["step"] == step and row["table"] == "train_rollouts"]
         assert (shown["prompt"], shown["response"], shown["reward"]) in rollouts["train"][step - 1]
@@ -254,9 +254,9 @@ def test_selected_answers_are_trained_on_in_batches(folder):
 
 
 def test_too_long_prompts_are_dropped_and_counted(folder):
-    said = (folder / "function" / "log.txt").read_text()
-    assert "train data: 9 prompts, 1 dropped too long, " in said
-    assert "longest" in said and "val data: 3 prompts, " in said
+    log = (folder / "function" / "log.txt").read_text()
+    assert "train data: 9 prompts, 1 dropped too long, " in log
+    assert "longest" in log and "val data: 3 prompts, " in log
 
 
 @pytest.fixture(scope="module")
@@ -300,16 +300,16 @@ def test_a_step_that_selects_nothing_goes_on(idle):
 def test_rewards_without_spread_are_said_and_counted(idle, folder):
     """A step in which all answers to each prompt are worth the same; not one in which some are."""
     message = "all responses to a prompt have one reward, for every prompt of the step"
-    said = (idle / "enough" / "log.txt").read_text()
-    assert f"step 1: {message}" in said and f"step 2: {message}" in said
+    log = (idle / "enough" / "log.txt").read_text()
+    assert f"step 1: {message}" in log and f"step 2: {message}" in log
     for row in metrics(idle, "enough"):
         assert row["train_rollouts/prompts_without_spread"] == 1.0
     assert message not in (folder / "function" / "log.txt").read_text()
-    by_prompt = [{prompt: set() for prompt, *_ in made} for made in calls(folder)["train"]]
-    for row, made, values in zip(
+    by_prompt = [{prompt: set() for prompt, *_ in rated} for rated in calls(folder)["train"]]
+    for row, rated, values in zip(
         metrics(folder, "function")[1:], calls(folder)["train"], by_prompt, strict=True
     ):
-        for prompt, _, value in made:
+        for prompt, _, value in rated:
             values[prompt].add(value)
         flat = sum(len(some) == 1 for some in values.values())
         assert row["train_rollouts/prompts_without_spread"] == flat / 4 < 1
@@ -337,12 +337,12 @@ def test_toy_task(name, folder):
     scores = [toy.toy_score(row["prompt"], row["response"]) for row in shown]
     if name == "toy":
         assert [row["reward"] for row in shown] == scores == [0.0] * 8
-        said = (folder / "toy" / "log.txt").read_text()
+        log = (folder / "toy" / "log.txt").read_text()
         for row in rows[1:]:  # as the script's docstring says of the random tiny model
             assert (
                 row["train_rollouts/rewards"] == 0.0 and row["train_rollouts/prompts_without_spread"] == 1.0
             )
-            assert f"step {row['step']}: all responses to a prompt have one reward" in said
+            assert f"step {row['step']}: all responses to a prompt have one reward" in log
 
 
 def test_the_reward_model_judges_the_toy_task_too(folder):

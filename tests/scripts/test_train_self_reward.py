@@ -237,8 +237,8 @@ def test_without_arguments_the_tiny_model_runs(runs):
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [row["train/bad_few"] for row in rows[1:]] == [1.0, 1.0]
     assert not any("loss" in name for name in rows[1] if name.startswith("train/"))
-    said = (runs / "plain/log.txt").read_text()
-    assert "step 2: no prompt gave a pair, so nothing was learnt" in said
+    log = (runs / "plain/log.txt").read_text()
+    assert "step 2: no prompt gave a pair, so nothing was learnt" in log
     assert (runs / "plain/data/judge.txt").read_text() == toy.JUDGE_TEMPLATE
 
 

@@ -30,10 +30,10 @@ def prompts(count: int = 64) -> list[list[int]]:
 
 def sample(tmp_path: Path, processes: int, cases: dict[str, dict]) -> dict[str, dict]:
     """What the cases sample, all in one start of the processes."""
-    given, written = tmp_path / "cases.json", tmp_path / "found.json"
-    given.write_text(json.dumps(cases))
-    torchrun(processes, "tests/workers/generator.py", given, written, timeout_s=400)
-    return json.loads(written.read_text())
+    cases_path, results_path = tmp_path / "cases.json", tmp_path / "found.json"
+    cases_path.write_text(json.dumps(cases))
+    torchrun(processes, "tests/workers/generator.py", cases_path, results_path, timeout_s=400)
+    return json.loads(results_path.read_text())
 
 
 def network(directory: Path) -> transformers.PreTrainedModel:
@@ -41,12 +41,12 @@ def network(directory: Path) -> transformers.PreTrainedModel:
 
 
 def transformers_greedy(
-    policy: transformers.PreTrainedModel, given: list[list[int]], new_tokens: int, **options: float
+    policy: transformers.PreTrainedModel, prompts: list[list[int]], new_tokens: int, **options: float
 ) -> list[list[int]]:
     """Greedy answers by transformers, each prompt alone, up to the end token 2 or the context's end."""
     fixed = dict(do_sample=False, eos_token_id=2, pad_token_id=0)
     context, answers = SIZES["max_position_embeddings"], []
-    for ids in given:
+    for ids in prompts:
         room = min(new_tokens, context - len(ids))
         out = policy.generate(torch.tensor([ids]), max_new_tokens=room, **fixed, **options)
         answers.append(out[0, len(ids) :].tolist())

@@ -23,10 +23,10 @@ class Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(self.path.partition("?")[0]).strip("/")
         if path.startswith("api/"):
             return self.answer_api(path.removeprefix("api/"))
-        repository, found, rest = path.partition("/resolve/")
+        repository, marker, rest = path.partition("/resolve/")
         kind = "" if repository.startswith("datasets/") else "models/"
         file = self.root / (kind + repository) / rest.partition("/")[2]
-        if not found or not file.is_file():
+        if not marker or not file.is_file():
             return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         content = file.read_bytes()
         etag = f'"{hashlib.sha256(content).hexdigest()}"'

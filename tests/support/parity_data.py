@@ -21,13 +21,13 @@ LR = {"sft": 1e-3, "dpo": 1e-3, "ranking": 1e-4, "regression": 1e-4}
 def examples(step: int, rows: int = ROWS) -> list[Example]:
     """Rows of random tokens of different lengths, with a random prompt each that is not trained."""
     random = np.random.default_rng(step)
-    made = []
+    rows_ = []
     for _ in range(rows):
         length = int(random.integers(5, 50))
         prompt = int(random.integers(1, length - 1))
         ids = random.integers(0, VOCAB, length, dtype=np.int32)
-        made.append(Example(ids, np.arange(length) >= prompt))
-    return made
+        rows_.append(Example(ids, np.arange(length) >= prompt))
+    return rows_
 
 
 def pairs(step: int, rows: int = ROWS) -> list[Pair]:
@@ -37,15 +37,15 @@ def pairs(step: int, rows: int = ROWS) -> list[Pair]:
     the beginning of the rejected one, in row 4 it is the other way round.
     """
     random = np.random.default_rng([step, 1])
-    made = []
+    rows_ = []
     for row in range(rows):
         size = 1 if row == 1 else random.integers(4, 17)
         alike, short = (3 if row in (2, 3, 4) else 0), random.integers(4, 10)
         prompt, first, second = (random.integers(0, VOCAB, n) for n in (size, short, short + 5))
         first, second = first[: 3 if row in (3, 4) else None], np.append(first[:alike], second[alike:])
         chosen, rejected = (first, second) if row % 2 else (second, first)
-        made.append(Pair(answered(prompt, chosen), answered(prompt, rejected), margin=1.5 - row % 2 * 1.5))
-    return made
+        rows_.append(Pair(answered(prompt, chosen), answered(prompt, rejected), margin=1.5 - row % 2 * 1.5))
+    return rows_
 
 
 def answered(prompt: np.ndarray, answer: np.ndarray) -> Example:
@@ -57,9 +57,9 @@ def answered(prompt: np.ndarray, answer: np.ndarray) -> Example:
 def labels(step: int, rows: int = ROWS) -> np.ndarray:
     """[rows, 2] float32, two attributes of `examples`; some are missing, never both of a row."""
     random = np.random.default_rng([step, 2])
-    made = random.normal(size=(rows, 2)).astype(np.float32)
-    made[1::3, 0] = made[2::3, 1] = supervised.MISSING
-    return made
+    values = random.normal(size=(rows, 2)).astype(np.float32)
+    values[1::3, 0] = values[2::3, 1] = supervised.MISSING
+    return values
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,23 @@ class DataSet:
 def data_set(algorithm: str, step: int, rows: int = ROWS) -> DataSet:
     """The rows of one step: "sft", "dpo", "ranking" or "regression"."""
     if algorithm == "sft":
-        made = examples(step, rows)
-        return DataSet([(example,) for example in made], {}, [num_trained([example]) for example in made])
+        rows_of_step = examples(step, rows)
+        return DataSet(
+            [(example,) for example in rows_of_step], {}, [num_trained([example]) for example in rows_of_step]
+        )
     if algorithm == "regression":
         target = labels(step, rows)
         counts = (target != supervised.MISSING).sum(1).tolist()
         scored = [(as_scored(example),) for example in examples(step, rows)]
         return DataSet(scored, {"target": target[:, None]}, counts)
-    made = pairs(step, rows)
+    rows_of_step = pairs(step, rows)
     if algorithm == "dpo":
         row = step * ROWS + np.arange(rows)
-        return DataSet([pair.examples for pair in made], {"row": row[:, None]}, [1] * rows)
-    margins = np.array([[pair.margin] for pair in made])
-    return DataSet([tuple(map(as_scored, pair.examples)) for pair in made], {"target": margins}, [1] * rows)
+        return DataSet([pair.examples for pair in rows_of_step], {"row": row[:, None]}, [1] * rows)
+    margins = np.array([[pair.margin] for pair in rows_of_step])
+    return DataSet(
+        [tuple(map(as_scored, pair.examples)) for pair in rows_of_step], {"target": margins}, [1] * rows
+    )
 
 
 # ---- losses, as the scripts compute them ---------------------------------------------------------

@@ -182,15 +182,15 @@ def assert_same_end(output: Path, expected: Path) -> None:
     """Weights, main weights, Adam, random states, metrics, samples and exported model, bit for bit."""
     assert reproducible_metrics(output) == reproducible_metrics(expected)
     assert samples(output) == samples(expected)
-    found, wanted = fingerprint(output), fingerprint(expected)
+    actual, expected_ = fingerprint(output), fingerprint(expected)
     moment = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
-    assert {moment, "rng/shard_1_2", "state.json", "hf/model.safetensors"} <= set(wanted)
+    assert {moment, "rng/shard_1_2", "state.json", "hf/model.safetensors"} <= set(expected_)
     has_critic = any("train_optim/critic_loss" in row for row in reproducible_metrics(expected))
-    assert ({f"critic/{moment}", "critic/score.weight"} <= set(wanted)) == has_critic
+    assert ({f"critic/{moment}", "critic/score.weight"} <= set(expected_)) == has_critic
     rewards_itself = any("train/iteration" in row for row in reproducible_metrics(expected))
     reference = {"reference/decoder.final_layernorm.weight", "judgements.json"}
-    assert (reference <= set(wanted)) == rewards_itself
-    assert found == wanted
+    assert (reference <= set(expected_)) == rewards_itself
+    assert actual == expected_
 
 
 def kill_all(launcher: subprocess.Popen, output: Path) -> None:

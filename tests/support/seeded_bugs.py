@@ -24,9 +24,9 @@ def mutant(thing: object, changes: list[tuple[str, str]]) -> object:
         if times != 1:
             raise LookupError(f"{function.__qualname__} has {words!r} {times} times: seed this bug anew")
         source = source.replace(words, others)
-    made: dict[str, Callable] = {}
-    exec(source, function.__globals__, made)
-    return made[function.__name__]
+    namespace: dict[str, Callable] = {}
+    exec(source, function.__globals__, namespace)
+    return namespace[function.__name__]
 
 
 @contextlib.contextmanager

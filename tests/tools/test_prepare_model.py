@@ -146,13 +146,13 @@ def norm(x: Tensor, state: State, name: str, config: dict) -> Tensor:
 
 def frequencies(dims: int, config: dict) -> list[float]:
     """Angle of each pair of dimensions at position 1."""
-    found = [config.get("rotary_base", 10000) ** (-2 * i / dims) for i in range(dims // 2)]
+    inverse = [config.get("rotary_base", 10000) ** (-2 * i / dims) for i in range(dims // 2)]
     if config.get("seq_len_interpolation_factor"):
-        return [frequency / config["seq_len_interpolation_factor"] for frequency in found]
+        return [frequency / config["seq_len_interpolation_factor"] for frequency in inverse]
     if not config.get("scale_positional_embedding"):
-        return found
+        return inverse
     scaled, context = [], config["old_context_len"]
-    for frequency in found:
+    for frequency in inverse:
         turns = context * frequency / (2 * math.pi)
         if turns > 4:
             scaled.append(frequency)
@@ -161,7 +161,7 @@ def frequencies(dims: int, config: dict) -> list[float]:
         else:
             smooth = (turns - 1) / (4 - 1)
             scaled.append((1 - smooth) * frequency / config["scale_factor"] + smooth * frequency)
-    assert scaled[0] == found[0] and scaled[-1] != found[-1] and len(set(scaled)) == len(scaled)
+    assert scaled[0] == inverse[0] and scaled[-1] != inverse[-1] and len(set(scaled)) == len(scaled)
     return scaled
 
 
@@ -391,8 +391,8 @@ def test_logits_are_those_of_nemos_arithmetic(name, layout, prefix, pieces, tmp_
     ids = transformers.AutoConfig.from_pretrained(output).vocab_size
     assert wanted.std() > 1 and ids == IDS < ROWS, "padding is left out"
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-6)):
-        found = network(output, dtype)(torch.tensor([TOKENS])).logits[0]
-        torch.testing.assert_close(found.double(), wanted[:, :ids], rtol=0, atol=bound)
+        ours = network(output, dtype)(torch.tensor([TOKENS])).logits[0]
+        torch.testing.assert_close(ours.double(), wanted[:, :ids], rtol=0, atol=bound)
     huggingface.SafetensorsSource(output, architecture.read_config(output))  # which training reads, too
 
 
@@ -406,19 +406,19 @@ def weights_of(path: Path) -> State:
 def test_bf16_weights_keep_their_precision(pieces, tmp_path):
     """1 is added to norms in bf16, as NeMo does it in every forward pass; all else stays bit for bit."""
     state = random_state(GPT_2B, dtype=torch.bfloat16)
-    found = weights_of(write_archive(tmp_path / "a.nemo", GPT_2B, state, pieces))
-    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    weights = weights_of(write_archive(tmp_path / "a.nemo", GPT_2B, state, pieces))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "a.hf" / "config.json").read_text())["dtype"] == "bfloat16"
     layer = "model.language_model.encoder.layers.2"
     assert torch.equal(
-        found["model.layers.2.post_attention_layernorm.weight"],
+        weights["model.layers.2.post_attention_layernorm.weight"],
         state[f"{layer}.post_attention_layernorm.weight"] + 1,
     )
-    assert torch.equal(found["model.layers.2.input_layernorm.bias"], state[f"{layer}.input_layernorm.bias"])
+    assert torch.equal(weights["model.layers.2.input_layernorm.bias"], state[f"{layer}.input_layernorm.bias"])
     assert torch.equal(
-        found["model.layers.2.mlp.down_proj.weight"], state[f"{layer}.mlp.dense_4h_to_h.weight"]
+        weights["model.layers.2.mlp.down_proj.weight"], state[f"{layer}.mlp.dense_4h_to_h.weight"]
     )
-    assert torch.equal(found["lm_head.weight"], state["model.language_model.output_layer.weight"][:IDS])
+    assert torch.equal(weights["lm_head.weight"], state["model.language_model.output_layer.weight"][:IDS])
 
 
 def zarr_writer(ranks: int, by_rank: bool) -> Callable:
@@ -473,8 +473,12 @@ def write_zarr(folder: Path, whole: Tensor, chunk: list[int]) -> None:
 def test_zarr_holds_the_same_weights(ranks, by_rank, pieces, tmp_path):
     state = random_state(GPT_2B, dtype=torch.bfloat16)
     wanted = weights_of(write_archive(tmp_path / "a.nemo", GPT_2B, state, pieces))
-    found = weights_of(write_archive(tmp_path / "b.nemo", GPT_2B, state, pieces, zarr_writer(ranks, by_rank)))
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    weights = weights_of(
+        write_archive(tmp_path / "b.nemo", GPT_2B, state, pieces, zarr_writer(ranks, by_rank))
+    )
+    assert weights.keys() == wanted.keys() and all(
+        torch.equal(weights[name], wanted[name]) for name in wanted
+    )
 
 
 # ---- tokenizer, prompt format, reward models -------------------------------------------------------
@@ -529,15 +533,17 @@ CHAT_TOKENS = dict(
 )
 def test_prompt_format(fields, tokens, template, add_bos, tmp_path):
     prepare_model.prompt_format(fields).save(tmp_path)
-    found = json.loads((tmp_path / "prompt_format.json").read_text())
-    assert found["add_bos"] == add_bos
+    settings = json.loads((tmp_path / "prompt_format.json").read_text())
+    assert settings["add_bos"] == add_bos
     if tokens:
         assert (
-            [formats.unescape(token) for token in found["chat_tokens"]] == tokens == found["chat"]["tokens"]
+            [formats.unescape(token) for token in settings["chat_tokens"]]
+            == tokens
+            == settings["chat"]["tokens"]
         )
-        assert found["chat"]["bos"] == bool(add_bos)
+        assert settings["chat"]["bos"] == bool(add_bos)
     if template:
-        assert formats.unescape(found["prompt_template"]) == template
+        assert formats.unescape(settings["prompt_template"]) == template
 
 
 def test_a_chat_model_is_asked_in_its_markers(pieces, tmp_path):
@@ -578,11 +584,11 @@ def test_reward_models(merged, pieces, tmp_path, capsys):
     wanted = hidden_states(state, GPT_2B)[-1] @ head.double().t()
     wanted = wanted @ torch.tensor([[0.25], [1.0]], dtype=torch.float64) if merged else wanted
     torch.testing.assert_close(model(torch.tensor([TOKENS])).logits[0].double(), wanted, rtol=0, atol=2e-5)
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert (
-        f"heads have no bias: rewards are lower than NeMo's by {[0.375] if merged else [0.5, 0.25]}" in said
+        f"heads have no bias: rewards are lower than NeMo's by {[0.375] if merged else [0.5, 0.25]}" in shown
     )
-    assert "--reward-mean 1.125 --reward-std 2.0" in said
+    assert "--reward-mean 1.125 --reward-std 2.0" in shown
     assert json.loads((output / "config.json").read_text())["pad_token_id"] == 0, "no text ends with <unk>"
 
 

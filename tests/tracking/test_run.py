@@ -13,9 +13,8 @@ import pytest
 
 from align.errors import UserError
 from align.tracking import plots
-from align.tracking import run as metrics
 from align.tracking.metrics import Clock, speed, wilson_interval, with_std
-from align.tracking.run import Run, RunConfig, drop_after
+from align.tracking.run import PACKAGES, Run, RunConfig, drop_after, environment, version
 from tests.support.files import ROOT, write_rows
 
 
@@ -38,7 +37,7 @@ def test_config_holds_flags_versions_commit_and_command(tmp_path, monkeypatch):
     assert config["flags"] == {"output": str(tmp_path / "a"), "lr": 1e-5, "train_data": ["x.jsonl"]}
     assert config["versions"]["numpy"] == np.__version__
     assert config["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert set(config["versions"]) == {"python", *metrics.PACKAGES}
+    assert set(config["versions"]) == {"python", *PACKAGES}
     assert config["world_size"] == 4
     assert config["command"] == "python train.py --lr 1e-5 'a b'"
     assert (tmp_path / "a" / Path(__file__).name).read_text() == Path(__file__).read_text()
@@ -53,22 +52,22 @@ def test_commit_and_dirty_tree(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("a = 1\n")
     git("init", "-q")
-    assert metrics.environment(script)["git"] == {"commit": None, "dirty": False}
+    assert environment(script)["git"] == {"commit": None, "dirty": False}
     git("add", "train.py")
     git("commit", "-q", "-m", "first")
     (tmp_path / "untracked").write_text("")
-    assert metrics.environment(script)["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert environment(script)["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     script.write_text("a = 2\n")
-    assert metrics.environment(script)["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert environment(script)["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": True}
 
 
 def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert metrics.environment(tmp_path / "train.py")["git"] == {"commit": None, "dirty": None}
+    assert environment(tmp_path / "train.py")["git"] == {"commit": None, "dirty": None}
 
 
 def test_version_of_a_package_that_is_not_installed_is_none():
-    assert metrics.version("no-such-package-here") is None
+    assert version("no-such-package-here") is None
 
 
 def test_a_resumed_run_logs_each_flag_that_changed(tmp_path, capsys):
@@ -208,7 +207,7 @@ def open_terminal(monkeypatch, width: int) -> Terminal:
 
 def test_on_a_terminal_a_bar_is_redrawn_and_validations_stay(tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     terminal = open_terminal(monkeypatch, width=140)
     run = start(tmp_path, total_steps=10)
     run.resume_at(0)
@@ -227,7 +226,7 @@ def test_on_a_terminal_a_bar_is_redrawn_and_validations_stay(tmp_path, monkeypat
 
 def test_the_eta_of_a_resumed_run_counts_its_own_steps_only(tmp_path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     terminal = open_terminal(monkeypatch, width=140)
     run = start(tmp_path, total_steps=4000)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1000}\n')
@@ -252,7 +251,7 @@ def test_a_bar_never_wraps(tmp_path, monkeypatch):
 
 def test_shares_are_exact_sum_to_one_and_start_anew(monkeypatch):
     now = 10.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     clock = Clock()
     for name, seconds in (("data", 1.0), ("train", 2.0), ("data", 0.5), ("save", 0.5)):
         now += seconds
@@ -269,7 +268,7 @@ def test_shares_are_exact_sum_to_one_and_start_anew(monkeypatch):
 def test_phases_that_did_not_come_took_no_time(monkeypatch):
     """Nor are they phases from then on: a line has the same metrics, whether their time was asked or not."""
     now = 10.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     clock = Clock()
     now += 2.0
     clock.lap("generate")
@@ -311,8 +310,12 @@ def test_final_line_comes_again(tmp_path):
 
 def test_with_std():
     """Of 1, 2, 6: mean 3, mean square 41/3, variance 41/3 - 9 = 14/3."""
-    found = with_std({"loss": 1.0, "rewards_all_square": 41 / 3, "rewards_all_mean": 3.0})
-    assert found == {"loss": 1.0, "rewards_all_mean": 3.0, "rewards_all_std": pytest.approx((14 / 3) ** 0.5)}
+    metrics = with_std({"loss": 1.0, "rewards_all_square": 41 / 3, "rewards_all_mean": 3.0})
+    assert metrics == {
+        "loss": 1.0,
+        "rewards_all_mean": 3.0,
+        "rewards_all_std": pytest.approx((14 / 3) ** 0.5),
+    }
     assert with_std({"x_mean": 0.1, "x_square": 0.01 - 1e-18}) == {"x_mean": 0.1, "x_std": 0.0}
 
 

@@ -158,9 +158,9 @@ def numbers(output: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(("time", "memory"))} for row in rows]
 
 
-def same(found: list[dict], wanted: list[dict]) -> bool:
+def same(actual: list[dict], wanted: list[dict]) -> bool:
     """True if two records are equal to rounding."""
-    return all(row == pytest.approx(of, rel=1e-5) for row, of in zip(found, wanted, strict=True))
+    return all(row == pytest.approx(of, rel=1e-5) for row, of in zip(actual, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", ALLOWED)

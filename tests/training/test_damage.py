@@ -163,8 +163,8 @@ def runs(toy_judge: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     first = [*commands["self_reward"], "--output", folder / "self_reward", "--max-time", "00:00:00"]
     assert attempt(folder, [first]) == [None]
     rollouts = shutil.copytree(folder / "self_reward/rollouts", folder / "rollouts")
-    made = [[*words, "--output", folder / name] for name, words in commands.items()]
-    assert attempt(folder, made) == [None] * 4
+    commands_of_runs = [[*words, "--output", folder / name] for name, words in commands.items()]
+    assert attempt(folder, commands_of_runs) == [None] * 4
     shutil.copytree(rollouts, folder / "self_reward/rollouts", dirs_exist_ok=True)
     for name in commands:  # back to step 2
         shutil.rmtree(folder / name / "checkpoints/step_00000003")

@@ -117,7 +117,7 @@ def one_process(models, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def found(request, models, one_process, tmp_path_factory):
+def metrics(request, models, one_process, tmp_path_factory):
     """Each case of one number of processes with its metrics: one dictionary for each step."""
     cases = CASES[request.param]
     if request.param == 1:
@@ -140,8 +140,8 @@ def tolerance(name: str, expected: dict[str, float]) -> float:
     return max(1e-5 * abs(expected[name]), 1e-8)
 
 
-def test_invariance(found, one_process):
-    for case, steps in found:
+def test_invariance(metrics, one_process):
+    for case, steps in metrics:
         for step, expected in enumerate(one_process[0][trained(case)]):
             assert steps[step].keys() == expected.keys()
             for name, value in expected.items():
@@ -149,9 +149,9 @@ def test_invariance(found, one_process):
                 assert abs(steps[step][name] - value) <= allowed, (case, step, name, steps[step][name], value)
 
 
-def test_dpo_starts_at_its_reference(found):
+def test_dpo_starts_at_its_reference(metrics):
     """The policy is its own reference then, so every log-ratio is 0 to the last bit."""
-    starts = [steps[0] for case, steps in found if case.get("algorithm") == "dpo"]
+    starts = [steps[0] for case, steps in metrics if case.get("algorithm") == "dpo"]
     assert starts
     for start in starts:
         assert abs(start["loss"] - math.log(2)) <= 1e-15

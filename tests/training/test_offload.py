@@ -174,10 +174,10 @@ class Recorder(Shelf):
 
     def __init__(self, directory: Path):
         super().__init__(directory)
-        self.made: list[int] = []
+        self.bytes_copied: list[int] = []
 
     def copy(self, tensor: Tensor) -> Tensor:
-        self.made.append(tensor.nbytes)
+        self.bytes_copied.append(tensor.nbytes)
         return super().copy(tensor)
 
 
@@ -218,19 +218,19 @@ def make(tmp_path) -> Callable[..., SimpleNamespace]:
 
 
 def test_what_is_told_when_a_phase_comes_first(make):
-    made = make()
+    setting = make()
     for _ in range(2):
-        with made.phase("generate", policy="weights"):
+        with setting.phase("generate", policy="weights"):
             pass
-        with made.phase("train", critic="all"):
+        with setting.phase("train", critic="all"):
             pass
-        with made.phase("train", policy="all"):
+        with setting.phase("train", policy="all"):
             pass
-        with made.phase("score"):
+        with setting.phase("score"):
             pass
-        with made.phase("save", policy="all", critic="all"):
+        with setting.phase("save", policy="all", critic="all"):
             pass
-    assert made.lines == [
+    assert setting.lines == [
         "generate policy: resident policy weights 0.02 GB; waiting policy gradients (dropped) 0.02, "
         "policy optimizer 0.04, critic 0.10 GB",
         "train critic: resident critic 0.10 GB; waiting policy 0.08 GB",
@@ -240,9 +240,9 @@ def test_what_is_told_when_a_phase_comes_first(make):
     ]
 
 
-def values(made: SimpleNamespace, name: str) -> dict[str, list[Tensor]]:
+def values(setting: SimpleNamespace, name: str) -> dict[str, list[Tensor]]:
     """Tensors of a stand-in by part."""
-    module, optimizer = made.models[name]
+    module, optimizer = setting.models[name]
     states = optimizer.optimizer.state
     return {
         "weights": [weight.data for weight in module.parameters()],
@@ -265,159 +265,169 @@ def test_a_model_waits_once_it_is_added(tmp_path):
 
 def test_what_did_not_change_is_not_copied_again(make):
     """Weights that only computed have their copy already; those that were trained have not."""
-    made, copied = make(), []
-    weight = values(made, "policy")["weights"][0]
-    with made.phase("score"):
+    setting, copied = make(), []
+    weight = values(setting, "policy")["weights"][0]
+    with setting.phase("score"):
         pass
-    copies = made.phase.parts["policy", "weights"].copies
+    copies = setting.phase.parts["policy", "weights"].copies
     for needs, value in (({"policy": "weights"}, 1.0), ({"policy": "all"}, 2.0)):
-        with made.phase("any", **needs):
+        with setting.phase("any", **needs):
             weight.data.fill_(value)
-        with made.phase("score"):
+        with setting.phase("score"):
             copied.append(float(copies[weight.untyped_storage()].view(torch.float32)[0]))
     assert copied[0] != 1.0 and copied[1] == 2.0
 
 
 def test_values_return_and_gradients_are_dropped(make):
-    made = make()
+    setting = make()
     for _ in range(3):
         before = {
-            name: {kind: [x.clone() for x in found] for kind, found in values(made, name).items()}
-            for name in made.models
+            name: {
+                kind: [x.clone() for x in tensors_of] for kind, tensors_of in values(setting, name).items()
+            }
+            for name in setting.models
         }
-        with made.phase("score"):
-            for name in made.models:
+        with setting.phase("score"):
+            for name in setting.models:
                 sizes = {
-                    kind: [x.untyped_storage().nbytes() for x in found]
-                    for kind, found in values(made, name).items()
+                    kind: [x.untyped_storage().nbytes() for x in tensors_of]
+                    for kind, tensors_of in values(setting, name).items()
                 }
                 assert sizes.pop("steps") == [4, 4]  # too small to move
                 assert not any(map(sum, sizes.values()))
-        with made.phase("train", policy="all", critic="all"):
-            for name in made.models:
-                found = values(made, name)
-                assert found.pop("gradients")[1].untyped_storage().nbytes() == 2 * 4 * WIDTH**2
-                for kind, tensors in found.items():
+        with setting.phase("train", policy="all", critic="all"):
+            for name in setting.models:
+                tensors_of = values(setting, name)
+                assert tensors_of.pop("gradients")[1].untyped_storage().nbytes() == 2 * 4 * WIDTH**2
+                for kind, tensors in tensors_of.items():
                     assert all(map(torch.equal, tensors, before[name][kind])), (name, kind)
-                for tensor in found["weights"] + found["moments"] + found["main"]:
+                for tensor in tensors_of["weights"] + tensors_of["moments"] + tensors_of["main"]:
                     tensor.data.add_(1.0)  # the next time these are to return
     mib = 4 * WIDTH**2
-    assert sorted(made.shelf.made) == [mib] * (2 + 4 + 2 + 2 + 4)  # once: weights, moments, main weights
+    assert sorted(setting.shelf.bytes_copied) == [mib] * (
+        2 + 4 + 2 + 2 + 4
+    )  # once: weights, moments, main weights
 
 
 def test_main_weights_that_are_the_weights_stay_so(make):
-    made = make()
-    with made.phase("score"):
+    setting = make()
+    with setting.phase("score"):
         pass
-    with made.phase("train", policy="all", critic="all"):
+    with setting.phase("train", policy="all", critic="all"):
         for name, same in (("policy", 1.0), ("critic", 0.0)):
-            found = values(made, name)
+            tensors_of = values(setting, name)
             with torch.no_grad():
-                found["weights"][0].zero_()
-                found["main"][0].fill_(1.0)
-            assert found["weights"][0].mean() == same
+                tensors_of["weights"][0].zero_()
+                tensors_of["main"][0].fill_(1.0)
+            assert tensors_of["weights"][0].mean() == same
 
 
 def test_an_optimizer_may_make_new_tensors(make):
     """As when a checkpoint is loaded, or in Transformer Engine's first step. The old ones are let go."""
-    made = make()
-    state = next(iter(made.models["critic"][1].optimizer.state.values()))
+    setting = make()
+    state = next(iter(setting.models["critic"][1].optimizer.state.values()))
     for value in (1.0, 2.0):
-        with made.phase("score"):
+        with setting.phase("score"):
             pass
-        with made.phase("train", critic="all"):
+        with setting.phase("train", critic="all"):
             old = weakref.ref(state["exp_avg"].untyped_storage())
             state["exp_avg"] = torch.full_like(state["exp_avg"], value)
-    with made.phase("score"):
+    with setting.phase("score"):
         pass
     assert old() is None
-    with made.phase("train", critic="all"):
+    with setting.phase("train", critic="all"):
         assert state["exp_avg"].mean() == 2.0
 
 
 def test_only_what_must_move_moves(make):
-    made = make()
-    with made.phase("generate", policy="weights"):
-        first, copies = values(made, "policy")["weights"][0].data_ptr(), list(made.shelf.made)
-    with made.phase("logprobs", policy="weights"):
-        assert values(made, "policy")["weights"][0].data_ptr() == first
-    with made.phase("both", policy="weights", critic="weights"):
-        assert values(made, "policy")["weights"][0].data_ptr() == first
-        assert not sum(x.untyped_storage().nbytes() for x in values(made, "critic")["moments"])
-    assert made.shelf.made == copies
+    setting = make()
+    with setting.phase("generate", policy="weights"):
+        first, copies = values(setting, "policy")["weights"][0].data_ptr(), list(setting.shelf.bytes_copied)
+    with setting.phase("logprobs", policy="weights"):
+        assert values(setting, "policy")["weights"][0].data_ptr() == first
+    with setting.phase("both", policy="weights", critic="weights"):
+        assert values(setting, "policy")["weights"][0].data_ptr() == first
+        assert not sum(x.untyped_storage().nbytes() for x in values(setting, "critic")["moments"])
+    assert setting.shelf.bytes_copied == copies
 
 
 def test_what_waits_goes_before_what_is_needed_comes(make, monkeypatch):
     """Between two phases that need different models there is never more than one of them."""
-    made, most = make(), []
-    with made.phase("train", policy="all"):
+    setting, most = make(), []
+    with setting.phase("train", policy="all"):
         pass
 
     def resident() -> int:
-        tensors = [x for name in made.models for found in values(made, name).values() for x in found]
+        tensors = [
+            x for name in setting.models for tensors_of in values(setting, name).values() for x in tensors_of
+        ]
         return sum(offload.storages(tensors).values())
 
     come = offload.Part.come
     monkeypatch.setattr(offload.Part, "come", lambda part: (come(part), most.append(resident())))
-    with made.phase("train", critic="all"):
+    with setting.phase("train", critic="all"):
         pass
     assert max(most) == resident()
-    with made.phase("train", policy="all"):
+    with setting.phase("train", policy="all"):
         assert max(most) > resident()  # the critic is the larger one
 
 
 def test_weights_are_lent_while_the_own_wait(make):
-    made, x = make(), torch.randn(2, WIDTH)
-    module = made.models["policy"][0]
-    kept, before = Weights(module, made.shelf), module(x)
+    setting, x = make(), torch.randn(2, WIDTH)
+    module = setting.models["policy"][0]
+    kept, before = Weights(module, setting.shelf), module(x)
     with torch.no_grad():
         module[0].weight.mul_(2.0)
     trained = module(x)
-    with made.phase("reference"), kept.lent_to(module):
+    with setting.phase("reference"), kept.lent_to(module):
         assert torch.equal(module(x), before)
-    with made.phase("logprobs", policy="weights"):
+    with setting.phase("logprobs", policy="weights"):
         assert torch.equal(module(x), trained)
 
 
 def test_not_enabled_nothing_moves_but_all_is_measured(make):
-    made = make(enabled=False)
-    before = {name: [x.data_ptr() for x in sum(values(made, name).values(), [])] for name in made.models}
-    with made.phase("score"):
-        after = {name: [x.data_ptr() for x in sum(values(made, name).values(), [])] for name in made.models}
-    assert after == before and made.shelf.made == []
-    assert made.lines == ["score: resident policy 0.08, critic 0.10 GB; waiting nothing"]
-    assert set(made.clock.seconds) == {"other", "offload", "score"}
-    assert list(made.phase.memory()) == (["memory/score"] if MEASURES else [])
+    setting = make(enabled=False)
+    before = {
+        name: [x.data_ptr() for x in sum(values(setting, name).values(), [])] for name in setting.models
+    }
+    with setting.phase("score"):
+        after = {
+            name: [x.data_ptr() for x in sum(values(setting, name).values(), [])] for name in setting.models
+        }
+    assert after == before and setting.shelf.bytes_copied == []
+    assert setting.lines == ["score: resident policy 0.08, critic 0.10 GB; waiting nothing"]
+    assert set(setting.clock.seconds) == {"other", "offload", "score"}
+    assert list(setting.phase.memory()) == (["memory/score"] if MEASURES else [])
 
 
 def test_time_of_moves_and_of_phases(make, monkeypatch):
     """The moves before a phase count as "offload", the phase by its name, whatever model it is of."""
-    made, now = make(), [0.0]
+    setting, now = make(), [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(made.phase, "move", lambda kept: now.__setitem__(0, now[0] + 1.0))
-    made.clock.last = 0.0
+    monkeypatch.setattr(setting.phase, "move", lambda kept: now.__setitem__(0, now[0] + 1.0))
+    setting.clock.last = 0.0
     for needs in ({"policy": "all"}, {"critic": "all"}):
-        with made.phase("train", **needs):
+        with setting.phase("train", **needs):
             now[0] += 10.0
-    assert made.clock.seconds == {"other": 0.0, "offload": 2.0, "train": 20.0}
+    assert setting.clock.seconds == {"other": 0.0, "offload": 2.0, "train": 20.0}
 
 
 def test_an_unknown_model_or_need_is_refused(make):
-    made = make()
+    setting = make()
     for needs in ({"policy": "weight"}, {"teacher": "all"}, {"policy": True}):
-        with pytest.raises(AssertionError), made.phase("score", **needs):
+        with pytest.raises(AssertionError), setting.phase("score", **needs):
             pass
 
 
 def test_peaks_by_phase(make, monkeypatch):
     """Each time counts from the phase's start to its end, the larger one of a phase, until they are told."""
-    made, events, numbers = make(), [], iter([150, 50, 10, 60, 70, 20])
-    monkeypatch.setattr(made.phase, "move", lambda kept: events.append("move"))
+    setting, events, numbers = make(), [], iter([150, 50, 10, 60, 70, 20])
+    monkeypatch.setattr(setting.phase, "move", lambda kept: events.append("move"))
     monkeypatch.setattr(offload, "start_peak", lambda: events.append("start") or True)
     monkeypatch.setattr(offload, "peak_bytes", lambda: events.append("read") or next(numbers) * 10**6)
 
     def run(name: str, **needs: str) -> None:
-        with made.phase(name, **needs):
+        with setting.phase(name, **needs):
             events.append("phase")
 
     run("train", policy="all")
@@ -426,21 +436,21 @@ def test_peaks_by_phase(make, monkeypatch):
     run("train", critic="all")
     run("logprobs", critic="weights", policy="weights")
     told = {"memory/train_policy": 0.15, "memory/train_critic": 0.06, "memory/logprobs_critic_policy": 0.07}
-    found = made.phase.memory()
-    assert found == told and list(found) == list(told)
-    assert made.phase.memory() == {}
+    peaks = setting.phase.memory()
+    assert peaks == told and list(peaks) == list(told)
+    assert setting.phase.memory() == {}
     run("train", policy="all")
-    assert made.phase.memory() == {"memory/train_policy": 0.02}
+    assert setting.phase.memory() == {"memory/train_policy": 0.02}
     assert events == ["move", "start", "phase", "read"] * 6
 
 
 def test_peaks_that_the_system_does_not_count(make, monkeypatch):
-    made = make()
+    setting = make()
     monkeypatch.setattr(offload, "start_peak", lambda: False)
     monkeypatch.setattr(offload, "peak_bytes", lambda: 10**6)
-    with made.phase("train", policy="all"):
+    with setting.phase("train", policy="all"):
         pass
-    assert made.phase.memory() == {}
+    assert setting.phase.memory() == {}
 
 
 @pytest.mark.skipif(not MEASURES, reason="this system does not count peaks of memory anew")
@@ -519,27 +529,34 @@ class SideStream:
 
 
 def test_copies_that_leave_run_beside_and_are_complete_when_they_return(make, monkeypatch):
-    made, side = make(), SideStream()
+    setting, side = make(), SideStream()
     side.install(monkeypatch)
     beside = []
     for step in range(3):
-        with made.phase("train", policy="all", critic="all"):
-            for name in made.models:
-                for tensor in sum((values(made, name)[kind] for kind in ("weights", "main", "moments")), []):
+        with setting.phase("train", policy="all", critic="all"):
+            for name in setting.models:
+                for tensor in sum(
+                    (values(setting, name)[kind] for kind in ("weights", "main", "moments")), []
+                ):
                     tensor.mul_(1.5).add_(step)
-            before = {name: values(made, name) for name in made.models}
+            before = {name: values(setting, name) for name in setting.models}
             before = {
-                name: {k: [x.clone() for x in v] for k, v in found.items()} for name, found in before.items()
+                name: {k: [x.clone() for x in v] for k, v in tensors_of.items()}
+                for name, tensors_of in before.items()
             }
-        with made.phase("score"):
+        with setting.phase("score"):
             beside.append(len(side.pending))
-        with made.phase("generate", policy="weights"):
-            assert torch.equal(made.models["policy"][0][1].weight, before["policy"]["weights"][1])
+        with setting.phase("generate", policy="weights"):
+            assert torch.equal(setting.models["policy"][0][1].weight, before["policy"]["weights"][1])
             assert step == 0 or side.pending  # the critic's copies are not waited for
-        with made.phase("save", policy="all", critic="all"):
-            for name, found in before.items():
+        with setting.phase("save", policy="all", critic="all"):
+            for name, tensors_of in before.items():
                 for kind in ("weights", "main", "moments"):
-                    assert all(map(torch.equal, values(made, name)[kind], found[kind])), (step, name, kind)
+                    assert all(map(torch.equal, values(setting, name)[kind], tensors_of[kind])), (
+                        step,
+                        name,
+                        kind,
+                    )
     # the first copies make their places, and wait; then: 2 + 4 tensors of the policy, 2 + 6 of the critic
     assert beside == [0, 14, 14]
 
@@ -579,23 +596,23 @@ def test_checkpoints_do_not_notice(trained):
     output, ranks = trained
     for number in range(len(ranks[0])):
         for name in ("policy", "critic"):
-            found = {}
+            hashes = {}
             for kind in ("plain", "moved"):
                 place = output / str(number) / name / kind
                 (place / "hf").mkdir()
-                found[kind] = fingerprint(place)
+                hashes[kind] = fingerprint(place)
             moment = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
-            assert moment in found["plain"] and found["moved"] == found["plain"]
+            assert moment in hashes["plain"] and hashes["moved"] == hashes["plain"]
 
 
 def test_every_rank_reports_the_same_phases(trained):
     labels = "generate_policy score reference both_policy_critic train_critic train_policy save_policy_critic"
     for number in range(len(trained[1][0])):
         moved = [rank[number][1] for rank in trained[1]]
-        for found in moved:
-            assert [line.split(":")[0].replace(" ", "_") for line in found["lines"]] == labels.split()
-            assert found["memory"] == moved[0]["memory"]
-            assert list(found["memory"]) == [f"memory/{label}" for label in labels.split()] * MEASURES
+        for run in moved:
+            assert [line.split(":")[0].replace(" ", "_") for line in run["lines"]] == labels.split()
+            assert run["memory"] == moved[0]["memory"]
+            assert list(run["memory"]) == [f"memory/{label}" for label in labels.split()] * MEASURES
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -620,20 +637,20 @@ def measured(request, tmp_path_factory) -> tuple[bool, dict]:
 
 @pytest.mark.skipif(not MEASURES, reason="this system does not count peaks of memory anew")
 def test_resident_memory_falls_and_rises(measured):
-    in_files, found = measured
-    weights, gradients = found["sizes"]["weights"], found["sizes"]["gradients"]
-    moments, resident = found["sizes"]["moments"], found["resident"]
-    assert found["sizes"]["main"] > 0.9 * weights > 180e6
+    in_files, sizes = measured
+    weights, gradients = sizes["sizes"]["weights"], sizes["sizes"]["gradients"]
+    moments, resident = sizes["sizes"]["moments"], sizes["resident"]
+    assert sizes["sizes"]["main"] > 0.9 * weights > 180e6
     all_parts = weights + gradients + moments
     for phase in ("score", "later"):  # copies in memory are there all the time
         assert 0.8 * all_parts < resident["start"] - resident[phase] < 1.1 * all_parts
     if in_files:
         assert 0.8 * weights < resident["generate"] - resident["score"] < 1.2 * weights
         assert abs(resident["train"] - resident["start"]) < 0.1 * all_parts
-        peaks = found["peaks"]
+        peaks = sizes["peaks"]
         assert peaks["memory/start_policy"] - peaks["memory/score"] > 0.8 * all_parts / 1e9
         assert peaks["memory/generate_policy"] * 1e9 < resident["generate"] + 0.2 * weights
-    assert found["second"] == {}
+    assert sizes["second"] == {}
 
 
 @pytest.mark.parametrize(

@@ -173,20 +173,20 @@ def test_after_a_reset_steps_are_first_steps(models, precision):
     assert len(moments(optimizer)) > 3 and not any(value.any() for value in moments(optimizer))
     for now, then in zip(weights_and_main_weights(policy, optimizer), before, strict=True):
         assert torch.equal(now, then)
-    for mine, other in zip(weights_and_main_weights(fresh, new_optimizer), before, strict=True):
-        assert not torch.equal(mine, other)  # the steps did something
-    for mine, other in zip(weights_and_main_weights(fresh, new_optimizer), before, strict=True):
-        mine.copy_(other)
+    for tensor, other in zip(weights_and_main_weights(fresh, new_optimizer), before, strict=True):
+        assert not torch.equal(tensor, other)  # the steps did something
+    for tensor, other in zip(weights_and_main_weights(fresh, new_optimizer), before, strict=True):
+        tensor.copy_(other)
     for seed in (7, 8):
         for model_, its in ((policy, optimizer), (fresh, new_optimizer)):
             random_gradient(model_, seed)
             optim.step(its, 1e-3)
-        for mine, other in zip(
+        for tensor, other in zip(
             weights_and_main_weights(policy, optimizer) + moments(optimizer),
             weights_and_main_weights(fresh, new_optimizer) + moments(new_optimizer),
             strict=True,
         ):
-            assert torch.equal(mine, other)
+            assert torch.equal(tensor, other)
 
 
 def test_the_first_step_after_a_reset_has_the_size_of_the_rate(models):
@@ -211,8 +211,8 @@ def test_gradients_summed_during_the_backward_pass_are_the_same(models, tmp_path
     assert not overlaps_gradients()  # with nobody
     torchrun(2, "tests/workers/overlap.py", models / "llama", tmp_path)
     for rank in range(2):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        after, during = found["after"], found["during"]
-        assert found["default"] and (after["buckets"], during["buckets"] > 3) == (1, True)
+        results = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        after, during = results["after"], results["during"]
+        assert results["default"] and (after["buckets"], during["buckets"] > 3) == (1, True)
         assert during["bits"] == after["bits"]
         assert during["norms"] == pytest.approx(after["norms"], rel=1e-6)

@@ -137,11 +137,11 @@ def test_check_start():
 )
 def test_start_within_a_bound(logratio, loss, passes):
     """--audit-start 0.5: on log-ratios, and on what they can do to the loss of dpo."""
-    found = {"preference_loss": loss, "logratio_abs_mean": logratio}
+    metrics = {"preference_loss": loss, "logratio_abs_mean": logratio}
     if passes:
-        return reference.check_start(found, "dpo", 0.1, 0.5)
+        return reference.check_start(metrics, "dpo", 0.1, 0.5)
     with pytest.raises(RuntimeError, match=r"log-probs differ by .* nats a sequence \(--audit-start 0.5\)"):
-        reference.check_start(found, "dpo", 0.1, 0.5)
+        reference.check_start(metrics, "dpo", 0.1, 0.5)
 
 
 def test_start_is_exact_where_passes_are():

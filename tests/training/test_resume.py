@@ -119,8 +119,8 @@ def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole,
     fork_ranks(2, *command(case.script, data, output, *words))
     tables.append(reference_file(output))
     assert len(reproducible_metrics(output)) == STEPS + 1
-    said = (output / "log.txt").read_text()
-    assert said.count("continuing after step") >= case.kinds_of_kills().count("steps")
+    log = (output / "log.txt").read_text()
+    assert log.count("continuing after step") >= case.kinds_of_kills().count("steps")
     assert_same_end(output, whole / name)
     assert kept(output) == kept(whole / name)
     assert_written_once(tables, reference_file(whole / name))
@@ -138,7 +138,7 @@ def assert_written_once(
     seen: list[tuple[int, int, bytes] | None], expected: tuple[int, int, bytes] | None
 ) -> None:
     """What was seen of the reference's file after each kill: nothing, then for good the whole right file."""
-    written = [found for found in seen if found is not None]
+    written = [state for state in seen if state is not None]
     assert seen[: len(seen) - len(written)] + written == seen, "the file vanished"
     assert len(set(written)) <= 1, "the reference was computed again"
     assert (seen[-1] and seen[-1][2]) == (expected and expected[2])
@@ -289,12 +289,12 @@ def test_self_rewarding_continues_in_another_layout(data, toy_judge, whole, tmp_
     copy_run(start, output, 8)
     run = command(*self_reward_run(data, toy_judge, output))
     fork_ranks(2, "tests/workers/resume.py", json.dumps([run]))
-    found, expected = reproducible_metrics(output)[9:], reproducible_metrics(start)[9:]
-    assert [row["step"] for row in found] == [9, 10, 11, 12]
-    for row, wanted in zip(found, expected, strict=True):
+    rows, expected = reproducible_metrics(output)[9:], reproducible_metrics(start)[9:]
+    assert [row["step"] for row in rows] == [9, 10, 11, 12]
+    for row, wanted in zip(rows, expected, strict=True):
         assert row == {name: close_self_reward(name, wanted[name]) for name in wanted}
-    said = [json.loads(line) for line in samples(start).splitlines()]
-    assert [json.loads(line) for line in samples(output).splitlines()] == said
+    samples_of_start = [json.loads(line) for line in samples(start).splitlines()]
+    assert [json.loads(line) for line in samples(output).splitlines()] == samples_of_start
 
 
 def tables(output: Path, last: int) -> list[dict]:
@@ -323,11 +323,11 @@ def continue_and_compare(
         commands.append(command(script, data, output, "--max-steps", last, *layout.split()))
     fork_ranks(processes, "tests/workers/resume.py", json.dumps(commands))
     for output, (start, script, layout, last) in zip(outputs, runs, strict=True):
-        found, expected = (
+        rows, expected = (
             [row for row in reproducible_metrics(run) if row["step"] > 16] for run in (output, start)
         )
-        assert [row["step"] for row in found] == list(range(17, last + 1)), (script, layout)
-        for row, wanted in zip(found, expected, strict=True):
+        assert [row["step"] for row in rows] == list(range(17, last + 1)), (script, layout)
+        for row, wanted in zip(rows, expected, strict=True):
             row, wanted = determined(script, row), determined(script, wanted)
             assert row == {name: close(name, wanted[name]) for name in wanted}, (script, layout)
 
@@ -393,8 +393,8 @@ def test_flags_win_over_a_checkpoint(restarted):
     assert [row["step"] for row in reproducible_metrics(restarted / "a")] == [0, 1, 2, 3]
     common = torch.load(checkpoint.newest(restarted / "a/checkpoints") / "common.pt")
     groups = common["optimizer"]["optimizer"]["param_groups"]
-    found = sorted((group["weight_decay"], group["betas"], group["step"]) for group in groups)
-    assert found == [(0.0, (0.8, 0.98), 3), (0.5, (0.8, 0.98), 3)]
+    settings = sorted((group["weight_decay"], group["betas"], group["step"]) for group in groups)
+    assert settings == [(0.0, (0.8, 0.98), 3), (0.5, (0.8, 0.98), 3)]
 
 
 # ---- which checkpoints are kept ----------------------------------------------------------------------------

@@ -48,9 +48,9 @@ def attend_error(queries: int, d: int, window: int | None, programs: int, dtype:
     parts = []
     division = decode_attention.division
     decode_attention.division = lambda *shape: parts.append(division(*shape)) or parts[-1]
-    found = decode_attention.attend(query, cache, positions, d**-0.5, window)
+    attended = decode_attention.attend(query, cache, positions, d**-0.5, window)
     decode_attention.division = division
-    error = (found.double() - slow(query, cache, positions, d**-0.5, window)).abs().max().item()
+    error = (attended.double() - slow(query, cache, positions, d**-0.5, window)).abs().max().item()
     return {"error": error, "parts": parts[0][1]}
 
 
@@ -71,11 +71,11 @@ def append_error(queries: int, d: int, dtype: str) -> float:
     for row, place in enumerate(positions.tolist()):
         expected[0, row, :, place], expected[1, row, :, place] = turned[row, :, -1], v[row].double()
     before = cache.clone()
-    found = decode_attention.append(qk, v, cos, sin, cache, positions)
+    appended = decode_attention.append(qk, v, cos, sin, cache, positions)
     moved = (cache != before).any(-1).sum().item()
     if moved > 2 * batch * groups:
         return float("inf")
-    errors = (found.double() - turned[:, :, :-1]).abs().max(), (cache.double() - expected).abs().max()
+    errors = (appended.double() - turned[:, :, :-1]).abs().max(), (cache.double() - expected).abs().max()
     return max(error.item() for error in errors)
 
 

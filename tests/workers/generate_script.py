@@ -29,6 +29,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with parallel.start(ParallelConfig()):
         commands = json.loads((folder / "commands.json").read_text())
-        found = {name: run(*command) for name, command in commands.items()}
+        printed = {name: run(*command) for name, command in commands.items()}
         if parallel.is_main():
-            (folder / "found.json").write_text(json.dumps(found))
+            (folder / "found.json").write_text(json.dumps(printed))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
-from align.generation import generator as generate
-from align.generation import inference
+from align.generation import generator, inference
 from align.generation.generator import RolloutConfig
 from align.generation.sampling import SamplingConfig
 from align.model import architecture, gpt, huggingface
@@ -21,7 +20,7 @@ from align.model.config import ModelConfig
 from tests.support import grids
 from tests.support.tokenizers import Letters
 
-PREFILL_TOKENS = generate.PREFILL_TOKENS
+PREFILL_TOKENS = generator.PREFILL_TOKENS
 
 
 class Recorder(inference.InferenceModel):
@@ -41,18 +40,18 @@ def change(module: nn.Module) -> None:
         parameter.add_(torch.sin(50 * parameter), alpha=0.02)
 
 
-def build(case: dict) -> generate.Generator:
+def build(case: dict) -> generator.Generator:
     """The generator of a case, in its layout."""
     layout = ParallelConfig(**case.get("parallel", {}))
     grids.change(layout)
     config = ModelConfig(model=case["model"], precision=case.get("precision", "fp32"))
     arch = architecture.read_config(config.path)
     rollout, sampling = RolloutConfig(**case.get("rollout", {})), SamplingConfig(**case["sampling"])
-    generate.check_rollout(arch, rollout, sampling, config, layout)
+    generator.check_rollout(arch, rollout, sampling, config, layout)
     policy = gpt.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
     letters = Letters(case.get("vocab_size", arch.vocab_size))
-    return generate.Generator(policy, rollout, sampling, config, layout, letters)
+    return generator.Generator(policy, rollout, sampling, config, layout, letters)
 
 
 def run(case: dict) -> dict:
@@ -63,22 +62,22 @@ def run(case: dict) -> dict:
     tokens: for each rank, for each prompt the tokens that it sampled.
     copy_bytes: for each rank the memory of the copy of the weights afterwards, None without a copy.
     """
-    generator, rounds = build(case), case.get("rounds", 1)
-    generate.PREFILL_TOKENS = case.get("prefill_tokens", PREFILL_TOKENS)
+    sampler, rounds = build(case), case.get("rounds", 1)
+    generator.PREFILL_TOKENS = case.get("prefill_tokens", PREFILL_TOKENS)
     prompts = [np.array(ids, np.int32) for ids in case["prompts"]]
     streams = case.get("streams", [(0, i) for i in range(len(prompts))])
     for number in range(rounds):
         if number and case.get("change"):
-            change(generator.policy)
+            change(sampler.policy)
         Recorder.passes, tokens = [], Counter()
-        found = generator.generate(
+        groups = sampler.generate(
             prompts, streams, case.get("samples", 1), lambda prompt, *_, count=tokens: count.update([prompt])
         )
-    copied = generator.copy and sum(x.untyped_storage().nbytes() for x in generator.copy.parameters())
+    copied = sampler.copy and sum(x.untyped_storage().nbytes() for x in sampler.copy.parameters())
     return {
         "answers": [
             [(s.ids.tolist(), s.logprobs.tolist(), s.model_logprobs.tolist(), s.finish) for s in samples]
-            for samples in found
+            for samples in groups
         ],
         "passes": Recorder.passes,
         "tokens": by_rank([tokens[i] for i in range(len(prompts))]),
@@ -102,9 +101,9 @@ def attempt(case: dict) -> dict:
 
 
 if __name__ == "__main__":
-    given, written = map(Path, sys.argv[1:])
-    generate.InferenceModel = Recorder
+    cases_path, results_path = map(Path, sys.argv[1:])
+    generator.InferenceModel = Recorder
     with parallel.start(ParallelConfig()):
-        results = {name: attempt(case) for name, case in json.loads(given.read_text()).items()}
+        results = {name: attempt(case) for name, case in json.loads(cases_path.read_text()).items()}
         if parallel.is_main():
-            written.write_text(json.dumps(results))
+            results_path.write_text(json.dumps(results))

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
-from align.generation import generator as generate
-from align.generation import inference, sampling
+from align.generation import generator, inference, sampling
 from align.generation.inference import InferenceModel
 from tests.workers import generator as worker
 
@@ -34,10 +33,10 @@ WAITS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal,
 class Graph:
     """torch.cuda.CUDAGraph, of operations on the CPU."""
 
-    made: list["Graph"] = []
+    captured: list["Graph"] = []
 
     def __init__(self) -> None:
-        Graph.made.append(self)
+        Graph.captured.append(self)
         self.operations: list[tuple] = []
         self.replays = 0
 
@@ -65,9 +64,9 @@ class Capture(TorchDispatchMode):
         chosen = tree_leaves(args[1]) if operation.overloadpacket is aten.index else []
         if operation.overloadpacket in WAITS or any(x is not None and x.dtype == torch.bool for x in chosen):
             raise RuntimeError(f"{operation}: a CUDA graph cannot wait for the host")
-        for argument, given in zip(operation._schema.arguments, args, strict=False):
+        for argument, value in zip(operation._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.before.append((given, given.clone()))
+                self.before.append((value, value.clone()))
         results = operation(*args, **kwargs)
         self.graph.operations.append((operation, args, kwargs, results))
         return results
@@ -76,15 +75,15 @@ class Capture(TorchDispatchMode):
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         left = super().__exit__(kind, error, trace)
-        for given, values in reversed(self.before):
-            given.copy_(values)
+        for tensor, values in reversed(self.before):
+            tensor.copy_(values)
         return left
 
 
 @contextmanager
 def graphs() -> Iterator[None]:
     """Steps are graphs, the stand-ins."""
-    Graph.made.clear()
+    Graph.captured.clear()
     with ExitStack() as stack:
         for module, name, replacement in (
             (torch.cuda, "CUDAGraph", Graph),
@@ -99,10 +98,10 @@ def graphs() -> Iterator[None]:
 
 def broken(case: dict) -> str:
     """What is said of a model with a weight that is not a number."""
-    generator = worker.build(case)
+    broken_generator = worker.build(case)
     with torch.no_grad():
-        next(iter(generator.policy.decoder.layers)).mlp.linear_fc2.weight[0, 0] = torch.nan
-    with mock.patch.object(worker, "build", lambda case: generator):
+        next(iter(broken_generator.policy.decoder.layers)).mlp.linear_fc2.weight[0, 0] = torch.nan
+    with mock.patch.object(worker, "build", lambda case: broken_generator):
         try:
             return str(worker.run(case))
         except FloatingPointError as error:
@@ -111,25 +110,25 @@ def broken(case: dict) -> str:
 
 def answers(case: dict) -> dict:
     """What a case samples as on a CPU and, by TRITON_INTERPRET, as on a GPU: its kernels, or its graphs."""
-    found = {"plain": worker.run(case)}
+    results = {"plain": worker.run(case)}
     if os.environ.get("TRITON_INTERPRET") == "1":
         with mock.patch.object(inference.InferenceModel, "on_gpu", True):
-            found["gpu"] = worker.run(case)
+            results["gpu"] = worker.run(case)
     else:
         with graphs():
             gc.disable()
-            found["gpu"] = worker.run(case)
-            found["left"] = sum(isinstance(kept, InferenceModel) for kept in gc.get_objects())
+            results["gpu"] = worker.run(case)
+            results["left"] = sum(isinstance(kept, InferenceModel) for kept in gc.get_objects())
             gc.enable()
-            found["replays"] = [graph.replays for graph in Graph.made]
-    return found
+            results["replays"] = [graph.replays for graph in Graph.captured]
+    return results
 
 
 if __name__ == "__main__":
-    given, written = map(Path, sys.argv[1:])
-    generate.InferenceModel = worker.Recorder
+    cases_path, results_path = map(Path, sys.argv[1:])
+    generator.InferenceModel = worker.Recorder
     with parallel.start(ParallelConfig()):
-        cases = json.loads(given.read_text())
+        cases = json.loads(cases_path.read_text())
         results = {name: answers(case) for name, case in cases.items()}
         results["broken"] = broken(next(iter(cases.values())))
-        written.write_text(json.dumps(results))
+        results_path.write_text(json.dumps(results))

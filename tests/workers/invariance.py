@@ -50,12 +50,12 @@ def build(directory: Path, case: Case) -> gpt.Decoder:
     config = ModelConfig(model=str(directory), precision="fp32", recompute=case.recompute)
     source = huggingface.open_source(directory, start, SEED)
     if labels == 0:
-        made = gpt.build_policy(arch, config, case.layout)
+        model = gpt.build_policy(arch, config, case.layout)
     else:
-        made = gpt.build_scorer(arch, config, case.layout, (1 / labels,) * labels)
+        model = gpt.build_scorer(arch, config, case.layout, (1 / labels,) * labels)
         source = source if start.labels else huggingface.FreshHead(source, arch, SEED)
-    huggingface.load(made, source)
-    return made
+    huggingface.load(model, source)
+    return model
 
 
 def make_batches(policy: DistributedDataParallel, case: Case, step: int, rows: int) -> list[packing.Batch]:
@@ -76,13 +76,15 @@ def unshared(
     values: dict[str, np.ndarray],
 ) -> packing.Batch:
     """This rank's rows in one micro-batch, in which every example has all its places itself."""
-    mine = slice(parallel.dp_rank(), None, parallel.dp_size())
+    own_rows = slice(parallel.dp_rank(), None, parallel.dp_size())
     batch = packing.collate(
-        [[example] for row in examples[mine] for example in row], batching.alignment(policy)
+        [[example] for row in examples[own_rows] for example in row], batching.alignment(policy)
     )
-    assert sum(batch.lengths) > sum(map(packing.num_places, examples[mine]))  # else there is nothing to share
+    assert sum(batch.lengths) > sum(
+        map(packing.num_places, examples[own_rows])
+    )  # else there is nothing to share
     for name, arrays in values.items():
-        batch.extra[name] = torch.from_numpy(arrays[mine].reshape(-1, *arrays.shape[2:]))
+        batch.extra[name] = torch.from_numpy(arrays[own_rows].reshape(-1, *arrays.shape[2:]))
     return batch
 
 
@@ -92,7 +94,7 @@ def attach_reference(
     """What gives micro-batches of "dpo" the reference's log-probs; sizes: rows of each step."""
     if case.swap:
         return partial(reference.Swapped(policy, sequence_logprobs).attach, name="train")
-    made = reference.Precomputed(
+    precomputed = reference.Precomputed(
         policy,
         sequence_logprobs,
         lambda name, rows: make_batches(policy, case, rows[0] // ROWS, len(rows)),
@@ -100,7 +102,7 @@ def attach_reference(
         path,
         repr((path, case)),
     )
-    return partial(made.attach, name="train")
+    return partial(precomputed.attach, name="train")
 
 
 def train(directory: Path, case: Case, path: Path) -> list[dict[str, float]]:
@@ -115,11 +117,11 @@ def train(directory: Path, case: Case, path: Path) -> list[dict[str, float]]:
         attach(batches)
         count = sum(data_set(case.algorithm, step, rows).counts)
         if step < STEPS:
-            found = engine.forward_backward(policy, batches, LOSSES[case.algorithm], count)
-            found["grad_norm"] = optim.step(optimizer, LR[case.algorithm])
+            metrics = engine.forward_backward(policy, batches, LOSSES[case.algorithm], count)
+            metrics["grad_norm"] = optim.step(optimizer, LR[case.algorithm])
         else:
-            found = engine.evaluate(policy, batches, LOSSES[case.algorithm], count)
-        history.append(with_std(found))
+            metrics = engine.evaluate(policy, batches, LOSSES[case.algorithm], count)
+        history.append(with_std(metrics))
     return history
 
 

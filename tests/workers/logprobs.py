@@ -47,7 +47,7 @@ def values(output: Path) -> None:
     for vocab in (VOCAB, PADDED // 4):
         whole, rows, targets, grad = inputs(CHUNK + 9, vocab)
         for temperature in TEMPERATURES:
-            found = []
+            results = []
             for compute in (target_logprobs, target_logprobs_and_entropy):
                 hidden, weight = (
                     whole.clone().requires_grad_(),
@@ -55,8 +55,8 @@ def values(output: Path) -> None:
                 )
                 result = compute(hidden, weight, targets, vocab, dist.group.WORLD, temperature)
                 result.backward(grad if result.dim() == 1 else entropy_grad(len(result)))
-                found.append((result.detach(), hidden.grad, weight.grad))
-            torch.save(found, output / f"{vocab}-{temperature}-{rank}.pt")
+                results.append((result.detach(), hidden.grad, weight.grad))
+            torch.save(results, output / f"{vocab}-{temperature}-{rank}.pt")
 
 
 def policy_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,7 +69,7 @@ def policy_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]
 def policies(output: Path, directory: Path, layouts: list[dict]) -> None:
     """[T, 2] of the first rows, [T] without entropy, the loss and the norm of its gradient, by main rank."""
     arch = architecture.read_config(directory)
-    config, found = ModelConfig(str(directory), precision="fp32"), []
+    config, policies_ = ModelConfig(str(directory), precision="fp32"), []
     for flags in layouts:
         layout = parallel.ParallelConfig(**flags)
         mpu.destroy_model_parallel()
@@ -84,9 +84,9 @@ def policies(output: Path, directory: Path, layouts: list[dict]) -> None:
         logprobs = engine.outputs(ddp, [batch], lambda _, out: out)[0]
         policy.entropy = True
         loss = engine.forward_backward(ddp, [batch], policy_loss, 1000.0)["loss"]
-        found.append((batch.mask.bool(), both, logprobs, loss, optim.step(optimizer, 0.0)))
+        policies_.append((batch.mask.bool(), both, logprobs, loss, optim.step(optimizer, 0.0)))
     if parallel.is_main():
-        torch.save(found, output / "policies.pt")
+        torch.save(policies_, output / "policies.pt")
 
 
 if __name__ == "__main__":

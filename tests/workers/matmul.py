@@ -51,12 +51,14 @@ def run(precision: str, sequence_parallel: bool) -> dict[str, Tensor | str]:
     same = dict(config=config, init_method=torch.nn.init.zeros_, skip_bias_add=False)
     column = ColumnParallelLinear(SIZE, WIDE, bias=True, gather_output=False, **same)
     row = RowParallelLinear(WIDE, SIZE, bias=False, input_is_parallel=True, **same)
-    given = inputs(dtype)
+    tensors = inputs(dtype)
     with torch.no_grad():
-        column.weight.copy_(given["first"].chunk(size)[rank])
-        column.bias.copy_(given["bias"].chunk(size)[rank])
-        row.weight.copy_(given["second"].chunk(size, 1)[rank])
-    x, grad = (given[name].chunk(size)[rank] if sequence_parallel else given[name] for name in ("x", "grad"))
+        column.weight.copy_(tensors["first"].chunk(size)[rank])
+        column.bias.copy_(tensors["bias"].chunk(size)[rank])
+        row.weight.copy_(tensors["second"].chunk(size, 1)[rank])
+    x, grad = (
+        tensors[name].chunk(size)[rank] if sequence_parallel else tensors[name] for name in ("x", "grad")
+    )
     x = x.clone().requires_grad_()
     hidden, _ = column(x)
     output, _ = row(hidden)
@@ -68,8 +70,8 @@ def run(precision: str, sequence_parallel: bool) -> dict[str, Tensor | str]:
 def main(output: Path) -> None:
     with parallel.start(parallel.ParallelConfig(tp=int(os.environ["WORLD_SIZE"]))):
         for precision, sequence_parallel in cases(dist.get_world_size()):
-            found = run(precision, sequence_parallel)
-            torch.save(found, output / f"{precision}-{sequence_parallel}-{dist.get_rank()}.pt")
+            results = run(precision, sequence_parallel)
+            torch.save(results, output / f"{precision}-{sequence_parallel}-{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":

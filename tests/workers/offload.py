@@ -50,13 +50,13 @@ def build(name: str, directory: Path, setting: Setting) -> Trained:
         ModelConfig(str(directory), setting.precision),
     )
     if name == "policy":
-        made = gpt.build_policy(arch, config, layout)
+        model = gpt.build_policy(arch, config, layout)
     else:
         arch = replace(arch, labels=1)
-        made, source = gpt.build_scorer(arch, config, layout), huggingface.FreshHead(source, arch, SEED)
-    huggingface.load(made, source)
-    made = gpt.distributed(made)
-    return made, optim.build(made, optim.OptimConfig(weight_decay=0.1))
+        model, source = gpt.build_scorer(arch, config, layout), huggingface.FreshHead(source, arch, SEED)
+    huggingface.load(model, source)
+    model = gpt.distributed(model)
+    return model, optim.build(model, optim.OptimConfig(weight_decay=0.1))
 
 
 def tensors(trained: Trained) -> dict[str, list[torch.Tensor]]:
@@ -79,14 +79,14 @@ def sha256(tensor: torch.Tensor) -> str:
 def check_places(trained: dict[str, Trained], setting: Setting, needs: dict[str, str]) -> None:
     """Only what a phase needs has memory; main weights in fp32 are Megatron's buffer of weights, itself."""
     for name, pair in trained.items():
-        found = tensors(pair)
-        own = {weight.untyped_storage() for weight in found["weights"]}
-        aliases = [weight.untyped_storage() in own for weight in found["main"]]
+        tensors_ = tensors(pair)
+        own = {weight.untyped_storage() for weight in tensors_["weights"]}
+        aliases = [weight.untyped_storage() in own for weight in tensors_["main"]]
         assert aliases and set(aliases) == {setting.precision == "fp32"}, (name, aliases)
-        kept = {"weights": ("weights",), "all": tuple(found)}.get(needs.get(name), ())
+        kept = {"weights": ("weights",), "all": tuple(tensors_)}.get(needs.get(name), ())
         if "weights" in kept and setting.precision == "fp32":
             kept += ("main",)
-        for kind, values in found.items():
+        for kind, values in tensors_.items():
             sizes = [value.untyped_storage().nbytes() for value in values if value.numel() > 1]
             assert all(sizes) if kind in kept else not any(sizes), (name, kind, needs)
 
@@ -98,30 +98,32 @@ def train(
     batches = {name: Case(ALGORITHMS[name]) for name in trained}
     history = []
     for step in range(STEPS):
-        made = {name: make_batches(trained[name][0], batches[name], step, ROWS) for name in trained}
+        micro_batches = {name: make_batches(trained[name][0], batches[name], step, ROWS) for name in trained}
 
-        def outputs(name: str, made: dict = made) -> str:
-            found = engine.outputs(trained[name][0], made[name], lambda batch, output: output)
-            return sha256(torch.cat([x.flatten() for x in found]))
+        def outputs(name: str, micro_batches: dict = micro_batches) -> str:
+            results = engine.outputs(trained[name][0], micro_batches[name], lambda batch, output: output)
+            return sha256(torch.cat([x.flatten() for x in results]))
 
-        found = {}
+        results = {}
         with phase("generate", policy="weights"):
-            found["generate"] = outputs("policy")
+            results["generate"] = outputs("policy")
         with phase("score"):
             pass
         with phase("reference"), ref.lent_to(trained["policy"][0].module):
-            found["reference"] = outputs("policy")
+            results["reference"] = outputs("policy")
         with phase("both", policy="weights", critic="weights"):
-            found["both"] = outputs("critic"), outputs("policy")
+            results["both"] = outputs("critic"), outputs("policy")
         for name in ("critic", "policy"):
             ddp, optimizer = trained[name]
             count = sum(data_set(ALGORITHMS[name], step, ROWS).counts)
             with phase("train", **{name: "all"}):
                 for gradient in tensors(trained[name])["gradients"]:
                     gradient.fill_(float("nan"))  # what comes back is not defined
-                found[name] = engine.forward_backward(ddp, made[name], LOSSES[ALGORITHMS[name]], count)
-                found[f"{name}_grad_norm"] = optim.step(optimizer, 1e-3)
-        history.append(found)
+                results[name] = engine.forward_backward(
+                    ddp, micro_batches[name], LOSSES[ALGORITHMS[name]], count
+                )
+                results[f"{name}_grad_norm"] = optim.step(optimizer, 1e-3)
+        history.append(results)
     return history
 
 
@@ -172,10 +174,10 @@ def resident_bytes() -> int:
 def measure(directory: Path, output: Path, in_files: bool) -> dict:
     """Resident memory in phases, by label, and what a model of about 200 MB consists of."""
     arch, config = architecture.read_config(directory), ModelConfig(str(directory), "fp32")
-    made = gpt.build_policy(arch, config, parallel.ParallelConfig())
-    for weight in made.parameters():
+    policy = gpt.build_policy(arch, config, parallel.ParallelConfig())
+    for weight in policy.parameters():
         torch.nn.init.normal_(weight)
-    ddp = gpt.distributed(made)
+    ddp = gpt.distributed(policy)
     optimizer = optim.build(ddp, optim.OptimConfig())
     ddp.zero_grad_buffer()
     sums = {kind: sum(value.nbytes for value in values) for kind, values in tensors((ddp, optimizer)).items()}
@@ -183,7 +185,7 @@ def measure(directory: Path, output: Path, in_files: bool) -> dict:
     phase = offload.Phases(Clock(), lambda line: None, shelf, enabled=True)
     before = [float(weight.detach().sum()) for weight in ddp.parameters()]
     phase.add("policy", ddp, optimizer)
-    found = {}
+    results = {}
     for name, needs in [
         ("start", {"policy": "all"}),
         ("score", {}),
@@ -196,8 +198,8 @@ def measure(directory: Path, output: Path, in_files: bool) -> dict:
                 ddp.zero_grad_buffer()
             if needs:
                 assert [float(weight.detach().sum()) for weight in ddp.parameters()] == before
-            found[name] = resident_bytes()
-    return {"sizes": sums, "resident": found, "peaks": phase.memory(), "second": phase.memory()}
+            results[name] = resident_bytes()
+    return {"sizes": sums, "resident": results, "peaks": phase.memory(), "second": phase.memory()}
 
 
 def main(task: str, directory: Path, output: Path, cases: list) -> None:

@@ -56,11 +56,11 @@ def main(models: Path, reward_models: Path, output: Path, flags: dict[str, int |
             huggingface.save(build(directory, cases["sft"]), directory, output / "lm" / name)
             scorer = build(reward_model, cases["ranking"])
             huggingface.save(scorer, reward_model, output / "rm" / name)
-            found = {"logits": logits(directory, cases["sft"].layout), "values": values(scorer)}
+            outputs = {"logits": logits(directory, cases["sft"].layout), "values": values(scorer)}
             for algorithm, case in cases.items():
                 start_from = reward_model if algorithm == "ranking" else directory
-                found[algorithm] = train(start_from, case, output / f"{name}.safetensors")[:STEPS]
-            results[name] = found
+                outputs[algorithm] = train(start_from, case, output / f"{name}.safetensors")[:STEPS]
+            results[name] = outputs
         for name in FRESH:
             huggingface.save(build(models / name, cases["ranking"]), models / name, output / "fresh" / name)
         if parallel.is_main():

@@ -237,16 +237,16 @@ def run(flags: str, bug: Bug, output: Path) -> dict[str, object]:
     return {"message": message, "steps": [json.loads(line) for line in lines]}
 
 
-def main(given: Path, written: Path) -> None:
+def main(folder: Path, written: Path) -> None:
     """All cases of this number of processes, and each of their flags without a bug."""
-    data = f"--model {given / 'model'} --train-data {given / 'train.jsonl'}"
+    data = f"--model {folder / 'model'} --train-data {folder / 'train.jsonl'}"
     runs = {f"{name} alone": (name, {}) for name in FLAGS}
     runs |= {name: (case.flags, case.bug) for name, case in (CASES | UNSTOPPED).items()}
-    found = {}
+    results = {}
     for number, (name, (flags, bug)) in enumerate(runs.items()):
         if PROCESSES[flags] == dist.get_world_size():
-            found[name] = run(f"{data} {FLAGS[flags]}", bug, written / str(number))
-    (written / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+            results[name] = run(f"{data} {FLAGS[flags]}", bug, written / str(number))
+    (written / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

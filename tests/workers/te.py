@@ -17,7 +17,7 @@ from megatron.core import parallel_state as mpu
 from align.data.packing import BatchConfig
 from align.distributed import parallel
 from align.model import architecture, gpt, huggingface
-from align.model import config as model
+from align.model import config as model_config
 from align.training import batching, checkpoint, engine, optim
 from tests.support.parity_data import LOSSES, SEED, data_set
 
@@ -26,23 +26,23 @@ STEPS = 2
 
 def build(directory: Path, layout: parallel.ParallelConfig, te: bool) -> gpt.Decoder:
     """A policy, its weights loaded."""
-    model.uses_te = gpt.uses_te = lambda config: te
-    arch, config = architecture.read_config(directory), model.ModelConfig(str(directory), "fp32")
-    made = gpt.build_policy(arch, config, layout)
-    huggingface.load(made, huggingface.open_source(directory, arch, SEED))
-    return made
+    model_config.uses_te = gpt.uses_te = lambda config: te
+    arch, config = architecture.read_config(directory), model_config.ModelConfig(str(directory), "fp32")
+    policy = gpt.build_policy(arch, config, layout)
+    huggingface.load(policy, huggingface.open_source(directory, arch, SEED))
+    return policy
 
 
 def train(trained: tuple, steps: range) -> list[tuple[float, float]]:
     """Loss and norm of the gradient of each step."""
     policy, optimizer = trained
-    found = []
+    history = []
     for step in steps:
         data = data_set("sft", step, 5)
         batches = batching.micro_batches(policy, data.rows, BatchConfig(micro_batch_tokens=100), data.values)
         loss = engine.forward_backward(policy, batches, LOSSES["sft"], sum(data.counts))["loss"]
-        found.append((loss, optim.step(optimizer, 1e-3)))
-    return found
+        history.append((loss, optim.step(optimizer, 1e-3)))
+    return history
 
 
 def logprobs(policy: torch.nn.Module) -> list[float]:
@@ -80,7 +80,7 @@ def describe(directory: Path, layout: parallel.ParallelConfig, te: bool, output:
 
 
 def main(models: Path, output: Path, cases: list[dict]) -> None:
-    found = []
+    results = []
     with parallel.start(parallel.ParallelConfig()):
         for number, flags in enumerate(cases):
             directory = models / flags.pop("family")
@@ -88,8 +88,8 @@ def main(models: Path, output: Path, cases: list[dict]) -> None:
             mpu.destroy_model_parallel()
             parallel.make_grid(layout)
             outputs = [output / f"{number}_{te}" for te in (False, True)]
-            found.append([describe(directory, layout, te, outputs[te]) for te in (False, True)])
-    (output / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+            results.append([describe(directory, layout, te, outputs[te]) for te in (False, True)])
+    (output / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -53,19 +53,19 @@ def run(case: dict) -> dict:
     policy = gpt.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
     prompts, tp = [np.array(ids, np.int32) for ids in case["prompts"]], case["rollout_tp"]
-    found = {"answers": [], "wrong": [], "native": None}
+    results = {"answers": [], "wrong": [], "native": None}
     if case.get("native"):
         native = generator.Generator(policy, RolloutConfig(), sampling, config, layout, LETTERS)
         samples = native.generate(prompts, [(0, i) for i in range(len(prompts))])
-        found["native"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
+        results["native"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
         by_engine = RolloutConfig(
             generate_with="trtllm", rollout_tp=tp, rollout_slots=4, trtllm_keep=case["keep"]
         )
         through, told = generator.Generator(policy, by_engine, sampling, config, layout, LETTERS), []
         streams = [(0, i) for i in range(len(prompts))]
         samples = through.generate(prompts, streams, on_token=lambda *token: told.append(token))
-        found["generator"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
-        found["described"], found["told"] = through.describe(), sum(by_rank(told), [])
+        results["generator"] = [plain((s.ids, s.logprobs, s.model_logprobs, s.finish)) for [s] in samples]
+        results["described"], results["told"] = through.describe(), sum(by_rank(told), [])
     group = generator.rollout_groups(tp).tp
     engine = trtllm.Engine(config.path, sampling, LETTERS.stop_ids, (), group, 4, case["keep"], 0.5)
     replica, replicas = dist.get_rank() // tp, dist.get_world_size() // tp
@@ -75,19 +75,21 @@ def run(case: dict) -> dict:
                 for parameter in policy.parameters():
                     parameter.mul_(factor)
         engine.refresh(policy)
-        mine = {}
+        own_answers = {}
         if engine.leads:
             numbers = range(replica, len(prompts), replicas)
             seeds = [trtllm.seed(7, (0, i), 0) for i in numbers]
-            said = engine.sample([prompts[i] for i in numbers], seeds, lambda ids: ends(ids, sampling.stop))
-            mine = {i: plain(answer) for i, answer in zip(numbers, said, strict=True)}
+            answers_of_engine = engine.sample(
+                [prompts[i] for i in numbers], seeds, lambda ids: ends(ids, sampling.stop)
+            )
+            own_answers = {i: plain(answer) for i, answer in zip(numbers, answers_of_engine, strict=True)}
         engine.rest()
-        every = by_rank(mine)
-        found["answers"].append([next(part[i] for part in every if i in part) for i in range(len(prompts))])
+        every = by_rank(own_answers)
+        results["answers"].append([next(part[i] for part in every if i in part) for i in range(len(prompts))])
         wrong = wrong_weights(engine.llm.weights, config.path, factor) if engine.leads else None
-        found["wrong"].append([names for names in by_rank(wrong) if names is not None])
-    found["log"] = [log for log in by_rank(engine.llm.log if engine.leads else None) if log is not None]
-    return found
+        results["wrong"].append([names for names in by_rank(wrong) if names is not None])
+    results["log"] = [log for log in by_rank(engine.llm.log if engine.leads else None) if log is not None]
+    return results
 
 
 def plain(answer: trtllm.Answer) -> list:
@@ -102,12 +104,12 @@ def by_rank(item: object) -> list:
 
 
 if __name__ == "__main__":
-    given, written = map(Path, sys.argv[1:])
+    cases_path, results_path = map(Path, sys.argv[1:])
     trtllm.BUCKET_BYTES = 40_000
     trtllm.gpu = lambda: str(3 + dist.get_rank())  # as if the GPUs of the node were numbered from 3
     trtllm.device_key = lambda: f"GPU-{3 + dist.get_rank()}"
     torch.cuda.ipc_collect = lambda: None
     with parallel.start(ParallelConfig()):
-        results = {name: run(case) for name, case in json.loads(given.read_text()).items()}
+        results = {name: run(case) for name, case in json.loads(cases_path.read_text()).items()}
         if parallel.is_main():
-            written.write_text(json.dumps(results))
+            results_path.write_text(json.dumps(results))

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from types import UnionType
 
 
-def checked(given: object) -> None:
+def checked(options: object) -> None:
     """Raise TypeError where a field of a dataclass is not of the type that it is declared with."""
-    for name, kind in typing.get_type_hints(type(given)).items():
+    for name, kind in typing.get_type_hints(type(options)).items():
         kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        value = getattr(given, name)
+        value = getattr(options, name)
         if type(value) not in {typing.get_origin(one) or one for one in kinds}:
-            raise TypeError(f"{type(given).__name__}: {name} is {value!r}, not {kind}")
+            raise TypeError(f"{type(options).__name__}: {name} is {value!r}, not {kind}")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What the tests share: random tiny models of every family, models of the toy task, and torchrun."""
+"""Shared fixtures: the tiny tokenizer, random tiny models of every family, models of the toy task."""
 
 import json
 from pathlib import Path

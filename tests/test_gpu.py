@@ -1,4 +1,4 @@
-"""What only a GPU can show: the scripts as a user runs them, its numbers beside a CPU's, its kernels.
+"""GPU tests: the scripts as a user runs them, numbers beside a CPU's, kernels.
 
 Tests of kernels run on the CPU, too, on what takes their place there; the others are marked `gpu`. On a
 machine with one GPU: `pytest -m gpu tests/test_gpu.py`. fp32 is there for these comparisons: torch leaves

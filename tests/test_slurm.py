@@ -98,7 +98,7 @@ def step(job: dict[str, str], *flags: str, name: str = "sft") -> subprocess.Comp
 
 
 def arguments(job: dict[str, str], program: str) -> list[str]:
-    """What a stand-in was given; empty if it never ran."""
+    """Arguments of a stand-in's call; empty if it never ran."""
     path = Path(job["RECORDS"]) / program
     return path.read_text().splitlines() if path.exists() else []
 
@@ -115,7 +115,7 @@ def example(path: Path, name: str) -> list[str]:
 
 
 def example_config(name: str) -> object:
-    """What training makes of the command in slurm/README.md."""
+    """The configuration that training reads from the command in slurm/README.md."""
     words = example(ROOT / "slurm/README.md", name)
     variables = dict(word.split("=", 1) for word in words[: words.index("sbatch")])
     flags_of_variables = {"MODEL": "--model", "REWARD_MODEL": "--reward-model", "OUTPUT": "--output"}

@@ -69,7 +69,7 @@ def sentencepiece_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def saved_models(
     sentencepiece_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """What `save` writes for each of them."""
+    """Files that `save` writes for each tokenizer."""
     root = tmp_path_factory.mktemp("saved")
     for name, directory in sentencepiece_models.items():
         tokenizer.load(directory).save(root / name)
@@ -286,7 +286,7 @@ def scorer_directory(tmp_path: Path, source: Path = TINY, **tokenizer_config: ob
 
 
 def pad_tokens(directory: Path) -> tuple[int | None, int | None]:
-    """What config.json and the tokenizer say, which must be the same token."""
+    """The EOS of config.json and of the tokenizer must be one token."""
     tokenizer_files.save_pad_token(directory)
     hf = transformers.AutoTokenizer.from_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())

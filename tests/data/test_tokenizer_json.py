@@ -186,7 +186,7 @@ def awkward(count: int) -> list[str]:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_the_file(kind, name, files, tmp_path):
-    """Of texts, chats, prompts and pairs, and of what is saved."""
+    """Ids of texts, chats, prompts and pairs, and of the saved tokenizer."""
     loaded = tokenizer.load(directory(tmp_path, files[kind], name))
     oracle = tokenizers.Tokenizer.from_str(files[kind])
     assert loaded.adds_bos == kind.startswith("bos")

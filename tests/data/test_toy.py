@@ -16,7 +16,7 @@ from tests.support.files import TINY, read_jsonl
 
 
 def chats(rows: list[dict]) -> list[tuple[str, str]]:
-    """What the user says and what the assistant says, row by row."""
+    """The user's and the assistant's text, row by row."""
     assert all([message["role"] for message in row["messages"]] == ["user", "assistant"] for row in rows)
     return [tuple(message["content"] for message in row["messages"]) for row in rows]
 

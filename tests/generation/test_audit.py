@@ -79,7 +79,7 @@ class Setting:
         ]
 
     def check(self, answers: Answers, config: AuditConfig = DEFAULT) -> dict[str, float] | str:
-        """What the audit finds, or its message."""
+        """The audit's metrics, or its message."""
         ids = prompts()
         rows = [[rollout.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
         trained = batching.per_example(self.policy, rows, BatchConfig(micro_batch_tokens=200))
@@ -154,7 +154,7 @@ def shifted_decode(right: Callable) -> Callable:
 
 
 def wrong_samplers(setting: Setting) -> dict[str, dict[str, float] | str]:
-    """What the audit says of samplers with something wrong in them."""
+    """The audit's results for samplers with something wrong in them."""
     shifted = shifted_prefill(inference.InferenceModel.prefill)
     ahead = shifted_decode(inference.InferenceModel.decode)
     results = {}
@@ -171,7 +171,7 @@ def wrong_samplers(setting: Setting) -> dict[str, dict[str, float] | str]:
 
 
 def wrong_values(setting: Setting, answers: Answers) -> dict[str, dict[str, float] | str]:
-    """What the audit says of wrong log-probs beside right answers."""
+    """The audit's results for wrong log-probs beside right responses."""
     places = [answers[i][:2] for i in (3, -4)]
     results = {
         "all by 1e-4": setting.check(everywhere(answers, lambda sample: sample.model_logprobs + 1e-4)),
@@ -209,7 +209,7 @@ def cases(models: Path) -> Iterator[tuple[str, dict | str]]:
 
 @pytest.fixture(scope="module")
 def results(models, tmp_path_factory) -> dict[str, list[dict | str]]:
-    """What the audit says on each of two ranks, by case."""
+    """The audit's results on each of two ranks, by case."""
     output = tmp_path_factory.mktemp("audit")
     fork_ranks(2, "tests/generation/test_audit.py", models, output)
     ranks = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -218,7 +218,7 @@ def results(models, tmp_path_factory) -> dict[str, list[dict | str]]:
 
 
 def of(results: dict[str, list], pattern: str) -> dict[str, dict | str]:
-    """What is said in the cases whose whole name is like the pattern; all ranks say the same."""
+    """Results of the cases whose whole name matches the pattern; equal on all ranks."""
     matching = {name: texts for name, texts in results.items() if re.fullmatch(pattern, name)}
     assert matching
     for name, (first, second) in matching.items():

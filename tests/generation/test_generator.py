@@ -90,7 +90,7 @@ def families(processes: int) -> tuple[str, ...]:
 
 
 def layouts(processes: int) -> dict[str, dict]:
-    """Of each layout of so many processes its flags."""
+    """Flags of each layout of so many processes."""
     return {
         name: {"parallel": layout, "rollout": rollout}
         for name, (count, layout, rollout) in LAYOUTS.items()
@@ -126,7 +126,7 @@ def cases_of_some_layouts(processes: int, models: Path, greedy: dict[str, list])
 
 
 def cases_of_one(models: Path) -> dict[str, dict]:
-    """What one process is enough for."""
+    """Cases for which one process is enough."""
     llama = {"model": str(models / "llama"), "samples": SAMPLES, "sampling": SAMPLED}
     greedy = {"model": str(models / "llama"), "sampling": GREEDY}
     order = list(range(64))[::-1]
@@ -159,7 +159,7 @@ def cases_of_one(models: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def ran(models, greedy, tmp_path_factory) -> Run:
-    """What all cases of a number of processes sample, in one start, at the first call."""
+    """Samples of all cases of a number of processes, in one start, at the first call."""
     by_processes: dict[int, dict] = {}
 
     def run(processes: int) -> dict[str, dict]:
@@ -184,7 +184,7 @@ def first_answers(result: dict) -> list[list[int]]:
 
 
 def finishes(result: dict) -> list[str]:
-    """Why the only answer to each prompt ended."""
+    """Finish reason of the only response to each prompt."""
     return [finish for [(_, _, _, finish)] in result["answers"]]
 
 
@@ -543,7 +543,7 @@ def test_ranks_of_one_copy_sample_alike(name, ran):
 
 
 def queues(total: int, replicas: int, monkeypatch: pytest.MonkeyPatch, fixed: bool = False) -> list[Queue]:
-    """What the copies of the model share a rollout's prompts by, in one process."""
+    """Queues that share a rollout's prompts among copies of the model, in one process."""
     store, queues_ = dist.HashStore(), []
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     for replica in range(replicas):

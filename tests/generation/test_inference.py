@@ -22,7 +22,7 @@ INTERPRETED = ("mistral", "qwen3")  # with a window, with normed queries and key
 
 
 def run(tmp_path: Path, cases: dict[str, dict]) -> dict[str, dict]:
-    """What workers/graphs.py finds of the cases."""
+    """Results of workers/graphs.py by case."""
     cases_path, results_path = tmp_path / "cases.json", tmp_path / "found.json"
     cases_path.write_text(json.dumps(cases))
     torchrun(1, "tests/workers/graphs.py", cases_path, results_path)

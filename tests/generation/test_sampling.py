@@ -231,7 +231,7 @@ def test_noise_of_a_millionth_hardly_changes_a_draw():
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0, 30.0])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.999])
 def test_top_p_by_bisection_finds_the_same_floor(scale, top_p):
-    """What GPUs use: flat rows (all tie), steep ones, rows that top-k has thinned out, to the last bit."""
+    """The GPU's top-p floor: flat rows (all tie), steep ones, rows thinned out by top-k, to the last bit."""
     logits = torch.stack([random_row(1984, seed, scale)[0] for seed in range(20)])
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     weights[10:] *= weights[10:] >= weights[10:].topk(9).values[:, -1:]
@@ -327,7 +327,7 @@ def test_broken_logits_are_refused(row, options):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_draws_are_the_same_by_products(config, monkeypatch):
-    """What --deterministic uses on GPUs."""
+    """The filter of --deterministic on GPUs."""
     logits, seen = (torch.stack(x) for x in zip(*(random_row(1984, seed) for seed in range(30)), strict=True))
     uniforms = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     expected = pick(logits, uniforms, CONFIGS[config], seen)

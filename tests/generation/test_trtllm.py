@@ -35,7 +35,7 @@ CASES = {  # family, sampling, ranks of an engine, is memory kept
 
 @pytest.fixture(scope="module")
 def results(models, tmp_path_factory) -> dict[str, dict]:
-    """What workers/trtllm.py found in each layout and case."""
+    """Results of workers/trtllm.py by layout and case."""
     rng = np.random.default_rng(5)
     prompts = [rng.integers(12, 131, length).tolist() for length in (3, 9, 1, 250, 20, 5)]
     cases = {}

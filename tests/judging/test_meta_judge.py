@@ -173,7 +173,7 @@ def test_a_template_without_any_room_is_refused(tmp_path):
 
 
 def test_both_orders_go_if_one_is_too_long(tmp_path, monkeypatch):
-    """Where tokens merge, the two orders can be of different lengths: 6 with "b" first, else 5."""
+    """If tokens merge, the two orders can have different lengths: 6 with "b" first, else 5."""
     monkeypatch.setattr(prompts, "one_turn", lambda row, text, *_: np.zeros(5 + ("|b|" in text), np.int32))
     lengths = {
         order: len(ids) for order, ids in short_judge(tmp_path, 6).prompts(ROW, "", ["a", "b"]).items()
@@ -332,7 +332,7 @@ def random_wins(rng: np.random.Generator, number: int) -> np.ndarray:
 
 
 def root(falling: Callable[[float], float]) -> float:
-    """Where a falling function crosses 0 between 0 and 10, by bisection."""
+    """Zero of a falling function between 0 and 10, by bisection."""
     low, high = 0.0, 10.0
     for _ in range(100):
         middle = (low + high) / 2
@@ -569,7 +569,7 @@ def test_clear_starts_an_iteration():
 
 
 def test_a_buffer_goes_through_json():
-    """What a checkpoint keeps of it suffices to go on."""
+    """The state in a checkpoint suffices to go on."""
     buffer = Buffer(0.0, 5.0, 0.4)
     offers(buffer, [5.0, 5.0, 5.0, 1.0])
     text = json.dumps(

@@ -1,4 +1,4 @@
-"""What a model is asked about its answers and judgements, with which random numbers, and what becomes of it.
+"""Self-rewarding: prompts and random streams of judge and meta-judge, and the pairs made of their verdicts.
 
 No model: what it says is written down here. With the tiny tokenizer a token is a byte; 257, 258 are
 <|im_start|> (BOS) and <|im_end|> (EOS).
@@ -325,7 +325,7 @@ def test_what_is_compared_and_what_is_not(make):
 
 
 def test_a_pair_that_is_too_long_moves_no_other_one(make):
-    """Of three judgements the first is too long to be shown: the verdict is about the second and third."""
+    """The first of three judgements is too long to be shown: the verdict is about the second and third."""
     judgements = [words("Long reasons. Score: 5"), words("Bad. Score: 1"), words("Good. Score: 4")]
     answer = judged_answer(judgements, (5.0, 1.0, 4.0))
     script = Script(meta_judge=[[words("Winner: B")], [words("Winner: A")]])
@@ -350,7 +350,7 @@ def test_where_nothing_can_be_compared_there_is_no_pair_but_all_ranks_ask(make):
 
 
 def root(function: Callable[[float], float]) -> float:
-    """Of a function that falls from above 0 at 0 to below 0 at 10, by bisection."""
+    """Zero of a function that falls from above 0 at 0 to below 0 at 10, by bisection."""
     low, high = 0.0, 10.0
     for _ in range(200):
         middle = (low + high) / 2

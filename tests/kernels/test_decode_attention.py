@@ -18,7 +18,7 @@ TOLERANCE = {"float32": 2e-6, "float16": 4e-3}  # of outputs of about 1
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, list]:
-    """What workers/decode_attention.py found; the interpreter must be chosen before Triton is imported."""
+    """Results of workers/decode_attention.py; the interpreter must be chosen before Triton is imported."""
     done = subprocess.run(
         [sys.executable, "tests/workers/decode_attention.py"],
         cwd=ROOT,

@@ -14,7 +14,7 @@ from tests.workers.matmul import DTYPES, cases, inputs
 
 K, N = 37, 21  # no multiples of a vector's width
 SHAPES = [(0, K), (1, K), (2, K), (STEP, K), (300, K), (0, 4, K), (5, 4, K), (75, 4, K), (K,)]
-"""Of x: no row, one row, some, many; three and one dimensions."""
+"""Shapes of x: no row, one row, some, many; three and one dimensions."""
 
 MEGATRONS_FUNCTION = "LinearWithGradAccumulationAndAsyncCommunicationBackward"
 

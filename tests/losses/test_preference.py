@@ -171,7 +171,7 @@ def extreme_pairs(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 
 
 def own_parameters(name: str, pairs: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """What the caller must pass besides the log-probabilities and beta."""
+    """Arguments of a loss besides the log-probabilities and beta."""
     if name in REWARD_AWARE:
         return {"reward_gap": torch.linspace(-3.0, 4.0, pairs, dtype=torch.float64).to(dtype)}
     if name == "kto_pair":

@@ -49,7 +49,7 @@ def loops(
     window_size: tuple[int, int] = (-1, -1),
     **grouped: bool,
 ) -> Tensor:
-    """What varlen_attn computes on a GPU, a query at a time: query i of m sees keys up to i + n - m of n."""
+    """Reference for varlen_attn on a GPU, a query at a time: query i of m sees keys up to i + n - m of n."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and grouped.keys() <= {"enable_gqa"}
     assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))  # else gradients stay uninitialised
     sizes_q, sizes_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
@@ -117,7 +117,7 @@ def in_slices(
     prefixes: list[tuple[int, int]] | None,
     ranks: int,
 ) -> Tensor:
-    """What all context parallel ranks give, one after the other; gathered keys' gradients sum over ranks."""
+    """Outputs of all context parallel ranks in turn; gradients of gathered keys sum over ranks."""
     parts = enumerate(query.chunk(ranks))
     return torch.cat(
         [

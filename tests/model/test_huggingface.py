@@ -1,4 +1,4 @@
-"""What is read and what is refused: config.json field by field, tensor files; what an export consists of.
+"""Hugging Face directories: fields of config.json read or refused, tensor files, the files of an export.
 
 That weights land where they belong, in every layout, is test_parity's subject.
 """
@@ -196,7 +196,7 @@ def test_harmless_values_of_the_same_fields_are_read(tmp_path):
 
 
 def test_bookkeeping_of_published_files_is_read(tmp_path):
-    """Of Qwen2.5 (use_mrope), Unsloth, TRL, Vicuna, transformers 4. Null in any field sets nothing."""
+    """Fields of Qwen2.5 (use_mrope), Unsloth, TRL, Vicuna, transformers 4. Null sets nothing."""
     directory_with(
         tmp_path,
         use_mrope=False,
@@ -557,7 +557,7 @@ def test_logits_of_a_model_of_the_shape_of_gpt_2b(world, tmp_path):
 )
 @torch.no_grad()
 def test_logits_with_yarn_and_biases(world, tmp_path, kind, changes):
-    """Of what decodes: a part of each head with YaRN's factor; biases of attention or MLP alone."""
+    """Prefill logits: a part of each head with YaRN's factor; biases of attention or MLP alone."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES, **changes)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

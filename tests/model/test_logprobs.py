@@ -29,7 +29,7 @@ from tests.workers.logprobs import (
 )
 
 PLAIN = {name: getattr(logprobs, name) for name in ("largest", "sums_", "gradient_")}
-"""What is compiled on GPUs."""
+"""Functions that are compiled on GPUs."""
 
 
 @pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])

@@ -78,7 +78,7 @@ def ours(request, models, reward_models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(models, reward_models):
-    """What plain loops over transformers and torch.optim give."""
+    """Results of plain loops over transformers and torch.optim."""
     expected = {}
     for name in FAMILIES:
         expected[name] = {
@@ -239,7 +239,7 @@ def test_exports_are_byte_identical(ours, models, reward_models, family):
 
 
 def opened(kind: type, directory: Path, **settings: int) -> torch.nn.Module:
-    """What transformers makes of an export; every tensor must have its place and every place its tensor."""
+    """Load an export with transformers; every tensor must have its place and every place its tensor."""
     module, info = kind.from_pretrained(directory, output_loading_info=True, **settings)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return module
@@ -257,7 +257,7 @@ def test_transformers_loads_the_language_model(ours, reference):
 
 @torch.no_grad()
 def test_transformers_loads_the_reward_model(ours):
-    """Of its export it computes our scores, each text alone or padded on the right."""
+    """transformers computes our scores from our export, each text alone or padded on the right."""
     results, output = ours
     rows = [as_input(side)[0] for pair in pairs(0) for side in pair.examples]
     pad = next(token for token in range(VOCAB) if all(row[-1] != token for row in rows))

@@ -20,7 +20,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def results(request, models, tmp_path_factory) -> list[tuple[dict, dict]]:
-    """Of each case and rank what was found with torch's layers, and with Transformer Engine's."""
+    """Results of each case and rank with torch's layers, and with Transformer Engine's."""
     output: Path = tmp_path_factory.mktemp("te")
     torchrun(request.param, "tests/workers/te.py", models, output, json.dumps(CASES[request.param]))
     ranks = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(request.param)]

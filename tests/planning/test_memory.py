@@ -250,7 +250,7 @@ def kept(arch: Architecture, config: ModelConfig, shared: int) -> tuple[int, flo
     ],
 )
 def test_what_a_layer_really_keeps(precision, recompute, changes, shared):
-    """Of a real forward pass, to the byte: what two more layers add. Masks alone are bounded: a row of fp32
+    """Bytes that two more layers add to a real forward pass. Masks alone are bounded: a row of fp32
     for each place of a sequence that continues another is counted for all places, at the greatest length."""
     arch, config = replace(MIDDLE, **changes), ModelConfig(precision=precision, recompute=recompute)
     one, batch = kept(replace(arch, layers=1), config, shared)

@@ -23,7 +23,7 @@ GB = 1e9
 
 
 def job_of(script: str, flags: str = "", **cluster: object) -> plan.Job:
-    """What plan.py makes of a command line."""
+    """plan.py's job for a command line."""
     config = plan.tyro.cli(
         plan.load_script(ROOT / f"{script}.py").Config,
         args=flags.split(),

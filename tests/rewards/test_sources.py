@@ -134,7 +134,7 @@ def message_of(call: Callable[[], object]) -> str:
 
 
 def by_functions(log: Path) -> dict[str, object]:
-    """What functions give, or the messages."""
+    """Rewards of each function, or the message."""
     text = tokenizer.load(TINY)
     prompts, samples = texts(text, log)
     results = {}
@@ -202,7 +202,7 @@ def reward_models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def output(reward_models, tmp_path_factory) -> Path:
-    """Where the worker's two processes left what they found."""
+    """Folder with the results of the worker's two processes."""
     directory = tmp_path_factory.mktemp("rewards")
     fork_ranks(2, "tests/rewards/test_sources.py", reward_models, directory)
     return directory
@@ -210,7 +210,7 @@ def output(reward_models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(output) -> list[dict]:
-    """What each of two processes found."""
+    """Results of each of two processes."""
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -360,7 +360,7 @@ def test_scores_are_those_of_transformers(family, results, reward_models):
 
 
 def test_small_micro_batches_split_the_answers_to_a_prompt():
-    """Of the data above: else a budget of 60 would be the same case as one of 4096."""
+    """Check the data above: else a budget of 60 would be the same case as one of 4096."""
     prompts, samples = numbers()
     rows = [
         [as_scored(rollout.answer(prompt, sample)) for sample in row]

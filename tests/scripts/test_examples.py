@@ -147,7 +147,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def output(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all scripts leave, and the stdout of each in NAME.out."""
+    """Folder with the outputs of all scripts, and the stdout of each in NAME.out."""
     folder = tmp_path_factory.mktemp("examples")
     write(folder / "databricks-dolly-15k.jsonl", [triple(i) for i in range(560)])
     write(folder / "2023-04-12_oasst_all.trees.jsonl.gz", [tree(i) for i in range(560)])

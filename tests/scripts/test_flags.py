@@ -137,7 +137,7 @@ def test_edges_of_ranges(script, path, is_tuple):
 
 
 def refusal(command: str, capsys: pytest.CaptureFixture) -> str:
-    """What tyro prints of a command line that a Config refuses; empty if it is accepted."""
+    """tyro's message for a command line that a Config refuses; empty if it is accepted."""
     script, *words = shlex.split(command)
     config = importlib.import_module(script).Config
     try:

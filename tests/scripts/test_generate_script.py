@@ -135,7 +135,7 @@ Printed = dict[str, tuple[str, str]]  # name of a case: stdout and stderr
 
 
 def call_all(folder: Path, processes: int, cases: dict[str, tuple[tuple, str]]) -> Printed:
-    """What generate.py prints with flags and stdin of each case, all in one start of the processes."""
+    """Output of generate.py with flags and stdin of each case, all in one start of the processes."""
     commands = {name: (list(map(str, flags)), stdin) for name, (flags, stdin) in cases.items()}
     (folder / "commands.json").write_text(json.dumps(commands))
     fork_ranks(processes, "tests/workers/generate_script.py", folder, timeout_s=200)
@@ -312,7 +312,7 @@ def test_sampled_answers_are_the_same_on_two_copies_of_the_model(one, two, folde
 
 
 def talk(greedy: Greedy) -> str:
-    """What transformers answers to TALK."""
+    """transformers' responses to TALK."""
     first = greedy.chat("sort: b a")
     return "\n".join([first, greedy.chat("sort: b a", first, "and c b"), greedy.chat("abc"), ""])
 
@@ -371,7 +371,7 @@ def test_ranks_meet_while_they_wait_for_the_keyboard(monkeypatch, capsys):
 
 
 def shown(ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    """What each token lets be shown, and the rest at the end."""
+    """Text that can be shown after each token, and the rest at the end."""
     text = tokenizer.load(TINY)
     growing = generate.Shown(text, stop)
     sample = Sample(np.array(ids), np.zeros(len(ids)), np.zeros(len(ids)), "stop")

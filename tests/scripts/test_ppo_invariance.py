@@ -52,7 +52,7 @@ COUNTED = {"train_optim/clip_fraction", "train_optim/critic_value_clip_fraction"
 
 
 def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, str]]) -> list[dict]:
-    """What each case leaves: its metrics without times and memory, and its tables of samples."""
+    """Run all cases; returns their metrics without times and memory, and their tables of samples."""
     common = (
         f"train_ppo.py --model {toy_models}/sft/hf --train-data {toy_models}/data/train.jsonl "
         f"--val-data {toy_models}/data/val.jsonl --prompts-per-step 8 --ppo-epochs 2 --kl-coef 0.05 "
@@ -122,7 +122,7 @@ def assert_same(result: dict, expected: dict, exact: bool, case: tuple[str, str]
 
 
 def close(name: str, value: float, exact: bool) -> object:
-    """What a metric may be: what counts answers or tokens as it is, the rest to 1e-5 of itself or of a unit.
+    """Tolerance of a metric: counts of responses or tokens are exact, the rest to 1e-5 of itself or a unit.
 
     A reward model's scores are some units apart, and their mean may be near 0, too. The audit's errors are
     nothing but rounding, which each layout has of its own, except for the ratio of the first update: in every

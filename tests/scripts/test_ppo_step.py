@@ -41,7 +41,7 @@ PROMPTS = 6
 
 
 def recorded(flags: list[str], text: Tokenizer) -> dict:
-    """What a step did: its answers, what each model said, what the updates were given."""
+    """Record of a step: its responses, the numbers of each model, the updates' inputs."""
     record: dict = {"said": []}
     rollout, per_token, token_batches = train_ppo.Rollout, batching.per_token, batching.token_batches
 
@@ -80,7 +80,7 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
 
 
 def sequences(batch: Batch) -> list[dict]:
-    """Of each sequence of a micro-batch its trained targets, and what stands beside them."""
+    """Trained targets of each sequence of a micro-batch, and the tensors beside them."""
     ends, first, parts = batch.cu_seqlens.tolist(), 0, []
     for start, end in zip(ends, ends[1:], strict=False):
         targets = batch.targets[start:end][batch.mask[start:end].bool()].tolist()
@@ -94,7 +94,7 @@ def sequences(batch: Batch) -> list[dict]:
 
 
 def expected(kind: str, record: dict) -> list[dict[str, list[float]]]:
-    """What each token of each answer must have."""
+    """Expected numbers of each token of each response."""
     critic = kind in ("gae", "plain")
     old, ref, *rest = record["said"]
     values = rest[0] if critic else [0.0] * len(old)

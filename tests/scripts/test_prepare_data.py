@@ -25,7 +25,7 @@ from tests.support.files import TINY, read_jsonl, write_rows
 
 
 def loads(*paths: Path) -> int:
-    """How many examples training makes of these files: all rows pass the data gate."""
+    """Number of training examples in these files, whose rows must all be accepted."""
     return len(sft.load_sft(list(paths), tokenizer.load(TINY), formats.FormatConfig())[0])
 
 

@@ -45,7 +45,7 @@ CASES = {  # by number of processes: judge and layout
 
 
 def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, str]]) -> list[dict]:
-    """What each case leaves: its metrics without times, and its tables of samples."""
+    """Run all cases; returns their metrics without times, and their tables of samples."""
     common = (
         f"train_rs.py --model {toy_models}/sft/hf --train-data {toy_models}/data/train.jsonl "
         f"--val-data {toy_models}/data/val.jsonl --prompts-per-step 8 --samples-per-prompt 4 --keep-top 2 "
@@ -112,7 +112,7 @@ def assert_same(result: dict, expected: dict, exact: bool, case: tuple[str, str]
 
 
 def close(name: str, value: float, exact: bool) -> object:
-    """What a metric may be: the losses' and gradients' to 1e-5, and all that counts answers as it is.
+    """Tolerance of a metric: losses and gradients to 1e-5, counts of responses exact.
 
     A reward model's scores are some units apart, and their mean may be near 0: they are compared to 1e-5 of
     a unit. The audit's errors are nothing but rounding, which each layout has of its own.

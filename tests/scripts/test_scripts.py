@@ -246,7 +246,7 @@ REWARDS = ("rewards_chosen_mean", "rewards_rejected_mean", "rewards_margin_mean"
 
 
 def test_dpo_without_arguments(tmp_path):
-    """What it leaves, and that its log-probs and rewards are those of transformers."""
+    """Files of the run; log-probs and rewards are those of transformers."""
     metrics = run_toy("train_dpo.py", tmp_path)
     shown = r"\nprompt: .*(\n.*)+\nchosen: ⟦[a-j ]+<\|im_end\|>⟧\nrejected: ⟦[a-j ]+<\|im_end\|>⟧\n"
     assert re.search(shown, (tmp_path / "log.txt").read_text())
@@ -301,7 +301,7 @@ def scores_of(directory: Path, pairs: list[Pair]) -> np.ndarray:
 
 
 def ranking_metrics(scores: np.ndarray, margins: np.ndarray) -> dict[str, float]:
-    """What is logged of the scores [P, 2] of pairs with margins [P], by numpy."""
+    """Metrics of the scores [P, 2] of pairs with margins [P], by numpy."""
     gap = scores[:, 0] - scores[:, 1]
     return {
         "loss": np.log1p(np.exp(margins - gap)).mean(),
@@ -320,7 +320,7 @@ def named(metrics: dict[str, float], group: str, names: dict[str, float]) -> dic
 
 
 def test_rm_without_arguments(tmp_path):
-    """What it leaves, and that transformers gives the validation pairs the same scores."""
+    """Files of the run; transformers gives the validation pairs the same scores."""
     metrics = run_toy("train_rm.py", tmp_path)
     shown = r"its score is read at the token in brackets:\n(.*\n)+[a-j ]+⟦<\|im_end\|>⟧\n"
     assert re.search(shown, (tmp_path / "log.txt").read_text())
@@ -499,7 +499,7 @@ def test_a_reward_model_goes_on_with_its_head(attempts):
 
 
 def test_statistics_of_training_rows(attempts):
-    """Where there are no validation rows; of 3 and 2 scores that transformers gives to labelled texts."""
+    """Statistics without validation rows; of 3 and 2 scores that transformers gives to labelled texts."""
     output = finished(attempts, "rm alone")
     pairs = pairs_of(output.parent / "pairs.jsonl", output / "hf")
     scores = scores_of(output / "hf", pairs)
@@ -697,7 +697,7 @@ def write_data(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def attempts(tmp_path_factory) -> dict[str, dict]:
-    """What came of each command of GOOD_RUNS and REFUSED, all in one process that imports once."""
+    """Message of each command of GOOD_RUNS and REFUSED, all in one process that imports once."""
     folder = tmp_path_factory.mktemp("attempts")
     files = write_data(folder)
     commands = {name: command.split() for name, command in GOOD_RUNS.items()}

@@ -36,7 +36,7 @@ Ran = dict[int, list[dict[str, dict]]]
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """How all runs end: by number of processes, rank and case."""
+    """Results of all runs by number of processes, rank and case."""
     folder, results = tmp_path_factory.mktemp("given"), {}
     toy.write(folder, num_train=16, num_val=1)
     shutil.copytree(ROOT / "assets" / "tiny", folder / "model")

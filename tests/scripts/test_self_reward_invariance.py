@@ -40,7 +40,7 @@ CASES = {  # by number of processes: what is learnt and layout
 
 
 def run(trained: Path, output: Path, processes: int, cases: list[tuple[str, str]]) -> list[dict]:
-    """What each case leaves: its metrics without times and memory, and its tables of samples."""
+    """Run all cases; returns their metrics without times and memory, and their tables of samples."""
     common = (
         f"train_self_reward.py --model {trained}/hf --train-data {trained}/data/train.jsonl "
         f"--val-data {trained}/data/val.jsonl --val-batches 1 --val-interval {STEPS} "

@@ -48,7 +48,7 @@ WINNER = re.compile(r"[^W]* Winner: Judgement ([AB])")
 
 
 def recorded(flags: list[str], text: Tokenizer) -> dict:
-    """What a run did: prompts and samples, the pairs of each step, and what the updates got of them."""
+    """Record of a run: prompts and samples, the pairs of each step, and the updates' inputs."""
     record: dict = {"rollouts": [], "mixed": [], "updates": []}
     sample, mix, update = generator.Generator.generate, meta_judge.mix, engine.forward_backward
 
@@ -119,7 +119,7 @@ def pairs_of(batch: Batch, policy: torch.Tensor) -> list[dict]:
 
 
 class RunRecord:
-    """What a run of one kind left: what each rank saw, the tables of samples, and the log."""
+    """Results of a run of one kind: the record of each rank, the tables of samples, and the log."""
 
     def __init__(self, folder: Path, kind: str):
         self.kind = kind
@@ -166,14 +166,14 @@ class RunRecord:
 
 
 def check_read(taught: re.Pattern, texts: list[str], values: list, kind: type) -> None:
-    """Of texts in the form that the model was taught, which are most, the right thing was read."""
+    """Assert that the right value was read from texts in the taught form, which are most."""
     matches = [(taught.fullmatch(text), value) for text, value in zip(texts, values, strict=True)]
     read = [(kind(match[1]), value) for match, value in matches if match]
     assert len(read) > len(texts) / 2 and all(value_read == value for value_read, value in read), read
 
 
 def good_pairs(run: RunRecord, step: int) -> list[dict]:
-    """Of each prompt the answers with the highest and the lowest mean score, if they differ."""
+    """The responses with the highest and the lowest mean score to each prompt, if they differ."""
     scores, pairs = run.scores(step), []
     for one in run.rollouts(step, 0):
         row = one["stream"][2]
@@ -196,7 +196,7 @@ def good_pairs(run: RunRecord, step: int) -> list[dict]:
 
 
 def judgement_pairs(run: RunRecord, step: int) -> list[dict]:
-    """Of each prompt the two judgements of the answer with the most different ones, if both orders agree."""
+    """The two judgements of the response with the most different ones, by prompt, if both orders agree."""
     scores, pairs = run.scores(step), []
     judged = {(one["stream"][2], one["stream"][4]): one for one in run.rollouts(step, 1)}
     for row, winners in run.winners(step).items():
@@ -228,7 +228,7 @@ def strength_gap() -> float:
 
 
 def expected(run: RunRecord) -> list[dict]:
-    """Of each step its pairs in order, how many judgements are among them, and were taken in."""
+    """The pairs of each step in order, the number of judgements among them, and of those accepted."""
     counts, waiting, steps = Counter(range(6)), [], []
     for step in range(STEPS):
         good, offered = good_pairs(run, step), judgement_pairs(run, step)
@@ -248,7 +248,7 @@ def expected(run: RunRecord) -> list[dict]:
 
 
 def line(kind: str, pairs: list[dict]) -> dict[str, float]:
-    """What is logged of an update, from the log-probs of policy and reference of each token."""
+    """Metrics of an update, from the log-probs of policy and reference of each token."""
     sums: Counter[str] = Counter()
     for pair in pairs:
         policy, ref = ([total(kind, side[name]) for side in pair["sides"]] for name in ("policy", "ref"))
@@ -275,7 +275,7 @@ def line(kind: str, pairs: list[dict]) -> dict[str, float]:
 
 
 def total(kind: str, logprobs: list[float]) -> float:
-    """Of a sample, or with --average-logprobs of each of its tokens."""
+    """Log-prob of a sample, or with --average-logprobs the mean over its tokens."""
     return math.fsum(logprobs) / (len(logprobs) if " --average-logprobs" in KINDS[kind] else 1)
 
 
@@ -362,7 +362,7 @@ def test_the_reference_is_the_model_of_the_start(run, start):
 
 @torch.no_grad()
 def logprobs(model: transformers.PreTrainedModel, prompt: list[int], ids: list[int]) -> list[float]:
-    """Of the ids that continue a prompt."""
+    """Log-probs of the ids that continue a prompt."""
     logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :KNOWN_IDS]
     return logits.log_softmax(-1)[range(len(ids)), ids].tolist()
 

@@ -143,7 +143,7 @@ def test_values_by_iteration():
 
 
 def test_values_of_each_step():
-    """Of 3 iterations of 2 steps."""
+    """Steps and rollouts of 3 iterations of 2 steps."""
     config = Config(length_control=(0.0, 0.2, 0.1), beta=(0.3, 0.2, 0.1), steps_per_iteration=2)
     steps = range(config.total_steps(100))
     for values, expected in (

@@ -29,7 +29,7 @@ def prompts(count: int = 64) -> list[list[int]]:
 
 
 def sample(tmp_path: Path, processes: int, cases: dict[str, dict]) -> dict[str, dict]:
-    """What the cases sample, all in one start of the processes."""
+    """Samples of the cases, all in one start of the processes."""
     cases_path, results_path = tmp_path / "cases.json", tmp_path / "found.json"
     cases_path.write_text(json.dumps(cases))
     torchrun(processes, "tests/workers/generator.py", cases_path, results_path, timeout_s=400)

@@ -60,7 +60,7 @@ def fork_python(*command: object, check: bool = True, timeout_s: float = 300) ->
 def fork(
     variables: list[dict[str, object]], command: Sequence[object], timeout_s: float
 ) -> subprocess.CompletedProcess:
-    """How a script ends that is forked once for each of `variables`, beside those of `environment`."""
+    """Fork a script once for each of `variables`, set beside those of `environment`; returns how it ends."""
     environments = [environment() | {k: str(v) for k, v in more.items()} for more in variables]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

@@ -1,4 +1,4 @@
-"""What parity and invariance tests train on, and the loss functions that they train with."""
+"""Data and loss functions of the parity and invariance tests."""
 
 from dataclasses import dataclass
 

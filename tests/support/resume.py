@@ -40,7 +40,7 @@ class Case:
         return self.flags.format(judge=judge).split()
 
     def kinds_of_kills(self) -> list[str]:
-        """What this run is killed in, one after the other."""
+        """Kinds of kills of this run, in order."""
         return self.kinds.split()[: int(os.environ.get("RESUME_KILLS", self.usual))]
 
 
@@ -113,7 +113,7 @@ def launch(script: str, data: Path, output: Path, *more: object) -> subprocess.P
 
 
 def printed(output: Path) -> Path:
-    """Where `launch` leaves what the last run of OUTPUT printed."""
+    """File with the output of the last run that `launch` started in OUTPUT."""
     return output.with_suffix(".out")
 
 

@@ -15,7 +15,7 @@ SELF_REWARD_ROUNDED = {
 
 
 def close_self_reward(name: str, value: float) -> object:
-    """What a metric may be: what counts answers, scores or tokens as it is, the rest to 1e-5.
+    """Tolerance of a metric: counts of responses, scores or tokens are exact, the rest to 1e-5.
 
     The audit's errors are nothing but rounding, which each layout has of its own.
     """

@@ -31,7 +31,7 @@ def mutant(thing: object, changes: list[tuple[str, str]]) -> object:
 
 @contextlib.contextmanager
 def seeded(bug: Bug) -> Iterator[None]:
-    """Inside the block the project has this bug."""
+    """Seed a bug for the time of a block."""
     with contextlib.ExitStack() as stack:
         for place, changes in bug.items():
             owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]

@@ -226,7 +226,7 @@ def logits(state: State, config: dict) -> Tensor:
 
 
 def split(name: str, tensor: Tensor, rank: int, config: dict) -> Tensor:
-    """What one of two tensor parallel ranks holds."""
+    """Weights of one of two tensor parallel ranks."""
     if tensor.dim() == 1:
         return tensor
     if name.endswith(("dense.weight", "dense_4h_to_h.weight")):
@@ -769,7 +769,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("run", "layout"), [("sft", ""), ("rm", "--tp 2")])
 def test_an_exported_checkpoint_is_what_its_run_has_left(run, layout, toy_models, tmp_path):
-    """Of one process and of two: the same files, bit for bit, but for the scores of training rows."""
+    """One process and two write the same files, bit for bit, but for the scores of training rows."""
     newest = checkpoint.newest(toy_models / run / "checkpoints")
     command = f"tools/prepare_model.py export --checkpoint {newest} --output {tmp_path}/hf {layout}"
     fork_ranks(2 if layout else 1, *command.split())

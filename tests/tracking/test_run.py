@@ -293,7 +293,7 @@ def test_speed():
 
 
 def test_wilson_interval():
-    """Of 10 trials 8 good: (0.8 + 0.19208) / 1.38416 -+ 1.96 / 1.38416 sqrt(0.016 + 0.009604)."""
+    """8 of 10 trials good: (0.8 + 0.19208) / 1.38416 -+ 1.96 / 1.38416 sqrt(0.016 + 0.009604)."""
     assert wilson_interval(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
     assert wilson_interval(1.0, 100)[0] == pytest.approx(1 / 1.038416)
     assert wilson_interval(0.0, 100)[0] == 0.0
@@ -309,7 +309,7 @@ def test_final_line_comes_again(tmp_path):
 
 
 def test_with_std():
-    """Of 1, 2, 6: mean 3, mean square 41/3, variance 41/3 - 9 = 14/3."""
+    """1, 2, 6: mean 3, mean square 41/3, variance 41/3 - 9 = 14/3."""
     metrics = with_std({"loss": 1.0, "rewards_all_square": 41 / 3, "rewards_all_mean": 3.0})
     assert metrics == {
         "loss": 1.0,

@@ -1,4 +1,4 @@
-"""How many steps a run has, after which it validates, and on how many rows."""
+"""Steps of a run, validation steps, and rows of a validation."""
 
 import importlib
 

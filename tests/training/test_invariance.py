@@ -103,7 +103,7 @@ def run(models, output, processes: int, cases: list[dict]) -> list:
 
 
 def trained(case: dict) -> tuple[str, str]:
-    """What the metrics of a case may depend on."""
+    """The settings that the metrics of a case may depend on."""
     return case["family"], case.get("algorithm", "sft")
 
 
@@ -126,7 +126,7 @@ def metrics(request, models, one_process, tmp_path_factory):
 
 
 def tolerance(name: str, expected: dict[str, float]) -> float:
-    """How far a metric of a step may be from the one expected: 1e-5 of it, and of 0 not more than 1e-8.
+    """Tolerance of a metric of a step: 1e-5 of the expected value, and 1e-8 at 0.
 
     Means of rewards have terms of both signs and may come out anywhere near 0: theirs is 1e-5 of the root
     mean square of the rewards. Rewards and log-ratios of dpo are differences of log-probs, and float32 gives

@@ -1,4 +1,4 @@
-"""What waits comes back as it was, training does not notice, and memory is really given back meanwhile."""
+"""Offloaded state returns bit for bit, training is unchanged, and the memory is freed meanwhile."""
 
 import json
 import os
@@ -620,7 +620,7 @@ def test_every_rank_reports_the_same_phases(trained):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["files", "memory"])
 def measured(request, tmp_path_factory) -> tuple[bool, dict]:
-    """What a model of about 200 MB takes in several phases; whether it waits in files."""
+    """Memory of a model of about 200 MB in several phases, and whether it is offloaded to files."""
     directory = tmp_path_factory.mktemp("measured")
     sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=8)
     config = transformers.LlamaConfig(

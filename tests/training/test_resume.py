@@ -71,7 +71,7 @@ def wait_for(happened: Callable[[], object], launcher: subprocess.Popen, output:
 
 
 def is_saving(output: Path, since: float) -> bool:
-    """Is a checkpoint being written? One that an earlier kill has left, or that is being deleted, is none."""
+    """True while a checkpoint is written. One left by an earlier kill, or being deleted, does not count."""
     newest = checkpoint.newest(output / "checkpoints")
     for path in output.glob("checkpoints/*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # renamed since
@@ -137,7 +137,7 @@ def reference_file(output: Path) -> tuple[int, int, bytes] | None:
 def assert_written_once(
     seen: list[tuple[int, int, bytes] | None], expected: tuple[int, int, bytes] | None
 ) -> None:
-    """What was seen of the reference's file after each kill: nothing, then for good the whole right file."""
+    """Assert that the reference's file is absent, then for good the whole right file, after each kill."""
     written = [state for state in seen if state is not None]
     assert seen[: len(seen) - len(written)] + written == seen, "the file vanished"
     assert len(set(written)) <= 1, "the reference was computed again"
@@ -145,14 +145,14 @@ def assert_written_once(
 
 
 def rollouts_left(output: Path) -> tuple[int, set[str]]:
-    """How many steps are saved, and the names of the finished files of samples, after a kill."""
+    """Number of saved steps, and names of the finished files of samples, after a kill."""
     path = checkpoint.newest(output / "checkpoints")
     done = int(path.name.removeprefix("step_")) if path else 0
     return done, {file.stem for file in output.glob("rollouts/*.safetensors")}
 
 
 def assert_read_again(output: Path, kills: list[tuple[int, set[str]]]) -> None:
-    """What was sampled before a kill, three steps at a time in iterations of 14, cost no time after it."""
+    """Assert that samples of before a kill, three steps at a time in iterations of 14, are read again."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     seconds = {row["step"]: row.get("timers/rollout_time") for row in rows}
     assert seconds[1] > 0
@@ -298,13 +298,13 @@ def test_self_rewarding_continues_in_another_layout(data, toy_judge, whole, tmp_
 
 
 def tables(output: Path, last: int) -> list[dict]:
-    """What samples.jsonl has of the steps from 17 to `last`."""
+    """Rows of samples.jsonl of the steps from 17 to `last`."""
     rows = [json.loads(line) for line in samples(output).splitlines()]
     return [row for row in rows if 16 < row["step"] <= last]
 
 
 def copy_run(start: Path, output: Path, step: int) -> None:
-    """What a run that has finished `step` steps leaves, for another that continues it."""
+    """Copy the files of a run after `step` steps, for another run that continues it."""
     name = f"checkpoints/step_{step:08d}"
     shutil.copytree(start / name, output / name)
     for file in ("metrics.jsonl", "samples.jsonl"):
@@ -472,7 +472,7 @@ def test_half_deleted_checkpoint_does_not_stop_a_save(tmp_path):
 
 
 def test_deleting_is_never_seen_half_done(tmp_path, monkeypatch):
-    """What has a checkpoint's name is complete: a kill inside a deletion leaves it under another name."""
+    """A directory with a checkpoint's name is complete: deletion renames it first."""
     fake(tmp_path, 10, loss=2.0)
     fake(tmp_path, 20, loss=1.0)
     fake(tmp_path, 30, loss=3.0)

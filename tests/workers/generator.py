@@ -55,7 +55,7 @@ def build(case: dict) -> generator.Generator:
 
 
 def run(case: dict) -> dict:
-    """What a case samples, and how.
+    """Sample a case; returns the responses, and how they were sampled.
 
     answers: for each prompt, for each answer [ids, logprobs, model_logprobs, finish].
     passes: the lengths of the prompts that this rank read in each pass.

@@ -97,7 +97,7 @@ def graphs() -> Iterator[None]:
 
 
 def broken(case: dict) -> str:
-    """What is said of a model with a weight that is not a number."""
+    """The message for a model with a weight that is not a number."""
     broken_generator = worker.build(case)
     with torch.no_grad():
         next(iter(broken_generator.policy.decoder.layers)).mlp.linear_fc2.weight[0, 0] = torch.nan
@@ -109,7 +109,7 @@ def broken(case: dict) -> str:
 
 
 def answers(case: dict) -> dict:
-    """What a case samples as on a CPU and, by TRITON_INTERPRET, as on a GPU: its kernels, or its graphs."""
+    """Samples of a case as on a CPU and, by TRITON_INTERPRET, as on a GPU: its kernels, or its graphs."""
     results = {"plain": worker.run(case)}
     if os.environ.get("TRITON_INTERPRET") == "1":
         with mock.patch.object(inference.InferenceModel, "on_gpu", True):

@@ -91,7 +91,7 @@ def unshared(
 def attach_reference(
     policy: DistributedDataParallel, case: Case, sizes: list[int], path: Path
 ) -> Callable[[list[packing.Batch]], None]:
-    """What gives micro-batches of "dpo" the reference's log-probs; sizes: rows of each step."""
+    """Attach the reference's log-probs to micro-batches of "dpo"; sizes: rows of each step."""
     if case.swap:
         return partial(reference.Swapped(policy, sequence_logprobs).attach, name="train")
     precomputed = reference.Precomputed(

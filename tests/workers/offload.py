@@ -60,7 +60,7 @@ def build(name: str, directory: Path, setting: Setting) -> Trained:
 
 
 def tensors(trained: Trained) -> dict[str, list[torch.Tensor]]:
-    """What the three parts of a model in training hold, listed independently of align.training.offload."""
+    """Tensors of the three parts of a model in training, listed independently of align.training.offload."""
     weights = list(trained[0].parameters())
     states = [state for adam in optim.adams(trained[1]) for state in adam.optimizer.state.items()]
     return {

@@ -220,7 +220,7 @@ CASES = READ | ENDS | DISTRIBUTION | SAMPLER | PASSES | RANKS
 
 
 def run(flags: str, bug: Bug, output: Path) -> dict[str, object]:
-    """What stops train_ppo.py, None if nothing does, and the metrics of the steps before."""
+    """The error that stops train_ppo.py, None if there is none, and the metrics of the steps before."""
     words = [*flags.split(), "--output", str(output)]
     config = tyro.cli(train_ppo.Config, args=words, config=(tyro.conf.OmitArgPrefixes,))
     torch.use_deterministic_algorithms(config.parallel.deterministic)

@@ -46,13 +46,13 @@ def train(trained: tuple, steps: range) -> list[tuple[float, float]]:
 
 
 def logprobs(policy: torch.nn.Module) -> list[float]:
-    """Of all trained tokens of some rows that share micro-batches."""
+    """Log-probs of all trained tokens of some rows that share micro-batches."""
     rows = data_set("sft", 9, 5).rows
     return [float(x) for part in batching.per_example(policy, rows, BatchConfig()) for x in part]
 
 
 def describe(directory: Path, layout: parallel.ParallelConfig, te: bool, output: Path) -> dict[str, object]:
-    """What the test compares, of training that is saved, and goes on with the other kind of layers."""
+    """Results of training that is saved, and goes on with the other kind of layers."""
     policy = gpt.distributed(build(directory, layout, te))
     optimizer = optim.build(policy, optim.OptimConfig())
     huggingface.save(policy, directory, output / "hf")

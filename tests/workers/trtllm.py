@@ -39,7 +39,7 @@ def wrong_weights(got: dict[str, torch.Tensor], directory: Path, factor: float) 
 
 
 def run(case: dict) -> dict:
-    """What the engines of a case got and said, in three rollouts; the weights are halved before the third.
+    """Inputs and outputs of a case's engines in three rollouts; the weights are halved before the third.
 
     answers: for each rollout, for each prompt [ids, logprobs, model_logprobs, finish].
     native: for each prompt, what native sampling draws before the weights change, where that was asked for.

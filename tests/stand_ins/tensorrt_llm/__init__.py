@@ -77,7 +77,7 @@ STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCH
 
 @dataclass
 class SamplingParams:
-    """How one request is answered."""
+    """Sampling parameters of one request."""
 
     end_id: int | None = None
     pad_id: int | None = None

@@ -1,4 +1,4 @@
-"""What the stand-in has of tensorrt_llm.llmapi. See the package."""
+"""The part of tensorrt_llm.llmapi that the stand-in has. See the package."""
 
 import typing
 from dataclasses import dataclass

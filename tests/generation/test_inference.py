@@ -3,6 +3,7 @@ align/kernels/decode_attention.py."""
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -14,18 +15,18 @@ from torch import Tensor
 from align.generation.sampling import pick
 from align.generation.slots import Graphs, graph_size
 from tests.support.generation import GREEDY, SAMPLED, SAMPLES, prompts
-from tests.support.launch import torchrun
+from tests.support.launch import fork_ranks, torchrun
 from tests.support.sampling import CONFIGS
 from tests.workers.graphs import Graph, graphs
 
 INTERPRETED = ("mistral", "qwen3")  # with a window, with normed queries and keys
 
 
-def run(tmp_path: Path, cases: dict[str, dict]) -> dict[str, dict]:
+def run(folder: Path, cases: dict[str, dict], start: Callable = fork_ranks) -> dict[str, dict]:
     """Results of workers/graphs.py by case."""
-    cases_path, results_path = tmp_path / "cases.json", tmp_path / "found.json"
+    cases_path, results_path = folder / "cases.json", folder / "results.json"
     cases_path.write_text(json.dumps(cases))
-    torchrun(1, "tests/workers/graphs.py", cases_path, results_path)
+    start(1, "tests/workers/graphs.py", cases_path, results_path)
     return json.loads(results_path.read_text())
 
 
@@ -163,8 +164,8 @@ def interpreted(models, tmp_path_factory) -> dict[str, dict]:
         pytest.skip("Triton is for Linux: tests/requirements.txt")
     case = {"prompts": prompts()[:5], "sampling": {"max_new_tokens": 5}, "rollout": {"rollout_slots": 3}}
     cases = {name: case | {"model": str(models / name)} for name in INTERPRETED}
-    with mock.patch.dict("os.environ", TRITON_INTERPRET="1"):
-        return run(tmp_path_factory.mktemp("kernels"), cases)
+    with mock.patch.dict("os.environ", TRITON_INTERPRET="1"):  # before the import of Triton: no fork
+        return run(tmp_path_factory.mktemp("kernels"), cases, torchrun)
 
 
 @pytest.mark.parametrize("family", INTERPRETED)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align.kernels import matmul
 from align.kernels.matmul import BLOCK, STEP, Linear, add_product, linear, padded, product
-from tests.support.launch import torchrun
+from tests.support.launch import fork_ranks
 from tests.workers.matmul import DTYPES, cases, inputs
 
 K, N = 37, 21  # no multiples of a vector's width
@@ -184,7 +184,7 @@ def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_linear_layers_of_megatron(tmp_path, tp):
     """In fp32 by our function, in bf16 by Megatron's, with the tokens split over ranks and not."""
-    torchrun(tp, "tests/workers/matmul.py", tmp_path)
+    fork_ranks(tp, "tests/workers/matmul.py", tmp_path)
     for precision, sequence_parallel in cases(tp):
         name = f"{precision}-{sequence_parallel}"
         ours = precision == "fp32" and matmul.ONEDNN

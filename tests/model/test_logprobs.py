@@ -13,7 +13,7 @@ from torch import Tensor
 from align.kernels.matmul import linear
 from align.model import layers, logprobs
 from align.model.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
-from tests.support.launch import torchrun
+from tests.support.launch import fork_ranks
 from tests.support.layer_formulas import counting
 from tests.support.logprob_formulas import ALONE, oracle, ours
 from tests.support.parity_data import examples
@@ -217,7 +217,7 @@ def test_bf16_sums_the_gradient_of_many_chunks_in_fp32():
 
 def test_vocabulary_split_over_two_ranks(tmp_path):
     """Once with padding rows on the second rank, once with nothing but padding there."""
-    torchrun(2, "tests/workers/logprobs.py", "values", tmp_path)
+    fork_ranks(2, "tests/workers/logprobs.py", "values", tmp_path)
     for vocab in (VOCAB, PADDED // 4):
         *arguments, grad = inputs(CHUNK + 9, vocab)
         for temperature in TEMPERATURES:
@@ -262,7 +262,7 @@ def test_policy(models, tmp_path, family):
     """Against transformers in two processes, split by tensors, context and stages."""
     layouts = [dict(tp=2, sequence_parallel=True), dict(tp=2), dict(cp=2), dict(pp=2)]
     worker = "tests/workers/logprobs.py", "policy", tmp_path, models / family, json.dumps(layouts)
-    torchrun(2, *worker)
+    fork_ranks(2, *worker)
     values, loss, norm = plain_policy(models / family)
     for layout, actual in zip(layouts, torch.load(tmp_path / "policies.pt"), strict=True):
         mask, both, logprobs, found_loss, found_norm = actual

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from align.generation.generator import Sample
-from tests.support.launch import torchrun
+from tests.support.launch import fork_ranks
 from tests.support.models import SIZES
 from tests.support.tokenizers import Letters
 
@@ -32,7 +32,7 @@ def sample(tmp_path: Path, processes: int, cases: dict[str, dict]) -> dict[str, 
     """Samples of the cases, all in one start of the processes."""
     cases_path, results_path = tmp_path / "cases.json", tmp_path / "found.json"
     cases_path.write_text(json.dumps(cases))
-    torchrun(processes, "tests/workers/generator.py", cases_path, results_path, timeout_s=400)
+    fork_ranks(processes, "tests/workers/generator.py", cases_path, results_path, timeout_s=400)
     return json.loads(results_path.read_text())
 
 

@@ -17,7 +17,7 @@ from align.distributed import parallel
 from align.tracking.metrics import Clock
 from align.training import offload
 from align.training.offload import Phases, Shelf, Weights
-from tests.support.launch import torchrun
+from tests.support.launch import fork_ranks, torchrun
 from tests.support.resume import fingerprint
 from tests.support.seeded_bugs import assert_fails_with
 
@@ -569,7 +569,7 @@ def trained(request, models, tmp_path_factory) -> tuple[Path, list[list[dict]]]:
     """A folder, and by rank and setting the training without moves and with moves."""
     output, processes = tmp_path_factory.mktemp("trained"), request.param
     cases = json.dumps(SETTINGS[processes])
-    torchrun(processes, "tests/workers/offload.py", "train", models, output, cases)
+    fork_ranks(processes, "tests/workers/offload.py", "train", models, output, cases)
     return output, [json.loads((output / f"train{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -11,7 +11,7 @@ from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig, overlaps_gradients
 from align.training import optim
-from tests.support.launch import torchrun
+from tests.support.launch import fork_ranks
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
 
@@ -209,7 +209,7 @@ def test_the_first_step_after_a_reset_has_the_size_of_the_rate(models):
 def test_gradients_summed_during_the_backward_pass_are_the_same(models, tmp_path):
     """Bit for bit, in several buckets, also where a rank's last micro-batch, or its only one, is empty."""
     assert not overlaps_gradients()  # with nobody
-    torchrun(2, "tests/workers/overlap.py", models / "llama", tmp_path)
+    fork_ranks(2, "tests/workers/overlap.py", models / "llama", tmp_path)
     for rank in range(2):
         results = json.loads((tmp_path / f"rank{rank}.json").read_text())
         after, during = results["after"], results["during"]

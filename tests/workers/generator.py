@@ -1,4 +1,4 @@
-"""Run by test_generate.py on every rank: cases from a file, what each samples to another file."""
+"""Run by test_generator.py on every rank: cases from a file, what each samples to another file."""
 
 import json
 import sys

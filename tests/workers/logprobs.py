@@ -1,4 +1,4 @@
-"""Run by test_logprobs.py and test_entropy.py under torchrun, results to files.
+"""Run by test_logprobs.py on every rank, results to files.
 
 `values OUTPUT`: target_logprobs and target_logprobs_and_entropy, each rank with its half of the vocabulary.
 `policy OUTPUT MODEL LAYOUTS`: what a policy with entropy gives in each layout, and the norm of its gradient.

@@ -1,4 +1,4 @@
-"""Run by test_matmul.py under torchrun: Megatron's two linear layers, one after the other, over all ranks."""
+"""Run by test_matmul.py on every rank: Megatron's two linear layers, one after the other, over all ranks."""
 
 import itertools
 import os

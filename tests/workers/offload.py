@@ -1,4 +1,4 @@
-"""Run by test_offload.py under torchrun: a policy and a critic that wait between phases, to files by rank."""
+"""Run by test_offload.py on every rank: offloads of a policy and a critic between phases, to files."""
 
 import contextlib
 import gc

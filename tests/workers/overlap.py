@@ -1,4 +1,4 @@
-"""Run by test_optim.py under torchrun: gradients that are summed during the backward pass, or after it."""
+"""Run by test_optim.py on every rank: gradients that are summed during the backward pass, or after it."""
 
 import functools
 import json

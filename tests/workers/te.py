@@ -1,4 +1,4 @@
-"""Run by test_te.py under torchrun: the same models with torch's layers and with those of the stand-in."""
+"""Run by test_transformer_engine.py under torchrun: models with torch's layers, and with the stand-in's."""
 # ruff: noqa: E402
 
 import hashlib

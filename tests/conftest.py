@@ -12,6 +12,7 @@ from align.data import tokenizer, toy
 from tests.support.files import TINY, write_rows
 from tests.support.launch import fork_ranks
 from tests.support.models import FAMILIES
+from tests.support.shared import filled_once
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,10 @@ def tiny() -> tokenizer.HuggingFaceTokenizer:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a randomly initialised Hugging Face model of each family, every tensor random."""
-    directory = tmp_path_factory.mktemp("models")
+    return filled_once(tmp_path_factory, "models", write_models)
+
+
+def write_models(directory: Path) -> None:
     for seed, (name, config) in enumerate(FAMILIES.items()):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -32,13 +36,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if parameter.dim() == 1:  # norms start at one and biases at zero: a mix-up would not show
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(directory / name)
-    return directory
 
 
 @pytest.fixture(scope="session")
 def toy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/ with prompts, sft/hf with a policy that mostly answers in letters, rm/hf with a reward model."""
-    directory = tmp_path_factory.mktemp("toy_models")
+    return filled_once(tmp_path_factory, "toy_models", train_toy_models)
+
+
+def train_toy_models(directory: Path) -> None:
     toy.write(directory / "data", num_train=640, num_val=16)
     toy.write_comparisons(directory / "data", num_train=64, num_val=16)
     common = "--max-seq-len 64 --max-epochs 3 --save-interval 0 --lr 3e-3 --min-lr 1e-3 --warmup-steps 2"
@@ -48,7 +54,6 @@ def toy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, model, kind in (("sft", "tiny", ""), ("rm", directory / "sft/hf", "_comparisons"))
     )
     fork_ranks(2, "tests/workers/resume.py", json.dumps([sft.split(), rm.split()]))
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +63,10 @@ def toy_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     None of it well, but mostly in the form that is asked for, with scores of all kinds; some answers do not
     end. Few letters make short judgements.
     """
-    directory = tmp_path_factory.mktemp("toy_judge")
+    return filled_once(tmp_path_factory, "toy_judge", train_toy_judge)
+
+
+def train_toy_judge(directory: Path) -> None:
     data = directory / "data"
     with mock.patch.object(toy, "SIZES", (3,)):
         (train,), _ = toy.write(data, num_train=160, num_val=8)
@@ -73,4 +81,3 @@ def toy_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--max-epochs 3 --save-interval 0 --lr 4e-3 --min-lr 5e-4 --warmup-steps 5"
     )
     fork_ranks(2, "tests/workers/resume.py", json.dumps([command.split()]))
-    return directory

@@ -84,6 +84,7 @@ def test_a_date_that_is_none():
         TextConfig(template_date="31.12.1999")
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_tomorrow_keeps_its_date(tmp_path):
     model = random_tiny(tmp_path / "model")
     (model / "chat_template.jinja").write_text(DATED)

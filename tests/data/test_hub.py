@@ -80,6 +80,7 @@ def read(home: Path, url: str, *names: str, offline: bool = False) -> dict[str, 
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 def test_training_from_the_hub_and_again_without_a_network(root, tmp_path):
     flags = (
         *("--model", "org/model", "--train-data", "org/parquet", "--val-data", "org/parquet:test"),

@@ -331,6 +331,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["hf", "checkpoints/step_00000032"])
 def test_generate_asks_and_stops_in_the_trained_format(model: str, trained: Path, tmp_path: Path):
     command = ("generate.py", "--model", trained / "sft" / model, "--greedy", "--max-new-tokens", 12)
@@ -344,6 +345,7 @@ def test_generate_asks_and_stops_in_the_trained_format(model: str, trained: Path
     assert [(row["response"], row["finish"]) for row in answers] == [("ok", "stop"), ("ok", "stop")]
 
 
+@pytest.mark.slow
 def test_transformers_stops_in_the_trained_format(trained: Path):
     hf = trained / "sft" / "hf"
     network = transformers.AutoModelForCausalLM.from_pretrained(hf)
@@ -356,6 +358,7 @@ def test_transformers_stops_in_the_trained_format(trained: Path):
     assert bytes(answer.tolist()) == b"ok\n\x11"
 
 
+@pytest.mark.slow
 def test_self_rewarding_samples_ended_answers(trained: Path):
     command = (
         f"train_self_reward.py --model {trained}/sft/hf --train-data {trained}/data.jsonl --output "

@@ -451,6 +451,7 @@ def test_answers_that_the_template_marks(model, tmp_path):
         formats.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", ["whole", "each", "last"])
 def test_a_conversation_of_100_000_turns_ends_in_time(turns, text, tmp_path):
     """Answers beyond --max-seq-len are not rendered one by one: that would take hours."""

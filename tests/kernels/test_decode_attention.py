@@ -31,6 +31,7 @@ def interpreted() -> dict[str, list]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_attention_is_that_of_loops_in_float64(interpreted):
     """1 to 16 queries of a group, d 8 to 256, windows, lengths from 1 to all there is room for."""
     for *case, dtype, result in interpreted["attend"]:
@@ -38,6 +39,7 @@ def test_attention_is_that_of_loops_in_float64(interpreted):
     assert len(interpreted["attend"]) == 20
 
 
+@pytest.mark.slow
 def test_keys_are_divided_among_programs(interpreted):
     """Both ways have been through the comparison above: one program a sequence, several."""
     parts = {(case[3] > 1, result["parts"]) for *case, result in interpreted["attend"]}
@@ -45,6 +47,7 @@ def test_keys_are_divided_among_programs(interpreted):
     assert {count for several, count in parts if several} == {3, 5, 9}
 
 
+@pytest.mark.slow
 def test_keys_and_values_are_kept_in_their_places(interpreted):
     """And queries and keys rotated, those of views of one product; nothing else of the cache is touched."""
     for queries, d, dtype, error in interpreted["append"]:
@@ -93,6 +96,7 @@ def compiled(kernel: "triton.JITFunction", dtype: str, **constants: object) -> "
     return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there is nothing to compile then")
 @pytest.mark.parametrize(
     ("dtype", "queries", "d"), [("bf16", 3, 64), ("bf16", 2, 24), ("bf16", 16, 256), ("fp32", 4, 128)]

@@ -181,6 +181,7 @@ def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"output": output.detach(), **grads}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_linear_layers_of_megatron(tmp_path, tp):
     """In fp32 by our function, in bf16 by Megatron's, with the tokens split over ranks and not."""

@@ -574,6 +574,7 @@ def test_logits_with_yarn_and_biases(world, tmp_path, kind, changes):
 # ---- memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reading_needs_less_than_twice_a_ranks_own_shard(tmp_path):
     """A model of about 200 MB on two ranks: what each has to spare for reading, its weights included."""
     directory_with(

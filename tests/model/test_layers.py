@@ -196,6 +196,7 @@ def as_tuple(x: Tensor | tuple) -> tuple:
     return x if isinstance(x, tuple) else (x,)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_what_the_compiler_makes_of_two_reductions():
     """torch.compile's own backend, here by way of C++, against float64."""

@@ -215,6 +215,7 @@ def test_bf16_sums_the_gradient_of_many_chunks_in_fp32():
     assert (grad_weight.double() - exact_weight).norm() < 0.003 * exact_weight.norm()
 
 
+@pytest.mark.slow
 def test_vocabulary_split_over_two_ranks(tmp_path):
     """Once with padding rows on the second rank, once with nothing but padding there."""
     fork_ranks(2, "tests/workers/logprobs.py", "values", tmp_path)
@@ -257,6 +258,7 @@ def plain_policy(directory: Path) -> tuple[Tensor, float, float]:
     return actual.detach(), float(loss.detach()), float(norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_policy(models, tmp_path, family):
     """Against transformers in two processes, split by tensors, context and stages."""

@@ -27,6 +27,8 @@ from tests.support.launch import fork_ranks
 from tests.support.models import FAMILIES
 from tests.support.parity_data import BETA, FRESH, LR, SEED, STEPS, VOCAB, examples, pairs
 
+pytestmark = pytest.mark.slow
+
 PAIR_METRICS = (
     "acc",
     "rewards_chosen_mean",

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.launch import torchrun
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     2: [
         dict(family="llama_tied"),

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.launch import fork_ranks, torchrun
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "tests/workers/watchdog.py"
 NAME = r"rank {} of 2 \(pid \d+ on \S+\)"
 PHASE = r"in reward of step \d \(.*watchdog.py:\d+ main.*\)"

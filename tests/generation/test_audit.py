@@ -226,6 +226,7 @@ def of(results: dict[str, list], pattern: str) -> dict[str, dict | str]:
     return {name: first for name, (first, _) in matching.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", ["right", "one answer", "fresh weights", "weights of before"])
 def test_what_agrees_passes(layout, case, results):
@@ -237,6 +238,7 @@ def test_what_agrees_passes(layout, case, results):
     assert metrics["audit/logprob_error"] <= metrics["audit/logprob_error_max"] < MOST / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_token_within_the_bound_passes(layout, results):
     [metrics] = of(results, f"{layout} one by 5e-4").values()
@@ -258,6 +260,7 @@ def named(message: dict | str) -> tuple[tuple[int, int, int], tuple[float, ...]]
     return (int(row), int(number), int(token)), tuple(map(float, values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "token"), [(0.01, 4), (-0.01, 0)])
 def test_one_wrong_token_is_named(layout, size, token, results):
@@ -272,6 +275,7 @@ def test_one_wrong_token_is_named(layout, size, token, results):
         assert largest == pytest.approx(0.01, rel=0.01) and mean < MEAN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_is_named(layout, results):
     matching = of(results, rf"{layout} nan .*")
@@ -366,6 +370,7 @@ def test_bounds_of_flags():
                 audit.compare(*logprobs, torch.float32, temperature, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_quantile_is_over_the_tokens_of_all_ranks(layout, results):
     """One that leaves out two tokens of all: two wrong ones, on several ranks, pass; three do not."""
@@ -375,6 +380,7 @@ def test_the_quantile_is_over_the_tokens_of_all_ranks(layout, results):
     assert isinstance(message, str) and "(--audit-tail 0.001)" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_small_error_at_every_token_is_caught(layout, results):
     """By the mean alone."""
@@ -384,6 +390,7 @@ def test_a_small_error_at_every_token_is_caught(layout, results):
     assert mean == pytest.approx(1e-4, rel=0.1) and largest < MOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "case", ["stale weights", "shifted", "tempered", "rotation off by one", "position off by one"]

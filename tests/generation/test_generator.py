@@ -191,6 +191,7 @@ def finishes(result: dict) -> list[str]:
 # ---- greedy answers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_greedy_tokens_are_those_of_transformers(processes, greedy, ran):
     """64 prompts of mixed lengths in every layout; some answers end early, some at the limit."""
@@ -203,12 +204,14 @@ def test_greedy_tokens_are_those_of_transformers(processes, greedy, ran):
     assert {"stop", "length"} == set(wanted)
 
 
+@pytest.mark.slow
 def test_one_new_token(greedy, ran):
     result = ran(1)["one token"]
     assert first_answers(result) == [ids[:1] for ids in greedy["llama"]]
     assert set(finishes(result)) <= {"stop", "length"}
 
 
+@pytest.mark.slow
 def test_an_answer_ends_with_the_context(models, ran):
     """Prompts of 246, 250 and 255 tokens in a context of 256."""
     result, expected = ran(1)["context"], transformers_greedy(network(models / "llama"), long_prompts(), 12)
@@ -223,6 +226,7 @@ def penalised(models) -> list[list[int]]:
     return transformers_greedy(policy, prompts(), NEW_TOKENS, repetition_penalty=PENALTY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one-few-slots", "tp2-same", "pp2-same", "dp2"])
 def test_repetition_penalty_is_that_of_transformers(name, penalised, greedy, ran):
     """Sequences change slots when others end, and with them what they have seen."""
@@ -251,6 +255,7 @@ def cut(ids: list[int], pairs: list[tuple[int, int]]) -> list[int]:
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one-few-slots", "pp2-same"])
 def test_stop_strings_of_two_tokens(name, greedy, ran):
     """Answers are the greedy ones up to the first stop string, and text() leaves that out."""
@@ -311,6 +316,7 @@ def assert_same(answers: list[list[Answer]], expected: list[list[Answer]], name:
             np.testing.assert_allclose(logprobs, logprobs_, rtol=0, atol=FP32[1], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_sampled_answers_are_the_same_in_every_layout(processes, ran):
     """With --deterministic and without, with few slots and many."""
@@ -322,6 +328,7 @@ def test_sampled_answers_are_the_same_in_every_layout(processes, ran):
     assert {finish for samples in expected for *_, finish in samples} == {"stop", "length"}
 
 
+@pytest.mark.slow
 def test_what_is_sampled_beside_an_answer_does_not_matter(ran):
     """The order of the prompts, a prompt alone, one slot, fewer slots than answers to a prompt."""
     expected = ran(1)["sampled one"]["answers"]
@@ -331,6 +338,7 @@ def test_what_is_sampled_beside_an_answer_does_not_matter(ran):
     assert_same(ran(1)["fewer slots than samples"]["answers"], expected[:8], "fewer slots than samples")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["other seed", "other streams"])
 def test_other_random_numbers_give_other_answers(name, ran):
     expected, answers = ran(1)["sampled one"]["answers"][:8], ran(1)[name]["answers"]
@@ -374,6 +382,7 @@ def logprob_errors(policy: transformers.PreTrainedModel, answers: list[list[Answ
     return np.concatenate(errors, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LIKELIHOOD)
 def test_logprobs_are_those_of_transformers(family, models, ran):
     """Mistral's window of 7 tokens is shorter than most prompts."""
@@ -383,6 +392,7 @@ def test_logprobs_are_those_of_transformers(family, models, ran):
     assert errors.mean() <= FP32[0] and errors.max() <= FP32[1]
 
 
+@pytest.mark.slow
 def test_logprobs_in_bf16(models, ran):
     """The model's log-probs are those of its bf16 weights. (Those of the distribution drawn from are of
     another set of tokens, where rounding decides which are among the 20 likeliest.)"""
@@ -391,6 +401,7 @@ def test_logprobs_in_bf16(models, ran):
     assert np.abs(errors).mean() <= BF16[0] and np.abs(errors).max() <= BF16[1]
 
 
+@pytest.mark.slow
 def test_ids_without_a_token_have_no_probability(models, ran):
     """transformers' logits of the known ids alone: the same draws, log-probs and answers."""
     policy, drawn = network(models / "llama"), Counter()
@@ -444,6 +455,7 @@ def chi_square(counts: Counter, chances: dict) -> tuple[float, int]:
     return statistic, cells - 1
 
 
+@pytest.mark.slow
 def test_answers_of_two_tokens_are_drawn_with_their_exact_probabilities(models, ran):
     """4,000 answers to one prompt: chi-square of first tokens and of pairs below the 99.9 % quantiles."""
     expected = chances(network(models / "llama"), prompts()[0])
@@ -480,6 +492,7 @@ def test_runs_within_a_budget(sizes, budget, runs):
     assert packing.within_budget(sizes, budget) == runs
 
 
+@pytest.mark.slow
 def test_prompts_are_read_within_the_budget_unless_one_alone_is_above_it(greedy, ran):
     """Each of 64 prompts of 1 to 40 tokens once, 30 tokens in a pass."""
     result = ran(1)["budget"]
@@ -493,6 +506,7 @@ def test_prompts_are_read_within_the_budget_unless_one_alone_is_above_it(greedy,
 # ---- copies of the weights -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "tp2-same", "tp2-reshard", "pp2-reshard", "pp2-to-tp2"])
 def test_answers_follow_the_weights(name, models, greedy, ran):
     """After a rollout the policy's weights change in place, as an update changes them; then come these."""
@@ -503,6 +517,7 @@ def test_answers_follow_the_weights(name, models, greedy, ran):
     assert first_answers(ran(LAYOUTS[name][0])[f"changed {name}"]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_copies_hold_no_memory_after_a_rollout(processes, ran):
     copied = {name: ran(processes)[f"sampled {name}"]["copy_bytes"] for name in layouts(processes)}
@@ -522,6 +537,7 @@ def lengths(result: dict) -> list[int]:
     return [sum(len(ids) for ids, *_ in samples) for samples in result["answers"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dp2", "dp2-fixed", "tp2-reshard", "pp2-reshard"])
 def test_of_two_copies_each_prompt_is_answered_by_one(name, ran):
     result = ran(2)[f"sampled {name}"]
@@ -532,6 +548,7 @@ def test_of_two_copies_each_prompt_is_answered_by_one(name, ran):
         assert not any(first[1::2]) and not any(second[::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tp2-same", "pp2-same", "pp2-to-tp2", "cp2"])
 def test_ranks_of_one_copy_sample_alike(name, ran):
     result = ran(2)[f"sampled {name}"]
@@ -606,12 +623,14 @@ def test_copies_that_take_at_the_same_time(monkeypatch):
 # ---- refusals ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prompts_that_cannot_be_answered_are_refused(ran):
     assert ran(1)["empty prompt"] == {"errors": ["the prompt is empty: there must be a token to continue"]}
     wanted = "the prompt has 256 tokens, the model's context 256: no room for an answer"
     assert ran(1)["full context"] == {"errors": [wanted]}
 
 
+@pytest.mark.slow
 def test_a_rollout_tp_that_does_not_divide_the_processes_is_refused(ran):
     assert ran(2)["rollout tp"] == {"errors": ["--rollout-tp 3 does not divide the 2 processes"] * 2}
 

@@ -57,6 +57,7 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
     return run(tmp_path_factory.mktemp("graphs"), cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -78,11 +79,13 @@ def test_answers_by_graphs_are_the_same(name, replayed):
     assert result["gpu"] == result["plain"]
 
 
+@pytest.mark.slow
 def test_keys_and_values_are_gone_after_a_rollout(replayed):
     """By themselves: without the collector of circles, which comes when it likes."""
     assert {result["left"] for name, result in replayed.items() if name != "broken"} == {0}
 
 
+@pytest.mark.slow
 def test_most_steps_are_replays(replayed):
     """Each size of graph is captured once for each place of keys and values, if it is used there."""
     replays = {name: result["replays"] for name, result in replayed.items() if name != "broken"}
@@ -92,6 +95,7 @@ def test_most_steps_are_replays(replayed):
     assert replays["one token"] == []
 
 
+@pytest.mark.slow
 def test_a_model_whose_logits_are_not_numbers_is_refused(replayed):
     assert replayed["broken"].startswith("logits of rows [0, 1, 2")
 
@@ -168,6 +172,7 @@ def interpreted(models, tmp_path_factory) -> dict[str, dict]:
         return run(tmp_path_factory.mktemp("kernels"), cases, torchrun)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", INTERPRETED)
 def test_answers_by_the_kernels_are_the_same(family, interpreted):
     """Up to rounding of the log-probs."""

@@ -61,6 +61,7 @@ def fake():
 # ---- whole rollouts in two processes -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_engine_gets_the_weights_bit_for_bit(results, layout, name):
@@ -68,6 +69,7 @@ def test_each_engine_gets_the_weights_bit_for_bit(results, layout, name):
     assert len(wrong) == 3 and all(engines == [[]] * (2 // CASES[name][2]) for engines in wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("greedy", "greedy over 2"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_greedy_answers_are_those_of_native_sampling(results, layout, name):
@@ -78,6 +80,7 @@ def test_greedy_answers_are_those_of_native_sampling(results, layout, name):
         np.testing.assert_allclose(ours[2], native[2], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("greedy", "greedy over 2"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_generator_samples_with_engines(results, layout, name):
@@ -91,6 +94,7 @@ def test_the_generator_samples_with_engines(results, layout, name):
     assert case["described"] == f"sampling in TensorRT-LLM, tp {tp}: {2 // tp} x 4 sequences at a time"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_answers_follow_from_weights_and_seeds_alone(results, name):
     ids = {
@@ -101,6 +105,7 @@ def test_answers_follow_from_weights_and_seeds_alone(results, name):
     assert ids["tp2"] == ids["pp2"] == ids["dp2"]
 
 
+@pytest.mark.slow
 def test_stop_strings_end_answers_with_the_token_that_completes_them(results):
     ended = 0
     for ids, *_, finish in results["dp2 drawn"]["answers"][0]:
@@ -110,6 +115,7 @@ def test_stop_strings_end_answers_with_the_token_that_completes_them(results):
     assert ended
 
 
+@pytest.mark.slow
 def test_memory_is_released_between_rollouts_unless_it_is_kept(results):
     update = ["update_weights", "finish"]
     asleep, kept = ("greedy over 2", "drawn")

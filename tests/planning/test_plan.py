@@ -426,6 +426,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MEASURES, reason="the system does not count peaks anew")
 @pytest.mark.parametrize("case", CASES)
 def test_peaks_are_what_plan_says(case, places, tmp_path):

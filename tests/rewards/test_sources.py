@@ -222,6 +222,7 @@ def responses() -> list[str]:
     return ["yes", "yes", "no", "a", ""]
 
 
+@pytest.mark.slow
 def test_a_function_sees_each_answer_once(output):
     """Prompt and response as text and the row; the two processes share the answers."""
     calls = [json.loads(line) for line in (output / "calls.jsonl").read_text().splitlines()]
@@ -230,16 +231,19 @@ def test_a_function_sees_each_answer_once(output):
     assert sorted(Counter(call[3] for call in calls).values()) == [7, 8]
 
 
+@pytest.mark.slow
 def test_rewards_of_a_function_stand_where_their_answers_do(results):
     wanted = [[len(answer) + 100 * i for answer in responses()] for i in range(len(QUESTIONS))]
     assert [rank["functions"]["noted"] for rank in results] == [wanted, wanted]
 
 
+@pytest.mark.slow
 def test_any_real_number_is_a_reward(results):
     assert results[0]["functions"]["returns_numpy"] == [[0.5] * 5] * 3
     assert results[0]["functions"]["returns_bool"] == [[1.0, 1.0, 0.0, 0.0, 0.0]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_number_is_refused(name, results):
     """Each rank names its own first answer."""
@@ -346,6 +350,7 @@ def transformers_scores(directory: Path) -> np.ndarray:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SCORED)
 def test_scores_are_those_of_transformers(family, results, reward_models):
     """In each layout, on each rank, in large micro-batches and in such as split the answers to a prompt."""
@@ -369,6 +374,7 @@ def test_small_micro_batches_split_the_answers_to_a_prompt():
     assert any(packing.num_places(row) > min(BUDGETS) for row in rows)
 
 
+@pytest.mark.slow
 def test_weights_are_parked_between_calls(results):
     """The module's parameters hold no memory, before the first call and after it."""
     held = [case["held"] for rank in results for case in rank["models"].values()]

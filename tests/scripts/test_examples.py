@@ -186,6 +186,7 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_each_ends_with_its_validation(output: Path):
     """The last lines: metrics before and after training, as numbers."""
     last = {
@@ -204,6 +205,7 @@ def test_each_ends_with_its_validation(output: Path):
             assert all(float(value) == float(value) for value in line.split(": ")[1].split(" -> ")), line
 
 
+@pytest.mark.slow
 def test_prompt_response_model_answers_the_template(output: Path):
     rows = read_jsonl(output / "sft" / "answers.jsonl")
     assert len(rows) == 4 and all(row["prompt"].find("odd?") > 0 for row in rows)
@@ -212,6 +214,7 @@ def test_prompt_response_model_answers_the_template(output: Path):
     ]
 
 
+@pytest.mark.slow
 def test_chat_model_speaks_the_trained_format(output: Path):
     """The prompts of generate.py, and transformers' of hf/, have the ids that were trained on."""
     rows = read_jsonl(output / "sft_chat" / "answers.jsonl")
@@ -235,12 +238,14 @@ def test_chat_model_speaks_the_trained_format(output: Path):
             assert ids.tolist() == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ppo", "rs", "self_rewarding"])
 def test_later_models_keep_it(name: str, output: Path):
     templates = [(output / run / "hf" / "chat_template.jinja").read_text() for run in ("sft_chat", name)]
     assert templates[0] == templates[1]
 
 
+@pytest.mark.slow
 def test_first_iteration_of_self_rewarding_has_ended_answers(output: Path):
     """Without --stop: the end signal is the turn marker of the model's rows."""
     rows = read_jsonl(output / "self_rewarding" / "metrics.jsonl")

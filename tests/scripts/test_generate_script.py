@@ -230,17 +230,20 @@ def two(run, folder) -> Printed:
 # ---- --prompt ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_those_of_transformers_through_the_chat_template(run, greedy):
     out, shown = call("generate.py", "--model", run / "hf", "--prompt", "sort: d b a", *GREEDY)
     assert out == greedy.chat("sort: d b a") + "\n"
     assert re.search(r"\n\((stop|length), \d+ tokens, [\d.,]+ tokens/s\)\n", shown)
 
 
+@pytest.mark.slow
 def test_raw_continues_the_text(one, greedy):
     assert one["raw"][0] == one["checkpoint, raw"][0] == greedy.plain("abc") + "\n"
     assert greedy.plain("abc") != greedy.chat("abc")
 
 
+@pytest.mark.slow
 def test_a_prompt_goes_through_the_template_of_training(one, greedy):
     """With BOS if training put it there, unless --add-bos says otherwise."""
     answer, shown = one["template beside a chat template"]
@@ -252,6 +255,7 @@ def test_a_prompt_goes_through_the_template_of_training(one, greedy):
     assert one["template, BOS"][0] != one["template"][0]
 
 
+@pytest.mark.slow
 def test_several_answers_come_under_headings(one, greedy):
     expected, ids = greedy.chat("abc"), greedy.ids(chat_ids("abc"))
     finish = "stop" if ids[-1] == 258 else "length"
@@ -260,17 +264,20 @@ def test_several_answers_come_under_headings(one, greedy):
     assert f"({2 * len(ids)} tokens, " in one["several"][1]
 
 
+@pytest.mark.slow
 def test_an_answer_ends_with_a_stop_string_that_is_not_shown(one, greedy):
     expected = greedy.chat("abc")
     assert one["stop"][0] == expected[: expected.index(stop_string(greedy))] + "\n"
     assert "\n(stop, " in one["stop"][1]
 
 
+@pytest.mark.slow
 def test_an_answer_fills_the_context_and_no_more(one, greedy):
     """The longest prompt that is not refused."""
     assert one["full"][0] == greedy.chat(FULL, most=1) + "\n" and "(length, 1 tokens, " in one["full"][1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_answers_as_its_export_in_any_layout(one, two, start, greedy):
     """Trained at tp 2; tokenizer and template are the start's, formats those of the run's flags."""
     expected = greedy.chat("abc") + "\n"
@@ -284,6 +291,7 @@ def test_a_checkpoint_answers_as_its_export_in_any_layout(one, two, start, greed
 # ---- --input, --output ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_of_every_format_are_answered_in_order(one, folder, greedy):
     answers = [greedy.plain("sort: d b a"), greedy.plain("abc"), greedy.chat("sort: c a")]
     answers.append(greedy.chat("u", "a", "u"))
@@ -299,6 +307,7 @@ def test_rows_of_every_format_are_answered_in_order(one, folder, greedy):
     assert [path.name for path in written.parent.iterdir()] == ["greedy.jsonl"]
 
 
+@pytest.mark.slow
 def test_sampled_answers_are_the_same_on_two_copies_of_the_model(one, two, folder):
     """Three answers each, which differ, and do not depend on where and in what company they are decoded."""
     texts = [(folder / f"{name}.jsonl").read_text() for name in ("one", "two", "seed")]
@@ -317,12 +326,14 @@ def talk(greedy: Greedy) -> str:
     return "\n".join([first, greedy.chat("sort: b a", first, "and c b"), greedy.chat("abc"), ""])
 
 
+@pytest.mark.slow
 def test_chat_keeps_the_conversation(one, two, greedy):
     """An empty line ends it; in the second case the end of stdin does."""
     assert one["talk"][0] == two["talk"][0] == talk(greedy)
     assert "a new conversation" in one["talk"][1] and one["talk"][1].count("> ") == 5
 
 
+@pytest.mark.slow
 def test_chat_under_torchrun(run, greedy):
     out, _ = call(
         *("generate.py", "--model", run / "hf", "--chat", *GREEDY, "--tp", 2),
@@ -332,6 +343,7 @@ def test_chat_under_torchrun(run, greedy):
     assert out == talk(greedy)
 
 
+@pytest.mark.slow
 def test_chat_starts_over_when_the_context_is_full(one, greedy):
     """LONG once more does not fit; LONGER would not even alone, and leaves nothing behind."""
     out, shown = one["long talk"]
@@ -503,6 +515,7 @@ def test_help_shows_every_flag_with_its_text():
         assert len(re.findall("[a-z]{2,}", text)) >= 2, f"--{flag} has no text: {part}"
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_refused_with_flag_and_rule(run, models, tmp_path):
     """All in one process (tests/workers/scripts.py); the first command trains the reward model."""
     bare = shutil.copytree(run / "hf", tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))

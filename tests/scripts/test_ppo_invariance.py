@@ -14,6 +14,8 @@ from tests.support.files import read_jsonl, reproducible_metrics
 from tests.support.launch import fork_ranks
 from tests.support.rounding import PPO_CANCELS
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 BY_RULE = "--reward-fn tests.support.rewards:reward"
 MODEL = "--advantages gae --samples-per-prompt 2 --global-batch-size 8 --reward-model {rm} --critic-lr 1e-3"

@@ -26,6 +26,8 @@ from align.training import batching
 from tests.support.launch import fork_ranks
 from tests.support.rewards import reward
 
+pytestmark = pytest.mark.slow
+
 KL_COEF, GAMMA, LAMBDA, PENALTY = 0.07, 0.97, 0.9, 0.25
 KINDS = {
     "gae": f"--advantages gae --gamma {GAMMA} --gae-lambda {LAMBDA} --unended penalise "

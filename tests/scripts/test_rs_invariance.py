@@ -13,6 +13,8 @@ import pytest
 from tests.support.files import read_jsonl, reproducible_metrics
 from tests.support.launch import fork_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 BY_RULE, BY_MODEL = "--reward-fn tests.support.rewards:reward", "--reward-model {rm}"
 CASES = {  # by number of processes: judge and layout

@@ -143,6 +143,7 @@ def run(tmp_path_factory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_run_directory(run):
     names = {path.name for path in run.iterdir()}
     assert {"config.json", "train_sft.py", "log.txt", "metrics.jsonl", "plots", "checkpoints", "hf"} <= names
@@ -155,6 +156,7 @@ def test_run_directory(run):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003"]
 
 
+@pytest.mark.slow
 def test_transformers_opens_the_result_and_finds_the_same_loss(run):
     """val/loss is the mean over all trained tokens of what transformers, row by row, gives them."""
     policy, info = transformers.AutoModelForCausalLM.from_pretrained(run / "hf", output_loading_info=True)
@@ -170,6 +172,7 @@ def test_transformers_opens_the_result_and_finds_the_same_loss(run):
     assert read_metrics(run)[-1]["val/loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_result_brings_tokenizer_chat_template_and_generation_config(run):
     text = transformers.AutoTokenizer.from_pretrained(run / "hf")
     start = transformers.AutoTokenizer.from_pretrained(TINY)
@@ -194,6 +197,7 @@ def poisoned(run: Path, directory: Path, poison: Callable[[dict[str, torch.Tenso
     return directory
 
 
+@pytest.mark.slow
 def test_a_nan_stops_the_run_and_names_step_and_rank(run, tmp_path):
     """Only the row with a z meets the NaN, so one of two ranks does; its number is in the message."""
 
@@ -245,6 +249,7 @@ def response_logprob(policy: transformers.PreTrainedModel, side: Example) -> flo
 REWARDS = ("rewards_chosen_mean", "rewards_rejected_mean", "rewards_margin_mean", "rewards_all_mean")
 
 
+@pytest.mark.slow
 def test_dpo_without_arguments(tmp_path):
     """Files of the run; log-probs and rewards are those of transformers."""
     metrics = run_toy("train_dpo.py", tmp_path)
@@ -319,6 +324,7 @@ def named(metrics: dict[str, float], group: str, names: dict[str, float]) -> dic
     return {name: metrics[f"{group}/{name}"] for name in names}
 
 
+@pytest.mark.slow
 def test_rm_without_arguments(tmp_path):
     """Files of the run; transformers gives the validation pairs the same scores."""
     metrics = run_toy("train_rm.py", tmp_path)
@@ -341,6 +347,7 @@ def test_rm_without_arguments(tmp_path):
 # ---- other ways to run ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bf16_without_torchrun_with_template_rows_and_wandb_offline(tmp_path):
     rows = [{"question": word, "answer": word[::-1]} for word in words(24, 0)]
     rows = write_rows(tmp_path / "rows.jsonl", rows)
@@ -359,6 +366,7 @@ def test_bf16_without_torchrun_with_template_rows_and_wandb_offline(tmp_path):
     assert saved["prompt_template"] == "Q: {question}\\nA: {answer}"
 
 
+@pytest.mark.slow
 def test_conversations_rows(attempts):
     assert [row["step"] for row in read_metrics(finished(attempts, "conversations"))] == [1, 2, 3]
 
@@ -394,6 +402,7 @@ def test_every_loss_is_tested():
     assert set(AT_START) | set(train_dpo.REFERENCE_FREE) == set(train_dpo.LOSSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", train_dpo.LOSSES)
 def test_every_loss_trains(loss, attempts):
     """Its value before the first update is that worked by hand, and the update lowers what it trains."""
@@ -411,6 +420,7 @@ def test_every_loss_trains(loss, attempts):
     assert (output / "reference.safetensors").exists() == (loss in AT_START)
 
 
+@pytest.mark.slow
 def test_sft_term_per_token_beside_a_loss_of_sums(attempts):
     """--sft-average-logprobs: the mean over pairs of that over the chosen one's tokens, by transformers."""
     output = finished(attempts, "sft average")
@@ -425,6 +435,7 @@ def test_sft_term_per_token_beside_a_loss_of_sums(attempts):
     assert last["val/loss"] == pytest.approx(last["val/preference_loss"] + 0.5 * last["val/sft_loss"])
 
 
+@pytest.mark.slow
 def test_both_ways_to_the_reference_are_equal(attempts):
     """Bit for bit in the first epoch, 6 steps; later ones pack pairs otherwise than the precomputing pass."""
     precomputed, swapped = (
@@ -438,6 +449,7 @@ def test_both_ways_to_the_reference_are_equal(attempts):
     assert not (attempts["swap"]["output"] / "reference.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_kl_of_kto_is_that_of_the_whole_step(attempts):
     """So micro-batches of one pair change nothing, neither in training nor in validation."""
     whole, single = (
@@ -448,6 +460,7 @@ def test_kl_of_kto_is_that_of_the_whole_step(attempts):
     assert whole[2]["train/rewards_chosen_mean"] > 1e-3, "the KL was still 0"
 
 
+@pytest.mark.slow
 def test_a_wrong_reference_is_refused_before_the_first_update(attempts):
     message = attempts["wrong reference"]
     assert (
@@ -463,6 +476,7 @@ def test_a_wrong_reference_is_refused_before_the_first_update(attempts):
 # ---- RM in other ways ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_validation_sets_and_one_test(attempts):
     """Every --val-data file in each validation, --test-data once after the last step, with its interval."""
     output = finished(attempts, "rm")
@@ -488,6 +502,7 @@ def interval(share: float, count: int) -> list[float]:
     return sorted(np.roots([1 + z2, -2 * share - z2, share**2]).real)
 
 
+@pytest.mark.slow
 def test_a_reward_model_goes_on_with_its_head(attempts):
     """With --model a reward model, the first validation is the earlier run's last."""
     before = read_metrics(finished(attempts, "rm"))[3]
@@ -498,6 +513,7 @@ def test_a_reward_model_goes_on_with_its_head(attempts):
     assert "the head starts at random" in (attempts["rm"]["output"] / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_statistics_of_training_rows(attempts):
     """Statistics without validation rows; of 3 and 2 scores that transformers gives to labelled texts."""
     output = finished(attempts, "rm alone")
@@ -510,6 +526,7 @@ def test_statistics_of_training_rows(attempts):
     assert scores.std() > 1e-2
 
 
+@pytest.mark.slow
 def test_text_lines_with_margins_and_centering(attempts):
     """Chosen and rejected lines in turn; a margin counts in the loss and not in the rewards."""
     output = finished(attempts, "rm text lines")
@@ -533,6 +550,7 @@ def head_in_checkpoint(output: Path) -> Tensor:
     return state["score.weight"]
 
 
+@pytest.mark.slow
 def test_regression_on_attributes_exports_their_weighted_sum(attempts):
     """val/loss is the mean square over the labels that are not missing, by transformers and numpy."""
     output = finished(attempts, "rm regression")
@@ -722,6 +740,7 @@ def finished(attempts: dict[str, dict], name: str) -> Path:
     return attempts[name]["output"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_mistakes_are_refused_with_flag_and_rule(attempts, name):
     error = attempts[name]["error"]

@@ -51,6 +51,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_with_this_bug_is_stopped(name, ran):
     """On every rank, by the right check, at the first step that the bug can show in."""
@@ -61,6 +62,7 @@ def test_a_run_with_this_bug_is_stopped(name, ran):
         assert [step["step"] for step in results[name]["steps"]] == [1, 2][: case.after]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS)
 def test_the_same_run_without_a_bug_ends_well(flags, ran):
     mean, largest, _ = audit.BOUNDS[torch.float32]
@@ -74,6 +76,7 @@ def test_the_same_run_without_a_bug_ends_well(flags, ran):
             assert step["audit/ratio_error"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNSTOPPED)
 def test_a_wrong_gradient_shows_beside_one_process(name, ran):
     """The audit sees no gradient; test_ppo_invariance.py compares layouts, by numbers such as this norm."""

@@ -17,6 +17,8 @@ from tests.support.files import read_jsonl, reproducible_metrics
 from tests.support.launch import fork_ranks
 from tests.support.rounding import close_self_reward
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 META = (
     "--meta-judge --meta-judge-template {trained}/data/meta_judge.txt --meta-judge-fraction 0.4 --loss scale"

@@ -31,6 +31,8 @@ from align.training import engine
 from tests.support.files import read_jsonl
 from tests.support.launch import fork_ranks
 
+pytestmark = pytest.mark.slow
+
 KNOWN_IDS = 259  # of the tokenizer; the model has 264 rows
 PROMPTS, STEPS, FRACTION, BETA, SCALE, SFT_WEIGHT = 12, 2, 0.25, 0.2, 0.7, 0.3
 TWO = "--samples-per-prompt 2 --seed 3"  # with this seed some prompts give no pair in each step

@@ -331,6 +331,7 @@ AUDIT = {"logprob_error", "logprob_error_quantile", "logprob_error_max", "ratio_
 PHASES = {"generate", "score", "logprobs", "train", "other"}
 
 
+@pytest.mark.slow
 def test_names_of_the_metrics(folder):
     before = read_jsonl(folder / "gae" / "metrics.jsonl")[0]
     assert set(before) == {"step"} | {f"val_rollouts/{name}" for name in VAL}
@@ -347,6 +348,7 @@ def test_names_of_the_metrics(folder):
         assert group(row, "time") == PHASES | {"step", "offload", "reference", "values"} | saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gae", "grpo", "warmup"])
 def test_shares_of_time_sum_to_one(folder, name):
     for row in metrics(folder, name):
@@ -357,6 +359,7 @@ def test_shares_of_time_sum_to_one(folder, name):
         assert 0 < row["timers/rollout_time"] + row["timers/train_time"] < row["time/step"]
 
 
+@pytest.mark.slow
 def test_memory_of_each_phase(folder):
     """Peaks in GB, where the system tells them."""
     first, second = metrics(folder, "gae")
@@ -367,6 +370,7 @@ def test_memory_of_each_phase(folder):
     assert all(0.05 < row[f"memory/{name}"] < 8 for row in (first, second) for name in group(row, "memory"))
 
 
+@pytest.mark.slow
 def test_first_update_has_ratio_one(folder):
     """To the last bit, as it has the micro-batches of the pass before it; the later ones have not."""
     rows = metrics(folder, "gae") + metrics(folder, "grpo") + metrics(folder, "warmup")[2:]
@@ -376,6 +380,7 @@ def test_first_update_has_ratio_one(folder):
         assert row["audit/logprob_error"] <= row["audit/logprob_error_max"] < 1e-4
 
 
+@pytest.mark.slow
 def test_statistics(folder):
     for row in metrics(folder, "gae"):
         assert row["train_rollouts/rollout_size"] == 8
@@ -390,6 +395,7 @@ def test_statistics(folder):
     assert first["train_rollouts/kl_coef"] == second["train_rollouts/kl_coef"] == 0.01  # no KL was seen yet
 
 
+@pytest.mark.slow
 def test_samples(folder):
     """The first answer of each step, and of validation all."""
     rows, logged = read_jsonl(folder / "gae" / "samples.jsonl"), read_jsonl(folder / "gae" / "metrics.jsonl")
@@ -402,6 +408,7 @@ def test_samples(folder):
         assert logged[step]["val_rollouts/rewards"] == pytest.approx(sum(rewards) / 3)
 
 
+@pytest.mark.slow
 def test_result_opens_with_transformers(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "gae" / "hf")
     text = transformers.AutoTokenizer.from_pretrained(folder / "gae" / "hf")
@@ -437,12 +444,14 @@ def exported(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / name / "hf" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_the_critic(folder):
     path = checkpoint.newest(folder / "gae" / "checkpoints")
     assert path.name == f"step_{STEPS:08d}" and (path / "critic").is_dir()
     assert "score.weight" in tensors(path / "critic") and "score.weight" not in tensors(path)
 
 
+@pytest.mark.slow
 def test_without_critic_and_reference(folder):
     """No metrics of them, no phase, and nothing in the checkpoint or beside it."""
     for row in metrics(folder, "grpo"):
@@ -456,6 +465,7 @@ def test_without_critic_and_reference(folder):
     assert not (folder / "grpo" / "reference.txt").exists() and (folder / "gae" / "reference.txt").exists()
 
 
+@pytest.mark.slow
 def test_stopped_by_the_time_and_continued(folder):
     log = (folder / "timed" / "log.txt").read_text()
     assert f"--max-time is over: stopped after step 1 of {STEPS}; the same command continues" in log
@@ -470,6 +480,7 @@ def without_machine(row: dict[str, float]) -> dict[str, float]:
     return {name: row[name] for name in without_times(row) if not name.startswith("memory/")}
 
 
+@pytest.mark.slow
 def test_critic_warms_up_alone(folder):
     """For two of three steps the policy stays the reference, and is what training started from."""
     for row in metrics(folder, "warmup"):
@@ -483,6 +494,7 @@ def test_critic_warms_up_alone(folder):
     assert metrics(folder, "warmup")[2]["train_optim/lr"] == 1e-3  # its schedule begins here
 
 
+@pytest.mark.slow
 def test_learning_rate_zero_changes_nothing(folder):
     rows = metrics(folder, "still")
     assert all(row["train_optim/grad_norm"] > 0 and row["train_optim/critic_grad_norm"] > 0 for row in rows)
@@ -495,6 +507,7 @@ def test_learning_rate_zero_changes_nothing(folder):
     assert torch.equal(at(folder, "still", 2, "critic")["score.weight"], judge["score.weight"])
 
 
+@pytest.mark.slow
 def test_without_an_ended_answer_only_the_critic_learns(folder):
     """--unended mask, and no answer of two tokens ends."""
     [row] = metrics(folder, "masked")
@@ -507,6 +520,7 @@ def test_without_an_ended_answer_only_the_critic_learns(folder):
     assert at(folder, "masked", 1, "critic")["score.weight"].any()
 
 
+@pytest.mark.slow
 def test_a_new_critic_has_values_of_0(folder):
     """Standardised are the rewards, and the values of a critic that starts as the reward model: no others."""
     [row] = metrics(folder, "masked")
@@ -515,6 +529,7 @@ def test_a_new_critic_has_values_of_0(folder):
     assert message in (folder / "masked" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_without_advantages_no_update_is_made(folder):
     """Weight decay would move the weights; a KL in the loss has a gradient, so its updates are made."""
     [row], [with_kl] = metrics(folder, "flat"), metrics(folder, "flat_kl")
@@ -528,6 +543,7 @@ def test_without_advantages_no_update_is_made(folder):
     assert not same(exported(folder, "flat_kl"), exported(folder, "gae"))
 
 
+@pytest.mark.slow
 def test_penalty_of_answers_that_were_cut_off(folder):
     """Both tokens of an answer share its reward less 3; rewards themselves are logged as they were given."""
     [row] = metrics(folder, "penalised")
@@ -541,6 +557,8 @@ def test_penalty_of_answers_that_were_cut_off(folder):
 # ---- what is refused with the files in hand ------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_critic_cannot_join_later(folder):
     """The checkpoint of a run without one cannot be continued with --advantages gae."""
     flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3 --resume-with-changes"

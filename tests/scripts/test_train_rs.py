@@ -179,6 +179,7 @@ STATISTICS = {"rewards", "response_lengths", "prompt_lengths", "ended"}
 SELECTION = {"selected", "dropped_low", "dropped_unended", "dropped_duplicates", "rewards_selected"}
 
 
+@pytest.mark.slow
 def test_names_of_the_metrics(folder):
     before, *steps = metrics(folder, "function")
     val = {f"val_rollouts/{name}" for name in STATISTICS}
@@ -206,6 +207,7 @@ def calls(folder: Path) -> dict[str, list[list[tuple[str, str, float]]]]:
     return {"train": [train[:16], train[16:]], "val": [val[:3], val[3:]]}
 
 
+@pytest.mark.slow
 def test_rewards_in_the_metrics_are_those_of_the_function(folder):
     """Means over all answers, and over the two best to each of four prompts."""
     rows, rollouts = metrics(folder, "function"), calls(folder)
@@ -224,11 +226,13 @@ def test_rewards_in_the_metrics_are_those_of_the_function(folder):
         assert row["train_rollouts/prompt_lengths"] == pytest.approx(np.mean(lengths))
 
 
+@pytest.mark.slow
 def test_all_rows_are_used_once_in_an_epoch(folder):
     prompts = [sorted({prompt for prompt, *_ in rated}) for rated in calls(folder)["train"]]
     assert sorted(prompts[0] + prompts[1]) == [f"say {i}: " for i in range(8)]
 
 
+@pytest.mark.slow
 def test_samples_are_what_the_function_saw(folder):
     """The first answers of a rollout with their rewards: of validation all, in the order of the rows."""
     rows, rollouts = read_jsonl(folder / "function" / "samples.jsonl"), calls(folder)
@@ -242,6 +246,7 @@ def test_samples_are_what_the_function_saw(folder):
         assert (shown["prompt"], shown["response"], shown["reward"]) in rollouts["train"][step - 1]
 
 
+@pytest.mark.slow
 def test_selected_answers_are_trained_on_in_batches(folder):
     """Two of each of 4 prompts' answers, four in an update: two updates a step."""
     for row in metrics(folder, "function")[1:]:
@@ -253,6 +258,7 @@ def test_selected_answers_are_trained_on_in_batches(folder):
         assert row["audit/logprob_error_quantile"] < row["audit/logprob_error_max"]  # the minimum here
 
 
+@pytest.mark.slow
 def test_too_long_prompts_are_dropped_and_counted(folder):
     log = (folder / "function" / "log.txt").read_text()
     assert "train data: 9 prompts, 1 dropped too long, " in log
@@ -281,6 +287,7 @@ def same_weights(folder: Path, names: tuple[str, str]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_step_that_selects_nothing_goes_on(idle):
     """No answer of one token ends: nothing is trained on, and the result is the model it started from.
 
@@ -297,6 +304,7 @@ def test_a_step_that_selects_nothing_goes_on(idle):
     assert same_weights(idle, ("function", "nothing"))
 
 
+@pytest.mark.slow
 def test_rewards_without_spread_are_said_and_counted(idle, folder):
     """A step in which all answers to each prompt are worth the same; not one in which some are."""
     message = "all responses to a prompt have one reward, for every prompt of the step"
@@ -315,6 +323,7 @@ def test_rewards_without_spread_are_said_and_counted(idle, folder):
         assert row["train_rollouts/prompts_without_spread"] == flat / 4 < 1
 
 
+@pytest.mark.slow
 def test_answers_below_the_least_reward_are_left_out(idle):
     """All rewards are 0; --min-reward 0 keeps them, 1e-9 does not."""
     for row in metrics(idle, "low"):
@@ -324,6 +333,7 @@ def test_answers_below_the_least_reward_are_left_out(idle):
     assert same_weights(idle, ("function", "low")) and not same_weights(idle, ("function", "enough"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "toy"])
 def test_toy_task(name, folder):
     """Without data, by a reward model and by the toy's own function."""
@@ -345,6 +355,7 @@ def test_toy_task(name, folder):
             assert f"step {row['step']}: all responses to a prompt have one reward" in log
 
 
+@pytest.mark.slow
 def test_the_reward_model_judges_the_toy_task_too(folder):
     """Its scores are those of transformers, where the answer's text has the tokens that were sampled.
 
@@ -366,6 +377,7 @@ def test_the_reward_model_judges_the_toy_task_too(folder):
     assert np.std(rewards) > 0.01
 
 
+@pytest.mark.slow
 def test_a_failing_reward_function_stops_the_run(tmp_path):
     """On one rank, while the other waits for its rewards: within a minute, with the exception shown."""
     log = tmp_path / "failed_at"

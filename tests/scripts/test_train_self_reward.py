@@ -231,6 +231,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_without_arguments_the_tiny_model_runs(runs):
     """It is random: no judgement has a score, so no step learns, and the log says so."""
     rows = [json.loads(line) for line in (runs / "plain/metrics.jsonl").read_text().splitlines()]
@@ -242,6 +243,7 @@ def test_without_arguments_the_tiny_model_runs(runs):
     assert (runs / "plain/data/judge.txt").read_text() == toy.JUDGE_TEMPLATE
 
 
+@pytest.mark.slow
 def test_first_iteration_sft(runs):
     """Fine-tuning on the rows lowers their loss; then the model is its own judge, from where it has come."""
     rows = [json.loads(line) for line in (runs / "sft/metrics.jsonl").read_text().splitlines()]
@@ -253,6 +255,7 @@ def test_first_iteration_sft(runs):
     assert data_loss[2] == data_loss[1]  # nothing was learnt since
 
 
+@pytest.mark.slow
 def test_prompts_and_responses_beyond_the_context(toy_judge, tmp_path):
     """64 + 38 tokens on a context of 83: of 45 left to a judge prompt some need more, and are shortened.
 

@@ -387,6 +387,7 @@ def test_import_of_a_module_leaves_no_trace(statement, tmp_path, monkeypatch):
     assert state() == before
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_gradients(tmp_path):
     """Rejection sampling on the toy task, whose reward function is `spoil` or the plain one."""
     flags = "--max-steps 2 --prompts-per-step 4 --samples-per-prompt 4 --global-batch-size 4 --val-batches 1"

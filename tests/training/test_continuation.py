@@ -146,6 +146,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[object, tuple[str
     return {name: (error, outputs.get(name, tiny)) for name, error in attempt(commands).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGED, ids=lambda change: " ".join(change))
 def test_a_changed_run_is_refused_by_name(attempts, change):
     error, tiny = attempts[change]
@@ -163,6 +164,7 @@ def same(actual: list[dict], wanted: list[dict]) -> bool:
     return all(row == pytest.approx(of, rel=1e-5) for row, of in zip(actual, wanted, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALLOWED)
 def test_what_may_change_changes_no_number(attempts, name):
     error, output = attempts[name]
@@ -172,11 +174,13 @@ def test_what_may_change_changes_no_number(attempts, name):
     assert same(numbers(output), whole)
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_are_finished(attempts):
     error, _ = attempts["fewer"]
     assert error.endswith("3 steps are finished, and the flags ask for 2 in all")
 
 
+@pytest.mark.slow
 def test_a_new_pass_over_changed_rows(attempts):
     error, output = attempts["with changes"]
     assert error is None
@@ -195,11 +199,13 @@ def test_a_new_pass_has_each_row_once():
         assert Counter(row for step in steps for row in run.rows_of_step(step)) == Counter(range(10))
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_so(attempts):
     error, output = attempts["complete"]
     assert error is None and "the run is complete: all 3 steps are done" in (output / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_resume_from_an_earlier_checkpoint(attempts):
     error, output = attempts["from"]
     assert error is None
@@ -207,6 +213,7 @@ def test_resume_from_an_earlier_checkpoint(attempts):
     assert same(numbers(output), numbers(output.parent / "whole"))
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_everything_as_it_was(attempts):
     error, output = attempts["refused"]
     assert "rows of --train-data 8 -> 10" in error

@@ -184,6 +184,7 @@ def damaged(runs) -> dict[tuple[str, str, str], str | None]:
     return dict(zip(DAMAGES, errors, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGES, ids=lambda what: " ".join(what))
 def test_damage_is_named(damaged, what):
     error, words = damaged[what], DAMAGES[what][1]
@@ -193,6 +194,7 @@ def test_damage_is_named(damaged, what):
         assert "--resume-from " in error and "step_00000001 goes on before it" in error
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(runs):
     folder, commands = runs
     output = shutil.copytree(folder / "sft", folder / "before")
@@ -253,6 +255,7 @@ def plant_bytes(checkpoint_path: Path, mark: Path) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", [plant_metadata, plant_by_path, plant_common, plant_bytes])
 @pytest.mark.parametrize("script", ["train", "generate"])
 def test_planted_code_does_not_run(runs, tmp_path, plant, script):
@@ -271,6 +274,7 @@ def test_planted_code_does_not_run(runs, tmp_path, plant, script):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_the_planted_code_would_run(runs, tmp_path):
     mark = tmp_path / "ran"
     plant_by_path(tmp_path, mark)

@@ -12,6 +12,8 @@ import pytest
 from tests.support.launch import fork_ranks
 from tests.support.parity_data import BETA
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     1: [
         dict(family="llama", micro_batch_tokens=400),

@@ -573,6 +573,7 @@ def trained(request, models, tmp_path_factory) -> tuple[Path, list[list[dict]]]:
     return output, [json.loads((output / f"train{rank}.json").read_text()) for rank in range(processes)]
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(trained):
     """Losses, gradient norms, log-probs, values, weights, main weights and moments, bit for bit."""
     for rank in trained[1]:
@@ -581,6 +582,7 @@ def test_training_does_not_notice(trained):
             assert moved["bits"] == plain["bits"]
 
 
+@pytest.mark.slow
 def test_each_step_changes_something(trained):
     """Else the test before this one would prove nothing."""
     for rank in trained[1]:
@@ -592,6 +594,7 @@ def test_each_step_changes_something(trained):
             assert plain["history"][0]["generate"] == plain["history"][0]["reference"]
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_notice(trained):
     output, ranks = trained
     for number in range(len(ranks[0])):
@@ -605,6 +608,7 @@ def test_checkpoints_do_not_notice(trained):
             assert moment in hashes["plain"] and hashes["moved"] == hashes["plain"]
 
 
+@pytest.mark.slow
 def test_every_rank_reports_the_same_phases(trained):
     labels = "generate_policy score reference both_policy_critic train_critic train_policy save_policy_critic"
     for number in range(len(trained[1][0])):
@@ -635,6 +639,7 @@ def measured(request, tmp_path_factory) -> tuple[bool, dict]:
     return request.param, json.loads((directory / "memory0.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MEASURES, reason="this system does not count peaks of memory anew")
 def test_resident_memory_falls_and_rises(measured):
     in_files, sizes = measured

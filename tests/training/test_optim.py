@@ -206,6 +206,7 @@ def test_the_first_step_after_a_reset_has_the_size_of_the_rate(models):
 # ---- the sum over ranks --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradients_summed_during_the_backward_pass_are_the_same(models, tmp_path):
     """Bit for bit, in several buckets, also where a rank's last micro-batch, or its only one, is empty."""
     assert not overlaps_gradients()  # with nobody

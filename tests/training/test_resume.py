@@ -105,6 +105,7 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
         assert not (output / "hf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole, tmp_path):
     """Data parallel, and with two ranks that each write a part of the checkpoint."""
@@ -166,6 +167,7 @@ def assert_read_again(output: Path, kills: list[tuple[int, set[str]]]) -> None:
     assert any(seconds[done + 1] == 0 for done, _ in kills if done)
 
 
+@pytest.mark.slow
 def test_pairs_of_judgements_wait_in_the_checkpoint(whole):
     """They are of the reference's making, and new ones come only now and then."""
     path = checkpoint.newest(whole / "self_reward/checkpoints")
@@ -174,6 +176,7 @@ def test_pairs_of_judgements_wait_in_the_checkpoint(whole):
     assert sum(share > 0 for share in learnt) > 10
 
 
+@pytest.mark.slow
 def test_precomputed_reference_has_every_row_that_is_used(whole):
     """Two epochs use all 80 pairs; a NaN would stand for one that is not known."""
     with safe_open(whole / "dpo/reference.safetensors", "pt") as file:
@@ -195,12 +198,14 @@ def at_tp2(data, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_max_time(at_tp2):
     assert kept(at_tp2 / "timed") == ["step_00000001"]
     assert f"--max-time is over: stopped after step 1 of {STEPS}" in (at_tp2 / "timed/log.txt").read_text()
     assert not (at_tp2 / "timed/hf").exists()
 
 
+@pytest.mark.slow
 def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
     """Stopped by --max-time, then by a signal to one rank, one to torchrun, a kill of torchrun alone."""
     output = tmp_path / "stopped"
@@ -239,6 +244,7 @@ def assert_stopped(output: Path) -> None:
     assert not (output / "hf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layouts", [("--pp 2", "--tp 1", "--tp 2 --sequence-parallel"), ("--tp 1",)], ids=["2", "1"]
 )
@@ -248,6 +254,7 @@ def test_another_layout_continues(layouts, data, at_tp2, tmp_path, request):
     continue_and_compare(int(request.node.callspec.id), runs, data, tmp_path)
 
 
+@pytest.mark.slow
 def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
     """Saved at tp 2, continued at pp 2 and dp 2, with a reference that is computed again or swapped in.
 
@@ -263,6 +270,7 @@ def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
     continue_and_compare(2, runs, data, tmp_path)
 
 
+@pytest.mark.slow
 def test_rejection_sampling_continues_in_another_layout(data, whole, tmp_path):
     """Saved at tp 2, where a copy of the weights samples; continued at pp 2 with one, at dp 2 without."""
     last = LAST["rs"]
@@ -273,6 +281,7 @@ def test_rejection_sampling_continues_in_another_layout(data, whole, tmp_path):
     assert tables(tmp_path / "0", last) == tables(tmp_path / "1", last) == expected
 
 
+@pytest.mark.slow
 def test_ppo_continues_in_another_layout(data, whole, tmp_path):
     """Policy, critic and price of KL, from tp 2 to pp 2 and dp 2."""
     last, flags = LAST["ppo"], CASES["ppo"].flags
@@ -283,6 +292,7 @@ def test_ppo_continues_in_another_layout(data, whole, tmp_path):
     assert tables(tmp_path / "0", last) == tables(tmp_path / "1", last) == expected
 
 
+@pytest.mark.slow
 def test_self_rewarding_continues_in_another_layout(data, toy_judge, whole, tmp_path):
     """Policy, reference and waiting judgements, from tp 2 to dp 2; the three steps are sampled anew."""
     start, output = whole / "self_reward-tp2", tmp_path / "run"
@@ -359,6 +369,7 @@ def close(name: str, value: float) -> object:
 # ---- what stops a run, and what starts it over -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_missing_tensors_stop_the_run(data, at_tp2, tmp_path):
     path = tmp_path / "run/checkpoints/step_00000008"
     shutil.copytree(at_tp2 / "whole/checkpoints/step_00000008", path)
@@ -383,11 +394,13 @@ def restarted(data, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_no_resume_starts_over(restarted):
     assert [row["step"] for row in reproducible_metrics(restarted / "b")] == [0, 1]
     assert kept(restarted / "b") == ["step_00000001"]
 
 
+@pytest.mark.slow
 def test_flags_win_over_a_checkpoint(restarted):
     """Megatron loads the optimizer's settings together with its state."""
     assert [row["step"] for row in reproducible_metrics(restarted / "a")] == [0, 1, 2, 3]

@@ -51,6 +51,7 @@ def write(directory: Path, script: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_forked_ranks_find_what_torchrun_gives(tmp_path):
     path = write(tmp_path, SELF)
     forked, started = (start(2, path, "a b", 3) for start in (fork_ranks, torchrun))

@@ -46,7 +46,7 @@ SFT = "train_sft.py --model {large} --train-data {data}/rows.jsonl --loss-on all
 DPO = "train_dpo.py --model {large} --train-data {data}/pairs.jsonl {pairs}"
 SAMPLED = (
     "--train-data {data}/prompts.jsonl --model {small} --max-prompt-len 128 --max-new-tokens 128 "
-    "--micro-batch-tokens 2048 --max-steps 1 --unended keep"
+    "--micro-batch-tokens 2048 --max-steps 1 --truncated keep"
 )
 PPO = f"train_ppo.py {SAMPLED} --reward-model {{small_rm}} --prompts-per-step 16 --global-batch-size 16"
 RS = (

@@ -386,7 +386,7 @@ def our_flags(config: Config, name: Name, scorer: Path) -> list[str]:
         "micro-batch-tokens": MICRO_BATCH_TOKENS,
         "max-prompt-len": MAX_PROMPT_LEN,
         "max-new-tokens": NEW,
-        "unended": "keep",
+        "truncated": "keep",
         "kl-coef": KL_COEF,
         "offload": config.offload,
         "max-steps": config.run.steps + 1,

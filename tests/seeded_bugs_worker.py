@@ -29,7 +29,7 @@ Bug = dict[str, list[tuple[str, str]]]  # module.function or module.Class.method
 
 # 16 answers a step, of which a few end by themselves, in one update of several micro-batches.
 COMMON = (
-    "--advantages grpo --prompts-per-step 8 --samples-per-prompt 2 --unended keep --global-batch-size 16 "
+    "--advantages grpo --prompts-per-step 8 --samples-per-prompt 2 --truncated keep --global-batch-size 16 "
     "--micro-batch-tokens 128 --max-prompt-len 48 --max-steps 2 --temperature 0.8 --lr 1e-3 --deterministic "
     "--precision fp32 --reward-fn tests.resume_worker:reward --max-new-tokens"
 )

@@ -23,7 +23,7 @@ from tests.test_scripts import chats, comparisons, write_rows
 COMMON = "--max-seq-len 64 --global-batch-size 2 --max-steps 3 --warmup-steps 1"
 STOP = ("--max-time", "00:00:00")  # after step 1
 RL = (
-    "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --unended keep --max-prompt-len 64 "
+    "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --truncated keep --max-prompt-len 64 "
     "--reward-fn align.data.toy:reward --global-batch-size 4 --max-steps 3 --warmup-steps 1"
 )
 FLAGS = {  # script: changed flags, and the words of the refusal

@@ -42,7 +42,7 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA 
 on_gpu = [pytest.param("cuda", marks=needs_gpu)]
 on_both = ["cpu", *on_gpu]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
-ANSWERS = "--reward-fn tests.resume_worker:reward --unended keep --max-prompt-len 48 --prompts-per-step 4"
+ANSWERS = "--reward-fn tests.resume_worker:reward --truncated keep --max-prompt-len 48 --prompts-per-step 4"
 COMMANDS = {  # the tiny model; {data} and {judge} are folders
     "sft": "train_sft.py --train-data {data}/train.jsonl --global-batch-size 4 --max-seq-len 64",
     "rm": "train_rm.py --train-data {data}/train_comparisons.jsonl --global-batch-size 4 --max-seq-len 64",

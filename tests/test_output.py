@@ -391,7 +391,7 @@ def test_import_of_a_module_leaves_no_trace(statement, tmp_path, monkeypatch):
 def test_a_run_has_the_same_gradients(tmp_path):
     """Rejection sampling on the toy task, whose reward function is `spoil` or the plain one."""
     flags = "--max-steps 2 --prompts-per-step 4 --samples-per-prompt 4 --global-batch-size 4 --val-batches 1"
-    flags += " --max-new-tokens 8 --save-interval 0 --unended keep --warmup-steps 1"
+    flags += " --max-new-tokens 8 --save-interval 0 --truncated keep --warmup-steps 1"
     names = ("align.data.toy:reward", "tests.test_output:spoil")
     outputs = [tmp_path / name for name in ("plain", "spoil")]
     commands = [

@@ -395,7 +395,7 @@ SIZES = dict(
 )
 SAMPLED = (
     "--train-data {data}/prompts.jsonl --model {policy} --reward-model {rm} --max-prompt-len 128 "
-    "--max-new-tokens 32 --micro-batch-tokens 1280 --max-steps 1 --unended keep --prompts-per-step 16 "
+    "--max-new-tokens 32 --micro-batch-tokens 1280 --max-steps 1 --truncated keep --prompts-per-step 16 "
     "--global-batch-size 16"
 )
 CASES = {

@@ -28,12 +28,12 @@ from tests.resume_worker import reward
 
 KL_COEF, GAMMA, LAMBDA, PENALTY = 0.07, 0.97, 0.9, 0.25
 KINDS = {
-    "gae": f"--advantages gae --gamma {GAMMA} --gae-lambda {LAMBDA} --unended penalise "
-    f"--unended-penalty {PENALTY} --samples-per-prompt 3 --ppo-epochs 3",
+    "gae": f"--advantages gae --gamma {GAMMA} --gae-lambda {LAMBDA} --truncated penalise "
+    f"--truncated-penalty {PENALTY} --samples-per-prompt 3 --ppo-epochs 3",
     "plain": "--advantages gae --no-whiten-advantages --samples-per-prompt 1",
     "reinforce": f"--advantages reinforce --gamma {GAMMA} --samples-per-prompt 3",
-    "rloo": "--advantages rloo --unended keep --samples-per-prompt 3",
-    "grpo": "--advantages grpo --unended keep --samples-per-prompt 3",
+    "rloo": "--advantages rloo --truncated keep --samples-per-prompt 3",
+    "grpo": "--advantages grpo --truncated keep --samples-per-prompt 3",
 }
 PROMPTS = 6
 

@@ -99,7 +99,7 @@ CASES = {  # bf16: main weights in fp32
 COMPARISONS = ("train_rm.py", "train_dpo.py")
 LAST = {"rm": 18, "dpo": 24, "rs": 24, "ppo": 20}  # steps of the runs that go on in another layout
 ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
-    "--prompts-per-step 4 --unended keep --global-batch-size 4 --max-prompt-len 48 "
+    "--prompts-per-step 4 --truncated keep --global-batch-size 4 --max-prompt-len 48 "
     "--reward-fn tests.resume_worker:reward"
 )
 BATCHES = {  # by script, else TEXTS

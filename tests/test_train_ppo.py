@@ -86,9 +86,9 @@ def test_wrong_flags_are_refused(flags, message):
         DATA | {"reward": RewardConfig(reward_fn="a:b"), "critic": Path("lm"), "critic_warmup_steps": 3},
         {"sampling": SamplingConfig(temperature=0.7, stop=("\n",))},
         {"advantages": "reinforce", "gamma": 0.9, "whiten_advantages": False, "kl_coef": 0.0},
-        GROUPS | {"kl_in": "loss", "kl": "k3", "unended": "penalise", "unended_penalty": 0.5},
+        GROUPS | {"kl_in": "loss", "kl": "k3", "truncated": "penalise", "truncated_penalty": 0.5},
         GROUPS | {"advantages": "rloo", "kl_target": 0.1, "kl_horizon": 1000.0, "entropy_coef": 0.01},
-        {"value_clip": 0.0, "clip": 0.0, "gamma": 0.0, "gae_lambda": 1.0, "unended": "keep"},
+        {"value_clip": 0.0, "clip": 0.0, "gamma": 0.0, "gae_lambda": 1.0, "truncated": "keep"},
         {"critic_lr": 0.0, "critic_min_lr": 0.0, "optim": OptimConfig(lr=0.0, min_lr=0.0)},
         # an update takes answers to several prompts, or half of those to one
         {"prompts_per_step": 4, "samples_per_prompt": 8, "batch": BatchConfig(global_batch_size=16)},
@@ -245,17 +245,17 @@ KEEP = "--save-top-k 9 --monitor train_rollouts/rewards"
 UPDATES = "--lr 1e-3 --critic-lr 1e-3"
 STILL = "--lr 0 --min-lr 0 --critic-lr 0 --critic-min-lr 0"
 GRPO = (  # with this seed no answer ends by itself
-    f"--advantages grpo --kl-coef 0 --unended keep --max-steps {STEPS} --lr 1e-3 --seed 2 --ppo-epochs 2 "
+    f"--advantages grpo --kl-coef 0 --truncated keep --max-steps {STEPS} --lr 1e-3 --seed 2 --ppo-epochs 2 "
     f"{BY_RULE}"
 )
 FLAT = (  # all answers have one reward
-    "--model {start} --advantages grpo --unended keep --ppo-epochs 2 --max-steps 1 --lr 1e-3 "
+    "--model {start} --advantages grpo --truncated keep --ppo-epochs 2 --max-steps 1 --lr 1e-3 "
     "--reward-fn tests.test_train_rs:tenth --kl-coef"
 )
 RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of the first
     (
         "gae",
-        f"--reward-model {{judge}} {BY_RULE} --ppo-epochs 2 --unended keep "
+        f"--reward-model {{judge}} {BY_RULE} --ppo-epochs 2 --truncated keep "
         f"--kl-target 0.1 --kl-horizon 20 --offload on --val-data {{data}}/val.jsonl --val-interval {STEPS} "
         f"--max-steps {STEPS} --save-interval 1 --warmup-steps 3 {UPDATES}",
     ),
@@ -265,11 +265,11 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
     (
         "warmup",
         f"--model {{start}} --critic {{judge}} {BY_RULE} --critic-warmup-steps 2 "
-        f"--unended keep --kl k2 --max-steps 3 --save-interval 1 {KEEP} {UPDATES}",
+        f"--truncated keep --kl k2 --max-steps 3 --save-interval 1 {KEEP} {UPDATES}",
     ),
     (
         "still",
-        "--model {start} --reward-model {judge} --unended keep --max-steps 2 --save-interval 1 "
+        "--model {start} --reward-model {judge} --truncated keep --max-steps 2 --save-interval 1 "
         f"{KEEP} --entropy-coef 0.1 --audit-quantile 0.5 {STILL}",
     ),
     (
@@ -280,7 +280,7 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
     (
         "penalised",
         f"--model {{start}} {BY_RULE} --advantages reinforce "
-        "--unended penalise --unended-penalty 3 --max-new-tokens 2 --max-steps 1 --lr 1e-3",
+        "--truncated penalise --truncated-penalty 3 --max-new-tokens 2 --max-steps 1 --lr 1e-3",
     ),
     ("flat", f"{FLAT} 0"),
     ("flat_kl", f"{FLAT} 0.1"),
@@ -498,7 +498,7 @@ def test_learning_rate_zero_changes_nothing(folder):
 
 
 def test_without_an_ended_answer_only_the_critic_learns(folder):
-    """--unended mask, and no answer of two tokens ends."""
+    """--truncated mask, and no answer of two tokens ends."""
     [row] = metrics(folder, "masked")
     assert "of the first rollout ended within --max-new-tokens 2" in (folder / "masked/log.txt").read_text()
     assert row["train_rollouts/ended"] == 0.0
@@ -545,7 +545,7 @@ def test_penalty_of_answers_that_were_cut_off(folder):
 
 def test_a_critic_cannot_join_later(folder):
     """The checkpoint of a run without one cannot be continued with --advantages gae."""
-    flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3 --resume-with-changes"
+    flags = f"{BY_RULE} --truncated keep --kl-coef 0 --max-steps 3 --resume-with-changes"
     done = fork_ranks(1, *command(folder, "grpo", flags), check=False)
     path = folder / "grpo" / "checkpoints" / f"step_{STEPS:08d}"
     message = f"error: {path} holds no critic: continue with the flags of that run, or --no-resume"

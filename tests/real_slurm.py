@@ -23,7 +23,8 @@ from typing import IO
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 BIN = Path(sys.executable).parent  # torchrun is installed beside python
 NODES = ("127.0.0.1", "127.0.0.2")
 DAEMONS = ("slurmctld", "slurmd")
@@ -211,12 +212,12 @@ def steps(job: dict[str, str]) -> list[int]:
 
 def processes(**variables: str) -> list[int]:
     """Ids of the processes with these environment variables."""
-    wanted, found = {f"{name}={value}".encode() for name, value in variables.items()}, []
+    wanted, pids = {f"{name}={value}".encode() for name, value in variables.items()}, []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if wanted <= set(path.read_bytes().split(b"\0")):
-                found.append(int(path.parent.name))
-    return found
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def kill_rank_1(job: dict[str, str]) -> None:

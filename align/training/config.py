@@ -17,6 +17,8 @@ from align.training.optim import OptimConfig
 
 @dataclass(frozen=True)
 class LoopConfig:
+    """Length of the run and its validations."""
+
     max_epochs: int = 1
     """passes over the training rows"""
     max_steps: int | None = None

@@ -59,6 +59,7 @@ from align.losses import preference as losses
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.rewards import sources
 from align.tracking.metrics import Clock, with_std
 from align.tracking.run import Run, RunConfig
@@ -121,6 +122,7 @@ class Config(CommonConfig):
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/data_loss")
+    plan = estimate.self_rewarding  # models and phases for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

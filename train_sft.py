@@ -21,6 +21,7 @@ from align.distributed import launch, parallel
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.tracking.metrics import Clock, speed
 from align.tracking.run import Run, RunConfig
 from align.training import batching, checkpoint, continuation, engine, optim
@@ -33,6 +34,7 @@ from align.training.config import CommonConfig
 class Config(CommonConfig):
     format: FormatConfig = FormatConfig()
     run: RunConfig = RunConfig(output=Path("runs/sft"))
+    plan = estimate.sft  # models and phases for tools/plan.py
 
 
 def main(config: Config) -> None:

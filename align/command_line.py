@@ -27,10 +27,12 @@ GROUPS = (  # of flags, in the order of --help; "": those of the script itself
 CONFIG, FLAG_TYPES = (tyro.conf.OmitArgPrefixes,), ConstructorRegistry()
 
 
-def parse(config_class: type[C], words: Sequence[str] | None = None, prog: str | None = None) -> C:
+def parse(
+    config_class: type[C], words: Sequence[str] | None = None, prog: str | None = None, doc: str | None = None
+) -> C:
     """`words`, or the command line, as a configuration. Raises UserError for a flag that it does not take.
 
-    --help prints the flags in GROUPS and ends the process.
+    --help prints `doc`, or the docstring of the script, and the flags in GROUPS, and ends the process.
     """
     words, prog = (sys.argv[1:] if words is None else words), prog or Path(sys.argv[0]).name
     shown, box = io.StringIO(), io.StringIO()
@@ -40,7 +42,7 @@ def parse(config_class: type[C], words: Sequence[str] | None = None, prog: str |
     except SystemExit as end:
         if not end.code:
             is_help = not words[0].startswith("--tyro-")  # of completion in a shell
-            console.write(help_text(config_class, prog, GROUPS) if is_help else shown.getvalue())
+            console.write(help_text(config_class, prog, GROUPS, doc) if is_help else shown.getvalue())
             raise
         lines = [BORDER.sub("", line.strip()).strip() for line in box.getvalue().splitlines()]
         lines = [line for line in lines[1:] if line.strip(RULE) and not line.startswith("For full helptext")]

@@ -21,16 +21,17 @@ MAX_WIDTH = 110
 ROOT = Path(__file__).parent.parent
 
 
-def help_text(config_class: type, prog: str, order: Sequence[str]) -> str:
+def help_text(config_class: type, prog: str, order: Sequence[str], doc: str | None = None) -> str:
     """The whole text.
 
     Args:
         order: names of the groups, which are fields that are configurations, "data" for the plain fields that
             `config_class` inherits, and "" for its own; a group that it does not name follows its own.
+        doc: text at the top, by default the docstring of the module of `config_class`.
     """
     width = min(MAX_WIDTH, shutil.get_terminal_size().columns)
-    module_doc = inspect.cleandoc(sys.modules[config_class.__module__].__doc__ or "")
-    parts = [f"usage: {prog} [--flag value ...]", *(wrap(part, width) for part in module_doc.split("\n\n"))]
+    doc = inspect.cleandoc(doc or sys.modules[config_class.__module__].__doc__ or "")
+    parts = [f"usage: {prog} [--flag value ...]", *(wrap(part, width) for part in doc.split("\n\n"))]
     groups = dict(group_flags(config_class))
     for name in sorted(groups, key=lambda name: order.index(name if name in order else "")):
         caption, flags = groups[name]
@@ -56,7 +57,7 @@ def group_flags(config_class: type) -> Iterator[tuple[str, tuple[str, list[Flag]
     flags, hints = flags_of(config_class), get_type_hints(config_class)
     own = inspect.get_annotations(config_class)
     yield "data", ("Training and validation rows", [flag for flag in flags if flag[0] not in own])
-    yield "", ("Flags of this script", [flag for flag in flags if flag[0] in own])
+    yield "", (caption_of(config_class) or "Flags of this script", [flag for flag in flags if flag[0] in own])
     for field in fields(config_class):
         if is_dataclass(field.default):
             yield field.name, (caption_of(hints[field.name]), flags_of(hints[field.name], field.default))
@@ -73,9 +74,9 @@ def flags_of(config_class: type, defaults: Any = None) -> list[Flag]:
 
 
 def caption_of(config_class: type) -> str:
-    """The first sentence of a dataclass's docstring."""
-    sentence = (config_class.__doc__ or "").split("\n\n")[0].rstrip(".")
-    return " ".join(sentence.split())
+    """The first paragraph of a dataclass's docstring; empty for the signature that `dataclass` writes."""
+    doc = config_class.__doc__ or ""
+    return "" if doc.startswith(f"{config_class.__name__}(") else " ".join(doc.split("\n\n")[0].split())[:-1]
 
 
 def field_docstrings(config_class: type) -> dict[str, str]:

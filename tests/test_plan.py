@@ -1,4 +1,4 @@
-"""tools.plan: whose flags are whose, what phases a run has and what they need, what is refused, is it true?"""
+"""tools.plan: command lines, phases and their needs, sums and refusals, and measured peaks."""
 
 import json
 import os

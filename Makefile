@@ -21,7 +21,7 @@ check: .venv/ready  ## format and lint
 	$(PYTHON) -m ruff check .
 
 docs: .venv/docs  ## the documentation, into site/; a dead link is an error
-	$(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 smollm2: .venv/ready  ## SmolLM2-135M-Instruct as a Hugging Face directory, models/smollm2-135m-instruct
 	$(PYTHON) -m tools.smollm2 --output models/smollm2-135m-instruct

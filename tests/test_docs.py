@@ -48,10 +48,13 @@ def test_names_exist(page):
         assert quote in (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_every_page_is_in_the_navigation():
+def test_every_page_and_file_is_listed():
     navigation = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     assert [page for page in pages if f"'{page}'" not in navigation] == []
+    design = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    files = {path.name for path in PARTS} - {"__init__.py"}
+    assert files == set(re.findall(r"^\| `(\w+\.py)` \|", design, re.MULTILINE))
 
 
 def test_the_glossary_has_every_metric():

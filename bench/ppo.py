@@ -353,7 +353,7 @@ def measured_trl(config: Config, log: list[dict[str, float]]) -> Measured:
 
 
 def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
-    """Train with the main function of train_ppo.py or train_grpo.py; reward model and critic start from `scorer`.
+    """Train by train_ppo.py or train_grpo.py; reward model and critic start from `scorer`.
 
     Runs in a child.
     """

@@ -35,8 +35,9 @@ from align.generation.generator import RolloutConfig, check_rollout_tp
 from align.model import architecture
 from align.model.architecture import Architecture
 from align.model.config import check_model
-from align.planning import memory
-from align.planning.memory import Rollout, Setting, Work
+from align.planning import memory, rollout_memory
+from align.planning.memory import MicroBatchLoad, RankShape
+from align.planning.rollout_memory import RolloutLoad
 from align.training.config import CommonConfig
 
 ITEMS = (
@@ -118,7 +119,7 @@ class Phase:
     """Memory of one phase on a rank's device."""
 
     name: str
-    needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as offload.Phases has it
+    needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as Phases has it
     lent: tuple[str, ...] = ()  # frozen models that compute in it
     items: Mapping[str, float] = field(default_factory=dict)  # bytes that live only in it
 
@@ -134,17 +135,19 @@ class Job:
     offloads: bool  # do parts of models in training wait elsewhere
 
     @property
-    def layout(self) -> Setting:
+    def layout(self) -> RankShape:
         """Setting of all models on the first stage."""
         p = self.config.parallel
         dp = self.cluster.world // (p.tp * p.pp * p.cp)
         precision = self.config.model.precision
         item = 2 if precision == "bf16" or (precision == "auto" and self.cluster.gpu) else 4
-        return Setting(
+        return RankShape(
             item, self.cluster.gpu, p.tp, p.pp, p.cp, dp, 0, p.sequence_parallel, self.config.model.recompute
         )
 
-    def work(self, rows: int, sequences: int, length: int, prompt: int, entropy: bool = False) -> Work:
+    def work(
+        self, rows: int, sequences: int, length: int, prompt: int, entropy: bool = False
+    ) -> MicroBatchLoad:
         """The largest micro-batch of an update.
 
         Args:
@@ -157,7 +160,7 @@ class Job:
         most = mine if batch.micro_batch_size is None else min(mine, batch.micro_batch_size)
         tokens = min(batch.micro_batch_tokens, most * places)
         shared = sequences * length / places if sequences > 1 else 1.0
-        return Work(tokens, -(-mine * places // tokens), length, shared, entropy)
+        return MicroBatchLoad(tokens, -(-mine * places // tokens), length, shared, entropy)
 
 
 # ---- from flags to a job ---------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def check_world(config: CommonConfig, world: int) -> None:
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world)  # as torchrun would say
     try:
-        parallel.check(config.parallel)
+        parallel.check_grid(config.parallel)
     finally:
         os.environ.pop("WORLD_SIZE")
         os.environ.update({} if before is None else {"WORLD_SIZE": before})
@@ -255,7 +258,7 @@ def sequences_of_row(config: CommonConfig) -> int:
 # ---- phases ----------------------------------------------------------------------------------------------
 
 
-def phases(job: Job, s: Setting) -> list[Phase]:
+def phases(job: Job, s: RankShape) -> list[Phase]:
     """The phases of a run on one pipeline stage, each with the peak of what lives only in it."""
     config = job.config
     if hasattr(config, "advantages"):
@@ -275,7 +278,7 @@ def phases(job: Job, s: Setting) -> list[Phase]:
     return [build(job, s), *found, train(job, s, "policy", work), save(job, s, "policy")]
 
 
-def ppo(job: Job, s: Setting) -> list[Phase]:
+def ppo(job: Job, s: RankShape) -> list[Phase]:
     """Those of train_ppo.py."""
     config, prompt, answer = job.config, job.config.format.max_prompt_len, job.config.sampling.max_new_tokens
     together = answers_together(config, prompt, answer)
@@ -295,7 +298,7 @@ def ppo(job: Job, s: Setting) -> list[Phase]:
     return [build(job, s), *found, *(save(job, s, name) for name in job.trained)]
 
 
-def rejection_sampling(job: Job, s: Setting) -> list[Phase]:
+def rejection_sampling(job: Job, s: RankShape) -> list[Phase]:
     """Those of train_rs.py, which has no off-loading of models in training."""
     config, prompt, answer = job.config, job.config.format.max_prompt_len, job.config.sampling.max_new_tokens
     together, rows = answers_together(config, prompt, answer), config.prompts_per_step
@@ -310,7 +313,7 @@ def rejection_sampling(job: Job, s: Setting) -> list[Phase]:
     return [build(job, s), *found, train(job, s, "policy", of_training), save(job, s, "policy")]
 
 
-def self_rewarding(job: Job, s: Setting) -> list[Phase]:
+def self_rewarding(job: Job, s: RankShape) -> list[Phase]:
     """Those of train_self_reward.py. The reference samples and judges, in a validation the policy."""
     config, answer = job.config, job.config.sampling.max_new_tokens
     prompt = min(config.format.max_seq_len, job.trained["policy"].max_positions - answer)
@@ -341,7 +344,7 @@ def answers_together(config: CommonConfig, prompt: int, answer: int) -> int:
     return max(1, min(config.samples_per_prompt, room, config.batch.global_batch_size))
 
 
-def build(job: Job, s: Setting) -> Phase:
+def build(job: Job, s: RankShape) -> Phase:
     """The last model in training gets Megatron's buffers: its weights are there twice then."""
     name = list(job.trained)[-1]
     return Phase(
@@ -349,7 +352,7 @@ def build(job: Job, s: Setting) -> Phase:
     )
 
 
-def train(job: Job, s: Setting, name: str, work: Work) -> Phase:
+def train(job: Job, s: RankShape, name: str, work: MicroBatchLoad) -> Phase:
     """Forward, backward and the optimizer's step of a model."""
     arch = job.trained[name]
     items, step = memory.training(arch, s, work), memory.update(arch, s)
@@ -358,14 +361,14 @@ def train(job: Job, s: Setting, name: str, work: Work) -> Phase:
     return Phase(label(job, "train", name), {name: "all"}, (), items)
 
 
-def forward(job: Job, s: Setting, kind: str, name: str, work: Work) -> Phase:
+def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
     """A pass of a model in training without a gradient."""
     return Phase(
         label(job, kind, name), {name: "weights"}, (), memory.forward_only(job.trained[name], s, work)
     )
 
 
-def lent(job: Job, s: Setting, kind: str, name: str, work: Work) -> Phase:
+def lent(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
     """A pass of a frozen model."""
     return Phase(kind, {}, (name,), memory.forward_only(job.frozen[name], s, work))
 
@@ -376,14 +379,14 @@ def label(job: Job, kind: str, name: str) -> str:
 
 
 def generate(
-    job: Job, s: Setting, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
+    job: Job, s: RankShape, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
 ) -> Phase:
     """Sampling, in steps and in validations, whichever takes more. `by`: whose weights."""
     config, arch = job.config, job.trained["policy"]
     rollout: RolloutConfig = config.rollout
     copy = None
     if rollout.reshards(config.parallel):
-        copy = Setting(s.item, s.gpu, tp=rollout.rollout_tp)
+        copy = RankShape(s.item, s.gpu, tp=rollout.rollout_tp)
     kinds = [(prompts, per_prompt)]
     if config.val_data and by == "policy":  # a validation answers each prompt once
         batches = config.loop.val_batches
@@ -392,15 +395,15 @@ def generate(
     replicas = job.cluster.world // rollout.rollout_tp if copy else s.copies
     for number, each in kinds:
         slots = min(rollout.rollout_slots, number * each)
-        share = Rollout(slots, -(-number // replicas), each, prompt, answer)
-        found.append(memory.sampling(arch, s, share, copy))
+        share = RolloutLoad(slots, -(-number // replicas), each, prompt, answer)
+        found.append(rollout_memory.sampling(arch, s, share, copy))
     items = max(found, key=lambda one: sum(one.values()))
     if by != "policy":
         return Phase(kind, {}, (by,), items)
     return Phase(label(job, kind, by), {by: "weights"}, (), items)
 
 
-def save(job: Job, s: Setting, name: str) -> Phase:
+def save(job: Job, s: RankShape, name: str) -> Phase:
     """A checkpoint, of which a GPU's copies are made in its host's memory."""
     items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s)}
     return Phase(label(job, "save", name), {name: "all"}, (), items)
@@ -409,7 +412,7 @@ def save(job: Job, s: Setting, name: str) -> Phase:
 # ---- sums ------------------------------------------------------------------------------------------------
 
 
-def on_device(job: Job, s: Setting, phase: Phase, process: float) -> dict[str, float]:
+def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str, float]:
     """Bytes by item on a rank's device in a phase.
 
     Without off-loading all of each model in training stays. What is frozen waits beside a GPU in any case, on
@@ -429,7 +432,7 @@ def on_device(job: Job, s: Setting, phase: Phase, process: float) -> dict[str, f
     return found
 
 
-def on_host(job: Job, s: Setting, process: float, writes: bool) -> dict[str, float]:
+def on_host(job: Job, s: RankShape, process: float, writes: bool) -> dict[str, float]:
     """Bytes by item that a GPU's rank takes of its node's memory at most. `writes`: checkpoints."""
     frozen = sum(memory.pinned_weights(arch, s) for arch in job.frozen.values())
     parts = sum(memory.pinned_model(arch, s) for arch in job.trained.values()) if job.offloads else 0
@@ -511,7 +514,7 @@ def report(job: Job, name: str) -> str | None:
     )
     for kind_of, models in (("trained", job.trained), ("frozen", job.frozen)):
         for label, arch in models.items():
-            whole = memory.weights(arch, Setting(layout.item, layout.gpu))
+            whole = memory.weights(arch, RankShape(layout.item, layout.gpu))
             print(f"{kind_of}: {label}, {arch.family} with {whole / 1e9:.3f} G weights")
     if layout.pp > 1:
         told = ", ".join(f"{i}: {peak / 1e9:.2f}" for i, peak in enumerate(peaks))

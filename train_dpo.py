@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data import display, packing, preferences, tokenizer, toy
+from align.data import packing, preferences, row_counts, toy
 from align.data.packing import Batch
 from align.data.preferences import PreferenceFormat
+from align.data.tokenizer import load_tokenizer
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
@@ -118,23 +119,23 @@ def main(config: Config) -> None:
     if not config.train_data:
         toy_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
         files = dict(zip(files, toy_files, strict=True))
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    tokenizer = load_tokenizer(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     loss = getattr(losses, config.loss)
     wanted = inspect.signature(loss).parameters  # what it takes beside log-probs
     pairs = {"train": [], "val": []}
     for name in [name for name in files if files[name]]:
-        pairs[name], counts = preferences.load_pairs(files[name], text, config.format)
+        pairs[name], counts = preferences.load_pairs(files[name], tokenizer, config.format)
         packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
-        run.say(f"{name} data: {display.describe(counts)}")
+        run.say(f"{name} data: {row_counts.describe(counts)}")
         if "reward_gap" in wanted:
             preferences.check_rewards(counts, f"--{name}-data", config.loss)
     packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")
-    run.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], text)}")
+    run.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], tokenizer)}")
     pairs["val"] = pairs["val"][config.val_rows()]
     sequences = ([side.ids for side in pair.examples] for pair in pairs["train"])
     resumed = continuation.find(config, __file__, sequences, run.say)
     total_steps = resumed.total_steps
-    optim.check(config.optim, total_steps)
+    optim.check_optim(config.optim, total_steps)
     run.total_steps = total_steps
 
     # ---- model -----------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def main(config: Config) -> None:
         logprobs = engine.outputs(policy, sample, sequence_logprobs)[0]  # [2] where rank 0 is, else [0]
         rewards = (beta * (logprobs - sample[0].extra.get("ref", 0.0))).tolist()
         table = zip(("reward_chosen", "reward_rejected"), rewards, strict=False)
-        run.samples(step, [{**preferences.texts(pairs["val"][0], text), **dict(table)}])
+        run.samples(step, [{**preferences.texts(pairs["val"][0], tokenizer), **dict(table)}])
         return {f"val/{name}": value for name, value in found.items()}
 
     if pairs["val"]:
@@ -278,7 +279,7 @@ def main(config: Config) -> None:
     if reason and done < total_steps:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
-        huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save])
+        huggingface.save(policy, config.model.path, config.run.output / "hf", [tokenizer.save])
         run.say(f"the model is in {config.run.output / 'hf'}")
     run.close()
 

@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data import packing, prompts, tokenizer, toy
+from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
+from align.data.tokenizer import load_tokenizer
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import (
@@ -60,8 +61,8 @@ from align.tracking.run import Run, RunConfig
 from align.training import batching, checkpoint, continuation, engine, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
-from align.training.offload import OffloadConfig
 from align.training.optim import OptimConfig
+from align.training.phases import OffloadConfig, Phases
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
@@ -315,9 +316,9 @@ def main(config: Config) -> None:
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.data.toy:reward")
     run.say(reward.describe())
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
-    sources.warn_of_other_ends(reward, text, run.say)
-    rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
+    tokenizer = load_tokenizer(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    sources.warn_of_other_ends(reward, tokenizer, run.say)
+    rows = prompts.load_sets(files, tokenizer, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     resumed = continuation.find(config, __file__, ([prompt.ids] for prompt in rows["train"]), run.say)
@@ -327,15 +328,15 @@ def main(config: Config) -> None:
             f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step of {total_steps}"
         )
     policy_steps = total_steps - config.critic_warmup_steps
-    optim.check(config.optim, policy_steps)
+    optim.check_optim(config.optim, policy_steps)
     critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
     run.total_steps = total_steps
 
     # ---- models ----------------------------------------------------------------------------------
-    clock, shelf = Clock(), config.offload.shelf(config.run.output)
-    phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
-    judges = sources.judges(
-        reward, config.model, config.parallel, config.batch, text, config.sampling.stop, shelf
+    clock, store = Clock(), config.offload.store(config.run.output)
+    phase = Phases(clock, run.say, store, config.offload.enabled)
+    judges = sources.reward_sources(
+        reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )
     policy = gpt.build_policy(
         arch, config.model, config.parallel, temperature=config.sampling.temperature, entropy=True
@@ -345,12 +346,12 @@ def main(config: Config) -> None:
     optimizer = optim.build(policy, config.optim)
     if config.kl_coef:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
-        ref = offload.Weights(policy.module, shelf)
+        ref = offload.Weights(policy.module, store)
     phase.add("policy", policy, optimizer)
     trained = {"policy": (policy, optimizer)}
     if config.advantages == "gae":
         start = config.critic or reward.reward_model or config.model.path
-        critic = sources.load_scorer("--critic", start, config.model, config.parallel, text)
+        critic = sources.load_scorer("--critic", start, config.model, config.parallel, tokenizer)
         is_new = not architecture.read_config(replace(config.model, model=str(start)).path).labels
         values_as = (
             RewardConfig() if is_new else reward
@@ -360,7 +361,7 @@ def main(config: Config) -> None:
         phase.add("critic", critic, critic_optimizer)
         trained["critic"] = (critic, critic_optimizer)
         run.say(f"the critic starts as {start}")
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
     run.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -377,7 +378,7 @@ def main(config: Config) -> None:
     def validate(step: int) -> dict[str, float]:
         """Rewards of one answer to each validation prompt, each time with the same random numbers."""
         found = rollout("val", range(len(rows["val"])), (VAL,), 1)
-        run.samples(step, found.table("val_rollouts", 4, text, config.sampling.stop))
+        run.samples(step, found.table("val_rollouts", 4, tokenizer, config.sampling.stop))
         return {f"val_rollouts/{name}": value for name, value in found.statistics().items()}
 
     # ---- losses ----------------------------------------------------------------------------------
@@ -436,34 +437,36 @@ def main(config: Config) -> None:
         # rollout: [A] answers; their N tokens lie end to end from here on
         found = rollout("train", resumed.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
-            warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
-        run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
-        lengths = [len(sample.ids) for sample in found.answers]
-        ended = torch.tensor([sample.finish == "stop" for sample in found.answers])
+            warn_if_none_ended(found.responses, config.sampling.max_new_tokens, run.say)
+        run.samples(done, found.table("train_rollouts", 1, tokenizer, config.sampling.stop))
+        lengths = [len(sample.ids) for sample in found.responses]
+        ended = torch.tensor([sample.finish == "stop" for sample in found.responses])
         examples = [example for examples in found.examples() for example in examples]
         draws = [draw for epoch in range(config.ppo_epochs) for draw in config.minibatches(step, epoch)]
         by_prompt = [[[examples[number] for number in group] for group in draw] for draw in draws]
-        updates = [batching.answer_rows(policy, groups, config.batch) for groups in by_prompt]
+        updates = [batching.pack_responses(policy, groups, config.batch) for groups in by_prompt]
         in_order = updates[: len(updates) // config.ppo_epochs]
 
         # what the models say of each token, [N]
         with phase("logprobs", policy="weights"):
-            old = batching.per_token(policy, in_order, config.batch)[:, 0]
-        sampled = [sample.logprobs for sample in found.answers]
+            old = batching.per_token_outputs(policy, in_order, config.batch)[:, 0]
+        sampled = [sample.logprobs for sample in found.responses]
         computed = [part.numpy() for part in old.split(lengths)]
-        stop_texts = (*config.sampling.stop, *text.stop_strings)
-        audit.check_ends(found.places, found.answers, text.stop_ids, stop_texts)
+        stop_texts = (*config.sampling.stop, *tokenizer.stop_strings)
+        audit.check_ends(found.places, found.responses, tokenizer.stop_ids, stop_texts)
         metrics = audit.compare(
             *(found.places, sampled, computed, config.model.dtype, config.sampling.temperature),
             config=config.audit,
         )
         ref_logprobs, values = old, torch.zeros_like(old)
         if config.kl_coef:
-            with phase("reference"), ref.lent_to(policy.module):
-                ref_logprobs = batching.per_token(policy, in_order, config.batch)[:, 0]
+            with phase("reference"), ref.swapped_into(policy.module):
+                ref_logprobs = batching.per_token_outputs(policy, in_order, config.batch)[:, 0]
         if "critic" in trained:
             with phase("values", critic="weights"):
-                values = values_as.standardised(batching.per_token(critic, in_order, config.batch)[:, 0])
+                values = values_as.standardised(
+                    batching.per_token_outputs(critic, in_order, config.batch)[:, 0]
+                )
 
         # rewards, advantages and returns of each token, [N]
         scores = torch.from_numpy(found.rewards).view(-1)  # [A]
@@ -492,7 +495,7 @@ def main(config: Config) -> None:
         known |= {"advantages": advantages, "counted": expand(counted.double(), lengths)}
         order = [number for draw in draws for group in draw for number in group]
         known = {name: reorder(x, lengths, order) for name, x in known.items()}
-        batches = batching.token_batches(policy, updates, config.batch, known)
+        batches = batching.micro_batches_with_tokens(policy, updates, config.batch, known)
         part_lengths = [sum(packing.num_trained(row) for row in rows_of_update) for rows_of_update in updates]
         if "critic" in trained:
             lr = optim.learning_rate(critic_optim, step, total_steps)
@@ -538,7 +541,7 @@ def main(config: Config) -> None:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
         with phase("export", policy="weights"):
-            huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save])
+            huggingface.save(policy, config.model.path, config.run.output / "hf", [tokenizer.save])
         run.say(f"the model is in {config.run.output / 'hf'}")
     run.close()
 

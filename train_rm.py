@@ -21,9 +21,10 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from align.data import display, packing, preferences, tokenizer, tokenizer_files, toy
+from align.data import display, packing, preferences, row_counts, tokenizer_files, toy
 from align.data.packing import Batch, Example
 from align.data.preferences import PreferenceFormat
+from align.data.tokenizer import load_tokenizer
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
@@ -116,33 +117,33 @@ def main(config: Config) -> None:
     train_files, val_files = config.train_data, config.val_data
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    tokenizer = load_tokenizer(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
 
     def load(files: Sequence[Path], name: str) -> Rows:
         if config.loss == "ranking":
-            pairs, counts = preferences.load_pairs(files, text, config.format, text_lines=True)
+            pairs, counts = preferences.load_pairs(files, tokenizer, config.format, text_lines=True)
             examples = [tuple(map(preferences.as_scored, pair.examples)) for pair in pairs]
             rows = Rows(examples, np.array([[pair.margin] for pair in pairs]))
         else:
             texts, labels, counts = preferences.load_labelled(
-                files, text, config.format, config.num_attributes
+                files, tokenizer, config.format, config.num_attributes
             )
             rows = Rows([(example,) for example in texts], labels[:, None])
         packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
-        run.say(f"{name} data: {display.describe(counts)}")
+        run.say(f"{name} data: {row_counts.describe(counts)}")
         return rows
 
     train = load(train_files, "train")
     packing.check_size(len(train.examples), config.batch.global_batch_size, "--train-data")
     first = train.examples[0][0]
     shown = Example(first.ids[:-1], np.arange(len(first.ids) - 1) == len(first.ids) - 2)
-    run.say(f"first row, its score is read at the token in brackets:\n{display.show(shown, text)}")
+    run.say(f"first row, its score is read at the token in brackets:\n{display.show(shown, tokenizer)}")
     val = {name: load([file], name) for name, file in named_sets("val", val_files).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
     sequences = ([example.ids for example in row] for row in train.examples)
     resumed = continuation.find(config, __file__, sequences, run.say)
     total_steps = resumed.total_steps
-    optim.check(config.optim, total_steps)
+    optim.check_optim(config.optim, total_steps)
     run.total_steps = total_steps
 
     def micro_batches(data: Rows, rows: Sequence[int]) -> list[Batch]:
@@ -275,7 +276,7 @@ def main(config: Config) -> None:
             low, high = wilson_interval(acc, count)
             run.say(f"{name}: accuracy {acc:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count} pairs")
         save_scale = partial(save_statistics, reward_statistics())
-        companions = [text.save, tokenizer_files.save_pad_token, save_scale]
+        companions = [tokenizer.save, tokenizer_files.save_pad_token, save_scale]
         huggingface.save(scorer, config.model.path, config.run.output / "hf", companions)
         run.say(f"the reward model is in {config.run.output / 'hf'}")
     run.close()

@@ -20,9 +20,10 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from align.data import packing, prompts, tokenizer, toy
+from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
+from align.data.tokenizer import load_tokenizer
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import COUNT, SAMPLES, SCORE, check_ranges, refuse_unused
@@ -31,12 +32,11 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import (
     Generator,
     RolloutConfig,
-    Sample,
     check_model_logprobs,
     check_rollout,
     warn_if_none_ended,
 )
-from align.generation.rollout import Rollout, answer
+from align.generation.rollout import Rollout, Sample, response_example
 from align.generation.sampling import SamplingConfig
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
@@ -139,23 +139,25 @@ def main(config: Config) -> None:
         if not (reward.reward_model or reward.reward_fn):
             reward = replace(reward, reward_fn="align.data.toy:reward")
     run.say(reward.describe())
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
-    sources.warn_of_other_ends(reward, text, run.say)
-    rows = prompts.load_sets(files, text, config.format, arch.vocab_size, run.say)
+    tokenizer = load_tokenizer(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    sources.warn_of_other_ends(reward, tokenizer, run.say)
+    rows = prompts.load_sets(files, tokenizer, config.format, arch.vocab_size, run.say)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     resumed = continuation.find(config, __file__, ([prompt.ids] for prompt in rows["train"]), run.say)
     total_steps = resumed.total_steps
-    optim.check(config.optim, total_steps)
+    optim.check_optim(config.optim, total_steps)
     run.total_steps = total_steps
 
     # ---- model -----------------------------------------------------------------------------------
-    judges = sources.judges(reward, config.model, config.parallel, config.batch, text, config.sampling.stop)
+    judges = sources.reward_sources(
+        reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop
+    )
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
     run.say(generator.describe())
 
     least = -math.inf if config.min_reward is None else config.min_reward
@@ -174,7 +176,7 @@ def main(config: Config) -> None:
     def validate(step: int) -> dict[str, float]:
         """Rewards of one answer to each validation prompt, each time with the same random numbers."""
         found = rollout("val", range(len(rows["val"])), (VAL,), 1)
-        run.samples(step, found.table("val_rollouts", 4, text, config.sampling.stop))
+        run.samples(step, found.table("val_rollouts", 4, tokenizer, config.sampling.stop))
         return {f"val_rollouts/{name}": value for name, value in found.statistics().items()}
 
     # ---- loss ------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def main(config: Config) -> None:
         # rollout
         found = rollout("train", resumed.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
-            warn_if_none_ended(found.answers, config.sampling.max_new_tokens, run.say)
+            warn_if_none_ended(found.responses, config.sampling.max_new_tokens, run.say)
         selected, unended, duplicates, low = [], 0, 0, 0
         for i, (row, samples) in enumerate(zip(found.rows, found.samples, strict=True)):
             filters = config.keep_top, config.unended, config.duplicates
@@ -218,7 +220,7 @@ def main(config: Config) -> None:
                 f"step {done}: all responses to a prompt have one reward, for every prompt of the step: those"
                 " kept are no better than the others; look at --reward-fn or --reward-model"
             )
-        run.samples(done, found.table("train_rollouts", 1, text, config.sampling.stop))
+        run.samples(done, found.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         metrics = {f"train_rollouts/{name}": value for name, value in statistics.items()}
 
         # update
@@ -226,10 +228,10 @@ def main(config: Config) -> None:
         updates = []
         for first in range(0, len(selected), config.batch.global_batch_size):
             chosen = selected[first : first + config.batch.global_batch_size]
-            examples = [[answer(rows["train"][row], sample)] for row, _, sample, _ in chosen]
+            examples = [[response_example(rows["train"][row], sample)] for row, _, sample, _ in chosen]
             tokens = sum(len(sample.ids) for _, _, sample, _ in chosen)
             if first == 0:
-                trained = batching.per_example(policy, examples, config.batch)
+                trained = batching.per_example_outputs(policy, examples, config.batch)
                 places = [(row, number) for row, number, _, _ in chosen]
                 sampled = [sample.model_logprobs for _, _, sample, _ in chosen]
                 metrics |= audit.compare(places, sampled, trained, config.model.dtype, config=config.audit)
@@ -266,7 +268,7 @@ def main(config: Config) -> None:
     if reason and done < total_steps:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
-        huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save])
+        huggingface.save(policy, config.model.path, config.run.output / "hf", [tokenizer.save])
         run.say(f"the model is in {config.run.output / 'hf'}")
     run.close()
 

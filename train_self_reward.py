@@ -31,12 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data import packing, prompts, tokenizer, toy
+from align.data import packing, sft_tasks, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Batch
-from align.data.prompts import Task
 from align.data.sft import adopt
+from align.data.sft_tasks import Task
+from align.data.tokenizer import load_tokenizer
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, COUNT, REPEATS, SCALE, check_ranges, number, refuse_unused, whole
@@ -45,16 +46,17 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import (
     Generator,
     RolloutConfig,
-    Sample,
     check_model_logprobs,
     check_rollout,
     warn_if_none_ended,
 )
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
-from align.judging import meta_judge, self_judge
+from align.judging import self_judge
 from align.judging.judge import Judge, JudgeConfig
-from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
-from align.judging.self_judge import Ids, SampledPair, SelfJudge, Streams
+from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
+from align.judging.pairs import Buffer, SampledPair, mix
+from align.judging.self_judge import Ids, SelfJudge, Streams
 from align.losses import preference as losses
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
@@ -65,8 +67,8 @@ from align.tracking.run import Run, RunConfig
 from align.training import batching, checkpoint, continuation, engine, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
-from align.training.offload import OffloadConfig
 from align.training.optim import OptimConfig
+from align.training.phases import OffloadConfig, Phases
 
 TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
 MOST_WAITING = 3  # batches of pairs of judgements; while so many wait, no more are made
@@ -252,11 +254,11 @@ def main(config: Config) -> None:
         judge_config = replace(judge_config, judge_template=templates[0])
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    tokenizer = load_tokenizer(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     size = config.batch.global_batch_size
     formats = RowFormats()
-    rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say, formats)
-    trained_format = adopt(formats, text, config.format, run.say)
+    rows = sft_tasks.load_sft_sets(files, tokenizer, config.format, arch.vocab_size, run.say, formats)
+    trained_format = adopt(formats, tokenizer, config.format, run.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_size(len(rows["train"]), size, "--train-data")
     rows["val"] = rows["val"][config.val_rows()]
@@ -264,7 +266,7 @@ def main(config: Config) -> None:
     resumed = continuation.find(config, __file__, sequences, run.say)
     total_steps, iteration_steps = resumed.total_steps, config.iteration_steps(len(rows["train"]))
     epoch_steps = len(rows["train"]) // size
-    optim.check(config.optim, total_steps)
+    optim.check_optim(config.optim, total_steps)
     run.total_steps = total_steps
     # what says to which iteration and rollout a step belongs
     layout_of_steps = {
@@ -279,21 +281,21 @@ def main(config: Config) -> None:
         room = min(room, config.batch.micro_batch_tokens // 2)
     room -= config.sampling.max_new_tokens
     run.say(f"judge prompts of more than {room} tokens are shortened, and counted in judge_shortened")
-    ask = Judge(judge_config, text, config.format, room)
-    ask_meta = MetaJudge(meta_config, text, config.format, room)
+    ask = Judge(judge_config, tokenizer, config.format, room)
+    ask_meta = MetaJudge(meta_config, tokenizer, config.format, room)
     for one in [ask, ask_meta] if config.meta.meta_judge else [ask]:
         one.check(rows["train"][0].prompt.row)
-    asker = SelfJudge(ask, ask_meta, text, stop_texts)
+    asker = SelfJudge(ask, ask_meta, tokenizer, stop_texts)
     cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else math.inf
     buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
     true_reward = config.true_reward_fn and sources.RewardFunction(
-        config.true_reward_fn, text, stop_texts, "--true-reward-fn"
+        config.true_reward_fn, tokenizer, stop_texts, "--true-reward-fn"
     )
 
     # ---- model -----------------------------------------------------------------------------------
     folder = config.run.output / "rollouts"
-    clock, shelf = Clock(), config.offload.shelf(config.run.output)
-    phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
+    clock, store = Clock(), config.offload.store(config.run.output)
+    phase = Phases(clock, run.say, store, config.offload.enabled)
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
@@ -301,14 +303,14 @@ def main(config: Config) -> None:
         state = state_of(path)
         check_same(state["flags"], layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
-        self_judge.fill_buffer(buffer, state)
+        buffer.restore(state)
     start_bound = config.audit_start
     if start_bound is None:
         start_bound = reference.start_bound(config.model.dtype, parallel.is_exact(config.parallel))
-    ref = offload.Weights(policy.module, shelf)
+    ref = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
     run.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -321,15 +323,15 @@ def main(config: Config) -> None:
         """Samples of the reference for the steps from `first` on, out of a file if there is one."""
 
         def make() -> list[list[Sample]]:
-            with phase(kind), ref.lent_to(policy.module):
+            with phase(kind), ref.swapped_into(policy.module):
                 return generator.generate(ids, streams, number)
 
         settings = (config.sampling, config.parallel.seed, number, config.model.dtype, arch)
         path = folder / f"step_{first:08d}_{kind}.safetensors"
-        return rollout_cache.kept(
+        return rollout_cache.cached(
             path,
-            rollout_cache.made_of(
-                ref_id, (*settings, sorted(text.stop_ids), text.stop_strings), ids, streams
+            rollout_cache.fingerprint(
+                ref_id, (*settings, sorted(tokenizer.stop_ids), tokenizer.stop_strings), ids, streams
             ),
             make,
         )
@@ -362,8 +364,8 @@ def main(config: Config) -> None:
 
     def known_logprobs(pairs: list[SampledPair]) -> list[np.ndarray]:
         """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
-        with phase("reference"), ref.lent_to(policy.module):
-            return batching.per_example(policy, [pair.examples for pair in pairs], config.batch)
+        with phase("reference"), ref.swapped_into(policy.module):
+            return batching.per_example_outputs(policy, [pair.examples for pair in pairs], config.batch)
 
     def pair_batches(pairs: list[SampledPair], known: list[np.ndarray]) -> list[Batch]:
         """This rank's share of some pairs, in the same micro-batches as there."""
@@ -380,7 +382,7 @@ def main(config: Config) -> None:
         """The policy as it is now answers and judges, and is compared with the reference."""
         iteration = max(step - 1, 0) // iteration_steps
         places = [(VAL, 0, row) for row in range(len(rows["val"]))]
-        found = asker.answers(rows["val"], places, config.samples_per_prompt, by_policy)
+        found = asker.responses(rows["val"], places, config.samples_per_prompt, by_policy)
         made, metrics = asker.pairs(found, of_iteration(config.length_control, iteration))
         pairs = [pair for pair in made if pair is not None]
         if pairs:
@@ -395,7 +397,9 @@ def main(config: Config) -> None:
             truth = true_reward([task.prompt for task in rows["val"]], [each.samples for each in found])
             metrics |= self_judge.compare_with(truth, found)
         run.samples(step, asker.tables("val_judgements", found))
-        run.samples(step, [{"table": "val_pairs", **pair.texts(text, asker.said)} for pair in pairs[:4]])
+        run.samples(
+            step, [{"table": "val_pairs", **pair.texts(tokenizer, asker.text_of)} for pair in pairs[:4]]
+        )
         return {f"val/{name}": value for name, value in metrics.items()}
 
     # ---- resume ----------------------------------------------------------------------------------
@@ -431,7 +435,7 @@ def main(config: Config) -> None:
                 places = [(TRAIN, one, row) for one in ahead for row in resumed.rows_of_step(one)]
                 tasks, sample = [rows["train"][row] for *_, row in places], partial(by_reference, start + 1)
                 first_rollout = not rolled_out
-                rolled_out = asker.answers(tasks, places, config.samples_per_prompt, sample)
+                rolled_out = asker.responses(tasks, places, config.samples_per_prompt, sample)
                 if first_rollout:
                     responses = [sample for answered in rolled_out for sample in answered.samples]
                     warn_if_none_ended(responses, config.sampling.max_new_tokens, run.say)
@@ -446,7 +450,7 @@ def main(config: Config) -> None:
             run.samples(done, asker.tables("train_judgements", found))
             made, statistics = asker.pairs(found, of_iteration(config.length_control, iteration))
             waiting = len(buffer)
-            pairs = meta_judge.mix(made, buffer, config.meta.meta_judge_fraction)
+            pairs = mix(made, buffer, config.meta.meta_judge_fraction)
             metrics |= statistics | {"meta_samples_per_GBS": (waiting - len(buffer)) / size}
 
             # what the reference says, and whether it is what has sampled
@@ -456,7 +460,7 @@ def main(config: Config) -> None:
             if pairs:
                 places = [(pair.row, side) for pair in pairs for side in range(2)]
                 sampled = [one for pair in pairs for one in pair.samples]
-                audit.check_ends(places, sampled, text.stop_ids, (*stop_texts, *text.stop_strings))
+                audit.check_ends(places, sampled, tokenizer.stop_ids, (*stop_texts, *tokenizer.stop_strings))
                 sampled_logprobs = [one.model_logprobs for one in sampled]
                 audited = audit.compare(
                     places, sampled_logprobs, known, config.model.dtype, config=config.audit
@@ -499,10 +503,10 @@ def main(config: Config) -> None:
             with checkpoint.saving(config.checkpoint, config.run.output, done, latest, resumed.state) as path:
                 with phase("save", policy="all"):  # counted in the next step's line
                     checkpoint.write(path, done, policy, optimizer)
-                with phase("save"), ref.lent_to(policy.module):
+                with phase("save"), ref.swapped_into(policy.module):
                     checkpoint.write_weights(path / "reference", policy.module)
                 if parallel.is_main():
-                    state = {"flags": layout_of_steps, **self_judge.buffer_record(buffer)}
+                    state = {"flags": layout_of_steps, **buffer.record()}
                     (path / "judgements.json").write_text(json.dumps(state), encoding="utf-8")
             if parallel.is_main():
                 rollout_cache.discard(folder, config.rollout_start(done, iteration_steps) + 1)
@@ -514,7 +518,7 @@ def main(config: Config) -> None:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
         with phase("export", policy="weights"):
-            savers = [text.save, trained_format.save]
+            savers = [tokenizer.save, trained_format.save]
             huggingface.save(policy, config.model.path, config.run.output / "hf", savers)
         run.say(f"the model is in {config.run.output / 'hf'}")
     run.close()

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from align.data import display, packing, sft, tokenizer, toy
+from align.data import display, packing, row_counts, sft, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Batch, Example
+from align.data.tokenizer import load_tokenizer
 from align.distributed import launch, parallel
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
@@ -48,23 +49,23 @@ def main(config: Config) -> None:
     train_files, val_files = config.train_data, config.val_data
     if not train_files:
         train_files, val_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    tokenizer = load_tokenizer(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
     formats = RowFormats()
-    train, counts = sft.load_sft(train_files, text, config.format, formats)
+    train, counts = sft.load_sft(train_files, tokenizer, config.format, formats)
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
-    run.say(f"training data: {display.describe(counts)}")
-    run.say(f"first example, trained tokens in brackets:\n{display.show(train[0], text)}")
+    run.say(f"training data: {row_counts.describe(counts)}")
+    run.say(f"first example, trained tokens in brackets:\n{display.show(train[0], tokenizer)}")
     val = []
     if val_files:
-        val, counts = sft.load_sft(val_files, text, config.format)
-        run.say(f"validation data: {display.describe(counts)}")
+        val, counts = sft.load_sft(val_files, tokenizer, config.format)
+        run.say(f"validation data: {row_counts.describe(counts)}")
         val = val[config.val_rows()]
-    trained_format = sft.adopt(formats, text, config.format, run.say)
+    trained_format = sft.adopt(formats, tokenizer, config.format, run.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     packing.check_ids(train + val, arch.vocab_size)
     resumed = continuation.find(config, __file__, ([example.ids] for example in train), run.say)
     total_steps = resumed.total_steps
-    optim.check(config.optim, total_steps)
+    optim.check_optim(config.optim, total_steps)
     run.total_steps = total_steps
 
     def micro_batches(examples: list[Example]) -> list[Batch]:
@@ -140,7 +141,7 @@ def main(config: Config) -> None:
     if reason and done < total_steps:
         run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
     else:
-        companions = [text.save, trained_format.save]
+        companions = [tokenizer.save, trained_format.save]
         huggingface.save(policy, config.model.path, config.run.output / "hf", companions)
         run.say(f"the model is in {config.run.output / 'hf'}")
     run.close()

@@ -1,5 +1,5 @@
 import warnings
 
-# Megatron tells in a dozen lines a rank what it does not find; the run's log says which kernels it uses.
+# Megatron warns of missing packages in a dozen lines per rank; the run's log names the kernels in use.
 warnings.filterwarnings("ignore", module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # Megatron's calls

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from align.data import display, formats, jsonl, packing, sft, tokenizer
+from align.data import display, formats, jsonl, packing, sft
+from align.data.hf_tokenizer import HuggingFaceTokenizer
+from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -26,16 +29,16 @@ GOOD = {"input": "What?", "output": "That."}
 
 
 @pytest.fixture(scope="module")
-def tiny() -> tokenizer.HuggingFaceTokenizer:
-    return tokenizer.load(TINY)
+def tiny() -> HuggingFaceTokenizer:
+    return load_tokenizer(TINY)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SentencePieceTokenizer:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     """A real SentencePiece model, which puts a dummy prefix in front of every text."""
     directory = tmp_path_factory.mktemp("llama")
     shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", directory / "tokenizer.model")
-    return tokenizer.load(directory)
+    return load_tokenizer(directory)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -43,11 +46,11 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def example(row: dict, tokens: formats.Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> packing.Example:
+def example(row: dict, tokens: Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> packing.Example:
     return formats.format_sft(row, tokens, fmt)[0]
 
 
-def spans(row: dict, tokens: formats.Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> str:
+def spans(row: dict, tokens: Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> str:
     """The row with its trained parts in brackets, control characters and all."""
     return display.show(example(row, tokens, fmt), tokens)
 
@@ -416,7 +419,7 @@ def test_bad_chat_template_is_refused(name: str, tmp_path: Path):
     (tmp_path / "model/chat_template.jinja").write_text(template)
     path = write_rows(tmp_path / "d.jsonl", [GOOD, chat("a", "b", "c", "d")])
     with pytest.raises(UserError, match=f"^{path}:2: .*{message}"):
-        sft.load_sft([path], tokenizer.load(tmp_path / "model"), DEFAULT)
+        sft.load_sft([path], load_tokenizer(tmp_path / "model"), DEFAULT)
 
 
 def test_messages_need_a_chat_template(llama, tmp_path: Path):
@@ -431,7 +434,7 @@ def test_token_across_the_start_of_an_answer(tmp_path: Path):
     spec["model"]["vocab"]["ĊĊ"] = 259  # two line ends as one token, as real vocabularies have it
     spec["model"]["merges"] = [["Ċ", "Ċ"]]
     (tmp_path / "model/tokenizer.json").write_text(json.dumps(spec))
-    tokens = tokenizer.load(tmp_path / "model")
+    tokens = load_tokenizer(tmp_path / "model")
     assert tokens.encode("\n\n") == [259]
     path = write_rows(tmp_path / "d.jsonl", [chat("a", "b"), chat("a", "\nb")])
     with pytest.raises(UserError, match=f"^{path}:2: the tokens of a prefix .* a token reaches across"):
@@ -564,13 +567,20 @@ def test_global_batch_depends_on_its_arguments_alone():
 
 def test_plan_by_hand():
     # 8 + 2, 5 + 5: two micro-batches of 10 hold all; each of two ranks gets one
-    assert packing.plan([5, 8, 5, 2], ranks=2, max_tokens=10, max_rows=None) == [[[1, 3]], [[0, 2]]]
-    assert packing.plan([5, 8, 5, 2], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0, 2]]]
-    assert packing.plan([5, 8, 5, 2], ranks=1, max_tokens=20, max_rows=None) == [[[0, 1, 2, 3]]]
+    assert packing.plan_micro_batches([5, 8, 5, 2], ranks=2, max_tokens=10, max_rows=None) == [
+        [[1, 3]],
+        [[0, 2]],
+    ]
+    assert packing.plan_micro_batches([5, 8, 5, 2], ranks=1, max_tokens=10, max_rows=None) == [
+        [[1, 3], [0, 2]]
+    ]
+    assert packing.plan_micro_batches([5, 8, 5, 2], ranks=1, max_tokens=20, max_rows=None) == [[[0, 1, 2, 3]]]
     # 19 tokens would fit twice into 10, these four rows do not
-    assert packing.plan([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0], [2]]]
-    assert packing.plan([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
-    assert packing.plan([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
+    assert packing.plan_micro_batches([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [
+        [[1, 3], [0], [2]]
+    ]
+    assert packing.plan_micro_batches([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
+    assert packing.plan_micro_batches([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -579,14 +589,14 @@ def test_plan_properties(seed: int):
     lengths = [rng.randint(1, 300) for _ in range(rng.randint(1, 80))]
     ranks, max_tokens = rng.randint(1, 5), rng.randint(300, 1200)
     max_rows = rng.choice([None, 1, 3])
-    planned = packing.plan(lengths, ranks, max_tokens, max_rows)
+    planned = packing.plan_micro_batches(lengths, ranks, max_tokens, max_rows)
     micro_batches = [rows for rank in planned for rows in rank]
     assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
     assert all(rows == sorted(rows) for rows in micro_batches)
     assert all(sum(lengths[row] for row in rows) <= max_tokens for rows in micro_batches)
     assert all(len(rows) <= (max_rows or len(lengths)) for rows in micro_batches)
     assert len(planned) == ranks and len({len(rank) for rank in planned}) == 1
-    assert planned == packing.plan(lengths, ranks, max_tokens, max_rows)
+    assert planned == packing.plan_micro_batches(lengths, ranks, max_tokens, max_rows)
     loads = [sum(lengths[row] for rows in rank for row in rows) for rank in planned]
     assert max(loads) - min(loads) <= max(lengths)
 
@@ -595,7 +605,7 @@ def test_plan_properties(seed: int):
 def test_plan_needs_few_and_even_micro_batches(seed: int):
     rng = random.Random(seed)
     lengths = [rng.randint(20, 250) for _ in range(128)]
-    planned = packing.plan(lengths, ranks=4, max_tokens=1024, max_rows=None)
+    planned = packing.plan_micro_batches(lengths, ranks=4, max_tokens=1024, max_rows=None)
     least = -(-sum(lengths) // (4 * 1024))
     assert least <= len(planned[0]) <= least + 1
     loads = [sum(lengths[row] for row in rows) for rank in planned for rows in rank]
@@ -604,7 +614,7 @@ def test_plan_needs_few_and_even_micro_batches(seed: int):
 
 def test_plan_refuses_a_row_above_the_budget():
     with pytest.raises(UserError, match="--micro-batch-tokens 10 is too few for a row of 11"):
-        packing.plan([3, 11], ranks=2, max_tokens=10, max_rows=None)
+        packing.plan_micro_batches([3, 11], ranks=2, max_tokens=10, max_rows=None)
 
 
 def make_example(ids: list[int], trained: list[int]) -> packing.Example:

@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from align.kernels import fused
 from align.kernels.matmul import linear
-from align.model import layers, logprobs
+from align.model import logprobs
 from align.model.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
 from tests.conftest import torchrun
 from tests.logprobs_worker import (
@@ -26,7 +27,7 @@ from tests.logprobs_worker import (
 from tests.parity_data import examples
 from tests.test_layers import counting
 
-PLAIN = {name: getattr(logprobs, name) for name in ("largest", "sums_", "gradient_")}
+PLAIN = {name: getattr(logprobs, name) for name in ("row_max", "partial_sums_", "logits_grad_")}
 """What is compiled on GPUs."""
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # all that is asked of a group of one rank
 
@@ -206,8 +207,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list:
     """Logits stay bf16 between the kernels, each of which is compiled; a list with an item for each."""
     backend, seen = counting("aot_eager")
     for name, function in PLAIN.items():
-        monkeypatch.setattr(logprobs, name, layers.compiled(function.__wrapped__, backend))
-    monkeypatch.setattr(logprobs, "finished_in_kernels", lambda z: z.dtype != torch.float32)
+        monkeypatch.setattr(logprobs, name, fused.compiled(function.__wrapped__, backend))
+    monkeypatch.setattr(logprobs, "scales_in_kernels", lambda z: z.dtype != torch.float32)
     return seen
 
 
@@ -225,7 +226,7 @@ def test_compiled_kernels_change_nothing(monkeypatch, dtype, temperature, entrop
         with monkeypatch.context() as plain:
             for name, function in PLAIN.items():
                 plain.setattr(logprobs, name, function)
-            plain.setattr(logprobs, "finished_in_kernels", lambda z: False)
+            plain.setattr(logprobs, "scales_in_kernels", lambda z: False)
             expected = ours(*given)
         for found, theirs in zip(compiled, expected, strict=True):
             torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-6)

@@ -18,10 +18,9 @@ import torch.distributed as dist
 import tyro
 
 import train_ppo
-from align.data import tokenizer
 from align.data.packing import Batch
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
-from align.generation.rollout import Tokenizer
 from align.training import batching
 from tests.conftest import fork_ranks
 from tests.resume_worker import reward
@@ -40,10 +39,14 @@ PROMPTS = 6
 # ---- worker --------------------------------------------------------------------------------------
 
 
-def recorded(flags: list[str], text: Tokenizer) -> dict:
+def recorded(flags: list[str], tokenizer: Tokenizer) -> dict:
     """What a step did: its answers, what each model said, what the updates were given."""
     found: dict = {"said": []}
-    rollout, per_token, token_batches = train_ppo.Rollout, batching.per_token, batching.token_batches
+    rollout, per_token, token_batches = (
+        train_ppo.Rollout,
+        batching.per_token_outputs,
+        batching.micro_batches_with_tokens,
+    )
 
     def note_rollout(*args: object) -> object:
         made = rollout(*args)
@@ -51,7 +54,7 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
             {
                 "ids": sample.ids.tolist(),
                 "ended": sample.finish == "stop",
-                "score": reward(text.decode(prompt.ids.tolist()), sample.text(text), prompt.row),
+                "score": reward(tokenizer.decode(prompt.ids.tolist()), sample.text(tokenizer), prompt.row),
             }
             for prompt, samples in zip(made.prompts, made.samples, strict=True)
             for sample in samples
@@ -72,8 +75,8 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
 
     with (
         mock.patch.object(train_ppo, "Rollout", note_rollout),
-        mock.patch.object(batching, "per_token", note_said),
-        mock.patch.object(batching, "token_batches", note_batches),
+        mock.patch.object(batching, "per_token_outputs", note_said),
+        mock.patch.object(batching, "micro_batches_with_tokens", note_batches),
     ):
         train_ppo.main(tyro.cli(train_ppo.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,)))
     return found
@@ -213,5 +216,5 @@ if __name__ == "__main__":
                 f"--max-new-tokens 8 --max-steps 1 --kl-coef {KL_COEF} --micro-batch-tokens 64 "
                 f"--reward-fn tests.resume_worker:reward --save-interval 0 {more}"
             )
-            result = recorded(command.split(), tokenizer.load(trained / "sft/hf"))
+            result = recorded(command.split(), load_tokenizer(trained / "sft/hf"))
             (output / f"{name}{dist.get_rank()}.json").write_text(json.dumps(result))

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 import prepare_data
-from align.data import display, formats, jsonl, preferences, prompts, tokenizer, toy
+from align.data import formats, jsonl, preferences, prompts, row_counts, toy
+from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import Prompt, PromptFormat
+from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -34,26 +37,26 @@ LLAMA_CHAT = (
 
 
 @pytest.fixture(scope="module")
-def tiny() -> tokenizer.HuggingFaceTokenizer:
-    return tokenizer.load(TINY)
+def tiny() -> HuggingFaceTokenizer:
+    return load_tokenizer(TINY)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SentencePieceTokenizer:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     """A real SentencePiece model, which puts a dummy prefix in front of every text."""
     directory = tmp_path_factory.mktemp("llama")
     shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", directory / "tokenizer.model")
-    return tokenizer.load(directory)
+    return load_tokenizer(directory)
 
 
 @pytest.fixture(scope="module")
-def llama_chat(llama, tmp_path_factory: pytest.TempPathFactory) -> tokenizer.HuggingFaceTokenizer:
+def llama_chat(llama, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
     """The same as a Hugging Face directory, with a chat template like Llama 2's, which brings its own BOS."""
     directory = tmp_path_factory.mktemp("llama_chat")
     llama.save(directory)
     (directory / "tokenizer.model").unlink()
     (directory / "chat_template.jinja").write_text(LLAMA_CHAT)
-    return tokenizer.load(directory)
+    return load_tokenizer(directory)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -62,17 +65,17 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def load(
-    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: PromptFormat = DEFAULT
+    rows: list[dict], tokens: Tokenizer, path: Path, fmt: PromptFormat = DEFAULT
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts of a file of these rows."""
     return prompts.load_prompts([write_rows(path / "d.jsonl", rows)], tokens, fmt)
 
 
-def ids(row: dict, tokens: formats.Tokenizer, fmt: PromptFormat = DEFAULT) -> list[int]:
+def ids(row: dict, tokens: Tokenizer, fmt: PromptFormat = DEFAULT) -> list[int]:
     return prompts.format_prompt(row, tokens, fmt).tolist()
 
 
-def ids_before_response(row: dict, tokens: formats.Tokenizer, add_bos: bool | None) -> list[int]:
+def ids_before_response(row: dict, tokens: Tokenizer, add_bos: bool | None) -> list[int]:
     """The ids before the chosen response, which are those before the rejected one."""
     sides = preferences.format_pair(row, tokens, PreferenceFormat(add_bos=add_bos))
     chosen, rejected = (side.ids[: int(side.trained.argmax())].tolist() for side in sides)
@@ -132,7 +135,7 @@ def test_bos_before_a_template_without(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
     (tmp_path / "model/chat_template.jinja").write_text(template)
-    tokens = tokenizer.load(tmp_path / "model")
+    tokens = load_tokenizer(tmp_path / "model")
     assert ids({"prompt": [USER]}, tokens) == [*b"a:"]
     assert ids({"prompt": [USER]}, tokens, PromptFormat(add_bos=True)) == [BOS, *b"a:"]
 
@@ -244,7 +247,7 @@ def test_counts_and_what_is_too_long(tiny, tmp_path: Path):
     for_rewards = {"rows with 'id' (for reward functions)": 1, "rows with 'answer' (for reward functions)": 1}
     assert counts == {"prompts": 4, "dropped_too_long": 2, "tokens": 11, "longest": 8} | for_rewards
     unused = ", ".join(f"1 {name}" for name in for_rewards)
-    assert display.describe(counts) == f"4 prompts, 2 dropped too long, 11 tokens, 8 longest, {unused}"
+    assert row_counts.describe(counts) == f"4 prompts, 2 dropped too long, 11 tokens, 8 longest, {unused}"
 
 
 def test_bos_counts_as_a_token(tiny, tmp_path: Path):
@@ -366,4 +369,4 @@ def test_template_that_says_nothing(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text("{% for m in messages %}{% endfor %}")
     with pytest.raises(UserError, match="d.jsonl:1: field 'prompt': the chat template makes no token of it"):
-        load([{"prompt": [USER]}], tokenizer.load(tmp_path / "model"), tmp_path, PromptFormat(add_bos=True))
+        load([{"prompt": [USER]}], load_tokenizer(tmp_path / "model"), tmp_path, PromptFormat(add_bos=True))

@@ -101,7 +101,7 @@ def test_a_wrong_gradient_shows_beside_one_process(name, ran):
 
 # ---- by a named test -------------------------------------------------------------------------------
 
-LOSSES, LENT = "align.losses.rl", "align.training.offload.Weights.lent_to"
+LOSSES, LENT = "align.losses.rl", "align.training.offload.Weights.swapped_into"
 OF_NEXT, CLIPPED = "F.pad(value, (0, 1))[:, 1:]", "clamp(old_values - value_clip, old_values + value_clip)"
 Test = Callable[[], None]
 
@@ -112,7 +112,7 @@ def ppo(name: str) -> Test:
 
 
 def lent_weights() -> None:
-    test_offload.test_lent_weights_compute_and_leave_no_trace(offload.Shelf())
+    test_offload.test_lent_weights_compute_and_leave_no_trace(offload.HostStore())
 
 
 def gradients_at_a_temperature() -> None:

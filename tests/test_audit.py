@@ -140,7 +140,9 @@ def shifted_prefill(right: Callable) -> Callable:
     rotation = layers.rotary_cos_sin
 
     def prefill(self: inference.InferenceModel, given: list[Tensor]) -> list[inference.PrefilledPrompt]:
-        with mock.patch.object(inference, "rotary_cos_sin", lambda places, *rest: rotation(places + 1, *rest)):
+        with mock.patch.object(
+            inference, "rotary_cos_sin", lambda places, *rest: rotation(places + 1, *rest)
+        ):
             return right(self, given)
 
     return prefill
@@ -247,8 +249,8 @@ def test_one_token_within_the_bound_passes(layout, said):
 
 
 NAMED = re.compile(
-    r"audit: token (\d+) of answer (\d+) to row (\d+) was sampled with log-prob (\S+), "
-    r"training says (\S+)\. They differ by (\S+)\. Of all (?:\d+) tokens the mean difference is (\S+) "
+    r"audit: token (\d+) of response (\d+) to row (\d+) was sampled with log-prob (\S+), "
+    r"training computes (\S+)\. They differ by (\S+)\. Of all (?:\d+) tokens the mean difference is (\S+) "
     r"\(--audit-mean 5e-05\), the maximum (?:\S+) \(--audit-tail 0\.001\): "
     r"the sampler and the trainer do not compute the same model"
 )
@@ -333,7 +335,7 @@ def test_bf16_forgives_one_token_in_10_000(count, forgiven):
     given = differing(count, 0, 0.0)
     given[1][0][0] = math.nan  # whose quantile is no number, wherever it stands
     with pytest.raises(
-        RuntimeError, match="audit: token 0 of answer 0 to row 0 was sampled with log-prob nan"
+        RuntimeError, match="audit: token 0 of response 0 to row 0 was sampled with log-prob nan"
     ):
         audit.compare(*given, torch.bfloat16)
 

@@ -350,7 +350,7 @@ BROKEN = {  # a bad third line of a file, and what the message must say
         {"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]},
         "message 0: field 'content' has a part that is not text",
     ),
-    "no answer": ({"messages": [USER, USER]}, "no trained token: the row has no answer"),
+    "no answer": ({"messages": [USER, USER]}, "no trained token: the row has no response"),
     "answer first": (
         {"messages": [ANSWER, USER]},
         "message 0: the first message must not be the assistant's",
@@ -488,7 +488,7 @@ def test_read_jsonl(tmp_path: Path):
     [
         (
             dict(prompt_template="{input}: {output}."),
-            "--prompt-template .* must end with the field of the answer",
+            "--prompt-template .* must end with the field of the response",
         ),
         (dict(prompt_template="plain"), "--prompt-template 'plain' must end with the field"),
         (dict(prompt_template=""), "--prompt-template '' must end with the field"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from align.kernels import fused
 from align.kernels.matmul import linear
 from align.model import logprobs
-from align.model.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
+from align.model.logprobs import CHUNK, chunk_size, target_logprobs
 from tests.conftest import torchrun
 from tests.logprobs_worker import (
     HIDDEN,
@@ -63,8 +63,7 @@ def ours(
 ) -> tuple:
     """The same three by the function that the shape of the gradient asks for."""
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    compute = target_logprobs if grad.dim() == 1 else target_logprobs_and_entropy
-    values = compute(hidden, weight, targets, vocab, ALONE, temperature)
+    values = target_logprobs(hidden, weight, targets, vocab, ALONE, temperature, entropy=grad.dim() == 2)
     values.backward(grad)
     return values.detach(), hidden.grad, weight.grad
 
@@ -155,7 +154,7 @@ def test_by_hand_with_temperature_and_entropy():
     """The same logits over 1/2 are (0, log 9): 1/10 and 9/10, H = log 10 - 0.9 log 9."""
     weight = torch.tensor([[0.0], [torch.tensor(3.0).log()]])
     targets = torch.tensor([0, 1])
-    found = target_logprobs_and_entropy(torch.ones(2, 1), weight, targets, 2, ALONE, 0.5)
+    found = target_logprobs(torch.ones(2, 1), weight, targets, 2, ALONE, 0.5, entropy=True)
     torch.testing.assert_close(found[:, 0].exp(), torch.tensor([0.1, 0.9]))
     torch.testing.assert_close(found[:, 1], torch.full((2,), math.log(10) - 0.9 * math.log(9)))
 
@@ -194,7 +193,7 @@ def test_bf16_computes_the_softmax_in_fp32():
     hidden, weight, targets, _ = inputs(CHUNK + 9)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     for temperature in TEMPERATURES:
-        found = target_logprobs_and_entropy(hidden, weight, targets, VOCAB, ALONE, temperature)
+        found = target_logprobs(hidden, weight, targets, VOCAB, ALONE, temperature, entropy=True)
         every = ((hidden @ weight[:VOCAB].T).double() / temperature).log_softmax(1)
         logprobs, entropies = every.gather(1, targets[:, None])[:, 0], -(every.exp() * every).sum(1)
         assert found.dtype == torch.float32

@@ -868,7 +868,7 @@ def test_judge_of_conversations(tmp_path: Path):
 def test_judge_refuses(tmp_path: Path):
     asked = {"messages": [{"role": "user", "content": "x"}]}
     raw = write_rows(tmp_path / "raw.jsonl", [asked])
-    with pytest.raises(UserError, match=r"raw.jsonl:1: no prompt: the row has no answer"):
+    with pytest.raises(UserError, match=r"raw.jsonl:1: no prompt: the row has no response"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")
     raw = write_rows(raw, [{"prompt": "x"}])
     with pytest.raises(UserError, match=r"raw.jsonl:1: a row must have 'messages'"):

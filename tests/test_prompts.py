@@ -314,11 +314,11 @@ BROKEN = {  # a bad third line of a file, and what the message must say
     "list of strings": ({"prompt": ["Q"]}, "field 'prompt' must be a list of at least one object"),
     "prompt with answer": (
         {"prompt": [USER, GOOD]},
-        "field 'prompt': what comes before the answer must not be",
+        "field 'prompt': the message before the response must not be",
     ),
     "two answers": (
         {"messages": [USER, BAD, GOOD]},
-        "field 'messages': what comes before the answer must not",
+        "field 'messages': the message before the response must not",
     ),
     "answer alone": ({"messages": [GOOD]}, "field 'messages': message 0: the first message must not"),
     "no content": ({"prompt": [{"role": "user"}]}, "field 'prompt': message 0: no field 'content'"),
@@ -368,5 +368,5 @@ def test_what_the_tokenizer_refuses(tiny, llama, llama_chat, tmp_path: Path):
 def test_template_that_says_nothing(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text("{% for m in messages %}{% endfor %}")
-    with pytest.raises(UserError, match="d.jsonl:1: field 'prompt': the chat template makes no token of it"):
+    with pytest.raises(UserError, match="d.jsonl:1: field 'prompt': the chat template renders it as nothing"):
         load([{"prompt": [USER]}], load_tokenizer(tmp_path / "model"), tmp_path, PromptFormat(add_bos=True))

@@ -250,7 +250,7 @@ def test_what_is_no_number_is_refused(name, found):
     """Each rank names its own first answer."""
     for rank, answer in enumerate(("yes", "yes")):
         assert found[rank]["functions"][name] == (
-            f"--reward-fn tests.test_rewards:{name} returned {WRONG[name]} for the answer {answer!r}: "
+            f"--reward-fn tests.test_rewards:{name} returned {WRONG[name]} for the response {answer!r}: "
             "a reward is a finite number"
         )
 

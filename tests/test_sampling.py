@@ -423,7 +423,7 @@ def test_greedy_heeds_the_repetition_penalty():
 
 
 def test_an_empty_stop_string_is_refused():
-    with pytest.raises(UserError, match='--stop "": a stop string of zero length would end every answer'):
+    with pytest.raises(UserError, match='--stop "": a stop string of zero length would end every response'):
         SamplingConfig(stop=("\n", ""))
 
 

@@ -629,7 +629,7 @@ MISTAKES = {  # name: flags, the words of the message; files in capitals are tho
     ),
     "template": (
         ("--prompt-template", "{a}{b} end"),
-        r"--prompt-template.*must end with the field of the answer",
+        r"--prompt-template.*must end with the field of the response",
     ),
     "wandb": (("--wandb-name", "x"), r"--wandb-name x needs --wandb-project"),
 }

@@ -250,7 +250,7 @@ def test_no_prompt_left(tiny, tmp_path: Path):
     "row", [chat("a"), conversation(("User", "a")), conversation(("Bot", "a"), ("User", "b"))]
 )
 def test_a_row_without_an_answer_is_named(row: dict, fmt: FormatConfig, tiny, tmp_path: Path):
-    with pytest.raises(UserError, match="d.jsonl:2: no .*: the row has no answer"):
+    with pytest.raises(UserError, match="d.jsonl:2: no .*: the row has no response"):
         load([chat("a", "b"), row], tiny, tmp_path, fmt)
 
 
@@ -416,7 +416,7 @@ def test_what_one_turn_refuses(tiny, llama):
     for row in (chat("a", "b"), {"input": "a", "output": "b"}):
         with pytest.raises(UserError, match="two BOS at the start"):
             render.one_turn(row, "q", tiny, FormatConfig("<|im_start|>{input} {output}", add_bos=True))
-    with pytest.raises(UserError, match="no prompt: the row has no answer"):
+    with pytest.raises(UserError, match="no prompt: the row has no response"):
         render.one_turn(conversation(("User", "a")), "q", tiny, DEFAULT)
     with pytest.raises(UserError, match="has no chat template"):
         render.one_turn(chat("a", "b"), "q", llama, DEFAULT)
@@ -493,5 +493,5 @@ def test_a_cut_prompt_is_judged_as_the_model_reads_it(tiny, tmp_path: Path):
 
 @pytest.mark.parametrize("row", [chat("a"), conversation(("User", "a"))])
 def test_nothing_was_answered(row: dict, tiny):
-    with pytest.raises(UserError, match="no prompt: the row has no answer"):
+    with pytest.raises(UserError, match="no prompt: the row has no response"):
         render.question(row, tiny, DEFAULT)

@@ -1,4 +1,4 @@
-"""What both tokenizers share: special tokens in texts, chat templates, and the round-trip check."""
+"""Common part of both tokenizers: special tokens in texts, chat templates, and the round-trip check."""
 
 import datetime
 import json

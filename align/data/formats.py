@@ -314,7 +314,7 @@ def template_pieces(template: str) -> list[tuple[str, str]]:
         if field is not None and (not field.isidentifier() or spec or conversion):
             raise UserError(f"{flag}: braces must hold the name of a field and nothing else")
     pieces, text = [], ""
-    for literal, field, _, _ in parsed:  # text around a doubled brace comes in parts
+    for literal, field, _, _ in parsed:  # text around a doubled brace is split
         text += literal
         if field is not None:
             pieces.append((text, field))

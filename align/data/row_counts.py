@@ -51,7 +51,7 @@ def count_special(before: tuple[int, int], tokenizer: Tokenizer, counts: dict[st
 
 
 def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "not used") -> None:
-    """Count the fields of a row that no token comes from, by name and by their `use`."""
+    """Count the fields of a row that are not encoded, by name and by their `use`."""
     for name in sorted(name for name in row.keys() - used if row[name] not in (None, "", [], {})):
         count(counts, f"rows with {name!r} ({use})")
 

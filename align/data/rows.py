@@ -1,6 +1,6 @@
 """Normalise rows of other projects' formats to a few forms.
 
-Forms of a normalised row: {"messages"} with what the chat template reads beside them ("tools",
+Forms of a normalised row: {"messages"} with variables of the chat template beside them ("tools",
 "chat_template_kwargs"), {"conversations"} with NeMo-Aligner's "mask" or "type", {"prompt", "completion"}
 in strings, and the fields of --prompt-template. A row in one of them is not changed.
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: what a Tokenizer does, its flags, and how it is loaded.
+"""Interface, flags and loading of a model's tokenizer.
 
 Two rules hold for every tokenizer. `encode` never adds a special token: the code that builds a sequence adds
 BOS and EOS. And pad may be the same id as end of text (GPT-2B, SmolLM2), so padding is never found by
@@ -23,7 +23,7 @@ CHECKED_TEXTS = 200  # the first texts of a run, whose ids must decode to them
 
 
 class Tokenizer(Protocol):
-    """What the code needs of a tokenizer; HuggingFaceTokenizer and SentencePieceTokenizer have it."""
+    """Interface of HuggingFaceTokenizer and SentencePieceTokenizer."""
 
     eos_id: int
     bos_id: int | None

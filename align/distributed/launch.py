@@ -37,7 +37,7 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
             watchdog.say(line, "", None)
         else:
             time.sleep(watchdog.GRACE_S)  # torchrun ends all as soon as one has ended
-        watchdog.leave(status, line)
+        watchdog.end_process(status, line)
 
 
 def parse(config_class: type[C], words: Sequence[str] | None = None) -> C:

@@ -102,7 +102,7 @@ class Watchdog:
                 self.publish()
                 if failure := self.failure_elsewhere():
                     time.sleep(GRACE_S / 2)  # less than the grace of the rank that serves the store
-                    self.leave(failure)
+                    self.end_process(failure)
                 if 0 < self.stall_limit_s < self.idle_s and Progress.ticks:
                     self.check_stall()
 
@@ -152,13 +152,13 @@ class Watchdog:
         line = f"no rank made progress for {self.stall_limit_s:g} s (--stall-limit): {'; '.join(words)}"
         failure = self.report(culprits[0], line, 1, key="stall")
         if self.rank in culprits:
-            self.leave(failure)
+            self.end_process(failure)
         time.sleep(GRACE_S / 2)
         for _, pid, _ in (self.processes[r] for r in silent if self.is_local(r)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # it cannot end by itself
         time.sleep(GRACE_S / 2)
-        self.leave(failure)
+        self.end_process(failure)
 
     def is_local(self, rank: int) -> bool:
         """True if a rank runs on this machine."""
@@ -186,7 +186,7 @@ class Watchdog:
         failure = {"rank": self.rank, "status": status, "line": line}
         try:
             if trace and is_communication(error) and (cause := self.wait_for_cause()):
-                self.leave(cause)
+                self.end_process(cause)
             self.report(self.rank, line, status, str(error), trace)
         # the rank that serves the store is gone, and has reported its failure unless it was killed
         except dist.DistError:
@@ -195,7 +195,7 @@ class Watchdog:
             say(line, trace, self.log)
         if self.rank == 0 and self.world > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
             time.sleep(GRACE_S)  # this rank serves the store, from which the others read the failure
-        self.leave(failure | {"line": line})
+        self.end_process(failure | {"line": line})
 
     def wait_for_cause(self) -> dict | None:
         """The failure of another rank that broke a collective here, if reported within the grace time."""
@@ -215,10 +215,10 @@ class Watchdog:
             say(line, trace, self.log)
         return failure
 
-    def leave(self, failure: dict) -> NoReturn:
+    def end_process(self, failure: dict) -> NoReturn:
         """End this process at once, with all its threads."""
         with self.ending:  # the first of two threads
-            leave(failure["status"], failure["line"])
+            end_process(failure["status"], failure["line"])
 
 
 def outcome(error: BaseException, rank: str) -> tuple[str, int, str]:
@@ -243,7 +243,7 @@ def say(line: str, trace: str, log: Path | None) -> None:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n{trace}")
 
 
-def leave(status: int, reason: str) -> NoReturn:
+def end_process(status: int, reason: str) -> NoReturn:
     """End this process without waiting for its threads; the reason is written to torchrun's error file."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": reason, "timestamp": str(int(time.time()))}

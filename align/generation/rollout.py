@@ -1,4 +1,4 @@
-"""What sampling returns: samples, and a rollout of prompts, samples and rewards."""
+"""Results of sampling: samples, and rollouts of prompts, samples and rewards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

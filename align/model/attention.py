@@ -27,7 +27,7 @@ from align.model.layers import rotary_embedding
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch 2.9, which TensorRT-LLM asks for
+except ImportError:  # torch 2.9, which TensorRT-LLM requires
     KNOWN = frozenset()  # names of its arguments
 else:
     KNOWN = frozenset(inspect.signature(varlen_attn).parameters)

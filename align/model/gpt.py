@@ -28,7 +28,7 @@ from align.model.architecture import Architecture
 from align.model.attention import PackedAttentionParams
 from align.model.config import ModelConfig, check_model, overlaps_gradients, uses_te
 from align.model.layers import rotary_cos_sin
-from align.model.logprobs import target_logprobs, target_logprobs_and_entropy
+from align.model.logprobs import target_logprobs
 from align.model.spec import (
     block_spec,
     mark_tensor_parallel,
@@ -123,9 +123,9 @@ class Policy(Decoder):
         hidden = hidden_states.squeeze(1).index_select(0, trained)
         if not self.config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        compute = target_logprobs_and_entropy if self.entropy else target_logprobs
-        values = compute(
-            hidden, self.output_weight(), labels[0][trained], self.known_ids, group, self.temperature
+        weight, targets = self.output_weight(), labels[0][trained]
+        values = target_logprobs(
+            hidden, weight, targets, self.known_ids, group, self.temperature, self.entropy
         )
         return values.new_zeros(len(labels[0]), *values.shape[1:]).index_copy(0, trained, values)
 

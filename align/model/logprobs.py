@@ -25,6 +25,7 @@ def target_logprobs(
     vocab_size: int,
     group: dist.ProcessGroup,
     temperature: float = 1.0,
+    entropy: bool = False,
 ) -> Tensor:
     """log p(targets) for each token, in nats, p = softmax(logits / temperature).
 
@@ -36,45 +37,20 @@ def target_logprobs(
         vocab_size: V without the padding rows of the embedding, which have no probability.
         group: the tensor parallel group.
         temperature: divisor of the logits, above 0.
+        entropy: compute the entropy H = -sum_v p_v log p_v of each token's distribution as well.
 
     Returns:
-        [n] float32.
+        [n] float32, with `entropy` [n, 2]: log-prob and entropy, in nats. Either has a gradient.
     """
-    return logprobs_and_entropies(hidden, weight, targets, vocab_size, group, temperature, entropy=False)[0]
-
-
-def target_logprobs_and_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    group: dist.ProcessGroup,
-    temperature: float = 1.0,
-) -> Tensor:
-    """`target_logprobs`, and the entropy H = -sum_v p_v log p_v of each token's distribution p.
-
-    Returns:
-        [n, 2] float32: log-prob and entropy, in nats. Either has a gradient.
-    """
-    columns = logprobs_and_entropies(hidden, weight, targets, vocab_size, group, temperature, entropy=True)
-    return torch.stack(columns, 1)
-
-
-def logprobs_and_entropies(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    group: dist.ProcessGroup,
-    temperature: float,
-    entropy: bool,
-) -> list[Tensor]:
-    """Log-probs [n] of the targets, and with `entropy` the entropies [n], in float32."""
     count = len(hidden)
     if uses_onednn(hidden):
         hidden, targets = padded(hidden), padded(targets)
-    columns = TargetLogProbs.apply(hidden, weight, targets, vocab_size, group, temperature, entropy)
-    return [values[:count] for values in columns if values is not None]
+    logprobs, entropies = TargetLogProbs.apply(
+        hidden, weight, targets, vocab_size, group, temperature, entropy
+    )
+    if entropy:
+        return torch.stack([logprobs[:count], entropies[:count]], 1)
+    return logprobs[:count]
 
 
 class TargetLogProbs(torch.autograd.Function):

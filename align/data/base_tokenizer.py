@@ -10,7 +10,6 @@ from typing import Any
 
 from align.data import chat_template, plain_text
 from align.data.marker_chat import MarkerChat
-from align.data.tokenizer import TextConfig
 from align.data.tokenizer_files import generation_stop_ids
 from align.errors import UserError
 from align.files import read_object
@@ -27,7 +26,7 @@ class BaseTokenizer:
 
     say: Callable[[str], None] | None = None
     unchecked = 0  # texts whose round trip is still to be checked
-    config = TextConfig()
+    special_tokens_in_text = "split"  # or "refuse", "allow": see TextConfig
     variables: dict = {}  # of the chat template, for all rows
     control: frozenset[str] = frozenset()  # names of special tokens that `encode` would find in a text
     special: re.Pattern | None = None  # matches a name of `control`
@@ -40,13 +39,13 @@ class BaseTokenizer:
     stop_strings: tuple[str, ...] = ()
     is_continued = False  # text after a special token is encoded as inside a text, without a first space
 
-    def check_variables(self, path: Path) -> None:
+    def check_variables(self, path: Path, template_date: str) -> None:
         """Raise UserError for a variable or a date that no chat template reads; `path`: of the model."""
         templates = self.chat_template or ""
         text = "\n".join(templates.values()) if isinstance(templates, dict) else templates
         flags = {name: f"--chat-template-kwargs {name!r}" for name in self.variables}
-        if self.config.template_date:
-            flags["strftime_now"] = f"--template-date {self.config.template_date}"
+        if template_date:
+            flags["strftime_now"] = f"--template-date {template_date}"
         for name in [name for name in flags if not chat_template.reads(text, name)]:
             reason = "whose chat template does not read it" if text else "which has no chat template"
             raise UserError(f"{flags[name]} has no effect with {path}, {reason}: leave it out")
@@ -74,11 +73,10 @@ class BaseTokenizer:
             raise UserError(
                 "a text has characters of Unicode's private plane 16, which are used to mark tokens"
             )
-        mode = self.config.special_tokens_in_text
-        match = self.special and mode != "allow" and self.special.search(text)
+        match = self.special and self.special_tokens_in_text != "allow" and self.special.search(text)
         if not match:
             return text
-        if mode == "refuse":
+        if self.special_tokens_in_text == "refuse":
             raise UserError(f"special token {match[0]!r} in a text: see --special-tokens-in-text")
         if self.say and not self.texts_with_special:
             self.say(

@@ -124,11 +124,11 @@ def load_tokenizer(
         )
     if chat := path.is_dir() and marker_chat.read(path):
         tokenizer.follow(chat)
-    tokenizer.config, tokenizer.variables = config, config.variables()
+    tokenizer.special_tokens_in_text, tokenizer.variables = config.special_tokens_in_text, config.variables()
     tokenizer.day = config.day(day or datetime.date.today())
     if isinstance(tokenizer.chat_template, dict) and tokenizer.variables:
         raise UserError(f"--chat-template-kwargs: {path} has several chat templates: leave one")
-    tokenizer.check_variables(path)
+    tokenizer.check_variables(path, config.template_date)
     if say:
         for line in filter(None, (tokenizer.about_date(), tokenizer.differs_from_class())):
             say(line)

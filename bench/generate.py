@@ -104,8 +104,7 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
 
     from align.data.tokenizer import load_tokenizer
     from align.distributed import parallel
-    from align.generation import continuous_batching, sampling
-    from align.generation import generator as generate_module
+    from align.generation import continuous_batching, generator, sampling
     from align.model import architecture, gpt, huggingface, huggingface_names
     from align.model.config import ModelConfig
 
@@ -115,11 +114,11 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
                 ended = self.count[slots] == np.array(limits)[self.prompt[slots]]
                 return np.where(ended, continuous_batching.LENGTH, continuous_batching.RUNNING)
 
-        generate_module.ContinuousBatch = GivenLengths
+        generator.ContinuousBatch = GivenLengths
         wanted = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)
-        slots = generate_module.RolloutConfig(rollout_slots=at_once)
-        generator = generate_module.Generator(policy, slots, wanted, settings, layout, words)
-        found = generator.generate([np.array(ids) for ids in prompts], [(i,) for i in range(len(prompts))])
+        slots = generator.RolloutConfig(rollout_slots=at_once)
+        sampler = generator.Generator(policy, slots, wanted, settings, layout, words)
+        found = sampler.generate([np.array(ids) for ids in prompts], [(i,) for i in range(len(prompts))])
         assert [len(sample.ids) for [sample] in found] == limits
         return [sample for [sample] in found]
 

@@ -386,7 +386,7 @@ def our_flags(config: Config, name: Name, scorer: Path) -> list[str]:
         "micro-batch-tokens": MICRO_BATCH_TOKENS,
         "max-prompt-len": MAX_PROMPT_LEN,
         "max-new-tokens": NEW,
-        "unended": "keep",
+        "truncated": "keep",
         "kl-coef": KL_COEF,
         "offload": config.offload,
         "max-steps": config.run.steps + 1,
@@ -413,12 +413,12 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
     """
     import numpy as np
 
-    import train_ppo
     from align.data import packing
-    from align.tracking import run as metrics
-    from align.training import phases
+    from align.tracking import metrics
+    from align.tracking.run import Run
+    from align.training import phases, session
 
-    load, resume_at, write = train_ppo.load_tokenizer, metrics.Run.resume_at, metrics.Run.log
+    load, resume_at, write = session.load_tokenizer, Run.resume_at, Run.log
     start_peak, peaks, log = phases.start_peak, [], []
 
     def without_stops(path: Path) -> Any:
@@ -431,15 +431,15 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
         return start_peak()
 
     def read_clocks(method: Callable) -> Callable:
-        def wrapped(run: metrics.Run, *args: Any) -> None:
+        def wrapped(run: Run, *args: Any) -> None:
             log.append(common.clocks() | {"peak": max([*peaks, common.peak_rss_gb()])})
             method(run, *args)
 
         return wrapped
 
-    train_ppo.load_tokenizer, phases.start_peak = without_stops, note_peak
+    session.load_tokenizer, phases.start_peak = without_stops, note_peak
     packing.epoch_order = lambda num_rows, seed, epoch: np.arange(num_rows)
-    metrics.Run.resume_at, metrics.Run.log = read_clocks(resume_at), read_clocks(write)
+    Run.resume_at, Run.log = read_clocks(resume_at), read_clocks(write)
     if common.clock_name(config.run) == "cpu_s":
         metrics.time = SimpleNamespace(**vars(time) | {"perf_counter": time.process_time})
     return log

@@ -27,6 +27,8 @@ BLOCK = 64  # columns of a partial sum: no cumulative sum runs over the whole vo
 
 @dataclass(frozen=True)
 class SamplingConfig:
+    """Length of responses and the distribution that they are drawn from."""
+
     max_new_tokens: int = 256
     """maximum response length in tokens"""
     temperature: float = 1.0

@@ -1,7 +1,7 @@
 """TensorRT-LLM as a sampling backend: its engine samples with the present training weights.
 
-Untested on hardware: written against the published sources of release 1.2, and run against a stand-in in
-tests only.
+Untested on hardware: written against the published sources of release 1.2, and run against a stand-in only
+(tests/stand_ins/tensorrt_llm, which names the source of each definition).
 
 Each --rollout-tp neighbouring ranks share an engine, which the first of them drives. It starts its workers
 through Ray, one on the GPU of each rank: only with Ray can release 1.2 load weights from another process.

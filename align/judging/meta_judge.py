@@ -42,7 +42,7 @@ VERDICT = re.compile(  # after STATEMENT: "Judgement A", "[B].", "**judgment a**
 
 @dataclass(frozen=True)
 class MetaJudgeConfig:
-    """Meta-judging: training of the policy as a judge."""
+    """Meta-rewarding: preference pairs of the policy's own judgements."""
 
     meta_judge: bool = False
     """meta-rewarding: the policy compares its own judgements, and trains on pairs of them as well"""

@@ -1,4 +1,4 @@
-"""Memory of training in bytes, the arithmetic of the planner. Nothing is allocated here.
+"""Memory of training in bytes: the arithmetic of tools.plan. Nothing is allocated here.
 
 Each function is one term, from sizes only, with the tensors that it counts. Micro-batches are full and
 responses have the greatest length. Not counted: tensors that grow neither with the model nor with the tokens

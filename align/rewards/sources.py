@@ -63,6 +63,8 @@ RANDOM_STATES: tuple[Setting, ...] = (
 
 @dataclass(frozen=True)
 class RewardConfig:
+    """Reward model, reward function, and the scale of scores."""
+
     reward_model: Path | None = None
     """reward model (train_rm.py makes one) with the policy's tokenizer: a directory, or one of the Hub"""
     reward_fn: str | None = None
@@ -85,6 +87,13 @@ class RewardConfig:
         if self.reward_standardise == "auto":
             why = "with --reward-standardise auto, which reads it from a file"
             refuse_unused(self, RewardConfig, "reward_mean reward_std", why)
+
+    def resolved(self, is_toy: bool) -> "RewardConfig":
+        """Replace --reward-standardise auto by numbers, and no reward by the toy task's own if `is_toy`."""
+        reward = self.with_statistics()
+        if is_toy and not (reward.reward_model or reward.reward_fn):
+            return replace(reward, reward_fn="align.data.toy:reward")
+        return reward
 
     def with_statistics(self) -> "RewardConfig":
         """Replace --reward-standardise auto by the numbers of the file. Raises UserError without them."""
@@ -141,6 +150,12 @@ def load_scorer(
         source = huggingface.FreshHead(source, arch, layout.seed, std=0.0)
     huggingface.load(scorer, source)
     return scorer
+
+
+def standardisation_of_values(directory: Path, config: ModelConfig, reward: RewardConfig) -> RewardConfig:
+    """Standardisation of a critic's values: the rewards' if it starts as a reward model, else none."""
+    is_reward_model = architecture.read_config(replace(config, model=str(directory)).path).labels > 0
+    return reward if is_reward_model else RewardConfig()
 
 
 def warn_of_other_ends(reward: RewardConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:

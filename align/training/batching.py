@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
-from torch import Tensor, nn
+from torch import nn
 
 from align.data import packing
 from align.data.packing import Batch, BatchConfig, Example
@@ -86,35 +86,6 @@ def per_example_outputs(
         own_outputs |= dict(zip(batch.extra["number"].tolist(), parts, strict=True))
     by_number = {n: part for of_rank in parallel.gather_over_dp(own_outputs) for n, part in of_rank.items()}
     return [by_number[number] for number in range(ends[-1])]
-
-
-def per_token_outputs(
-    model: DistributedDataParallel, updates: Sequence[Sequence[Sequence[Example]]], config: BatchConfig
-) -> Tensor:
-    """`per_example_outputs` of the rows of several updates, end to end: [N, ...], float64, on the CPU."""
-    outputs = [output for rows in updates for output in per_example_outputs(model, rows, config)]
-    return torch.from_numpy(np.concatenate(outputs)).double()
-
-
-def micro_batches_with_tokens(
-    model: DistributedDataParallel,
-    updates: Sequence[Sequence[Sequence[Example]]],
-    config: BatchConfig,
-    tokens: Mapping[str, Tensor],
-) -> list[list[Batch]]:
-    """Pack the micro-batches of each update, with values of each trained token in `extra`.
-
-    Args:
-        tokens: by name [N, ...], in the order of `per_token_outputs`.
-    """
-    counts = [packing.num_trained(row) for rows in updates for row in rows]
-    by_row = {name: [part.numpy() for part in values.split(counts)] for name, values in tokens.items()}
-    batches, first = [], 0
-    for rows in updates:
-        values = {name: parts[first : first + len(rows)] for name, parts in by_row.items()}
-        batches.append(micro_batches(model, rows, config, values))
-        first += len(rows)
-    return batches
 
 
 def alignment(model: nn.Module) -> int:

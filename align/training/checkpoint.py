@@ -9,14 +9,12 @@ A checkpoint appears by one rename, so what has its name is complete. The model 
 
 import contextlib
 import os
-import queue
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -24,24 +22,26 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
-from align.distributed import parallel, watchdog
+from align.distributed import megatron_patches, parallel, watchdog
 from align.errors import UserError
 from align.files import read_object
 from align.flags import COUNT_OR_0, check_ranges
 from align.tracking.output import complete_checkpoints, delete_checkpoint
 from align.training import checkpoint_files, optim
 
+Trained = dict[str, tuple[DistributedDataParallel, MegatronOptimizer]]  # models in training, by name
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """Checkpoints and resume."""
+
     save_interval: int = 500
     """steps between checkpoints; one more comes at the end, and when a run is told to stop; 0: only those"""
     save_top_k: int = 1
@@ -59,8 +59,8 @@ class CheckpointConfig:
 
     def __post_init__(self):
         check_ranges(self, save_interval=COUNT_OR_0, save_top_k=COUNT_OR_0)
-        given = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
-        for flag in (flag for flag, value in given.items() if value and not self.resume):
+        flags = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
+        for flag in (flag for flag, value in flags.items() if value and not self.resume):
             raise UserError(f"{flag} continues a run, and --no-resume starts over: give one of them")
 
     @property
@@ -85,35 +85,36 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 
 
 def resume(
-    path: Path | None,
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
-    during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
+    path: Path | None, trained: Trained, phase: Callable[..., AbstractContextManager]
 ) -> tuple[int, dict[str, float]]:
     """Load a checkpoint, or start at step 0 without one. Collective.
 
     Args:
-        others: more models in training, by the names of their folders in the checkpoint.
-        during: makes the context in which one of them is loaded, or the first, named "policy".
+        trained: models in training, by name.
+        phase: makes a context for the loading of each, as `Session.phase` does.
 
     Returns:
         The number of finished steps, and the metrics known then.
 
     Raises:
-        UserError: the checkpoint does not hold one of the others.
+        UserError: the checkpoint does not hold one of the models.
     """
     if path is None:
         return 0, {}
     state = read_state(path)
     same_layout = state["layout"] == parallel.layout_sizes()
-    for name, other in others.items():
-        if not (path / name).is_dir():
-            raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
-        with during(name):
-            load(path / name, *other, same_layout)
-    with during("policy"):
-        return load(path, model, optimizer, same_layout), state["metrics"]
+    folders = {name: folder_of(name, trained, path) for name in trained}
+    for name in (name for name, folder in folders.items() if not folder.is_dir()):
+        raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
+    for name, folder in folders.items():
+        with phase("load", **{name: "all"}):
+            load(folder, *trained[name], same_layout)
+    return state["step"], state["metrics"]
+
+
+def folder_of(name: str, trained: Trained, directory: Path) -> Path:
+    """Folder of a model in a checkpoint: the first model's is the checkpoint itself."""
+    return directory if name == next(iter(trained)) else directory / name
 
 
 def read_state(path: Path) -> dict:
@@ -126,15 +127,15 @@ def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
 
     Raises UserError if --resume-from is none of this run's.
     """
-    known = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
+    paths = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
     if config.resume_from is None:
-        return known[-1] if known and config.resume else None
-    for path in known:
+        return paths[-1] if paths and config.resume else None
+    for path in paths:
         if config.resume_from.resolve() == path.resolve():
             return path
-    there = ", ".join(map(str, known)) or "none"
+    names = ", ".join(map(str, paths)) or "none"
     raise UserError(
-        f"--resume-from {config.resume_from} is no checkpoint of --output {output}; it has {there}"
+        f"--resume-from {config.resume_from} is no checkpoint of --output {output}; it has {names}"
     )
 
 
@@ -142,20 +143,6 @@ def newest(directory: Path) -> Path | None:
     """Checkpoint of the highest step, or None."""
     paths = complete_checkpoints(directory)
     return paths[-1] if paths else None
-
-
-def save(
-    config: CheckpointConfig,
-    output: Path,
-    step: int,
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    metrics: dict[str, float],
-    run_state: dict,
-) -> None:
-    """Save a checkpoint of one model, see `saving`. Collective."""
-    with saving(config, output, step, metrics, run_state) as path:
-        write(path, step, model, optimizer)
 
 
 @contextlib.contextmanager
@@ -204,16 +191,14 @@ def write_state(path: Path, state: dict) -> None:
         path.mkdir(parents=True)
     parallel.free_memory()  # saving copies everything
     dist.barrier()
-    # Megatron would start a process for this queue, which imports the whole script again; saving in the
-    # foreground needs none.
-    filesystem_async._results_queue = queue.Queue()
+    megatron_patches.use_thread_queue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save(state, str(path), sharded_strategy=strategy)
     parallel.free_memory()
 
 
-def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> int:
-    """Load model and optimizer from `write`'s directory, of any layout, and return its step. Collective.
+def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> None:
+    """Load model and optimizer from `write`'s directory, of any layout. Collective.
 
     Args:
         same_layout: the layout is the present one, so that the random states apply.
@@ -225,11 +210,11 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
         # torch's AdamW has no state to load into before its first step
         if not adam.optimizer.state:
             adam._init_optimizer_states_with_dummy_values()
-    keep_step_through_loading()
-    wanted = sharded_state(model, optimizer, is_loading=True)
+    megatron_patches.keep_step_through_loading()
+    template = sharded_state(model, optimizer, is_loading=True)
     if same_layout:
-        wanted["rng"] = rng_state()
-    state = dist_checkpointing.load(wanted, str(path))
+        template["rng"] = rng_state()
+    state = dist_checkpointing.load(template, str(path))
     fill(model.module, state["model"])
     settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
@@ -242,7 +227,6 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
                 tensors["step"] = tensors["step"].clone()
     if same_layout:
         set_rng_state(state["rng"])
-    return state["step"]
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -251,8 +235,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         an error of Megatron's with the name of an item that the checkpoint lacks.
     """
-    wanted = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
-    fill(model, dist_checkpointing.load(wanted, str(path))["model"])
+    template = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+    fill(model, dist_checkpointing.load(template, str(path))["model"])
 
 
 def fill(model: nn.Module, state: dict) -> None:
@@ -310,20 +294,6 @@ def sharding_metadata() -> dict:
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def keep_step_through_loading() -> None:
-    """Keep the "step" of torch's AdamW through loading: Megatron 0.16 drops it and then asks for it."""
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-    if original.__name__ == "with_step":
-        return
-
-    def with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict) -> None:
-        group, index = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-        original(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
 def rng_state() -> ShardedObject:

@@ -18,6 +18,8 @@ from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ran
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Learning rate schedule and AdamW."""
+
     lr: float = 1e-5
     """peak learning rate, after the warm-up"""
     min_lr: float = 1e-6
@@ -102,6 +104,14 @@ def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimi
                     state["step"] = torch.zeros((), device=weight.device)
                 adam.optimizer.state[weight] = state
     return optimizer
+
+
+def update(
+    optimizer: MegatronOptimizer, config: OptimConfig, finished_steps: int, total_steps: int
+) -> dict[str, float]:
+    """Take the optimizer step after `finished_steps`; returns "grad_norm" before clipping, and "lr"."""
+    lr = learning_rate(config, finished_steps, total_steps)
+    return {"grad_norm": step(optimizer, lr), "lr": lr}
 
 
 def step(optimizer: MegatronOptimizer, lr: float) -> float:

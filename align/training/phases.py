@@ -40,7 +40,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """Offloading of model state between phases."""
+    """Offload of model state that the current phase does not need."""
 
     offload: Literal["auto", "on", "off"] = "auto"
     """on: state that a phase does not need is offloaded, to pinned host memory beside a GPU, on a CPU to

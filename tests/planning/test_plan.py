@@ -21,7 +21,7 @@ from tests.support.files import ROOT
 from tests.support.launch import fork_python, fork_ranks
 from tools import plan
 
-SCRIPTS = ("train_sft", "train_rm", "train_dpo", "train_rs", "train_ppo", "train_self_reward")
+SCRIPTS = ("train_sft", "train_rm", "train_dpo", "train_rs", "train_ppo", "train_grpo", "train_self_reward")
 MEASURES = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 GB = 1e9
 
@@ -139,7 +139,7 @@ def test_exit_statuses():
         ),
         ("train_ppo.py --max-new-tokens 1024", "1024"),
         ("train_self_reward.py --max-seq-len 1025", "beyond the model's context of 1024 tokens"),
-        ("train_ppo.py --critic-lr 1 --advantages grpo --samples-per-prompt 2", "has no critic"),
+        ("train_grpo.py --critic-lr 1", "--critic-lr"),
         ("train_sft.py --model /no/such", "no config.json there"),
         ("no_such.py", "no_such.py: no such script"),
         ("demo.py", "is no training script"),
@@ -219,7 +219,7 @@ def test_phases_of_ppo(reward_model):
     off = phases_of(job_of("train_ppo", f"{flags} --offload off"))
     both = sizes["save policy"]["optimizer"] + sizes["save critic"]["optimizer"]
     assert {items["optimizer"] for name, items in off.items() if name != "build critic"} == {both}
-    assert "critic" not in " ".join(phases_of(job_of("train_ppo", "--advantages reinforce")))
+    assert "critic" not in " ".join(phases_of(job_of("train_grpo", "--advantages reinforce")))
     assert "reference" not in phases_of(job_of("train_ppo", "--kl-coef 0"))
 
 
@@ -281,8 +281,8 @@ def test_each_copy_reads_its_share(monkeypatch):
 
 def test_later_epochs_of_ppo_share_fewer_places():
     """8 answers to one prompt take 512 + 8 x 64 places; to 8 prompts 8 x 576, of which 4,096 make a batch."""
-    flags = "--advantages grpo --samples-per-prompt 8 --global-batch-size 8 --max-new-tokens 64 --ppo-epochs"
-    once, twice = (phases_of(job_of("train_ppo", f"{flags} {epochs}")) for epochs in (1, 2))
+    flags = "--samples-per-prompt 8 --global-batch-size 8 --max-new-tokens 64 --ppo-epochs"
+    once, twice = (phases_of(job_of("train_grpo", f"{flags} {epochs}")) for epochs in (1, 2))
     ratio = twice["train policy"]["activations"] / once["train policy"]["activations"]
     assert ratio == pytest.approx(4, rel=0.2)
     assert twice["logprobs policy"] == once["logprobs policy"]  # of the first epoch's rows
@@ -301,9 +301,9 @@ def test_micro_batches():
 
 def test_answers_in_a_row():
     """To a prompt of 512 tokens as many answers of 128 as 1,500 tokens take, and as there are."""
-    flags = "--advantages grpo --max-new-tokens 128 --global-batch-size 32 --prompts-per-step 4"
+    flags = "--max-new-tokens 128 --global-batch-size 32 --prompts-per-step 4"
     for length, together in ((16, 7), (4, 4)):
-        job = job_of("train_ppo", f"{flags} --samples-per-prompt {length} --prompts-per-step {64 // length}")
+        job = job_of("train_grpo", f"{flags} --samples-per-prompt {length} --prompts-per-step {64 // length}")
         tight = replace(job.config, batch=replace(job.config.batch, micro_batch_tokens=1500))
         assert estimate.responses_together(tight, 512, 128) == together
 

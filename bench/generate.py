@@ -114,7 +114,7 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
                 ended = self.count[slots] == np.array(limits)[self.prompt[slots]]
                 return np.where(ended, continuous_batching.LENGTH, continuous_batching.RUNNING)
 
-        generate_module.ContinuousBatch = GivenLengths
+        generator.ContinuousBatch = GivenLengths
         wanted = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)
         slots = generator.RolloutConfig(rollout_slots=at_once)
         sampler = generator.Generator(policy, slots, wanted, settings, layout, words)

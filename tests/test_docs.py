@@ -41,6 +41,8 @@ def test_readme_is_one_page():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_exist(page):
     text = page.read_text(encoding="utf-8")
+    if page.stem == "from_nemo_aligner":  # its first column is NeMo-Aligner's
+        text = re.sub(r"^\| .+? \|", "", text, flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - FLAGS == set()
     assert [name for name in FILE.findall(text) if not (ROOT / name).exists() and name not in FILES] == []
     assert [to for to in re.findall(r"\]\((?!http|#)([^)#]+)", text) if not (page.parent / to).exists()] == []

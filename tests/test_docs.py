@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 COMMANDS = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py")]
 PARTS = list(ROOT.glob("align/**/*.py"))

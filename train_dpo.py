@@ -28,6 +28,7 @@ from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_u
 from align.losses import preference
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.tracking.metrics import speed, with_std
 from align.tracking.run import RunConfig
 from align.training import batching, engine, optim, reference
@@ -89,6 +90,7 @@ class Config(CommonConfig):
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/dpo"))
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
+    plan = estimate.dpo  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

@@ -51,6 +51,7 @@ from align.generation.sampling import SamplingConfig
 from align.losses import rl
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.rewards import sources
 from align.rewards.sources import RewardConfig
 from align.tracking.metrics import mean_of
@@ -128,6 +129,7 @@ class Config(CommonConfig):
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
+    plan = estimate.ppo  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

@@ -30,6 +30,7 @@ from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
 from align.losses import preference, supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.rewards.sources import save_statistics
 from align.tracking.metrics import speed, wilson_interval, with_std
 from align.tracking.run import RunConfig
@@ -60,6 +61,7 @@ class Config(CommonConfig):
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/rm"))
     optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)
+    plan = estimate.reward_model  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

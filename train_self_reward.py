@@ -58,6 +58,7 @@ from align.judging.self_judge import Answered, Ids, SampledPair, Sampler, SelfJu
 from align.losses import preference, supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.rewards import sources
 from align.tracking.metrics import with_std
 from align.tracking.run import RunConfig
@@ -130,6 +131,7 @@ class Config(CommonConfig):
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/data_loss")
+    plan = estimate.self_rewarding  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,6 +21,7 @@ from align.distributed import launch, parallel
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.tracking.metrics import speed
 from align.tracking.run import RunConfig
 from align.training import batching, engine, optim
@@ -34,6 +35,7 @@ from align.training.session import Session
 class Config(CommonConfig):
     format: FormatConfig = FormatConfig()
     run: RunConfig = RunConfig(output=Path("runs/sft"))
+    plan = estimate.sft  # for tools/plan.py
 
 
 def main(config: Config) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from align import console
+
 
 class UserError(ValueError):
     """A flag, file, row or directory that cannot be used: one line with its name, its value and the rule.
@@ -31,3 +33,5 @@ def one_line() -> Iterator[None]:
             raise
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        console.flush()

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import tyro
 
+from align import command_line
 from align.distributed import megatron_on_cpu, parallel
 from align.generation import generator
 from align.model import gpt, huggingface
@@ -133,7 +133,7 @@ class Peaks:
 def main(out: Path, allocator: str, script: str, flags: list[str]) -> None:
     """Run a script with these flags and write what it took."""
     module = importlib.import_module(script.removesuffix(".py"))
-    config = tyro.cli(module.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
+    config = command_line.parse(module.Config, flags)
     huggingface.open_source = lambda directory, arch, seed: huggingface.RandomSource(arch, seed)
     if allocator == "exact":
         megatron_on_cpu.keep_memory = map_each

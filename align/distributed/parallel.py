@@ -34,6 +34,8 @@ LONGEST_WAIT = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """Parallel sizes, seed, and the watch over the ranks."""
+
     tp: int = 1
     """tensor parallel size: every matrix is split over this many ranks"""
     pp: int = 1

@@ -60,8 +60,8 @@ class RolloutConfig:
 
     rollout_layout: Literal["same", "reshard"] | None = None
     """same: sample in the training layout; reshard: sample from copies of the weights in a layout of their
-    own, remade after each update; each --rollout-tp ranks hold one copy and decode their own prompts (default
-    where tp or pp > 1)"""
+    own, remade after each update; each --rollout-tp ranks hold one copy and decode their own prompts. None:
+    reshard where tp or pp > 1"""
     rollout_tp: int = 1
     """reshard: tensor parallel size of a copy; with 1 every rank holds a whole model while it samples"""
     rollout_slots: int = 64

@@ -26,6 +26,8 @@ BLOCK = 64  # columns that are summed at once, so that no cumulative sum runs ov
 
 @dataclass(frozen=True)
 class SamplingConfig:
+    """Length of responses and the distribution that they are drawn from."""
+
     max_new_tokens: int = 256
     """maximum response length in tokens"""
     temperature: float = 1.0

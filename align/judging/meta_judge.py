@@ -42,7 +42,7 @@ VERDICT = re.compile(  # what follows it: "Judgement A", "[B].", "**judgment a**
 
 @dataclass(frozen=True)
 class MetaJudgeConfig:
-    """Whether the policy is trained as a judge, too, and how much."""
+    """Meta-rewarding: preference pairs of the policy's own judgements."""
 
     meta_judge: bool = False
     """meta-rewarding: the policy compares its own judgements, and trains on pairs of them as well"""

@@ -21,6 +21,8 @@ FP8_MULTIPLE = 16  # what the sizes of an 8-bit product must be multiples of
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Model, precision and kernels."""
+
     model: str = "tiny"
     """Hugging Face directory to start from, a model of the Hub (org/name, org/name@revision), or "tiny": a
     small random Llama that comes with this project"""

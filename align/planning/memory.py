@@ -1,4 +1,4 @@
-"""Memory of a run in bytes: plan.py's arithmetic. Nothing is allocated here.
+"""Memory of a run in bytes: the arithmetic of tools.plan. Nothing is allocated here.
 
 Each function is one term, from sizes alone, and says which tensors of which file it counts. Micro-batches are
 full and answers of the greatest length. Not counted: what grows neither with the model nor with the tokens of

@@ -60,6 +60,8 @@ RANDOM_STATES: tuple[Setting, ...] = (
 
 @dataclass(frozen=True)
 class RewardConfig:
+    """Reward model, reward function, and the scale of scores."""
+
     reward_model: Path | None = None
     """reward model (train_rm.py makes one) with the policy's tokenizer: a directory, or one of the Hub"""
     reward_fn: str | None = None

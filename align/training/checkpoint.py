@@ -43,6 +43,8 @@ Trained = dict[str, tuple[DistributedDataParallel, MegatronOptimizer]]  # models
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """Checkpoints and resume."""
+
     save_interval: int = 500
     """steps between checkpoints; one more comes at the end, and when a run is told to stop; 0: only those"""
     save_top_k: int = 1

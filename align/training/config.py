@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.data import hub
 from align.data.packing import BatchConfig
@@ -19,6 +20,8 @@ from align.training.optim import OptimConfig
 
 @dataclass(frozen=True)
 class LoopConfig:
+    """Length of the run and its validations."""
+
     max_epochs: int = 1
     """passes over the training rows"""
     max_steps: int | None = None
@@ -94,6 +97,10 @@ class CommonConfig:
         """The rows of a validation set that are used."""
         batches = self.loop.val_batches
         return slice(None if batches is None else batches * self.rows_per_step)
+
+    def plan(self, cluster: Any) -> Any:
+        """Models and phases for tools/plan.py: a script names its function of align/planning/estimate.py."""
+        raise UserError("tools.plan cannot plan this script: its Config has no `plan = estimate. ...`")
 
     def validates(self, done: int, total_steps: int) -> bool:
         """True if a validation follows `done` steps."""

@@ -38,7 +38,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """True if state that a phase does not need is offloaded."""
+    """Offload of model state that the current phase does not need."""
 
     offload: Literal["auto", "on", "off"] = "auto"
     """on: state that a phase does not need is offloaded, to pinned host memory beside a GPU, on a CPU to

@@ -18,6 +18,8 @@ from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ran
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Learning rate schedule and AdamW."""
+
     lr: float = 1e-5
     """peak learning rate, after the warm-up"""
     min_lr: float = 1e-6

@@ -1,4 +1,4 @@
-"""plan.py's arithmetic: each term by hand, and against what model, optimizer and cache really hold."""
+"""Arithmetic of tools.plan: each term by hand, and against what model, optimizer and cache really hold."""
 
 from dataclasses import replace
 

@@ -507,7 +507,7 @@ def field_names(config: type) -> set[str]:
 
 
 def test_help_shows_every_flag_with_its_text():
-    parts = re.split(r"\n│ (?=--[a-z])", fork_python("generate.py", "--help").stdout)[1:]
+    parts = re.split(r"\n  (?=--[a-z])", fork_python("generate.py", "--help").stdout)[1:]
     flags = {re.match("--([a-z0-9-]+)", part)[1]: part for part in parts}
     assert set(flags) == {name.replace("_", "-") for name in field_names(generate.Config)}
     for flag, part in flags.items():

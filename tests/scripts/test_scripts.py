@@ -101,7 +101,7 @@ def test_help_shows_every_flag_with_its_text(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = fork_python(script, "--help")
     assert done.returncode == 0
-    parts = re.split(r"\n│ (?=--[a-z])", done.stdout)[1:]
+    parts = re.split(r"\n  (?=--[a-z])", done.stdout)[1:]
     shown = {re.match("--([a-z0-9-]+)", part)[1]: part for part in parts}
     config = importlib.import_module(script.removesuffix(".py")).Config
     assert set(shown) == {name.replace("_", "-") for name in field_names(config)}

@@ -12,10 +12,10 @@ from tests.support.files import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 COMMANDS = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py")]
 PARTS = list(ROOT.glob("align/**/*.py"))
-FOREIGN = set(  # flags of torchrun and Slurm; files of the reader
+FOREIGN = set(  # flags of torchrun and Slurm; files of the reader and of a run
     "nproc_per_node nnodes monitor-interval shutdown-timeout nodes ntasks gpus-per-node exclusive time "
     "job-name exclude mpi kill-on-bad-exit container-image container-mounts help "
-    "steps.py train_mine.py".split()
+    "steps.py train_mine.py log.txt".split()
 )
 FILE = re.compile(r"`((?:align|bench|docs|examples|slurm|tests)/[\w./-]+\.\w+|[\w-]+\.(?:py|txt|sh|sbatch))`")
 METRICS = "statistics pair_statistics log_ratio_statistics policy_loss compare compare_with speed".split()

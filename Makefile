@@ -2,19 +2,25 @@
 PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slurm soak check smollm2 bench bench-pairs bench-generate bench-ppo loc
+PYTEST := CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two workers, file by file, the longest first
+
+.PHONY: demo test test-fast test-slurm soak check smollm2 bench bench-pairs bench-generate bench-ppo loc
 
 demo: .venv/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(PYTHON) demo.py
 
 test: .venv/test  ## all tests, on the CPU
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(PYTEST) $(IN_TWO) tests
+
+test-fast: .venv/test  ## tests without whole runs, on the CPU
+	$(PYTEST) $(IN_TWO) -m "not slow and not gpu" tests
 
 test-slurm: .venv/test  ## the batch files on a real Slurm of two nodes, all on this machine: needs slurm-wlm
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q tests/real_slurm.py
+	$(PYTEST) tests/real_slurm.py
 
 soak: .venv/test  ## 100 kill -9 at random moments over all scripts, about 40 minutes: SOAK_KILLS=N for others
-	CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q -s tests/soak.py
+	$(PYTEST) -s tests/training/soak.py
 
 check: .venv/ready  ## format and lint
 	$(PYTHON) -m ruff format --check .

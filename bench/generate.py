@@ -103,8 +103,7 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
 
     from align.data import tokenizer
     from align.distributed import parallel
-    from align.generation import generator as generate_module
-    from align.generation import sampling
+    from align.generation import generator, sampling
     from align.model import architecture, gpt, huggingface
     from align.model.config import ModelConfig
 
@@ -112,17 +111,17 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
         class GivenLengths(batch):
             def standing(self, slots):
                 ended = self.count[slots] == np.array(limits)[self.prompt[slots]]
-                return np.where(ended, generate_module.LENGTH, generate_module.LIVE)
+                return np.where(ended, generator.LENGTH, generator.LIVE)
 
-        generate_module.ContinuousBatch = GivenLengths
+        generator.ContinuousBatch = GivenLengths
         wanted = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)
-        slots = generate_module.RolloutConfig(rollout_slots=at_once)
-        generator = generate_module.Generator(policy, slots, wanted, settings, layout, words)
-        found = generator.generate([np.array(ids) for ids in prompts], [(i,) for i in range(len(prompts))])
+        slots = generator.RolloutConfig(rollout_slots=at_once)
+        sampler = generator.Generator(policy, slots, wanted, settings, layout, words)
+        found = sampler.generate([np.array(ids) for ids in prompts], [(i,) for i in range(len(prompts))])
         assert [len(sample.ids) for [sample] in found] == limits
         return [sample for [sample] in found]
 
-    batch = generate_module.ContinuousBatch
+    batch = generator.ContinuousBatch
     torch.set_num_threads(run.threads)
     words = tokenizer.load(run.model)
     layout, settings = parallel.ParallelConfig(), ModelConfig(model=str(run.model), precision=run.dtype)

@@ -401,7 +401,7 @@ def ppo_flags(case: Record, work: Work, policy: Path, scorer: Path) -> list[str]
         ),
         "max-prompt-len": 2 * work.ppo_prompt_tokens[1] + 64,  # the chat template adds to it
         "max-new-tokens": work.ppo_new_tokens,
-        "unended": "keep",
+        "truncated": "keep",
         "kl-coef": KL_COEF,
         "offload": case["offload"],
         "max-steps": work.ppo_steps,

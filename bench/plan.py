@@ -4,7 +4,7 @@
     python bench/plan.py --only sft ppo_on
 
 Models are random, with some 50 to 115 million weights. Measured is resident memory with each larger tensor
-mapped by itself (tests/plan_worker.py: "exact"): the sum of all allocations of a moment, which tools.plan
+mapped by itself (plan_cases.py: "exact"): the sum of all allocations of a moment, which tools.plan
 computes. --allocator run measures with glibc as runs have it: it keeps what was freed, with gaps between
 tensors, and so a phase's peak is that of all phases before it, too. The allowance for CPUs is for that.
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from align import command_line  # noqa: E402
 from align.planning.phases import Cluster, on_device  # noqa: E402
-from tests import plan_worker  # noqa: E402
+from bench import plan_cases  # noqa: E402
 from tools import plan  # noqa: E402
 
 LARGE = dict(
@@ -48,7 +48,7 @@ SFT = "train_sft.py --model {large} --train-data {data}/rows.jsonl --loss-on all
 DPO = "train_dpo.py --model {large} --train-data {data}/pairs.jsonl {pairs}"
 SAMPLED = (
     "--train-data {data}/prompts.jsonl --model {small} --max-prompt-len 128 --max-new-tokens 128 "
-    "--micro-batch-tokens 2048 --max-steps 1 --unended keep"
+    "--micro-batch-tokens 2048 --max-steps 1 --truncated keep"
 )
 PPO = f"train_ppo.py {SAMPLED} --reward-model {{small_rm}} --prompts-per-step 16 --global-batch-size 16"
 RS = (
@@ -74,7 +74,7 @@ CASES = {  # name: processes, command
     "ppo_tp2_on": (2, f"{PPO} --offload on --tp 2"),
     "grpo": (
         1,
-        f"train_ppo.py {SAMPLED} --reward-model {{small_rm}} --advantages grpo --samples-per-prompt 7 "
+        f"train_grpo.py {SAMPLED} --reward-model {{small_rm}} --samples-per-prompt 7 "
         "--prompts-per-step 4 --global-batch-size 28",
     ),
     "rs": (1, RS),
@@ -108,8 +108,8 @@ def prepare(directory: Path) -> dict[str, str]:
     """Models and data; what the cases' commands call them."""
     models = {"large": (0, LARGE), "tied": (0, TIED), "small": (0, SMALL), "small_rm": (1, SMALL)}
     for name, (labels, sizes) in models.items():
-        plan_worker.write_model(directory / name, labels, **sizes)
-    plan_worker.write_data(directory / "data", 32, LENGTH, PROMPT)
+        plan_cases.write_model(directory / name, labels, **sizes)
+    plan_cases.write_data(directory / "data", 32, LENGTH, PROMPT)
     (directory / "judge.txt").write_text("{{ prompt }} {{ response }}")
     places = {name: str(directory / name) for name in (*models, "data")}
     return {**places, **SIZES, "judge": str(directory / "judge.txt")}
@@ -121,7 +121,7 @@ def measured(processes: int, command: list[str], allocator: str, directory: Path
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory(dir=directory) as out:
-        worker = [str(ROOT / "tests" / "plan_worker.py"), out, allocator]
+        worker = [str(ROOT / "bench" / "plan_cases.py"), out, allocator]
         done = subprocess.run(
             [*start, *worker, *command, "--output", f"{out}/run"],
             cwd=ROOT,

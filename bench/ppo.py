@@ -386,7 +386,7 @@ def our_flags(config: Config, name: Name, scorer: Path) -> list[str]:
         "micro-batch-tokens": MICRO_BATCH_TOKENS,
         "max-prompt-len": MAX_PROMPT_LEN,
         "max-new-tokens": NEW,
-        "unended": "keep",
+        "truncated": "keep",
         "kl-coef": KL_COEF,
         "offload": config.offload,
         "max-steps": config.run.steps + 1,
@@ -414,10 +414,11 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
     import numpy as np
 
     from align.data import packing, tokenizer
-    from align.tracking import run as metrics
+    from align.tracking import metrics
+    from align.tracking.run import Run
     from align.training import offload
 
-    load, resume_at, write = tokenizer.load, metrics.Run.resume_at, metrics.Run.log
+    load, resume_at, write = tokenizer.load, Run.resume_at, Run.log
     start_peak, peaks, log = offload.start_peak, [], []
 
     def without_stops(path: Path) -> Any:
@@ -430,7 +431,7 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
         return start_peak()
 
     def read_clocks(method: Callable) -> Callable:
-        def wrapped(run: metrics.Run, *args: Any) -> None:
+        def wrapped(run: Run, *args: Any) -> None:
             log.append(common.clocks() | {"peak": max([*peaks, common.peak_rss_gb()])})
             method(run, *args)
 
@@ -438,7 +439,7 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
 
     tokenizer.load, offload.start_peak = without_stops, note_peak
     packing.epoch_order = lambda num_rows, seed, epoch: np.arange(num_rows)
-    metrics.Run.resume_at, metrics.Run.log = read_clocks(resume_at), read_clocks(write)
+    Run.resume_at, Run.log = read_clocks(resume_at), read_clocks(write)
     if common.clock_name(config.run) == "cpu_s":
         metrics.time = SimpleNamespace(**vars(time) | {"perf_counter": time.process_time})
     return log

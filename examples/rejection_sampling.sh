@@ -39,7 +39,7 @@ flags=(
     --micro-batch-tokens 2048        # model.micro_batch_size=1, rs.forward_micro_batch_size=16
     --max-prompt-len "$PROMPT_LEN"
     --max-new-tokens "$NEW_TOKENS"   # model.rs.length_params.max_length
-    --unended keep                   # so few tokens cut most answers off: leave this out with 1024
+    --truncated keep                   # so few tokens cut most answers off: leave this out with 1024
     --lr "$LR" --min-lr "$LR"        # model.optim.lr=1.001 times sched.min_lr, to be constant
     --warmup-steps 0                 # model.optim.sched.warmup_steps; constant_steps=312 is not needed
     --weight-decay 0.01              # model.optim.weight_decay; also the default

@@ -23,7 +23,8 @@ from typing import IO
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 BIN = Path(sys.executable).parent  # torchrun is installed beside python
 NODES = ("127.0.0.1", "127.0.0.2")
 DAEMONS = ("slurmctld", "slurmd")
@@ -34,7 +35,7 @@ SFT = ["--global-batch-size", "4", "--val-batches", "1", "--save-interval", "2"]
 PPO = ["--prompts-per-step", "4", "--global-batch-size", "4", "--max-new-tokens", "4", "--val-batches", "1"]
 PPO += ["--critic-lr", "1e-5", "--reward-fn", "tests.real_slurm:reward"]
 CHANGED = "--resume-with-changes"  # --max-steps decides the learning rate
-PPO += ["--unended", "keep", "--max-steps", "10"]
+PPO += ["--truncated", "keep", "--max-steps", "10"]
 # the partition is the batch files' placeholder, which makes them valid as they are
 CONFIG = """\
 ClusterName=test
@@ -211,12 +212,12 @@ def steps(job: dict[str, str]) -> list[int]:
 
 def processes(**variables: str) -> list[int]:
     """Ids of the processes with these environment variables."""
-    wanted, found = {f"{name}={value}".encode() for name, value in variables.items()}, []
+    wanted, pids = {f"{name}={value}".encode() for name, value in variables.items()}, []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if wanted <= set(path.read_bytes().split(b"\0")):
-                found.append(int(path.parent.name))
-    return found
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def kill_rank_1(job: dict[str, str]) -> None:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from align.data import packing
 from align.data.packing import Example
-from tests.conftest import ROOT, environment
+from tests.support.files import ROOT
+from tests.support.launch import environment
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu  # noqa: E402

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the scripts as a user runs them, its numbers beside a CPU's, its kernels.
+"""GPU tests: the scripts as a user runs them, numbers beside a CPU's, kernels.
 
 Tests of kernels run on the CPU, too, on what takes their place there; the others are marked `gpu`. On a
 machine with one GPU: `pytest -m gpu tests/test_gpu.py`. fp32 is there for these comparisons: torch leaves
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from align.data import toy
 from align.model import attention, layers, logprobs
-from tests import test_layers, test_logprobs
-from tests.conftest import ROOT, environment, torchrun
-from tests.test_generate import (
+from tests.support import layer_formulas, logprob_formulas
+from tests.support.files import ROOT, read_jsonl, reproducible_metrics
+from tests.support.generation import (
     FP32,
     GREEDY,
     NEW_TOKENS,
@@ -35,14 +35,16 @@ from tests.test_generate import (
     sample,
     transformers_greedy,
 )
-from tests.test_resume import SELF_REWARD
+from tests.support.launch import environment, torchrun
+from tests.support.resume import SELF_REWARD
+from tests.workers.logprobs import entropy_grad, inputs
 
 CUDA = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and there is none")]
 on_gpu = [pytest.param("cuda", marks=needs_gpu)]
 on_both = ["cpu", *on_gpu]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
-ANSWERS = "--reward-fn tests.resume_worker:reward --unended keep --max-prompt-len 48 --prompts-per-step 4"
+ANSWERS = "--reward-fn tests.support.rewards:reward --truncated keep --max-prompt-len 48 --prompts-per-step 4"
 COMMANDS = {  # the tiny model; {data} and {judge} are folders
     "sft": "train_sft.py --train-data {data}/train.jsonl --global-batch-size 4 --max-seq-len 64",
     "rm": "train_rm.py --train-data {data}/train_comparisons.jsonl --global-batch-size 4 --max-seq-len 64",
@@ -85,19 +87,6 @@ def command(name: str, data: Path, judge: Path, output: Path, *more: object) -> 
     return [str(word) for word in words]
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics_of(output: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock and on the machine."""
-    changing = ("time/", "timers/", "memory/")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(changing)}
-        for row in read_jsonl(output / "metrics.jsonl")
-    ]
-
-
 # ---- the scripts ---------------------------------------------------------------------------------
 
 
@@ -135,7 +124,7 @@ def cpu_and_gpu(data: Path, judge: Path, tmp_path_factory: pytest.TempPathFactor
         flags = ("--precision", "fp32", "--max-steps", STEPS)
         runs = [command(name, data, judge, folder / name, *flags) for name in COMMANDS]
         with without_gpu() if device == "cpu" else mock.patch.dict(os.environ):
-            torchrun(1, "tests/resume_worker.py", json.dumps(runs), timeout_s=500)
+            torchrun(1, "tests/workers/resume.py", json.dumps(runs), timeout_s=500)
     return folders
 
 
@@ -146,13 +135,13 @@ def test_losses_are_those_of_a_cpu(name, device, cpu_and_gpu):
     cpu, gpu = (cpu_and_gpu[where] / name for where in ("cpu", "gpu"))
     assert " on CPU, gloo" in (cpu / "log.txt").read_text()
     assert "nccl" in (gpu / "log.txt").read_text()
-    before, after = metrics_of(cpu), metrics_of(gpu)
+    before, after = reproducible_metrics(cpu), reproducible_metrics(gpu)
     assert len(before) >= STEPS and [set(row) for row in before] == [set(row) for row in after]
     losses = {key for row in before for key in row if "loss" in key}
     assert losses
-    for expected, found in zip(before, after, strict=True):
+    for expected, actual in zip(before, after, strict=True):
         of_step = {key: expected[key] for key in losses & set(expected)}
-        assert {key: found[key] for key in of_step} == pytest.approx(of_step, rel=ALIKE, abs=ALIKE)
+        assert {key: actual[key] for key in of_step} == pytest.approx(of_step, rel=ALIKE, abs=ALIKE)
     if (cpu / "samples.jsonl").exists():
         assert texts(gpu) == texts(cpu)
 
@@ -192,7 +181,7 @@ def test_offloading_changes_no_bit(device, data, judge, tmp_path):
     for offload in ("on", "off"):
         flags = ("--offload", offload, "--deterministic", "--max-steps", 3)
         run_python(*command("ppo", data, judge, tmp_path / offload, *flags))
-    assert metrics_of(tmp_path / "on") == metrics_of(tmp_path / "off")
+    assert reproducible_metrics(tmp_path / "on") == reproducible_metrics(tmp_path / "off")
     assert (tmp_path / "on/samples.jsonl").read_text() == (tmp_path / "off/samples.jsonl").read_text()
     assert_same_weights(tmp_path / "on", tmp_path / "off")
 
@@ -209,23 +198,23 @@ def test_a_continued_run_has_the_same_bits(name, device, data, judge, tmp_path):
     shutil.rmtree(tmp_path / "continued/hf")
     run_python(*command(name, data, judge, tmp_path / "continued", *flags))
     assert "continuing after step 2" in (tmp_path / "continued/log.txt").read_text()
-    assert metrics_of(tmp_path / "continued") == metrics_of(tmp_path / "whole")
+    assert reproducible_metrics(tmp_path / "continued") == reproducible_metrics(tmp_path / "whole")
     assert_same_weights(tmp_path / "continued", tmp_path / "whole")
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
     """The exported models are equal to the last bit."""
-    found, expected = (load_file(path / "hf" / "model.safetensors") for path in (one, other))
-    assert set(found) == set(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    weights, expected = (load_file(path / "hf" / "model.safetensors") for path in (one, other))
+    assert set(weights) == set(expected)
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, bf16: float = 1e-2) -> None:
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, bf16: float = 1e-2) -> None:
     """The norm of the difference, relative to that of the expected values, is below 1e-5; `bf16` in bf16."""
-    error = ((found.detach().cpu().double() - expected.detach()).norm() / expected.detach().norm()).item()
+    error = ((actual.detach().cpu().double() - expected.detach()).norm() / expected.detach().norm()).item()
     assert error < {torch.float32: 1e-5, torch.bfloat16: bf16}[dtype]
 
 
@@ -241,21 +230,21 @@ def test_small_layers(device, dtype):
     torch.manual_seed(0)
     weight = torch.randn(64, device=device).to(dtype).requires_grad_()
     cases: dict[Callable, tuple[Callable, tuple[int, ...]]] = {
-        lambda x: layers.RMSNormFunction.apply(x, weight, test_layers.EPS): (test_layers.norm, (64,)),
-        layers.SwiGLUFunction.apply: (test_layers.gate, (1, 64)),
+        lambda x: layers.RMSNormFunction.apply(x, weight, layer_formulas.EPS): (layer_formulas.norm, (64,)),
+        layers.SwiGLUFunction.apply: (layer_formulas.gate, (1, 64)),
     }
     for ours, (plain, shape) in cases.items():
         for tokens in (1, 5, 128, 777):
             x = torch.randn(tokens, *shape, device=device).to(dtype).requires_grad_()
             grad = torch.randn_like(y := ours(x))
             y.backward(grad)
-            given = exact(x, weight) if plain is test_layers.norm else exact(x)
-            expected = plain(*given)
+            inputs = exact(x, weight) if plain is layer_formulas.norm else exact(x)
+            expected = plain(*inputs)
             expected.backward(grad.cpu().double())
             assert_near(y, expected, dtype)
-            assert_near(x.grad, given[0].grad, dtype)
-            if plain is test_layers.norm:
-                assert_near(weight.grad, given[1].grad, dtype)
+            assert_near(x.grad, inputs[0].grad, dtype)
+            if plain is layer_formulas.norm:
+                assert_near(weight.grad, inputs[1].grad, dtype)
                 weight.grad = None
 
 
@@ -269,11 +258,11 @@ def test_rotation(device, dtype):
         x = torch.randn(tokens, 3, 24, device=device).to(dtype).requires_grad_()
         grad = torch.randn_like(y := layers.rotate(x, cos, sin))
         y.backward(grad)
-        (given,) = exact(x)
-        expected = test_layers.turned(given, angles)
+        (exact_x,) = exact(x)
+        expected = layer_formulas.turned(exact_x, angles)
         expected.backward(grad.cpu().double())
         assert_near(y, expected, dtype)
-        assert_near(x.grad, given.grad, dtype)
+        assert_near(x.grad, exact_x.grad, dtype)
 
 
 def random_pack(rng: torch.Generator) -> tuple[list[int], list[tuple[int, int]]]:
@@ -323,22 +312,22 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
     lengths, prefixes = random_pack(rng)
     total = sum(lengths)
     packing = attention.describe(lengths, prefixes, total, None, torch.device(device), part=(0, 1))
-    given = [
+    inputs = [
         torch.randn(total, count, d, generator=rng).bfloat16().to(device).requires_grad_()
         for count in (heads, groups, groups)
     ]
-    assert attention.uses_flash(torch.bfloat16, d, given[0].is_cuda) == (device == "cuda")
+    assert attention.uses_flash(torch.bfloat16, d, inputs[0].is_cuda) == (device == "cuda")
     core = object.__new__(attention.TorchAttention)  # without the parts that need process groups
     torch.nn.Module.__init__(core)
     core.scale, core.window = d**-0.5, window
-    out = core.within(*given, packing)
+    out = core.within(*inputs, packing)
     grad = torch.randn(total, heads, d, generator=rng).bfloat16()
     out.backward(grad.to(device))
-    slow = exact(*given)
+    slow = exact(*inputs)
     expected = attend_slowly(*slow, lengths, prefixes, window)
     expected.backward(grad.double())
     assert_near(out, expected, torch.bfloat16)
-    for ours, theirs in zip(given, slow, strict=True):
+    for ours, theirs in zip(inputs, slow, strict=True):
         assert_near(ours.grad, theirs.grad, torch.bfloat16)
 
 
@@ -349,11 +338,11 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
 def test_logprobs_of_hidden_states(device, tokens, entropy, dtype, monkeypatch):
     """With their gradients, beside float64 on a CPU; the most tokens take several chunks."""
     monkeypatch.setattr(logprobs, "GPU_LOGITS", 2**17)
-    hidden, weight, targets, grad = test_logprobs.inputs(tokens)
-    grad = test_logprobs.entropy_grad(tokens) if entropy else grad
-    given = hidden.to(dtype), weight.to(dtype), targets, grad
-    found = test_logprobs.ours(*(x.to(device) for x in given))
-    for ours, theirs in zip(found, test_logprobs.oracle(*given), strict=True):
+    hidden, weight, targets, grad = inputs(tokens)
+    grad = entropy_grad(tokens) if entropy else grad
+    arguments = hidden.to(dtype), weight.to(dtype), targets, grad
+    results = logprob_formulas.ours(*(x.to(device) for x in arguments))
+    for ours, theirs in zip(results, logprob_formulas.oracle(*arguments), strict=True):
         assert_near(ours, theirs, dtype, bf16=2e-2)  # logits are rounded, then probabilities
 
 
@@ -364,20 +353,20 @@ def test_logprobs_of_hidden_states(device, tokens, entropy, dtype, monkeypatch):
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Cases of the decode kernels; what they change there is as before afterwards."""
     from align.kernels import decode_attention  # needs Triton, which comes with torch for CUDA
-    from tests import decode_attention_worker
+    from tests.workers import decode_attention as cases
 
     for name in ("PROGRAMS", "LEAST", "division"):
         monkeypatch.setattr(decode_attention, name, getattr(decode_attention, name))
     with torch.device("cuda"):
-        yield decode_attention_worker
+        yield cases
 
 
 @pytest.mark.parametrize("device", on_gpu)
 def test_decode_attention(device, kernels):
     """The compiled kernels on the cases that the interpreter runs in test_decode_attention.py."""
     for case in kernels.CASES:
-        found = kernels.attend_error(*case)
-        assert found["error"] < (1e-5 if case[-1] == "float32" else 2e-2), case
+        result = kernels.attend_error(*case)
+        assert result["error"] < (1e-5 if case[-1] == "float32" else 2e-2), case
 
 
 @pytest.mark.parametrize("device", on_gpu)
@@ -389,7 +378,8 @@ def test_decode_append(device, kernels):
 WITHOUT_GRAPHS = (
     "import runpy, sys; from align.generation import inference; "
     "inference.takes_graphs = lambda policy: False; "
-    "sys.argv = ['tests/generate_worker.py', *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    "sys.argv = ['tests/workers/generator.py', *sys.argv[1:]]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 
@@ -398,10 +388,10 @@ def test_graphs_change_no_answer(device, models, tmp_path):
     """Drawn answers with penalty and filters; more prompts than slots, so that slots are filled anew."""
     case = {"model": str(models / "llama"), "prompts": prompts(), "sampling": SAMPLED, "samples": 2}
     cases = {str(slots): {**case, "rollout": {"rollout_slots": slots}} for slots in (3, 50, 128)}
-    given, written = tmp_path / "cases.json", tmp_path / "plain.json"
-    given.write_text(json.dumps(cases))
-    run_python("-c", WITHOUT_GRAPHS, given, written)
-    plain, graphed = json.loads(written.read_text()), sample(tmp_path, 1, cases)
+    cases_path, results_path = tmp_path / "cases.json", tmp_path / "plain.json"
+    cases_path.write_text(json.dumps(cases))
+    run_python("-c", WITHOUT_GRAPHS, cases_path, results_path)
+    plain, graphed = json.loads(results_path.read_text()), sample(tmp_path, 1, cases)
     for name in cases:
         for answer, other in zip(
             (answer for answers in graphed[name]["answers"] for answer in answers),
@@ -424,8 +414,8 @@ def test_greedy_answers_are_those_of_transformers(device, models, tmp_path):
         for family in families
         for slots in (5, 64)
     }
-    found = sample(tmp_path, 1, cases)
+    results = sample(tmp_path, 1, cases)
     for family in families:
         expected = transformers_greedy(network(models / family), prompts(), NEW_TOKENS)
         for slots in (5, 64):
-            assert [answer[0] for [answer] in found[f"{family} {slots}"]["answers"]] == expected
+            assert [answer[0] for [answer] in results[f"{family} {slots}"]["answers"]] == expected

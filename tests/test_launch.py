@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import FORKS, ROOT, environment, fork_python, fork_ranks, torchrun
+from tests.support.files import ROOT
+from tests.support.launch import FORKS, environment, fork_python, fork_ranks, torchrun
 
 SHOWN = (
     "RANK",

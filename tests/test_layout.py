@@ -1,11 +1,13 @@
 """The layout that README states: folders are floors, imports point down, files stay small."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 FLOORS = (  # folders of align/; "" are its own files
     ("",),
     ("losses", "kernels"),
@@ -20,6 +22,7 @@ FLOORS = (  # folders of align/; "" are its own files
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
 PARTS = sorted(path for path in (ROOT / "align").rglob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(ROOT.glob("*.py"))
+TESTS, BENCHMARKS = (sorted((ROOT / folder).rglob("*.py")) for folder in ("tests", "bench"))
 
 
 def name_of(path: Path) -> str:
@@ -39,6 +42,17 @@ def imports(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             members = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= members & set(MODULES) or {node.module}
+    return names
+
+
+def imported_names(path: Path) -> set[str]:
+    """Modules that a file imports, and module.name of each name that it imports from one."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -88,3 +102,21 @@ def test_the_cpu_hack_is_imported_in_one_function_only():
 @pytest.mark.parametrize("path", [*SCRIPTS, *PARTS], ids=name_of)
 def test_files_stay_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+
+
+def test_nothing_imports_a_test():
+    """Whatever two test files need is in tests/support."""
+    tests = re.compile(r"tests\.(.+\.)?(test_\w+|conftest)(\..+)?")
+    assert not [path for path in [*TESTS, *BENCHMARKS] if any(map(tests.fullmatch, imported_names(path)))]
+
+
+def test_benchmarks_import_nothing_of_the_tests():
+    assert not [
+        path for path in BENCHMARKS if any(name.startswith("tests.") for name in imported_names(path))
+    ]
+
+
+def test_no_worker_has_the_name_of_a_script():
+    """A worker's folder is the first on its sys.path: `import generate` must not find the worker."""
+    workers = {path.stem for path in (ROOT / "tests/workers").glob("*.py")}
+    assert not workers & {script.stem for script in SCRIPTS}

@@ -17,8 +17,8 @@ import pytest
 import tyro
 
 from align.errors import UserError
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 NAMES = [path.stem for path in SCRIPTS]
 BIN = Path(sys.executable).parent  # torchrun and shellcheck are installed beside python
@@ -98,7 +98,7 @@ def step(job: dict[str, str], *flags: str, name: str = "sft") -> subprocess.Comp
 
 
 def arguments(job: dict[str, str], program: str) -> list[str]:
-    """What a stand-in was given; empty if it never ran."""
+    """Arguments of a stand-in's call; empty if it never ran."""
     path = Path(job["RECORDS"]) / program
     return path.read_text().splitlines() if path.exists() else []
 
@@ -115,12 +115,12 @@ def example(path: Path, name: str) -> list[str]:
 
 
 def example_config(name: str) -> object:
-    """What training makes of the command in slurm/README.md."""
+    """The configuration that training reads from the command in slurm/README.md."""
     words = example(ROOT / "slurm/README.md", name)
     variables = dict(word.split("=", 1) for word in words[: words.index("sbatch")])
-    given = {"MODEL": "--model", "REWARD_MODEL": "--reward-model", "OUTPUT": "--output"}
-    given |= {"TRAIN_DATA": "--train-data", "VAL_DATA": "--val-data", "TEST_DATA": "--test-data"}
-    flags = [flag for name, text in variables.items() for flag in (given[name], *text.split())]
+    flags_of_variables = {"MODEL": "--model", "REWARD_MODEL": "--reward-model", "OUTPUT": "--output"}
+    flags_of_variables |= {"TRAIN_DATA": "--train-data", "VAL_DATA": "--val-data", "TEST_DATA": "--test-data"}
+    flags = [flag for name, text in variables.items() for flag in (flags_of_variables[name], *text.split())]
     flags += words[words.index(f"slurm/{name}.sbatch") + 1 :]
     module = importlib.import_module(f"train_{name}")
     return tyro.cli(module.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,))
@@ -213,13 +213,13 @@ def test_test_data_goes_to_the_reward_model_before_the_users_flags(job, files):
 
 @pytest.mark.parametrize("name", ["rs", "ppo"])
 @pytest.mark.parametrize(
-    "model, given",
+    "model, variables",
     [("runs/rm/hf", ["--reward-model", "runs/rm/hf"]), ("a b/hf", ["--reward-model", "a b/hf"]), ("", [])],
 )
-def test_the_reward_model_goes_before_the_users_flags(job, name, model, given):
+def test_the_reward_model_goes_before_the_users_flags(job, name, model, variables):
     result = submit(job | {"REWARD_MODEL": model}, "--reward-fn", "rules:score", name=name)
     assert result.returncode == 0, result.stderr
-    flags = ["--max-time", "03:45:00", *given, "--reward-fn", "rules:score"]
+    flags = ["--max-time", "03:45:00", *variables, "--reward-fn", "rules:score"]
     assert arguments(job, "torchrun")[-len(flags) :] == flags
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from align.errors import UserError
 from align.flags import BOUND, above, check_ranges
 from align.generation.generator import Sample
+from align.generation.sampling import SamplingConfig
 
 # Default bounds on differences of log-probs in nats: on their mean, and on a quantile of them. For
 # SmolLM2-135M, whose logits reach 37, rounding alone makes the mean 4e-6 and the maximum 4e-5 in fp32. In
@@ -44,6 +46,16 @@ class AuditConfig:
         """Bound on the mean, bound on the quantile, and the quantile, for weights of a precision."""
         own = (self.audit_mean, self.audit_tail, self.audit_quantile)
         return tuple(d if value is None else value for value, d in zip(own, BOUNDS[dtype], strict=True))
+
+
+def check_whole_distribution(sampling: SamplingConfig) -> None:
+    """Refuse flags that make the sampler's distribution another than the policy's at --temperature."""
+    for name in ("top_k", "top_p", "min_p", "repetition_penalty", "greedy"):
+        if getattr(sampling, name) != getattr(SamplingConfig, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: PPO's log-probs are those of the whole distribution at "
+                "--temperature; tokens drawn from another one would be weighed wrongly"
+            )
 
 
 def compare(
@@ -121,9 +133,11 @@ def check_ends(
             )
 
 
-def ratio_bound(dtype: torch.dtype, exact: bool) -> float:
-    """Default of --audit-ratio; `exact`: two passes over the same micro-batches have the same bits."""
-    return RATIO_BOUND if exact else RATIO_BOUNDS[dtype]
+def ratio_bound(flag: float | None, dtype: torch.dtype, is_exact: bool) -> float:
+    """--audit-ratio or its default; `is_exact`: two passes over the same micro-batches have the same bits."""
+    if flag is not None:
+        return flag
+    return RATIO_BOUND if is_exact else RATIO_BOUNDS[dtype]
 
 
 def check_ratio(error: float, bound: float) -> dict[str, float]:

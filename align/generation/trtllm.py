@@ -1,7 +1,7 @@
 """TensorRT-LLM as a backend of sampling: its engine draws the tokens, from the weights that training has now.
 
 Untested on hardware: written against the published sources of release 1.2, and run against a stand-in only
-(tests/fake_tensorrt_llm, which says where each name stands).
+(tests/stand_ins/tensorrt_llm, which says where each name stands).
 
 Each --rollout-tp neighbouring ranks share an engine, which the first of them drives. Its workers are
 processes that it starts through Ray, one on the GPU of each rank: only with Ray can release 1.2 take weights

@@ -221,3 +221,21 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     if (returns == returns[0]).all():
         return 0.0
     return (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def per_token(x: Tensor, lengths: list[int]) -> Tensor:
+    """[A] numbers of responses as [N] of their tokens."""
+    return x.repeat_interleave(torch.tensor(lengths))
+
+
+def per_response(x: Tensor, lengths: list[int]) -> Tensor:
+    """[A] means over the tokens of each response, of [N]."""
+    return torch.stack([part.mean() for part in x.split(lengths)])
+
+
+def moments(name: str, x: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation, divided by N, of numbers of tokens."""
+    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(correction=0)}

@@ -1,8 +1,9 @@
 """Transformer Engine in place of torch's kernels: linear layers with the norm before them, and attention.
 
 Imported only with --attention te: its classes derive from Transformer Engine's. Norms outside of a linear
-layer, gate and rotation stay align.model.layers'. Not run on hardware yet; tests/test_te.py runs it with a
-stand-in that has the names and arguments of Transformer Engine 2.11.
+layer, gate and rotation stay align.model.layers'. Not run on hardware yet;
+tests/model/test_transformer_engine.py runs it with a stand-in that has the names and arguments of
+Transformer Engine 2.11.
 """
 
 from megatron.core.extensions.transformer_engine import (

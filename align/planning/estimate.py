@@ -41,15 +41,13 @@ def dpo(config: Any, cluster: Cluster) -> Job:
 
 def ppo(config: Any, cluster: Cluster) -> Job:
     """train_ppo.py."""
-    if config.advantages != "gae":
-        return grpo(config, cluster)
     start = config.critic or config.reward.reward_model or config.model.path
     critic = replace(architecture.read_config(start), labels=1)
     return policy_gradient(config, cluster, {"policy": read_policy(config), "critic": critic})
 
 
 def grpo(config: Any, cluster: Cluster) -> Job:
-    """PPO without a critic."""
+    """train_grpo.py."""
     return policy_gradient(config, cluster, {"policy": read_policy(config)})
 
 

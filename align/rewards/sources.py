@@ -85,6 +85,13 @@ class RewardConfig:
             why = "with --reward-standardise auto, which reads it from a file"
             refuse_unused(self, RewardConfig, "reward_mean reward_std", why)
 
+    def resolved(self, is_toy: bool) -> "RewardConfig":
+        """Replace --reward-standardise auto by numbers, and no reward by the toy task's own if `is_toy`."""
+        reward = self.with_statistics()
+        if is_toy and not (reward.reward_model or reward.reward_fn):
+            return replace(reward, reward_fn="align.data.toy:reward")
+        return reward
+
     def with_statistics(self) -> "RewardConfig":
         """Replace --reward-standardise auto by the numbers of the file. Raises UserError if it has none."""
         if self.reward_standardise == "off":
@@ -140,6 +147,12 @@ def load_scorer(
         source = huggingface.FreshHead(source, arch, layout.seed, std=0.0)
     huggingface.load(scorer, source)
     return scorer
+
+
+def standardisation_of_values(directory: Path, config: ModelConfig, reward: RewardConfig) -> RewardConfig:
+    """Standardisation of a critic's values: the rewards' if it starts as a reward model, else none."""
+    is_reward_model = architecture.read_config(replace(config, model=str(directory)).path).labels > 0
+    return reward if is_reward_model else RewardConfig()
 
 
 def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
-from torch import Tensor, nn
+from torch import nn
 
 from align.data import packing
 from align.data.packing import Batch, BatchConfig, Example
@@ -84,35 +84,6 @@ def per_example(
         mine |= dict(zip(batch.extra["number"].tolist(), (part.numpy() for part in parts), strict=True))
     everyone = {number: part for rank in parallel.gather_over_dp(mine) for number, part in rank.items()}
     return [everyone[number] for number in range(ends[-1])]
-
-
-def per_token(
-    model: DistributedDataParallel, updates: Sequence[Sequence[Sequence[Example]]], config: BatchConfig
-) -> Tensor:
-    """`per_example` of the rows of some updates, end to end: [N, ...] of trained tokens, float64, CPU."""
-    found = [tokens for rows in updates for tokens in per_example(model, rows, config)]
-    return torch.from_numpy(np.concatenate(found)).double()
-
-
-def token_batches(
-    model: DistributedDataParallel,
-    updates: Sequence[Sequence[Sequence[Example]]],
-    config: BatchConfig,
-    tokens: Mapping[str, Tensor],
-) -> list[list[Batch]]:
-    """The micro-batches of each update, with numbers for each trained token in `extra`.
-
-    Args:
-        tokens: by name [N, ...], in the order of `per_token`.
-    """
-    counts = [packing.num_trained(row) for rows in updates for row in rows]
-    by_row = {name: [part.numpy() for part in values.split(counts)] for name, values in tokens.items()}
-    batches, first = [], 0
-    for rows in updates:
-        own = {name: parts[first : first + len(rows)] for name, parts in by_row.items()}
-        batches.append(micro_batches(model, rows, config, own))
-        first += len(rows)
-    return batches
 
 
 def alignment(model: nn.Module) -> int:

@@ -12,11 +12,10 @@ import os
 import queue
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -38,6 +37,8 @@ from align.files import read_object
 from align.flags import COUNT_OR_0, check_ranges
 from align.tracking.output import complete_checkpoints, delete_checkpoint
 from align.training import checkpoint_files, optim
+
+Trained = dict[str, tuple[DistributedDataParallel, MegatronOptimizer]]  # models in training, by name
 
 
 @dataclass(frozen=True)
@@ -87,35 +88,36 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 
 
 def resume(
-    path: Path | None,
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    others: Mapping[str, tuple[DistributedDataParallel, MegatronOptimizer]] = MappingProxyType({}),
-    during: Callable[[str], AbstractContextManager] = lambda name: contextlib.nullcontext(),
+    path: Path | None, trained: Trained, phase: Callable[..., AbstractContextManager]
 ) -> tuple[int, dict[str, float]]:
     """Continue from a checkpoint, or start at step 0 without one. Collective.
 
     Args:
-        others: more models in training, by the names of their folders in the checkpoint.
-        during: makes what surrounds the loading of one of them, or of the first, whose name is "policy".
+        trained: models in training, by name.
+        phase: makes a context for the loading of each, as `Session.phase` does.
 
     Returns:
         The number of finished steps, and the metrics known then.
 
     Raises:
-        UserError: the checkpoint does not hold one of the others.
+        UserError: the checkpoint does not hold one of the models.
     """
     if path is None:
         return 0, {}
     state = read_state(path)
     same_layout = state["layout"] == parallel.layout_sizes()
-    for name, other in others.items():
-        if not (path / name).is_dir():
-            raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
-        with during(name):
-            load(path / name, *other, same_layout)
-    with during("policy"):
-        return load(path, model, optimizer, same_layout), state["metrics"]
+    folders = {name: folder_of(name, trained, path) for name in trained}
+    for name in (name for name, folder in folders.items() if not folder.is_dir()):
+        raise UserError(f"{path} holds no {name}: continue with the flags of that run, or --no-resume")
+    for name, folder in folders.items():
+        with phase("load", **{name: "all"}):
+            load(folder, *trained[name], same_layout)
+    return state["step"], state["metrics"]
+
+
+def folder_of(name: str, trained: Trained, directory: Path) -> Path:
+    """Folder of a model in a checkpoint: the first model's is the checkpoint itself."""
+    return directory if name == next(iter(trained)) else directory / name
 
 
 def read_state(path: Path) -> dict:
@@ -144,20 +146,6 @@ def newest(directory: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
     paths = complete_checkpoints(directory)
     return paths[-1] if paths else None
-
-
-def save(
-    config: CheckpointConfig,
-    output: Path,
-    step: int,
-    model: DistributedDataParallel,
-    optimizer: MegatronOptimizer,
-    metrics: dict[str, float],
-    run_state: dict,
-) -> None:
-    """A checkpoint of one model, see `saving`. Collective."""
-    with saving(config, output, step, metrics, run_state) as path:
-        write(path, step, model, optimizer)
 
 
 @contextlib.contextmanager
@@ -214,8 +202,8 @@ def write_state(path: Path, state: dict) -> None:
     parallel.free_memory()
 
 
-def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> int:
-    """Fill model and optimizer with what `write` wrote in any layout and return its step. Collective.
+def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> None:
+    """Fill model and optimizer with what `write` wrote in any layout. Collective.
 
     Args:
         same_layout: it was this one; random states of another have no meaning here.
@@ -246,7 +234,6 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
                 ].clone()  # one tensor for all would count each parameter as a step
     if same_layout:
         set_rng_state(state["rng"])
-    return state["step"]
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Flags that every script has, the number of steps, and the steps that validate."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from align.data import hub
 from align.data.packing import BatchConfig
 from align.data.tokenizer import TextConfig
+from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig, parse_time
 from align.errors import UserError
 from align.flags import COUNT, check_ranges, refuse_unused
@@ -68,6 +70,15 @@ class CommonConfig:
         for path in self.val_data:
             if hub.is_data(path) and not hub.split_of(path):
                 raise UserError(f"--val-data {path}: name a split, as in {path}:validation")
+
+    def files(
+        self, write_toy: Callable[[Path], tuple[tuple[Path, ...], tuple[Path, ...]]]
+    ) -> dict[str, Sequence[Path]]:
+        """Files of "train" and "val"; without --train-data a toy task's, in OUTPUT/data. Collective."""
+        train, val = self.train_data, self.val_data
+        if not train:
+            train, val = parallel.on_main(lambda: write_toy(self.run.output / "data"))
+        return {"train": train, "val": val}
 
     @property
     def rows_per_step(self) -> int:

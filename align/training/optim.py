@@ -106,6 +106,14 @@ def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimi
     return optimizer
 
 
+def update(
+    optimizer: MegatronOptimizer, config: OptimConfig, finished_steps: int, total_steps: int
+) -> dict[str, float]:
+    """Take the optimizer step after `finished_steps`; returns "grad_norm" before clipping, and "lr"."""
+    lr = learning_rate(config, finished_steps, total_steps)
+    return {"grad_norm": step(optimizer, lr), "lr": lr}
+
+
 def step(optimizer: MegatronOptimizer, lr: float) -> float:
     """Clip the gradient, update the weights, and return the gradient's norm before clipping.
 

@@ -170,9 +170,11 @@ def attach_kl(
         batch.extra.update(kl_chosen=kl[0], kl_rejected=kl[1])
 
 
-def start_bound(dtype: torch.dtype, exact: bool) -> float:
-    """Default of --audit-start; `exact`: two passes over the same micro-batches have the same bits."""
-    return 0.0 if exact else START_BOUNDS[dtype]
+def start_bound(flag: float | None, dtype: torch.dtype, is_exact: bool) -> float:
+    """--audit-start or its default; `is_exact`: two passes over the same micro-batches have the same bits."""
+    if flag is not None:
+        return flag
+    return 0.0 if is_exact else START_BOUNDS[dtype]
 
 
 def check_start(found: dict[str, float], loss: str, beta: float, bound: float) -> None:

@@ -1,0 +1,183 @@
+"""A decode step as GPUs do it, by stand-ins: CUDA graphs, and the kernels of
+align/kernels/decode_attention.py."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from align.generation.sampling import pick
+from align.generation.slots import Graphs, graph_size
+from tests.support.generation import GREEDY, SAMPLED, SAMPLES, prompts
+from tests.support.launch import fork_ranks, torchrun
+from tests.support.sampling import CONFIGS
+from tests.workers.graphs import Graph, graphs
+
+INTERPRETED = ("mistral", "qwen3")  # with a window, with normed queries and keys
+
+
+def run(folder: Path, cases: dict[str, dict], start: Callable = fork_ranks) -> dict[str, dict]:
+    """Results of workers/graphs.py by case."""
+    cases_path, results_path = folder / "cases.json", folder / "results.json"
+    cases_path.write_text(json.dumps(cases))
+    start(1, "tests/workers/graphs.py", cases_path, results_path)
+    return json.loads(results_path.read_text())
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def replayed(models, tmp_path_factory) -> dict[str, dict]:
+    llama = {"model": str(models / "llama"), "prompts": prompts(), "samples": SAMPLES, "sampling": SAMPLED}
+    cases = {
+        "many slots": llama,
+        "few slots": llama | {"rollout": {"rollout_slots": 5}},
+        "one slot": llama | {"prompts": prompts()[:6], "rollout": {"rollout_slots": 1}},
+        "greedy": llama | {"samples": 1, "sampling": {**GREEDY, "repetition_penalty": 1.3}},
+        "mistral": llama | {"model": str(models / "mistral"), "sampling": {"max_new_tokens": 40}},
+        "tail": llama | {"prompts": prompts()[:32], "samples": 1, "sampling": {"max_new_tokens": 150}},
+        "one token": llama | {"samples": 1, "sampling": {"max_new_tokens": 1}},
+        "context": llama | {"samples": 1, "prompts": [[5] * 250, [6] * 255, [7] * 3]},
+        # the second needs more room than there is, before a step of it
+        "longer later": llama
+        | {
+            "prompts": [[5] * 3, [6] * 70, [7] * 3],
+            "samples": 1,
+            "sampling": {"max_new_tokens": 8},
+            "rollout": {"rollout_slots": 1},
+        },
+    }
+    return run(tmp_path_factory.mktemp("graphs"), cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "many slots",
+        "few slots",
+        "one slot",
+        "greedy",
+        "mistral",
+        "tail",
+        "one token",
+        "context",
+        "longer later",
+    ],
+)
+def test_answers_by_graphs_are_the_same(name, replayed):
+    """To the last bit, and on_token sees the same: though a step is done before the last one is looked at,
+    sequences end and others take their slots, and keys and values move to a larger place."""
+    result = replayed[name]
+    assert result["gpu"] == result["plain"]
+
+
+@pytest.mark.slow
+def test_keys_and_values_are_gone_after_a_rollout(replayed):
+    """By themselves: without the collector of circles, which comes when it likes."""
+    assert {result["left"] for name, result in replayed.items() if name != "broken"} == {0}
+
+
+@pytest.mark.slow
+def test_most_steps_are_replays(replayed):
+    """Each size of graph is captured once for each place of keys and values, if it is used there."""
+    replays = {name: result["replays"] for name, result in replayed.items() if name != "broken"}
+    assert len(replays["few slots"]) == 2 and sum(replays["few slots"]) > 300
+    assert len(replays["one slot"]) == 1 and sum(replays["one slot"]) > 150
+    assert len(replays["tail"]) >= 5 and sum(replays["tail"]) > 100  # 32, 8 and 2 rows, room for 64 ... 192
+    assert replays["one token"] == []
+
+
+@pytest.mark.slow
+def test_a_model_whose_logits_are_not_numbers_is_refused(replayed):
+    assert replayed["broken"].startswith("logits of rows [0, 1, 2")
+
+
+def test_a_graph_works_on_the_tensors_of_its_capture():
+    total, addend, calls = torch.zeros(4), torch.zeros(4), []
+
+    def step(rows: int) -> Tensor:
+        calls.append(rows)
+        total[:rows] += addend[:rows]
+        return total[:rows] * 10
+
+    with graphs():
+        captured, totals = Graphs(), []
+        for rows, value in ((4, 1.0), (4, 2.0), (2, 3.0), (4, 4.0), (2, 5.0)):
+            addend.fill_(value)
+            totals.append(captured(step, rows, 32).tolist())
+        assert totals == [[10.0] * 4, [30.0] * 4, [60.0] * 2, [100.0] * 2 + [70.0] * 2, [150.0] * 2]
+        assert calls == [4, 4, 2, 2], "twice for each size: once for itself, once to be captured"
+        assert [graph.replays for graph in Graph.captured] == [2, 1]
+        assert captured(step, 4, 64).tolist() == [200.0] * 2 + [120.0] * 2
+        assert calls == [4, 4, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_sampling_can_be_captured(config):
+    """No value goes to the host, no shape depends on one."""
+    logits, seen = torch.randn(3, 200), torch.rand(3, 200) < 0.1
+    with graphs():
+        sample = Graphs()
+
+        def drawn() -> Tensor:
+            step = lambda rows: torch.stack(pick(logits, torch.full((3,), 0.4), CONFIGS[config], seen))  # noqa: E731
+            return sample(step, 3, 32).clone()
+
+        first = drawn()
+        assert torch.equal(drawn(), first)
+        logits.copy_(torch.randn(3, 200))
+        assert not torch.equal(drawn(), first)
+
+
+def test_the_stand_in_refuses_what_a_cuda_graph_cannot_hold():
+    x = torch.arange(4.0)
+    for step in (lambda n: x[x > 1], lambda n: x.nonzero(), lambda n: x if x.sum() > 1 else -x):
+        with graphs(), pytest.raises(RuntimeError, match="cannot wait for the host"):
+            Graphs()(step, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("slots", "sizes"),
+    [
+        (1, {1: 1}),
+        (3, {1: 3, 2: 3, 3: 3}),
+        (5, {1: 1, 2: 5, 5: 5}),
+        (64, {64: 64, 17: 64, 16: 16, 5: 16, 4: 4, 2: 4, 1: 1}),
+        (250, {250: 250, 63: 250, 62: 62, 16: 62, 15: 15, 4: 15, 3: 3, 1: 3}),
+    ],
+)
+def test_the_number_of_rows_of_a_graph(slots, sizes):
+    assert {count: graph_size(count, slots) for count in sizes} == sizes
+
+
+# ---- the kernels ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interpreted(models, tmp_path_factory) -> dict[str, dict]:
+    """Answers by the kernels of align/kernels/decode_attention.py, in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is for Linux: tests/requirements.txt")
+    case = {"prompts": prompts()[:5], "sampling": {"max_new_tokens": 5}, "rollout": {"rollout_slots": 3}}
+    cases = {name: case | {"model": str(models / name)} for name in INTERPRETED}
+    with mock.patch.dict("os.environ", TRITON_INTERPRET="1"):  # before the import of Triton: no fork
+        return run(tmp_path_factory.mktemp("kernels"), cases, torchrun)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", INTERPRETED)
+def test_answers_by_the_kernels_are_the_same(family, interpreted):
+    """Up to rounding of the log-probs."""
+    plain, gpu = (interpreted[family][name]["answers"] for name in ("plain", "gpu"))
+    for [(ids, *logprobs, finish)], [(wanted, *expected, end)] in zip(gpu, plain, strict=True):
+        assert (ids, finish) == (wanted, end)
+        np.testing.assert_allclose(logprobs, expected, rtol=0, atol=2e-5)
+    assert sum(len(ids) for [(ids, *_)] in gpu) > 15

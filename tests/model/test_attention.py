@@ -1,0 +1,257 @@
+"""Attention over a pack against one dense masked softmax in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from align.distributed import parallel
+from align.model import architecture, attention, spec
+from align.model.config import ModelConfig
+
+HEADS, DIM = 4, 8
+
+
+def core(window: int | None = None) -> attention.TorchAttention:
+    """The module without the parts that need process groups."""
+    module = object.__new__(attention.TorchAttention)
+    torch.nn.Module.__init__(module)
+    module.scale, module.window = DIM**-0.5, window
+    return module
+
+
+def tensors(tokens: int, groups: int, seed: int = 0) -> list[Tensor]:
+    """query [T, heads, d], key and value [T, groups, d], float64 (float32's values), with gradients."""
+    torch.manual_seed(seed)
+    shapes = (tokens, HEADS, DIM), (tokens, groups, DIM), (tokens, groups, DIM)
+    return [torch.randn(shape).double().requires_grad_() for shape in shapes]
+
+
+def pack(
+    lengths: list[int],
+    prefixes: list[tuple[int, int]] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> attention.Packing:
+    """These sequences end to end, without padding, as a context parallel rank sees them."""
+    prefixes = prefixes or [(0, 0)] * len(lengths)
+    return attention.describe(lengths, prefixes, sum(lengths), None, torch.device("cpu"), part)
+
+
+def loops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    **grouped: bool,
+) -> Tensor:
+    """Reference for varlen_attn on a GPU, a query at a time: query i of m sees keys up to i + n - m of n."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and grouped.keys() <= {"enable_gqa"}
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))  # else gradients stay uninitialised
+    sizes_q, sizes_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max(sizes_q), max(sizes_k)) == (max_q, max_k) and window_size[1] == 0
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = []
+    for q, k, v in zip(query.split(sizes_q), key.split(sizes_k), value.split(sizes_k), strict=True):
+        for i, one in enumerate(q, len(k) - len(q)):
+            begin = 0 if window_size[0] < 0 else max(i - window_size[0], 0)
+            scores = torch.einsum("hd,khd->hk", one, k[begin : i + 1]) * scale
+            out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[begin : i + 1]))
+    return torch.stack(out)
+
+
+@pytest.fixture(params=["by_sequence", "flash"])
+def kernel(request, monkeypatch) -> str:
+    """Both ways to compute attention, with a stand-in for the GPU's kernel."""
+    if request.param == "flash":
+        monkeypatch.setattr(attention, "uses_flash", lambda *_: True)
+        monkeypatch.setattr(attention, "varlen_attn", loops)
+    return request.param
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], start: int, window: int | None
+) -> Tensor:
+    """softmax over a [queries, T] matrix of scores with everything masked that a query must not see."""
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    place = torch.arange(len(key))
+    rows = slice(start, start + len(query))
+    distance = place[rows, None] - place
+    seen = (owner[rows, None] == owner) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    key, value = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * DIM**-0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("lengths", [[12], [5, 1, 6], [1, 1, 10], [0, 7, 0, 5]], ids=str)
+def test_pack(lengths, window, groups, kernel):
+    inputs, exact = tensors(12, groups), tensors(12, groups)
+    out = core(window).within(*inputs, pack(lengths))
+    same_with_gradients(out, dense(*exact, lengths, 0, window), inputs, exact)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("lengths", [[2, 3, 6, 1], [0, 11, 1], [12]], ids=str)
+def test_slices_of_a_pack_add_up_to_the_whole(ranks, window, lengths, kernel):
+    """Context parallelism: a rank has some of the queries and all keys; sequences cross its borders."""
+    inputs, exact = tensors(12, 2), tensors(12, 2)
+    out = in_slices(core(window), *inputs, lengths, None, ranks)
+    same_with_gradients(out, dense(*exact, lengths, 0, window), inputs, exact)
+
+
+def in_slices(
+    module: attention.TorchAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    prefixes: list[tuple[int, int]] | None,
+    ranks: int,
+) -> Tensor:
+    """Outputs of all context parallel ranks in turn; gradients of gathered keys sum over ranks."""
+    parts = enumerate(query.chunk(ranks))
+    return torch.cat(
+        [
+            module.within(query_slice, key, value, pack(lengths, prefixes, (rank, ranks)))
+            for rank, query_slice in parts
+        ]
+    )
+
+
+def same_with_gradients(out: Tensor, expected: Tensor, inputs: list[Tensor], exact: list[Tensor]) -> None:
+    """Values, and the gradients of `found` and `exact` for some gradient of the values."""
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double()
+    out.backward(grad)
+    expected.backward(grad)
+    for ours, theirs in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_at_the_end_of_a_longer_text():
+    """attend() takes the last m of n positions, as a later slice (or a cache) needs."""
+    query, key, value = tensors(9, 2)
+    out = attention.attend(query[6:], key, value, core().scale, None)
+    torch.testing.assert_close(out, dense(query, key, value, [9], 0, None)[6:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_does_not_feel_its_neighbours():
+    query, key, value = tensors(9, 2)
+    alone = core().by_sequence(query[4:7], key[4:7], value[4:7], pack([3]))
+    packed = core().by_sequence(query, key, value, pack([4, 3, 2]))[4:7]
+    assert torch.equal(alone, packed)
+
+
+def test_bf16_in_bf16_out():
+    inputs = [x.detach().bfloat16() for x in tensors(12, 2)]
+    out = core().by_sequence(*inputs, pack([7, 5]))
+    assert out.dtype == torch.bfloat16
+    expected = dense(*(x.double() for x in inputs), [7, 5], 0, None)
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_describe_makes_padding_a_sequence_of_its_own():
+    lengths = [5, 3]
+    packing = attention.describe(lengths, [(0, 0), (0, 0)], 12, None, torch.device("cpu"))
+    assert packing.lengths == [5, 3, 4] and packing.max_seqlen_q == 5
+    assert packing.cu_seqlens_q.tolist() == [0, 5, 8, 12]
+    assert packing.cu_seqlens_q.dtype == torch.int32
+    assert lengths == [5, 3]  # the batch's own list
+    assert pack(lengths).lengths == [5, 3] and pack(lengths).keys is None
+    assert attention.describe([], [], 2, None, torch.device("cpu")).cu_seqlens_q.tolist() == [0, 2]
+
+
+def test_describe_prefixes_by_hand():
+    """b continues a's first two places, d the whole of c."""
+    packing = attention.describe([3, 2, 1, 1], [(0, 0), (0, 2), (0, 0), (5, 1)], 8, None, torch.device("cpu"))
+    assert packing.lengths == [3, 2, 1, 1, 1] and packing.seen == [3, 4, 1, 2, 1]
+    assert packing.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 5, 6, 7]
+    assert packing.cu_seqlens_q.tolist() == [0, 3, 5, 6, 7, 8]
+    assert packing.cu_seqlens_kv.tolist() == [0, 3, 7, 8, 10, 11]
+    assert (packing.max_seqlen_q, packing.max_seqlen_kv) == (3, 4)
+
+
+def test_describe_a_ranks_part_by_hand():
+    """Sequences ab and cdefg, and padding hi, on three ranks, which have abc, def and ghi."""
+    parts = [attention.describe([2, 5], [(0, 0)] * 2, 9, None, torch.device("cpu"), (r, 3)) for r in range(3)]
+    assert [part.lengths for part in parts] == [[2, 1], [3], [1, 2]]  # ab c, def, g hi
+    assert [part.seen for part in parts] == [[2, 1], [4], [5, 2]]
+    assert [part.keys for part in parts] == [slice(0, 3), slice(2, 6), slice(2, 9)]
+    assert [part.cu_seqlens_q.tolist() for part in parts] == [[0, 2, 3], [0, 3], [0, 1, 3]]
+    assert [part.cu_seqlens_kv.tolist() for part in parts] == [[0, 2, 3], [0, 4], [0, 5, 7]]
+    assert [(part.max_seqlen_q, part.max_seqlen_kv) for part in parts] == [(2, 2), (3, 4), (2, 5)]
+
+
+def test_describe_prefixes_of_a_ranks_part_by_hand():
+    """Sequences abc and def, which continues ab: later ranks' queries see ab and what there is of def."""
+    parts = [pack([3, 3], [(0, 0), (0, 2)], (rank, 2)) for rank in range(2)]
+    assert (parts[0].lengths, parts[0].seen, parts[0].keys) == ([3], [3], slice(0, 3))
+    assert (parts[1].lengths, parts[1].seen, parts[1].keys.tolist()) == ([3], [5], [0, 1, 3, 4, 5])
+    last = pack([3, 3], [(0, 0), (0, 2)], (2, 3))
+    assert (last.lengths, last.seen, last.keys.tolist()) == ([2], [5], [0, 1, 3, 4, 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_flash_is_for_half_precision_on_gpus(dtype):
+    half = dtype != torch.float32
+    assert [attention.uses_flash(dtype, d, cuda=True) for d in (8, 20, 64, 128, 256, 264)] == [
+        *[half, False, half, half, half, False]
+    ]
+    assert not attention.uses_flash(dtype, 64, cuda=False)
+
+
+def test_the_kernel_is_called_as_this_torch_declares_it():
+    """varlen_attn itself, as far as a CPU goes: to the dispatch of its kernel."""
+    query, key, value = (x.detach().bfloat16() for x in tensors(6, 2))
+    ends = torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+        attention.flash(query, key, value, ends, ends, 6, 6, 1.0, 3)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 12])
+def test_shared_prefix_is_as_good_as_a_copy(ranks, window, kernel):
+    """Sequences abcde, abcxy, and fgh, fz: the second of each continues the first."""
+    unshared = [
+        0,
+        1,
+        2,
+        3,
+        4,
+        0,
+        1,
+        2,
+        5,
+        6,
+        7,
+        8,
+        9,
+        7,
+        10,
+        11,
+    ]  # the place of each token in the shared pack
+    sequences = [5, 2, 3, 1, 1], [(0, 0), (0, 3), (0, 0), (7, 1), (0, 0)]
+    own = [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 14, 15]  # where those places are in the unshared one
+    inputs, exact = tensors(12, 2), tensors(12, 2)
+    expected = dense(*(x[unshared] for x in exact), [5, 5, 3, 2, 1], 0, window)[own]
+    same_with_gradients(in_slices(core(window), *inputs, *sequences, ranks), expected, inputs, exact)
+
+
+def test_window_is_told_to_megatron_without_the_token_itself():
+    """Hugging Face's window counts the token itself, Megatron's counts those before it."""
+    arch = architecture.Architecture(
+        *("mistral", 64, 32, 48, 2, HEADS, 2, DIM, 1e-5, 0.02, 128, False, False, False),
+        window=7,
+        rope=(("rope_theta", 1e4),),
+    )
+    config = spec.transformer_config(arch, ModelConfig(), parallel.ParallelConfig(), te=False)
+    assert config.window_size == (6, 0)

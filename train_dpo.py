@@ -90,7 +90,7 @@ class Config(CommonConfig):
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/dpo"))
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
-    plan = estimate.dpo  # models and phases for tools/plan.py
+    plan = estimate.dpo  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

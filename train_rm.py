@@ -61,7 +61,7 @@ class Config(CommonConfig):
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/rm"))
     optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)
-    plan = estimate.reward_model  # models and phases for tools/plan.py
+    plan = estimate.reward_model  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

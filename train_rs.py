@@ -82,7 +82,7 @@ class Config(CommonConfig):
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
-    plan = estimate.rejection_sampling  # models and phases for tools/plan.py
+    plan = estimate.rejection_sampling  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

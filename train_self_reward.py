@@ -130,7 +130,7 @@ class Config(CommonConfig):
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/data_loss")
-    plan = estimate.self_rewarding  # models and phases for tools/plan.py
+    plan = estimate.self_rewarding  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()

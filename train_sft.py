@@ -35,7 +35,7 @@ from align.training.session import Session
 class Config(CommonConfig):
     format: FormatConfig = FormatConfig()
     run: RunConfig = RunConfig(output=Path("runs/sft"))
-    plan = estimate.sft  # models and phases for tools/plan.py
+    plan = estimate.sft  # for tools/plan.py
 
 
 def main(config: Config) -> None:

@@ -34,7 +34,7 @@ flags=(
     --prompts-per-step "$PROMPTS"    # model.rs.num_rollout_samples
     --samples-per-prompt "$SAMPLES"  # model.rs.num_rollouts_per_prompt
     --keep-top 1                     # model.rs.top_n_rollouts
-    --global-batch-size "$PROMPTS"   # model.global_batch_size: kept answers of one optimizer step
+    --global-batch-size "$PROMPTS"   # model.global_batch_size: kept responses of one optimizer step
     --rollout-slots 32               # model.rs.rollout_micro_batch_size=16, val_rollout_micro_batch_size=8
     --micro-batch-tokens 2048        # model.micro_batch_size=1, rs.forward_micro_batch_size=16
     --max-prompt-len "$PROMPT_LEN"

@@ -40,14 +40,14 @@ def dpo(config: Any, cluster: Cluster) -> Job:
 
 
 def ppo(config: Any, cluster: Cluster) -> Job:
-    """train_ppo.py."""
+    """train_ppo.py: policy and critic."""
     start = config.critic or config.reward.reward_model or config.model.path
     critic = replace(architecture.read_config(start), labels=1)
     return policy_gradient(config, cluster, {"policy": read_policy(config), "critic": critic})
 
 
 def grpo(config: Any, cluster: Cluster) -> Job:
-    """train_grpo.py."""
+    """train_grpo.py: no critic."""
     return policy_gradient(config, cluster, {"policy": read_policy(config)})
 
 

@@ -10,6 +10,7 @@ import mmap
 import pickle
 import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -156,12 +157,15 @@ def damage(file: Path, expected: list) -> str:
 def verify(path: Path) -> None:
     """Raises UserError if a checkpoint is damaged, or if something in it would run code. Collective."""
     expected = read_state(path / STATE).get("files", {})  # an earlier version did not store them
-    parts = parallel.gather([damage(path / name, expected[name]) for name in share(sorted(expected))])
-    if damages := sorted(line for part in parts for line in part if line):
-        raise UserError(f"damaged checkpoint: {damages[0]}")
 
     def check_folders() -> None:
         for file in sorted(path.rglob(".metadata")):
             check_pickles(file.parent)
 
-    parallel.on_main(check_folders)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        pickles = thread.submit(check_folders) if parallel.is_main() else None
+        # Hashing leaves the GIL to the other thread.
+        own_damages = [damage(path / name, expected[name]) for name in share(sorted(expected))]
+        if damages := sorted(line for part in parallel.gather(own_damages) for line in part if line):
+            raise UserError(f"damaged checkpoint: {damages[0]}")
+        parallel.on_main(lambda: pickles.result())

@@ -25,7 +25,7 @@ from align.training.checkpoint import CheckpointConfig, check_monitor
 from align.training.config import LoopConfig
 from tests.support.files import write_rows
 
-SCRIPTS = "train_sft train_rm train_dpo train_ppo train_rs train_self_reward generate".split()
+SCRIPTS = "train_sft train_rm train_dpo train_ppo train_grpo train_rs train_self_reward generate".split()
 NONSENSE = (0, -1, math.nan, math.inf, -math.inf, 1e308, -1e308, 10**21, -(10**21))
 ANY_SIZE = (0, math.inf, 1e308, 10**21)
 SENSIBLE = {  # values of NONSENSE that a flag may have
@@ -177,7 +177,7 @@ def test_a_time_is_read_before_anything_happens(time):
         LoopConfig(max_time=time)
 
 
-GROUPS = "train_ppo --advantages grpo --samples-per-prompt 4"
+GROUPS = "train_grpo --samples-per-prompt 4"
 TRAIN = "--train-data a.jsonl"
 PAIRS = "train_rm --loss regression --num-attributes 2 --train-data a.jsonl"
 WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on it
@@ -187,7 +187,7 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
         for flag in ("--val-interval 5", "--val-batches 7", "--monitor val/acc", "--save-top-k 3")
         for script, reward in (
             *((script, "") for script in ("train_sft", "train_rm", "train_dpo", "train_self_reward")),
-            *((script, "--reward-fn a:b") for script in ("train_ppo", "train_rs")),
+            *((script, "--reward-fn a:b") for script in ("train_ppo", "train_grpo", "train_rs")),
         )
     ),
     # sampling
@@ -211,22 +211,17 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
     ("train_rs", "--reward-standardise auto without --reward-model"),
     ("train_rs --reward-model a --reward-standardise auto", "--reward-mean 1 with --reward-standardise auto"),
     # PPO, rejection sampling
-    *(
-        (GROUPS, f"{flag} with --advantages grpo, which has no critic")
-        for flag in (
-            *("--gae-lambda 0.9", "--critic dir", "--value-clip 0", "--critic-lr 2e-5"),
-            *("--critic-min-lr 1e-6", "--critic-warmup-steps 1"),
-        )
-    ),
-    ("train_ppo --advantages reinforce", "--gae-lambda 0.9 with --advantages reinforce"),
     (GROUPS, "--gamma 0.9 with --advantages grpo"),
-    (GROUPS.replace("grpo", "rloo"), "--no-whiten-advantages with --advantages rloo"),
+    (f"{GROUPS} --advantages rloo", "--no-whiten-advantages with --advantages rloo"),
     *(
-        ("train_ppo --kl-coef 0", f"{flag} with --kl-coef 0")
+        (f"{script} --kl-coef 0", f"{flag} with --kl-coef 0")
+        for script in ("train_ppo", "train_grpo")
         for flag in ("--kl k3", "--kl-in loss", "--kl-target 0.1")
     ),
     ("train_ppo", "--kl-horizon 100 without --kl-target"),
+    ("train_grpo", "--kl-horizon 100 without --kl-target"),
     ("train_ppo", "--truncated-penalty 2 with --truncated mask"),
+    ("train_grpo", "--truncated-penalty 2 with --truncated mask"),
     ("train_rs --samples-per-prompt 1", "--duplicates keep with --samples-per-prompt 1"),
     # preferences
     *(

@@ -63,7 +63,7 @@ CASES = {  # bf16: main weights in fp32
     ),
     "ppo": Case(
         "train_ppo.py",
-        "--deterministic --advantages gae --critic-lr 1e-3 --kl-target 0.1 --kl-horizon 100",
+        "--deterministic --critic-lr 1e-3 --kl-target 0.1 --kl-horizon 100",
         1,
         "save steps start steps save start steps start save export",
     ),

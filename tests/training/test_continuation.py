@@ -57,7 +57,7 @@ FLAGS = {  # script: changed flags, and the words of the refusal
         "--temperature 0.7": "--temperature 1.0 -> 0.7",
         "--samples-per-prompt 4": "--samples-per-prompt 2 -> 4",
         "--max-new-tokens 5": "--max-new-tokens 4 -> 5",
-        "--advantages rloo": "--advantages gae -> rloo",
+        "--gae-lambda 0.9": "--gae-lambda 0.95 -> 0.9",
         "--reward-fn align.rewards.gsm8k:reward": "--reward-fn align.data.toy:reward -> align.rewards.gsm8k",
     },
 }

@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := CUDA_VISIBLE_DEVICES= $(PYTHON) -m pytest -q
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two workers, file by file, the longest first
 
-.PHONY: demo test test-fast test-slurm soak check smollm2 bench bench-pairs bench-generate bench-ppo loc
+.PHONY: demo test test-fast test-slurm soak check docs smollm2 bench bench-pairs bench-generate bench-ppo loc
 
 demo: .venv/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(PYTHON) demo.py
@@ -26,26 +26,29 @@ check: .venv/ready  ## format and lint
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 
+docs: .venv/docs  ## the documentation, into site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
 smollm2: .venv/ready  ## SmolLM2-135M-Instruct as a Hugging Face directory, models/smollm2-135m-instruct
-	$(PYTHON) tools/smollm2.py --output models/smollm2-135m-instruct
+	$(PYTHON) -m tools.smollm2 --output models/smollm2-135m-instruct
 
 bench: .venv/bench smollm2  ## SFT against TRL: make bench DATA=rows.jsonl
-	@test -n "$(DATA)" || (echo "make bench DATA=rows.jsonl: rows of {\"messages\": [...]}; see README" && exit 2)
+	@test -n "$(DATA)" || (echo "make bench DATA=rows.jsonl: rows of {\"messages\": [...]}; see docs/benchmarks.md" && exit 2)
 	$(PYTHON) bench/sft.py --data $(DATA) --dtype fp32
 	$(PYTHON) bench/sft.py --data $(DATA) --dtype bf16
 
 bench-pairs: .venv/bench smollm2  ## DPO and reward model against TRL: make bench-pairs DATA=pairs.jsonl
-	@test -n "$(DATA)" || (echo "make bench-pairs DATA=pairs.jsonl: rows of prompt, chosen, rejected; see README" && exit 2)
+	@test -n "$(DATA)" || (echo "make bench-pairs DATA=pairs.jsonl: rows of prompt, chosen, rejected; see docs/benchmarks.md" && exit 2)
 	$(PYTHON) bench/dpo.py --data $(DATA)
 	$(PYTHON) bench/rm.py --data $(DATA)
 
 bench-generate: .venv/ready smollm2  ## sampling against transformers: make bench-generate DATA=prompts.jsonl
-	@test -n "$(DATA)" || (echo "make bench-generate DATA=prompts.jsonl: 64 rows of prompts or more; see README" && exit 2)
+	@test -n "$(DATA)" || (echo "make bench-generate DATA=prompts.jsonl: 64 rows of prompts or more; see docs/benchmarks.md" && exit 2)
 	$(PYTHON) bench/generate.py --data $(DATA) --dtype fp32
 	$(PYTHON) bench/generate.py --data $(DATA) --dtype bf16
 
 bench-ppo: .venv/trl-ppo/trl smollm2  ## PPO and GRPO against TRL: make bench-ppo DATA=prompts.jsonl
-	@test -n "$(DATA)" || (echo "make bench-ppo DATA=prompts.jsonl: rows of {\"prompt\": [messages]}; see README" && exit 2)
+	@test -n "$(DATA)" || (echo "make bench-ppo DATA=prompts.jsonl: rows of {\"prompt\": [messages]}; see docs/benchmarks.md" && exit 2)
 	$(PYTHON) bench/ppo.py --data $(DATA) --trainer ppo --samples 16 --trl-ppo .venv/trl-ppo
 	$(PYTHON) bench/ppo.py --data $(DATA) --trainer grpo
 
@@ -59,6 +62,11 @@ loc:  ## lines of code, by file
 
 .venv/test: .venv/ready tests/requirements.txt
 	.venv/bin/pip install --quiet -r requirements.txt -r tests/requirements.txt
+	touch $@
+
+.venv/docs: docs/requirements.txt
+	test -d .venv || python3 -m venv .venv
+	.venv/bin/pip install --quiet -r docs/requirements.txt
 	touch $@
 
 .venv/bench: .venv/ready bench/requirements.txt

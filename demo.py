@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from align import console
-from align.data.prompts import fill
+from align.data.templates import fill
 from align.data.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
 from align.judging.judge import Judged, parse_score
 
@@ -70,7 +70,7 @@ def main() -> None:
             *"--critic-min-lr 1e-3 --kl-coef 0.05".split(),
         ),
         "grpo": command(
-            *(*TORCHRUN, "train_ppo.py", "--output", GRPO, *PROMPTS.split(), "--advantages", "grpo"),
+            *(*TORCHRUN, "train_grpo.py", "--output", GRPO, *PROMPTS.split()),
             *"--prompts-per-step 32 --samples-per-prompt 8 --global-batch-size 64".split(),
             *"--lr 5e-4 --min-lr 1e-4 --kl-coef 0.05".split(),
         ),

@@ -9,9 +9,9 @@ the model that training starts from. OUTPUT/hf is the result. Without arguments 
 a toy task.
 """
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,25 +19,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data import display, packing, preferences, tokenizer, toy
+from align.data import packing, preferences, row_counts, toy
 from align.data.packing import Batch
 from align.data.preferences import PreferenceFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
-from align.losses import preference as losses
+from align.losses import preference
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
-from align.tracking.metrics import Clock, speed, with_std
-from align.tracking.run import Run, RunConfig
-from align.training import batching, checkpoint, continuation, engine, optim, reference
+from align.planning import estimate
+from align.tracking.metrics import speed, with_std
+from align.tracking.run import RunConfig
+from align.training import batching, engine, optim, reference
 from align.training.config import CommonConfig
 from align.training.optim import OptimConfig
+from align.training.session import Session
 
-LOSSES = (
-    "dpo ipo scale rpo_bwd_kl rpo_fwd_kl rpo_sq cdpo robust hinge kto_pair simpo orpo dpop apo_zero "
-    "sppo_hard exo_pair nca_pair"
-).split()
+LOSSES = {  # --loss: the function, and what it takes beside the log-probs and beta
+    "dpo": (preference.dpo, ""),
+    "ipo": (preference.ipo, ""),
+    "scale": (preference.scale, "reward_gap"),
+    "rpo_bwd_kl": (preference.rpo_bwd_kl, "reward_gap"),
+    "rpo_fwd_kl": (preference.rpo_fwd_kl, "reward_gap"),
+    "rpo_sq": (preference.rpo_sq, "reward_gap"),
+    "cdpo": (preference.cdpo, "label_smoothing"),
+    "robust": (preference.robust, "label_smoothing"),
+    "hinge": (preference.hinge, ""),
+    "kto_pair": (preference.kto_pair, "kl_chosen kl_rejected"),
+    "simpo": (preference.simpo, "simpo_gamma"),
+    "orpo": (preference.orpo, ""),
+    "dpop": (preference.dpop, "dpop_lambda"),
+    "apo_zero": (preference.apo_zero, ""),
+    "sppo_hard": (preference.sppo_hard, ""),
+    "exo_pair": (preference.exo_pair, "label_smoothing"),
+    "nca_pair": (preference.nca_pair, ""),
+}
 REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -73,6 +90,7 @@ class Config(CommonConfig):
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/dpo"))
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
+    plan = estimate.dpo  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,11 +104,9 @@ class Config(CommonConfig):
             reward_scale=SCALE,
             audit_start=BOUND,
         )
-        inputs = inspect.signature(getattr(losses, self.loss)).parameters
-        for name in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
-            used = "reward_gap" if name == "reward_scale" else name
-            if used not in inputs:
-                refuse_unused(self, Config, name, f"with --loss {self.loss}")
+        for flag in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
+            if flag.replace("reward_scale", "reward_gap") not in self.loss_inputs:
+                refuse_unused(self, Config, flag, f"with --loss {self.loss}")
         if self.loss in REFERENCE_FREE and (self.reference or self.average_logprobs is False):
             raise UserError(
                 f"--loss {self.loss} has no reference and is defined on log-probs per token: "
@@ -101,7 +117,12 @@ class Config(CommonConfig):
         if not self.sft_weight and (self.sft_weight is not None or self.loss != "orpo"):
             refuse_unused(self, Config, "sft_average_logprobs", "without --sft-weight")
         if self.label_smoothing is not None:
-            losses.check_label_smoothing(self.label_smoothing, zero_allowed=self.loss != "exo_pair")
+            preference.check_label_smoothing(self.label_smoothing, zero_allowed=self.loss != "exo_pair")
+
+    @property
+    def loss_inputs(self) -> list[str]:
+        """Inputs of the loss beside the log-probs and beta."""
+        return LOSSES[self.loss][1].split()
 
 
 def main(config: Config) -> None:
@@ -109,33 +130,22 @@ def main(config: Config) -> None:
     arch = architecture.read_config(config.model.path)
     check_model(arch, config.model, config.parallel)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row=2)
-    stop = parallel.Stop(config.loop.max_time)
-    run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session = Session(config, __file__)
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
-    files = {"train": config.train_data, "val": config.val_data}
-    if not config.train_data:
-        toy_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
-        files = dict(zip(files, toy_files, strict=True))
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
-    loss = getattr(losses, config.loss)
-    wanted = inspect.signature(loss).parameters  # what it takes beside log-probs
+    files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
     pairs = {"train": [], "val": []}
-    for name in [name for name in files if files[name]]:
-        pairs[name], counts = preferences.load_pairs(files[name], text, config.format)
+    for name in (name for name in files if files[name]):
+        pairs[name], counts = preferences.load_pairs(files[name], tokenizer, config.format)
         packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
-        run.say(f"{name} data: {display.describe(counts)}")
-        if "reward_gap" in wanted:
+        session.say(f"{name} data: {row_counts.describe(counts)}")
+        if "reward_gap" in config.loss_inputs:
             preferences.check_rewards(counts, f"--{name}-data", config.loss)
     packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")
-    run.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], text)}")
+    session.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], tokenizer)}")
     pairs["val"] = pairs["val"][config.val_rows()]
-    sequences = ([side.ids for side in pair.examples] for pair in pairs["train"])
-    resumed = continuation.find(config, __file__, sequences, run.say)
-    total_steps = resumed.total_steps
-    optim.check(config.optim, total_steps)
-    run.total_steps = total_steps
+    session.find_checkpoint([example.ids for example in pair.examples] for pair in pairs["train"])
 
     # ---- model -----------------------------------------------------------------------------------
     policy = gpt.build_policy(arch, config.model, config.parallel)
@@ -144,143 +154,120 @@ def main(config: Config) -> None:
     optimizer = optim.build(policy, config.optim)
 
     # ---- reference -------------------------------------------------------------------------------
-    beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
     average = config.loss in REFERENCE_FREE if config.average_logprobs is None else config.average_logprobs
-    sft_average = average if config.sft_average_logprobs is None else config.sft_average_logprobs
     reward_scale = 1.0 if config.reward_scale is None else config.reward_scale
-    ref = None
 
     def sequence_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
         """[2P]: chosen, rejected, chosen, ..."""
-        return losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, average)
+        return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, average)
 
     def micro_batches(name: str, rows: Sequence[int]) -> list[Batch]:
         """This rank's share of some pairs of a data set, packed."""
-        taken = [pairs[name][row] for row in rows]
+        chosen_pairs = [pairs[name][row] for row in rows]
         values = {
             "row": np.array(rows)[:, None],
-            "reward_gap": reward_scale * np.array([[pair.reward_gap] for pair in taken]),
+            "reward_gap": reward_scale * np.array([[pair.reward_gap] for pair in chosen_pairs]),
         }
-        return batching.micro_batches(policy, [pair.examples for pair in taken], config.batch, values)
+        return batching.micro_batches(policy, [pair.examples for pair in chosen_pairs], config.batch, values)
 
-    start_bound = config.audit_start
-    if start_bound is None:
-        start_bound = reference.start_bound(config.model.dtype, parallel.is_exact(config.parallel))
+    ref = None
+    is_exact = parallel.is_exact(config.parallel)
+    start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
     if config.loss not in REFERENCE_FREE:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
     if config.reference == "swap":
         ref = reference.Swapped(policy, sequence_logprobs)
     elif config.loss not in REFERENCE_FREE:
-        run.say("reference log-probs: from OUTPUT/reference.safetensors, or a pass over all pairs makes it")
-        steps = range(resumed.pass_start, total_steps)
-        uses = {"train": map(resumed.rows_of_step, steps), "val": [range(len(pairs["val"]))]}
-        made_of = reference.fingerprint(
-            config.model, pairs, config.batch, config.parallel, total_steps, average
+        session.say(
+            "reference log-probs: read from OUTPUT/reference.safetensors, or computed for all pairs now"
         )
+        steps = range(session.continued.pass_start, session.total_steps)
+        uses = {"train": map(session.rows_of_step, steps), "val": [range(len(pairs["val"]))]}
+        settings = (config.batch, config.parallel, session.total_steps, average)
+        fingerprint = reference.fingerprint(config.model, pairs, *settings)
         path = config.run.output / "reference.safetensors"
-        ref = reference.Precomputed(policy, sequence_logprobs, micro_batches, uses, path, made_of)
+        ref = reference.Precomputed(policy, sequence_logprobs, micro_batches, uses, path, fingerprint)
 
     # ---- loss ------------------------------------------------------------------------------------
-    settings = {name: value for name, value in vars(config).items() if name in wanted and value is not None}
-    settings["beta"] = beta
+    beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
     sft_weight = float(config.loss == "orpo") if config.sft_weight is None else config.sft_weight
+    sft_average = average if config.sft_average_logprobs is None else config.sft_average_logprobs
+    flags = {name: vars(config).get(name) for name in config.loss_inputs}
+    preference_loss = partial(LOSSES[config.loss][0], **{k: v for k, v in flags.items() if v is not None})
 
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        both = sequence_logprobs(batch, logprobs).view(-1, 2)
-        ref_both = batch.extra.get("ref", torch.zeros_like(both)).view(-1, 2)
-        four = (*both.unbind(1), *ref_both.unbind(1))  # [P] each: policy, reference; chosen, rejected
-        inputs = {name: value for name, value in batch.extra.items() if name in wanted}
-        chosen = four[0]
-        if sft_average != average:
-            chosen = losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, sft_average)[::2]  # [P]
-        preference, sft = loss(*four, **settings, **inputs).sum(), -chosen.sum()
-        statistics = losses.log_ratio_statistics(*four, beta)
+        policy_logprobs = sequence_logprobs(batch, logprobs)  # [2P]
+        ref_logprobs = batch.extra.get("ref", torch.zeros_like(policy_logprobs))  # [2P]
+        policy_chosen, policy_rejected = policy_logprobs.view(-1, 2).unbind(1)  # [P]
+        ref_chosen, ref_rejected = ref_logprobs.view(-1, 2).unbind(1)  # [P]
+        extra = {name: batch.extra[name] for name in config.loss_inputs if name in batch.extra}
+
+        loss = preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, **extra).sum()
+        statistics = preference.log_ratio_statistics(
+            policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta
+        )
         if ref is None:
             del statistics["logratio_abs_mean"]
-        return preference + sft_weight * sft, {"preference_loss": preference, "sft_loss": sft, **statistics}
+        if sft_average != average:
+            mean_or_sum = preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, sft_average)
+            policy_chosen = mean_or_sum[::2]
+        nll = -policy_chosen.sum()
+        return loss + sft_weight * nll, {"preference_loss": loss, "sft_loss": nll, **statistics}
 
     def add_inputs(batches: list[Batch], name: str, num_pairs: int) -> None:
-        """Give micro-batches of a data set what the loss needs beside the policy's log-probs."""
+        """Give micro-batches of a data set the inputs of the loss that the policy's log-probs lack."""
         if ref is not None and "ref" not in batches[0].extra:
             ref.attach(batches, name)
-        if "kl_chosen" in wanted:
+        if "kl_chosen" in config.loss_inputs:
             reference.attach_kl(batches, policy, sequence_logprobs, num_pairs)
 
     def validate(step: int) -> dict[str, float]:
         with engine.during("validation"):
             add_inputs(val_batches, "val", len(pairs["val"]))
-            found = with_std(engine.evaluate(policy, val_batches, loss_fn, len(pairs["val"])))
+            metrics = with_std(engine.evaluate(policy, val_batches, loss_fn, len(pairs["val"])))
             if ref is not None:
                 ref.attach(sample, "val")
-        logprobs = engine.outputs(policy, sample, sequence_logprobs)[0]  # [2] where rank 0 is, else [0]
+        logprobs = engine.outputs(policy, sample, sequence_logprobs)[0]  # [2] on rank 0's replica, else [0]
         rewards = (beta * (logprobs - sample[0].extra.get("ref", 0.0))).tolist()
-        table = zip(("reward_chosen", "reward_rejected"), rewards, strict=False)
-        run.samples(step, [{**preferences.texts(pairs["val"][0], text), **dict(table)}])
-        return {f"val/{name}": value for name, value in found.items()}
+        record = zip(("reward_chosen", "reward_rejected"), rewards, strict=False)
+        session.samples(step, [{**preferences.texts(pairs["val"][0], tokenizer), **dict(record)}])
+        return {f"val/{name}": value for name, value in metrics.items()}
 
     if pairs["val"]:
         val_batches, sample = micro_batches("val", range(len(pairs["val"]))), micro_batches("val", [0])
 
-    # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(resumed.checkpoint, policy, optimizer)
-    run.resume_at(first_step)
-    if first_step:
-        run.say(resumed.describe())
-    elif pairs["val"]:
-        latest = validate(0)
-        run.log(0, latest)
-    checkpoint.check_monitor(config.checkpoint, latest)
-
     # ---- loop ------------------------------------------------------------------------------------
-    clock, reason = Clock(), None
-    for step in range(first_step, total_steps):
+    session.resume({"policy": (policy, optimizer)}, validate if pairs["val"] else None)
+    clock = session.clock
+    for step in session.steps():
         # batch
-        rows = resumed.rows_of_step(step)
+        rows = session.rows_of_step(step)
         batches = micro_batches("train", rows)
         clock.lap("data")
         add_inputs(batches, "train", len(rows))
         clock.lap("reference")
 
         # update
-        lr = optim.learning_rate(config.optim, step, total_steps)
-        with engine.during(f"step {step + 1}"):
-            found = with_std(engine.forward_backward(policy, batches, loss_fn, len(rows)))
+        with engine.during(f"step {session.done}"):
+            update = with_std(engine.forward_backward(policy, batches, loss_fn, len(rows)))
             if step == 0 and ref is not None:
-                reference.check_start(found, config.loss, beta, start_bound)
+                reference.check_start(update, config.loss, beta, start_bound)
             clock.lap("forward_backward")
-            found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
+            update |= optim.update(optimizer, config.optim, step, session.total_steps)
             clock.lap("optimizer")
-
-        # evaluate
-        done, reason = step + 1, stop.reason()
-        metrics = {f"train/{name}": value for name, value in found.items()}
+        metrics = {f"train/{name}": value for name, value in update.items()}
         tokens = sum(pairs["train"][row].num_inputs for row in rows)
         computed = sum(packing.num_places(pairs["train"][row].examples) for row in rows)
         seconds = clock.total("data", "reference", "forward_backward", "optimizer")
-        pace = speed(arch.matmul_params, tokens, computed, seconds)
-        if pairs["val"] and config.validates(done, total_steps):
-            metrics |= validate(done)
+        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
+
+        # evaluate
+        if pairs["val"] and session.validates():
+            metrics |= validate(session.done)
             clock.lap("validate")
+        session.end_step(metrics)
 
-        # log, then save: what a checkpoint continues has been logged
-        latest |= metrics
-        checkpoint.check_monitor(config.checkpoint, latest)
-        run.log(done, {**metrics, **clock.shares(), **pace})
-        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(
-                config.checkpoint, config.run.output, done, policy, optimizer, latest, resumed.state
-            )
-            clock.lap("save")  # counted in the next step's line
-        if reason:
-            break
-
-    # ---- end -------------------------------------------------------------------------------------
-    if reason and done < total_steps:
-        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
-    else:
-        huggingface.save(policy, config.model.path, config.run.output / "hf", [text.save])
-        run.say(f"the model is in {config.run.output / 'hf'}")
-    run.close()
+    session.export(policy, [tokenizer.save])
 
 
 if __name__ == "__main__":

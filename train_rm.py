@@ -13,7 +13,7 @@ arguments the built-in tiny model learns a toy task.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from align.data import display, packing, preferences, tokenizer, tokenizer_files, toy
+from align.data import display, packing, preferences, row_counts, tokenizer_files, toy
 from align.data.packing import Batch, Example
 from align.data.preferences import PreferenceFormat
 from align.distributed import launch, parallel
@@ -30,12 +30,14 @@ from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
 from align.losses import preference, supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.rewards.sources import save_statistics
-from align.tracking.metrics import Clock, speed, wilson_interval, with_std
-from align.tracking.run import Run, RunConfig
-from align.training import batching, checkpoint, continuation, engine, optim
+from align.tracking.metrics import speed, wilson_interval, with_std
+from align.tracking.run import RunConfig
+from align.training import batching, engine, optim
 from align.training.config import CommonConfig
 from align.training.optim import OptimConfig
+from align.training.session import Session
 
 STATISTICS_ROWS = 1000  # whose mean is known to a few hundredths of the standard deviation
 
@@ -59,6 +61,7 @@ class Config(CommonConfig):
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/rm"))
     optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)
+    plan = estimate.reward_model  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,43 +110,36 @@ def main(config: Config) -> None:
     check_model(arch, config.model, config.parallel)
     per_row = 2 if config.loss == "ranking" else 1
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
-    stop = parallel.Stop(config.loop.max_time)
-    run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
-    run.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
+    session = Session(config, __file__)
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
 
     # ---- data ------------------------------------------------------------------------------------
-    train_files, val_files = config.train_data, config.val_data
-    if not train_files:
-        train_files, val_files = parallel.on_main(lambda: toy.write_comparisons(config.run.output / "data"))
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
+    files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
 
     def load(files: Sequence[Path], name: str) -> Rows:
         if config.loss == "ranking":
-            pairs, counts = preferences.load_pairs(files, text, config.format, text_lines=True)
+            pairs, counts = preferences.load_pairs(files, tokenizer, config.format, text_lines=True)
             examples = [tuple(map(preferences.as_scored, pair.examples)) for pair in pairs]
             rows = Rows(examples, np.array([[pair.margin] for pair in pairs]))
         else:
             texts, labels, counts = preferences.load_labelled(
-                files, text, config.format, config.num_attributes
+                files, tokenizer, config.format, config.num_attributes
             )
             rows = Rows([(example,) for example in texts], labels[:, None])
         packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
-        run.say(f"{name} data: {display.describe(counts)}")
+        session.say(f"{name} data: {row_counts.describe(counts)}")
         return rows
 
-    train = load(train_files, "train")
+    train = load(files["train"], "train")
     packing.check_size(len(train.examples), config.batch.global_batch_size, "--train-data")
     first = train.examples[0][0]
     shown = Example(first.ids[:-1], np.arange(len(first.ids) - 1) == len(first.ids) - 2)
-    run.say(f"first row, its score is read at the token in brackets:\n{display.show(shown, text)}")
-    val = {name: load([file], name) for name, file in named_sets("val", val_files).items()}
+    session.say(f"first row, its score is read at the token in brackets:\n{display.show(shown, tokenizer)}")
+    val = {name: load([file], name) for name, file in named_sets("val", files["val"]).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
     sequences = ([example.ids for example in row] for row in train.examples)
-    resumed = continuation.find(config, __file__, sequences, run.say)
-    total_steps = resumed.total_steps
-    optim.check(config.optim, total_steps)
-    run.total_steps = total_steps
+    session.find_checkpoint(sequences)
 
     def micro_batches(data: Rows, rows: Sequence[int]) -> list[Batch]:
         """This rank's share of some rows, packed."""
@@ -175,110 +171,84 @@ def main(config: Config) -> None:
             loss = loss + config.center_rewards_coef * metrics["centering_loss"]
         return loss, metrics
 
-    def statistics(found: dict[str, float], data: Rows, rows: Sequence[int]) -> dict[str, float]:
+    def statistics(metrics: dict[str, float], data: Rows, rows: Sequence[int]) -> dict[str, float]:
         """Metrics of some rows: rewards are means over rows, whatever the loss is a mean over."""
         scale = data.count(rows) / len(rows)
-        return with_std({k: v * scale if k.startswith("rewards") else v for k, v in found.items()})
+        return with_std({k: v * scale if k.startswith("rewards") else v for k, v in metrics.items()})
 
     def metrics_of(name: str, data: Rows, rows: Sequence[int]) -> dict[str, float]:
         """Metrics of some rows of a data set, without a gradient."""
         with engine.during(f"evaluation of {name}"):
-            found = engine.evaluate(scorer, micro_batches(data, rows), loss_fn, data.count(rows))
-        return statistics(found, data, rows)
+            metrics = engine.evaluate(scorer, micro_batches(data, rows), loss_fn, data.count(rows))
+        return statistics(metrics, data, rows)
 
     def evaluate(sets: dict[str, Rows]) -> dict[str, float]:
         """Metrics of some data sets, `name/metric`."""
         metrics = {}
-        for name, rows in sets.items():
-            every = range(len(rows.examples))[slice(None) if name in test else config.val_rows()]
-            found = metrics_of(name, rows, every)
-            metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+        for name, data in sets.items():
+            rows = range(len(data.examples))[slice(None) if name in test else config.val_rows()]
+            metrics |= {f"{name}/{metric}": value for metric, value in metrics_of(name, data, rows).items()}
         return metrics
 
     def reward_statistics() -> dict[str, float | str | dict[int, int]]:
         """Mean and standard deviation of the scores, on validation rows if there are any; last tokens."""
-        name, of = ("val", val["val"]) if val else ("train", train)
-        order = packing.epoch_order(len(of.examples), config.parallel.seed, 0)
+        name, data = ("val", val["val"]) if val else ("train", train)
+        order = packing.epoch_order(len(data.examples), config.parallel.seed, 0)
         rows = order[:STATISTICS_ROWS].tolist()
-        found = metrics_of(name, of, rows)
-        ends = Counter(
-            int(example.ids[-2]) for row in rows for example in of.examples[row]
-        )  # -1: as_scored's
-        mean, std = found["rewards_all_mean"], found["rewards_all_std"]
+        metrics = metrics_of(name, data, rows)
+        last_tokens = (int(example.ids[-2]) for row in rows for example in data.examples[row])  # -1: padding
+        ends = Counter(last_tokens)
         return {
-            "mean": mean,
-            "std": std,
+            "mean": metrics["rewards_all_mean"],
+            "std": metrics["rewards_all_std"],
             "texts": ends.total(),
             "data": name,
             "ends": dict(ends.most_common(8)),
         }
 
-    # ---- resume ----------------------------------------------------------------------------------
-    first_step, latest = checkpoint.resume(resumed.checkpoint, scorer, optimizer)
-    run.resume_at(first_step)
-    if first_step:
-        run.say(resumed.describe())
-    elif val:
-        latest = evaluate(val)
-        run.log(0, latest)
-    checkpoint.check_monitor(config.checkpoint, latest)
-
     # ---- loop ------------------------------------------------------------------------------------
-    clock, reason = Clock(), None
-    for step in range(first_step, total_steps):
+    session.resume({"policy": (scorer, optimizer)}, (lambda step: evaluate(val)) if val else None)
+    clock = session.clock
+    for step in session.steps():
         # batch
-        rows = resumed.rows_of_step(step)
+        rows = session.rows_of_step(step)
         batches = micro_batches(train, rows)
         clock.lap("data")
 
         # update
-        lr = optim.learning_rate(config.optim, step, total_steps)
-        with engine.during(f"step {step + 1}"):
-            found = engine.forward_backward(scorer, batches, loss_fn, train.count(rows))
-            found = statistics(found, train, rows)
+        with engine.during(f"step {session.done}"):
+            update = engine.forward_backward(scorer, batches, loss_fn, train.count(rows))
             clock.lap("forward_backward")
-            found |= {"grad_norm": optim.step(optimizer, lr), "lr": lr}
+            update = statistics(update, train, rows) | optim.update(
+                optimizer, config.optim, step, session.total_steps
+            )
             clock.lap("optimizer")
-
-        # evaluate
-        done, reason = step + 1, stop.reason()
-        metrics = {f"train/{name}": value for name, value in found.items()}
+        metrics = {f"train/{name}": value for name, value in update.items()}
         tokens = sum(example.num_inputs for row in rows for example in train.examples[row])
         computed = sum(packing.num_places(train.examples[row]) for row in rows)
         seconds = clock.total("data", "forward_backward", "optimizer")
-        pace = speed(arch.matmul_params, tokens, computed, seconds)
-        if val and config.validates(done, total_steps):
+        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
+
+        # evaluate
+        if val and session.validates():
             metrics |= evaluate(val)
             clock.lap("validate")
+        session.end_step(metrics)
 
-        # log, then save: what a checkpoint continues has been logged
-        latest |= metrics
-        checkpoint.check_monitor(config.checkpoint, latest)
-        run.log(done, {**metrics, **clock.shares(), **pace})
-        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            checkpoint.save(
-                config.checkpoint, config.run.output, done, scorer, optimizer, latest, resumed.state
-            )
-            clock.lap("save")  # counted in the next step's line
-        if reason:
-            break
-
-    # ---- end -------------------------------------------------------------------------------------
-    if reason and done < total_steps:
-        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
-    else:
+    # ---- test ------------------------------------------------------------------------------------
+    companions = [tokenizer.save, tokenizer_files.save_pad_token]
+    if session.is_complete:
         if test:
-            found = evaluate(test)
-            run.log(total_steps, found)
-        for name, rows in test.items() if config.loss == "ranking" else ():
-            acc, count = found[f"{name}/acc"], len(rows.examples)
+            metrics = evaluate(test)
+            session.run.log(session.total_steps, metrics)
+        for name, data in test.items() if config.loss == "ranking" else ():
+            acc, count = metrics[f"{name}/acc"], len(data.examples)
             low, high = wilson_interval(acc, count)
-            run.say(f"{name}: accuracy {acc:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count} pairs")
-        save_scale = partial(save_statistics, reward_statistics())
-        companions = [text.save, tokenizer_files.save_pad_token, save_scale]
-        huggingface.save(scorer, config.model.path, config.run.output / "hf", companions)
-        run.say(f"the reward model is in {config.run.output / 'hf'}")
-    run.close()
+            session.say(
+                f"{name}: accuracy {acc:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count} pairs"
+            )
+        companions.append(partial(save_statistics, reward_statistics()))
+    session.export(scorer, companions, "reward model")
 
 
 def named_sets(kind: str, files: Sequence[Path]) -> dict[str, Path]:

@@ -1,42 +1,41 @@
-"""Self-rewarding: the model answers, judges its own answers, and learns to prefer those it judged better.
+"""Self-rewarding: a model judges its own responses, and learns to prefer those that it judged better.
 
     torchrun --nproc_per_node 2 train_self_reward.py --model runs/sft/hf \
         --train-data train.jsonl --val-data val.jsonl --output runs/self_reward
 
-In each of --iterations the model samples --samples-per-prompt answers to each prompt and judges each of them
---judgements times, as --judge-template asks, with a score at the end. The mean of the scores ranks the
-answers; the best and the worst become a pair, on which a loss of the DPO family trains. What samples, judges
-and is the reference is the model as it was when the iteration began. At its end the reference becomes the
-policy and Adam starts anew. The learning rate does not: one warm-up and one cosine span all iterations, so
-each later one takes its first steps, in which Adam's moments are new, without a warm-up of its own. With
+In each of --iterations the model samples --samples-per-prompt responses to each prompt and judges each of
+them --judgements times, as --judge-template asks, with a score at the end. The mean of the scores ranks the
+responses; the best and the worst become a pair, on which a loss of the DPO family trains. The model at the
+beginning of an iteration samples, judges and is the reference. At its end the policy becomes the reference
+and Adam starts anew. The learning rate does not: one warm-up and one cosine span all iterations, so each
+later one takes its first steps, in which Adam's moments are new, without a warm-up of its own. With
 --meta-judge the model also judges its judgements, and learns to judge from them. Rows of data are those of
-SFT; on their last answers only --first-iteration-sft trains: align/data/formats.py has the formats. OUTPUT/hf
-is the result. Without arguments it runs on the built-in tiny model, which is random; demo.py shows one that
-learns.
+SFT; on their last responses only --first-iteration-sft trains: align/data/formats.py has the formats.
+OUTPUT/hf is the result. Without arguments it runs on the built-in tiny model, which is random; demo.py shows
+one that learns.
 
 Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new ones from the model.
 Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
 """
 
-import inspect
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from align.data import packing, prompts, tokenizer, toy
+from align.data import packing, sft_tasks, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Batch
-from align.data.prompts import Task
 from align.data.sft import adopt
+from align.data.sft_tasks import Task
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, COUNT, REPEATS, SCALE, check_ranges, number, refuse_unused, whole
@@ -45,31 +44,42 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import (
     Generator,
     RolloutConfig,
-    Sample,
     check_model_logprobs,
     check_rollout,
     warn_if_none_ended,
 )
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
-from align.judging import meta_judge, self_judge
+from align.judging import self_judge as judging
 from align.judging.judge import Judge, JudgeConfig
-from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
-from align.judging.self_judge import Ids, SampledPair, SelfJudge, Streams
-from align.losses import preference as losses
-from align.losses import supervised
+from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
+from align.judging.pairs import Buffer, SampledPair, mix
+from align.judging.self_judge import Ids, JudgedResponses, Sampler, SelfJudge, Streams
+from align.losses import preference, supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.planning import estimate
 from align.rewards import sources
-from align.tracking.metrics import Clock, with_std
-from align.tracking.run import Run, RunConfig
-from align.training import batching, checkpoint, continuation, engine, offload, optim, reference
+from align.tracking.metrics import with_std
+from align.tracking.run import RunConfig
+from align.training import batching, checkpoint, engine, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
-from align.training.offload import OffloadConfig
 from align.training.optim import OptimConfig
+from align.training.phases import OffloadConfig
+from align.training.session import Session, Tokenizer
 
-TRAIN, VAL = 0, 1  # what random numbers of samples are drawn for
-MOST_WAITING = 3  # batches of pairs of judgements; while so many wait, no more are made
+LOSSES = {  # --loss
+    "dpo": preference.dpo,
+    "scale": preference.scale,
+    "rpo_bwd_kl": preference.rpo_bwd_kl,
+    "rpo_fwd_kl": preference.rpo_fwd_kl,
+    "ipo": preference.ipo,
+    "rpo_sq": preference.rpo_sq,
+}
+WITH_GAP = ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")  # losses that take the gap of the scores
+TRAIN, VAL = 0, 1  # random streams of the samples
+BUFFER_BATCHES = 3  # batches of judgement pairs; while the buffer holds so many, no more are sampled
 ROLLOUT = ("generate", "judge", "meta_judge")  # phases before the update
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -88,7 +98,7 @@ class Config(CommonConfig):
     length_control: tuple[float, ...] = (0.0,)
     """length control, one value or one for each iteration: among the responses whose scores are within this
     share of the spread from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
-    loss: Literal["dpo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "ipo", "rpo_sq"] = "dpo"
+    loss: Literal[tuple(LOSSES)] = "dpo"
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: tuple[float, ...] = (0.1,)
     """beta of DPO, one value or one for each iteration: the implicit reward is beta log(pi / pi_ref)"""
@@ -121,6 +131,7 @@ class Config(CommonConfig):
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
     checkpoint: CheckpointConfig = CheckpointConfig(monitor="val/data_loss")
+    plan = estimate.self_rewarding  # for tools/plan.py
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,7 +154,7 @@ class Config(CommonConfig):
                     f"--{name.replace('_', '-')} has {len(values)} values: give one, or one for each of the "
                     f"{self.iterations} --iterations"
                 )
-        if "reward_gap" not in self.loss_inputs:
+        if self.loss not in WITH_GAP:
             refuse_unused(self, Config, "reward_scale", f"with --loss {self.loss}")
         if not self.sft_weight:
             refuse_unused(self, Config, "sft_average_logprobs", "without --sft-weight")
@@ -161,26 +172,21 @@ class Config(CommonConfig):
                 f"--meta-judge-fraction {fraction} of --global-batch-size {size} is no whole pair: raise one"
             )
         if self.meta.meta_judge and self.judge.judgements == 1:
-            raise UserError("--meta-judge compares judgements of one answer: give --judgements 2 or more")
+            raise UserError("--meta-judge compares judgements of one response: give --judgements 2 or more")
         own = {"judge_template": self.judge.judge_template != JudgeConfig.judge_template}
         own["meta_judge_template"] = self.meta.meta_judge_template != MetaJudgeConfig.meta_judge_template
         for name in [name for name in own if own[name] and not self.train_data]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} without --train-data: the toy task has a template of its own")
         if self.sampling.greedy:
-            raise UserError("--greedy gives the same answer every time: leave it out")
-
-    @property
-    def loss_inputs(self) -> set[str]:
-        """Inputs of the loss beside log-probs."""
-        return set(inspect.signature(getattr(losses, self.loss)).parameters)
+            raise UserError("--greedy gives the same response every time: leave it out")
 
     def iteration_steps(self, num_rows: int) -> int:
         """Steps of an iteration."""
         return self.steps_per_iteration or num_rows // self.rows_per_step * self.loop.max_epochs
 
     def rollout_start(self, step: int, iteration_steps: int) -> int:
-        """The first of the steps whose answers are sampled together with those of `step`."""
+        """The first of the steps whose responses are sampled together with those of `step`."""
         return step - step % iteration_steps % self.rollout_ahead
 
     def total_steps(self, num_rows: int, pass_start: int = 0) -> int:
@@ -193,21 +199,64 @@ class Config(CommonConfig):
         Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
         prompt is shortened to what --max-new-tokens leaves.
         """
-        prompt, answer = self.format.max_seq_len, self.sampling.max_new_tokens
+        prompt, response = self.format.max_seq_len, self.sampling.max_new_tokens
         if prompt > max_positions:
             raise UserError(
                 f"--max-seq-len {prompt} is beyond the model's context of {max_positions} tokens: lower it"
             )
-        if answer >= max_positions:
+        if response >= max_positions:
             raise UserError(
-                f"--max-new-tokens {answer} leaves a prompt no token of the model's context of "
+                f"--max-new-tokens {response} leaves a prompt no token of the model's context of "
                 f"{max_positions}: lower it"
             )
-        if 2 * (longest := min(prompt + answer, max_positions)) > self.batch.micro_batch_tokens:
+        if 2 * (longest := min(prompt + response, max_positions)) > self.batch.micro_batch_tokens:
             raise UserError(
-                f"--max-seq-len {prompt} and --max-new-tokens {answer} make sequences of {longest} tokens, "
+                f"--max-seq-len {prompt} and --max-new-tokens {response} make sequences of {longest} tokens, "
                 f"of which a pair has two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
             )
+
+
+@dataclass
+class State:
+    """The models, the judge and the data that the steps use."""
+
+    config: Config
+    session: Session
+    tokenizer: Tokenizer
+    rows: dict[str, list[Task]]
+    self_judge: SelfJudge
+    buffer: Buffer  # judgement pairs that are still to be trained on
+    policy: nn.Module  # in Megatron's DistributedDataParallel
+    ref: offload.Weights
+    generator: Generator
+    sampler_settings: tuple  # what samples depend on beside weights, prompts and streams
+    ref_digest: str = ""
+    iteration: int = 0
+
+    @property
+    def length_control(self) -> float:
+        """--length-control of the iteration."""
+        return of_iteration(self.config.length_control, self.iteration)
+
+    @property
+    def beta(self) -> float:
+        """--beta of the iteration."""
+        return of_iteration(self.config.beta, self.iteration)
+
+    @property
+    def rollouts(self) -> Path:
+        """Directory of the samples that are kept for a crash."""
+        return self.config.run.output / "rollouts"
+
+
+class Training(NamedTuple):
+    """Input of the update of a step."""
+
+    batches: list[Batch]
+    loss_fn: engine.LossFn
+    denominator: int
+    metrics: dict[str, float]
+    audit: dict[str, float] = {}
 
 
 def of_iteration(values: tuple[float, ...], iteration: int) -> float:
@@ -215,7 +264,164 @@ def of_iteration(values: tuple[float, ...], iteration: int) -> float:
     return values[iteration] if len(values) > 1 else values[0]
 
 
-def state_of(path: Path) -> dict:
+# ---- samples ---------------------------------------------------------------------------------------------
+
+
+def sample_policy(state: State, kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
+    """Samples of the policy."""
+    with state.session.phase(kind, policy="weights"):
+        return state.generator.generate(ids, streams, number)
+
+
+def sample_reference(
+    state: State, first: int, kind: str, ids: Ids, streams: Streams, number: int
+) -> list[list[Sample]]:
+    """Samples of the reference model for the steps from `first` on, read from a file if there is one."""
+
+    def generate() -> list[list[Sample]]:
+        with state.session.phase(kind), state.ref.swapped_into(state.policy.module):
+            return state.generator.generate(ids, streams, number)
+
+    settings = (*state.sampler_settings[:2], number, *state.sampler_settings[2:])
+    fingerprint = rollout_cache.fingerprint(state.ref_digest, settings, ids, streams)
+    path = state.rollouts / f"step_{first:08d}_{kind}.safetensors"
+    return rollout_cache.cached(path, fingerprint, generate)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------
+
+
+def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood of the responses of the data."""
+    return supervised.sft_loss(logprobs, batch.mask), {}
+
+
+def preference_loss(
+    config: Config, beta: float, batch: Batch, logprobs: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """--loss of the pairs of a micro-batch, plus --sft-weight times the SFT loss of the chosen responses."""
+
+    def sequence_logprobs(logprobs: Tensor, average: bool) -> Tensor:
+        sums = preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, average)
+        return sums.view(-1, 2)  # [P, 2] of chosen and rejected
+
+    average, sft_average = config.average_logprobs, config.sft_average_logprobs
+    ref_logprobs = torch.zeros_like(logprobs)
+    ref_logprobs[batch.mask.bool()] = batch.extra["ref"]
+    policy_chosen, policy_rejected = sequence_logprobs(logprobs, average).unbind(1)  # [P]
+    ref_chosen, ref_rejected = sequence_logprobs(ref_logprobs, average).unbind(1)  # [P]
+    gap = {"reward_gap": batch.extra["reward_gap"]} if config.loss in WITH_GAP else {}
+
+    losses = LOSSES[config.loss](policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, **gap)
+    statistics = preference.log_ratio_statistics(
+        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta
+    )
+    if sft_average is not None and sft_average != average:
+        policy_chosen = sequence_logprobs(logprobs, sft_average)[:, 0]
+    loss, nll = losses.sum(), -policy_chosen.sum()
+    return loss + config.sft_weight * nll, {"preference_loss": loss, "sft_loss": nll, **statistics}
+
+
+def reference_logprobs(state: State, pairs: list[SampledPair]) -> list[np.ndarray]:
+    """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
+    with state.session.phase("reference"), state.ref.swapped_into(state.policy.module):
+        examples = [pair.examples for pair in pairs]
+        return batching.per_example_outputs(state.policy, examples, state.config.batch)
+
+
+def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.ndarray]) -> list[Batch]:
+    """This rank's share of some pairs, in the micro-batches of `reference_logprobs`."""
+    of_pairs = zip(ref_logprobs[::2], ref_logprobs[1::2], strict=True)
+    values = {
+        "ref": [np.concatenate(pair) for pair in of_pairs],
+        "reward_gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
+    }
+    examples = [pair.examples for pair in pairs]
+    return batching.micro_batches(state.policy, examples, state.config.batch, values)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------
+
+
+def sft_step(state: State, tasks: Sequence[Task]) -> Training:
+    """Train on the responses of the data: the first iteration with --first-iteration-sft."""
+    batches = batching.micro_batches(state.policy, [[task.example] for task in tasks], state.config.batch)
+    return Training(batches, sft_loss, packing.num_trained([task.example for task in tasks]), {})
+
+
+def rollout_step(state: State, steps: range, sample: Sampler) -> list[JudgedResponses]:
+    """Responses of the reference model to the prompts of some steps, with its judgements of them."""
+    places = [(TRAIN, step, row) for step in steps for row in state.session.rows_of_step(step)]
+    tasks = [state.rows["train"][row] for *_, row in places]
+    return state.self_judge.responses(tasks, places, state.config.samples_per_prompt, sample)
+
+
+def meta_judge_step(state: State, judged: list[JudgedResponses], sample: Sampler) -> dict[str, float]:
+    """Compare judgements of one response to each prompt, and put pairs of them into the buffer."""
+    compared = state.self_judge.compare(judged, sample)
+    pairs = [pair for comparison in compared if (pair := comparison.pair()) is not None]
+    num_buffered = sum([state.buffer.offer(pair) for pair in pairs])
+    state.session.samples(state.session.done, state.self_judge.tables("train_comparisons", compared))
+    return judging.comparison_statistics(compared) | {"meta_pairs": num_buffered}
+
+
+def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
+    """Train on a pair of responses to each prompt of a step, and on pairs of judgements out of the buffer."""
+    config, session = state.config, state.session
+    session.samples(session.done, state.self_judge.tables("train_judgements", judged))
+    response_pairs, metrics = state.self_judge.pairs(judged, state.length_control)
+    num_buffered = len(state.buffer)
+    pairs = mix(response_pairs, state.buffer, config.meta.meta_judge_fraction)
+    metrics["meta_samples_per_GBS"] = (num_buffered - len(state.buffer)) / config.batch.global_batch_size
+    loss_fn = partial(preference_loss, config, state.beta)
+    if not pairs:
+        return Training([], loss_fn, 0, metrics)
+
+    # The reference has sampled: its log-probs in training must be those of the sampler.
+    ref_logprobs = reference_logprobs(state, pairs)
+    places = [(pair.row, side) for pair in pairs for side in range(2)]
+    samples = [sample for pair in pairs for sample in pair.samples]
+    stop_texts = (*config.sampling.stop, *state.tokenizer.stop_strings)
+    audit.check_ends(places, samples, state.tokenizer.stop_ids, stop_texts)
+    logprobs = [sample.model_logprobs for sample in samples]
+    errors = audit.compare(places, logprobs, ref_logprobs, config.model.dtype, config=config.audit)
+    return Training(pair_batches(state, pairs, ref_logprobs), loss_fn, len(pairs), metrics, errors)
+
+
+def validate(
+    state: State, true_reward: sources.RewardFunction | None, iteration_steps: int, step: int
+) -> dict[str, float]:
+    """Sample and judge with the policy, compare it with the reference model, and evaluate the SFT loss."""
+    config, session, tasks = state.config, state.session, state.rows["val"]
+    iteration = max(step - 1, 0) // iteration_steps
+    length_control = of_iteration(config.length_control, iteration)
+    places = [(VAL, 0, row) for row in range(len(tasks))]
+    judged = state.self_judge.responses(
+        tasks, places, config.samples_per_prompt, partial(sample_policy, state)
+    )
+    pair_or_none, metrics = state.self_judge.pairs(judged, length_control)
+    pairs = [pair for pair in pair_or_none if pair is not None]
+    if pairs:
+        loss_fn = partial(preference_loss, config, of_iteration(config.beta, iteration))
+        batches = pair_batches(state, pairs, reference_logprobs(state, pairs))
+        with session.phase("validate", policy="weights"), engine.during("validation"):
+            metrics |= with_std(engine.evaluate(state.policy, batches, loss_fn, len(pairs)))
+    with session.phase("validate", policy="weights"), engine.during("validation"):
+        batches, loss_fn, num_tokens, *_ = sft_step(state, tasks)
+        metrics["data_loss"] = engine.evaluate(state.policy, batches, loss_fn, num_tokens)["loss"]
+    if true_reward:
+        truth = true_reward([task.prompt for task in tasks], [answered.samples for answered in judged])
+        metrics |= judging.compare_with(truth, judged)
+    session.samples(step, state.self_judge.tables("val_judgements", judged))
+    texts = [pair.texts(state.tokenizer, state.self_judge.text_of) for pair in pairs[:4]]
+    session.samples(step, [{"table": "val_pairs", **row} for row in texts])
+    return {f"val/{name}": value for name, value in metrics.items()}
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------
+
+
+def read_state(path: Path) -> dict:
     """Buffer and counters of a checkpoint. Raises UserError if it is of another script."""
     if not (path / "judgements.json").is_file():
         raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
@@ -223,13 +429,22 @@ def state_of(path: Path) -> dict:
 
 
 def check_same(before: dict[str, int], now: dict[str, int]) -> None:
-    """Raises UserError if a run is continued that has gone by other flags."""
+    """Raises UserError if flags have changed that say to which iteration and rollout a step belongs."""
     for name in now:
         if now[name] != before[name]:
             raise UserError(
                 f"{name}: {now[name]}, in the run that is to be continued {before[name]}: its reference and "
-                "what waits to be trained on fit its own flags only; give those, or --no-resume"
+                "its buffer fit its own flags only; give those, or --no-resume"
             )
+
+
+def save_state(state: State, flags: dict[str, int], directory: Path) -> None:
+    """Write the reference model and the buffer into a checkpoint. Collective."""
+    with state.session.phase("save"), state.ref.swapped_into(state.policy.module):
+        checkpoint.write_weights(directory / "reference", state.policy.module)
+    if parallel.is_main():
+        record = {"flags": flags, **state.buffer.record()}
+        (directory / "judgements.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def main(config: Config) -> None:
@@ -238,35 +453,25 @@ def main(config: Config) -> None:
     check_model(arch, config.model, config.parallel)
     check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
     config.check_lengths(arch.max_positions)
-    stop = parallel.Stop(config.loop.max_time)
-    run = Run(config.run, asdict(config), __file__, parallel.is_main())
-    run.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session = Session(config, __file__)
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
-    files = {"train": config.train_data, "val": config.val_data}
+    files, tokenizer, formats = config.files(toy.write), session.load_tokenizer(), RowFormats()
     judge_config, meta_config = config.judge, config.meta
     if not config.train_data:
-        toy_files = parallel.on_main(lambda: toy.write(config.run.output / "data"))
-        files = dict(zip(files, toy_files, strict=True))
         templates = parallel.on_main(lambda: toy.write_templates(config.run.output / "data"))
         judge_config = replace(judge_config, judge_template=templates[0])
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
-    text = tokenizer.load(config.model.path, run.say, config.text, parallel.on_main(run.first_day))
-    size = config.batch.global_batch_size
-    formats = RowFormats()
-    rows = prompts.load_sft_sets(files, text, config.format, arch.vocab_size, run.say, formats)
-    trained_format = adopt(formats, text, config.format, run.say)
+    rows = sft_tasks.load_sft_sets(files, tokenizer, config.format, arch.vocab_size, session.say, formats)
+    trained_format = adopt(formats, tokenizer, config.format, session.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
+    size = config.batch.global_batch_size
     packing.check_size(len(rows["train"]), size, "--train-data")
     rows["val"] = rows["val"][config.val_rows()]
-    sequences = ([task.prompt.ids, task.example.ids] for task in rows["train"])
-    resumed = continuation.find(config, __file__, sequences, run.say)
-    total_steps, iteration_steps = resumed.total_steps, config.iteration_steps(len(rows["train"]))
-    epoch_steps = len(rows["train"]) // size
-    optim.check(config.optim, total_steps)
-    run.total_steps = total_steps
-    # what says to which iteration and rollout a step belongs
+    path = session.find_checkpoint([task.prompt.ids, task.example.ids] for task in rows["train"])
+    iteration_steps, epoch_steps = config.iteration_steps(len(rows["train"])), len(rows["train"]) // size
     layout_of_steps = {
         "steps of an iteration (--steps-per-iteration, or --max-epochs of the data)": iteration_steps,
         "--rollout-ahead": config.rollout_ahead,
@@ -274,250 +479,118 @@ def main(config: Config) -> None:
     }
 
     # ---- judges ----------------------------------------------------------------------------------
-    room, stop_texts = arch.max_positions, config.sampling.stop
+    room = arch.max_positions
     if config.meta.meta_judge:  # trained on as well, in pairs
         room = min(room, config.batch.micro_batch_tokens // 2)
     room -= config.sampling.max_new_tokens
-    run.say(f"judge prompts of more than {room} tokens are shortened, and counted in judge_shortened")
-    ask = Judge(judge_config, text, config.format, room)
-    ask_meta = MetaJudge(meta_config, text, config.format, room)
-    for one in [ask, ask_meta] if config.meta.meta_judge else [ask]:
-        one.check(rows["train"][0].prompt.row)
-    asker = SelfJudge(ask, ask_meta, text, stop_texts)
+    session.say(f"judge prompts of more than {room} tokens are shortened, and counted in judge_shortened")
+    judge = Judge(judge_config, tokenizer, config.format, room)
+    meta_judge = MetaJudge(meta_config, tokenizer, config.format, room)
+    for template in [judge, meta_judge] if config.meta.meta_judge else [judge]:
+        template.check(rows["train"][0].prompt.row)
+    self_judge = SelfJudge(judge, meta_judge, tokenizer, config.sampling.stop)
     cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else math.inf
     buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
     true_reward = config.true_reward_fn and sources.RewardFunction(
-        config.true_reward_fn, text, stop_texts, "--true-reward-fn"
+        config.true_reward_fn, tokenizer, config.sampling.stop, "--true-reward-fn"
     )
 
     # ---- model -----------------------------------------------------------------------------------
-    folder = config.run.output / "rollouts"
-    clock, shelf = Clock(), config.offload.shelf(config.run.output)
-    phase = offload.Phases(clock, run.say, shelf, config.offload.enabled)
+    phase, store = session.offload(config.offload)
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
-    if path := resumed.checkpoint:
-        state = state_of(path)
-        check_same(state["flags"], layout_of_steps)
+    if path:
+        record = read_state(path)
+        check_same(record["flags"], layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
-        self_judge.fill_buffer(buffer, state)
-    start_bound = config.audit_start
-    if start_bound is None:
-        start_bound = reference.start_bound(config.model.dtype, parallel.is_exact(config.parallel))
-    ref = offload.Weights(policy.module, shelf)
+        buffer.restore(record)
+    is_exact = parallel.is_exact(config.parallel)
+    start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
+    ref = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, text)
-    run.say(generator.describe())
-
-    # ---- rollouts --------------------------------------------------------------------------------
-    def by_policy(kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
-        """Samples of the policy as it is now."""
-        with phase(kind, policy="weights"):
-            return generator.generate(ids, streams, number)
-
-    def by_reference(first: int, kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
-        """Samples of the reference for the steps from `first` on, out of a file if there is one."""
-
-        def make() -> list[list[Sample]]:
-            with phase(kind), ref.lent_to(policy.module):
-                return generator.generate(ids, streams, number)
-
-        settings = (config.sampling, config.parallel.seed, number, config.model.dtype, arch)
-        path = folder / f"step_{first:08d}_{kind}.safetensors"
-        return rollout_cache.kept(
-            path,
-            rollout_cache.made_of(
-                ref_id, (*settings, sorted(text.stop_ids), text.stop_strings), ids, streams
-            ),
-            make,
-        )
-
-    # ---- losses ----------------------------------------------------------------------------------
-    sft_average = (
-        config.average_logprobs if config.sft_average_logprobs is None else config.sft_average_logprobs
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    session.say(generator.describe())
+    stops = sorted(tokenizer.stop_ids), tokenizer.stop_strings
+    settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *stops)
+    state = State(
+        config,
+        session,
+        tokenizer,
+        rows,
+        self_judge,
+        buffer,
+        policy,
+        ref,
+        generator,
+        sampler_settings=settings,
     )
 
-    def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return supervised.sft_loss(logprobs, batch.mask), {}
-
-    def preference_loss(batch: Batch, logprobs: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-        ref_logprobs = torch.zeros_like(logprobs)
-        ref_logprobs[batch.mask.bool()] = batch.extra["ref"]
-        both, ref_both = (
-            losses.sequence_logprobs(x, batch.mask, batch.lengths, config.average_logprobs).view(-1, 2)
-            for x in (logprobs, ref_logprobs)
-        )
-        four = (*both.unbind(1), *ref_both.unbind(1))  # [P] each: policy, reference; chosen, rejected
-        inputs = {name: value for name, value in batch.extra.items() if name in config.loss_inputs}
-        preference = getattr(losses, config.loss)(*four, beta=beta, **inputs).sum()
-        statistics = losses.log_ratio_statistics(*four, beta)
-        chosen = four[0]
-        if sft_average != config.average_logprobs:
-            chosen = losses.sequence_logprobs(logprobs, batch.mask, batch.lengths, sft_average)[::2]  # [P]
-        sft = -chosen.sum()
-        metrics = {"preference_loss": preference, "sft_loss": sft, **statistics}
-        return preference + config.sft_weight * sft, metrics
-
-    def known_logprobs(pairs: list[SampledPair]) -> list[np.ndarray]:
-        """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
-        with phase("reference"), ref.lent_to(policy.module):
-            return batching.per_example(policy, [pair.examples for pair in pairs], config.batch)
-
-    def pair_batches(pairs: list[SampledPair], known: list[np.ndarray]) -> list[Batch]:
-        """This rank's share of some pairs, in the same micro-batches as there."""
-        values = {
-            "ref": [np.concatenate(known[i : i + 2]) for i in range(0, len(known), 2)],
-            "reward_gap": [np.array([config.reward_scale * pair.gap]) for pair in pairs],
-        }
-        return batching.micro_batches(policy, [pair.examples for pair in pairs], config.batch, values)
-
-    def sft_batches(tasks: Sequence[Task]) -> list[Batch]:
-        return batching.micro_batches(policy, [[task.example] for task in tasks], config.batch)
-
-    def validate(step: int) -> dict[str, float]:
-        """The policy as it is now answers and judges, and is compared with the reference."""
-        iteration = max(step - 1, 0) // iteration_steps
-        places = [(VAL, 0, row) for row in range(len(rows["val"]))]
-        found = asker.answers(rows["val"], places, config.samples_per_prompt, by_policy)
-        made, metrics = asker.pairs(found, of_iteration(config.length_control, iteration))
-        pairs = [pair for pair in made if pair is not None]
-        if pairs:
-            loss_fn = partial(preference_loss, beta=of_iteration(config.beta, iteration))
-            batches = pair_batches(pairs, known_logprobs(pairs))
-            with phase("validate", policy="weights"), engine.during("validation"):
-                metrics |= with_std(engine.evaluate(policy, batches, loss_fn, len(pairs)))
-        with phase("validate", policy="weights"), engine.during("validation"):
-            tokens = packing.num_trained([task.example for task in rows["val"]])
-            metrics["data_loss"] = engine.evaluate(policy, sft_batches(rows["val"]), sft_loss, tokens)["loss"]
-        if true_reward:
-            truth = true_reward([task.prompt for task in rows["val"]], [each.samples for each in found])
-            metrics |= self_judge.compare_with(truth, found)
-        run.samples(step, asker.tables("val_judgements", found))
-        run.samples(step, [{"table": "val_pairs", **pair.texts(text, asker.said)} for pair in pairs[:4]])
-        return {f"val/{name}": value for name, value in metrics.items()}
-
-    # ---- resume ----------------------------------------------------------------------------------
-    with phase("load", policy="all"):
-        first_step, latest = checkpoint.resume(path, policy, optimizer)
-    run.resume_at(first_step)
-    if first_step:
-        run.say(resumed.describe())
-    elif rows["val"]:
-        latest = validate(0)
-        run.log(0, latest)
-    checkpoint.check_monitor(config.checkpoint, latest)
-
     # ---- loop ------------------------------------------------------------------------------------
-    clock.shares(), phase.memory()  # what came before the first step is not its own
-    ref_id, reason, untouched, rolled_out = rollout_cache.weights_digest(ref), None, False, []
-    for step in range(first_step, total_steps):
-        done, iteration = step + 1, step // iteration_steps
-        begin, end = iteration * iteration_steps, (iteration + 1) * iteration_steps
-        metrics = {"iteration": iteration, "epoch": step // epoch_steps, "consumed_samples": done * size}
-        audited: dict[str, float] = {}
-        untouched |= step == begin  # the policy is still the reference
+    validation = partial(validate, state, true_reward, iteration_steps)
+    session.resume({"policy": (policy, optimizer)}, validation if rows["val"] else None)
+    state.ref_digest = rollout_cache.weights_digest(ref)
+    first_step, is_reference, judged = session.step, False, []
+    for step in session.steps():
+        state.iteration = step // iteration_steps
+        begin, end = state.iteration * iteration_steps, (state.iteration + 1) * iteration_steps
+        metrics = {
+            "iteration": state.iteration,
+            "epoch": step // epoch_steps,
+            "consumed_samples": session.done * size,
+        }
+        is_reference |= step == begin  # the policy is still the reference
 
-        if iteration == 0 and config.first_iteration_sft:
-            tasks = [rows["train"][row] for row in resumed.rows_of_step(step)]
-            batches, loss_fn = sft_batches(tasks), sft_loss
-            denominator = packing.num_trained([task.example for task in tasks])
+        if state.iteration == 0 and config.first_iteration_sft:
+            training = sft_step(state, [rows["train"][row] for row in session.rows_of_step(step)])
         else:
             # rollout, for several steps at once
             start = config.rollout_start(step, iteration_steps)
+            sample = partial(sample_reference, state, start + 1)
             if step in (start, first_step):
-                ahead = range(start, min(start + config.rollout_ahead, end))
-                places = [(TRAIN, one, row) for one in ahead for row in resumed.rows_of_step(one)]
-                tasks, sample = [rows["train"][row] for *_, row in places], partial(by_reference, start + 1)
-                first_rollout = not rolled_out
-                rolled_out = asker.answers(tasks, places, config.samples_per_prompt, sample)
-                if first_rollout:
-                    responses = [sample for answered in rolled_out for sample in answered.samples]
-                    warn_if_none_ended(responses, config.sampling.max_new_tokens, run.say)
-            if step == start and config.meta.meta_judge and len(buffer) < MOST_WAITING * size:
-                compared = asker.compare(rolled_out, sample)
-                taken = [buffer.offer(pair) for one in compared if (pair := one.pair()) is not None]
-                metrics |= self_judge.comparison_statistics(compared) | {"meta_pairs": sum(taken)}
-                run.samples(done, asker.tables("train_comparisons", compared))
-
-            # pairs
-            found = rolled_out[(step - start) * size : (step - start + 1) * size]
-            run.samples(done, asker.tables("train_judgements", found))
-            made, statistics = asker.pairs(found, of_iteration(config.length_control, iteration))
-            waiting = len(buffer)
-            pairs = meta_judge.mix(made, buffer, config.meta.meta_judge_fraction)
-            metrics |= statistics | {"meta_samples_per_GBS": (waiting - len(buffer)) / size}
-
-            # what the reference says, and whether it is what has sampled
-            known = known_logprobs(pairs) if pairs else []
-            batches, denominator = pair_batches(pairs, known) if pairs else [], len(pairs)
-            loss_fn = partial(preference_loss, beta=of_iteration(config.beta, iteration))
-            if pairs:
-                places = [(pair.row, side) for pair in pairs for side in range(2)]
-                sampled = [one for pair in pairs for one in pair.samples]
-                audit.check_ends(places, sampled, text.stop_ids, (*stop_texts, *text.stop_strings))
-                sampled_logprobs = [one.model_logprobs for one in sampled]
-                audited = audit.compare(
-                    places, sampled_logprobs, known, config.model.dtype, config=config.audit
-                )
+                is_first = not judged
+                judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
+                if is_first:
+                    responses = [response for answered in judged for response in answered.samples]
+                    warn_if_none_ended(responses, config.sampling.max_new_tokens, session.say)
+            if step == start and config.meta.meta_judge and len(buffer) < BUFFER_BATCHES * size:
+                metrics |= meta_judge_step(state, judged, sample)
+            training = preference_step(state, judged[(step - start) * size : (step - start + 1) * size])
+        metrics |= training.metrics
 
         # update
-        if denominator:
-            lr = optim.learning_rate(config.optim, step, total_steps)
-            with phase("train", policy="all"), engine.during(f"step {done}"):
-                updated = with_std(engine.forward_backward(policy, batches, loss_fn, denominator))
-                if untouched and "preference_loss" in updated:
-                    beta = of_iteration(config.beta, iteration)
-                    reference.check_start(updated, config.loss, beta, start_bound)
-                untouched = False
-                metrics |= updated | {"grad_norm": optim.step(optimizer, lr), "lr": lr}
+        if training.denominator:
+            with phase("train", policy="all"), engine.during(f"step {session.done}"):
+                update = with_std(engine.forward_backward(policy, *training[:3]))
+                if is_reference and "preference_loss" in update:
+                    reference.check_start(update, config.loss, state.beta, start_bound)
+                is_reference = False
+                metrics |= update | optim.update(optimizer, config.optim, step, session.total_steps)
         else:
-            run.say(f"step {done}: no prompt gave a pair, so nothing was learnt")
-        times = {"timers/rollout_time": clock.total(*ROLLOUT), "timers/train_time": clock.total("train")}
-        metrics = {f"train/{name}": value for name, value in metrics.items()} | audited
+            session.say(f"step {session.done}: no prompt gave a pair, so nothing was learnt")
+        metrics = {f"train/{name}": value for name, value in metrics.items()} | training.audit
+        rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
+        metrics["timers/train_time"] = session.clock.total("train")
 
         # evaluate
-        reason = stop.reason()
-        if rows["val"] and (config.validates(done, total_steps) or done == end):
-            metrics |= validate(done)
-            times["timers/validation_time"] = clock.total(*ROLLOUT) - times["timers/rollout_time"]
+        if rows["val"] and (session.validates() or session.done == end):
+            metrics |= validation(session.done)
+            metrics["timers/validation_time"] = session.clock.total(*ROLLOUT) - rollout_time
 
         # the next iteration begins
-        if done == end:
+        if session.done == end:
             with phase("next_iteration", policy="all"):
                 ref.follow(policy.module)
                 optim.reset(optimizer)
-            ref_id = rollout_cache.weights_digest(ref)
+            state.ref_digest = rollout_cache.weights_digest(ref)
             buffer.clear()
 
-        # log, then save: what a checkpoint continues has been logged
-        latest |= metrics
-        checkpoint.check_monitor(config.checkpoint, latest)
-        run.log(done, {**metrics, **times, **clock.shares(), **phase.memory()})
-        if checkpoint.is_due(config.checkpoint, done) or done == total_steps or reason:
-            with checkpoint.saving(config.checkpoint, config.run.output, done, latest, resumed.state) as path:
-                with phase("save", policy="all"):  # counted in the next step's line
-                    checkpoint.write(path, done, policy, optimizer)
-                with phase("save"), ref.lent_to(policy.module):
-                    checkpoint.write_weights(path / "reference", policy.module)
-                if parallel.is_main():
-                    state = {"flags": layout_of_steps, **self_judge.buffer_record(buffer)}
-                    (path / "judgements.json").write_text(json.dumps(state), encoding="utf-8")
-            if parallel.is_main():
-                rollout_cache.discard(folder, config.rollout_start(done, iteration_steps) + 1)
-        if reason:
-            break
+        is_saved = session.end_step(metrics, partial(save_state, state, layout_of_steps))
+        if is_saved and parallel.is_main():
+            rollout_cache.discard(state.rollouts, config.rollout_start(session.done, iteration_steps) + 1)
 
-    # ---- end -------------------------------------------------------------------------------------
-    if reason and done < total_steps:
-        run.say(f"{reason}: stopped after step {done} of {total_steps}; the same command continues")
-    else:
-        with phase("export", policy="weights"):
-            savers = [text.save, trained_format.save]
-            huggingface.save(policy, config.model.path, config.run.output / "hf", savers)
-        run.say(f"the model is in {config.run.output / 'hf'}")
-    run.close()
+    session.export(policy, [tokenizer.save, trained_format.save])
 
 
 if __name__ == "__main__":

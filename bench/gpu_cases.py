@@ -32,7 +32,7 @@ from align.distributed.parallel import ParallelConfig
 from align.generation import sampling
 from align.generation.generator import Generator, RolloutConfig
 from align.losses import preference, supervised
-from align.model import architecture, config, gpt, huggingface
+from align.model import architecture, config, gpt, huggingface, huggingface_names
 from align.training import batching, engine, optim
 from align.training.reference import Swapped
 
@@ -392,7 +392,6 @@ def ppo_flags(case: Record, work: Work, policy: Path, scorer: Path) -> list[str]
         "model": policy,
         "reward-model": scorer,
         "precision": "bf16",
-        "advantages": "gae",
         "prompts-per-step": work.ppo_answers,
         "global-batch-size": work.ppo_answers,
         "rollout-slots": work.ppo_answers,
@@ -401,7 +400,7 @@ def ppo_flags(case: Record, work: Work, policy: Path, scorer: Path) -> list[str]
         ),
         "max-prompt-len": 2 * work.ppo_prompt_tokens[1] + 64,  # the chat template adds to it
         "max-new-tokens": work.ppo_new_tokens,
-        "unended": "keep",
+        "truncated": "keep",
         "kl-coef": KL_COEF,
         "offload": case["offload"],
         "max-steps": work.ppo_steps,
@@ -434,7 +433,7 @@ def write_model(shape: Shape, scratch: Path, labels: int) -> Path:
         return folder
     shutil.copytree(ROOT / "assets" / "tiny", folder)
     arch = architecture_of(shape, shape.layers)
-    named = huggingface.tensor_shapes(replace(arch, labels=labels))
+    named = huggingface_names.tensor_shapes(replace(arch, labels=labels))
     torch.manual_seed(labels)
     tensors = {}
     for name, size in named.items():

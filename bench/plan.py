@@ -1,12 +1,12 @@
-"""What plan.py says of a run on CPUs, beside what the run takes: each phase's peak, of all ranks the highest.
+"""Memory of runs on CPUs, estimated by tools.plan and measured: each phase's peak, the highest of all ranks.
 
     python bench/plan.py                    # all cases
     python bench/plan.py --only sft ppo_on
 
 Models are random, with some 50 to 115 million weights. Measured is resident memory with each larger tensor
-mapped by itself (plan_cases.py: "exact"), the sum of what lives at one moment, which is what plan.py
+mapped by itself (plan_cases.py: "exact"): the sum of all allocations of a moment, which tools.plan
 computes. --allocator run measures with glibc as runs have it: it keeps what was freed, with gaps between
-tensors, and so a phase's peak is that of all phases before it, too. plan's allowance for CPUs is for that.
+tensors, and so a phase's peak is that of all phases before it, too. The allowance for CPUs is for that.
 
 A random model judges nothing, and its answers are no text: of self-rewarding only sampling and saving are
 compared.
@@ -26,8 +26,10 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import plan  # noqa: E402
+from align import command_line  # noqa: E402
+from align.planning.phases import Cluster, on_device  # noqa: E402
 from bench import plan_cases  # noqa: E402
+from tools import plan  # noqa: E402
 
 LARGE = dict(
     vocab_size=16384,
@@ -46,7 +48,7 @@ SFT = "train_sft.py --model {large} --train-data {data}/rows.jsonl --loss-on all
 DPO = "train_dpo.py --model {large} --train-data {data}/pairs.jsonl {pairs}"
 SAMPLED = (
     "--train-data {data}/prompts.jsonl --model {small} --max-prompt-len 128 --max-new-tokens 128 "
-    "--micro-batch-tokens 2048 --max-steps 1 --unended keep"
+    "--micro-batch-tokens 2048 --max-steps 1 --truncated keep"
 )
 PPO = f"train_ppo.py {SAMPLED} --reward-model {{small_rm}} --prompts-per-step 16 --global-batch-size 16"
 RS = (
@@ -72,7 +74,7 @@ CASES = {  # name: processes, command
     "ppo_tp2_on": (2, f"{PPO} --offload on --tp 2"),
     "grpo": (
         1,
-        f"train_ppo.py {SAMPLED} --reward-model {{small_rm}} --advantages grpo --samples-per-prompt 7 "
+        f"train_grpo.py {SAMPLED} --reward-model {{small_rm}} --samples-per-prompt 7 "
         "--prompts-per-step 4 --global-batch-size 28",
     ),
     "rs": (1, RS),
@@ -133,14 +135,13 @@ def measured(processes: int, command: list[str], allocator: str, directory: Path
 
 
 def planned(processes: int, command: list[str], process: float) -> list[dict[str, float]]:
-    """What plan.py says of each pipeline stage. `process`: its figure for the process itself, in GB."""
-    cluster = plan.Cluster(gpus_per_node=processes, device="cpu", host_memory=1000)
+    """The estimate of each pipeline stage. `process`: that of the process itself, in GB."""
+    cluster = Cluster(gpus_per_node=processes, device="cpu", host_memory=1000)
     script = plan.load_script(ROOT / command[0])
-    flags = tyro.cli(script.Config, args=command[1:], config=(tyro.conf.OmitArgPrefixes,))
-    job = plan.read(flags, cluster)
+    job = command_line.parse(script.Config, command[1:]).plan(cluster)
     stages = [replace(job.layout, stage=stage) for stage in range(job.layout.pp)]
     return [
-        {p.name: sum(plan.on_device(job, s, p, process * 1e9).values()) / 1e9 for p in plan.phases(job, s)}
+        {p.name: sum(on_device(job, s, p, process * 1e9).values()) / 1e9 for p in job.phases(s)}
         for s in stages
     ]
 
@@ -165,7 +166,7 @@ def compare(case: str, process: float, names: dict[str, str], config: Config, di
 
 def main(config: Config) -> None:
     """Print plan, measurement and their ratio for each phase of each case."""
-    alone = "import plan; plan.load_script(plan.Path('train_ppo.py')); print(plan.process_bytes())"
+    alone = "from tools import plan; plan.load_script(plan.Path('train_ppo.py')); print(plan.process_bytes())"
     process = float(subprocess.run([sys.executable, "-c", alone], cwd=ROOT, capture_output=True).stdout) / 1e9
     print(f"plan's own process: {process:.3f} GB; all in GB")
     print(f"{'':<22}{'phase':<20}{'plan':>8}{'measured':>10}{'ratio':>8}")

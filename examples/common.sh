@@ -20,7 +20,7 @@ obtain_model() {
         [[ -d $MODEL ]] || python -m tools.prepare_model nemo --input "$NEMO" --output "$MODEL"
     elif [[ $MODEL == smollm2 ]]; then # convert_llama_hf_to_nemo.py: a Hugging Face directory needs no conversion
         MODEL=models/smollm2-135m-instruct
-        python tools/smollm2.py --output "$MODEL"
+        python -m tools.smollm2 --output "$MODEL"
     fi
 }
 

@@ -36,7 +36,7 @@ flags=(
     --micro-batch-tokens 2048        # model.micro_batch_size=1, trainer.ppo.inference_micro_batch_size=4
     --max-prompt-len "$PROMPT_LEN"   # remote_critic_rm.pad_to_length=2048: nothing is padded
     --max-new-tokens "$NEW_TOKENS"   # model.ppo.length_params.max_length
-    --unended keep                   # so few tokens cut most answers off: leave this out with 1024
+    --truncated keep                   # so few tokens cut most answers off: leave this out with 1024
     --lr "$LR" --min-lr "$LR"        # model.optim.lr, sched.min_lr
     --critic-lr "$LR" --critic-min-lr "$LR" # model.optim.lr of the critic server
     --warmup-steps 1                 # model.optim.sched.warmup_steps=10

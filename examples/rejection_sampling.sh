@@ -34,12 +34,12 @@ flags=(
     --prompts-per-step "$PROMPTS"    # model.rs.num_rollout_samples
     --samples-per-prompt "$SAMPLES"  # model.rs.num_rollouts_per_prompt
     --keep-top 1                     # model.rs.top_n_rollouts
-    --global-batch-size "$PROMPTS"   # model.global_batch_size: kept answers of one optimizer step
+    --global-batch-size "$PROMPTS"   # model.global_batch_size: kept responses of one optimizer step
     --rollout-slots 32               # model.rs.rollout_micro_batch_size=16, val_rollout_micro_batch_size=8
     --micro-batch-tokens 2048        # model.micro_batch_size=1, rs.forward_micro_batch_size=16
     --max-prompt-len "$PROMPT_LEN"
     --max-new-tokens "$NEW_TOKENS"   # model.rs.length_params.max_length
-    --unended keep                   # so few tokens cut most answers off: leave this out with 1024
+    --truncated keep                   # so few tokens cut most answers off: leave this out with 1024
     --lr "$LR" --min-lr "$LR"        # model.optim.lr=1.001 times sched.min_lr, to be constant
     --warmup-steps 0                 # model.optim.sched.warmup_steps; constant_steps=312 is not needed
     --weight-decay 0.01              # model.optim.weight_decay; also the default

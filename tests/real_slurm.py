@@ -35,7 +35,7 @@ SFT = ["--global-batch-size", "4", "--val-batches", "1", "--save-interval", "2"]
 PPO = ["--prompts-per-step", "4", "--global-batch-size", "4", "--max-new-tokens", "4", "--val-batches", "1"]
 PPO += ["--critic-lr", "1e-5", "--reward-fn", "tests.real_slurm:reward"]
 CHANGED = "--resume-with-changes"  # --max-steps decides the learning rate
-PPO += ["--unended", "keep", "--max-steps", "10"]
+PPO += ["--truncated", "keep", "--max-steps", "10"]
 # the partition is the batch files' placeholder, which makes them valid as they are
 CONFIG = """\
 ClusterName=test

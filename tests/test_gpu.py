@@ -44,7 +44,7 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA 
 on_gpu = [pytest.param("cuda", marks=needs_gpu)]
 on_both = ["cpu", *on_gpu]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
-ANSWERS = "--reward-fn tests.support.rewards:reward --unended keep --max-prompt-len 48 --prompts-per-step 4"
+ANSWERS = "--reward-fn tests.support.rewards:reward --truncated keep --max-prompt-len 48 --prompts-per-step 4"
 COMMANDS = {  # the tiny model; {data} and {judge} are folders
     "sft": "train_sft.py --train-data {data}/train.jsonl --global-batch-size 4 --max-seq-len 64",
     "rm": "train_rm.py --train-data {data}/train_comparisons.jsonl --global-batch-size 4 --max-seq-len 64",
@@ -256,7 +256,7 @@ def test_rotation(device, dtype):
         angles = torch.rand(tokens, 12, dtype=torch.float64) * 7
         cos, sin = (x[:, None].to(device, dtype) for x in (angles.cos(), angles.sin()))
         x = torch.randn(tokens, 3, 24, device=device).to(dtype).requires_grad_()
-        grad = torch.randn_like(y := layers.rotate(x, cos, sin))
+        grad = torch.randn_like(y := layers.rotary_embedding(x, cos, sin))
         y.backward(grad)
         (exact_x,) = exact(x)
         expected = layer_formulas.turned(exact_x, angles)
@@ -311,7 +311,7 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
     rng = torch.Generator().manual_seed(seed)
     lengths, prefixes = random_pack(rng)
     total = sum(lengths)
-    packing = attention.describe(lengths, prefixes, total, None, torch.device(device), part=(0, 1))
+    packing = attention.packed_params(lengths, prefixes, total, None, torch.device(device), part=(0, 1))
     inputs = [
         torch.randn(total, count, d, generator=rng).bfloat16().to(device).requires_grad_()
         for count in (heads, groups, groups)

@@ -8,7 +8,7 @@ The weights are written in bf16, the precision in which the model was published:
 to bf16 is far below the error of its 4 bits, and fp32 would double the file for nothing. Expect evaluations
 a little below those of the published model.
 
-    python tools/smollm2.py --output models/smollm2-135m-instruct
+    python -m tools.smollm2 --output models/smollm2-135m-instruct
 
 Takes 20 seconds, 93 MB of download, 1.6 GB of memory, 273 MB on disk. An existing model is left as it is.
 """

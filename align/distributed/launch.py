@@ -1,22 +1,17 @@
 """Run a script: flags, process group, watch over the ranks, and errors in one line."""
 
-import contextlib
-import io
 import os
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 from align import console
+from align.command_line import parse
 from align.distributed import parallel, watchdog
 from align.errors import UserError
 
 C = TypeVar("C")
-BORDER, RULE = re.compile(r"^[│|]|[│|]$"), "─╭╮╰╯+- "  # of the box around tyro's messages
 
 
 def run(main: Callable[[C], None], config_class: type[C]) -> None:
@@ -37,22 +32,7 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
             watchdog.say(line, "", None)
         else:
             time.sleep(watchdog.GRACE_S)  # torchrun ends all as soon as one has ended
-        watchdog.leave(status, line)
-
-
-def parse(config_class: type[C], words: Sequence[str] | None = None) -> C:
-    """`words`, or the command line, as a configuration. Raises UserError for a flag that it does not take."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(config_class, args=words, config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        lines = [BORDER.sub("", line.strip()).strip() for line in box.getvalue().splitlines()]
-        lines = [line for line in lines[1:] if line.strip(RULE) and not line.startswith("For full helptext")]
-        text = " ".join(lines)
-        raise UserError(re.sub(r"^Error parsing \w+: ", "", text)) from None
+        watchdog.end_process(status, line)
 
 
 def log_of(config: Any) -> Path | None:

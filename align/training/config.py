@@ -1,11 +1,14 @@
 """Flags that every script has, the number of steps, and the steps that validate."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.data import hub
 from align.data.packing import BatchConfig
 from align.data.tokenizer import TextConfig
+from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig, parse_time
 from align.errors import UserError
 from align.flags import COUNT, check_ranges, refuse_unused
@@ -17,6 +20,8 @@ from align.training.optim import OptimConfig
 
 @dataclass(frozen=True)
 class LoopConfig:
+    """Length of the run and its validations."""
+
     max_epochs: int = 1
     """passes over the training rows"""
     max_steps: int | None = None
@@ -66,13 +71,22 @@ class CommonConfig:
             if hub.is_data(path) and not hub.split_of(path):
                 raise UserError(f"--val-data {path}: name a split, as in {path}:validation")
 
+    def files(
+        self, write_toy: Callable[[Path], tuple[tuple[Path, ...], tuple[Path, ...]]]
+    ) -> dict[str, Sequence[Path]]:
+        """Files of "train" and "val"; without --train-data a toy task's, in OUTPUT/data. Collective."""
+        train, val = self.train_data, self.val_data
+        if not train:
+            train, val = parallel.on_main(lambda: write_toy(self.run.output / "data"))
+        return {"train": train, "val": val}
+
     @property
     def rows_per_step(self) -> int:
-        """Training rows that one step takes."""
+        """Training rows of one step."""
         return self.batch.global_batch_size
 
     def total_steps(self, num_rows: int, pass_start: int = 0) -> int:
-        """Steps of the whole run; rows that do not suffice for one more are left out of an epoch.
+        """Steps of the whole run; an epoch leaves out rows that do not fill a step.
 
         `pass_start`: the step before which the first epoch began.
         """
@@ -80,9 +94,13 @@ class CommonConfig:
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def val_rows(self) -> slice:
-        """The rows of a validation set that are used."""
+        """The rows of a validation set in use."""
         batches = self.loop.val_batches
         return slice(None if batches is None else batches * self.rows_per_step)
+
+    def plan(self, cluster: Any) -> Any:
+        """Models and phases for tools/plan.py: a script names its function of align/planning/estimate.py."""
+        raise UserError("tools.plan cannot plan this script: its Config has no `plan = estimate. ...`")
 
     def validates(self, done: int, total_steps: int) -> bool:
         """True if a validation follows `done` steps."""

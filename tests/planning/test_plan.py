@@ -1,41 +1,41 @@
-"""plan.py: whose flags are whose, what phases a run has and what they need, what is refused, is it true?"""
+"""tools.plan: command lines, phases and their needs, sums and refusals, and measured peaks."""
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import plan
+from align import command_line
 from align.errors import UserError
-from align.planning import memory
-from align.planning.memory import Rollout, Work
+from align.planning import estimate, memory, rollout_memory
+from align.planning import phases as planned
+from align.planning.memory import MicroBatchLoad
+from align.planning.phases import Cluster, Job
+from align.planning.rollout_memory import RolloutLoad
 from bench import plan_cases
-from plan import Cluster
 from tests.support.files import ROOT
 from tests.support.launch import fork_python, fork_ranks
+from tools import plan
 
-SCRIPTS = ("train_sft", "train_rm", "train_dpo", "train_rs", "train_ppo", "train_self_reward")
+SCRIPTS = ("train_sft", "train_rm", "train_dpo", "train_rs", "train_ppo", "train_grpo", "train_self_reward")
 MEASURES = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 GB = 1e9
 
 
-def job_of(script: str, flags: str = "", **cluster: object) -> plan.Job:
-    """plan.py's job for a command line."""
-    config = plan.tyro.cli(
-        plan.load_script(ROOT / f"{script}.py").Config,
-        args=flags.split(),
-        config=(plan.tyro.conf.OmitArgPrefixes,),
-    )
-    return plan.read(config, Cluster(**{"gpus_per_node": 1, **cluster}))
+def job_of(script: str, flags: str = "", **cluster: object) -> Job:
+    """The job of a command line."""
+    config = command_line.parse(plan.load_script(ROOT / f"{script}.py").Config, flags.split())
+    return config.plan(Cluster(**{"gpus_per_node": 1, **cluster}))
 
 
-def phases_of(job: plan.Job, stage: int = 0) -> dict[str, dict[str, float]]:
+def phases_of(job: Job, stage: int = 0) -> dict[str, dict[str, float]]:
     """Bytes by item of each phase, without the process and items that are 0."""
     s = replace(job.layout, stage=stage)
-    sizes = {phase.name: plan.on_device(job, s, phase, 0.0) for phase in plan.phases(job, s)}
+    sizes = {phase.name: planned.on_device(job, s, phase, 0.0) for phase in job.phases(s)}
     return {name: {item: size for item, size in items.items() if size} for name, items in sizes.items()}
 
 
@@ -85,20 +85,22 @@ def test_help_is_plans_own(capsys):
         assert error.value.code == 0 and "--gpus-per-node" in capsys.readouterr().out
 
 
-def test_a_script_that_samples_and_is_none_of_ours_is_refused(tmp_path, capsys):
-    text = (ROOT / "train_rs.py").read_text().replace("keep_top", "best_of")
-    (tmp_path / "other.py").write_text(text)
+def test_a_script_that_names_no_phases_is_refused(tmp_path, capsys):
+    text = (ROOT / "train_rs.py").read_text()
+    without = re.sub(r"    plan = estimate\..*\n", "", text)
+    assert without != text
+    (tmp_path / "other.py").write_text(without)
     with pytest.raises(SystemExit):
         plan.main([str(tmp_path / "other.py")])
-    assert "knows no such algorithm" in capsys.readouterr().err
+    assert "its Config has no `plan = estimate. ...`" in capsys.readouterr().err
 
 
 def test_only_the_first_of_the_ranks_with_the_same_weights_gathers_a_checkpoint(monkeypatch):
     monkeypatch.setattr(plan, "process_bytes", lambda: 0.0)
     job = job_of("train_sft", gpus_per_node=4, device="cpu", host_memory=64)
     [(_, gathers), *_] = [
-        (p, sum(plan.on_device(job, job.layout, p, 0.0).values()))
-        for p in plan.phases(job, job.layout)
+        (p, sum(planned.on_device(job, job.layout, p, 0.0).values()))
+        for p in job.phases(job.layout)
         if p.name == "save"
     ]
     peaks, rest = [gathers], [gathers / 4]
@@ -111,12 +113,12 @@ def test_only_the_first_of_the_ranks_with_the_same_weights_gathers_a_checkpoint(
 
 @pytest.mark.slow
 def test_exit_statuses():
-    assert fork_python("plan.py", "train_sft.py", check=False).returncode == 0
-    done = fork_python("plan.py", "--gpu-memory", 0.01, "train_sft.py", check=False)
+    assert fork_python("tools/plan.py", "train_sft.py", check=False).returncode == 0
+    done = fork_python("tools/plan.py", "--gpu-memory", 0.01, "train_sft.py", check=False)
     assert done.returncode == 1
     assert 'does not fit: the phase "train" takes 0.1 GB of the 0.0 GB that a GPU has for it.' in done.stderr
-    assert fork_python("plan.py", "train_sft.py", "--tp", 3, check=False).returncode == 2
-    assert fork_python("plan.py", "train_sft.py", "--no-such-flag", check=False).returncode == 2
+    assert fork_python("tools/plan.py", "train_sft.py", "--tp", 3, check=False).returncode == 2
+    assert fork_python("tools/plan.py", "train_sft.py", "--no-such-flag", check=False).returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_exit_statuses():
             "--gpus-per-node 3 train_rs.py --rollout-tp 3",
             "--rollout-tp 3 does not divide the model's 4 attention",
         ),
-        ("train_rs.py --generate-with trtllm", "plan.py does not know what TensorRT-LLM's engine takes"),
+        ("train_rs.py --generate-with trtllm", "tools.plan has no figures of TensorRT-LLM's engines"),
         ("train_sft.py --max-seq-len 2000", "--max-seq-len 2000 is beyond the model's context of 1024"),
         (
             "train_dpo.py --micro-batch-tokens 1024",
@@ -138,7 +140,7 @@ def test_exit_statuses():
         ),
         ("train_ppo.py --max-new-tokens 1024", "1024"),
         ("train_self_reward.py --max-seq-len 1025", "beyond the model's context of 1024 tokens"),
-        ("train_ppo.py --critic-lr 1 --advantages grpo --samples-per-prompt 2", "has no critic"),
+        ("train_grpo.py --critic-lr 1", "--critic-lr"),
         ("train_sft.py --model /no/such", "no config.json there"),
         ("no_such.py", "no_such.py: no such script"),
         ("demo.py", "is no training script"),
@@ -163,10 +165,10 @@ def test_kernels_that_this_machine_lacks():
 
 def test_the_environment_stays_as_it_was(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "7")
-    plan.check_world(job_of("train_sft").config, 4)
+    estimate.check_world(job_of("train_sft").config, 4)
     assert os.environ["WORLD_SIZE"] == "7"
     monkeypatch.delenv("WORLD_SIZE")
-    plan.check_world(job_of("train_sft").config, 4)
+    estimate.check_world(job_of("train_sft").config, 4)
     assert "WORLD_SIZE" not in os.environ
 
 
@@ -218,7 +220,7 @@ def test_phases_of_ppo(reward_model):
     off = phases_of(job_of("train_ppo", f"{flags} --offload off"))
     both = sizes["save policy"]["optimizer"] + sizes["save critic"]["optimizer"]
     assert {items["optimizer"] for name, items in off.items() if name != "build critic"} == {both}
-    assert "critic" not in " ".join(phases_of(job_of("train_ppo", "--advantages reinforce")))
+    assert "critic" not in " ".join(phases_of(job_of("train_grpo", "--advantages reinforce")))
     assert "reference" not in phases_of(job_of("train_ppo", "--kl-coef 0"))
 
 
@@ -256,22 +258,22 @@ def test_slots():
     """As many as are sampled at one time; a validation samples one answer to each of its prompts."""
     few = "--prompts-per-step 2 --samples-per-prompt 3"
     job = job_of("train_rs", few)
-    rollout = Rollout(slots=6, prompts=2, per_prompt=3, prompt=512, answer=128)
+    rollout = RolloutLoad(slots=6, prompts=2, per_prompt=3, prompt=512, response=128)
     validated = f"{few} --train-data a --reward-fn a:b --val-data a"  # by default on 2 prompts, a step's
     other_job = job_of("train_rs", f"{validated} --val-batches None")
     arch, s = job.trained["policy"], job.layout
     answer = job.config.sampling.max_new_tokens
     for few_slots in (job, job_of("train_rs", validated)):
         needed = phases_of(few_slots)["generate"]["kv_cache"]
-        assert needed == memory.kv_cache(arch, s, replace(rollout, answer=answer))
-    many = Rollout(slots=64, prompts=64, per_prompt=1, prompt=512, answer=answer)
-    assert phases_of(other_job)["generate"]["kv_cache"] == memory.kv_cache(arch, s, many)
+        assert needed == rollout_memory.kv_cache(arch, s, replace(rollout, response=answer))
+    many = RolloutLoad(slots=64, prompts=64, per_prompt=1, prompt=512, response=answer)
+    assert phases_of(other_job)["generate"]["kv_cache"] == rollout_memory.kv_cache(arch, s, many)
 
 
 def test_each_copy_reads_its_share(monkeypatch):
     """4 ranks with tp 2: copies of the weights on each, or 2 in the training layout."""
-    asked, sampling = [], memory.sampling
-    monkeypatch.setattr(memory, "sampling", lambda *args: asked.append(args[2]) or sampling(*args))
+    asked, sampling = [], rollout_memory.sampling
+    monkeypatch.setattr(rollout_memory, "sampling", lambda *args: asked.append(args[2]) or sampling(*args))
     for flags in ("", "--rollout-tp 2", "--rollout-layout same"):
         phases_of(job_of("train_rs", f"--prompts-per-step 32 --tp 2 {flags}", gpus_per_node=4))
     assert [rollout.prompts for rollout in asked] == [8, 16, 16]
@@ -280,8 +282,8 @@ def test_each_copy_reads_its_share(monkeypatch):
 
 def test_later_epochs_of_ppo_share_fewer_places():
     """8 answers to one prompt take 512 + 8 x 64 places; to 8 prompts 8 x 576, of which 4,096 make a batch."""
-    flags = "--advantages grpo --samples-per-prompt 8 --global-batch-size 8 --max-new-tokens 64 --ppo-epochs"
-    once, twice = (phases_of(job_of("train_ppo", f"{flags} {epochs}")) for epochs in (1, 2))
+    flags = "--samples-per-prompt 8 --global-batch-size 8 --max-new-tokens 64 --ppo-epochs"
+    once, twice = (phases_of(job_of("train_grpo", f"{flags} {epochs}")) for epochs in (1, 2))
     ratio = twice["train policy"]["activations"] / once["train policy"]["activations"]
     assert ratio == pytest.approx(4, rel=0.2)
     assert twice["logprobs policy"] == once["logprobs policy"]  # of the first epoch's rows
@@ -289,20 +291,22 @@ def test_later_epochs_of_ppo_share_fewer_places():
 
 def test_micro_batches():
     job = job_of("train_sft", "--max-seq-len 300 --micro-batch-tokens 1000", gpus_per_node=2)
-    assert job.work(10, 1, 300, 0) == Work(tokens=1000, count=2, longest=300)  # 5 rows, 1,500 tokens
-    assert job.work(4, 1, 300, 0) == Work(tokens=600, count=1, longest=300)
-    assert job.work(2, 2, 300, 100) == Work(tokens=500, count=1, longest=300, shared=600 / 500)
+    assert job.work(10, 1, 300, 0) == MicroBatchLoad(
+        tokens=1000, count=2, longest=300
+    )  # 5 rows, 1,500 tokens
+    assert job.work(4, 1, 300, 0) == MicroBatchLoad(tokens=600, count=1, longest=300)
+    assert job.work(2, 2, 300, 100) == MicroBatchLoad(tokens=500, count=1, longest=300, shared=600 / 500)
     one = job_of("train_sft", "--micro-batch-size 1", gpus_per_node=2)
-    assert one.work(10, 1, 300, 0) == Work(tokens=300, count=5, longest=300)
+    assert one.work(10, 1, 300, 0) == MicroBatchLoad(tokens=300, count=5, longest=300)
 
 
 def test_answers_in_a_row():
     """To a prompt of 512 tokens as many answers of 128 as 1,500 tokens take, and as there are."""
-    flags = "--advantages grpo --max-new-tokens 128 --global-batch-size 32 --prompts-per-step 4"
+    flags = "--max-new-tokens 128 --global-batch-size 32 --prompts-per-step 4"
     for length, together in ((16, 7), (4, 4)):
-        job = job_of("train_ppo", f"{flags} --samples-per-prompt {length} --prompts-per-step {64 // length}")
+        job = job_of("train_grpo", f"{flags} --samples-per-prompt {length} --prompts-per-step {64 // length}")
         tight = replace(job.config, batch=replace(job.config.batch, micro_batch_tokens=1500))
-        assert plan.answers_together(tight, 512, 128) == together
+        assert estimate.responses_together(tight, 512, 128) == together
 
 
 # ---- sums and refusals -----------------------------------------------------------------------------------
@@ -315,11 +319,13 @@ def test_the_fullest_node(reward_model):
     frozen = sum(memory.pinned_weights(arch, s) for arch in job.frozen.values())
     parts = sum(memory.pinned_model(arch, s) for arch in job.trained.values())
     node = {"process": 2.0, "pinned copies": 2 * (frozen + parts), "checkpoint": 2 * max(saved)}
-    assert plan.fullest_node(job, 1.0) == node
-    off = plan.fullest_node(replace(job, offloads=False), 1.0)
+    assert planned.fullest_node(job, 1.0) == node
+    off = planned.fullest_node(replace(job, offload="off"), 1.0)
     assert off["pinned copies"] == 2 * frozen
     apart = job_of("train_sft", "--tp 2", nodes=4, gpus_per_node=1)  # one of its ranks on each node
-    assert plan.fullest_node(apart, 1.0)["checkpoint"] == memory.saving(apart.trained["policy"], apart.layout)
+    assert planned.fullest_node(apart, 1.0)["checkpoint"] == memory.saving(
+        apart.trained["policy"], apart.layout
+    )
 
 
 def test_stages_differ(capsys):
@@ -350,7 +356,7 @@ def test_why_it_does_not_fit(flags, phase, item, help, capsys):
 
 
 def test_off_loading_helps_where_it_is_off():
-    small = dict.fromkeys(plan.ITEMS, 0.0) | {"optimizer": 2 * GB, "weights": 1 * GB}
+    small = dict.fromkeys(planned.ITEMS, 0.0) | {"optimizer": 2 * GB, "weights": 1 * GB}
     off, on = (job_of("train_ppo", f"--offload {value}") for value in ("off", "on"))
     told = plan.refusal(off, "it takes", small, 1.0, "a GPU has")
     assert told.startswith(
@@ -397,7 +403,7 @@ SIZES = dict(
 )
 SAMPLED = (
     "--train-data {data}/prompts.jsonl --model {policy} --reward-model {rm} --max-prompt-len 128 "
-    "--max-new-tokens 32 --micro-batch-tokens 1280 --max-steps 1 --unended keep --prompts-per-step 16 "
+    "--max-new-tokens 32 --micro-batch-tokens 1280 --max-steps 1 --truncated keep --prompts-per-step 16 "
     "--global-batch-size 16"
 )
 CASES = {
@@ -441,11 +447,11 @@ def test_peaks_are_what_plan_says(case, places, tmp_path):
         peaks = json.loads((tmp_path / "found" / f"{rank}.json").read_text())
         process = peaks["process"] * GB + plan.FIRST_STEP
         s = replace(job.layout, stage=rank // (job.layout.tp * job.layout.dp))
-        for phase in plan.phases(job, s):
+        for phase in job.phases(s):
             if phase.name.startswith("build"):  # of which the worker counts no peak
                 continue
-            planned = sum(plan.on_device(job, s, phase, process).values()) / GB
-            assert planned == pytest.approx(peaks[phase.name], rel=0.1), (rank, phase.name)
+            estimated = sum(planned.on_device(job, s, phase, process).values()) / GB
+            assert estimated == pytest.approx(peaks[phase.name], rel=0.1), (rank, phase.name)
 
 
 def test_the_process_itself():

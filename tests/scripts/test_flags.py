@@ -13,19 +13,19 @@ from collections.abc import Iterator
 import pytest
 import tyro
 
-from align.data import display, preferences, prompts, sft, tokenizer
+from align.data import preferences, prompts, row_counts, sft
 from align.data.formats import FormatConfig, format_sft
 from align.data.marker_chat import RowFormats
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import PromptFormat
-from align.data.tokenizer import TextConfig
+from align.data.tokenizer import TextConfig, load_tokenizer
 from align.errors import UserError
 from align.model.config import ModelConfig
 from align.training.checkpoint import CheckpointConfig, check_monitor
 from align.training.config import LoopConfig
 from tests.support.files import write_rows
 
-SCRIPTS = "train_sft train_rm train_dpo train_ppo train_rs train_self_reward generate".split()
+SCRIPTS = "train_sft train_rm train_dpo train_ppo train_grpo train_rs train_self_reward generate".split()
 NONSENSE = (0, -1, math.nan, math.inf, -math.inf, 1e308, -1e308, 10**21, -(10**21))
 ANY_SIZE = (0, math.inf, 1e308, 10**21)
 SENSIBLE = {  # values of NONSENSE that a flag may have
@@ -34,7 +34,7 @@ SENSIBLE = {  # values of NONSENSE that a flag may have
         "warmup_steps constant_steps critic_warmup_steps clip_grad seed stall_limit".split(), (0,)
     ),
     **dict.fromkeys("save_interval save_top_k skip_bad_rows top_k min_p".split(), (0,)),
-    **dict.fromkeys("gamma gae_lambda clip entropy_coef kl_coef value_clip unended_penalty".split(), (0,)),
+    **dict.fromkeys("gamma gae_lambda clip entropy_coef kl_coef value_clip truncated_penalty".split(), (0,)),
     **dict.fromkeys("sft_weight label_smoothing simpo_gamma dpop_lambda length_control".split(), (0,)),
     "center_rewards_coef": (0,),
     **dict.fromkeys("min_reward reward_mean judge_low judge_high attribute_weights".split(), (0, -1)),
@@ -177,7 +177,7 @@ def test_a_time_is_read_before_anything_happens(time):
         LoopConfig(max_time=time)
 
 
-GROUPS = "train_ppo --advantages grpo --samples-per-prompt 4"
+GROUPS = "train_grpo --samples-per-prompt 4"
 TRAIN = "--train-data a.jsonl"
 PAIRS = "train_rm --loss regression --num-attributes 2 --train-data a.jsonl"
 WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on it
@@ -187,7 +187,7 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
         for flag in ("--val-interval 5", "--val-batches 7", "--monitor val/acc", "--save-top-k 3")
         for script, reward in (
             *((script, "") for script in ("train_sft", "train_rm", "train_dpo", "train_self_reward")),
-            *((script, "--reward-fn a:b") for script in ("train_ppo", "train_rs")),
+            *((script, "--reward-fn a:b") for script in ("train_ppo", "train_grpo", "train_rs")),
         )
     ),
     # sampling
@@ -211,22 +211,17 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
     ("train_rs", "--reward-standardise auto without --reward-model"),
     ("train_rs --reward-model a --reward-standardise auto", "--reward-mean 1 with --reward-standardise auto"),
     # PPO, rejection sampling
-    *(
-        (GROUPS, f"{flag} with --advantages grpo, which has no critic")
-        for flag in (
-            *("--gae-lambda 0.9", "--critic dir", "--value-clip 0", "--critic-lr 2e-5"),
-            *("--critic-min-lr 1e-6", "--critic-warmup-steps 1"),
-        )
-    ),
-    ("train_ppo --advantages reinforce", "--gae-lambda 0.9 with --advantages reinforce"),
     (GROUPS, "--gamma 0.9 with --advantages grpo"),
-    (GROUPS.replace("grpo", "rloo"), "--no-whiten-advantages with --advantages rloo"),
+    (f"{GROUPS} --advantages rloo", "--no-whiten-advantages with --advantages rloo"),
     *(
-        ("train_ppo --kl-coef 0", f"{flag} with --kl-coef 0")
+        (f"{script} --kl-coef 0", f"{flag} with --kl-coef 0")
+        for script in ("train_ppo", "train_grpo")
         for flag in ("--kl k3", "--kl-in loss", "--kl-target 0.1")
     ),
     ("train_ppo", "--kl-horizon 100 without --kl-target"),
-    ("train_ppo", "--unended-penalty 2 with --unended mask"),
+    ("train_grpo", "--kl-horizon 100 without --kl-target"),
+    ("train_ppo", "--truncated-penalty 2 with --truncated mask"),
+    ("train_grpo", "--truncated-penalty 2 with --truncated mask"),
     ("train_rs --samples-per-prompt 1", "--duplicates keep with --samples-per-prompt 1"),
     # preferences
     *(
@@ -307,7 +302,7 @@ OF_FORM = [  # flags, rows that they change, rows that they do not
 
 @pytest.mark.parametrize(("flags", "changed", "others"), OF_FORM, ids=lambda x: str(x)[:30])
 def test_flags_of_another_form_of_rows_are_refused(flags, changed, others, tmp_path):
-    text, fmt = tokenizer.load(ModelConfig().path), FormatConfig(**flags)
+    text, fmt = load_tokenizer(ModelConfig().path), FormatConfig(**flags)
     for row, used in ((changed, True), *((other, False) for other in others)):
         formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [row])
         sft.load_sft([path], text, fmt, formats)
@@ -320,7 +315,7 @@ def test_flags_of_another_form_of_rows_are_refused(flags, changed, others, tmp_p
 
 
 def test_the_template_wins_over_a_prompt_and_its_completion(tmp_path):
-    text, fmt = tokenizer.load(ModelConfig().path), FormatConfig("Q: {prompt} A: {completion}")
+    text, fmt = load_tokenizer(ModelConfig().path), FormatConfig("Q: {prompt} A: {completion}")
     formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [COMPLETION])
     [example], _ = sft.load_sft([path], text, fmt, formats)
     formats.check_used(fmt, FormatConfig)
@@ -328,7 +323,7 @@ def test_the_template_wins_over_a_prompt_and_its_completion(tmp_path):
 
 
 def test_flags_of_plain_text_are_named_in_the_log_of_messages(tmp_path):
-    text = tokenizer.load(ModelConfig().path)
+    tokenizer = load_tokenizer(ModelConfig().path)
     prompt = CHAT["messages"][:1]
     cases = [
         (sft.load_sft, FormatConfig, CHAT, TEMPLATE),
@@ -344,10 +339,10 @@ def test_flags_of_plain_text_are_named_in_the_log_of_messages(tmp_path):
         flags = {"add_bos": False} | ({"append_eos": False} if config is PreferenceFormat else {})
         for row, expected in ((chat, len(flags)), (plain, 0)):
             path = write_rows(tmp_path / "rows.jsonl", [row])
-            *_, counts = load([path], text, config(**flags))
+            *_, counts = load([path], tokenizer, config(**flags))
             lines = [name for name in counts if "has no effect" in name]
             assert len(lines) == expected, (load, row, counts)
-            assert not lines or (f"1 {lines[0]}" in display.describe(counts))
+            assert not lines or (f"1 {lines[0]}" in row_counts.describe(counts))
 
 
 def test_variables_that_no_template_reads_are_refused(tmp_path):
@@ -360,7 +355,7 @@ def test_variables_that_no_template_reads_are_refused(tmp_path):
         (TextConfig(template_date="2020-01-01"), "--template-date 2020-01-01"),
     ):
         with pytest.raises(UserError, match=f"{words} has no effect with .*model, whose chat template does"):
-            tokenizer.load(directory, config=config)
+            load_tokenizer(directory, config=config)
 
 
 @pytest.mark.parametrize("marks", [False, True])
@@ -382,9 +377,9 @@ def test_tool_calls_that_the_template_leaves_out_are_refused(marks, tmp_path):
     ):
         directory = shutil.copytree(ModelConfig().path, tmp_path / str(len(calls)))
         (directory / "chat_template.jinja").write_text(template.replace("CALLS", calls))
-        text = tokenizer.load(directory)
+        tokenizer = load_tokenizer(directory)
         if not message:
-            format_sft(row, text, FormatConfig())
+            format_sft(row, tokenizer, FormatConfig())
             continue
         with pytest.raises(UserError, match=message):
-            format_sft(row, text, FormatConfig())
+            format_sft(row, tokenizer, FormatConfig())

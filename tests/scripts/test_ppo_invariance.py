@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 
 STEPS = 3
 BY_RULE = "--reward-fn tests.support.rewards:reward"
-MODEL = "--advantages gae --samples-per-prompt 2 --global-batch-size 8 --reward-model {rm} --critic-lr 1e-3"
+MODEL = "train_ppo.py --samples-per-prompt 2 --global-batch-size 8 --reward-model {rm} --critic-lr 1e-3"
 RULE = (  # its critic starts as the language model with a head of zeros
-    f"--advantages gae --samples-per-prompt 2 --global-batch-size 8 {BY_RULE} --critic-lr 1e-3"
+    f"train_ppo.py --samples-per-prompt 2 --global-batch-size 8 {BY_RULE} --critic-lr 1e-3"
 )
-GRPO = f"--advantages grpo --samples-per-prompt 4 --global-batch-size 16 {BY_RULE} --kl-in loss --kl k3"
+GRPO = f"train_grpo.py --samples-per-prompt 4 --global-batch-size 16 {BY_RULE} --kl-in loss --kl k3"
 CASES = {  # by number of processes: kind of PPO and layout
     1: [
         (MODEL, "--micro-batch-size 1 --recompute full"),
@@ -56,14 +56,14 @@ COUNTED = {"train_optim/clip_fraction", "train_optim/critic_value_clip_fraction"
 def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, str]]) -> list[dict]:
     """Run all cases; returns their metrics without times and memory, and their tables of samples."""
     common = (
-        f"train_ppo.py --model {toy_models}/sft/hf --train-data {toy_models}/data/train.jsonl "
+        f"--model {toy_models}/sft/hf --train-data {toy_models}/data/train.jsonl "
         f"--val-data {toy_models}/data/val.jsonl --prompts-per-step 8 --ppo-epochs 2 --kl-coef 0.05 "
         "--max-prompt-len 48 --max-new-tokens 10 --temperature 0.8 --lr 3e-4 "
         f"--max-steps {STEPS} --val-interval {STEPS} --save-interval 0"
     )
     outputs = [output / str(i) for i in range(len(cases))]
     commands = [
-        f"{common} --output {path} {kind.format(rm=toy_models / 'rm/hf')} {layout}".split()
+        f"{kind.format(rm=toy_models / 'rm/hf')} {common} --output {path} {layout}".split()
         for path, (kind, layout) in zip(outputs, cases, strict=True)
     ]
     fork_ranks(processes, "tests/workers/resume.py", json.dumps(commands))

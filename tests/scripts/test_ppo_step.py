@@ -1,10 +1,11 @@
-"""One whole step of train_ppo.py against slow loops: each token has the numbers of its own answer.
+"""One step of train_ppo.py or train_grpo.py against slow loops: each token has its own response's numbers.
 
 As a script this file is its own worker: it writes down what the step samples, what the models say, and
 what the updates are given. The tests compute rewards and advantages from the first two, token by token, and
 look for them in the micro-batches.
 """
 
+import importlib
 import json
 import math
 import sys
@@ -15,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import tyro
 
-import train_ppo
-from align.data import tokenizer
+from align import command_line
 from align.data.packing import Batch
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
-from align.generation.rollout import Tokenizer
-from align.training import batching
+from align.generation.rollout import Rollout
+from align.training.minibatches import Minibatches
 from tests.support.launch import fork_ranks
 from tests.support.rewards import reward
 
@@ -30,30 +30,31 @@ pytestmark = pytest.mark.slow
 
 KL_COEF, GAMMA, LAMBDA, PENALTY = 0.07, 0.97, 0.9, 0.25
 KINDS = {
-    "gae": f"--advantages gae --gamma {GAMMA} --gae-lambda {LAMBDA} --unended penalise "
-    f"--unended-penalty {PENALTY} --samples-per-prompt 3 --ppo-epochs 3",
-    "plain": "--advantages gae --no-whiten-advantages --samples-per-prompt 1",
-    "reinforce": f"--advantages reinforce --gamma {GAMMA} --samples-per-prompt 3",
-    "rloo": "--advantages rloo --unended keep --samples-per-prompt 3",
-    "grpo": "--advantages grpo --unended keep --samples-per-prompt 3",
+    "gae": f"train_ppo --gamma {GAMMA} --gae-lambda {LAMBDA} --truncated penalise "
+    f"--truncated-penalty {PENALTY} --samples-per-prompt 3 --ppo-epochs 3",
+    "plain": "train_ppo --no-whiten-advantages --samples-per-prompt 1",
+    "reinforce": f"train_grpo --advantages reinforce --gamma {GAMMA} --samples-per-prompt 3",
+    "rloo": "train_grpo --advantages rloo --truncated keep --samples-per-prompt 3",
+    "grpo": "train_grpo --advantages grpo --truncated keep --samples-per-prompt 3",
 }
 PROMPTS = 6
 
 # ---- worker --------------------------------------------------------------------------------------
 
 
-def recorded(flags: list[str], text: Tokenizer) -> dict:
+def recorded(script: str, flags: list[str], tokenizer: Tokenizer) -> dict:
     """Record of a step: its responses, the numbers of each model, the updates' inputs."""
     record: dict = {"said": []}
-    rollout, per_token, token_batches = train_ppo.Rollout, batching.per_token, batching.token_batches
+    module = importlib.import_module(script)
+    outputs, micro_batches = Minibatches.outputs, Minibatches.micro_batches
 
     def note_rollout(*args: object) -> object:
-        result = rollout(*args)
+        result = Rollout(*args)
         record["answers"] = [
             {
                 "ids": sample.ids.tolist(),
                 "ended": sample.finish == "stop",
-                "score": reward(text.decode(prompt.ids.tolist()), sample.text(text), prompt.row),
+                "score": reward(tokenizer.decode(prompt.ids.tolist()), sample.text(tokenizer), prompt.row),
             }
             for prompt, samples in zip(result.prompts, result.samples, strict=True)
             for sample in samples
@@ -61,23 +62,23 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
         return result
 
     def note_said(*args: object) -> object:
-        values = per_token(*args)
+        values = outputs(*args)
         if len(record["said"]) == 1:  # the reference, which is the policy in a first step
             values[:, 0] += 0.3 * torch.arange(len(values)).sin()
         record["said"].append(values[:, 0].tolist())
         return values
 
-    def note_batches(model: object, updates: list, config: object, tokens: dict) -> list:
-        micro_batches = token_batches(model, updates, config, tokens)
-        record["batches"] = [[sequences(batch) for batch in batches] for batches in micro_batches]
-        return micro_batches
+    def note_batches(minibatches: Minibatches, **tokens: torch.Tensor) -> list:
+        result = micro_batches(minibatches, **tokens)
+        record["batches"] = [[sequences(batch) for batch in batches] for batches in result]
+        return result
 
     with (
-        mock.patch.object(train_ppo, "Rollout", note_rollout),
-        mock.patch.object(batching, "per_token", note_said),
-        mock.patch.object(batching, "token_batches", note_batches),
+        mock.patch.object(module, "Rollout", note_rollout),
+        mock.patch.object(Minibatches, "outputs", note_said),
+        mock.patch.object(Minibatches, "micro_batches", note_batches),
     ):
-        train_ppo.main(tyro.cli(train_ppo.Config, args=flags, config=(tyro.conf.OmitArgPrefixes,)))
+        module.main(command_line.parse(module.Config, flags))
     return record
 
 
@@ -174,6 +175,12 @@ def test_every_token_has_its_own_numbers(kind, steps):
     assert {answer["ended"] for answer in ranks[0]["answers"]} == {True, False}
     per_update, epochs = len(wanted) // 2, 3 if kind == "gae" else 1
     assert {len(rank["batches"]) for rank in ranks} == {2 * epochs}
+    extra = {"old", "ref", "advantages", "counted"} | (
+        {"values", "returns"} if kind in ("gae", "plain") else set()
+    )
+    assert {frozenset(one) for batch in ranks[0]["batches"][0] for one in batch} == {
+        frozenset(extra | {"targets"})
+    }
     drawn = []  # of each epoch the answers of its first update
     for epoch in range(epochs):
         left = dict(enumerate(wanted))
@@ -195,7 +202,7 @@ def take(left: dict[int, dict], sequence: dict) -> int:
         if one["targets"] == sequence["targets"] and one["old"] == sequence["old"]
     )
     answer = left.pop(place)
-    for name in ("ref", "values", "counted"):
+    for name in sequence.keys() & {"ref", "values", "counted"}:
         assert sequence[name] == answer[name], name
     assert sequence["advantages"] == pytest.approx(answer["advantages"], rel=1e-9, abs=1e-9)
     return place
@@ -209,7 +216,7 @@ def test_ranks_agree_on_what_was_said(steps):
 if __name__ == "__main__":
     trained, output = map(Path, sys.argv[1:])
     with parallel.start(parallel.ParallelConfig()):
-        for name, more in KINDS.items():
+        for name, (script, more) in ((kind, flags.split(" ", 1)) for kind, flags in KINDS.items()):
             answers = 3 * PROMPTS if "per-prompt 3" in more else PROMPTS
             command = (
                 f"--model {trained}/sft/hf --train-data {trained}/data/train.jsonl --output {output}/{name} "
@@ -217,5 +224,5 @@ if __name__ == "__main__":
                 f"--max-new-tokens 8 --max-steps 1 --kl-coef {KL_COEF} --micro-batch-tokens 64 "
                 f"--reward-fn tests.support.rewards:reward --save-interval 0 {more}"
             )
-            result = recorded(command.split(), tokenizer.load(trained / "sft/hf"))
+            result = recorded(script, command.split(), load_tokenizer(trained / "sft/hf"))
             (output / f"{name}{dist.get_rank()}.json").write_text(json.dumps(result))

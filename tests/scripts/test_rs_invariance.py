@@ -79,7 +79,7 @@ def test_the_run_has_all_that_could_differ(one_process):
     for result in one_process[0].values():
         steps = result["metrics"][1:]
         assert len(steps) == STEPS
-        for name in ("dropped_unended", "dropped_duplicates"):
+        for name in ("dropped_truncated", "dropped_duplicates"):
             assert sum(step[f"train_rollouts/{name}"] for step in steps) > 0
         assert all(0.5 < step["train_rollouts/ended"] < 1 for step in steps)
         assert all(step["train_optim/updates"] == 2 for step in steps)

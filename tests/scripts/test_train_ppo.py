@@ -10,6 +10,8 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 
+import train_grpo
+import train_ppo
 from align.data import toy
 from align.data.packing import BatchConfig
 from align.distributed.parallel import ParallelConfig
@@ -18,12 +20,12 @@ from align.generation.sampling import SamplingConfig
 from align.losses import rl
 from align.rewards.sources import RewardConfig
 from align.training import checkpoint
+from align.training.minibatches import Minibatches, draw
 from align.training.optim import OptimConfig
 from tests.support.files import read_jsonl, without_times
 from tests.support.launch import fork_ranks
 from tests.support.models import save_reward_model
 from tests.support.tensors import f64
-from train_ppo import Config, advantages_of, by_answer, expand, moments, tokens_with_gradient
 
 DATA = {"train_data": (Path("rows.jsonl"),)}
 GROUPS = {"advantages": "grpo", "samples_per_prompt": 4}
@@ -31,6 +33,12 @@ WHOLE_DISTRIBUTION = (
     ": PPO's log-probs are those of the whole distribution at --temperature; tokens drawn from another one "
     "would be weighed wrongly"
 )
+
+
+def Config(**flags: object) -> train_ppo.Config | train_grpo.Config:
+    """Flags of train_grpo.py if --advantages is among them, else of train_ppo.py."""
+    return (train_grpo if "advantages" in flags else train_ppo).Config(**flags)
+
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -40,21 +48,21 @@ WHOLE_DISTRIBUTION = (
     [
         (
             {"prompts_per_step": 6, "samples_per_prompt": 3, "batch": BatchConfig(global_batch_size=4)},
-            "a step has 18 answers (--prompts-per-step x --samples-per-prompt), which is no multiple of "
-            "--global-batch-size 4, the answers of an update",
+            "a step has 18 responses (--prompts-per-step x --samples-per-prompt), which is no multiple of "
+            "--global-batch-size 4, the responses of an update",
         ),
-        (DATA, "what is a good answer? Give --reward-model DIR or --reward-fn module:function"),
+        (DATA, "no reward: give --reward-model DIR or --reward-fn module:function"),
         (
             {"val_data": (Path("rows.jsonl"),)},
             "--val-data without --train-data: give both, or none for the toy task",
         ),
         (
-            {"advantages": "grpo"},
-            "--advantages grpo compares the answers to a prompt: give --samples-per-prompt",
+            {"advantages": "grpo", "samples_per_prompt": 1},
+            "--advantages grpo compares the responses to a prompt: give --samples-per-prompt 2 or more",
         ),
         (
-            {"advantages": "rloo"},
-            "--advantages rloo compares the answers to a prompt: give --samples-per-prompt",
+            {"advantages": "rloo", "samples_per_prompt": 1},
+            "--advantages rloo compares the responses to a prompt: give --samples-per-prompt 2 or more",
         ),
         (
             {"kl_in": "loss", "kl": "k1"},
@@ -63,7 +71,7 @@ WHOLE_DISTRIBUTION = (
         (GROUPS | {"kl": "k1"}, "--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3"),
         (
             {"kl_target": 0.1, "kl_horizon": 12.8},
-            "--kl-horizon 12.8 must be above a fifth of the 64 answers of a step: --kl-coef could fall "
+            "--kl-horizon 12.8 must be above a fifth of the 64 responses of a step: --kl-coef could fall "
             "below 0",
         ),
         ({"sampling": SamplingConfig(top_k=5)}, f"--top-k{WHOLE_DISTRIBUTION}"),
@@ -88,9 +96,9 @@ def test_wrong_flags_are_refused(flags, message):
         DATA | {"reward": RewardConfig(reward_fn="a:b"), "critic": Path("lm"), "critic_warmup_steps": 3},
         {"sampling": SamplingConfig(temperature=0.7, stop=("\n",))},
         {"advantages": "reinforce", "gamma": 0.9, "whiten_advantages": False, "kl_coef": 0.0},
-        GROUPS | {"kl_in": "loss", "kl": "k3", "unended": "penalise", "unended_penalty": 0.5},
+        GROUPS | {"kl_in": "loss", "kl": "k3", "truncated": "penalise", "truncated_penalty": 0.5},
         GROUPS | {"advantages": "rloo", "kl_target": 0.1, "kl_horizon": 1000.0, "entropy_coef": 0.01},
-        {"value_clip": 0.0, "clip": 0.0, "gamma": 0.0, "gae_lambda": 1.0, "unended": "keep"},
+        {"value_clip": 0.0, "clip": 0.0, "gamma": 0.0, "gae_lambda": 1.0, "truncated": "keep"},
         {"critic_lr": 0.0, "critic_min_lr": 0.0, "optim": OptimConfig(lr=0.0, min_lr=0.0)},
         # an update takes answers to several prompts, or half of those to one
         {"prompts_per_step": 4, "samples_per_prompt": 8, "batch": BatchConfig(global_batch_size=16)},
@@ -100,7 +108,7 @@ def test_wrong_flags_are_refused(flags, message):
 def test_flags_that_go_together(flags):
     config = Config(**flags)
     assert config.rows_per_step == config.prompts_per_step
-    assert config.answers_per_step == config.prompts_per_step * config.samples_per_prompt
+    assert config.responses_per_step == config.prompts_per_step * config.samples_per_prompt
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -114,81 +122,68 @@ BUT_ONE = torch.tensor([True, False, True, True])
 ROOT2 = 2**0.5 + 1e-4  # the deviation of rewards 1 and 3, or 2 and 0, and GRPO's addend
 
 
+def test_gae_by_hand():
+    """Errors R + 0.5 V' - V are -0.25, 0.5 | 2 | 2, -1 | -1, and a quarter of the next advantage is added."""
+    advantages, returns = f64(-0.125, 0.5, 2, 1.75, -1, -1), f64(0.375, 1, 3, 1.75, 1, 0)
+    result = rl.gae(REWARDS, VALUES, LENGTHS, 0.5, 0.5)
+    torch.testing.assert_close(result, (advantages, returns), rtol=1e-15, atol=1e-15)
+
+
 @pytest.mark.parametrize(
-    ("flags", "values", "counted", "advantages", "returns"),
+    ("flags", "counted", "advantages"),
     [
-        # errors R + 0.5 V' - V are -0.25, 0.5 | 2 | 2, -1 | -1, and a quarter of the next advantage is added
-        (
-            {"advantages": "gae", "gamma": 0.5, "gae_lambda": 0.5},
-            VALUES,
-            ALL,
-            f64(-0.125, 0.5, 2, 1.75, -1, -1),
-            f64(0.375, 1, 3, 1.75, 1, 0),
-        ),
-        # what is earned from a token on, without critic or comparison
-        (
-            {"advantages": "reinforce", "gamma": 0.5},
-            torch.zeros_like(VALUES),
-            ALL,
-            f64(0.5, 1, 3, 1.5, 1, 0),
-            f64(0.5, 1, 3, 1.5, 1, 0),
-        ),
-        # of whole answers: 1 and 3, 2 and 0
-        ({"advantages": "rloo"}, None, ALL, f64(-2, -2, 2, 2, 2, -2), f64(1, 1, 3, 2, 2, 0)),
-        (
-            {"advantages": "grpo"},
-            None,
-            ALL,
-            f64(-1, -1, 1, 1, 1, -1) / ROOT2,
-            f64(1, 1, 3, 2, 2, 0),
-        ),
-        # nothing is left to compare the first answer with
-        ({"advantages": "rloo"}, None, BUT_ONE, f64(0, 0, 0, 2, 2, -2), f64(1, 1, 3, 2, 2, 0)),
-        ({"advantages": "grpo"}, None, BUT_ONE, f64(0, 0, 0, 1, 1, -1) / ROOT2, f64(1, 1, 3, 2, 2, 0)),
+        # rewards to go, without critic or comparison
+        ({"advantages": "reinforce", "gamma": 0.5}, ALL, f64(0.5, 1, 3, 1.5, 1, 0)),
+        # of whole responses: 1 and 3, 2 and 0
+        ({"advantages": "rloo"}, ALL, f64(-2, -2, 2, 2, 2, -2)),
+        ({"advantages": "grpo"}, ALL, f64(-1, -1, 1, 1, 1, -1) / ROOT2),
+        # nothing is left to compare the first response with
+        ({"advantages": "rloo"}, BUT_ONE, f64(0, 0, 0, 2, 2, -2)),
+        ({"advantages": "grpo"}, BUT_ONE, f64(0, 0, 0, 1, 1, -1) / ROOT2),
     ],
 )
-def test_advantages_by_hand(flags, values, counted, advantages, returns):
+def test_advantages_by_hand(flags, counted, advantages):
     config = Config(samples_per_prompt=2, **flags)
-    values = torch.zeros_like(REWARDS) if values is None else values
-    advantages_and_returns = advantages_of(config, REWARDS, values, LENGTHS, counted)
-    torch.testing.assert_close(advantages_and_returns, (advantages, returns), rtol=1e-15, atol=1e-15)
+    estimated = config.estimate_advantages(REWARDS, LENGTHS, counted)
+    torch.testing.assert_close(estimated, advantages, rtol=1e-15, atol=1e-15)
 
 
 def test_numbers_of_answers_and_tokens():
-    torch.testing.assert_close(expand(f64(5, 6, 7, 8), LENGTHS), f64(5, 5, 6, 7, 7, 8))
-    torch.testing.assert_close(by_answer(REWARDS, LENGTHS), f64(0.5, 3, 1, 0))
-    statistics = moments("x", f64(1, 5))  # the deviation of all there is, not of a sample
+    torch.testing.assert_close(rl.per_token(f64(5, 6, 7, 8), LENGTHS), f64(5, 5, 6, 7, 7, 8))
+    torch.testing.assert_close(rl.per_response(REWARDS, LENGTHS), f64(0.5, 3, 1, 0))
+    statistics = rl.moments("x", f64(1, 5))  # the deviation of all there is, not of a sample
     assert {name: float(value) for name, value in statistics.items()} == {"x_mean": 3.0, "x_std": 2.0}
 
 
 def test_minibatches():
-    """The order of the rollout first, then permutations of the answers, by seed, step and epoch."""
-    config = Config(prompts_per_step=6, samples_per_prompt=4, batch=BatchConfig(global_batch_size=8))
+    """The order of the rollout first, then permutations of the responses, by seed, step and epoch."""
     first = [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8, 9, 10, 11], [12, 13, 14, 15]]]
-    assert (
-        config.minibatches(3, 0) == config.minibatches(4, 0) == [*first, [[*range(16, 20)], [*range(20, 24)]]]
-    )
-    other_seed = replace(config, parallel=ParallelConfig(seed=5))
-    drawn = [config.minibatches(*place) for place in ((3, 1), (3, 2), (4, 1))] + [
-        other_seed.minibatches(3, 1)
-    ]
-    assert config.minibatches(3, 1) == drawn[0]
-    for i, epoch in enumerate(drawn):
+    first.append([[*range(16, 20)], [*range(20, 24)]])
+    assert draw(24, 4, 8, (1, 3, 0)) == draw(24, 4, 8, (1, 4, 0)) == first
+    epochs = [draw(24, 4, 8, place) for place in ((1, 3, 1), (1, 3, 2), (1, 4, 1), (5, 3, 1))]
+    assert draw(24, 4, 8, (1, 3, 1)) == epochs[0]
+    for i, epoch in enumerate(epochs):
         updates = [sum(groups, []) for groups in epoch]
         assert [len(update) for update in updates] == [8, 8, 8] and sorted(sum(updates, [])) == [*range(24)]
-        for groups in epoch:  # one for each prompt, whose places its answers share
+        for groups in epoch:  # one for each prompt, whose places its responses share
             prompts = [{number // 4 for number in group} for group in groups]
             assert all(len(some) == 1 for some in prompts) and len(set().union(*prompts)) == len(groups)
-        assert not any(epoch == earlier for earlier in drawn[:i])
-    halves = replace(config, batch=BatchConfig(global_batch_size=2))
-    assert halves.minibatches(0, 0)[:3] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+        assert not any(epoch == earlier for earlier in epochs[:i])
+    assert draw(24, 4, 2, (1, 0, 0))[:3] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    batch = BatchConfig(global_batch_size=8)
+    config = Config(prompts_per_step=6, samples_per_prompt=4, ppo_epochs=3, batch=batch)
+    config = replace(config, parallel=ParallelConfig(seed=1))
+    assert config.draws(3) == first + epochs[0] + epochs[1]
 
 
 def test_tokens_with_gradient():
     """Updates of 2, 3, 1 and 2 tokens: one of advantages 0, one with an advantage where nothing counts."""
-    counted, advantages = f64(1, 1, 1, 0, 0, 1, 0, 0), f64(0, 0, 0, 2, 2, -1e-300, 3, 3)
-    assert tokens_with_gradient(counted, advantages, [2, 3, 1, 2]) == [0.0, 0.0, 1.0, 0.0]
-    assert tokens_with_gradient(counted, counted, [2, 3, 1, 2]) == [2.0, 1.0, 1.0, 0.0]  # KL or entropy
+    minibatches = object.__new__(Minibatches)
+    minibatches.lengths, minibatches.order = [2, 3, 2, 1], [0, 1, 3, 2]
+    minibatches.num_tokens = [2, 3, 1, 2]
+    counted, advantages = f64(1, 1, 1, 0, 0, 0, 0, 1), f64(0, 0, 0, 2, 2, 3, 3, -1e-300)
+    assert minibatches.tokens_with_gradient(counted, advantages) == [0.0, 0.0, 1.0, 0.0]
+    assert minibatches.tokens_with_gradient(counted, counted) == [2.0, 1.0, 1.0, 0.0]  # KL or entropy
 
 
 @pytest.mark.parametrize(
@@ -232,7 +227,8 @@ def test_where_the_kl_goes_and_how_it_is_estimated():
         (grpo | {"kl_in": "reward"}, "reward", rl.kl_k1),
     ):
         config = Config(**flags)
-        assert (config.kl_place, config.kl_estimator) == (place, estimator), flags
+        actual = config.kl_place if "advantages" in flags else config.kl_in
+        assert (actual, config.kl_estimator) == (place, estimator), flags
 
 
 # ---- runs on two processes -----------------------------------------------------------------------
@@ -243,17 +239,17 @@ KEEP = "--save-top-k 9 --monitor train_rollouts/rewards"
 UPDATES = "--lr 1e-3 --critic-lr 1e-3"
 STILL = "--lr 0 --min-lr 0 --critic-lr 0 --critic-min-lr 0"
 GRPO = (  # with this seed no answer ends by itself
-    f"--advantages grpo --kl-coef 0 --unended keep --max-steps {STEPS} --lr 1e-3 --seed 2 --ppo-epochs 2 "
-    f"{BY_RULE}"
+    f"--kl-coef 0 --truncated keep --max-steps {STEPS} --lr 1e-3 --seed 2 --ppo-epochs 2 {BY_RULE}"
 )
 FLAT = (  # all answers have one reward
-    "--model {start} --advantages grpo --unended keep --ppo-epochs 2 --max-steps 1 --lr 1e-3 "
+    "--model {start} --truncated keep --ppo-epochs 2 --max-steps 1 --lr 1e-3 "
     "--reward-fn tests.support.rewards:tenth --kl-coef"
 )
+WITHOUT_CRITIC = ("grpo", "timed", "penalised", "flat", "flat_kl")  # runs of train_grpo.py
 RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of the first
     (
         "gae",
-        f"--reward-model {{judge}} {BY_RULE} --ppo-epochs 2 --unended keep "
+        f"--reward-model {{judge}} {BY_RULE} --ppo-epochs 2 --truncated keep "
         f"--kl-target 0.1 --kl-horizon 20 --offload on --val-data {{data}}/val.jsonl --val-interval {STEPS} "
         f"--max-steps {STEPS} --save-interval 1 --warmup-steps 3 {UPDATES}",
     ),
@@ -263,11 +259,11 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
     (
         "warmup",
         f"--model {{start}} --critic {{judge}} {BY_RULE} --critic-warmup-steps 2 "
-        f"--unended keep --kl k2 --max-steps 3 --save-interval 1 {KEEP} {UPDATES}",
+        f"--truncated keep --kl k2 --max-steps 3 --save-interval 1 {KEEP} {UPDATES}",
     ),
     (
         "still",
-        "--model {start} --reward-model {judge} --unended keep --max-steps 2 --save-interval 1 "
+        "--model {start} --reward-model {judge} --truncated keep --max-steps 2 --save-interval 1 "
         f"{KEEP} --entropy-coef 0.1 --audit-quantile 0.5 {STILL}",
     ),
     (
@@ -278,7 +274,7 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
     (
         "penalised",
         f"--model {{start}} {BY_RULE} --advantages reinforce "
-        "--unended penalise --unended-penalty 3 --max-new-tokens 2 --max-steps 1 --lr 1e-3",
+        "--truncated penalise --truncated-penalty 3 --max-new-tokens 2 --max-steps 1 --lr 1e-3",
     ),
     ("flat", f"{FLAT} 0"),
     ("flat_kl", f"{FLAT} 0.1"),
@@ -288,8 +284,9 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
 def command(folder: Path, output: str, flags: str) -> list[str]:
     """Four prompts in a step, two answers to each, two updates."""
     named = flags.format(judge=folder / "judge", data=folder / "data", start=folder / "gae" / "hf")
+    script = "train_grpo.py" if output in WITHOUT_CRITIC else "train_ppo.py"
     common = (
-        f"train_ppo.py --train-data {folder}/data/train.jsonl --prompts-per-step 4 --samples-per-prompt 2 "
+        f"{script} --train-data {folder}/data/train.jsonl --prompts-per-step 4 --samples-per-prompt 2 "
         f"--global-batch-size 4 --max-prompt-len 48 --max-new-tokens {NEW_TOKENS} --output {folder}/{output}"
     )
     return [*common.split(), *named.split()]
@@ -509,7 +506,7 @@ def test_learning_rate_zero_changes_nothing(folder):
 
 @pytest.mark.slow
 def test_without_an_ended_answer_only_the_critic_learns(folder):
-    """--unended mask, and no answer of two tokens ends."""
+    """--truncated mask, and no answer of two tokens ends."""
     [row] = metrics(folder, "masked")
     assert "of the first rollout ended within --max-new-tokens 2" in (folder / "masked/log.txt").read_text()
     assert row["train_rollouts/ended"] == 0.0
@@ -558,12 +555,11 @@ def test_penalty_of_answers_that_were_cut_off(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_critic_cannot_join_later(folder):
-    """The checkpoint of a run without one cannot be continued with --advantages gae."""
-    flags = f"{BY_RULE} --unended keep --kl-coef 0 --max-steps 3 --resume-with-changes"
-    done = fork_ranks(1, *command(folder, "grpo", flags), check=False)
+    """A checkpoint of train_grpo.py, which has no critic, cannot be continued by train_ppo.py."""
+    flags = f"{BY_RULE} --truncated keep --kl-coef 0 --max-steps 3 --resume-with-changes".split()
+    output = ["--output", str(folder / "grpo"), "--train-data", str(folder / "data" / "train.jsonl")]
+    done = fork_ranks(1, "train_ppo.py", *flags, *output, check=False)
     path = folder / "grpo" / "checkpoints" / f"step_{STEPS:08d}"
-    message = f"error: {path} holds no critic: continue with the flags of that run, or --no-resume"
-    assert done.returncode != 0 and message in done.stderr
+    assert done.returncode != 0 and f"error: {path} is of train_grpo.py, not of train_ppo.py" in done.stderr
     assert len(metrics(folder, "grpo")) == STEPS

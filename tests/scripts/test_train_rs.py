@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from align.data import toy
 from align.errors import UserError
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.rewards.sources import RewardConfig
 from tests.support.files import TINY, read_jsonl, without_times, write_rows
@@ -41,7 +41,7 @@ def open_end(*ids: int) -> Sample:
 
 
 @pytest.mark.parametrize(
-    ("samples", "values", "keep_top", "unended", "duplicates", "expected"),
+    ("samples", "values", "keep_top", "truncated", "duplicates", "expected"),
     [
         ([sample(1), sample(2), sample(3)], [1, 3, 2], 1, "drop", "drop", ([1], 0, 0)),
         ([sample(1), sample(2), sample(3)], [1, 3, 2], 2, "drop", "drop", ([1, 2], 0, 0)),
@@ -70,8 +70,8 @@ def open_end(*ids: int) -> Sample:
         ([open_end(1), open_end(2)], [1, 2], 1, "keep", "drop", ([1], 0, 0)),
     ],
 )
-def test_select(samples, values, keep_top, unended, duplicates, expected):
-    selection = select(samples, np.array(values, float), keep_top, unended, duplicates)
+def test_select(samples, values, keep_top, truncated, duplicates, expected):
+    selection = select(samples, np.array(values, float), keep_top, truncated, duplicates)
     assert selection == expected
 
 
@@ -147,7 +147,7 @@ def commands(folder: Path) -> dict[str, list[object]]:
     short = ("--max-new-tokens", NEW_TOKENS, "--max-prompt-len", 64)
     train = ("--train-data", folder / "train.jsonl")
     by_function = ("--reward-fn", "tests.scripts.test_train_rs:noted")
-    keep = ("--unended", "keep", "--duplicates", "keep")
+    keep = ("--truncated", "keep", "--duplicates", "keep")
     two = ("--keep-top", 2, "--global-batch-size", 4, "--lr", 1e-3, "--audit-quantile", 0.01)
     flags_of_runs = {
         "function": [*steps, *short, *train, "--val-data", folder / "val.jsonl", *by_function, *keep, *two],
@@ -176,7 +176,7 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 STATISTICS = {"rewards", "response_lengths", "prompt_lengths", "ended"}
-SELECTION = {"selected", "dropped_low", "dropped_unended", "dropped_duplicates", "rewards_selected"}
+SELECTION = {"selected", "dropped_low", "dropped_truncated", "dropped_duplicates", "rewards_selected"}
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_selected_answers_are_trained_on_in_batches(folder):
     """Two of each of 4 prompts' answers, four in an update: two updates a step."""
     for row in metrics(folder, "function")[1:]:
         assert row["train_rollouts/selected"] == 8 and row["train_optim/updates"] == 2
-        assert row["train_rollouts/dropped_unended"] == row["train_rollouts/dropped_duplicates"] == 0
+        assert row["train_rollouts/dropped_truncated"] == row["train_rollouts/dropped_duplicates"] == 0
         assert 0 < row["train_rollouts/response_lengths"] <= NEW_TOKENS
         assert row["train_optim/loss"] == pytest.approx(UNIFORM, rel=0.1)
         assert row["train_optim/grad_norm"] > 0 and row["audit/logprob_error_max"] < 1e-4
@@ -272,7 +272,7 @@ def idle(folder) -> Path:
     flags += ["--reward-fn", "tests.scripts.test_train_rs:zero"]
     flags += ["--max-prompt-len", 64, "--max-new-tokens", 1]
     flags += ["--prompts-per-step", 4, "--samples-per-prompt", 4, "--output"]
-    keep = ["--unended", "keep", "--max-steps", 2, "--min-reward"]
+    keep = ["--truncated", "keep", "--max-steps", 2, "--min-reward"]
     nothing = [*flags, folder / "nothing", "--max-steps", 2]
     runs = [[*nothing, "--max-time", "00:00:00"], nothing]  # one step, and then the other
     runs += [[*flags, folder / "low", *keep, 1e-9], [*flags, folder / "enough", *keep, 0]]
@@ -298,7 +298,7 @@ def test_a_step_that_selects_nothing_goes_on(idle):
     assert "none of the 16 responses of the first rollout ended within --max-new-tokens 1" in log
     for row in read_jsonl(idle / "nothing" / "metrics.jsonl"):
         assert row["train_rollouts/selected"] == row["train_optim/updates"] == 0
-        assert row["train_rollouts/dropped_unended"] == 16 and row["train_rollouts/ended"] == 0
+        assert row["train_rollouts/dropped_truncated"] == 16 and row["train_rollouts/ended"] == 0
         assert row["train_rollouts/response_lengths"] == 1
         assert not {"train_optim/loss", "train_optim/grad_norm", "train_rollouts/rewards_selected"} & set(row)
     assert same_weights(idle, ("function", "nothing"))

@@ -30,6 +30,7 @@ from align.distributed import parallel
 SCRIPTS = (
     "generate",
     "train_dpo",
+    "train_grpo",
     "train_ppo",
     "train_rm",
     "train_rs",

@@ -63,7 +63,7 @@ CASES = {  # bf16: main weights in fp32
     ),
     "ppo": Case(
         "train_ppo.py",
-        "--deterministic --advantages gae --critic-lr 1e-3 --kl-target 0.1 --kl-horizon 100",
+        "--deterministic --critic-lr 1e-3 --kl-target 0.1 --kl-horizon 100",
         1,
         "save steps start steps save start steps start save export",
     ),
@@ -77,7 +77,7 @@ CASES = {  # bf16: main weights in fp32
 COMPARISONS = ("train_rm.py", "train_dpo.py")
 LAST = {"rm": 18, "dpo": 24, "rs": 24, "ppo": 20}  # steps of the runs that go on in another layout
 ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
-    "--prompts-per-step 4 --unended keep --global-batch-size 4 --max-prompt-len 48 "
+    "--prompts-per-step 4 --truncated keep --global-batch-size 4 --max-prompt-len 48 "
     "--reward-fn tests.support.rewards:reward"
 )
 BATCHES = {  # by script, else TEXTS

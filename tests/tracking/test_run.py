@@ -417,8 +417,8 @@ def test_long_noisy_curves_are_smoothed_and_short_ones_are_not(tmp_path):
 def test_plot_script_redraws_from_the_command_line(tmp_path):
     for name in ("a", "b"):
         write_metrics(tmp_path / name, 3)
-    command = [sys.executable, str(ROOT / "plot.py"), str(tmp_path / "a"), str(tmp_path / "b")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tools.plots", str(tmp_path / "a"), str(tmp_path / "b")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [str(tmp_path / name / "plots/curves.png") for name in ("a", "b")]
     assert (tmp_path / "b/plots/curves.png").exists()
 

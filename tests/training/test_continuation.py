@@ -24,7 +24,7 @@ from tests.support.rows import chats, comparisons
 COMMON = "--max-seq-len 64 --global-batch-size 2 --max-steps 3 --warmup-steps 1"
 STOP = ("--max-time", "00:00:00")  # after step 1
 RL = (
-    "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --unended keep --max-prompt-len 64 "
+    "--prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --truncated keep --max-prompt-len 64 "
     "--reward-fn align.data.toy:reward --global-batch-size 4 --max-steps 3 --warmup-steps 1"
 )
 FLAGS = {  # script: changed flags, and the words of the refusal
@@ -57,7 +57,7 @@ FLAGS = {  # script: changed flags, and the words of the refusal
         "--temperature 0.7": "--temperature 1.0 -> 0.7",
         "--samples-per-prompt 4": "--samples-per-prompt 2 -> 4",
         "--max-new-tokens 5": "--max-new-tokens 4 -> 5",
-        "--advantages rloo": "--advantages gae -> rloo",
+        "--gae-lambda 0.9": "--gae-lambda 0.95 -> 0.9",
         "--reward-fn align.rewards.gsm8k:reward": "--reward-fn align.data.toy:reward -> align.rewards.gsm8k",
     },
 }

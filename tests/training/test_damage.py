@@ -25,7 +25,7 @@ COMMON = (
     "--monitor train/loss"
 )
 RL = (
-    "--prompts-per-step 2 --samples-per-prompt 2 --global-batch-size 4 --max-new-tokens 4 --unended keep "
+    "--prompts-per-step 2 --samples-per-prompt 2 --global-batch-size 4 --max-new-tokens 4 --truncated keep "
     "--max-prompt-len 64 --max-steps 3 --warmup-steps 1 --save-interval 1 --save-top-k 9 "
     "--reward-fn align.data.toy:reward --monitor train_rollouts/rewards"
 )

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from align import command_line
 from align.data.packing import Batch
-from align.distributed import launch, parallel
+from align.distributed import parallel
 from align.errors import UserError
 from align.tracking import run
 from align.training import reference
@@ -41,7 +42,7 @@ def attempt(script: str, *command: str) -> str | None:
     module, shown = importlib.import_module(script.removesuffix(".py")), io.StringIO()
     try:
         with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
-            flags = launch.parse(module.Config, command)
+            flags = command_line.parse(module.Config, command)
             with parallel.start(flags.parallel):
                 module.main(flags)
     except (UserError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Run by test_seeded_bugs.py on every rank: train_ppo.py with one bug after another, and its errors."""
+"""Run by test_seeded_bugs.py on every rank: train_grpo.py with one bug after another, and its errors."""
 
 import functools
 import json
@@ -11,14 +11,14 @@ import torch.distributed as dist
 import tyro
 from megatron.core import parallel_state as mpu
 
-import train_ppo
+import train_grpo
 from align.distributed import parallel
 from align.tracking.run import Run
 from tests.support.seeded_bugs import Bug, seeded
 
 # 16 answers a step, of which a few end by themselves, in one update of several micro-batches.
 COMMON = (
-    "--advantages grpo --prompts-per-step 8 --samples-per-prompt 2 --unended keep --global-batch-size 16 "
+    "--prompts-per-step 8 --samples-per-prompt 2 --truncated keep --global-batch-size 16 "
     "--micro-batch-tokens 128 --max-prompt-len 48 --max-steps 2 --temperature 0.8 --lr 1e-3 --deterministic "
     "--precision fp32 --reward-fn tests.support.rewards:reward --max-new-tokens"
 )
@@ -35,7 +35,7 @@ PROCESSES = {name: 2 if name in ("tp 2", "dp 2") else 1 for name in FLAGS}
 
 @dataclass(frozen=True)
 class Case:
-    """A run of train_ppo.py, its bug, and what tells of it."""
+    """A run of train_grpo.py, its bug, and what tells of it."""
 
     caught: str  # by a message that test_seeded_bugs.MESSAGES has under this name, or not by one
     bug: Bug = field(default_factory=dict)
@@ -45,9 +45,9 @@ class Case:
 
 # ---- the bugs ------------------------------------------------------------------------------------
 
-COLLATE, ANSWER = "align.data.packing.collate", "align.generation.rollout.answer"
+COLLATE, ANSWER = "align.data.packing.collate", "align.generation.rollout.response_example"
 POSITIONS, TAIL = "np.arange(skip, skip + end - start)", "positions[total:] ="
-SAMPLE, IDS = "align.generation.generator.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
+SAMPLE, IDS = "align.generation.continuous_batching.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
 LOGPROBS = "(x[slot, :count].copy()"
 DECODE = "align.generation.inference.InferenceModel.decode"
 DROPOUT = {"align.model.gpt.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
@@ -124,7 +124,7 @@ DISTRIBUTION = {  # softmax of what
         "sampler", {SAMPLE: [("Sample(ids, logprobs,", "Sample(ids, model_logprobs,")]}
     ),
     "rows that only pad the vocabulary get probability": Case(
-        "sampler", {"align.model.logprobs.finished": [("z[:, real:] = ABSENT", "pass")]}
+        "sampler", {"align.model.logprobs.scale_and_mask_": [("z[:, real:] = ABSENT", "pass")]}
     ),
 }
 SAMPLER = {  # what the sampler computes
@@ -137,7 +137,7 @@ SAMPLER = {  # what the sampler computes
     "a sequence that changes its slot leaves its last key behind": Case(
         "sampler",
         {
-            "align.generation.generator.ContinuousBatch.close_gaps": [
+            "align.generation.continuous_batching.ContinuousBatch.close_gaps": [
                 ("self.count[last] - 1)", "self.count[last] - 2)")
             ]
         },
@@ -164,11 +164,11 @@ PASSES = {  # passes over the same answers that differ
     "an update after every micro-batch": Case(
         "ratio",
         {
-            "train_ppo.main": [
+            "train_grpo.main": [
                 (
-                    "engine.forward_backward(one_model, mine, loss_fn, count)",
-                    "[(engine.forward_backward(one_model, [part], loss_fn, count), "
-                    "optim.step(its_optimizer, lr)) for part in mine][-1][0]",
+                    "engine.forward_backward(policy, minibatch, loss_fn, count)",
+                    "[(engine.forward_backward(policy, [part], loss_fn, count), "
+                    "optim.step(optimizer, lr)) for part in minibatch][-1][0]",
                 )
             ]
         },
@@ -220,16 +220,16 @@ CASES = READ | ENDS | DISTRIBUTION | SAMPLER | PASSES | RANKS
 
 
 def run(flags: str, bug: Bug, output: Path) -> dict[str, object]:
-    """The error that stops train_ppo.py, None if there is none, and the metrics of the steps before."""
+    """The error that stops train_grpo.py, None if there is none, and the metrics of the steps before."""
     words = [*flags.split(), "--output", str(output)]
-    config = tyro.cli(train_ppo.Config, args=words, config=(tyro.conf.OmitArgPrefixes,))
+    config = tyro.cli(train_grpo.Config, args=words, config=(tyro.conf.OmitArgPrefixes,))
     torch.use_deterministic_algorithms(config.parallel.deterministic)
     mpu.destroy_model_parallel()
     parallel.make_grid(config.parallel)
     message = None
     try:
         with seeded(bug):
-            train_ppo.main(config)
+            train_grpo.main(config)
     except (RuntimeError, ValueError) as error:  # the audit's, or of shapes that do not fit
         message = f"{type(error).__name__}: {error}"
     logged = output / "metrics.jsonl"

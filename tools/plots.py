@@ -1,9 +1,10 @@
-"""Draw the curves of runs again, while they train or afterwards: python plot.py runs/sft runs/dpo"""
+"""Draw the curves of runs again, while they train or afterwards: python -m tools.plots runs/sft runs/dpo"""
 
 from pathlib import Path
 
 import tyro
 
+from align import console
 from align.errors import one_line
 from align.tracking.plots import draw
 
@@ -16,5 +17,6 @@ def main(run_directories: tyro.conf.Positional[tuple[Path, ...]]) -> None:
 
 
 if __name__ == "__main__":
+    console.adapt()
     with one_line():
-        tyro.cli(main)
+        tyro.cli(main, description=__doc__)

@@ -1,0 +1,265 @@
+"""Phases of a run on one rank, each with the memory that it takes, and their sums.
+
+A phase is what align/training/offload.py calls one; in scripts without offload it is a part of a step in
+which memory has a peak of its own. The arithmetic is align/planning/memory.py's.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from align.errors import UserError
+from align.flags import flag_of
+from align.model.architecture import Architecture
+from align.planning import memory, rollout_memory
+from align.planning.memory import MicroBatchLoad, RankShape
+from align.planning.rollout_memory import RolloutLoad
+
+ITEMS = (
+    *"process weights gradients optimizer frozen building".split(),
+    *"copies kv_cache activations logits update checkpoint".split(),
+)
+NEEDS = {  # of a model in training: parts on the device; "built": before it has an optimizer
+    "none": (),
+    "weights": ("weights",),
+    "built": ("weights", "gradients"),
+    "all": ("weights", "gradients", "optimizer"),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines."""
+
+    nodes: int = 1
+    """machines"""
+    gpus_per_node: int = 8
+    """GPUs of a machine, one process on each; with --device cpu its processes"""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """device that computes; auto flags of the script mean what they mean there"""
+    gpu_memory: float = 80.0
+    """memory of a GPU, in GB of 1e9 bytes"""
+    host_memory: float | None = None
+    """CPU memory of a machine, in GB of 1e9 bytes (default: offloaded state is printed, not checked);
+    --device cpu needs it"""
+    allowance: float | None = None
+    """share of the memory that stays free (default: 0.1; cpu: 0.45). On a GPU for CUDA's context, NCCL's
+    buffers and fragmentation, none of which plan computes; on a CPU for what glibc keeps between tensors, a
+    fifth of what a training step takes and up to 0.43 while a checkpoint is written (bench/plan.py)"""
+
+    def __post_init__(self):
+        for name in ("nodes", "gpus_per_node", "gpu_memory", "host_memory"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{flag_of(name)} {value} must be above 0")
+        if self.allowance is not None and not 0 <= self.allowance < 1:
+            raise UserError(f"--allowance {self.allowance} must be from 0 to below 1")
+        if self.device == "cpu" and self.host_memory is None:
+            raise UserError("--device cpu needs --host-memory, the memory of one node in GB")
+
+    @property
+    def gpu(self) -> bool:
+        return self.device == "gpu"
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def usable(self) -> float:
+        """The share of the memory that a plan may fill."""
+        return 1 - ((0.1 if self.gpu else 0.45) if self.allowance is None else self.allowance)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Memory of one phase on a rank's device."""
+
+    name: str
+    needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as Phases has it
+    frozen: tuple[str, ...] = ()  # frozen models that compute in it
+    items: Mapping[str, float] = field(default_factory=dict)  # bytes that are allocated in it alone
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: its models, and the function that lists its phases."""
+
+    config: Any  # of the script
+    cluster: Cluster
+    trained: Mapping[str, Architecture]
+    frozen: Mapping[str, Architecture]
+    list_phases: Callable[["Job", RankShape], list[Phase]]
+    offload: str | None = None  # --offload, None for a script without that flag
+
+    @property
+    def offloads(self) -> bool:
+        """True if parts of models in training are offloaded."""
+        return self.offload == "on" or (self.offload == "auto" and self.cluster.gpu)
+
+    @property
+    def layout(self) -> RankShape:
+        """Setting of all models on the first stage."""
+        p = self.config.parallel
+        dp = self.cluster.world // (p.tp * p.pp * p.cp)
+        precision = self.config.model.precision
+        item = 2 if precision == "bf16" or (precision == "auto" and self.cluster.gpu) else 4
+        return RankShape(
+            item, self.cluster.gpu, p.tp, p.pp, p.cp, dp, 0, p.sequence_parallel, self.config.model.recompute
+        )
+
+    def phases(self, s: RankShape) -> list[Phase]:
+        """The phases on one pipeline stage, each with the peak of what it alone allocates."""
+        return self.list_phases(self, s)
+
+    def work(
+        self, rows: int, sequences: int, length: int, prompt: int, entropy: bool = False
+    ) -> MicroBatchLoad:
+        """The largest micro-batch of an update.
+
+        Args:
+            rows: of the update, over all ranks.
+            sequences: in each, of `length` tokens, of which the first `prompt` are places that they share.
+        """
+        batch, s = self.config.batch, self.layout
+        places = prompt + sequences * (length - prompt)
+        rank_rows = -(-rows // s.dp)
+        most = rank_rows if batch.micro_batch_size is None else min(rank_rows, batch.micro_batch_size)
+        tokens = min(batch.micro_batch_tokens, most * places)
+        shared = sequences * length / places if sequences > 1 else 1.0
+        return MicroBatchLoad(tokens, -(-rank_rows * places // tokens), length, shared, entropy)
+
+    def label(self, kind: str, name: str) -> str:
+        """The name of a phase that needs a model in training, as the run's memory/... metrics spell it."""
+        return kind if self.offload is None else f"{kind} {name}"
+
+
+# ---- phases ----------------------------------------------------------------------------------------------
+
+
+def build(job: Job, s: RankShape) -> Phase:
+    """Megatron's buffers for the last model in training: its weights are there twice then."""
+    name = list(job.trained)[-1]
+    building = s.item * memory.weights(job.trained[name], s)
+    return Phase(f"build {name}", {name: "built"}, (), {"building": building})
+
+
+def train(job: Job, s: RankShape, name: str, work: MicroBatchLoad) -> Phase:
+    """Forward, backward and the optimizer's step of a model."""
+    arch = job.trained[name]
+    items, step = memory.training(arch, s, work), memory.update(arch, s)
+    if step > sum(items.values()):
+        items = {"update": step}
+    return Phase(job.label("train", name), {name: "all"}, (), items)
+
+
+def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
+    """A pass of a model in training without a gradient."""
+    items = memory.forward_only(job.trained[name], s, work)
+    return Phase(job.label(kind, name), {name: "weights"}, (), items)
+
+
+def frozen_forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
+    """A pass of a frozen model."""
+    return Phase(kind, {}, (name,), memory.forward_only(job.frozen[name], s, work))
+
+
+def generate(
+    job: Job, s: RankShape, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
+) -> Phase:
+    """Sampling, in steps and in validations, whichever takes more.
+
+    Args:
+        prompts: of a step, over all ranks, of `prompt` tokens.
+        by: the model whose weights sample.
+    """
+    config, arch, rollout = job.config, job.trained["policy"], job.config.rollout
+    copy = None
+    if rollout.reshards(config.parallel):
+        copy = RankShape(s.item, s.gpu, tp=rollout.rollout_tp)
+    draws = [(prompts, per_prompt)]
+    if config.val_data and by == "policy":  # a validation samples one response to each prompt
+        batches = config.loop.val_batches
+        draws.append((rollout.rollout_slots if batches is None else batches * config.rows_per_step, 1))
+    replicas = job.cluster.world // rollout.rollout_tp if copy else s.copies
+    loads = [
+        RolloutLoad(
+            slots=min(rollout.rollout_slots, count * responses),
+            prompts=-(-count // replicas),
+            per_prompt=responses,
+            prompt=prompt,
+            answer=config.sampling.max_new_tokens,
+        )
+        for count, responses in draws
+    ]
+    items = max(
+        (rollout_memory.sampling(arch, s, load, copy) for load in loads),
+        key=lambda sizes: sum(sizes.values()),
+    )
+    if by != "policy":
+        return Phase(kind, {}, (by,), items)
+    return Phase(job.label(kind, by), {by: "weights"}, (), items)
+
+
+def save(job: Job, s: RankShape, name: str) -> Phase:
+    """A checkpoint, of which a GPU's copies are made in its host's memory."""
+    items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s)}
+    return Phase(job.label("save", name), {name: "all"}, (), items)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------
+
+
+def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str, float]:
+    """Bytes by item on a rank's device in a phase.
+
+    Without offload all of each model in training stays. A frozen model that does not compute is in host
+    memory beside a GPU in any case, on a CPU in files if there is offload, else in place.
+    """
+    items = dict.fromkeys(ITEMS, 0.0) | dict(phase.items)
+    items["process"] = 0.0 if s.gpu else process
+    sizes: dict[str, Callable[[Architecture, RankShape], float]] = {
+        "weights": lambda arch, s: s.item * memory.weights(arch, s),
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+    }
+    for name, arch in job.trained.items():
+        need = phase.needs.get(name, "none")
+        for part in NEEDS[need if job.offloads or need == "built" else "all"]:
+            items[part] += sizes[part](arch, s)
+    for name, arch in job.frozen.items():
+        if name in phase.frozen or not (s.gpu or job.offloads):
+            items["frozen"] += sizes["weights"](arch, s)
+    return items
+
+
+def on_host(job: Job, s: RankShape, process: float, writes: bool) -> dict[str, float]:
+    """Bytes by item that a GPU's rank takes of its node's memory at most. `writes`: checkpoints."""
+    frozen = sum(memory.pinned_weights(arch, s) for arch in job.frozen.values())
+    parts = sum(memory.pinned_model(arch, s) for arch in job.trained.values()) if job.offloads else 0
+    saving = max(memory.saving(arch, s) for arch in job.trained.values()) if writes else 0
+    return {"process": process, "pinned copies": frozen + parts, "checkpoint": saving}
+
+
+def ranks(job: Job) -> list[tuple[int, bool]]:
+    """(pipeline stage, writes checkpoints) of each rank.
+
+    Ranks are numbered by tp, then cp, dp, pp; those that are the first of their dp and cp write checkpoints.
+    """
+    s = job.layout
+    return [
+        (rank // (s.tp * s.cp * s.dp), rank // s.tp % (s.cp * s.dp) == 0) for rank in range(job.cluster.world)
+    ]
+
+
+def fullest_node(job: Job, process: float) -> dict[str, float]:
+    """`on_host` of the node that takes most, all its ranks together."""
+    by_kind, nodes = {}, []
+    for rank, (stage, writes) in enumerate(ranks(job)):
+        if (stage, writes) not in by_kind:
+            by_kind[stage, writes] = on_host(job, replace(job.layout, stage=stage), process, writes)
+        if rank % job.cluster.gpus_per_node == 0:
+            nodes.append(dict.fromkeys(by_kind[stage, writes], 0.0))
+        for item, size in by_kind[stage, writes].items():
+            nodes[-1][item] += size
+    return max(nodes, key=lambda node: sum(node.values()))

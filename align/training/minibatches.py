@@ -1,0 +1,107 @@
+"""The responses of a rollout as the minibatches of PPO, packed once for log-probs, values and training.
+
+[N] is one number per response token of the rollout, the responses end to end; [A] one per response.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from align.data import packing
+from align.data.packing import Batch, BatchConfig, Example
+from align.training import batching
+
+
+def draw(
+    num_responses: int, group_size: int, minibatch_size: int, place: tuple[int, int, int]
+) -> list[list[list[int]]]:
+    """Minibatches of one PPO epoch: [minibatch][prompt][response], responses by number in the rollout.
+
+    Epoch 0 goes through the rollout in its order, in the micro-batches in which old log-probs and values are
+    computed: so the ratio of the first update is 1 to the last bit. Each later epoch has a permutation of its
+    own, the same in every layout.
+
+    Args:
+        group_size: responses per prompt; those to one prompt follow one another in the rollout.
+        place: seed, step and epoch, from which the permutation follows.
+    """
+    numbers = np.arange(num_responses)
+    if place[-1] > 0:
+        numbers = np.random.default_rng(place).permutation(numbers)
+    minibatches = np.sort(numbers.reshape(-1, minibatch_size), 1).tolist()
+    return [[list(group) for _, group in groupby(part, lambda n: n // group_size)] for part in minibatches]
+
+
+class Minibatches:
+    """The minibatches of all PPO epochs of a rollout.
+
+    Attributes:
+        num_tokens: trained tokens of each minibatch.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        examples: Sequence[Example],
+        draws: Sequence[Sequence[Sequence[int]]],
+        config: BatchConfig,
+    ):
+        """
+        Args:
+            model: any of those that read the minibatches; all must be built for one --attention.
+            examples: [A] the responses of the rollout with their prompts.
+            draws: [minibatch][prompt][response], from `draw`; the first ones hold the rollout in its order.
+        """
+        self.model, self.config, self.lengths = model, config, [int(one.trained.sum()) for one in examples]
+        self.order = [number for minibatch in draws for group in minibatch for number in group]
+        groups = [[[examples[number] for number in group] for group in minibatch] for minibatch in draws]
+        self.rows = [batching.pack_responses(model, minibatch, config) for minibatch in groups]
+        self.num_tokens = [sum(map(packing.num_trained, rows)) for rows in self.rows]
+
+    def outputs(self, model: DistributedDataParallel) -> Tensor:
+        """Outputs of a model for the rollout's tokens, [N, ...] float64 on the CPU. Collective.
+
+        Computed in the micro-batches of the first epoch: with the same bits as in its first update.
+        """
+        parts, rows = [], iter(self.rows)
+        while len(parts) < len(self.lengths):
+            parts += batching.per_example_outputs(model, next(rows), self.config)
+        return torch.from_numpy(np.concatenate(parts)).double()
+
+    def reorder(self, x: Tensor) -> Tensor:
+        """[N] in the order of the minibatches, one after another."""
+        responses = x.split(self.lengths)
+        return torch.cat([responses[number] for number in self.order])
+
+    def micro_batches(self, **tokens: Tensor) -> list[list[Batch]]:
+        """This rank's micro-batches of each minibatch, with `tokens`, [N] by name, in `extra`."""
+        counts = [packing.num_trained(row) for rows in self.rows for row in rows]
+        parts = {name: iter(self.reorder(values).split(counts)) for name, values in tokens.items()}
+        return [
+            batching.micro_batches(
+                self.model,
+                rows,
+                self.config,
+                {name: [next(part).numpy() for _ in rows] for name, part in parts.items()},
+            )
+            for rows in self.rows
+        ]
+
+    def tokens_with_gradient(self, counted: Tensor, signal: Tensor) -> list[float]:
+        """Number of tokens that each minibatch trains: 0 for one whose gradient is 0.
+
+        Such a minibatch takes no optimizer step: momentum and weight decay of Adam would move the weights.
+
+        Args:
+            counted: [N] 1 for tokens that the policy learns from, else 0.
+            signal: [N] the factor of a token's gradient: its advantage, or `counted` if the loss has more
+                terms.
+        """
+        counted, signal = self.reorder(counted), self.reorder(signal)
+        has_gradient = [bool(part.any()) for part in (counted * signal).split(self.num_tokens)]
+        counts = [float(part.sum()) for part in counted.split(self.num_tokens)]
+        return [count * has for count, has in zip(counts, has_gradient, strict=True)]

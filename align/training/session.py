@@ -1,0 +1,189 @@
+"""The bookkeeping of a run, the same in every script: directory, log, clock, resume, checkpoints, export.
+
+session = Session(config, __file__)          # run directory, log, clock, signals
+session.find_checkpoint(token_ids_of_rows)   # what to continue from, number of steps, order of the rows
+session.resume({"policy": (policy, optimizer)}, validate)
+for step in session.steps():                 # ends early on SIGTERM, SIGUSR1 or --max-time
+    rows = session.rows_of_step(step)
+    ...                                      # losses, batches and outputs are the script's
+    session.end_step(metrics)                # log, then save: what a checkpoint continues has been logged
+session.export(policy, [tokenizer.save])     # OUTPUT/hf, if the run is complete
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from megatron.core.distributed import DistributedDataParallel
+
+from align.data.hf_tokenizer import HuggingFaceTokenizer
+from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from align.data.tokenizer import load_tokenizer
+from align.distributed import parallel
+from align.model import huggingface
+from align.tracking.metrics import Clock
+from align.tracking.run import Run
+from align.training import checkpoint, continuation, optim
+from align.training.checkpoint import Trained
+from align.training.config import CommonConfig
+from align.training.offload import HostStore
+from align.training.phases import OffloadConfig, Phases
+
+Tokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
+
+
+class Session:
+    """One run of a script, from the check of its flags to OUTPUT/hf. Every method is collective.
+
+    Attributes:
+        step: the step under way, from 0; before the first one, the number of finished steps.
+        total_steps: steps of the whole run, known from `find_checkpoint` on.
+        latest: the newest value of each metric, from checkpoint to checkpoint.
+    """
+
+    def __init__(self, config: CommonConfig, script: str):
+        """`script`: its `__file__`. Raises UserError if the run directory cannot be used."""
+        self.config, self.script = config, script
+        self.stop = parallel.Stop(config.loop.max_time)
+        self.run = Run(config.run, asdict(config), script, parallel.is_main())
+        self.say, self.samples = self.run.say, self.run.samples
+        self.clock, self.phases = Clock(), None
+        self.step = self.total_steps = 0
+        self.latest: dict[str, float] = {}
+        self.reason: str | None = None  # to end before the last step
+
+    def offload(self, config: OffloadConfig) -> tuple[Phases, HostStore]:
+        """Measure the run by phases, which offload what they do not need; for scripts of several models."""
+        store = config.store(self.config.run.output)
+        self.phases = Phases(self.clock, self.say, store, config.enabled)
+        return self.phases, store
+
+    def phase(self, name: str, **needs: str) -> AbstractContextManager:
+        """A phase of `offload`; without it nothing."""
+        return self.phases(name, **needs) if self.phases else nullcontext()
+
+    def find_checkpoint(self, rows: Iterable[Sequence[np.ndarray]]) -> Path | None:
+        """Compare the run with the checkpoint that it continues, and count its steps.
+
+        Args:
+            rows: the token ids of each training row's sequences.
+
+        Returns:
+            The checkpoint, or None for a new run.
+
+        Raises:
+            UserError: the checkpoint is damaged or belongs to another run, or the schedule does not fit.
+        """
+        self.continued = continuation.find(self.config, self.script, rows, self.say)
+        self.run.total_steps = self.total_steps = self.continued.total_steps
+        optim.check_optim(self.config.optim, self.total_steps)
+        return self.continued.checkpoint
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer of --model. A continued run renders the day on which it began in chat templates."""
+        first_day = parallel.on_main(self.run.first_day)
+        return load_tokenizer(self.config.model.path, self.say, self.config.text, first_day)
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Numbers of the training rows that a step takes (from 0)."""
+        return self.continued.rows_of_step(step)
+
+    def resume(self, trained: Trained, validate: Callable[[int], dict[str, float]] | None) -> None:
+        """Load the checkpoint; a new run validates before its first step.
+
+        Args:
+            trained: models in training, by name; the first one's checkpoint holds the others' as folders.
+            validate: takes the number of finished steps, and returns metrics; None without validation rows.
+        """
+        self.trained = trained
+        self.step, self.latest = checkpoint.resume(self.continued.checkpoint, trained, self.phase)
+        self.run.resume_at(self.step)
+        if self.step:
+            self.say(self.continued.describe())
+        elif validate:
+            self.latest = validate(0)
+            self.run.log(0, self.latest)
+        checkpoint.check_monitor(self.config.checkpoint, self.latest)
+        self.times()  # the time before the first step is not the step's
+
+    def steps(self) -> Iterator[int]:
+        """Steps from 0 that are not finished, until the run is told to stop."""
+        for step in range(self.step, self.total_steps):
+            self.step = step
+            yield step
+            if self.reason:
+                return
+
+    @property
+    def done(self) -> int:
+        """Number of finished steps once the step under way has ended."""
+        return self.step + 1
+
+    def validates(self) -> bool:
+        """True if a validation follows the step under way."""
+        return self.config.validates(self.done, self.total_steps)
+
+    def end_step(
+        self, metrics: dict[str, float], save: Callable[[Path], None] = lambda directory: None
+    ) -> bool:
+        """Log the metrics of a step, then save a checkpoint if one is due.
+
+        Args:
+            metrics: time/... and timers/... are logged, but no part of a checkpoint.
+            save: writes further state of the script into the checkpoint's directory.
+
+        Returns:
+            True if a checkpoint was saved.
+        """
+        self.reason = self.stop.reason()
+        self.latest |= {name: value for name, value in metrics.items() if not name.startswith("time")}
+        checkpoint.check_monitor(self.config.checkpoint, self.latest)
+        self.run.log(self.done, metrics | self.times())
+        is_last = self.done == self.total_steps or self.reason is not None
+        if due := is_last or checkpoint.is_due(self.config.checkpoint, self.done):
+            self._save(save)
+        return due
+
+    def times(self) -> dict[str, float]:
+        """Duration of the step and shares of its phases, and peaks of memory where phases are measured."""
+        return self.clock.shares() | (self.phases.memory() if self.phases else {})
+
+    def _save(self, save: Callable[[Path], None]) -> None:
+        """Write a checkpoint; its time counts in the next step's line."""
+        config, output = self.config.checkpoint, self.config.run.output
+        with checkpoint.saving(config, output, self.done, self.latest, self.continued.state) as directory:
+            for name, (model, optimizer) in self.trained.items():
+                with self.phase("save", **{name: "all"}):
+                    folder = checkpoint.folder_of(name, self.trained, directory)
+                    checkpoint.write(folder, self.done, model, optimizer)
+            save(directory)
+        self.clock.lap("save")
+
+    @property
+    def is_complete(self) -> bool:
+        """True if no step is left."""
+        return self.reason is None or self.done >= self.total_steps
+
+    def export(
+        self,
+        model: DistributedDataParallel,
+        companions: Sequence[Callable[[Path], None]],
+        name: str = "model",
+    ) -> None:
+        """Write the model of a complete run to OUTPUT/hf, and close the record.
+
+        Args:
+            companions: each writes files of its own into that directory, such as the tokenizer's.
+            name: of the model in the log.
+        """
+        if self.is_complete:
+            with self.phase("export", **dict.fromkeys(list(self.trained)[:1], "weights")):
+                directory = self.config.run.output / "hf"
+                huggingface.save(model, self.config.model.path, directory, companions)
+            self.say(f"the {name} is in {directory}")
+        else:
+            steps = f"step {self.done} of {self.total_steps}"
+            self.say(f"{self.reason}: stopped after {steps}; the same command continues")
+        self.run.close()

@@ -1,0 +1,377 @@
+"""GRPO, RLOO and REINFORCE: policy gradients without a critic; responses are compared with one another.
+
+    torchrun --nproc_per_node 2 train_grpo.py --model runs/sft/hf --reward-fn rewards:correct \
+        --train-data train_prompts.jsonl --val-data test_prompts.jsonl --output runs/grpo
+
+A step samples --samples-per-prompt responses to --prompts-per-step prompts, scores them by a reward model, a
+function of yours (--reward-fn module:function) or both, and estimates advantages: grpo and rloo compare the
+responses to a prompt, reinforce all responses of the step. A KL penalty for leaving the model that training
+starts from (--kl-coef) is in the loss or in the reward. Then each --global-batch-size responses give one
+update of the policy, --ppo-epochs times. Policy, reference and reward model share the same processes; with
+--offload each phase has only those on the GPU that it needs. Rows of data are prompts: align/data/prompts.py
+has the formats. OUTPUT/hf is the result. Without arguments it runs on the built-in tiny model, which is
+random, and a toy task; demo.py shows one that learns. With a critic: train_ppo.py.
+
+GRPO: arXiv 2402.03300, here with a mean over tokens and its KL where --kl-in says. RLOO: 2402.14740.
+REINFORCE with whitened rewards-to-go: 2501.03262.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from align.data import packing, prompts, toy
+from align.data.packing import Batch
+from align.data.prompts import PromptFormat
+from align.distributed import launch, parallel
+from align.errors import UserError
+from align.flags import (
+    BOUND,
+    COEFFICIENT,
+    COUNT,
+    REPEATS,
+    SAMPLES,
+    above,
+    check_ranges,
+    number,
+    refuse_unused,
+)
+from align.generation import audit
+from align.generation.audit import AuditConfig
+from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
+from align.generation.rollout import Rollout
+from align.generation.sampling import SamplingConfig
+from align.losses import rl
+from align.model import architecture, gpt, huggingface
+from align.model.config import check_model, describe_model
+from align.planning import estimate
+from align.rewards import sources
+from align.rewards.sources import RewardConfig
+from align.tracking.metrics import mean_of
+from align.tracking.run import RunConfig
+from align.training import engine, minibatches, offload, optim, reference
+from align.training.checkpoint import CheckpointConfig
+from align.training.config import CommonConfig, LoopConfig
+from align.training.minibatches import Minibatches
+from align.training.optim import OptimConfig
+from align.training.phases import OffloadConfig
+from align.training.session import Session
+
+TRAIN, VAL = 0, 1  # random streams of the samples
+ROLLOUT = ("generate", "score", "logprobs", "reference")  # phases before the updates
+KL = {"k1": rl.kl_k1, "abs": rl.kl_abs, "k2": rl.kl_k2, "k3": rl.kl_k3}
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(CommonConfig):
+    advantages: Literal["grpo", "rloo", "reinforce"] = "grpo"
+    """advantage estimator: grpo and rloo (relative to the other responses to the prompt) or reinforce
+    (relative to all responses of the step)"""
+    prompts_per_step: int = 16
+    """prompts per rollout"""
+    samples_per_prompt: int = 8
+    """responses per prompt: the group size of grpo and rloo"""
+    ppo_epochs: int = 1
+    """PPO epochs: passes over a rollout's responses; each but the first draws its minibatches anew"""
+    clip: float = 0.2
+    """PPO clip range epsilon: the ratio pi / pi_old is clipped to [1 - eps, 1 + eps]"""
+    gamma: float = 1.0
+    """discount factor of rewards per token, from 0 to 1 (reinforce)"""
+    whiten_advantages: bool = True
+    """whiten advantages to mean 0 and variance 1 over all response tokens of the step (reinforce)"""
+    entropy_coef: float = 0.0
+    """entropy bonus coefficient, per nat and token; 0: none"""
+    truncated: Annotated[Literal["mask", "penalise", "keep"], tyro.conf.arg(aliases=("--unended",))] = "mask"
+    """truncated responses (cut off by --max-new-tokens): mask leaves them out of the loss and of the
+    comparisons, penalise subtracts a penalty, keep treats them like the others"""
+    truncated_penalty: Annotated[float, tyro.conf.arg(aliases=("--unended-penalty",))] = 1.0
+    """penalty subtracted from the reward of a truncated response (--truncated penalise)"""
+    kl_coef: float = 0.01
+    """KL penalty coefficient beta, per nat; 0 loads no reference model"""
+    kl_in: Literal["auto", "reward", "loss"] = "auto"
+    """place of the KL penalty: subtracted from each token's reward, or added to the loss. auto: loss with
+    grpo, whose division by the spread of rewards would blow it up, else reward"""
+    kl: Literal["auto", "k1", "abs", "k2", "k3"] = "auto"
+    """KL estimator at a token, of d = log pi - log pi_ref: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) - 1 + d.
+    auto: k1 in the reward, k3 in the loss"""
+    kl_target: float | None = None
+    """target KL in nats per token, to which --kl-coef is adapted after each step (default: no adaptation)"""
+    kl_horizon: float = 10000.0
+    """horizon of the adaptive KL coefficient, in responses; above a fifth of the responses of a step"""
+    audit_ratio: float | None = None
+    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
+    1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
+    audit: AuditConfig = AuditConfig()
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    offload: OffloadConfig = OffloadConfig()
+    format: PromptFormat = PromptFormat()
+    run: RunConfig = RunConfig(output=Path("runs/grpo"))
+    loop: LoopConfig = LoopConfig(val_batches=1)
+    optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
+    checkpoint: CheckpointConfig = CheckpointConfig(monitor="val_rollouts/rewards")
+    plan = estimate.grpo  # for tools/plan.py
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(
+            self,
+            prompts_per_step=COUNT,
+            samples_per_prompt=SAMPLES,
+            ppo_epochs=REPEATS,
+            clip=COEFFICIENT,
+            gamma=number(0, 1),
+            entropy_coef=COEFFICIENT,
+            truncated_penalty=COEFFICIENT,
+            kl_coef=COEFFICIENT,
+            kl_target=above(0, 1e6),
+            kl_horizon=above(0, 1e12),
+            audit_ratio=BOUND,
+        )
+        responses, size = self.responses_per_step, self.batch.global_batch_size
+        if responses % size:
+            raise UserError(
+                f"a step has {responses} responses (--prompts-per-step x --samples-per-prompt), which is no "
+                f"multiple of --global-batch-size {size}, the responses of an update"
+            )
+        if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
+            raise UserError("no reward: give --reward-model DIR or --reward-fn module:function")
+        if self.advantages != "reinforce" and self.samples_per_prompt == 1:
+            raise UserError(
+                f"--advantages {self.advantages} compares the responses to a prompt: give "
+                "--samples-per-prompt 2 or more"
+            )
+        if self.kl_target is not None and self.kl_horizon * 5 <= responses:
+            raise UserError(
+                f"--kl-horizon {self.kl_horizon} must be above a fifth of the {responses} responses of a "
+                "step: --kl-coef could fall below 0"
+            )
+        if self.kl_place == "loss" and self.kl == "k1":
+            raise UserError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
+        if self.advantages != "reinforce":
+            why = f"with --advantages {self.advantages}, which takes whole responses"
+            refuse_unused(self, Config, "gamma whiten_advantages", why)
+        if self.kl_coef == 0:
+            refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
+        if self.kl_target is None:
+            refuse_unused(self, Config, "kl_horizon", "without --kl-target")
+        if self.truncated != "penalise":
+            refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
+        audit.check_whole_distribution(self.sampling)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_step
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def kl_place(self) -> str:
+        """--kl-in without "auto"."""
+        return {"auto": "loss" if self.advantages == "grpo" else "reward"}.get(self.kl_in, self.kl_in)
+
+    @property
+    def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """KL estimator that --kl names."""
+        return KL[{"auto": "k3" if self.kl_place == "loss" else "k1"}.get(self.kl, self.kl)]
+
+    def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:
+        """KL penalty coefficient after `done` steps; `latest`: metrics of the last one."""
+        if self.kl_target is None or done < 2:
+            return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
+        kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
+        return rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.responses_per_step)
+
+    def draws(self, step: int) -> list[list[list[int]]]:
+        """Minibatches of all PPO epochs of a step, [minibatch][prompt][response]."""
+        sizes = self.responses_per_step, self.samples_per_prompt, self.batch.global_batch_size
+        epochs = range(self.ppo_epochs)
+        return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
+
+    def scores_and_counted(self, sampled: Rollout) -> tuple[Tensor, Tensor]:
+        """Scores [A] less --truncated-penalty, and [A] bool, responses that the policy learns from."""
+        scores = torch.from_numpy(sampled.rewards).view(-1)
+        is_truncated = torch.tensor([sample.finish != "stop" for sample in sampled.responses])
+        if self.truncated == "penalise":
+            scores = scores - self.truncated_penalty * is_truncated.double()
+        return scores, ~is_truncated if self.truncated == "mask" else torch.ones_like(is_truncated)
+
+    def estimate_advantages(self, rewards: Tensor, lengths: list[int], counted: Tensor) -> Tensor:
+        """Advantages [N], not whitened.
+
+        Args:
+            rewards: [N] of the tokens, the responses end to end, of `lengths` tokens each.
+            counted: [A] bool, responses that the policy learns from.
+        """
+        if self.advantages == "reinforce":  # rewards to go
+            return rl.gae(rewards, torch.zeros_like(rewards), lengths, self.gamma, 1.0)[0]
+        returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]
+        groups = (-1, self.samples_per_prompt)
+        compare = rl.rloo if self.advantages == "rloo" else rl.grpo
+        return rl.per_token(compare(returns.view(groups), counted.view(groups)).view(-1), lengths)
+
+
+def main(config: Config) -> None:
+    # ---- setup and checks ------------------------------------------------------------------------
+    arch = architecture.read_config(config.model.path)
+    check_model(arch, config.model, config.parallel)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
+    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
+    session = Session(config, __file__)
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+
+    # ---- data ------------------------------------------------------------------------------------
+    reward = config.reward.resolved(is_toy=not config.train_data)
+    session.say(reward.describe())
+    files, tokenizer = config.files(toy.write), session.load_tokenizer()
+    stop_texts = (*config.sampling.stop, *tokenizer.stop_strings)
+    sources.warn_of_other_ends(reward, tokenizer, session.say)
+    rows = prompts.load_sets(files, tokenizer, config.format, arch.vocab_size, session.say)
+    packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
+    rows["val"] = rows["val"][config.val_rows()]
+    session.find_checkpoint([prompt.ids] for prompt in rows["train"])
+
+    # ---- models ----------------------------------------------------------------------------------
+    phase, store = session.offload(config.offload)
+    judges = sources.reward_sources(
+        reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
+    )
+    policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, entropy=True)
+    huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    policy = gpt.distributed(policy)
+    optimizer = optim.build(policy, config.optim)
+    if config.kl_coef:
+        reference.check_same(config.run.output, config.model.path, config.checkpoint)
+        ref = offload.Weights(policy.module, store)
+    phase.add("policy", policy, optimizer)
+    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    session.say(generator.describe())
+
+    # ---- rollouts --------------------------------------------------------------------------------
+    def rollout(name: str, numbers: Sequence[int], stream: tuple[int, ...], num_samples: int) -> Rollout:
+        """Sample responses to prompts of a data set and score them; `stream`: of their random numbers."""
+        chosen = [rows[name][number] for number in numbers]
+        streams = [(*stream, number) for number in numbers]
+        with phase("generate", policy="weights"):
+            samples = generator.generate([prompt.ids for prompt in chosen], streams, num_samples)
+        with phase("score"):
+            scores = sum(judge(chosen, samples) for judge in judges)
+        return Rollout(numbers, chosen, samples, scores)
+
+    def validate(step: int) -> dict[str, float]:
+        """Rewards of one response to each validation prompt, each time with the same random numbers."""
+        sampled = rollout("val", range(len(rows["val"])), (VAL,), 1)
+        session.samples(step, sampled.table("val_rollouts", 4, tokenizer, config.sampling.stop))
+        return {f"val_rollouts/{name}": value for name, value in sampled.statistics().items()}
+
+    # ---- losses ----------------------------------------------------------------------------------
+    is_exact = parallel.is_exact(config.parallel)
+    ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
+
+    def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of responses
+        old_logprobs, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
+        loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, config.clip)
+        entropy = (entropy * counted).sum()
+        if kl_coef:
+            kl = config.kl_estimator(logprobs, batch.extra["ref"])
+            loss = loss + kl_coef * kl[counted.bool()].sum()
+        return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
+
+    def update(
+        loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: list[float], lr: float
+    ) -> list[dict[str, float]]:
+        """One update for each minibatch that has a gradient."""
+        updates = []
+        with phase("train", policy="all"), engine.during(f"step {session.done}, policy"):
+            for minibatch, count in zip(batches, num_tokens, strict=True):
+                if count:
+                    metrics = engine.forward_backward(policy, minibatch, loss_fn, count)
+                    updates.append(metrics | {"grad_norm": optim.step(optimizer, lr), "lr": lr})
+        return updates
+
+    # ---- loop ------------------------------------------------------------------------------------
+    session.resume({"policy": (policy, optimizer)}, validate if rows["val"] else None)
+    first_step = session.step
+    for step in session.steps():
+        kl_coef = config.kl_coef_after(step, session.latest)
+        kl_in_reward, kl_in_loss = (kl_coef, 0.0) if config.kl_place == "reward" else (0.0, kl_coef)
+
+        # rollout: [A] responses, whose N tokens lie end to end from here on
+        sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
+        if step == first_step:
+            warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
+        audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, stop_texts)
+        session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
+        examples = [example for group in sampled.examples() for example in group]
+        dealt = Minibatches(policy, examples, config.draws(step), config.batch)
+        lengths = dealt.lengths
+
+        # log-probs of policy and reference, [N]
+        with phase("logprobs", policy="weights"):
+            old_logprobs = ref_logprobs = dealt.outputs(policy)[:, 0]
+        if config.kl_coef:
+            with phase("reference"), ref.swapped_into(policy.module):
+                ref_logprobs = dealt.outputs(policy)[:, 0]
+        computed = [part.numpy() for part in old_logprobs.split(lengths)]
+        logprobs = [sample.logprobs for sample in sampled.responses]
+        precision = config.model.dtype, config.sampling.temperature
+        metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
+
+        # rewards and advantages, [N]
+        scores, counted = config.scores_and_counted(sampled)  # [A]
+        kl = config.kl_estimator(old_logprobs, ref_logprobs)
+        rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
+        advantages = config.estimate_advantages(rewards, lengths, counted)
+        statistics = sampled.statistics() | {
+            "rollout_size": len(lengths),
+            "rewards_with_kl": rl.per_response(rewards, lengths).mean(),
+            **rl.moments("advantages", advantages),
+        }
+        if config.kl_coef:
+            init_policy_kl = rl.per_response(kl, lengths).mean()
+            statistics |= {"init_policy_kl": init_policy_kl, "kl_coef": kl_coef}
+        metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
+        if config.whiten_advantages and config.advantages == "reinforce":
+            advantages = rl.whiten(advantages)
+
+        # update
+        learns = rl.per_token(counted.double(), lengths)  # [N]
+        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": learns}
+        batches = dealt.micro_batches(**tokens)
+        lr = optim.learning_rate(config.optim, step, session.total_steps)
+        signal = advantages if kl_in_loss == config.entropy_coef == 0 else learns
+        num_tokens = dealt.tokens_with_gradient(learns, signal)
+        updates = update(partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
+        metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
+        if updates:
+            metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
+        else:
+            reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
+            session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")
+        metrics |= {f"train_optim/{name}": value for name, value in mean_of(updates).items()}
+        rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
+        metrics["timers/train_time"] = session.clock.total("train")
+
+        # evaluate
+        if rows["val"] and session.validates():
+            metrics |= validate(session.done)
+            metrics["timers/validation_time"] = session.clock.total(*ROLLOUT) - rollout_time
+        session.end_step(metrics)
+
+    session.export(policy, [tokenizer.save])
+
+
+if __name__ == "__main__":
+    launch.run(main, Config)

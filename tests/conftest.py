@@ -11,10 +11,23 @@ import transformers
 from align.data import toy
 from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.tokenizer import load_tokenizer
-from tests.support.files import TINY, write_rows
+from tests.support.files import ROOT, TINY, write_rows
 from tests.support.launch import fork_ranks
 from tests.support.models import FAMILIES
 from tests.support.shared import filled_once
+
+LONGEST = (  # files of more than half a minute, by their time in `make test`
+    "training/test_resume scripts/test_scripts generation/test_generator scripts/test_ppo_invariance "
+    "scripts/test_rs_invariance model/test_parity planning/test_plan scripts/test_self_reward_invariance "
+    "scripts/test_seeded_bugs training/test_invariance training/test_offload scripts/test_generate_script "
+    "scripts/test_examples training/test_continuation training/test_damage distributed/test_watchdog"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: two workers take file by file, and none is to wait for the other's last."""
+    places = {ROOT / "tests" / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

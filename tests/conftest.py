@@ -25,7 +25,7 @@ LONGEST = (  # files of more than half a minute, by their time in `make test`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files: two workers take file by file, and none is to wait for the other's last."""
+    """Begin with the longest files, so that no worker is left alone with one of them at the end."""
     places = {ROOT / "tests" / f"{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 

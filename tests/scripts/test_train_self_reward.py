@@ -18,7 +18,7 @@ from align.judging.judge import JudgeConfig
 from align.judging.meta_judge import MetaJudgeConfig
 from align.training.config import LoopConfig
 from tests.support.launch import fork_ranks
-from train_self_reward import Config, check_same, of_iteration, state_of
+from train_self_reward import Config, of_iteration
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -198,20 +198,6 @@ def test_lengths_that_are_refused(config, message):
     with pytest.raises(UserError) as error:
         config.check_lengths(4096 if config.format.max_seq_len == 4096 else 100)
     assert str(error.value) == message
-
-
-def test_a_checkpoint_of_another_script_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is none of train_self_reward.py: give another --output"):
-        state_of(tmp_path)
-    (tmp_path / "judgements.json").write_text('{"waiting": []}')
-    assert state_of(tmp_path) == {"waiting": []}
-
-
-def test_another_layout_of_steps_is_refused():
-    before = {"steps of an iteration": 10, "--rollout-ahead": 2}
-    check_same(before, dict(before))
-    with pytest.raises(UserError, match="--rollout-ahead: 3, in the run that is to be continued 2: its ref"):
-        check_same(before, {**before, "--rollout-ahead": 3})
 
 
 # ---- whole runs ----------------------------------------------------------------------------------

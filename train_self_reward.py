@@ -56,6 +56,7 @@ from align.judging.pairs import Buffer, SampledPair, mix
 from align.judging.reference_model import ReferenceModel
 from align.judging.self_judge import Ids, JudgedResponses, Sampler, SelfJudge, Streams
 from align.losses import preference, supervised
+from align.losses.statistics import log_ratio_statistics
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
 from align.planning import estimate
@@ -279,12 +280,10 @@ def preference_loss(
     ref_logprobs[batch.mask.bool()] = batch.extra["ref"]
     policy_chosen, policy_rejected = sequence_logprobs(logprobs, average).unbind(1)  # [P]
     ref_chosen, ref_rejected = sequence_logprobs(ref_logprobs, average).unbind(1)  # [P]
-    gap = {"reward_gap": batch.extra["reward_gap"]} if config.loss in WITH_GAP else {}
+    gap = {"gap": batch.extra["gap"]} if config.loss in WITH_GAP else {}
 
     losses = LOSSES[config.loss](policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, **gap)
-    statistics = preference.log_ratio_statistics(
-        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta
-    )
+    statistics = log_ratio_statistics(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     if sft_average is not None and sft_average != average:
         policy_chosen = sequence_logprobs(logprobs, sft_average)[:, 0]
     loss, nll = losses.sum(), -policy_chosen.sum()
@@ -296,7 +295,7 @@ def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.n
     of_pairs = zip(ref_logprobs[::2], ref_logprobs[1::2], strict=True)
     values = {
         "ref": [np.concatenate(pair) for pair in of_pairs],
-        "reward_gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
+        "gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
     }
     examples = [pair.examples for pair in pairs]
     return batching.micro_batches(state.policy, examples, state.config.batch, values)

@@ -3,12 +3,14 @@
 More whole runs: tests/scripts/test_self_reward_step.py, test_self_reward_invariance.py and test_resume.py.
 """
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+import train_self_reward
 from align.data import toy
 from align.data.formats import FormatConfig
 from align.data.packing import BatchConfig
@@ -57,11 +59,11 @@ from train_self_reward import Config, of_iteration
         ),
         (
             {"meta": MetaJudgeConfig(True), "judge": JudgeConfig(judgements=1)},
-            "--meta-judge compares judgements of one answer: give --judgements 2 or more",
+            "--meta-judge compares judgements of one response: give --judgements 2 or more",
         ),
         (
             {"sampling": SamplingConfig(greedy=True)},
-            "--greedy gives the same answer every time: leave it out",
+            "--greedy gives the same response every time: leave it out",
         ),
         (
             {"val_data": (Path("rows.jsonl"),)},
@@ -87,11 +89,9 @@ def test_flags_that_go_together():
     assert Config(format=FormatConfig(loss_on="all"), first_iteration_sft=True).first_iteration_sft
 
 
-def test_what_a_loss_takes_beside_log_probs():
-    names = {"chosen", "rejected", "ref_chosen", "ref_rejected", "beta"}
-    assert Config().loss_inputs == Config(loss="ipo").loss_inputs == names
-    for loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
-        assert Config(loss=loss).loss_inputs == names | {"reward_gap"}
+def test_losses_that_take_the_gap_of_the_scores():
+    for name, loss in train_self_reward.LOSSES.items():
+        assert ("gap" in inspect.signature(loss).parameters) == (name in train_self_reward.WITH_GAP)
 
 
 # ---- steps ---------------------------------------------------------------------------------------

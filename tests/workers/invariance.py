@@ -109,13 +109,16 @@ def attach_reference(
     return partial(precomputed.attach, name="train")
 
 
-def train(directory: Path, case: Case, path: Path) -> list[dict[str, float]]:
-    """Every metric of each update, and of one evaluation after them; `path` is for reference log-probs."""
+def train(directory: Path, case: Case, path: Path, adam_eps: float | None = None) -> list[dict[str, float]]:
+    """Every metric of each update, and of one evaluation after them; `path` is for reference log-probs.
+
+    adam_eps: in place of the project's, which parity with torch.optim.AdamW needs.
+    """
     policy = gpt.distributed(build(directory, case))
     optimizer = optim.build(policy, optim.OptimConfig(weight_decay=0.1))
-    for adam in optim.adams(optimizer):
+    for adam in optim.adams(optimizer) if adam_eps else ():
         for group in adam.optimizer.param_groups:
-            group["eps"] = ADAM_EPS
+            group["eps"] = adam_eps
     sizes = [ROWS] * STEPS + [1]  # the evaluation has fewer rows than there are data parallel ranks
     history = []
     attach = attach_reference(policy, case, sizes, path) if case.algorithm == "dpo" else lambda batches: None
@@ -139,7 +142,7 @@ def main(models: Path, output: Path, cases: list[dict]) -> None:
         for number, flags in enumerate(cases):
             directory, case = models / flags.pop("family"), Case(**flags)
             grids.change(case.layout)
-            results.append(train(directory, case, output / f"reference{number}.safetensors"))
+            results.append(train(directory, case, output / f"reference{number}.safetensors", ADAM_EPS))
     (output / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 

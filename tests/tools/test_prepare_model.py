@@ -767,6 +767,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
 # ---- export ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "layout"), [("sft", ""), ("rm", "--tp 2")])
 def test_an_exported_checkpoint_is_what_its_run_has_left(run, layout, toy_models, tmp_path):
     """One process and two write the same files, bit for bit, but for the scores of training rows."""

@@ -28,8 +28,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.data import packing, sft_tasks, toy
 from align.data.formats import FormatConfig
@@ -227,7 +226,7 @@ class State:
     rows: dict[str, list[Task]]
     self_judge: SelfJudge
     buffer: Buffer  # judgement pairs that are still to be trained on
-    policy: DistributedDataParallel
+    policy: nn.Module  # in Megatron's DistributedDataParallel
     ref: offload.Weights
     generator: Generator
     sampler_settings: tuple  # what samples depend on beside weights, prompts and streams

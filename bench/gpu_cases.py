@@ -392,7 +392,6 @@ def ppo_flags(case: Record, work: Work, policy: Path, scorer: Path) -> list[str]
         "model": policy,
         "reward-model": scorer,
         "precision": "bf16",
-        "advantages": "gae",
         "prompts-per-step": work.ppo_answers,
         "global-batch-size": work.ppo_answers,
         "rollout-slots": work.ppo_answers,

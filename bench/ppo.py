@@ -7,10 +7,10 @@
 What is compared, with the same rows of {"prompt": [messages]} in the same order:
 
     grpo   --samples answers, 8 to a prompt (GROUP); the reward is the share of digits among the characters of
-           the answer. Ours is train_ppo.py --advantages grpo; TRL's is GRPOTrainer.
+           the answer. Ours is train_grpo.py; TRL's is GRPOTrainer.
     ppo    --samples answers, one to a prompt, with critic and reward model: four models of the same size,
            those two from one *ForSequenceClassification directory with a random head that is written first.
-           Ours is train_ppo.py --advantages gae; TRL's is PPOTrainer, which 1.10 was the last checked to have
+           Ours is train_ppo.py; TRL's is PPOTrainer, which 1.10 was the last checked to have
            (trl.experimental.ppo) and which is therefore taken from the directory --trl-ppo.
 
 On both sides an answer has 64 new tokens (NEW), no end-of-turn token ends one; temperature 1, whole
@@ -30,6 +30,7 @@ start" is that of loading the models alone.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -352,13 +353,12 @@ def measured_trl(config: Config, log: list[dict[str, float]]) -> Measured:
 
 
 def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
-    """Train with the main function of train_ppo.py; reward model and critic start from `scorer`.
+    """Train by train_ppo.py or train_grpo.py; reward model and critic start from `scorer`.
 
     Runs in a child.
     """
     import torch
 
-    import train_ppo
     from align.distributed import parallel
 
     torch.set_num_threads(config.run.threads)
@@ -366,20 +366,20 @@ def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
         data, output = Path(scratch) / "prompts.jsonl", Path(scratch) / "run"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(config, name)))
         arguments = our_flags(config, name, scorer) + ["--train-data", str(data), "--output", str(output)]
-        flags = tyro.cli(train_ppo.Config, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+        script = importlib.import_module(f"train_{name}")
+        flags = tyro.cli(script.Config, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
         log = watch_ours(config)
         with parallel.start(flags.parallel):
-            train_ppo.main(flags)
+            script.main(flags)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return measured_ours(config, log, rows)
 
 
 def our_flags(config: Config, name: Name, scorer: Path) -> list[str]:
-    """Return the flags of train_ppo.py that the comparison needs, but for data and output."""
+    """Return the flags of the script that the comparison needs, but for data and output."""
     flags = {
         "model": config.run.model,
         "precision": config.run.dtype,
-        "advantages": {"grpo": "grpo", "ppo": "gae"}[name],
         "prompts-per-step": config.samples // group_size(name),
         "samples-per-prompt": group_size(name),
         "global-batch-size": config.samples,

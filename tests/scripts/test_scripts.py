@@ -96,7 +96,8 @@ def field_names(config: type) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "script", [*SCRIPTS, "train_rs.py", "train_ppo.py", "train_self_reward.py", "generate.py"]
+    "script",
+    [*SCRIPTS, "train_rs.py", "train_ppo.py", "train_grpo.py", "train_self_reward.py", "generate.py"],
 )
 def test_help_shows_every_flag_with_its_text(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

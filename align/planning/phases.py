@@ -188,7 +188,7 @@ def generate(
             prompts=-(-count // replicas),
             per_prompt=responses,
             prompt=prompt,
-            answer=config.sampling.max_new_tokens,
+            response=config.sampling.max_new_tokens,
         )
         for count, responses in draws
     ]

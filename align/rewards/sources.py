@@ -74,7 +74,7 @@ class RewardConfig:
     """subtracted from the reward model's scores"""
     reward_std: float = 1.0
     """the scores are divided by it then; with the mean and standard deviation that the reward model has on
-    answers of --model, rewards are standardised"""
+    responses of --model, rewards are standardised"""
     reward_standardise: Literal["off", "auto"] = "off"
     """auto: --reward-mean and --reward-std are those in the reward model's reward_statistics.json, in which
     train_rm.py writes the mean and standard deviation of its scores on validation rows"""

@@ -56,7 +56,8 @@ class Minibatches:
             examples: [A] the responses of the rollout with their prompts.
             draws: [minibatch][prompt][response], from `draw`; the first ones hold the rollout in its order.
         """
-        self.model, self.config, self.lengths = model, config, [int(one.trained.sum()) for one in examples]
+        self.model, self.config = model, config
+        self.lengths = [packing.num_trained([example]) for example in examples]
         self.order = [number for minibatch in draws for group in minibatch for number in group]
         groups = [[[examples[number] for number in group] for group in minibatch] for minibatch in draws]
         self.rows = [batching.pack_responses(model, minibatch, config) for minibatch in groups]

@@ -21,13 +21,14 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from align.data import display, packing, preferences, tokenizer_files, toy
+from align.data import display, packing, preferences, row_counts, tokenizer_files, toy
 from align.data.packing import Batch, Example
 from align.data.preferences import PreferenceFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
-from align.losses import preference, supervised
+from align.losses import supervised
+from align.losses.statistics import pair_statistics
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
 from align.planning import estimate
@@ -128,7 +129,7 @@ def main(config: Config) -> None:
             )
             rows = Rows([(example,) for example in texts], labels[:, None])
         packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
-        session.say(f"{name} data: {display.describe(counts)}")
+        session.say(f"{name} data: {row_counts.describe(counts)}")
         return rows
 
     train = load(files["train"], "train")
@@ -165,7 +166,7 @@ def main(config: Config) -> None:
             return error, {"rewards_all_mean": rewards.sum(), "rewards_all_square": rewards.square().sum()}
         chosen, rejected = scores.view(-1, 2).unbind(1)  # [P]
         loss = supervised.ranking(chosen, rejected, batch.extra["target"]).sum()
-        metrics = preference.pair_statistics(chosen, rejected)
+        metrics = pair_statistics(chosen, rejected)
         if config.center_rewards_coef:
             metrics["centering_loss"] = supervised.centering(chosen, rejected).sum()
             loss = loss + config.center_rewards_coef * metrics["centering_loss"]

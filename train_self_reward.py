@@ -18,7 +18,6 @@ Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new on
 Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,34 +27,36 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor
+from torch import Tensor, nn
 
-from align.data import packing, prompts, toy
+from align.data import packing, sft_tasks, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Batch
-from align.data.prompts import Task
 from align.data.sft import adopt
+from align.data.sft_tasks import Task
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, COUNT, REPEATS, SCALE, check_ranges, number, refuse_unused, whole
-from align.generation import audit, rollout_cache
+from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import (
     Generator,
     RolloutConfig,
-    Sample,
     check_model_logprobs,
     check_rollout,
     warn_if_none_ended,
 )
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.judging import self_judge as judging
 from align.judging.judge import Judge, JudgeConfig
-from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig, mix
-from align.judging.self_judge import Answered, Ids, SampledPair, Sampler, SelfJudge, Streams
+from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
+from align.judging.pairs import Buffer, SampledPair, mix
+from align.judging.reference_model import ReferenceModel
+from align.judging.self_judge import Ids, JudgedResponses, Sampler, SelfJudge, Streams
 from align.losses import preference, supervised
+from align.losses.statistics import log_ratio_statistics
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
 from align.planning import estimate
@@ -65,8 +66,8 @@ from align.tracking.run import RunConfig
 from align.training import batching, checkpoint, engine, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
-from align.training.offload import OffloadConfig
 from align.training.optim import OptimConfig
+from align.training.phases import OffloadConfig
 from align.training.session import Session, Tokenizer
 
 LOSSES = {  # --loss
@@ -225,12 +226,10 @@ class State:
     tokenizer: Tokenizer
     rows: dict[str, list[Task]]
     self_judge: SelfJudge
-    buffer: Buffer[SampledPair]  # judgement pairs that are still to be trained on
-    policy: DistributedDataParallel
-    ref: offload.Weights
+    buffer: Buffer  # judgement pairs that are still to be trained on
+    policy: nn.Module  # in Megatron's DistributedDataParallel
+    ref: ReferenceModel
     generator: Generator
-    sampler_settings: tuple  # what samples depend on beside weights, prompts and streams
-    ref_digest: str = ""
     iteration: int = 0
 
     @property
@@ -242,11 +241,6 @@ class State:
     def beta(self) -> float:
         """--beta of the iteration."""
         return of_iteration(self.config.beta, self.iteration)
-
-    @property
-    def rollouts(self) -> Path:
-        """Directory of the samples that are kept for a crash."""
-        return self.config.run.output / "rollouts"
 
 
 class Training(NamedTuple):
@@ -262,30 +256,6 @@ class Training(NamedTuple):
 def of_iteration(values: tuple[float, ...], iteration: int) -> float:
     """The value that a flag has in an iteration."""
     return values[iteration] if len(values) > 1 else values[0]
-
-
-# ---- samples ---------------------------------------------------------------------------------------------
-
-
-def sample_policy(state: State, kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
-    """Samples of the policy."""
-    with state.session.phase(kind, policy="weights"):
-        return state.generator.generate(ids, streams, number)
-
-
-def sample_reference(
-    state: State, first: int, kind: str, ids: Ids, streams: Streams, number: int
-) -> list[list[Sample]]:
-    """Samples of the reference model for the steps from `first` on, read from a file if there is one."""
-
-    def generate() -> list[list[Sample]]:
-        with state.session.phase(kind), state.ref.lent_to(state.policy.module):
-            return state.generator.generate(ids, streams, number)
-
-    settings = (*state.sampler_settings[:2], number, *state.sampler_settings[2:])
-    fingerprint = rollout_cache.made_of(state.ref_digest, settings, ids, streams)
-    path = state.rollouts / f"step_{first:08d}_{kind}.safetensors"
-    return rollout_cache.kept(path, fingerprint, generate)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
@@ -310,31 +280,22 @@ def preference_loss(
     ref_logprobs[batch.mask.bool()] = batch.extra["ref"]
     policy_chosen, policy_rejected = sequence_logprobs(logprobs, average).unbind(1)  # [P]
     ref_chosen, ref_rejected = sequence_logprobs(ref_logprobs, average).unbind(1)  # [P]
-    gap = {"reward_gap": batch.extra["reward_gap"]} if config.loss in WITH_GAP else {}
+    gap = {"gap": batch.extra["gap"]} if config.loss in WITH_GAP else {}
 
     losses = LOSSES[config.loss](policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, **gap)
-    statistics = preference.log_ratio_statistics(
-        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta
-    )
+    statistics = log_ratio_statistics(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     if sft_average is not None and sft_average != average:
         policy_chosen = sequence_logprobs(logprobs, sft_average)[:, 0]
     loss, nll = losses.sum(), -policy_chosen.sum()
     return loss + config.sft_weight * nll, {"preference_loss": loss, "sft_loss": nll, **statistics}
 
 
-def reference_logprobs(state: State, pairs: list[SampledPair]) -> list[np.ndarray]:
-    """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
-    with state.session.phase("reference"), state.ref.lent_to(state.policy.module):
-        examples = [pair.examples for pair in pairs]
-        return batching.per_example(state.policy, examples, state.config.batch)
-
-
 def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.ndarray]) -> list[Batch]:
-    """This rank's share of some pairs, in the micro-batches of `reference_logprobs`."""
+    """This rank's share of some pairs, in the micro-batches of `ReferenceModel.logprobs`."""
     of_pairs = zip(ref_logprobs[::2], ref_logprobs[1::2], strict=True)
     values = {
         "ref": [np.concatenate(pair) for pair in of_pairs],
-        "reward_gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
+        "gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
     }
     examples = [pair.examples for pair in pairs]
     return batching.micro_batches(state.policy, examples, state.config.batch, values)
@@ -349,14 +310,14 @@ def sft_step(state: State, tasks: Sequence[Task]) -> Training:
     return Training(batches, sft_loss, packing.num_trained([task.example for task in tasks]), {})
 
 
-def rollout_step(state: State, steps: range, sample: Sampler) -> list[Answered]:
+def rollout_step(state: State, steps: range, sample: Sampler) -> list[JudgedResponses]:
     """Responses of the reference model to the prompts of some steps, with its judgements of them."""
     places = [(TRAIN, step, row) for step in steps for row in state.session.rows_of_step(step)]
     tasks = [state.rows["train"][row] for *_, row in places]
-    return state.self_judge.answers(tasks, places, state.config.samples_per_prompt, sample)
+    return state.self_judge.responses(tasks, places, state.config.samples_per_prompt, sample)
 
 
-def meta_judge_step(state: State, judged: list[Answered], sample: Sampler) -> dict[str, float]:
+def meta_judge_step(state: State, judged: list[JudgedResponses], sample: Sampler) -> dict[str, float]:
     """Compare judgements of one response to each prompt, and put pairs of them into the buffer."""
     compared = state.self_judge.compare(judged, sample)
     pairs = [pair for comparison in compared if (pair := comparison.pair()) is not None]
@@ -365,7 +326,7 @@ def meta_judge_step(state: State, judged: list[Answered], sample: Sampler) -> di
     return judging.comparison_statistics(compared) | {"meta_pairs": num_buffered}
 
 
-def preference_step(state: State, judged: list[Answered]) -> Training:
+def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     """Train on a pair of responses to each prompt of a step, and on pairs of judgements out of the buffer."""
     config, session = state.config, state.session
     session.samples(session.done, state.self_judge.tables("train_judgements", judged))
@@ -378,7 +339,7 @@ def preference_step(state: State, judged: list[Answered]) -> Training:
         return Training([], loss_fn, 0, metrics)
 
     # The reference has sampled: its log-probs in training must be those of the sampler.
-    ref_logprobs = reference_logprobs(state, pairs)
+    ref_logprobs = state.ref.logprobs(pairs, config.batch)
     places = [(pair.row, side) for pair in pairs for side in range(2)]
     samples = [sample for pair in pairs for sample in pair.samples]
     stop_texts = (*config.sampling.stop, *state.tokenizer.stop_strings)
@@ -396,12 +357,17 @@ def validate(
     iteration = max(step - 1, 0) // iteration_steps
     length_control = of_iteration(config.length_control, iteration)
     places = [(VAL, 0, row) for row in range(len(tasks))]
-    judged = state.self_judge.answers(tasks, places, config.samples_per_prompt, partial(sample_policy, state))
+
+    def sample(kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
+        with session.phase(kind, policy="weights"):
+            return state.generator.generate(ids, streams, number)
+
+    judged = state.self_judge.responses(tasks, places, config.samples_per_prompt, sample)
     pair_or_none, metrics = state.self_judge.pairs(judged, length_control)
     pairs = [pair for pair in pair_or_none if pair is not None]
     if pairs:
         loss_fn = partial(preference_loss, config, of_iteration(config.beta, iteration))
-        batches = pair_batches(state, pairs, reference_logprobs(state, pairs))
+        batches = pair_batches(state, pairs, state.ref.logprobs(pairs, config.batch))
         with session.phase("validate", policy="weights"), engine.during("validation"):
             metrics |= with_std(engine.evaluate(state.policy, batches, loss_fn, len(pairs)))
     with session.phase("validate", policy="weights"), engine.during("validation"):
@@ -411,38 +377,9 @@ def validate(
         truth = true_reward([task.prompt for task in tasks], [answered.samples for answered in judged])
         metrics |= judging.compare_with(truth, judged)
     session.samples(step, state.self_judge.tables("val_judgements", judged))
-    texts = [pair.texts(state.tokenizer, state.self_judge.said) for pair in pairs[:4]]
+    texts = [pair.texts(state.tokenizer, state.self_judge.text_of) for pair in pairs[:4]]
     session.samples(step, [{"table": "val_pairs", **row} for row in texts])
     return {f"val/{name}": value for name, value in metrics.items()}
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------
-
-
-def read_state(path: Path) -> dict:
-    """Buffer and counters of a checkpoint. Raises UserError if it is of another script."""
-    if not (path / "judgements.json").is_file():
-        raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
-    return json.loads((path / "judgements.json").read_bytes())
-
-
-def check_same(before: dict[str, int], now: dict[str, int]) -> None:
-    """Raises UserError if flags have changed that say to which iteration and rollout a step belongs."""
-    for name in now:
-        if now[name] != before[name]:
-            raise UserError(
-                f"{name}: {now[name]}, in the run that is to be continued {before[name]}: its reference and "
-                "its buffer fit its own flags only; give those, or --no-resume"
-            )
-
-
-def save_state(state: State, flags: dict[str, int], directory: Path) -> None:
-    """Write the reference model and the buffer into a checkpoint. Collective."""
-    with state.session.phase("save"), state.ref.lent_to(state.policy.module):
-        checkpoint.write_weights(directory / "reference", state.policy.module)
-    if parallel.is_main():
-        record = {"flags": flags, **judging.buffer_record(state.buffer)}
-        (directory / "judgements.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def main(config: Config) -> None:
@@ -462,7 +399,7 @@ def main(config: Config) -> None:
         judge_config = replace(judge_config, judge_template=templates[0])
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
-    rows = prompts.load_sft_sets(files, tokenizer, config.format, arch.vocab_size, session.say, formats)
+    rows = sft_tasks.load_sft_sets(files, tokenizer, config.format, arch.vocab_size, session.say, formats)
     trained_format = adopt(formats, tokenizer, config.format, session.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     size = config.batch.global_batch_size
@@ -494,41 +431,34 @@ def main(config: Config) -> None:
     )
 
     # ---- model -----------------------------------------------------------------------------------
-    phase, shelf = session.offload(config.offload)
+    phase, store = session.offload(config.offload)
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
     if path:
-        record = read_state(path)
-        check_same(record["flags"], layout_of_steps)
+        buffer.load(path, layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
-        judging.fill_buffer(buffer, record)
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
-    ref = offload.Weights(policy.module, shelf)
+    weights = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
     generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
     session.say(generator.describe())
     stops = sorted(tokenizer.stop_ids), tokenizer.stop_strings
     settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *stops)
-    state = State(
-        config,
-        session,
-        tokenizer,
-        rows,
-        self_judge,
-        buffer,
-        policy,
-        ref,
-        generator,
-        sampler_settings=settings,
-    )
+    ref = ReferenceModel(weights, policy, generator, phase, config.run.output / "rollouts", settings)
+    state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator)
+
+    def save(directory: Path) -> None:
+        """Write the reference model and the buffer into a checkpoint."""
+        ref.save(directory / "reference")
+        if parallel.is_main():
+            buffer.save(directory, layout_of_steps)
 
     # ---- loop ------------------------------------------------------------------------------------
     validation = partial(validate, state, true_reward, iteration_steps)
     session.resume({"policy": (policy, optimizer)}, validation if rows["val"] else None)
-    state.ref_digest = rollout_cache.weights_digest(ref)
     first_step, is_reference, judged = session.step, False, []
     for step in session.steps():
         state.iteration = step // iteration_steps
@@ -545,7 +475,7 @@ def main(config: Config) -> None:
         else:
             # rollout, for several steps at once
             start = config.rollout_start(step, iteration_steps)
-            sample = partial(sample_reference, state, start + 1)
+            sample = partial(ref.sample, start + 1)
             if step in (start, first_step):
                 is_first = not judged
                 judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
@@ -579,14 +509,12 @@ def main(config: Config) -> None:
         # the next iteration begins
         if session.done == end:
             with phase("next_iteration", policy="all"):
-                ref.follow(policy.module)
+                ref.follow_policy()
                 optim.reset(optimizer)
-            state.ref_digest = rollout_cache.weights_digest(ref)
             buffer.clear()
 
-        is_saved = session.end_step(metrics, partial(save_state, state, layout_of_steps))
-        if is_saved and parallel.is_main():
-            rollout_cache.discard(state.rollouts, config.rollout_start(session.done, iteration_steps) + 1)
+        if session.end_step(metrics, save):
+            ref.discard_samples(config.rollout_start(session.done, iteration_steps) + 1)
 
     session.export(policy, [tokenizer.save, trained_format.save])
 

@@ -32,7 +32,8 @@ from align.distributed.parallel import ParallelConfig
 from align.generation import sampling
 from align.generation.generator import Generator, RolloutConfig
 from align.losses import preference, supervised
-from align.model import architecture, config, gpt, huggingface
+from align.losses.statistics import log_ratio_statistics
+from align.model import architecture, config, gpt, huggingface, huggingface_names
 from align.training import batching, engine, optim
 from align.training.reference import Swapped
 
@@ -273,7 +274,7 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
         def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
             both = sequence_logprobs(batch, logprobs).view(-1, 2)
             four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return preference.dpo(*four, BETA).sum(), preference.log_ratio_statistics(*four, BETA)
+            return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
 
         reference = Swapped(policy, sequence_logprobs)
         seconds, reference_s = [], []
@@ -392,7 +393,6 @@ def ppo_flags(case: Record, work: Work, policy: Path, scorer: Path) -> list[str]
         "model": policy,
         "reward-model": scorer,
         "precision": "bf16",
-        "advantages": "gae",
         "prompts-per-step": work.ppo_answers,
         "global-batch-size": work.ppo_answers,
         "rollout-slots": work.ppo_answers,
@@ -434,7 +434,7 @@ def write_model(shape: Shape, scratch: Path, labels: int) -> Path:
         return folder
     shutil.copytree(ROOT / "assets" / "tiny", folder)
     arch = architecture_of(shape, shape.layers)
-    named = huggingface.tensor_shapes(replace(arch, labels=labels))
+    named = huggingface_names.tensor_shapes(replace(arch, labels=labels))
     torch.manual_seed(labels)
     tensors = {}
     for name, size in named.items():

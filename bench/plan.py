@@ -74,7 +74,7 @@ CASES = {  # name: processes, command
     "ppo_tp2_on": (2, f"{PPO} --offload on --tp 2"),
     "grpo": (
         1,
-        f"train_ppo.py {SAMPLED} --reward-model {{small_rm}} --advantages grpo --samples-per-prompt 7 "
+        f"train_grpo.py {SAMPLED} --reward-model {{small_rm}} --samples-per-prompt 7 "
         "--prompts-per-step 4 --global-batch-size 28",
     ),
     "rs": (1, RS),

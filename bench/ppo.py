@@ -7,10 +7,10 @@
 What is compared, with the same rows of {"prompt": [messages]} in the same order:
 
     grpo   --samples answers, 8 to a prompt (GROUP); the reward is the share of digits among the characters of
-           the answer. Ours is train_ppo.py --advantages grpo; TRL's is GRPOTrainer.
+           the answer. Ours is train_grpo.py; TRL's is GRPOTrainer.
     ppo    --samples answers, one to a prompt, with critic and reward model: four models of the same size,
            those two from one *ForSequenceClassification directory with a random head that is written first.
-           Ours is train_ppo.py --advantages gae; TRL's is PPOTrainer, which 1.10 was the last checked to have
+           Ours is train_ppo.py; TRL's is PPOTrainer, which 1.10 was the last checked to have
            (trl.experimental.ppo) and which is therefore taken from the directory --trl-ppo.
 
 On both sides an answer has 64 new tokens (NEW), no end-of-turn token ends one; temperature 1, whole
@@ -30,6 +30,7 @@ start" is that of loading the models alone.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -352,13 +353,12 @@ def measured_trl(config: Config, log: list[dict[str, float]]) -> Measured:
 
 
 def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
-    """Train with the main function of train_ppo.py; reward model and critic start from `scorer`.
+    """Train by train_ppo.py or train_grpo.py; reward model and critic start from `scorer`.
 
     Runs in a child.
     """
     import torch
 
-    import train_ppo
     from align.distributed import parallel
 
     torch.set_num_threads(config.run.threads)
@@ -366,20 +366,20 @@ def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
         data, output = Path(scratch) / "prompts.jsonl", Path(scratch) / "run"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(config, name)))
         arguments = our_flags(config, name, scorer) + ["--train-data", str(data), "--output", str(output)]
-        flags = tyro.cli(train_ppo.Config, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+        script = importlib.import_module(f"train_{name}")
+        flags = tyro.cli(script.Config, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
         log = watch_ours(config)
         with parallel.start(flags.parallel):
-            train_ppo.main(flags)
+            script.main(flags)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return measured_ours(config, log, rows)
 
 
 def our_flags(config: Config, name: Name, scorer: Path) -> list[str]:
-    """Return the flags of train_ppo.py that the comparison needs, but for data and output."""
+    """Return the flags of the script that the comparison needs, but for data and output."""
     flags = {
         "model": config.run.model,
         "precision": config.run.dtype,
-        "advantages": {"grpo": "grpo", "ppo": "gae"}[name],
         "prompts-per-step": config.samples // group_size(name),
         "samples-per-prompt": group_size(name),
         "global-batch-size": config.samples,
@@ -413,13 +413,13 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
     """
     import numpy as np
 
-    from align.data import packing, tokenizer
+    from align.data import packing
     from align.tracking import metrics
     from align.tracking.run import Run
-    from align.training import offload
+    from align.training import phases, session
 
-    load, resume_at, write = tokenizer.load, Run.resume_at, Run.log
-    start_peak, peaks, log = offload.start_peak, [], []
+    load, resume_at, write = session.load_tokenizer, Run.resume_at, Run.log
+    start_peak, peaks, log = phases.start_peak, [], []
 
     def without_stops(path: Path) -> Any:
         text = load(path)
@@ -437,7 +437,7 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
 
         return wrapped
 
-    tokenizer.load, offload.start_peak = without_stops, note_peak
+    session.load_tokenizer, phases.start_peak = without_stops, note_peak
     packing.epoch_order = lambda num_rows, seed, epoch: np.arange(num_rows)
     Run.resume_at, Run.log = read_clocks(resume_at), read_clocks(write)
     if common.clock_name(config.run) == "cpu_s":

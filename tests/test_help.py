@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from align import command_line, help_imports
-from tests.conftest import ROOT, environment
+from tests.support.files import ROOT
+from tests.support.launch import environment
 
 SCRIPTS = sorted(path.name for path in (*ROOT.glob("train_*.py"), ROOT / "generate.py"))
 IMPORTED = """

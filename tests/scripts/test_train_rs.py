@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from align.data import toy
 from align.errors import UserError
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.rewards.sources import RewardConfig
 from tests.support.files import TINY, read_jsonl, without_times, write_rows
@@ -82,10 +82,10 @@ def test_select(samples, values, keep_top, truncated, duplicates, expected):
     ("flags", "message"),
     [
         ({"keep_top": 9}, "--keep-top 9 of --samples-per-prompt 8: raise that"),
-        (DATA, "what is a good answer? Give --reward-model DIR or --reward-fn module:function"),
+        (DATA, "no reward: give --reward-model DIR or --reward-fn module:function"),
         (
             {"sampling": SamplingConfig(greedy=True)},
-            "--greedy gives the same answer every time: leave it out",
+            "--greedy gives the same response every time: leave it out",
         ),
         (
             {"val_data": (Path("rows.jsonl"),)},

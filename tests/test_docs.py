@@ -18,7 +18,10 @@ FOREIGN = set(  # flags of torchrun and Slurm; files of the reader and of a run
     "steps.py train_mine.py log.txt".split()
 )
 FILE = re.compile(r"`((?:align|bench|docs|examples|slurm|tests)/[\w./-]+\.\w+|[\w-]+\.(?:py|txt|sh|sbatch))`")
-METRICS = "statistics pair_statistics log_ratio_statistics policy_loss compare compare_with speed".split()
+METRICS = (  # functions that return metrics
+    "statistics pair_statistics log_ratio_statistics comparison_statistics compare_with "
+    "policy_loss compare check_ratio speed".split()
+)
 
 
 def find(kind: type, paths: list[Path]) -> list:

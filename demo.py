@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from align import console
-from align.data.prompts import fill
+from align.data.templates import fill
 from align.data.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
 from align.judging.judge import Judged, parse_score
 

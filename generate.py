@@ -20,17 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from align import console
-from align.data import jsonl, marker_chat, packing, prompts, tokenizer
-from align.data.formats import FormatConfig, Tokenizer, check_bos, format_template, template_pieces
+from align.data import jsonl, marker_chat, packing, prompts
+from align.data.formats import FormatConfig, check_bos, format_template, template_pieces
 from align.data.packing import Example
 from align.data.prompts import Prompt, PromptFormat
-from align.data.tokenizer import TextConfig
+from align.data.tokenizer import TextConfig, Tokenizer, load_tokenizer
 from align.distributed import launch, parallel, watchdog
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
 from align.files import check_files, read_object, write_atomically
 from align.flags import SAMPLES, check_ranges, refuse_unused
-from align.generation.generator import Generator, RolloutConfig, Sample, check_prompt, check_rollout
+from align.generation.generator import Generator, RolloutConfig, check_prompt, check_rollout
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.model import architecture, gpt, huggingface
 from align.model.architecture import Architecture
@@ -112,30 +113,30 @@ def main(config: Config) -> None:
     check_model(arch, config.model, config.parallel)
     settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
-    text = tokenizer.load(source.directory, say, source.text_config(config.text))
+    tokenizer = load_tokenizer(source.directory, say, source.text_config(config.text))
     if chat_format := marker_chat.read(source.run or source.directory):
-        text.follow(chat_format)
+        tokenizer.follow(chat_format)
     add_bos = source.formats.get("add_bos") if config.add_bos is None else config.add_bos
     fmt = PromptFormat(add_bos=add_bos)
-    if config.chat and not text.chat_template:
+    if config.chat and not tokenizer.chat_template:
         raise UserError(f"--chat needs a chat template, {source.directory} has none: use --prompt or --input")
     if config.chat and source.formats.get("rows") == "template":
         say("WARNING: training rows had --prompt-template, and --chat asks through the chat template")
     if config.prompt is not None:
-        in_template = not text.chat_template or source.formats.get("rows") == "template"
+        in_template = not tokenizer.chat_template or source.formats.get("rows") == "template"
         template = source.formats.get("prompt_template") if in_template else None
-        if config.add_bos is False and text.chat_template and not (template or config.raw):
+        if config.add_bos is False and tokenizer.chat_template and not (template or config.raw):
             raise UserError("--add-bos False has no effect through the chat template: leave it out")
-        ids = encode_text(config.prompt, text, fmt, template, config.raw)
-        if template and text.chat_template and not config.raw:
+        ids = encode_text(config.prompt, tokenizer, fmt, template, config.raw)
+        if template and tokenizer.chat_template and not config.raw:
             say(f"--prompt goes through --prompt-template {template!r}, as training rows did")
-        jsonl.at("--prompt", check_ids, ids, arch)
+        jsonl.located("--prompt", check_ids, ids, arch)
     if config.input is not None:
-        found = read_prompts(config.input, text, fmt, arch)
+        found = read_prompts(config.input, tokenizer, fmt, arch)
         prepare_output(config.output, config.input)
 
     policy = gpt.build_policy(arch, config.model, config.parallel)
-    generator = Generator(policy, config.rollout, config.sampling, settings, config.parallel, text)
+    generator = Generator(policy, config.rollout, config.sampling, settings, config.parallel, tokenizer)
     if source.checkpoint is None:
         huggingface.load(policy, huggingface.open_source(source.directory, arch, config.parallel.seed))
     else:
@@ -217,12 +218,12 @@ def encode_text(
     `template`: of training rows without messages; it goes before the chat template, and `raw` before both.
     """
     if not raw and template is not None:
-        return jsonl.at("--prompt", encode_in_template, text, tokenizer, fmt, template)
+        return jsonl.located("--prompt", encode_in_template, text, tokenizer, fmt, template)
     if not raw and tokenizer.chat_template:
         row = {"messages": [{"role": "user", "content": text}]}
     else:
         row = {"prompt": text}
-    return jsonl.at("--prompt", prompts.format_prompt, row, tokenizer, fmt)
+    return jsonl.located("--prompt", prompts.format_prompt, row, tokenizer, fmt)
 
 
 def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str) -> np.ndarray:
@@ -241,8 +242,8 @@ def read_prompts(path: Path, tokenizer: Tokenizer, fmt: PromptFormat, arch: Arch
     """The rows of --input. Raises UserError with file and line for one that cannot be answered."""
     found = []
     for where, row in jsonl.read_jsonl(path):
-        ids = jsonl.at(where, prompts.format_prompt, row, tokenizer, fmt)
-        jsonl.at(where, check_ids, ids, arch)
+        ids = jsonl.located(where, prompts.format_prompt, row, tokenizer, fmt)
+        jsonl.located(where, check_ids, ids, arch)
         found.append(Prompt(ids, row))
     return found
 

@@ -26,13 +26,14 @@ import tyro
 
 from align import console
 from align.data.download import fetch
-from align.data.jsonl import at, read_jsonl, text_field
-from align.data.marker_chat import answering, check_conversation
-from align.data.prompts import Template, as_text, conversations_turns, last_answer, messages_turns, turn_of
+from align.data.jsonl import located, read_jsonl, text_field
+from align.data.marker_chat import check_conversation, trained_turns
 from align.data.rows import sft_row
+from align.data.templates import Template
 from align.data.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
 from align.errors import UserError, one_line
 from align.files import check_files
+from align.judging.render import as_text, conversations_turns, last_response, messages_turns, turn_of
 
 ROOT = Path(__file__).parent
 RAW = Path("data/raw")
@@ -97,7 +98,7 @@ def dolly(
     raw = raw_file("databricks-dolly-15k.jsonl", input, download, download_dir)
     check_files([output / "train.jsonl", output / "val.jsonl"], raw)
     rng = random.Random(seed)
-    rows = [at(where, dolly_row, row, rng) for where, row in read_jsonl(raw)]
+    rows = [located(where, dolly_row, row, rng) for where, row in read_jsonl(raw)]
     rng.shuffle(rows)
     write_split(output, *split(rows, val_fraction))
 
@@ -134,7 +135,7 @@ def oasst(
     """
     raw = raw_file("2023-04-12_oasst_all.trees.jsonl.gz", input, download, download_dir)
     check_files([output / "train.jsonl", output / "val.jsonl"], raw)
-    trees = [at(where, oasst_rows, row) for where, row in read_jsonl(raw)]
+    trees = [located(where, oasst_rows, row) for where, row in read_jsonl(raw)]
     random.Random(seed).shuffle(trees)
     train, val = split(trees, val_fraction)
     write_split(output, [row for tree in train for row in tree], [row for tree in val for row in tree])
@@ -210,7 +211,7 @@ def gsm8k(
         files = list(zip(raw, (output / "train.jsonl", output / "test.jsonl"), strict=True))
     check_files([path for _, path in files], *(source for source, _ in files))
     for source, path in files:
-        rows = [at(where, gsm8k_row, row, instruction) for where, row in read_jsonl(source)[:limit]]
+        rows = [located(where, gsm8k_row, row, instruction) for where, row in read_jsonl(source)[:limit]]
         write_jsonl(path, rows)
 
 
@@ -291,7 +292,9 @@ def hh_pairs(paths: tuple[Path, ...]) -> list[tuple[list[dict], list[dict]]]:
     """Chosen and rejected conversation of each row without a flaw; how many have which is printed."""
     pairs, flaws = [], Counter()
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
-        chosen, rejected = (hh_messages(at(where, text_field, row, name)) for name in ("chosen", "rejected"))
+        chosen, rejected = (
+            hh_messages(located(where, text_field, row, name)) for name in ("chosen", "rejected")
+        )
         flaw = hh_flaw(chosen, rejected)
         flaws[flaw] += 1
         if flaw is None:
@@ -370,8 +373,8 @@ def judge(
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
     rows = []
     for where, row in read_jsonl(input)[:limit]:
-        row, _ = at(where, sft_row, row, ())
-        at(where, answered, row)  # whether it can be judged
+        row, _ = located(where, sft_row, row, ())
+        located(where, answered, row)  # whether it can be judged
         rows.append(row)
     if len(rows) < 2:
         raise UserError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
@@ -397,7 +400,7 @@ def last_value(row: dict) -> str:
     kind, masked, turns = check_conversation(row)
     if kind == "TEXT_TO_VALUE":
         raise UserError("field 'type': the answers of TEXT_TO_VALUE rows are labels, which are not judged")
-    return turns[last_answer(answering(kind, masked, turns))][1]
+    return turns[last_response(trained_turns(kind, masked, turns))][1]
 
 
 def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data import display, packing, preferences, toy
+from align.data import packing, preferences, row_counts, toy
 from align.data.packing import Batch
 from align.data.preferences import PreferenceFormat
 from align.distributed import launch, parallel
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     for name in (name for name in files if files[name]):
         pairs[name], counts = preferences.load_pairs(files[name], tokenizer, config.format)
         packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
-        session.say(f"{name} data: {display.describe(counts)}")
+        session.say(f"{name} data: {row_counts.describe(counts)}")
         if "reward_gap" in config.loss_inputs:
             preferences.check_rewards(counts, f"--{name}-data", config.loss)
     packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")

@@ -60,8 +60,8 @@ from align.training import engine, minibatches, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
 from align.training.minibatches import Minibatches
-from align.training.offload import OffloadConfig
 from align.training.optim import OptimConfig
+from align.training.phases import OffloadConfig
 from align.training.session import Session
 
 TRAIN, VAL = 0, 1  # random streams of the samples
@@ -206,7 +206,7 @@ class Config(CommonConfig):
     def scores_and_counted(self, sampled: Rollout) -> tuple[Tensor, Tensor]:
         """Scores [A] less --truncated-penalty, and [A] bool, responses that the policy learns from."""
         scores = torch.from_numpy(sampled.rewards).view(-1)
-        is_truncated = torch.tensor([sample.finish != "stop" for sample in sampled.answers])
+        is_truncated = torch.tensor([sample.finish != "stop" for sample in sampled.responses])
         if self.truncated == "penalise":
             scores = scores - self.truncated_penalty * is_truncated.double()
         return scores, ~is_truncated if self.truncated == "mask" else torch.ones_like(is_truncated)
@@ -237,13 +237,13 @@ def main(config: Config) -> None:
             f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step of "
             f"{session.total_steps}"
         )
-    optim.check(config.optim, policy_steps)
+    optim.check_optim(config.optim, policy_steps)
     critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
 
     # ---- models ----------------------------------------------------------------------------------
-    phase, shelf = session.offload(config.offload)
-    judges = sources.judges(
-        reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, shelf
+    phase, store = session.offload(config.offload)
+    judges = sources.reward_sources(
+        reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )
     policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, entropy=True)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
@@ -251,7 +251,7 @@ def main(config: Config) -> None:
     optimizer = optim.build(policy, config.optim)
     if config.kl_coef:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
-        ref = offload.Weights(policy.module, shelf)
+        ref = offload.Weights(policy.module, store)
     phase.add("policy", policy, optimizer)
     critic_start = config.critic or reward.reward_model or config.model.path
     critic = sources.load_scorer("--critic", critic_start, config.model, config.parallel, tokenizer)
@@ -322,8 +322,8 @@ def main(config: Config) -> None:
         # rollout: [A] responses, whose N tokens lie end to end from here on
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
-            warn_if_none_ended(sampled.answers, config.sampling.max_new_tokens, session.say)
-        audit.check_ends(sampled.places, sampled.answers, tokenizer.stop_ids, stop_texts)
+            warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
+        audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, stop_texts)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         examples = [example for group in sampled.examples() for example in group]
         dealt = Minibatches(policy, examples, config.draws(step), config.batch)
@@ -333,12 +333,12 @@ def main(config: Config) -> None:
         with phase("logprobs", policy="weights"):
             old_logprobs = ref_logprobs = dealt.outputs(policy)[:, 0]
         if config.kl_coef:
-            with phase("reference"), ref.lent_to(policy.module):
+            with phase("reference"), ref.swapped_into(policy.module):
                 ref_logprobs = dealt.outputs(policy)[:, 0]
         with phase("values", critic="weights"):
             values = values_as.standardised(dealt.outputs(critic)[:, 0])
         computed = [part.numpy() for part in old_logprobs.split(lengths)]
-        logprobs = [sample.logprobs for sample in sampled.answers]
+        logprobs = [sample.logprobs for sample in sampled.responses]
         precision = config.model.dtype, config.sampling.temperature
         metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
 

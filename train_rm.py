@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from align.data import display, packing, preferences, tokenizer_files, toy
+from align.data import display, packing, preferences, row_counts, tokenizer_files, toy
 from align.data.packing import Batch, Example
 from align.data.preferences import PreferenceFormat
 from align.distributed import launch, parallel
@@ -128,7 +128,7 @@ def main(config: Config) -> None:
             )
             rows = Rows([(example,) for example in texts], labels[:, None])
         packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
-        session.say(f"{name} data: {display.describe(counts)}")
+        session.say(f"{name} data: {row_counts.describe(counts)}")
         return rows
 
     train = load(files["train"], "train")

@@ -32,12 +32,11 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import (
     Generator,
     RolloutConfig,
-    Sample,
     check_model_logprobs,
     check_rollout,
     warn_if_none_ended,
 )
-from align.generation.rollout import Rollout, answer
+from align.generation.rollout import Rollout, Sample, response_example
 from align.generation.sampling import SamplingConfig
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
@@ -176,7 +175,7 @@ def main(config: Config) -> None:
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
 
     # ---- model -----------------------------------------------------------------------------------
-    judges = sources.judges(
+    judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop
     )
     policy = gpt.build_policy(arch, config.model, config.parallel)
@@ -215,7 +214,7 @@ def main(config: Config) -> None:
         # rollout
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
-            warn_if_none_ended(sampled.answers, config.sampling.max_new_tokens, session.say)
+            warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
         selected, statistics = select_step(config, sampled)
         if statistics.get("prompts_without_spread") == 1.0:
             session.say(
@@ -229,10 +228,10 @@ def main(config: Config) -> None:
         updates, lr = [], optim.learning_rate(config.optim, step, session.total_steps)
         for first in range(0, len(selected), config.batch.global_batch_size):
             responses = selected[first : first + config.batch.global_batch_size]
-            examples = [[answer(rows["train"][one.row], one.sample)] for one in responses]
+            examples = [[response_example(rows["train"][one.row], one.sample)] for one in responses]
             tokens = sum(len(one.sample.ids) for one in responses)
             if first == 0:
-                trained = batching.per_example(policy, examples, config.batch)
+                trained = batching.per_example_outputs(policy, examples, config.batch)
                 places = [(one.row, one.number) for one in responses]
                 sampled_logprobs = [one.sample.model_logprobs for one in responses]
                 metrics |= audit.compare(

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align.data import packing, prompts, toy
+from align.data import packing, sft_tasks, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Batch
-from align.data.prompts import Task
 from align.data.sft import adopt
+from align.data.sft_tasks import Task
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, COUNT, REPEATS, SCALE, check_ranges, number, refuse_unused, whole
@@ -44,16 +44,17 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import (
     Generator,
     RolloutConfig,
-    Sample,
     check_model_logprobs,
     check_rollout,
     warn_if_none_ended,
 )
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.judging import self_judge as judging
 from align.judging.judge import Judge, JudgeConfig
-from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig, mix
-from align.judging.self_judge import Answered, Ids, SampledPair, Sampler, SelfJudge, Streams
+from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
+from align.judging.pairs import Buffer, SampledPair, mix
+from align.judging.self_judge import Ids, JudgedResponses, Sampler, SelfJudge, Streams
 from align.losses import preference, supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
@@ -64,8 +65,8 @@ from align.tracking.run import RunConfig
 from align.training import batching, checkpoint, engine, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
-from align.training.offload import OffloadConfig
 from align.training.optim import OptimConfig
+from align.training.phases import OffloadConfig
 from align.training.session import Session, Tokenizer
 
 LOSSES = {  # --loss
@@ -224,7 +225,7 @@ class State:
     tokenizer: Tokenizer
     rows: dict[str, list[Task]]
     self_judge: SelfJudge
-    buffer: Buffer[SampledPair]  # judgement pairs that are still to be trained on
+    buffer: Buffer  # judgement pairs that are still to be trained on
     policy: nn.Module  # in Megatron's DistributedDataParallel
     ref: offload.Weights
     generator: Generator
@@ -278,13 +279,13 @@ def sample_reference(
     """Samples of the reference model for the steps from `first` on, read from a file if there is one."""
 
     def generate() -> list[list[Sample]]:
-        with state.session.phase(kind), state.ref.lent_to(state.policy.module):
+        with state.session.phase(kind), state.ref.swapped_into(state.policy.module):
             return state.generator.generate(ids, streams, number)
 
     settings = (*state.sampler_settings[:2], number, *state.sampler_settings[2:])
-    fingerprint = rollout_cache.made_of(state.ref_digest, settings, ids, streams)
+    fingerprint = rollout_cache.fingerprint(state.ref_digest, settings, ids, streams)
     path = state.rollouts / f"step_{first:08d}_{kind}.safetensors"
-    return rollout_cache.kept(path, fingerprint, generate)
+    return rollout_cache.cached(path, fingerprint, generate)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
@@ -323,9 +324,9 @@ def preference_loss(
 
 def reference_logprobs(state: State, pairs: list[SampledPair]) -> list[np.ndarray]:
     """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
-    with state.session.phase("reference"), state.ref.lent_to(state.policy.module):
+    with state.session.phase("reference"), state.ref.swapped_into(state.policy.module):
         examples = [pair.examples for pair in pairs]
-        return batching.per_example(state.policy, examples, state.config.batch)
+        return batching.per_example_outputs(state.policy, examples, state.config.batch)
 
 
 def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.ndarray]) -> list[Batch]:
@@ -348,14 +349,14 @@ def sft_step(state: State, tasks: Sequence[Task]) -> Training:
     return Training(batches, sft_loss, packing.num_trained([task.example for task in tasks]), {})
 
 
-def rollout_step(state: State, steps: range, sample: Sampler) -> list[Answered]:
+def rollout_step(state: State, steps: range, sample: Sampler) -> list[JudgedResponses]:
     """Responses of the reference model to the prompts of some steps, with its judgements of them."""
     places = [(TRAIN, step, row) for step in steps for row in state.session.rows_of_step(step)]
     tasks = [state.rows["train"][row] for *_, row in places]
-    return state.self_judge.answers(tasks, places, state.config.samples_per_prompt, sample)
+    return state.self_judge.responses(tasks, places, state.config.samples_per_prompt, sample)
 
 
-def meta_judge_step(state: State, judged: list[Answered], sample: Sampler) -> dict[str, float]:
+def meta_judge_step(state: State, judged: list[JudgedResponses], sample: Sampler) -> dict[str, float]:
     """Compare judgements of one response to each prompt, and put pairs of them into the buffer."""
     compared = state.self_judge.compare(judged, sample)
     pairs = [pair for comparison in compared if (pair := comparison.pair()) is not None]
@@ -364,7 +365,7 @@ def meta_judge_step(state: State, judged: list[Answered], sample: Sampler) -> di
     return judging.comparison_statistics(compared) | {"meta_pairs": num_buffered}
 
 
-def preference_step(state: State, judged: list[Answered]) -> Training:
+def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     """Train on a pair of responses to each prompt of a step, and on pairs of judgements out of the buffer."""
     config, session = state.config, state.session
     session.samples(session.done, state.self_judge.tables("train_judgements", judged))
@@ -395,7 +396,9 @@ def validate(
     iteration = max(step - 1, 0) // iteration_steps
     length_control = of_iteration(config.length_control, iteration)
     places = [(VAL, 0, row) for row in range(len(tasks))]
-    judged = state.self_judge.answers(tasks, places, config.samples_per_prompt, partial(sample_policy, state))
+    judged = state.self_judge.responses(
+        tasks, places, config.samples_per_prompt, partial(sample_policy, state)
+    )
     pair_or_none, metrics = state.self_judge.pairs(judged, length_control)
     pairs = [pair for pair in pair_or_none if pair is not None]
     if pairs:
@@ -410,7 +413,7 @@ def validate(
         truth = true_reward([task.prompt for task in tasks], [answered.samples for answered in judged])
         metrics |= judging.compare_with(truth, judged)
     session.samples(step, state.self_judge.tables("val_judgements", judged))
-    texts = [pair.texts(state.tokenizer, state.self_judge.said) for pair in pairs[:4]]
+    texts = [pair.texts(state.tokenizer, state.self_judge.text_of) for pair in pairs[:4]]
     session.samples(step, [{"table": "val_pairs", **row} for row in texts])
     return {f"val/{name}": value for name, value in metrics.items()}
 
@@ -437,10 +440,10 @@ def check_same(before: dict[str, int], now: dict[str, int]) -> None:
 
 def save_state(state: State, flags: dict[str, int], directory: Path) -> None:
     """Write the reference model and the buffer into a checkpoint. Collective."""
-    with state.session.phase("save"), state.ref.lent_to(state.policy.module):
+    with state.session.phase("save"), state.ref.swapped_into(state.policy.module):
         checkpoint.write_weights(directory / "reference", state.policy.module)
     if parallel.is_main():
-        record = {"flags": flags, **judging.buffer_record(state.buffer)}
+        record = {"flags": flags, **state.buffer.record()}
         (directory / "judgements.json").write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -461,7 +464,7 @@ def main(config: Config) -> None:
         judge_config = replace(judge_config, judge_template=templates[0])
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
-    rows = prompts.load_sft_sets(files, tokenizer, config.format, arch.vocab_size, session.say, formats)
+    rows = sft_tasks.load_sft_sets(files, tokenizer, config.format, arch.vocab_size, session.say, formats)
     trained_format = adopt(formats, tokenizer, config.format, session.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     size = config.batch.global_batch_size
@@ -493,7 +496,7 @@ def main(config: Config) -> None:
     )
 
     # ---- model -----------------------------------------------------------------------------------
-    phase, shelf = session.offload(config.offload)
+    phase, store = session.offload(config.offload)
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
@@ -501,10 +504,10 @@ def main(config: Config) -> None:
         record = read_state(path)
         check_same(record["flags"], layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
-        judging.fill_buffer(buffer, record)
+        buffer.restore(record)
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
-    ref = offload.Weights(policy.module, shelf)
+    ref = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
     generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)

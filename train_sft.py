@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from align.data import display, packing, sft, toy
+from align.data import display, packing, row_counts, sft, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Batch, Example
@@ -50,12 +50,12 @@ def main(config: Config) -> None:
     files, tokenizer, formats = config.files(toy.write), session.load_tokenizer(), RowFormats()
     train, counts = sft.load_sft(files["train"], tokenizer, config.format, formats)
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
-    session.say(f"training data: {display.describe(counts)}")
+    session.say(f"training data: {row_counts.describe(counts)}")
     session.say(f"first example, trained tokens in brackets:\n{display.show(train[0], tokenizer)}")
     val = []
     if files["val"]:
         val, counts = sft.load_sft(files["val"], tokenizer, config.format)
-        session.say(f"validation data: {display.describe(counts)}")
+        session.say(f"validation data: {row_counts.describe(counts)}")
         val = val[config.val_rows()]
     packing.check_ids(train + val, arch.vocab_size)
     trained_format = sft.adopt(formats, tokenizer, config.format, session.say)

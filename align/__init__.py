@@ -6,6 +6,6 @@ from align import help_imports
 if help_imports.only_help(sys.argv[1:]):
     sys.meta_path.insert(0, help_imports.Finder())
 
-# Megatron tells in a dozen lines a rank what it does not find; the run's log says which kernels it uses.
+# Megatron warns of missing packages in a dozen lines per rank; the run's log names the kernels in use.
 warnings.filterwarnings("ignore", module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # Megatron's calls

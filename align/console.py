@@ -1,4 +1,4 @@
-"""stdout and stderr of any encoding, also closed, full, or a pipe without a reader."""
+"""Output to stdout and stderr of any encoding, also closed, full, or a pipe without a reader."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from typing import Literal
 
 
 def adapt() -> None:
-    """Escape characters that a stream lacks by backslashes; replace a closed stream by the null device."""
+    """Escape characters outside a stream's encoding; replace a closed stream by the null device."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -16,9 +16,9 @@ def adapt() -> None:
 
 
 def write(text: str, end: str = "\n", to: Literal["stdout", "stderr"] = "stdout") -> str | None:
-    """Print and flush. Returns why that failed, None if it did not.
+    """Print and flush. Returns the error's text, or None.
 
-    A stream that fails is the null device from then on, for libraries and the interpreter's exit as well.
+    A stream that fails is replaced by the null device, for libraries and the interpreter's exit as well.
     """
     stream = getattr(sys, to)
     try:
@@ -41,7 +41,7 @@ def flush() -> None:
 
 
 def is_terminal() -> bool:
-    """True if stdout is a terminal that shows every character."""
+    """True if stdout is a UTF-8 terminal."""
     try:
         return sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "utf").lower()
     except (ValueError, AttributeError):  # as in `write`

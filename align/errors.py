@@ -1,4 +1,4 @@
-"""The error that a user can mend, and the one line that it ends with."""
+"""Errors of users, reported as one line."""
 
 import contextlib
 import sys
@@ -8,14 +8,14 @@ from align import console
 
 
 class UserError(ValueError):
-    """A flag, file, row or directory that cannot be used: one line with its name, its value and the rule.
+    """An unusable flag, file, row or directory: one line with its name, its value and the rule.
 
-    Scripts end on it with that line and status 2. Any other error is a fault of code and keeps its traceback.
+    A script ends with this line and status 2. Any other error is a bug and keeps its traceback.
     """
 
 
 def user_message(error: BaseException) -> str | None:
-    """The line for a UserError or a file that the system refuses; None for every other error."""
+    """The line for a UserError or an OSError of a file; None for every other error."""
     if isinstance(error, UserError):
         return " ".join(str(error).splitlines())
     if isinstance(error, OSError) and error.filename is not None:
@@ -25,7 +25,7 @@ def user_message(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """End the process on a user's error in the body: one line on stderr, status 2, no traceback."""
+    """End the process after a user's error in the body: one line on stderr, status 2, no traceback."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and JSON objects read from them."""
+"""Files: atomic writes, JSON objects, and checks of output paths."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ASSETS = ROOT / "assets"
 
 
 def read_object(path: Path, required: bool = True) -> dict:
-    """The object in a JSON file; {} if the file is missing and not `required`.
+    """Read the object in a JSON file; {} if the file is missing and not `required`.
 
     Raises UserError with the file's name for anything else.
     """
@@ -30,13 +30,13 @@ def read_object(path: Path, required: bool = True) -> dict:
 
 
 def shown(value: object) -> str:
-    """A value for a message, cut to one short line."""
+    """The repr of a value, cut to one short line for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_files(paths: Iterable[Path], *sources: Path) -> None:
-    """Refuse files that cannot be written, or that are among the `sources`."""
+    """Refuse output files that cannot be written, or that are among the `sources`."""
     for path in paths:
         check_path(path)
         if path.is_dir():
@@ -46,7 +46,7 @@ def check_files(paths: Iterable[Path], *sources: Path) -> None:
 
 
 def check_path(path: Path) -> None:
-    """Refuse a path that is too long, below a file, a dangling link, or read-only."""
+    """Refuse an output path that is too long, below a file, a dangling link, or read-only."""
     nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
     try:
         for place in (path, *(Path(part) for part in path.parts)):
@@ -62,7 +62,7 @@ def check_path(path: Path) -> None:
 
 
 def write_own(path: Path, text: str) -> None:
-    """Write a file of constant content, unless it is there. Raises UserError if another is."""
+    """Write a file of constant content, unless it exists. Raises UserError for one of other content."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -75,7 +75,7 @@ def write_own(path: Path, text: str) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file by one rename: complete or absent."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """Checks of flags: the range of a number, and flags without effect beside others.
 
-A rule is what a value must be, in words and as a test. Upper bounds are generous: far above any use, and low
-enough that a step of the run still ends and that products of a few of these numbers are finite in fp32.
+A rule is a pair of its description and its test. Upper bounds are generous: far above any use, and low enough
+that a step of the run ends and that products of a few of these numbers are finite in fp32.
 """
 
 import math
@@ -38,9 +38,9 @@ def between(low: float, high: float) -> Rule:
 
 COUNT = whole(1, 10**9)
 COUNT_OR_0 = whole(0, 10**9)
-LENGTH = whole(2, 10**9)  # tokens of a row: a context and a target
+LENGTH = whole(2, 10**9)  # tokens of a row, at least a context and a target
 SAMPLES = whole(1, 10**5)  # responses to one prompt
-REPEATS = whole(1, 10**3)  # times that work of minutes or more is done again
+REPEATS = whole(1, 10**3)  # repetitions of work that takes minutes or more
 LEARNING_RATE = number(0, 10)  # Adam moves a weight by about this much in a step
 COEFFICIENT = number(0, 1e6)
 SCALE = number(1e-6, 1e6)
@@ -63,7 +63,7 @@ def check_ranges(config: object, **rules: Rule) -> None:
 
 
 def refuse_unused(config: object, default: object, names: str, why: str) -> None:
-    """Raise UserError if one of these fields, which have no effect, differs from that of `default`."""
+    """Raise UserError if one of these fields, which have no effect, differs from `default`'s."""
     for name in names.split():
         if (value := getattr(config, name)) != getattr(default, name):
             shown = value if str(value).isprintable() else repr(value)  # a message is one line

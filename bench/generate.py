@@ -71,10 +71,11 @@ def main(config: Config) -> None:
 
 def read_prompts(config: Config) -> Ids:
     """Return the token ids of the prompts. Runs in a child."""
-    from align.data import prompts, tokenizer
+    from align.data import prompts
+    from align.data.tokenizer import load_tokenizer
 
     fmt = prompts.PromptFormat(max_prompt_len=1024)
-    found, _ = prompts.load_prompts([config.data], tokenizer.load(config.run.model), fmt)
+    found, _ = prompts.load_prompts([config.data], load_tokenizer(config.run.model), fmt)
     if len(found) < len(STOPS):
         raise ValueError(f"--data {config.data} has {len(found)} prompts: {len(STOPS)} are needed")
     return [prompt.ids.tolist() for prompt in found[: len(STOPS)]]
@@ -101,17 +102,17 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
     import numpy as np
     import torch
 
-    from align.data import tokenizer
+    from align.data.tokenizer import load_tokenizer
     from align.distributed import parallel
-    from align.generation import generator, sampling
-    from align.model import architecture, gpt, huggingface
+    from align.generation import continuous_batching, generator, sampling
+    from align.model import architecture, gpt, huggingface, huggingface_names
     from align.model.config import ModelConfig
 
     def call(prompts, limits, at_once, greedy=False):
         class GivenLengths(batch):
-            def standing(self, slots):
+            def finish_of(self, slots):
                 ended = self.count[slots] == np.array(limits)[self.prompt[slots]]
-                return np.where(ended, generator.LENGTH, generator.LIVE)
+                return np.where(ended, continuous_batching.LENGTH, continuous_batching.RUNNING)
 
         generator.ContinuousBatch = GivenLengths
         wanted = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)
@@ -121,15 +122,17 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
         assert [len(sample.ids) for [sample] in found] == limits
         return [sample for [sample] in found]
 
-    batch = generator.ContinuousBatch
+    batch = continuous_batching.ContinuousBatch
     torch.set_num_threads(run.threads)
-    words = tokenizer.load(run.model)
+    words = load_tokenizer(run.model)
     layout, settings = parallel.ParallelConfig(), ModelConfig(model=str(run.model), precision=run.dtype)
     with parallel.start(layout):
         arch = architecture.read_config(run.model)
         policy = gpt.build_policy(arch, settings, layout)
         huggingface.load(policy, huggingface.open_source(run.model, arch, 0))
-        weights = {name: p.detach() for _, p, name in huggingface.named_parameters(policy) if p.dim() == 2}
+        weights = {
+            name: p.detach() for _, p, name in huggingface_names.named_parameters(policy) if p.dim() == 2
+        }
         if "lm_head.weight" in weights:  # else the embedding is the head, too
             del weights["model.embed_tokens.weight"]
         yield call, list(weights.values())

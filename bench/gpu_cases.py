@@ -32,7 +32,7 @@ from align.distributed.parallel import ParallelConfig
 from align.generation import sampling
 from align.generation.generator import Generator, RolloutConfig
 from align.losses import preference, supervised
-from align.model import architecture, config, gpt, huggingface
+from align.model import architecture, config, gpt, huggingface, huggingface_names
 from align.training import batching, engine, optim
 from align.training.reference import Swapped
 
@@ -433,7 +433,7 @@ def write_model(shape: Shape, scratch: Path, labels: int) -> Path:
         return folder
     shutil.copytree(ROOT / "assets" / "tiny", folder)
     arch = architecture_of(shape, shape.layers)
-    named = huggingface.tensor_shapes(replace(arch, labels=labels))
+    named = huggingface_names.tensor_shapes(replace(arch, labels=labels))
     torch.manual_seed(labels)
     tensors = {}
     for name, size in named.items():

@@ -33,14 +33,15 @@ def read(path: Path, steps: int) -> list[dict[str, list[dict]]]:
 
 def load_ours(rows: list[dict[str, list[dict]]], model: Path) -> list:
     """Return the pairs as our package reads them, `align.data.preferences.Pair`."""
-    from align.data import preferences, tokenizer
+    from align.data import preferences
+    from align.data.tokenizer import load_tokenizer
 
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         fmt = preferences.PreferenceFormat(max_seq_len=MAX_SEQ_LEN)
         pairs, counts = preferences.load_pairs(
-            [Path(file.name)], tokenizer.load(model), fmt, text_lines=False
+            [Path(file.name)], load_tokenizer(model), fmt, text_lines=False
         )
     if len(pairs) != len(rows):
         raise ValueError(f"--data has pairs that our package drops: leave them out ({counts})")

@@ -26,7 +26,8 @@ from align.distributed import megatron_on_cpu, parallel
 from align.generation import generator
 from align.model import gpt, huggingface
 from align.rewards import sources
-from align.training import batching, checkpoint, engine, offload, optim
+from align.training import batching, checkpoint, engine, offload, optim, phases
+from align.training.phases import Phases
 
 ROOT = Path(__file__).resolve().parents[1]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's numbers
@@ -34,7 +35,7 @@ PARTS = {  # of a script without phases of its own: what belongs to which
     "train": ((engine, "forward_backward"), (optim, "step")),
     "generate": ((generator.Generator, "generate"),),
     "score": ((sources.RewardModel, "__call__"),),
-    "audit": ((batching, "per_example"),),
+    "audit": ((batching, "per_example_outputs"),),
     "reference": ((engine, "outputs"),),
     "save": ((checkpoint, "save"),),
 }
@@ -98,24 +99,24 @@ class Peaks:
             if self.inside:
                 return function(*args, **kwargs)
             self.inside = True
-            offload.start_peak()
+            phases.start_peak()
             result = function(*args, **kwargs)
-            self.note(name, offload.peak_bytes())
+            self.note(name, phases.peak_bytes())
             self.inside = False
             return result
 
         return run
 
     def of_phases(self) -> None:
-        """Note what align.training.offload.Phases measures, of this rank."""
-        call = offload.Phases.__call__.__wrapped__
+        """Note what align.training.phases.Phases measures, of this rank."""
+        call = Phases.__call__.__wrapped__
 
-        def phase(phases: offload.Phases, name: str, /, **needs: str):  # noqa: ANN202
+        def phase(phases: Phases, name: str, /, **needs: str):  # noqa: ANN202
             yield from call(phases, name, **needs)
             for label, size in phases.peaks.items():
                 self.note(label, size * 1e9)
 
-        offload.Phases.__call__ = offload.contextlib.contextmanager(phase)
+        Phases.__call__ = offload.contextlib.contextmanager(phase)
 
     def of_first(self) -> None:
         """Note as "process" what is there before the first model is built."""
@@ -123,8 +124,8 @@ class Peaks:
 
         def first(*args: Any, **kwargs: Any) -> None:
             if "process" not in self.found:
-                offload.start_peak()
-                self.note("process", offload.peak_bytes())
+                phases.start_peak()
+                self.note("process", phases.peak_bytes())
             build(*args, **kwargs)
 
         gpt.Decoder.__init__ = first

@@ -413,13 +413,13 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
     """
     import numpy as np
 
-    from align.data import packing, tokenizer
+    from align.data import packing
     from align.tracking import metrics
     from align.tracking.run import Run
-    from align.training import offload
+    from align.training import phases, session
 
-    load, resume_at, write = tokenizer.load, Run.resume_at, Run.log
-    start_peak, peaks, log = offload.start_peak, [], []
+    load, resume_at, write = session.load_tokenizer, Run.resume_at, Run.log
+    start_peak, peaks, log = phases.start_peak, [], []
 
     def without_stops(path: Path) -> Any:
         text = load(path)
@@ -437,7 +437,7 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
 
         return wrapped
 
-    tokenizer.load, offload.start_peak = without_stops, note_peak
+    session.load_tokenizer, phases.start_peak = without_stops, note_peak
     packing.epoch_order = lambda num_rows, seed, epoch: np.arange(num_rows)
     Run.resume_at, Run.log = read_clocks(resume_at), read_clocks(write)
     if common.clock_name(config.run) == "cpu_s":

@@ -80,6 +80,7 @@ def run_ours(config: Config) -> Measured:
     import torch
 
     from align.data import formats, packing, sft, tokenizer
+    from align.data.tokenizer import load_tokenizer
     from align.distributed import parallel
     from align.losses import supervised
     from align.model import architecture, gpt, huggingface
@@ -91,8 +92,8 @@ def run_ours(config: Config) -> Measured:
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, parallel.start(parallel.ParallelConfig()):
         file.writelines(json.dumps({"messages": messages}) + "\n" for messages in read_rows(config))
         file.flush()
-        text = tokenizer.load(config.run.model)
-        rows, _ = sft.load_sft([Path(file.name)], text, formats.FormatConfig(loss_on=config.loss_on))
+        tokenizer = load_tokenizer(config.run.model)
+        rows, _ = sft.load_sft([Path(file.name)], tokenizer, formats.FormatConfig(loss_on=config.loss_on))
         arch = architecture.read_config(config.run.model)
         policy = gpt.build_policy(arch, settings, parallel.ParallelConfig())
         huggingface.load(policy, huggingface.open_source(config.run.model, arch, 0))
@@ -105,7 +106,9 @@ def run_ours(config: Config) -> Measured:
         steps = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         log = [common.clocks()]
         for examples in steps:
-            plan = packing.plan([row.num_inputs for row in examples], 1, MICRO_BATCH_TOKENS, None)[0]
+            plan = packing.plan_micro_batches(
+                [row.num_inputs for row in examples], 1, MICRO_BATCH_TOKENS, None
+            )[0]
             batches = [packing.collate([[examples[i]] for i in micro]) for micro in plan]
             found = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
             found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)

@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 
-from align.data import tokenizer, toy
+from align.data import toy
+from align.data.hf_tokenizer import HuggingFaceTokenizer
+from align.data.tokenizer import load_tokenizer
 from tests.support.files import TINY, write_rows
 from tests.support.launch import fork_ranks
 from tests.support.models import FAMILIES
@@ -16,9 +18,9 @@ from tests.support.shared import filled_once
 
 
 @pytest.fixture(scope="session")
-def tiny() -> tokenizer.HuggingFaceTokenizer:
+def tiny() -> HuggingFaceTokenizer:
     """The tiny model's tokenizer: a token is a byte; 257, 258 are <|im_start|> (BOS) and <|im_end|> (EOS)."""
-    return tokenizer.load(TINY)
+    return load_tokenizer(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -256,7 +256,7 @@ def test_rotation(device, dtype):
         angles = torch.rand(tokens, 12, dtype=torch.float64) * 7
         cos, sin = (x[:, None].to(device, dtype) for x in (angles.cos(), angles.sin()))
         x = torch.randn(tokens, 3, 24, device=device).to(dtype).requires_grad_()
-        grad = torch.randn_like(y := layers.rotate(x, cos, sin))
+        grad = torch.randn_like(y := layers.rotary_embedding(x, cos, sin))
         y.backward(grad)
         (exact_x,) = exact(x)
         expected = layer_formulas.turned(exact_x, angles)
@@ -311,7 +311,7 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
     rng = torch.Generator().manual_seed(seed)
     lengths, prefixes = random_pack(rng)
     total = sum(lengths)
-    packing = attention.describe(lengths, prefixes, total, None, torch.device(device), part=(0, 1))
+    packing = attention.packed_params(lengths, prefixes, total, None, torch.device(device), part=(0, 1))
     inputs = [
         torch.randn(total, count, d, generator=rng).bfloat16().to(device).requires_grad_()
         for count in (heads, groups, groups)

@@ -99,9 +99,44 @@ def test_the_cpu_hack_is_imported_in_one_function_only():
     assert places == [("parallel.py", "FunctionDef", "start")]
 
 
+def patches_of_megatron(tree: ast.AST) -> list[int]:
+    """Lines that assign to an attribute of a module or class of Megatron."""
+    names = set()  # that imports bind to something of Megatron
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {"megatron" for alias in node.names if alias.name.startswith("megatron.")}
+    lines = []
+    for node in ast.walk(tree):
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+            targets = [ast.Attribute(node.args[0], "")]
+        for target in targets:
+            while isinstance(target, ast.Attribute):
+                target = target.value
+                if isinstance(target, ast.Name) and target.id in names:
+                    lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *PARTS], ids=name_of)
+def test_megatron_is_patched_in_two_files_only(path):
+    if path.stem not in ("megatron_patches", "megatron_on_cpu"):
+        assert patches_of_megatron(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+def test_a_patch_of_megatron_is_seen():
+    source = (
+        "from megatron.core import a\nfrom megatron.core.b import C\na.d = 1\nC.e.f = 2\nsetattr(a, 'g', 3)"
+    )
+    assert patches_of_megatron(ast.parse(source + "\na = C()\nx.y = a")) == [3, 4, 5]
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, *PARTS], ids=name_of)
 def test_files_stay_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+    limit = 450 if path in PARTS else 600
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
 def test_nothing_imports_a_test():

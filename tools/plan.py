@@ -24,7 +24,7 @@ from align import console
 from align.command_line import parse
 from align.errors import UserError, one_line
 from align.planning import memory
-from align.planning.memory import Setting
+from align.planning.memory import RankShape
 from align.planning.phases import ITEMS, Cluster, Job, fullest_node, on_device, ranks
 from align.training.config import CommonConfig
 
@@ -125,7 +125,7 @@ def print_models(job: Job, name: str) -> None:
     print(f"{name}: {cluster.nodes} nodes x {processes} ({grid}), {precision}")
     for kind, models in (("trained", job.trained), ("frozen", job.frozen)):
         for label, arch in models.items():
-            whole = memory.weights(arch, Setting(layout.item, layout.gpu))
+            whole = memory.weights(arch, RankShape(layout.item, layout.gpu))
             print(f"{kind}: {label}, {arch.family} with {whole / 1e9:.3f} G weights")
 
 

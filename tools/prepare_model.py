@@ -24,10 +24,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align import console
-from align.data import formats, jsonl, marker_chat, tokenizer, tokenizer_files
+from align.data import formats, jsonl, marker_chat, tokenizer_files
 from align.data.formats import FormatConfig
+from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.marker_chat import MarkerChat
+from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from align.data.sft import TrainedFormat
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError, one_line
@@ -69,7 +72,7 @@ def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple
         unfinished = Path(scratch) / "model"
         unfinished.mkdir()
         archive = input if input.is_dir() else extract(input, Path(scratch) / "archive")
-        jsonl.at(f"--input {input}", convert, archive, unfinished, tokenizer, ignore)
+        jsonl.located(f"--input {input}", convert, archive, unfinished, tokenizer, ignore)
         os.replace(unfinished, output)
     print(f"the model is in {output}")
 
@@ -128,10 +131,10 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
         tokenizer_files.save_pad_token(output)
 
 
-def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> formats.Tokenizer:
+def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> Tokenizer:
     """The tokenizer of --tokenizer, or the SentencePiece model that the archive holds."""
     if path is not None:
-        return tokenizer.load(path)
+        return load_tokenizer(path)
     inside = archive / Path(str(fields.get("model")).removeprefix("nemo:")).name
     if fields.get("library") != "sentencepiece" and fields.get("type") != "GPTSentencePieceTokenizer":
         name = fields.get("type") or fields.get("library")
@@ -142,14 +145,14 @@ def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> formats.To
         raise UserError(
             "tokenizer.special_tokens are no part of the SentencePiece model: give --tokenizer DIR"
         )
-    return tokenizer.SentencePieceTokenizer(inside)
+    return SentencePieceTokenizer(inside)
 
 
-def vocab_size(weights: Weights, fields: dict, text: tokenizer.HuggingFaceTokenizer) -> int:
+def vocab_size(weights: Weights, fields: dict, tokenizer: HuggingFaceTokenizer) -> int:
     """Rows of the embedding without those that only make its size a multiple."""
     if "embedding.word_embeddings.weight" not in weights:
         raise UserError("the archive is incomplete: embedding.word_embeddings.weight is missing")
-    rows, ids = len(weights["embedding.word_embeddings.weight"]()), text.vocab_size
+    rows, ids = len(weights["embedding.word_embeddings.weight"]()), tokenizer.vocab_size
     ranks = fields.get("tensor_model_parallel_size") or 1
     multiple = (fields.get("make_vocab_size_divisible_by") or 128) * ranks
     if rows < ids:
@@ -290,7 +293,7 @@ def build(
     shapes = dist_checkpointing.load_tensors_metadata(str(path))
     precision = DTYPES[shapes["embedding.word_embeddings.weight"].dtype]
     config = ModelConfig(model=flags["model"], precision=precision)
-    arch, text = architecture.read_config(start), tokenizer.load(start)
+    arch, text = architecture.read_config(start), load_tokenizer(start)
     if "score.weight" in shapes:
         labels = shapes["score.weight"].global_shape[0]
         weights = flags.get("attribute_weights") or (1 / labels,) * labels

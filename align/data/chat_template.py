@@ -22,7 +22,7 @@ from align.errors import UserError
 SECONDS = 10.0  # of one rendering
 MEMORY = 1 << 30  # bytes that one of the first renderings may add to the process
 LENGTH = 1 << 26  # characters of a rendered chat
-WATCHED = 3  # renderings whose memory is bounded: a template of a stranger shows itself in them
+WATCHED = 3  # first renderings of a template, whose memory is bounded
 STRFTIME = re.compile(r"""strftime_now\s*\(\s*(["'])(?P<format>[^"'\\\n]*)\1\s*\)""")
 ERRORS = (  # of code in a template
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
@@ -37,18 +37,15 @@ def render(
     """Render a chat. Raises UserError if the template refuses it or leaves the bounds."""
     with bounded(template):
         [text], _ = render_jinja_template(
-            [messages],
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
+            [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **variables
         )
     if len(text) > LENGTH:
         raise UserError(f"the chat template makes {len(text):,} characters of one chat")
     return text
 
 
-def answer_spans(template: str, messages: list[dict], **variables: object) -> list[tuple[int, int]]:
-    """Spans [first, last) of the rendered characters inside {% generation %}."""
+def response_spans(template: str, messages: list[dict], **variables: object) -> list[tuple[int, int]]:
+    """Spans [first, last) of the characters inside {% generation %}."""
     with bounded(template):
         _, [spans] = render_jinja_template(
             [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
@@ -57,7 +54,7 @@ def answer_spans(template: str, messages: list[dict], **variables: object) -> li
 
 
 @functools.lru_cache
-def marks_answers(template: str) -> bool:
+def marks_responses(template: str) -> bool:
     """True if a template has {% generation %}."""
     return re.search(r"{%-?\s*generation\b", template) is not None
 
@@ -73,9 +70,9 @@ def reads(template: str, name: str) -> bool:
 
 @contextlib.contextmanager
 def bounded(template: str) -> Iterator[None]:
-    """Turn errors of a template's code into one UserError; bound time, and at first memory.
+    """Convert errors of a template's code to UserError; bound its time, and at first its memory.
 
-    Signals reach the main thread only: in another one nothing is bounded.
+    Signals reach the main thread only: in another thread nothing is bounded.
     """
     limits = None
     try:
@@ -98,7 +95,7 @@ def bounded(template: str) -> Iterator[None]:
 
 
 def limit_memory(template: str) -> tuple[int, int] | None:
-    """Let the process grow by MEMORY at most, for the first renderings of a template; the limits before."""
+    """Limit the process's growth to MEMORY for a template's first renderings. Returns the former limits."""
     count = watched.get(template, 0)
     if count == WATCHED:
         return None
@@ -133,7 +130,7 @@ def address_space() -> int:
 
 @functools.lru_cache
 def with_date(template: str, day: datetime.date) -> str:
-    """Replace each strftime_now("...") by that text of `day`, so that a run sees one date to its end."""
+    """Replace each strftime_now("...") by its text for `day`, so that a run has one date to its end."""
 
     def text(call: re.Match) -> str:
         return call[1] + day.strftime(call["format"]) + call[1]
@@ -142,12 +139,12 @@ def with_date(template: str, day: datetime.date) -> str:
 
 
 def reads_clock(template: str) -> bool:
-    """True if a template asks for the time in a way that `with_date` does not replace."""
+    """True if a template reads the clock in a way that `with_date` does not replace."""
     return re.search(r"strftime_now\s*\(", STRFTIME.sub("", template)) is not None
 
 
 def with_defaults(template: str, variables: dict) -> str:
-    """Give variables of a template values where the caller gives none."""
+    """Prepend default values of a template's variables."""
     lines = [
         f"{{% set {name} = {name} if {name} is defined else {literal(value)} %}}\n"
         for name, value in variables.items()

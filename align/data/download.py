@@ -78,15 +78,15 @@ PUBLIC: dict[str, tuple[str, str | None]] = {
         "abc35dbc56015db1dae0faa484514ccbc3eee0133bfcd557fc69250619b028bb",
     ),
 }
-"""File name in the download directory -> address and sha256; None if nobody publishes it."""
+"""File name in the download directory -> address and sha256, None if none is published."""
 
 
 class DownloadError(UserError):
-    """A public file cannot be fetched, or is not the file of the table."""
+    """A public file that cannot be fetched, or whose sha256 differs from the table's."""
 
 
 def fetch(name: str, directory: Path, flag: str = "--input") -> Path:
-    """Return the path of a file of `PUBLIC` in `directory`; download it unless it is there.
+    """Return the path of a file of `PUBLIC` in `directory`; download it unless it exists.
 
     `flag` takes the file instead, where there is no network. Raises DownloadError.
     """
@@ -103,7 +103,7 @@ def fetch(name: str, directory: Path, flag: str = "--input") -> Path:
 
 
 def fetch_new(url: str, expected: str | None, path: Path, flag: str) -> str:
-    """Download to PATH.part, which the next run continues, check it and rename it. Returns the verdict."""
+    """Download to PATH.part, which a later run continues, check it and rename it. Returns a phrase."""
     part = path.with_name(f"{path.name}.part")
     try:
         download(url, part)
@@ -139,7 +139,7 @@ def sha256(path: Path) -> str:
 
 
 def download(url: str, part: Path) -> None:
-    """Append to `part` until it is whole, over several connections if one breaks. Raises DownloadError."""
+    """Append to `part` until it is complete, over several connections if one breaks. Raises DownloadError."""
     for _ in range(ATTEMPTS):
         start = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -158,7 +158,7 @@ def download(url: str, part: Path) -> None:
 
 
 def receive(response: http.client.HTTPResponse, part: Path) -> bool:
-    """Write a response to `part`, behind what it has if the server continues. True if it is whole then."""
+    """Write a response to `part`, or append it if the server resumes. Returns True if `part` is complete."""
     resumes = response.status == http.client.PARTIAL_CONTENT
     length = response.headers["Content-Length"]
     with open(part, "ab" if resumes else "wb") as file:

@@ -1,4 +1,4 @@
-"""Models and data sets of the Hugging Face Hub, named as there, kept in its cache (HF_HOME, HF_HUB_OFFLINE).
+"""Models and data sets of the Hugging Face Hub, in its local cache (HF_HOME, HF_HUB_OFFLINE).
 
 `org/name` and `org/name@revision` are models, `org/name[/config][@revision][:split]` the rows of a data set.
 A path that exists, or whose first part is a directory here, is never looked up.
@@ -18,10 +18,10 @@ MODEL = re.compile(rf"(?P<name>{NAME}/{NAME})(@(?P<revision>[\w./-]+))?")
 DATA = re.compile(
     rf"(?P<name>{NAME}/{NAME})(/(?P<config>{NAME}))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]:%-]+))?"
 )
-FILES = re.compile(r"\.(json|jsonl|gz|parquet|model)(:|$)")  # names of files, which a typing error hides
+FILES = re.compile(r"\.(json|jsonl|gz|parquet|model)(:|$)")  # file names, also mistyped, are never looked up
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 OTHERS = ("*/*", "consolidated*")  # other formats of the same weights
-BATCH = 1000  # rows of a data set that are made at a time
+BATCH = 1000  # rows of a data set converted at a time
 
 
 def is_data(path: Path) -> bool:
@@ -30,18 +30,18 @@ def is_data(path: Path) -> bool:
 
 
 def is_local(path: Path) -> bool:
-    """True if a path is one of this machine, there or mistyped."""
+    """True if a path is on this machine, or is a mistyped file name."""
     return path.exists() or Path(path.parts[0]).is_dir() or FILES.search(path.name) is not None
 
 
 def split_of(path: Path) -> str | None:
-    """The split that the name of a data set ends with."""
+    """The split in a data set's name, or None."""
     return DATA.fullmatch(str(path))["split"]
 
 
 @functools.cache
 def local_model(path: Path) -> Path:
-    """The directory of a model: `path`, or of a model of the Hub its snapshot in the cache.
+    """The directory of a model: `path`, or the cached snapshot of a model of the Hub.
 
     Raises UserError if the Hub, or the cache without a network, has no such model.
     """
@@ -66,16 +66,13 @@ def local_model(path: Path) -> Path:
 
 
 def data_rows(path: Path) -> Iterator[dict]:
-    """The rows of a data set of the Hub, of its split "train" if none is named. Raises UserError."""
+    """Yield the rows of a data set of the Hub, by default of its split "train". Raises UserError."""
     match = DATA.fullmatch(str(path))
     import datasets  # slow to import, and only needed here
 
     try:
-        found = datasets.load_dataset(
-            match["name"],
-            match["config"],
-            split=match["split"] or "train",
-            revision=match["revision"],
+        dataset = datasets.load_dataset(
+            match["name"], match["config"], split=match["split"] or "train", revision=match["revision"]
         )
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         advice = (
@@ -84,19 +81,19 @@ def data_rows(path: Path) -> Iterator[dict]:
         raise UserError(
             f"{path} is no file here, and no data set of the Hub: {one_line(error)}{offline(error, advice)}"
         ) from error
-    for batch in found.with_format("arrow").iter(BATCH):  # as stored: no image is decoded
+    for batch in dataset.with_format("arrow").iter(BATCH):  # as stored: no image is decoded
         yield from batch.to_pylist()
 
 
 def offline(error: Exception, advice: str) -> str:
-    """Advice for a machine without a network, if an error is about that; "" else."""
+    """Advice for a machine without a network if the network caused the error, else ""."""
     causes, cause = [], error
     while cause is not None:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if any(getattr(getattr(one, "response", None), "status_code", None) for one in causes):
-        return ""  # the Hub has answered
-    is_network = any(isinstance(one, ConnectionError | LocalEntryNotFoundError) for one in causes)
+    if any(getattr(getattr(cause, "response", None), "status_code", None) for cause in causes):
+        return ""  # the Hub has responded
+    is_network = any(isinstance(cause, ConnectionError | LocalEntryNotFoundError) for cause in causes)
     return f". Without a network run {advice}" if is_network else ""
 
 

@@ -1,4 +1,4 @@
-"""Files of rows: each row with its place, and fields that must be there."""
+"""Files of rows: each row with its location, and required fields."""
 
 import gzip
 import json
@@ -17,19 +17,19 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass
 class BadRows:
-    """Wrong rows that are left out, up to a limit (--skip-bad-rows)."""
+    """Wrong rows left out, up to a limit (--skip-bad-rows)."""
 
     limit: int
     errors: list[str] = field(default_factory=list)
 
     def add(self, error: ValueError) -> None:
-        """Leave a row out. Raises the error if that is one too many."""
+        """Leave a row out. Raises the error beyond the limit."""
         if len(self.errors) >= self.limit:
             raise error
         self.errors.append(str(error))
 
     def counts(self) -> dict[str, int]:
-        """Rows that were left out, for the log: the first error whole, and the places of the next ones."""
+        """Number of rows left out, under the first error and the locations of the next ones."""
         if not self.errors:
             return {}
         others = [error.partition(": ")[0] for error in self.errors[1:10]]
@@ -38,17 +38,16 @@ class BadRows:
 
 
 def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]:
-    """Rows of a file as ("file:line", row): lines of JSON or one JSON array, plain or .gz, or Parquet.
+    """Read rows as ("file:line", row): lines of JSON or one JSON array, plain or .gz, Parquet, or of the Hub.
 
-    Or a data set of the Hub. Blank lines are skipped, and null fields of Parquet rows. `bad` takes lines that
-    are no JSON object.
+    Blank lines are skipped, and null fields of Parquet rows. `bad` collects lines that are no JSON object.
     Raises UserError naming file and line for the others, and for a file without rows.
     """
     path, bad, rows = Path(path), bad or BadRows(0), []
-    for where, text in read_values(path):
+    for location, text in read_values(path):
         try:
-            row = text if isinstance(text, dict) else parse(where, text)
-            rows.append((where, row))
+            row = text if isinstance(text, dict) else parse(location, text)
+            rows.append((location, row))
         except ValueError as error:
             bad.add(error)
     if not rows:
@@ -57,7 +56,7 @@ def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]
 
 
 def read_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Values of a file as ("file:line", line) or, of arrays, Parquet and the Hub, ("file: row 3", value)."""
+    """Yield ("file:line", line) or, from arrays, Parquet and the Hub, ("file: row 3", value)."""
     if path.suffix == ".parquet" or hub.is_data(path):
         rows = read_parquet(path) if path.suffix == ".parquet" else map(without_nulls, hub.data_rows(path))
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
@@ -72,24 +71,24 @@ def read_values(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", line
 
 
-def parse(where: str, text: object) -> dict:
-    """The row that a line is, or that stands in an array. Raises UserError."""
-    row = parse_json(where, text) if isinstance(text, bytes) else text
+def parse(location: str, text: object) -> dict:
+    """Parse a line, or check an item of an array, as a row. Raises UserError."""
+    row = parse_json(location, text) if isinstance(text, bytes) else text
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+        raise UserError(f"{location}: a row must be a JSON object, this is a {type(row).__name__}")
     return row
 
 
-def parse_json(where: str, text: bytes) -> Any:
-    """A JSON text. Raises UserError for anything else, also for what is nested too deep to be read."""
+def parse_json(location: str, text: bytes) -> Any:
+    """Parse JSON. Raises UserError for anything else, also for values that are nested too deep."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are not UTF-8
-        raise UserError(f"{where}: not valid JSON: {error}") from error
+        raise UserError(f"{location}: not valid JSON: {error}") from error
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
-    """Rows of a Parquet file without their null fields, in which it keeps those that a row has not."""
+    """Yield rows of a Parquet file without null fields: its schema has fields that a row has not."""
     import pyarrow.parquet  # only where such a file is read
 
     try:
@@ -101,16 +100,16 @@ def read_parquet(path: Path) -> Iterator[dict]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the null fields of the objects in it, but for the content of a message."""
+    """Drop null fields of objects, except the content of a message."""
     if isinstance(value, dict):
         return {
-            name: without_nulls(one) for name, one in value.items() if one is not None or name == "content"
+            name: without_nulls(item) for name, item in value.items() if item is not None or name == "content"
         }
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file, unzipped if its name ends in .gz. Raises UserError if it cannot be read."""
+    """Yield lines of a file, unzipped if its name ends in .gz. Raises UserError if it cannot be read."""
     if path.is_dir():
         raise UserError(f"{path} is a directory: give its files")
     try:
@@ -120,16 +119,16 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot be read: {error.args[-1] if error.args else error}") from error
 
 
-def at(where: str, make: Callable, *args: object) -> Any:
-    """`make(*args)`; a ValueError of it is given its place, "file:line"."""
+def located(location: str, make: Callable, *args: object) -> Any:
+    """Call `make(*args)`; the message of a ValueError gets the location in front, "file:line"."""
     try:
         return make(*args)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{location}: {error}") from error
 
 
 def text_field(row: dict, field: str) -> str:
-    """`row[field]`, which must be there and must be a string (UserError)."""
+    """`row[field]`, a required string (UserError)."""
     if field not in row:
         raise UserError(f"no field {field!r} (the row has: {', '.join(map(repr, row)) or 'nothing'})")
     if not isinstance(row[field], str):
@@ -140,7 +139,7 @@ def text_field(row: dict, field: str) -> str:
 
 
 def turns_field(row: dict, field: str) -> list[dict]:
-    """`row[field]`, which must be a list of objects and not empty (UserError)."""
+    """`row[field]`, a list of at least one object (UserError)."""
     turns = row[field]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"field {field!r} must be a list of at least one object")

@@ -1,8 +1,8 @@
 """Marker chats: rows of {"system", "conversations", "mask", "type"} as text, and their chat template.
 
 The layout is `SYS System EON system EOT`, then for each turn `TURN from EON [LABEL label EON] value EOT`, and
-a last TURN if an answer ends the row; --chat-tokens names the markers SYS, TURN, LABEL, EOT and EON. TURN
-ends an answer: it is the last token that an answer is trained on, and sampling stops there.
+a last TURN if a response ends the row; --chat-tokens names the markers SYS, TURN, LABEL, EOT and EON. TURN
+ends a response: it is the last token that a response is trained on, and sampling stops there.
 """
 
 import json
@@ -17,7 +17,7 @@ from align.errors import UserError
 from align.files import read_object, shown
 from align.flags import refuse_unused
 
-Kind = Literal["VALUE_TO_TEXT", "TEXT_TO_VALUE", None]  # a label precedes its answer, or is the answer
+Kind = Literal["VALUE_TO_TEXT", "TEXT_TO_VALUE", None]  # a label precedes its response, or is the response
 SYSTEM_ROLE = "System"  # the name in the header
 
 
@@ -35,33 +35,33 @@ class MarkerChat:
     """system text of a chat without a system message"""
     kind: Kind = None
     label: str | None = None
-    """VALUE_TO_TEXT: label of an answer to come, unless another is given; None for no label"""
+    """VALUE_TO_TEXT: label of the response to sample, unless another is given; None for no label"""
     bos: bool = False
     """the text starts with BOS"""
 
     @property
     def turn_start(self) -> str:
-        """TURN, which ends an answer."""
+        """TURN, which ends a response."""
         return self.tokens[1]
 
     @property
     def end_of_turn(self) -> str:
-        """EOT, between an answer and TURN."""
+        """EOT, between a response and TURN."""
         return self.tokens[3]
 
-    def end(self, answer: str) -> str:
-        """An answer with the EOT and TURN that it lacks."""
-        if answer.endswith(self.turn_start):
-            return answer
-        return answer.removesuffix(self.end_of_turn) + self.end_of_turn + self.turn_start
+    def end(self, response: str) -> str:
+        """Append the EOT and TURN that a response lacks."""
+        if response.endswith(self.turn_start):
+            return response
+        return response.removesuffix(self.end_of_turn) + self.end_of_turn + self.turn_start
 
     def template(self) -> str:
         """The chat template (Jinja) that renders a chat of user and assistant as a training row.
 
-        A message may have a "label". With VALUE_TO_TEXT an answer without one has the default label, so that
-        a prompt begins the whole chat ("label": false for none, as transformers drops null), and the variable
-        `label` is that of the answer to come. With TEXT_TO_VALUE the generation prompt asks for the label of
-        the last message.
+        A message may have a "label". With VALUE_TO_TEXT a response without one has the default label, so that
+        a prompt is a prefix of the whole chat ("label": false for none, as transformers drops null), and the
+        variable `label` is that of the response to sample. With TEXT_TO_VALUE the generation prompt asks for
+        the label of the last message.
         """
         system_start, turn_start, label_start, end_of_turn, end_of_name = map(quote, self.tokens)
         name = f"{turn_start} ~ names[message.role] ~ {end_of_name}"
@@ -129,7 +129,7 @@ def read(directory: Path) -> MarkerChat | None:
     if len(chat.tokens) != 5 or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{path}: chat = {shown(fields)} must have five tokens, all texts strings")
     if chat.kind not in get_args(Kind) or not isinstance(chat.bos, bool):
-        raise UserError(f"{path}: kind {chat.kind!r} or bos {chat.bos!r} of the chat is none that there is")
+        raise UserError(f"{path}: kind {chat.kind!r} or bos {chat.bos!r} of the chat is unknown")
     return chat
 
 
@@ -141,39 +141,38 @@ def conversation_text(row: dict, chat_tokens: Sequence[str]) -> tuple[str, list[
 
     With type VALUE_TO_TEXT a turn's label precedes its value, with TEXT_TO_VALUE it follows `value EOT`,
     without a type it is left out. Trained are the turns of roles that `mask` does not name: value and EOT
-    (with TEXT_TO_VALUE label and EON) and the TURN that follows, which is the end signal. The first turn
-    answers nothing and is not trained (with TEXT_TO_VALUE it may be: the label is an answer to the turn's own
-    text).
+    (with TEXT_TO_VALUE label and EON) and the TURN that follows, which ends the response. The first turn has
+    no prompt and is not trained (with TEXT_TO_VALUE it may be: the label responds to the turn's own text).
     """
     system_start, turn_start, label_start, end_of_turn, end_of_name = chat_tokens
     kind, masked, turns = check_conversation(row)
-    answers = answering(kind, masked, turns)
+    trained = trained_turns(kind, masked, turns)
     text = f"{system_start}{SYSTEM_ROLE}{end_of_name}{text_field(row, 'system')}{end_of_turn}"
     spans = []
     for i, (role, value, label) in enumerate(turns):
         text += f"{turn_start}{role}{end_of_name}"
-        context, answer = "", f"{value}{end_of_turn}"
+        context, response = "", f"{value}{end_of_turn}"
         if label is not None and kind == "VALUE_TO_TEXT":
             context = f"{label_start}{label}{end_of_name}"
         elif label is not None and kind == "TEXT_TO_VALUE":
-            context, answer = f"{value}{end_of_turn}{label_start}", f"{label}{end_of_name}"
-        if i in answers:
+            context, response = f"{value}{end_of_turn}{label_start}", f"{label}{end_of_name}"
+        if i in trained:
             first = len(text) + len(context)
-            spans.append((first, first + len(answer) + len(turn_start)))
-        text += context + answer
+            spans.append((first, first + len(response) + len(turn_start)))
+        text += context + response
     return text + (turn_start if turns[-1][0] not in masked else ""), spans
 
 
-def answering(kind: str | None, masked: set[str], turns: list[tuple[str, str, str | None]]) -> list[int]:
-    """Numbers of the turns of a `conversations` row that are trained; arguments of `check_conversation`."""
+def trained_turns(kind: str | None, masked: set[str], turns: list[tuple[str, str, str | None]]) -> list[int]:
+    """Numbers of the trained turns of a `conversations` row; arguments from `check_conversation`."""
     starts_at = 0 if kind == "TEXT_TO_VALUE" else 1
     return [i for i, (role, _, _) in enumerate(turns) if i >= starts_at and role not in masked]
 
 
 def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str, str, str | None]]]:
-    """`type`, the roles that `mask` names, and the turns (role, value, label) of a `conversations` row.
+    """Read `type`, the roles in `mask`, and the turns (role, value, label) of a `conversations` row.
 
-    Raises UserError if one of them is not as it must be, or if no turn is by a masked role.
+    Raises UserError if one of them is invalid, or if no turn is by a masked role.
     """
     kind, mask = row.get("type"), row.get("mask", "User")
     if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
@@ -188,7 +187,7 @@ def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str,
 
 
 def check_turn(turn: dict, i: int) -> tuple[str, str, str | None]:
-    """Role, value and label (None if it has none) of turn `i`."""
+    """Read role, value and label (or None) of turn `i`."""
     try:
         label = None if turn.get("label") is None else text_field(turn, "label")
         return text_field(turn, "from"), text_field(turn, "value"), label
@@ -197,7 +196,7 @@ def check_turn(turn: dict, i: int) -> tuple[str, str, str | None]:
 
 
 def prompt_text(row: dict, chat: MarkerChat) -> str:
-    """The text of a `conversations` row up to its last answer, or to the next one if a masked turn is last.
+    """The text of a `conversations` row up to its last response, or the next one after a masked last turn.
 
     With TEXT_TO_VALUE up to the label of the last turn. Raises UserError.
     """
@@ -210,14 +209,14 @@ def prompt_text(row: dict, chat: MarkerChat) -> str:
         conversation = [*conversation, {"from": chat.assistant, "value": "", "label": chat.label}]
     text, spans = conversation_text(row | {"conversations": conversation}, chat.tokens)
     if not spans or (kind == "TEXT_TO_VALUE" and role in masked):
-        raise UserError("no prompt: the last turn is no answer and asks for none")
+        raise UserError("no prompt: the last turn is no response and asks for none")
     return text[: spans[-1][0]]
 
 
 # ---- training sets -------------------------------------------------------------------------------
 
 
-USED_BY = {  # form of a row: its fields, and the flags that change its tokens and those of no other form
+USED_BY = {  # form of a row: its fields, and the flags that change the tokens of this form only
     "template": ("the fields of --prompt-template", "prompt_template truncation_field truncation_side"),
     "conversations": ("'conversations' with 'mask' or 'type'", "chat_tokens"),
     "messages": ("'messages'", "turns"),
@@ -226,7 +225,7 @@ USED_BY = {  # form of a row: its fields, and the flags that change its tokens a
 
 @dataclass(frozen=True)
 class RowFormats:
-    """Formats of the rows of a training set, and what its `conversations` rows share, counted."""
+    """Counts of the formats of a training set's rows, and of names, types and labels in `conversations`."""
 
     rows: Counter = field(default_factory=Counter)  # messages, conversations, template
     forms: Counter = field(default_factory=Counter)  # the same, and completion, which is not a template
@@ -237,31 +236,31 @@ class RowFormats:
     labels: Counter = field(default_factory=Counter)
 
     def add(self, row: dict, form: str) -> None:
-        """Count a row of a form of `rows.form_of` that has been read without error."""
+        """Count a row that was read without error; `form` from `rows.form_of`."""
         name = "template" if form == "completion" else form
         self.forms[form] += 1
         self.rows[name] += 1
         if name != "conversations":
             return
         kind, masked, turns = check_conversation(row)
-        answers = [turns[i] for i in answering(kind, masked, turns)]
+        responses = [turns[i] for i in trained_turns(kind, masked, turns)]
         self.users.update(role for role, _, _ in turns if role in masked)
-        self.assistants.update(role for role, _, _ in answers)
-        self.labels.update(label for _, _, label in answers)
+        self.assistants.update(role for role, _, _ in responses)
+        self.labels.update(label for _, _, label in responses)
         self.systems[row["system"]] += 1
         self.kinds[kind] += 1
 
     def check_used(self, fmt: object, default: object) -> None:
-        """Raise UserError for a flag of a FormatConfig that is about a form which no row has."""
+        """Raise UserError for a flag of a FormatConfig about a form that no row has."""
         for form, (fields, names) in USED_BY.items():
             if self.forms and not self.forms[form]:
                 refuse_unused(fmt, default, names, f"on --train-data, which has no rows of {fields}")
 
     def chat(self, tokens: Sequence[str], bos: bool) -> MarkerChat | None:
-        """The format of the `conversations` rows; None without such rows.
+        """Infer the chat of the `conversations` rows; None without such rows.
 
-        A system text that more than half of the rows have is the default one; so is the most frequent label,
-        if more than half of the answers have a label in front.
+        The system text of more than half of the rows is the default; so is the most frequent label, if more
+        than half of the responses have a label in front.
 
         Args:
             tokens: the markers, without escapes.
@@ -289,14 +288,14 @@ class RowFormats:
         )
 
     def default_label(self) -> str | None:
-        """The most frequent label, if more than half of the answers have one in front."""
+        """The most frequent label, if more than half of the responses have one in front."""
         labels = Counter({label: count for label, count in self.labels.items() if label})
         labelled = 2 * labels.total() > self.labels.total()
         in_front = most_common(self.kinds, None) == "VALUE_TO_TEXT"
         return most_common(labels, None) if labelled and in_front else None
 
     def differences(self) -> list[str]:
-        """Lines for the log: what the rows do not agree in, though one model is asked in one way."""
+        """Lines for the log: properties with several values, of which a model's chat has one."""
         counters = {
             "formats (stored: the chat template of conversations, and --prompt-template)": self.rows,
             "user names": self.users,
@@ -312,11 +311,11 @@ class RowFormats:
 
 
 def most_common(counter: Counter, default: str | None) -> str | None:
-    """The most frequent value, `default` of none."""
+    """The most frequent value, or `default` of an empty counter."""
     return counter.most_common(1)[0][0] if counter else default
 
 
 def majority(counter: Counter) -> str | None:
-    """The value that more than half of the entries have."""
+    """The value of more than half of the entries, or None."""
     value, count = counter.most_common(1)[0]
     return value if 2 * count > counter.total() else None

@@ -1,6 +1,6 @@
-"""From examples to packed micro-batches: the order of the data, the packing plan, and the one token shift.
+"""Examples to packed micro-batches: data order, packing plan, and the one token shift.
 
-`Batch` states the batch layout of the whole project.
+`Batch` is the batch layout of the whole project.
 """
 
 import functools
@@ -8,15 +8,13 @@ import heapq
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from align.errors import UserError
 from align.flags import COUNT, check_ranges
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,14 @@ class BatchConfig:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One row as tokens. `trained[i]`: token i is a target of the loss; never the first, none precedes it."""
+    """One row as tokens. `trained[i]`: token i is a target of the loss; never the first."""
 
     ids: np.ndarray  # [n] int32
     trained: np.ndarray  # [n] bool
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that go into the model: all but the last."""
+        """Input tokens: all but the last."""
         return len(self.ids) - 1
 
 
@@ -54,22 +52,28 @@ def num_trained(examples: Sequence[Example]) -> int:
 
 
 def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_row: int = 1) -> None:
-    """Raises UserError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
+    """Raise UserError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
     if max_seq_len > max_positions:
         raise UserError(
             f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
         )
     if per_row * max_seq_len > config.micro_batch_tokens:
-        both = "" if per_row == 1 else f", of which a row has {per_row},"
+        times = "" if per_row == 1 else f", of which a row has {per_row},"
         raise UserError(
-            f"--max-seq-len {max_seq_len}{both} is above --micro-batch-tokens {config.micro_batch_tokens}: "
+            f"--max-seq-len {max_seq_len}{times} is above --micro-batch-tokens {config.micro_batch_tokens}: "
             "raise that"
         )
 
 
-def check_ids(examples: list[Example], vocab_size: int) -> None:
-    """Raises UserError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
-    largest = max(int(example.ids.max()) for example in examples)
+class HasIds(Protocol):
+    """An Example or a Prompt."""
+
+    ids: np.ndarray
+
+
+def check_ids(sequences: Iterable[HasIds], vocab_size: int) -> None:
+    """Raise UserError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
+    largest = max(int(sequence.ids.max()) for sequence in sequences)
     if largest >= vocab_size:
         raise UserError(
             f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
@@ -78,7 +82,7 @@ def check_ids(examples: list[Example], vocab_size: int) -> None:
 
 
 def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--global-batch-size") -> None:
-    """Raises UserError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
+    """Raise UserError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
     if num_rows < needed:
         raise UserError(
             f"{flag} has {num_rows} usable rows, fewer than one step takes: "
@@ -87,18 +91,18 @@ def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--glob
 
 
 def global_batch(num_rows: int, size: int, seed: int, step: int) -> list[int]:
-    """Row numbers of step `step` (from 0): each epoch a new order, the tail that fills no batch left out.
+    """Row numbers of step `step` (from 0): a new order each epoch; rows that fill no batch are left out.
 
-    A function of its arguments alone: that is what makes a resumed run see the same rows.
+    A function of its arguments alone, so a resumed run takes the same rows.
     """
     epoch, batch = divmod(step, num_rows // size)
     return epoch_order(num_rows, seed, epoch)[batch * size : (batch + 1) * size].tolist()
 
 
 def data_order(rows: Iterable[Sequence[np.ndarray]], rows_per_step: int, seed: int) -> dict[str, int]:
-    """Identity of the data order: `global_batch` gives a step the same rows while this stays the same.
+    """Identity of the data order: equal identities give equal rows in every step of `global_batch`.
 
-    `rows`: of each training row the ids of its sequences.
+    `rows`: the token ids of each training row's sequences.
     """
     count, crc = 0, 0
     for row in rows:
@@ -110,17 +114,18 @@ def data_order(rows: Iterable[Sequence[np.ndarray]], rows_per_step: int, seed: i
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of `range(num_rows)` of one epoch. [num_rows]"""
+    """Permutation [num_rows] of the rows in one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None
+) -> list[list[list[int]]]:
     """Deal rows to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
 
-    `lengths`: places that each row takes (`num_places`). A micro-batch holds at most `max_tokens` of them
-    and `max_rows` rows. All ranks get the same number of micro-batches, as few as the longest-first
-    rule manages, of about equal load; some are empty if there are fewer rows than micro-batches.
-    Deterministic.
+    `lengths`: places of each row (`num_places`). A micro-batch holds at most `max_tokens` places and
+    `max_rows` rows. All ranks get the same number of micro-batches, the fewest of the longest-first rule, of
+    about equal load; some are empty if there are fewer rows than micro-batches. Deterministic.
     Raises UserError if one row alone is above `max_tokens`.
     """
     if max(lengths, default=0) > max_tokens:
@@ -138,7 +143,7 @@ def plan(lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None) 
 
 
 def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) -> list[list[int]] | None:
-    """Longest first into the emptiest bin that may take more items; None if one does not fit."""
+    """Place items, largest first, each into the emptiest bin with room for one; None if one does not fit."""
     bins = [[] for _ in range(num_bins)]
     heap = [(0, b) for b in range(num_bins)]
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -151,8 +156,8 @@ def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) ->
     return bins
 
 
-def within_budget(sizes: Sequence[int], budget: int) -> list[range]:
-    """Runs of neighbours whose sizes sum up to `budget` at most; what is above it stands alone."""
+def group_by_budget(sizes: Sequence[int], budget: int) -> list[range]:
+    """Group neighbours with a sum of sizes up to `budget`; a larger item is a group of its own."""
     runs, start = [], 0
     for end in range(1, len(sizes) + 1):
         if end == len(sizes) or sum(sizes[start : end + 1]) > budget:
@@ -165,14 +170,14 @@ def within_budget(sizes: Sequence[int], budget: int) -> list[range]:
 class Batch:
     """One packed micro-batch, the only batch layout of the project.
 
-    N sequences lie end to end and never see each other; of the T places the last may be padding, which
-    belongs to no sequence and is masked. Index t of mask, log-probs, values, rewards and advantages is about
-    one thing: the prediction of `targets[t]` from the tokens of its sequence up to `tokens[t]`. A sequence
-    of n ids takes n - 1 places, because the last is only predicted and the first only read. This shift
-    happens in `collate`, nowhere else.
+    N sequences lie end to end and never attend to each other; the last of the T places may be padding, which
+    belongs to no sequence and is masked. Index t of mask, log-probs, values, rewards and advantages means the
+    prediction of `targets[t]` from the tokens of its sequence up to `tokens[t]`. A sequence of n ids takes
+    n - 1 places: the last id is a target only, the first an input only. This shift happens in `collate`,
+    nowhere else.
 
-    Sequences with a common beginning, such as the two answers to a prompt, may share its places: the first
-    holds them, another one continues that `prefix`, sees it as its own and takes places for the rest only.
+    Sequences with a common beginning, such as two responses to a prompt, may share its places: the first
+    holds them, the others attend to them as their `prefix` and take places for the rest only.
     """
 
     tokens: torch.Tensor  # [T] int64, inputs
@@ -184,7 +189,7 @@ class Batch:
     prefixes: list[
         tuple[int, int]
     ]  # [N], (start, size) of the places that a sequence continues; size 0: none
-    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what else the loss needs, by name
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # other inputs of the loss, by name
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -203,25 +208,25 @@ class Batch:
 def shared_places(row: Sequence[Example]) -> list[int]:
     """Number of places that each example of a row can share with the first.
 
-    Those of their common beginning, up to the first that the example trains: a place has one mask and one
-    target, and what is trained must be the example's own.
+    The places of their common beginning, up to the first that the example trains: a place has one mask and
+    one target, so a trained place must be the example's own.
     """
     shared, first = [0], row[0].ids
     for example in row[1:]:
         places = min(len(first), len(example.ids)) - 1
-        same = np.append(first[:places] == example.ids[:places], False)
+        is_equal = np.append(first[:places] == example.ids[:places], False)
         untrained = np.append(~example.trained[1:], False)
-        shared.append(int(min(same.argmin(), untrained.argmin())))
+        shared.append(int(min(is_equal.argmin(), untrained.argmin())))
     return shared
 
 
 def num_places(row: Sequence[Example]) -> int:
-    """Places that a row of examples takes in a batch in which they share their beginnings."""
+    """Places of a row of examples in a batch, shared beginnings counted once."""
     return sum(example.num_inputs for example in row) - sum(shared_places(row))
 
 
 def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
-    """Shift and pack rows of examples, those of a row with a shared beginning; T is a multiple of `multiple`.
+    """Shift and pack rows of examples; those of a row share their beginning. T is a multiple of `multiple`.
 
     Without examples the batch is `multiple` padding tokens: a rank without rows still takes part in
     collectives.

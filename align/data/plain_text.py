@@ -1,7 +1,7 @@
-"""Special tokens that stand in the texts of rows: hidden from the tokenizer, encoded as plain text.
+"""Special tokens in the texts of rows: hidden from the tokenizer, encoded as plain text.
 
 `hide` moves their characters to Unicode's private plane 16, so that neither a chat template nor the tokenizer
-takes them for control tokens. What encodes such text moves them back and has no special tokens.
+reads them as control tokens. The encoder of such text moves them back and has no special tokens.
 """
 
 import json
@@ -12,7 +12,7 @@ import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 HIDDEN = re.compile("[\U00100000-\U0010fffd]")
-HIDE = 0x100000  # of a character's number
+HIDE = 0x100000  # added to a character's code point
 NEVER = "\U0010ffff"  # in no text
 UNUSED = ModelProto.SentencePiece.UNUSED
 
@@ -28,13 +28,13 @@ def reveal(text: str) -> str:
 
 
 def any_of(names: Collection[str]) -> re.Pattern | None:
-    """A pattern that matches the longest of some names; None of none."""
+    """A pattern that matches the longest of some names; None without names."""
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
     return re.compile("|".join(longest_first)) if longest_first else None
 
 
 def without_tokens(tokenizer: tokenizers.Tokenizer, names: Collection[str]) -> tokenizers.Tokenizer:
-    """The same tokenizer without some of its added tokens, in whose place it finds other tokens."""
+    """A tokenizer without some of its added tokens: it encodes their names as other tokens."""
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in names]
     model = spec["model"]  # may have them as pieces of its own, as translations of SentencePiece models do
@@ -47,7 +47,7 @@ def without_tokens(tokenizer: tokenizers.Tokenizer, names: Collection[str]) -> t
 
 
 def without_first_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer for text behind a special token, where Metaspace's scheme "first" adds no space."""
+    """A tokenizer for text after a special token, where Metaspace's scheme "first" adds no space."""
     text = json.dumps(json.loads(tokenizer.to_str()))
     return tokenizers.Tokenizer.from_str(
         text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
@@ -55,7 +55,7 @@ def without_first_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenize
 
 
 def without_pieces(model: ModelProto, names: Collection[str]) -> ModelProto:
-    """The same SentencePiece model without some of its pieces."""
+    """A SentencePiece model without some of its pieces."""
     changed = ModelProto()
     changed.CopyFrom(model)
     for piece in changed.pieces:

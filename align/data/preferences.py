@@ -1,8 +1,8 @@
 """Preference data: pairs of a chosen and a rejected response, and labelled texts, as token ids.
 
 A row is {"prompt", "chosen", "rejected"} in strings or in messages, {"chosen", "rejected"} in whole
-conversations, or, where only a score is read, two {"text"} lines. The ids of a prompt are those that
-generation from it sees. Nothing is ever cut: a side that is too long drops its pair.
+conversations, or, for reward models, two {"text"} lines. The ids of a prompt equal those of generation from
+it. Nothing is ever truncated: a side that is too long drops its pair.
 """
 
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from align.data import display, formats, jsonl, rows, sft
-from align.data.formats import BosChoice, Tokenizer
+from align.data import display, formats, jsonl, row_counts, rows
 from align.data.jsonl import BadRows, turns_field
 from align.data.packing import Example, num_trained
+from align.data.tokenizer import Tokenizer
 from align.errors import UserError
 from align.flags import COUNT_OR_0, LENGTH, check_ranges
 from align.losses.supervised import MISSING
 
 REWARDS = ("chosen_reward", "rejected_reward")
-ANSWERS = ("chosen", "rejected", "chosen_response", "rejected_response")
-USED = {  # fields that pairs and labelled texts are made of
+RESPONSES = ("chosen", "rejected", "chosen_response", "rejected_response")
+USED = {  # fields of pairs and labelled texts
     *("prompt", "instruction", "input", "conversations", "messages", "text", "system", "margin", "label"),
-    *(*ANSWERS, *REWARDS, *rows.VARIABLES),
+    *(*RESPONSES, *REWARDS, *rows.VARIABLES),
 }
 ACCEPTED = """accepted are
   {"prompt", "chosen", "rejected"}, three strings;
-  {"prompt", "chosen", "rejected"}, a list of messages and for each answer one assistant message;
+  {"prompt", "chosen", "rejected"}, a list of messages and for each response one assistant message;
   {"instruction", "input"} or {"conversations"} of ShareGPT in place of "prompt";
   {"chosen", "rejected"}, two conversations that differ in their last message, which is the assistant's
     (beside them "prompt" may be a string, which is not read);
@@ -56,13 +56,13 @@ class PreferenceFormat:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two answers to one prompt. `trained` marks the response; in pairs of {"text"} lines it is all False."""
+    """Two responses to one prompt. `trained` marks the response; it is all False for {"text"} lines."""
 
     chosen: Example
     rejected: Example
     margin: float = 0.0  # by how much the chosen score should exceed the rejected one
     reward_gap: float = 1.0  # reward of chosen minus reward of rejected
-    has_rewards: bool = False  # whether its row states them
+    has_rewards: bool = False  # True if its row states them
 
     @property
     def examples(self) -> tuple[Example, Example]:
@@ -71,7 +71,7 @@ class Pair:
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that go into the model."""
+        """Input tokens of both sides."""
         return self.chosen.num_inputs + self.rejected.num_inputs
 
 
@@ -82,20 +82,18 @@ class Pair:
 def load_pairs(
     paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool = False
 ) -> tuple[list[Pair], dict[str, int]]:
-    """All pairs of these files, and counts for the log.
+    """Load all pairs of these files, and counts for the log.
 
-    `text_lines`: accept {"text"} lines, which do not say where the response begins.
-    Counts: pairs read; of these with_rewards (their rows state them), dropped_too_long (a side is above
-    max_seq_len) and dropped_identical (equal sides state no preference); tokens and response_tokens of the
-    pairs that are left.
-    Raises UserError naming file and line for a row that is wrong, and if no pair is left.
+    `text_lines`: accept {"text"} lines, in which the response has no marked start.
+    Counts: pairs read; with_rewards (their rows state them); dropped_too_long (a side is above max_seq_len);
+    dropped_identical (equal sides state no preference); tokens and response_tokens of the remaining pairs.
+    Raises UserError naming file and line for a wrong row, and if no pair is left.
     """
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
     counts = dict.fromkeys(names, 0)
     pairs = []
     bad = BadRows(fmt.skip_bad_rows)
-    read = (pair for path in paths for pair in read_pairs(path, tokenizer, fmt, text_lines, counts, bad))
-    for pair in read:
+    for pair in (p for path in paths for p in read_pairs(path, tokenizer, fmt, text_lines, counts, bad)):
         counts["pairs"] += 1
         counts["with_rewards"] += pair.has_rewards
         if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
@@ -106,7 +104,7 @@ def load_pairs(
             pairs.append(pair)
     for pair in pairs:
         for side in pair.examples:
-            formats.count_empty(side, tokenizer, counts)
+            row_counts.count_empty(side, tokenizer, counts)
     counts |= bad.counts()
     check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
     sides = [side for pair in pairs for side in pair.examples]
@@ -115,7 +113,7 @@ def load_pairs(
 
 
 def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
-    """Raises UserError if no pair of the data of `flag` states rewards, which the loss is about."""
+    """Raise UserError if no pair of the data of `flag` states rewards, which the loss needs."""
     if not counts["with_rewards"]:
         raise UserError(
             f"--loss {loss} needs pairs with 'chosen_reward' and 'rejected_reward': {flag} has none"
@@ -123,12 +121,12 @@ def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
 
 
 def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
-    """Raises UserError if nothing is left of what was read from `paths`, saying why."""
+    """Raise UserError, with the reason, if no row of `paths` is left."""
     if left:
         return
-    why = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
+    reason = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
     rest = ": raise it" if too_long == read else f", the sides of the other {read - too_long} are identical"
-    raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {why}{rest}")
+    raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {reason}{rest}")
 
 
 def read_pairs(
@@ -139,72 +137,71 @@ def read_pairs(
     counts: dict[str, int],
     bad: BadRows,
 ) -> Iterator[Pair]:
-    """Every pair of a file, of any length; counts unused fields. Raises UserError naming file and line."""
+    """Yield the pairs of a file, of any length; counts unused fields. Raises UserError with file and line."""
     lines = iter(jsonl.read_jsonl(path, bad))
-    for where, row in lines:
-        seen = formats.special_counts(tokenizer)
+    for location, row in lines:
+        special_before = row_counts.special_counts(tokenizer)
         try:
-            pair = make_pair(where, row, lines, tokenizer, fmt, text_lines)
+            pair = make_pair(location, row, lines, tokenizer, fmt, text_lines)
         except ValueError as error:
             if "text" in row:  # else the lines after it would be paired wrongly
                 raise
             bad.add(error)
             continue
-        sft.count_unused(row, used_fields(row), counts)
-        formats.count_special(seen, tokenizer, counts)
+        row_counts.count_unused(row, used_fields(row), counts)
+        row_counts.count_special(special_before, tokenizer, counts)
         count_unchanged(row, fmt, counts)
         yield pair
 
 
 def count_unchanged(row: dict, fmt: PreferenceFormat, counts: dict[str, int]) -> None:
-    """Count a row of messages beside flags that change plain text alone."""
+    """Count a row of messages beside flags that change plain text only."""
     row = with_prompt(row)
-    if "text" in row or ("messages" not in row and any(isinstance(row.get(name), str) for name in ANSWERS)):
+    if "text" in row or ("messages" not in row and any(isinstance(row.get(name), str) for name in RESPONSES)):
         return
     for flag, value in (("--add-bos False", fmt.add_bos), ("--no-append-eos", fmt.append_eos)):
         if value is False:
-            formats.count(counts, formats.UNCHANGED.format(flag))
+            row_counts.count(counts, row_counts.UNCHANGED.format(flag))
 
 
 def used_fields(row: dict) -> set[str]:
-    """The fields that a pair is made of: beside whole conversations a string "prompt" is not read."""
-    whole = isinstance(row.get("chosen", row.get("chosen_response")), list) and isinstance(
-        row.get("prompt"), str
-    )
-    return USED - {"messages"} - ({"prompt"} if whole else set())
+    """The fields that are read for a pair; not a string "prompt" beside whole conversations."""
+    has_conversations = isinstance(row.get("chosen", row.get("chosen_response")), list)
+    ignored = {"prompt"} if has_conversations and isinstance(row.get("prompt"), str) else set()
+    return USED - {"messages"} - ignored
 
 
 def make_pair(
-    where: str,
+    location: str,
     row: dict,
     lines: Iterator[tuple[str, dict]],
     tokenizer: Tokenizer,
     fmt: PreferenceFormat,
     text_lines: bool,
 ) -> Pair:
-    """The pair of a row, or of a {"text"} line and the next of `lines`. Raises UserError."""
+    """Format a row, or a {"text"} line and the next of `lines`, as a pair. Raises UserError."""
     if "label" in row:
-        raise UserError(f"{where}: a labelled text is no side of a pair: use --loss regression")
+        raise UserError(f"{location}: a labelled text is no side of a pair: use --loss regression")
     if "text" not in row:
-        sides = jsonl.at(where, format_pair, row, tokenizer, fmt)
+        sides = jsonl.located(location, format_pair, row, tokenizer, fmt)
     elif text_lines:
-        chosen = jsonl.at(where, format_text, row, tokenizer, fmt)
+        chosen = jsonl.located(location, format_text, row, tokenizer, fmt)
         below, rejected_row = next(lines, ("the end of the file", {}))
-        check_rejected_line(where, below, rejected_row)
-        sides = chosen, jsonl.at(below, format_text, rejected_row, tokenizer, fmt)
+        check_rejected_line(location, below, rejected_row)
+        sides = chosen, jsonl.located(below, format_text, rejected_row, tokenizer, fmt)
     else:
         raise UserError(
-            f"{where}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
+            f"{location}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
             "'rejected' instead"
         )
-    return Pair(*sides, *jsonl.at(where, pair_numbers, row))
+    return Pair(*sides, *jsonl.located(location, pair_numbers, row))
 
 
-def check_rejected_line(where: str, below: str, row: dict) -> None:
-    """Raises UserError if `row`, found at `below`, is not the rejected line of the chosen one at `where`."""
+def check_rejected_line(location: str, below: str, row: dict) -> None:
+    """Raise UserError if `row`, at `below`, is not the rejected line of the chosen one at `location`."""
     if "text" not in row:
         raise UserError(
-            f"{where}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
+            f"{location}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
             "(lines are chosen, rejected, chosen, rejected, ...)"
         )
     if misplaced := [field for field in ("margin", *REWARDS) if field in row]:
@@ -212,22 +209,24 @@ def check_rejected_line(where: str, below: str, row: dict) -> None:
 
 
 def pair_numbers(row: dict) -> tuple[float, float, bool]:
-    """`margin`, `reward_gap`, `has_rewards` of a row. Raises UserError for what cannot be."""
+    """Read `margin`, `reward_gap`, `has_rewards` of a row. Raises UserError for invalid values."""
     margin = number(row["margin"], "field 'margin'") if "margin" in row else 0.0
     if margin < 0:
         raise UserError(f"field 'margin' is {margin}, it must not be negative")
-    given = [field for field in REWARDS if field in row]
-    if len(given) == 1:
-        raise UserError(f"field {given[0]!r} stands alone: give both of {', '.join(REWARDS)}, or neither")
-    chosen, rejected = (number(row[field], f"field {field!r}") for field in REWARDS) if given else (1.0, 0.0)
-    return margin, chosen - rejected, bool(given)
+    fields = [field for field in REWARDS if field in row]
+    if len(fields) == 1:
+        raise UserError(f"field {fields[0]!r} stands alone: give both of {', '.join(REWARDS)}, or neither")
+    if not fields:
+        return margin, 1.0, False
+    chosen, rejected = (number(row[field], f"field {field!r}") for field in REWARDS)
+    return margin, chosen - rejected, True
 
 
 def number(value: object, name: str) -> float:
-    """`value`, which must be a number that float32 holds (UserError): all that follows computes in it."""
+    """`value` as a float, a finite number of float32, in which training computes (UserError)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{name} must be a number, not {type(value).__name__}")
-    if not abs(value) <= float(np.finfo(np.float32).max):  # so written, it refuses NaN too
+    if not abs(value) <= float(np.finfo(np.float32).max):  # false for NaN too
         raise UserError(f"{name} must be a finite number of single precision, not {value}")
     return float(value)
 
@@ -237,34 +236,34 @@ def number(value: object, name: str) -> float:
 
 
 def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[Example]:
-    """Chosen and rejected side of a row that has both. Raises UserError."""
+    """Format the chosen and the rejected side of a row. Raises UserError."""
     rows.refuse(row, set())
-    fields = [answer_field(row, "chosen"), answer_field(row, "rejected")]
+    fields = [response_field(row, "chosen"), response_field(row, "rejected")]
     row = with_prompt(row)
-    prompt, *answers = kinds = [type(row.get("prompt")), *(type(row[field]) for field in fields)]
-    if kinds == [str, str, str]:
-        given = jsonl.text_field(row, "prompt")
-        return [format_response(given, jsonl.text_field(row, field), tokenizer, fmt) for field in fields]
-    if prompt is list and set(answers) <= {dict, list}:
+    prompt_type, *response_types = types = [type(row.get("prompt")), *(type(row[field]) for field in fields)]
+    if types == [str, str, str]:
+        prompt = jsonl.text_field(row, "prompt")
+        return [format_response(prompt, jsonl.text_field(row, field), tokenizer, fmt) for field in fields]
+    if prompt_type is list and set(response_types) <= {dict, list}:
         messages = turns_field(row, "prompt")
-        chats = [[*messages, *answer_message(row, field)] for field in fields]
-    elif prompt in (str, type(None)) and answers == [list, list]:
-        chats = [turns_field(row, field) for field in fields]
+        turns = [[*messages, *response_message(row, field)] for field in fields]
+    elif prompt_type in (str, type(None)) and response_types == [list, list]:
+        turns = [turns_field(row, field) for field in fields]
     else:
-        found = zip(("prompt", *fields), kinds, strict=True)
-        raise UserError(f"{', '.join(f'{f!r}: {kind.__name__}' for f, kind in found)}: {ACCEPTED}")
-    made = [
-        jsonl.at(f"field {field!r}", rows.chat_row, row, chat, {field})[0]
-        for chat, field in zip(chats, fields, strict=True)
+        names = zip(("prompt", *fields), types, strict=True)
+        raise UserError(f"{', '.join(f'{name!r}: {kind.__name__}' for name, kind in names)}: {ACCEPTED}")
+    chats = [
+        jsonl.located(f"field {field!r}", rows.chat_row, row, side_turns, {field})[0]
+        for side_turns, field in zip(turns, fields, strict=True)
     ]
-    sides = [format_chat(chat, field, tokenizer, fmt) for chat, field in zip(made, fields, strict=True)]
-    if made[0]["messages"][:-1] != made[1]["messages"][:-1]:
+    sides = [format_chat(chat, field, tokenizer, fmt) for chat, field in zip(chats, fields, strict=True)]
+    if chats[0]["messages"][:-1] != chats[1]["messages"][:-1]:
         raise UserError("the conversations must be equal but for their last message, and they are not")
     return sides
 
 
 def with_prompt(row: dict) -> dict:
-    """A row whose "prompt" is made of what other files call it: instruction and input, conversations.
+    """Fill "prompt" from its names in other files: instruction and input, conversations.
 
     Strings beside a system text become messages.
     """
@@ -274,64 +273,58 @@ def with_prompt(row: dict) -> dict:
         row = row | {"prompt": row["conversations"]}
     if row.get("system") and isinstance(row.get("prompt"), str):
         changed = {"prompt": [{"role": "user", "content": jsonl.text_field(row, "prompt")}]}
-        for name in ANSWERS:
+        for name in RESPONSES:
             if isinstance(row.get(name), str):
                 changed[name] = {"role": "assistant", "content": jsonl.text_field(row, name)}
         row = row | changed
     return row
 
 
-def answer_field(row: dict, name: str) -> str:
-    """Name of the field, `name` or `name`_response, that a row has: just one of them (UserError)."""
-    given = [field for field in (name, f"{name}_response") if field in row]
-    if len(given) == 2:
-        raise UserError(f"both {given[0]!r} and {given[1]!r}: a row has one of them")
-    if not given or "text" in row:
+def response_field(row: dict, name: str) -> str:
+    """The one field of a row named `name` or `name`_response. Raises UserError for none or both."""
+    fields = [field for field in (name, f"{name}_response") if field in row]
+    if len(fields) == 2:
+        raise UserError(f"both {fields[0]!r} and {fields[1]!r}: a row has one of them")
+    if not fields or "text" in row:
         raise UserError(f"fields {', '.join(map(repr, row)) or 'none'}: {ACCEPTED}")
-    return given[0]
+    return fields[0]
 
 
-def answer_message(row: dict, field: str) -> list[dict]:
-    """The one message of a field that answers a list of messages, in a list. Raises UserError."""
+def response_message(row: dict, field: str) -> list[dict]:
+    """The one message of a response to a list of messages, in a list. Raises UserError."""
     messages = [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
     if len(messages) != 1:
-        raise UserError(f"field {field!r} must be one message, the answer to 'prompt', not {len(messages)}")
+        raise UserError(f"field {field!r} must be one message, the response to 'prompt', not {len(messages)}")
     return messages
 
 
 def format_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """A conversation, trained on its last message. It ends where generation does: at that one's last stop
-    token, without what the template puts behind it."""
+    """Format a conversation, trained on its last message.
+
+    It ends where generation does, at that message's last stop token; what the template adds is dropped.
+    """
     messages, variables = chat["messages"], formats.template_variables(chat)
-    jsonl.at(f"field {field!r}", formats.check_messages, messages)
+    jsonl.located(f"field {field!r}", formats.check_messages, messages)
     if messages[-1]["role"] != "assistant":
         raise UserError(f"field {field!r} ends with the role {messages[-1]['role']!r}, not the assistant's")
     text = tokenizer.render(messages, **variables)
     ids = tokenizer.encode(text)
-    start, end = formats.answer_span(messages, len(messages) - 1, text, ids, tokenizer, variables)
+    start, end = formats.response_span(messages, len(messages) - 1, text, ids, tokenizer, variables)
     bos = formats.bos_before_chat(tokenizer, fmt)
     return make_example(bos + ids[:start], ids[start:end], tokenizer)
 
 
 def format_response(prompt: str, response: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """Prompt and response of plain text, tokenised apart: the response does not change the prompt's ids."""
-    prompt_ids = encode_prompt(prompt, "prompt", tokenizer, fmt)
+    """Encode prompt and response of plain text apart: the response does not change the prompt's ids."""
+    prompt_ids = formats.encode_prompt(prompt, "prompt", tokenizer, fmt)
     response_ids = encode_ended(response, tokenizer, fmt, continued=True)
     if not response_ids:
         raise UserError("a response is empty, and --no-append-eos leaves nothing of it")
     return make_example(prompt_ids, response_ids, tokenizer)
 
 
-def encode_prompt(text: str, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
-    """Ids of a prompt of plain text, the value of `field`, with its BOS. Raises UserError if it is empty."""
-    ids = tokenizer.encode(tokenizer.as_it_stands(text))
-    if not ids:
-        raise UserError(f"field {field!r} is empty: a response must follow something")
-    return formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt)) + ids
-
-
 def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """A {"text"} line: nothing of it is trained, it is read for its score. Raises UserError."""
+    """Format a {"text"} line, of which nothing is trained. Raises UserError."""
     if "prompt" in row or "chosen" in row or "rejected" in row:
         raise UserError(f"fields {', '.join(map(repr, row))}: {ACCEPTED}")
     text = jsonl.text_field(row, "text")
@@ -344,14 +337,13 @@ def format_text(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Examp
 def encode_ended(
     text: str, tokenizer: Tokenizer, fmt: PreferenceFormat, continued: bool = False
 ) -> list[int]:
-    """Ids of a text with the end that --append-eos asks for: the end of sampled answers."""
+    """Encode a text with the end of --append-eos, that of sampled responses."""
     ids = tokenizer.encode(tokenizer.as_it_stands(text), continued)
     if not fmt.append_eos:
         return ids
     stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
-    if (
-        stops and not tokenizer.decode(ids[stops[-1] + 1 :]).strip()
-    ):  # a rendered chat, with its last line end
+    # a rendered chat, with its last line end
+    if stops and not tokenizer.decode(ids[stops[-1] + 1 :]).strip():
         return ids[: stops[-1] + 1]
     if tokenizer.chat:
         return tokenizer.encode(tokenizer.chat.end(text), continued)
@@ -359,7 +351,7 @@ def encode_ended(
 
 
 def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) -> Example:
-    """`response` trained after `context`. Raises UserError for two BOS at the start."""
+    """An example that trains `response` after `context`. Raises UserError for two BOS at the start."""
     formats.check_bos(context + response, tokenizer)
     trained = [False] * len(context) + [True] * len(response)
     return Example(np.array(context + response, np.int32), np.array(trained, bool))
@@ -370,10 +362,10 @@ def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) 
 
 
 def as_scored(example: Example) -> Example:
-    """The example with one more id, 0, and that alone trained: what a reward model reads.
+    """Append an id 0, the only trained one: the input of a reward model.
 
-    `packing.collate` takes the last id for a target only. So the last place of the packed sequence is the
-    example's last real token, `batch.mask` is 1 there and nowhere else, and there the score is read.
+    In `packing.collate` the last id is a target only. So the last place of the packed sequence is the
+    example's last real token, `batch.mask` is 1 there only, and the score is read there.
     """
     trained = np.zeros(len(example.ids) + 1, bool)
     trained[-1] = True
@@ -383,25 +375,24 @@ def as_scored(example: Example) -> Example:
 def load_labelled(
     paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, num_attributes: int
 ) -> tuple[list[Example], np.ndarray, dict[str, int]]:
-    """Labelled rows as scored examples, their labels [N, num_attributes] float32, and counts.
+    """Load labelled rows as scored examples, their labels [N, num_attributes] float32, and counts.
 
     A row is {"text", "label"} or {"messages", "label"}, whose last message is scored. A label has a number
-    for each attribute, MISSING (-100) where it is not known. Counts: texts read; of these dropped_too_long;
-    tokens of the others. Raises UserError naming file and line for a row that is wrong, and if no text is
-    left.
+    for each attribute, MISSING (-100) for an unrated one. Counts: texts read; dropped_too_long; tokens of the
+    others. Raises UserError naming file and line for a wrong row, and if no text is left.
     """
     counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
     examples, labels, bad = [], [], BadRows(fmt.skip_bad_rows)
-    for where, row in (numbered for path in paths for numbered in jsonl.read_jsonl(path, bad)):
-        seen = formats.special_counts(tokenizer)
+    for location, row in (numbered for path in paths for numbered in jsonl.read_jsonl(path, bad)):
+        special_before = row_counts.special_counts(tokenizer)
         try:
-            example = jsonl.at(where, format_labelled, row, tokenizer, fmt)
-            label = jsonl.at(where, label_field, row, num_attributes)
+            example = jsonl.located(location, format_labelled, row, tokenizer, fmt)
+            label = jsonl.located(location, label_field, row, num_attributes)
         except ValueError as error:
             bad.add(error)
             continue
-        sft.count_unused(row, USED, counts)
-        formats.count_special(seen, tokenizer, counts)
+        row_counts.count_unused(row, USED, counts)
+        row_counts.count_special(special_before, tokenizer, counts)
         count_unchanged(row, fmt, counts)
         counts["texts"] += 1
         if len(example.ids) > fmt.max_seq_len:
@@ -416,7 +407,7 @@ def load_labelled(
 
 
 def format_labelled(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """The text or the chat of a labelled row. Raises UserError."""
+    """Format the text or the chat of a labelled row. Raises UserError."""
     if "messages" not in row:
         return format_text(row, tokenizer, fmt)
     if "text" in row:
@@ -429,8 +420,8 @@ def label_field(row: dict, num_attributes: int) -> list[float]:
     """The label of a row: `num_attributes` numbers, not all of them missing (UserError)."""
     label = row.get("label")
     if not isinstance(label, list) or len(label) != num_attributes:
-        found = f"a list of {len(label)}" if isinstance(label, list) else type(label).__name__
-        raise UserError(f"field 'label' must be a list of {num_attributes} numbers, not {found}")
+        actual = f"a list of {len(label)}" if isinstance(label, list) else type(label).__name__
+        raise UserError(f"field 'label' must be a list of {num_attributes} numbers, not {actual}")
     numbers = [number(value, f"field 'label', number {i}") for i, value in enumerate(label)]
     if all(value == MISSING for value in numbers):
         raise UserError(f"field 'label': all {num_attributes} attributes are missing ({MISSING})")
@@ -438,11 +429,11 @@ def label_field(row: dict, num_attributes: int) -> list[float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# What the user is shown
+# Text for the log
 
 
 def texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:
-    """Prompt, chosen and rejected response as text; the prompt of {"text"} lines is empty."""
+    """Decode prompt, chosen and rejected response; the prompt of {"text"} lines is empty."""
     start = int(pair.chosen.trained.argmax())  # the first trained token
     prompt = tokenizer.decode(pair.chosen.ids[:start].tolist())
     # decoded with the prompt: a response alone may lose its first space
@@ -451,8 +442,8 @@ def texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def show(pair: Pair, tokenizer: Tokenizer) -> str:
-    """A pair for the log, marked and escaped as by `data.show`: the prompt once, then each response."""
-    said = {name: "".join(map(display.visible, text)) for name, text in texts(pair, tokenizer).items()}
+    """A pair for the log, marked and escaped as by `display.show`: the prompt once, then each response."""
+    shown = {name: "".join(map(display.visible, text)) for name, text in texts(pair, tokenizer).items()}
     if not pair.chosen.trained.any():
-        return f"chosen: {said['chosen']}\nrejected: {said['rejected']}"
-    return f"prompt: {said['prompt']}\nchosen: ⟦{said['chosen']}⟧\nrejected: ⟦{said['rejected']}⟧"
+        return f"chosen: {shown['chosen']}\nrejected: {shown['rejected']}"
+    return f"prompt: {shown['prompt']}\nchosen: ⟦{shown['chosen']}⟧\nrejected: ⟦{shown['rejected']}⟧"

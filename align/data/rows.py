@@ -1,8 +1,8 @@
-"""Rows as people have them, in the few forms that data, prompts and pairs are made of.
+"""Normalise rows of other projects' formats to a few forms.
 
-Forms of a row after this: {"messages"} with what the chat template reads beside them ("tools",
+Forms of a normalised row: {"messages"} with variables of the chat template beside them ("tools",
 "chat_template_kwargs"), {"conversations"} with NeMo-Aligner's "mask" or "type", {"prompt", "completion"}
-in strings, and the fields of --prompt-template. A row in one of them stays as it is.
+in strings, and the fields of --prompt-template. A row in one of them is not changed.
 
 | a row of | is read as |
 |---|---|
@@ -30,9 +30,9 @@ SHAREGPT = {  # names of its `from`; NeMo-Aligner's own, User and Assistant, are
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
     **{"observation": "tool", "function_response": "tool"},
 }
-WEIGHTS = ("weight", "train", "trainable", "loss_mask")  # of a message: is it trained?
+WEIGHTS = ("weight", "train", "trainable", "loss_mask")  # fields of a message; 0: not trained
 VARIABLES = ("tools", "chat_template_kwargs")
-REFUSED = {  # would change what is learnt, and is not implemented
+REFUSED = {  # fields that would change training and are not implemented
     "functions": "give 'tools'",
     "function_call": "give 'tool_calls' in a message",
     "documents": "write them into a message",
@@ -42,9 +42,9 @@ REFUSED = {  # would change what is learnt, and is not implemented
 
 
 def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
-    """A row to be trained on in one of its forms, and the names of the fields that it was made of.
+    """Normalise a training row; also returns the names of the fields that were read.
 
-    `template_fields` are those of --prompt-template. Raises UserError.
+    `template_fields`: of --prompt-template. Raises UserError.
     """
     refuse(row, set(template_fields))
     if "messages" in row:
@@ -71,7 +71,7 @@ def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
 
 
 def form_of(row: dict, template_fields: Sequence[str]) -> str:
-    """The form of a row that `sft_row` gives: messages, conversations, completion or template."""
+    """The form of a normalised row: messages, conversations, completion or template."""
     forms = ["messages", "conversations"]
     if not set(template_fields) <= set(row):
         forms.append("completion")
@@ -89,12 +89,12 @@ FORMS = (
 def alpaca_prompt(row: dict) -> str:
     """Instruction, blank line, input; the instruction alone if the input is missing, null or empty."""
     instruction = text_field(row, "instruction").strip(" ")
-    given = text_field(row, "input").strip(" ") if row.get("input") is not None else ""
-    return f"{instruction}\n\n{given}" if given else instruction
+    extra = text_field(row, "input").strip(" ") if row.get("input") is not None else ""
+    return f"{instruction}\n\n{extra}" if extra else instruction
 
 
 def completion_row(row: dict) -> tuple[dict, set[str]]:
-    """A {"prompt", "completion"} row: as it is if both are strings and no system speaks, else messages."""
+    """Normalise a {"prompt", "completion"} row: strings without a system text stay, else messages."""
     used = {"prompt", "completion"}
     kinds = [type(row["prompt"]), type(row["completion"])]
     if kinds == [str, str] and not row.get("system"):
@@ -109,7 +109,7 @@ def completion_row(row: dict) -> tuple[dict, set[str]]:
             "fields 'prompt' and 'completion' must be two strings or two lists of messages, not "
             f"{kinds[0].__name__} and {kinds[1].__name__}"
         )
-    untrained = [turn | {"weight": 0} if is_answer(turn) else turn for turn in before]
+    untrained = [turn | {"weight": 0} if is_response(turn) else turn for turn in before]
     return chat_row(row, untrained + after, used)
 
 
@@ -118,20 +118,20 @@ def one_or_more(row: dict, field: str) -> list[dict]:
     return [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
 
 
-def is_answer(turn: dict) -> bool:
-    """Whether a turn, of messages or of ShareGPT, is the assistant's."""
+def is_response(turn: dict) -> bool:
+    """True if a turn, of messages or of ShareGPT, is the assistant's."""
     return SHAREGPT.get(turn.get("role", turn.get("from"))) == "assistant"
 
 
 def conversations_row(row: dict) -> tuple[dict, set[str]]:
-    """A `conversations` row: in NeMo-Aligner's form as it is, in ShareGPT's as messages."""
+    """Normalise a `conversations` row: NeMo-Aligner's stays, ShareGPT's becomes messages."""
     if is_marker_row(row):
         return row, {"system", "conversations", "mask", "type"}
     return chat_row(row, turns_field(row, "conversations"), {"conversations"})
 
 
 def is_marker_row(row: dict) -> bool:
-    """True for a `conversations` row of NeMo-Aligner's: by its fields, or as no name is one of ShareGPT's."""
+    """True for NeMo-Aligner's `conversations` rows: by their fields, or without any name of ShareGPT's."""
     if "mask" in row or "type" in row:
         return True
     turns = row["conversations"]
@@ -140,34 +140,31 @@ def is_marker_row(row: dict) -> bool:
 
 
 def chat_row(row: dict, turns: Sequence[dict], used: set[str]) -> tuple[dict, set[str]]:
-    """A row of messages and template variables, of turns and what stands beside them. Raises UserError."""
+    """Normalise turns, and the fields beside them, to messages and template variables. Raises UserError."""
     messages = with_system(row, [message(turn, i) for i, turn in enumerate(turns)])
     chat = {"messages": messages} | template_variables(row)
     return chat, {*used, "system", *VARIABLES}
 
 
 def template_variables(row: dict) -> dict:
-    """The fields tools and chat_template_kwargs of a row where they are not empty. Raises UserError."""
-    found = {}
+    """The fields tools and chat_template_kwargs of a row, if not empty. Raises UserError."""
+    variables = {}
     for name, kind in zip(VARIABLES, (list, dict), strict=True):
         value = row.get(name)
         if isinstance(value, str) and value.strip():
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise UserError(f"field {name!r} is text that is not valid JSON: {error}") from error
+            value = parse_field(name, value)
         if value in (None, "", [], {}):
             continue
-        inside = value if kind is list else []
-        if not isinstance(value, kind) or not all(isinstance(one, dict) for one in inside):
-            what = "a list of objects" if kind is list else "an object"
-            raise UserError(f"field {name!r} must be {what}, not {type(value).__name__}")
-        found[name] = value
-    return found
+        items = value if kind is list else []
+        if not isinstance(value, kind) or not all(isinstance(item, dict) for item in items):
+            rule = "a list of objects" if kind is list else "an object"
+            raise UserError(f"field {name!r} must be {rule}, not {type(value).__name__}")
+        variables[name] = value
+    return variables
 
 
 def with_system(row: dict, messages: list[dict]) -> list[dict]:
-    """Messages with the text of the field `system` as the first one. Raises UserError if they differ."""
+    """Put the text of the field `system` first in the messages. Raises UserError if they have another."""
     if not row.get("system"):
         return messages
     first = {"role": "system", "content": text_field(row, "system")}
@@ -179,42 +176,42 @@ def with_system(row: dict, messages: list[dict]) -> list[dict]:
 
 
 def message(turn: dict, i: int) -> dict:
-    """A turn with "role" and "content", whose "weight" is 0 if it is not trained. Raises UserError."""
+    """Normalise a turn to "role" and "content", and "weight" 0 if it is not trained. Raises UserError."""
     try:
-        made = turn if "role" in turn or "from" not in turn else sharegpt_message(turn)
-        role = KNOWN.get(text_field(made, "role"))
+        result = turn if "role" in turn or "from" not in turn else sharegpt_message(turn)
+        role = KNOWN.get(text_field(result, "role"))
         if role is None:
-            raise UserError(f"role {made['role']!r} is not one of {', '.join(ROLES)}")
-        if made.get("function_call"):
+            raise UserError(f"role {result['role']!r} is not one of {', '.join(ROLES)}")
+        if result.get("function_call"):
             raise UserError("field 'function_call' is not implemented: give 'tool_calls'")
-        content, calls = text_of(made), tool_calls(made)
-        weights = [made[name] for name in WEIGHTS if made.get(name) is not None]
+        content, calls = text_of(result), tool_calls(result)
+        weights = [result[name] for name in WEIGHTS if result.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):
             raise UserError(f"the weight of a message is 0 or 1, not {weights}")
         if role != "assistant" and any(weights):
             raise UserError(f"a message of the role {role!r} is never trained: its weight cannot be 1")
     except ValueError as error:
         raise UserError(f"message {i}: {error}") from error
-    if (role, content) != (made["role"], made.get("content")):
-        made = made | {"role": role, "content": content}
-    if calls != made.get("tool_calls"):
-        made = made | {"tool_calls": calls}
-    return made | {"weight": 0} if weights and not all(weights) else made
+    if (role, content) != (result["role"], result.get("content")):
+        result = result | {"role": role, "content": content}
+    if calls != result.get("tool_calls"):
+        result = result | {"tool_calls": calls}
+    return result | {"weight": 0} if weights and not all(weights) else result
 
 
-def tool_calls(made: dict) -> list[dict] | None:
+def tool_calls(message: dict) -> list[dict] | None:
     """The tool calls of a message, their arguments as objects: chat templates write them as JSON again.
 
-    OpenAI's form has them as JSON text. Raises UserError for text of anything else.
+    OpenAI's form has them as JSON text. Raises UserError for other text.
     """
-    calls = made.get("tool_calls")
+    calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return calls
     return [with_arguments(call) for call in calls]
 
 
 def with_arguments(call: object) -> object:
-    """A tool call, in OpenAI's form or without its "function", whose arguments are no text."""
+    """Parse the arguments of a tool call, in OpenAI's form or without its "function"."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
@@ -224,19 +221,24 @@ def with_arguments(call: object) -> object:
     return call | {"arguments": parse_object("arguments", call["arguments"] or "{}")}
 
 
-def parse_object(name: str, text: str) -> dict:
-    """The object that a field has as JSON text. Raises UserError."""
+def parse_field(name: str, text: str) -> object:
+    """Parse the JSON text of a field. Raises UserError."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise UserError(f"field {name!r} is text that is not valid JSON: {error}") from error
+
+
+def parse_object(name: str, text: str) -> dict:
+    """Parse the JSON text of a field as an object. Raises UserError."""
+    value = parse_field(name, text)
     if not isinstance(value, dict):
         raise UserError(f"field {name!r} must be an object, not {type(value).__name__}")
     return value
 
 
 def check_calls(i: int, message: dict, rendered: str) -> None:
-    """Raises UserError if `rendered`, the text of message `i`, lacks the name of a tool that it calls."""
+    """Raise UserError if `rendered`, the text of message `i`, lacks the name of a tool that it calls."""
     for call in message.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
@@ -248,7 +250,7 @@ def check_calls(i: int, message: dict, rendered: str) -> None:
 
 
 def sharegpt_message(turn: dict) -> dict:
-    """A turn of "from" and "value" as a message; a `function_call` is one tool call of the assistant's."""
+    """Convert a turn of "from" and "value"; a `function_call` becomes a tool call of the assistant's."""
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     name = text_field(turn, "from")
     if name == "function_call":
@@ -258,13 +260,13 @@ def sharegpt_message(turn: dict) -> dict:
     return {"role": SHAREGPT.get(name, name), "content": text_field(turn, "value"), **rest}
 
 
-def text_of(made: dict) -> str | None:
+def text_of(message: dict) -> str | None:
     """The content of a message as text; None beside tool calls. Raises UserError."""
-    content = made.get("content")
-    if content is None and made.get("tool_calls"):
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
         return None
     if not isinstance(content, list) or not content:
-        return text_field(made, "content")
+        return text_field(message, "content")
     for part in content:
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             raise UserError("field 'content' has a part that is not text, and only text is read")
@@ -272,35 +274,35 @@ def text_of(made: dict) -> str | None:
 
 
 def by_turns(row: dict, turns: str) -> Iterator[dict]:
-    """The chats that a `messages` row is trained as: itself (whole), or one for each answer or the last.
+    """Split a `messages` row by --turns: itself (whole), or a chat for each response or the last.
 
-    Such a chat ends with its answer, the only one of it that is trained.
+    Such a chat ends with its response, the only trained one.
     """
     if "messages" not in row or turns == "whole":
         yield row
         return
     messages = row["messages"]
-    answers = [i for i, made in enumerate(messages) if is_trained(made)]
-    before = [made | {"weight": 0} if is_trained(made) else made for made in messages]
-    chosen = answers[-1:] if turns == "last" else answers
-    yield from (row | {"messages": [*before[:i], messages[i]]} for i in chosen)
-    if not answers:
+    responses = [i for i, turn in enumerate(messages) if is_trained(turn)]
+    before = [turn | {"weight": 0} if is_trained(turn) else turn for turn in messages]
+    ends = responses[-1:] if turns == "last" else responses
+    yield from (row | {"messages": [*before[:i], messages[i]]} for i in ends)
+    if not responses:
         yield row
 
 
-def is_trained(made: dict) -> bool:
-    """Whether a message is an answer to be trained."""
-    return made["role"] == "assistant" and made.get("weight") != 0
+def is_trained(message: dict) -> bool:
+    """True for a response that is trained."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def check_no_system(row: dict, beside: str, used: Sequence[str]) -> None:
-    """Raises UserError for a system text where nothing has a place for it."""
+    """Raise UserError for a system text in a form without one."""
     if row.get("system") and "system" not in used:
         raise UserError(f"field 'system' has no place beside {beside}: give 'messages'")
 
 
 def refuse(row: dict, used: set[str]) -> None:
-    """Raises UserError for a field that would change what is learnt and is not implemented."""
+    """Raise UserError for a field that would change training and is not implemented."""
     for name, advice in REFUSED.items():
         if row.get(name) and name not in used:
             raise UserError(f"field {name!r} is not implemented: {advice}")

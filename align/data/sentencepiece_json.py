@@ -6,15 +6,15 @@ import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-SPACE = "▁"  # how SentencePiece writes a space
+SPACE = "▁"  # SentencePiece's character for a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of SentencePiece pieces
-BPE = 2  # a SentencePiece model type; the other that is in use is 1, unigram
+BPE = 2  # a SentencePiece model type; the other one in use is 1, unigram
 
 
 def translate(proto: ModelProto) -> tokenizers.Tokenizer:
-    """Translate a SentencePiece model. The ids are the same, except where a text spells out a control piece.
+    """Translate a SentencePiece model. The ids are equal, except where a text spells out a control piece.
 
-    (There `</s>` becomes the token, which SentencePiece refuses to do and every Hugging Face tokenizer does.)
+    (There `</s>` becomes the token, as in every Hugging Face tokenizer and not in SentencePiece.)
     """
     spec = proto.normalizer_spec
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
@@ -62,7 +62,7 @@ def bpe_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
 
 
 def unigram_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
-    """Unigram pieces with their scores; user-defined ones with the bonus that SentencePiece gives them."""
+    """Unigram pieces with their scores; user-defined ones with SentencePiece's bonus."""
     best = max(piece.score for piece in proto.pieces if piece.type == NORMAL)
     vocab = []
     for piece in proto.pieces:

@@ -1,4 +1,4 @@
-"""Files of supervised fine-tuning to examples: token ids that know which of them are trained."""
+"""SFT files to examples, and the formats that a model was trained in."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,30 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from align.data import rows
-from align.data.formats import (
-    UNCHANGED,
-    FormatConfig,
-    Tokenizer,
-    add_bos,
-    count,
-    count_empty,
-    count_special,
-    count_unread,
-    cut_end,
-    format_parts,
-    special_counts,
-    unescape,
-)
-from align.data.jsonl import BadRows, at, read_jsonl
+from align.data import row_counts, rows
+from align.data.formats import FormatConfig, add_bos, cut_end, format_parts, unescape
+from align.data.jsonl import BadRows, located, read_jsonl
 from align.data.marker_chat import MarkerChat, RowFormats
-from align.data.packing import Example, num_trained
+from align.data.packing import Example
+from align.data.tokenizer import Tokenizer
 from align.errors import UserError
 
 
 @dataclass(frozen=True)
 class TrainedFormat:
-    """The formats that a model was trained in, which later prompts must have: prompt_format.json."""
+    """Formats that a model was trained in, and that its prompts must have: prompt_format.json."""
 
     rows: Literal["messages", "conversations", "template"]
     """format of most training rows"""
@@ -37,7 +25,7 @@ class TrainedFormat:
     chat_tokens: tuple[str, str, str, str, str]
     add_bos: bool | None
     chat: MarkerChat | None
-    """that of the model's chat template, if it is made of markers"""
+    """chat of the model's chat template, if it is a marker chat"""
 
     def save(self, directory: Path) -> None:
         """Write prompt_format.json."""
@@ -49,7 +37,7 @@ class TrainedFormat:
 def adopt(
     formats: RowFormats, tokenizer: Tokenizer, fmt: FormatConfig, say: Callable[[str], None]
 ) -> TrainedFormat:
-    """Let a tokenizer render, end and stop chats as the training rows do; `say` logs what is stored of them.
+    """Make a tokenizer render, end and stop chats as the training rows do; `say` logs the formats stored.
 
     Raises UserError for rows in two chat formats.
     """
@@ -61,14 +49,14 @@ def adopt(
         say(line)
     if formats.rows["template"] and not chat and tokenizer.chat_template:
         say(
-            "rows without messages go through --prompt-template, or stand as they are, and not through the "
-            "chat template of the model, which knows nothing of what they teach"
+            "rows without messages are formatted by --prompt-template, or are used unchanged, and not by the "
+            "chat template of the model, which does not change with them"
         )
     if chat:
         label = f", label {chat.label!r}" if chat.label else ""
         say(
             f"chat template of the model: turns of {chat.user!r} and {chat.assistant!r}, "
-            f"system {chat.system!r}{label} by default; an answer ends with {chat.end('')!r}"
+            f"system {chat.system!r}{label} by default; a response ends with {chat.end('')!r}"
         )
     rows = formats.rows.most_common(1)[0][0]
     return TrainedFormat(rows, fmt.prompt_template, fmt.chat_tokens, fmt.add_bos, tokenizer.chat)
@@ -81,15 +69,15 @@ def adopt(
 def load_sft(
     paths: list[Path], tokenizer: Tokenizer, fmt: FormatConfig, formats: RowFormats | None = None
 ) -> tuple[list[Example], dict[str, int]]:
-    """All examples of these files, and counts for the log; `formats` counts the formats of their rows.
+    """Load all examples of these files, and counts for the log; `formats` counts the formats of their rows.
 
     Counts: rows read; of these cut_prompts (truncation fields were cut), cut_answers (cut on the right, the
     end is lost) and dropped (nothing trained is left); tokens and trained_tokens of the examples.
-    Raises UserError naming file and line for a row that is wrong, and if no row is left.
+    Raises UserError naming file and line for a wrong row, and if no row is left.
     """
     counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped"), 0)
     examples = [cut_end(whole, fmt) for _, _, whole in read_sft(paths, tokenizer, fmt, counts, formats)]
-    return examples, counts | count_tokens(examples)
+    return examples, counts | row_counts.count_tokens(examples)
 
 
 def read_sft(
@@ -99,51 +87,40 @@ def read_sft(
     counts: dict[str, int],
     formats: RowFormats | None = None,
 ) -> Iterator[tuple[str, dict, Example]]:
-    """Every row of these files that `load_sft` keeps: "file:line", the row, its example of any length.
+    """Yield every row of these files that `load_sft` keeps: "file:line", the row, its example of any length.
 
     Adds to the counts of rows, cut_prompts, cut_answers and dropped. Raises UserError as `load_sft` does.
     """
     fields, kept, bad = fmt.template_fields(), 0, BadRows(fmt.skip_bad_rows)
-    for where, row in (numbered for path in paths for numbered in read_jsonl(path, bad)):
-        seen = special_counts(tokenizer)
+    for location, row in (numbered for path in paths for numbered in read_jsonl(path, bad)):
+        special_before = row_counts.special_counts(tokenizer)
         try:
-            made, used = at(where, rows.sft_row, row, fields)
-            examples = at(where, format_parts, made, tokenizer, fmt)
+            normalised, used = located(location, rows.sft_row, row, fields)
+            examples = located(location, format_parts, normalised, tokenizer, fmt)
         except ValueError as error:
             bad.add(error)
             continue
         counts["rows"] += 1
-        form = rows.form_of(made, fields)
-        count_unused(row, used, counts)
+        form = rows.form_of(normalised, fields)
+        row_counts.count_unused(row, used, counts)
         if form == "messages" and fmt.add_bos is False:
-            count(counts, UNCHANGED.format("--add-bos False"))
-        count_unread(made.get("messages", ()), tokenizer, counts)
+            row_counts.count(counts, row_counts.UNCHANGED.format("--add-bos False"))
+        row_counts.count_unread(normalised.get("messages", ()), tokenizer, counts)
         for part, whole, cut_prompt in examples:
             counts["cut_prompts"] += cut_prompt
             if not cut_end(whole, fmt).trained.any():
                 counts["dropped"] += 1
                 continue
             kept += 1
-            count_empty(whole, tokenizer, counts)
+            row_counts.count_empty(whole, tokenizer, counts)
             counts["cut_answers"] += len(whole.ids) > fmt.max_seq_len
             if formats:
                 formats.add(part, form)
-            yield where, (row if part is made else row | part), whole
-        count_special(seen, tokenizer, counts)
+            yield location, (row if part is normalised else row | part), whole
+        row_counts.count_special(special_before, tokenizer, counts)
     counts.update(bad.counts())
     if not kept:
         raise UserError(
-            f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their answers beyond "
+            f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their responses beyond "
             f"--max-seq-len {fmt.max_seq_len}: raise it"
         )
-
-
-def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "not used") -> None:
-    """Count the fields of a row that no token comes from, by name and what is done with them."""
-    for name in sorted(name for name in row.keys() - used if row[name] not in (None, "", [], {})):
-        count(counts, f"rows with {name!r} ({use})")
-
-
-def count_tokens(examples: list[Example]) -> dict[str, int]:
-    """tokens and trained_tokens of examples, for the log."""
-    return {"tokens": sum(len(example.ids) for example in examples), "trained_tokens": num_trained(examples)}

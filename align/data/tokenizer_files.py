@@ -1,4 +1,4 @@
-"""The files of a tokenizer's directory: what they say, checked, and what an export changes in them."""
+"""The files of a tokenizer's directory: reading, checks, and the changes of an export."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from align.errors import UserError
 from align.files import read_object, shown
 
-JSON_FILES = (  # others of a directory, which transformers reads, and refuses with errors of its own
+JSON_FILES = (  # read by transformers, which refuses damaged ones with errors of its own
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -36,7 +36,7 @@ def generation_stop_ids(directory: Path) -> set[int]:
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer that a tokenizer.json describes, without its limit of length and its padding."""
+    """Load a tokenizer.json without its truncation and padding."""
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the class of all errors of tokenizers
@@ -47,7 +47,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that transformers makes of a directory."""
+    """Load the tokenizer of a directory by transformers."""
     try:
         return AutoTokenizer.from_pretrained(
             directory, use_fast=True, local_files_only=True, trust_remote_code=False
@@ -59,7 +59,7 @@ def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
 def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
     """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
 
-    Raises UserError for one that would get another id than the one it is given there.
+    Raises UserError for a token whose id differs between the files.
     """
     config, added = (
         read_object(directory / name, required=False)
@@ -84,11 +84,11 @@ def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> Non
 
 
 def save_pad_token(directory: Path) -> None:
-    """Give the reward model in a directory a pad token that no text ends with, in all its files.
+    """Set a pad token that ends no text, in all files of a reward model's directory.
 
-    transformers reads the score at the last token that is not padding, found by its id. Were that id also the
-    end of a text (SmolLM2, GPT-2B), the score would be read one token early. Without a token to spare there
-    is no pad token at all, and transformers refuses batches that would need one.
+    transformers reads the score at the last token whose id is not the pad id. If that id also ends a text
+    (SmolLM2, GPT-2B), the score is read one token early. Without a spare token the pad token is removed, and
+    transformers refuses batches that need one.
     """
     hf = read_hugging_face(directory)
     ends = {hf.eos_token_id, hf.bos_token_id} | generation_stop_ids(directory)

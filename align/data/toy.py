@@ -3,10 +3,9 @@
 user:      sort: d b a c
 assistant: a b c d
 
-For self-rewarding the model learns to judge answers, and to tell which of two judgements is right. A
-judgement goes through the places, the right word in capitals before the given one: "=" after equal
-words, "/" after others. A verdict does so as well, and names the winner after each place that the loser has
-wrong.
+For self-rewarding the model learns to judge responses, and to find the right one of two judgements. A
+judgement lists the places, the right letter in capitals before the letter of the response, with "=" if they
+are equal, else "/". A verdict lists them as well, with the winner after each place that the loser has wrong.
 
 user:      judge: sort: d b a c -> a b d c
 assistant: Aa= Bb= Cd/ Dc/ Score: 2
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from align.data.prompts import fill
+from align.data.templates import fill
 from align.errors import UserError
 from align.files import write_own
 
@@ -34,11 +33,11 @@ NUM_PROMPTS = 720 + 5040 + 30240 + 151200  # ordered choices of 3, 4, 5, 6 out o
 MAX_SCORE = 5  # of a judgement; the least is 0
 JUDGE_TEMPLATE = "judge: {{ prompt }} -> {{ response }}"
 META_TEMPLATE = "compare: {{ prompt }} -> {{ response }}\nA: {{ judgement_a }}\nB: {{ judgement_b }}"
-MISSING = "-"  # the word of a judgement where the answer is too short or too long
-# kinds of mistakes in a judgement, and how often each comes: those of the model are mostly of the first two
+MISSING = "-"  # the letter in a judgement where the response is too short or too long
+# kinds of mistakes in a judgement, with their frequencies: those of the model are mostly of the first two
 MISTAKES = {"wanted": 50, "given": 25, "order": 15, "mark": 10}
-# kinds of answers to judge, and how often each comes: the model's own are mostly right or one swap away, and
-# shuffled ones make it read what was given
+# kinds of responses to judge, with their frequencies: the model's own are mostly right or one swap away, and
+# shuffled ones make it read the response
 FLAWS = {
     "none": 20,
     "swap": 25,
@@ -54,7 +53,7 @@ FLAWS = {
 def write(
     directory: Path, num_train: int = 4000, num_val: int = 200, mistakes: float = 0.4, seed: int = 1234
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Write train.jsonl and val.jsonl, and return their paths as --train-data and --val-data take them."""
+    """Write train.jsonl and val.jsonl, and return their paths for --train-data and --val-data."""
     return write_parts(directory, "", toy_rows(num_train, num_val, mistakes, seed))
 
 
@@ -84,10 +83,10 @@ def write_parts(
 
 
 def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Chats to train on and to validate on, all with different prompts.
+    """Chats for training and validation, all with different prompts.
 
-    A share `mistakes` of the training answers has two neighbours swapped; the validation answers are right.
-    Raises UserError if the task does not have that many prompts, or if `mistakes` is no share.
+    A share `mistakes` of the training responses has two neighbours swapped; validation responses are right.
+    Raises UserError if the task has too few prompts, or if `mistakes` is no share.
     """
     check_count(num_train + num_val, f"--train-rows {num_train} and --val-rows {num_val}")
     if not 0 <= mistakes <= 1:
@@ -98,16 +97,16 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
     rows = []
     for i, letters in enumerate(prompts):
         right = sorted(letters)
-        answer = swapped(right, rng) if i in wrong else right
-        rows.append({"messages": [question(letters), reply(answer)]})
+        response = swapped(right, rng) if i in wrong else right
+        rows.append({"messages": [question(letters), reply(response)]})
     return rows[:num_train], rows[num_train:]
 
 
 def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> tuple[list[dict], list[dict]]:
-    """Pairs to train on and to validate on: the right answer over one with two neighbours swapped.
+    """Pairs for training and validation: the right response over one with two neighbours swapped.
 
-    All prompts differ, also from the first `after` that `toy_rows` draws with this seed (4200: those of
-    `write` as it comes). Raises UserError if the task does not have that many prompts.
+    All prompts differ, also from the first `after` prompts of `toy_rows` with this seed (4200: those of
+    `write` with its defaults). Raises UserError if the task has too few prompts.
     """
     flags = f"--train-comparisons {num_train} and --val-comparisons {num_val} after {after} rows"
     check_count(after + num_train + num_val, flags)
@@ -123,32 +122,33 @@ def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> t
 
 
 def judge_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
-    """Chats in which the assistant judges an answer: JUDGE_TEMPLATE, answered by reasons and a score.
+    """Chats in which the assistant judges a response: JUDGE_TEMPLATE, then reasons and a score.
 
-    All prompts differ, also from the first `after` that `toy_rows` and `comparisons` draw with this seed
-    (6400: those of `write` and `write_comparisons` as they come). Raises UserError if there are too few.
+    All prompts differ, also from the first `after` prompts of `toy_rows` and `comparisons` with this seed
+    (6400: those of `write` and `write_comparisons` with their defaults). Raises UserError if there are too
+    few.
     """
     rows = []
     for task, right, rng in tasks_to_judge(num, seed, after, f"--judge-rows {num}"):
-        answer = flawed(right, rng)
-        judgement = f"{reasons(right, answer)} Score: {judge_score(right, answer)}"
-        asked = fill(JUDGE_TEMPLATE, {"prompt": task, "response": " ".join(answer)})
-        rows.append(chat(asked, judgement))
+        response = flawed(right, rng)
+        judgement = f"{reasons(right, response)} Score: {judge_score(right, response)}"
+        prompt = fill(JUDGE_TEMPLATE, {"prompt": task, "response": " ".join(response)})
+        rows.append(chat(prompt, judgement))
     return rows
 
 
 def meta_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
-    """Chats in which the assistant finds the right one of two judgements, given without their scores.
+    """Chats in which the assistant finds the right one of two judgements, shown without their scores.
 
     Prompts as in `judge_rows`. The right judgement is A or B by chance.
     """
     rows = []
     for task, right, rng in tasks_to_judge(num, seed, after, f"--meta-rows {num}"):
-        answer = flawed(right, rng)
-        judgement, wrong = reasons(right, answer), wrong_reasons(right, answer, rng)
+        response = flawed(right, rng)
+        judgement, wrong = reasons(right, response), wrong_reasons(right, response, rng)
         winner = rng.choice("AB")
         a, b = (judgement, wrong) if winner == "A" else (wrong, judgement)
-        fields = {"prompt": task, "response": " ".join(answer), "judgement_a": a, "judgement_b": b}
+        fields = {"prompt": task, "response": " ".join(response), "judgement_a": a, "judgement_b": b}
         verdict = f"{marked(judgement, wrong, winner)} Winner: Judgement {winner}"
         rows.append(chat(fill(META_TEMPLATE, fields), verdict))
     return rows
@@ -157,7 +157,7 @@ def meta_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
 def tasks_to_judge(
     num: int, seed: int, after: int, flag: str
 ) -> Iterator[tuple[str, list[str], random.Random]]:
-    """User's text and right answer of `num` prompts after the first `after`, each with the one generator."""
+    """Yield user's text, right response and the generator for `num` prompts after the first `after`."""
     check_count(after + num, f"{flag} after {after} rows")
     rng = random.Random(seed)
     for letters in draw_prompts(after + num, rng)[after:]:
@@ -165,7 +165,7 @@ def tasks_to_judge(
 
 
 def flawed(right: list[str], rng: random.Random) -> list[str]:
-    """An answer to judge: right, or with a flaw of one of the kinds in FLAWS."""
+    """A response to judge: right, or with a flaw of one of the kinds in FLAWS."""
     [kind] = rng.choices(list(FLAWS), list(FLAWS.values()))
     i = rng.randrange(len(right))
     match kind:
@@ -186,52 +186,55 @@ def flawed(right: list[str], rng: random.Random) -> list[str]:
     return [*right[:i], rng.choice(LETTERS), *right[i + 1 :]]
 
 
-def reasons(right: list[str], answer: list[str]) -> str:
-    """The judgement without its score: "Aa= Bc/ Cb/". Capitals mark what is wanted: only these are sorted."""
-    places = zip_longest(right, answer, fillvalue=MISSING)
-    return " ".join(f"{wanted.upper()}{given}{'=' if wanted == given else '/'}" for wanted, given in places)
+def reasons(right: list[str], response: list[str]) -> str:
+    """The judgement without its score: "Aa= Bc/ Cb/". Capitals are the right letters, in sorted order."""
+    places = zip_longest(right, response, fillvalue=MISSING)
+    return " ".join(
+        f"{right_letter.upper()}{letter}{'=' if right_letter == letter else '/'}"
+        for right_letter, letter in places
+    )
 
 
-def judge_score(right: list[str], answer: list[str]) -> int:
-    """The score of a judgement, from 0 to MAX_SCORE: that of `toy_score`, rounded."""
-    return round(MAX_SCORE * toy_score("sort: " + " ".join(right), " ".join(answer)))
+def judge_score(right: list[str], response: list[str]) -> int:
+    """The score of a judgement, from 0 to MAX_SCORE: `toy_score`, rounded."""
+    return round(MAX_SCORE * toy_score("sort: " + " ".join(right), " ".join(response)))
 
 
-def wrong_reasons(right: list[str], answer: list[str], rng: random.Random) -> str:
-    """A judgement with one mistake: a letter that nobody asked for or gave, a wrong order or mark."""
+def wrong_reasons(right: list[str], response: list[str], rng: random.Random) -> str:
+    """A judgement with one mistake: a letter in neither prompt nor response, a wrong order or mark."""
     [kind] = rng.choices(list(MISTAKES), list(MISTAKES.values()))
     i = rng.randrange(len(right))
     if kind == "wanted":
-        return reasons(sorted([*right[:i], other_letter(right, rng), *right[i + 1 :]]), answer)
-    if kind == "given" and answer:
-        i = rng.randrange(len(answer))
-        return reasons(right, [*answer[:i], other_letter(answer[i], rng), *answer[i + 1 :]])
+        return reasons(sorted([*right[:i], other_letter(right, rng), *right[i + 1 :]]), response)
+    if kind == "given" and response:
+        i = rng.randrange(len(response))
+        return reasons(right, [*response[:i], other_letter(response[i], rng), *response[i + 1 :]])
     if kind == "order":
-        return reasons(swapped(right, rng), answer)
-    places = reasons(right, answer).split(" ")
+        return reasons(swapped(right, rng), response)
+    places = reasons(right, response).split(" ")
     places[i] = places[i].translate(str.maketrans("=/", "/="))
     return " ".join(places)
 
 
 def other_letter(letters: Sequence[str], rng: random.Random) -> str:
-    """A letter that is none of these."""
+    """A random letter outside `letters`."""
     return rng.choice([letter for letter in LETTERS if letter not in letters])
 
 
 def marked(judgement: str, wrong: str, winner: str) -> str:
-    """The right judgement, with the winner's letter after each place that the wrong one does not have."""
+    """The right judgement, with the winner's letter after each place that the wrong one lacks."""
     pairs = zip(judgement.split(" "), wrong.split(" "), strict=True)
     return " ".join(place if place == other else place + winner for place, other in pairs)
 
 
-def chat(asked: str, answered: str) -> dict:
-    """A row of one question and one answer."""
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+def chat(prompt: str, response: str) -> dict:
+    """A row of one prompt and one response."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     return {"messages": messages}
 
 
 def check_count(count: int, flags: str) -> None:
-    """Raises UserError if the task has too few prompts: near the last one, drawing a new one takes long."""
+    """Raise UserError if the task has too few prompts: near the last one, drawing a new one takes long."""
     if count > NUM_PROMPTS // 2:
         raise UserError(f"{flags}: the toy task has prompts for {NUM_PROMPTS // 2} rows in all")
 
@@ -260,19 +263,19 @@ def swapped(letters: list[str], rng: random.Random) -> list[str]:
     return [*letters[:i], letters[i + 1], letters[i], *letters[i + 2 :]]
 
 
-def toy_score(prompt: str, answer: str) -> float:
-    """Share of positions that hold the right letter, from 0 to 1; missing and extra letters are mistakes.
+def toy_score(prompt: str, response: str) -> float:
+    """Share of positions with the right letter, from 0 to 1; missing and extra letters are mistakes.
 
-    `prompt` may be a whole rendered chat; its last task counts. Raises UserError if it holds none.
+    `prompt` may be a whole rendered chat; its last task counts. Raises UserError without a task.
     """
     tasks = re.findall(rf"sort:((?: [{LETTERS}])+)", prompt)
     if not tasks:
         raise UserError(f"{prompt!r} is no toy task: it must hold something like 'sort: d b a c'")
-    right, given = sorted(tasks[-1].split()), answer.split()
-    hits = sum(r == g for r, g in zip(right, given, strict=False))
-    return hits / max(len(right), len(given))
+    right, letters = sorted(tasks[-1].split()), response.split()
+    hits = sum(r == letter for r, letter in zip(right, letters, strict=False))
+    return hits / max(len(right), len(letters))
 
 
 def reward(prompt: str, response: str, row: dict) -> float:
-    """The score as --reward-fn wants it."""
+    """`toy_score` as a --reward-fn."""
     return toy_score(prompt, response)

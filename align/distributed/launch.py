@@ -32,7 +32,7 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
             watchdog.say(line, "", None)
         else:
             time.sleep(watchdog.GRACE_S)  # torchrun ends all as soon as one has ended
-        watchdog.leave(status, line)
+        watchdog.end_process(status, line)
 
 
 def log_of(config: Any) -> Path | None:

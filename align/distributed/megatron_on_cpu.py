@@ -1,9 +1,9 @@
-"""Lets Megatron-Core 0.16 run without CUDA. The one file of the project that changes somebody else's code.
+"""Run Megatron-Core 0.16 without CUDA.
 
 Megatron names CUDA in many places: `device="cuda"` in its schedules and optimizers,
-`torch.cuda.current_device()`, the CUDA random state. `enable()` gives Megatron's own modules a look-alike
-`torch` in which those names mean the CPU. Every other library, ours included, keeps the real torch: replacing
-`torch.tensor` and its kin for everybody breaks `with torch.device("meta")`, and transformers then loads wrong
+`torch.cuda.current_device()`, the CUDA random state. `enable()` replaces `torch` in Megatron's own modules by
+a look-alike in which those names mean the CPU. Every other module keeps the real torch: replacing
+`torch.tensor` and the like globally breaks `with torch.device("meta")`, and transformers then loads wrong
 weights without an error.
 """
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from align.kernels import matmul
 
-# What we use of Megatron must be imported before the exchange: modules that come later keep the real torch.
+# Imported before the exchange: Megatron's modules imported later would keep the real torch.
 MODULES = (
     "dist_checkpointing.strategies.async_utils",
     "dist_checkpointing.strategies.fully_parallel",
@@ -36,7 +36,7 @@ FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like")
 
 
 class Stream(torch.cpu.Stream):
-    """A CPU stream with the CUDA stream's signatures (checkpointing makes one per device)."""
+    """A CPU stream with the CUDA stream's signatures, for checkpointing."""
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__()
@@ -48,9 +48,9 @@ class Stream(torch.cpu.Stream):
         pass
 
 
-@functools.cache  # once is enough
+@functools.cache  # once
 def enable() -> None:
-    """Exchange the `torch` of all Megatron modules, before the first Megatron object is made."""
+    """Replace the `torch` of all Megatron modules, before the first Megatron object is made."""
     if torch.cuda.is_available():
         raise RuntimeError("align.distributed.megatron_on_cpu is for machines without CUDA")
     for name in MODULES:
@@ -101,7 +101,7 @@ def nothing(*_: object, **__: object) -> None:
 
 
 def look_alike(module: types.ModuleType, **changed: object) -> types.ModuleType:
-    """A copy of a module's dictionary with some names changed: attribute access costs what it cost before."""
+    """Copy a module's dictionary with some names changed, so that attribute access is as fast as before."""
     copy = types.ModuleType(module.__name__)
     copy.__dict__.update(module.__dict__)
     copy.__dict__.update(changed)
@@ -112,16 +112,16 @@ def look_alike(module: types.ModuleType, **changed: object) -> types.ModuleType:
 def on_cpu(make: Callable) -> Callable:
     """A tensor factory for which device="cuda" means the CPU."""
 
-    def made(*args: object, **kwargs: object) -> torch.Tensor:
+    def make_on_cpu(*args: object, **kwargs: object) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = torch.device("cpu")
         return make(*args, **kwargs)
 
-    return made
+    return make_on_cpu
 
 
 def unless_alone(collective: Callable) -> Callable:
-    """A collective between a buffer and this rank's part of it, left out where that part is the whole."""
+    """Skip a collective between a buffer and this rank's part of it if the group has one rank."""
 
     def call(
         output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup, **kwargs: object
@@ -132,10 +132,10 @@ def unless_alone(collective: Callable) -> Callable:
 
 
 def linear_by_onednn(megatrons: Callable) -> Callable:
-    """The product of Megatron's parallel linear layers, in fp32 by align.kernels.matmul.
+    """Compute Megatron's parallel linear layers in fp32 by align.kernels.matmul.
 
-    Megatron's regions do here what its own function does: input gathered or copied, its gradient scattered or
-    summed. The gathered input is kept for the backward pass instead of gathered there again.
+    Communication as in Megatron's function: input gathered or copied, its gradient scattered or summed. The
+    gathered input is kept for the backward pass and not gathered again.
     """
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
 
@@ -155,10 +155,10 @@ def linear_by_onednn(megatrons: Callable) -> Callable:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory for the next step, as a caching allocator does on GPUs.
+    """Make glibc keep freed memory for the next step, like the caching allocator of GPUs.
 
-    Otherwise every tensor of some megabytes is mapped afresh, and touching new pages takes longer than most
-    of the arithmetic on them. Other C libraries have no mallopt; they stay as they are.
+    Otherwise every tensor of some megabytes is mapped anew, and touching new pages takes longer than most of
+    the arithmetic on them. Other C libraries have no mallopt.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -168,12 +168,12 @@ def keep_memory() -> None:
 
 
 def cuda_type_names(plain: Callable) -> Callable:
-    """Tensor.type, but Megatron's optimizers get the name they compare with: 'torch.cuda.FloatTensor'."""
+    """Tensor.type with the names that Megatron's optimizers compare with: 'torch.cuda.FloatTensor'."""
 
     def type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
-        answer = plain(self, *args, **kwargs)
-        if isinstance(answer, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
-            return answer.replace("torch.", "torch.cuda.")
-        return answer
+        result = plain(self, *args, **kwargs)
+        if isinstance(result, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
+            return result.replace("torch.", "torch.cuda.")
+        return result
 
     return type

@@ -1,7 +1,7 @@
-"""torchrun, process groups, seeds, and the few helpers that speak to other ranks.
+"""Process groups, seeds, and collectives.
 
-Ranks form a grid of tensor (tp), context (cp), pipeline (pp) and data (dp) parallel groups, Megatron's order.
-Started without torchrun, a script is a world of one process.
+Ranks form a grid of tensor (tp), context (cp), pipeline (pp) and data (dp) parallel groups, in Megatron's
+order. Without torchrun a script is a world of one process.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from align.errors import UserError
 from align.flags import COUNT, check_ranges, whole
 
 T = TypeVar("T")
-# A rank waits for those whose answers or rewards take longer; NCCL's own limit would be 10 minutes.
+# Ranks wait for the longest responses and slowest rewards; NCCL's own limit would be 10 minutes.
 LONGEST_WAIT = timedelta(hours=1)
 
 
@@ -59,21 +59,21 @@ class ParallelConfig:
 
 @contextlib.contextmanager
 def start(config: ParallelConfig) -> Iterator[dist.Store]:
-    """Process groups and seeds for the body, which gets the groups' store; an orderly end after it.
+    """Set up process groups and seeds for the body, which gets the groups' store; destroy them after it.
 
     Raises:
-        UserError: the world size is not a multiple of tp * pp * cp, or a flag does not fit another.
+        UserError: the world size is not a multiple of tp * pp * cp, or two flags contradict each other.
     """
-    check(config)
+    check_grid(config)
     end_with_torchrun()
-    # A save of Megatron's forks: after a kill -9 such a child would stay for ever.
+    # A save of Megatron's forks, and such a child would survive a kill -9 of this process.
     os.register_at_fork(after_in_child=end_with_parent)
     if config.tp > 1:
         use_one_queue()
     if config.deterministic:
         make_deterministic()
     if not torch.cuda.is_available():
-        from align.distributed import megatron_on_cpu  # here, so that it is never imported on GPUs
+        from align.distributed import megatron_on_cpu  # here: never imported on GPUs
 
         megatron_on_cpu.enable()
     if torch.cuda.is_available():
@@ -86,30 +86,30 @@ def start(config: ParallelConfig) -> Iterator[dist.Store]:
     dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=rank, world_size=world)
     make_grid(config)
     yield store
-    # Leaving the groups to the interpreter's exit can abort a rank whose gloo threads still run.
+    # Destroyed at the interpreter's exit, a rank whose gloo threads still run may abort.
     dist.barrier()
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def end_with_torchrun() -> None:
-    """Have the kernel kill this rank when torchrun dies, as torchrun itself can only do while it lives.
+    """Ask the kernel to kill this rank when torchrun dies.
 
-    After a kill -9 of torchrun alone the ranks would train on, and share one OUTPUT with those of the next.
+    After a kill -9 of torchrun alone the ranks would train on, and share OUTPUT with the next run's.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies."""
+    """Ask the kernel to kill this process when its parent dies."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # from linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def make_grid(config: ParallelConfig) -> None:
-    """Megatron's process groups, and the seeds, which depend on a rank's place in the grid."""
+    """Create Megatron's process groups, and set the seeds."""
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -123,7 +123,7 @@ def make_grid(config: ParallelConfig) -> None:
     model_parallel_cuda_manual_seed(config.seed)
 
 
-def check(config: ParallelConfig) -> None:
+def check_grid(config: ParallelConfig) -> None:
     """Refuse sizes that do not fit each other or the world, before anything is built."""
     world, model = int(os.environ.get("WORLD_SIZE", 1)), config.tp * config.pp * config.cp
     if world % model:
@@ -136,19 +136,18 @@ def check(config: ParallelConfig) -> None:
 
 
 def use_one_queue() -> None:
-    """Kernels start in the order of their launch: Megatron overlaps a layer's communication by that.
+    """Start kernels in the order of their launch, by which Megatron overlaps a layer's communication.
 
-    CUDA reads this when it starts. What the user has set stays.
+    CUDA reads the variable at its start. The user's value wins.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def make_deterministic() -> None:
-    """Fix what may differ between two runs on GPUs: reductions, Transformer Engine's and cuBLAS's kernels.
+    """Select deterministic reductions, and kernels of Transformer Engine and cuBLAS, on GPUs.
 
-    Of NCCL's algorithms only those are left out that add in the NVLink switches, in whatever order values
-    come. "Tree" alone, which is often advised, would leave gathers and scatters without any: NCCL 2.24 and
-    later refuse that.
+    Excludes NCCL's algorithms that add in the NVLink switches, in the order of arrival. "Tree" alone, which
+    is often advised, leaves gathers and scatters without an algorithm, which NCCL 2.24 and later refuse.
     """
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
@@ -158,15 +157,13 @@ def make_deterministic() -> None:
 
 def device() -> torch.device:
     """Device of this rank."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def is_exact(config: ParallelConfig) -> bool:
-    """True if passes over the same micro-batches have the same bits: on a CPU, or with --deterministic."""
+    """True if two passes over the same micro-batches have the same bits: on a CPU or with --deterministic."""
     return config.deterministic or device().type == "cpu"
 
 
@@ -176,7 +173,7 @@ def device_name() -> str:
 
 
 def dp_size() -> int:
-    """Number of ranks that see different data."""
+    """Number of data parallel ranks."""
     return mpu.get_data_parallel_world_size()
 
 
@@ -185,7 +182,7 @@ def dp_rank() -> int:
 
 
 def is_main() -> bool:
-    """True on global rank 0, the one that writes and prints."""
+    """True on global rank 0, which writes and prints."""
     return dist.get_rank() == 0
 
 
@@ -200,7 +197,7 @@ def layout_sizes() -> dict[str, int]:
 
 
 def layout() -> str:
-    """The grid in words, for the log's first lines."""
+    """Description of the grid, for the log."""
     grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
     return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}"
 
@@ -212,21 +209,21 @@ def sum_over_dp(x: Tensor) -> Tensor:
 
 
 def gather(item: T) -> list[T]:
-    """The items of all ranks, in their order. Collective."""
+    """Gather the items of all ranks, in their order. Collective."""
     items: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
 
 
 def gather_over_dp(item: T) -> list[T]:
-    """The items of all data parallel ranks, in their order. Collective."""
+    """Gather the items of all data parallel ranks, in their order. Collective."""
     items: list[T | None] = [None] * dp_size()
     dist.all_gather_object(items, item, group=mpu.get_data_parallel_group())
     return items
 
 
 def list_from_last_stage(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy the last pipeline stage's list of tensors, of whatever shapes, to every stage. Collective."""
+    """Broadcast the last pipeline stage's list of tensors, of any shapes, to every stage. Collective."""
     if mpu.get_pipeline_model_parallel_world_size() == 1:
         return tensors
     group, last = mpu.get_pipeline_model_parallel_group(), mpu.get_pipeline_model_parallel_last_rank()
@@ -240,7 +237,7 @@ def list_from_last_stage(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def free_memory() -> None:
-    """Give memory that is free, but kept for later, back to the device or the operating system."""
+    """Return cached free memory to the device or the operating system."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -248,7 +245,7 @@ def free_memory() -> None:
 
 
 def on_main(make: Callable[[], T]) -> T:
-    """Call a function on global rank 0 only and hand its result, or its UserError, to every rank."""
+    """Call a function on global rank 0 and broadcast its result, or its UserError, to every rank."""
     result, mistake = None, None
     if is_main():
         try:
@@ -272,9 +269,9 @@ def parse_time(text: str) -> int:
 
 
 class Stop:
-    """Tells all ranks together when to stop before the end: SIGTERM or SIGUSR1 came, or the time is up.
+    """Decision of all ranks to stop before the end: after SIGTERM or SIGUSR1, or when the time is up.
 
-    The answer is the same on every rank in the same step, which no rank could know by itself.
+    The ranks agree on the step by a reduction.
     """
 
     def __init__(self, max_time: str | None):

@@ -1,8 +1,8 @@
-"""End a job as soon as one of its ranks fails, leaves or stalls, and name that rank.
+"""End a job as soon as one of its ranks fails, exits or stalls, and name that rank.
 
-A thread of each rank publishes once a second where its main thread is. It ends the process when another rank
-has failed, when the process of a rank on the same machine is gone, and when no rank at all has made progress
-for --stall-limit seconds. Progress is what `tick` records: a micro-batch, a decoded token, a reward.
+A thread of each rank publishes the state of its main thread once a second. It ends the process when another
+rank has failed, when the process of a rank on the same machine is gone, and when no rank at all has made
+progress for --stall-limit seconds. Progress is recorded by `tick`: a micro-batch, a decoded token, a reward.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from align.errors import user_message
 from align.tracking.output import is_run
 
 INTERVAL_S = 1.0
-PHASE_S = 0.02  # shortest time between two states, which take about 0.1 ms each
+PHASE_S = 0.02  # shortest time between two published states, which take about 0.1 ms each
 GRACE_S = 5.0  # for the rank at fault to end first: torchrun reports the first that ends
-COMMUNICATION = ("gloo", "NCCL", "TCPStore")  # in the messages of collectives that lose a rank
+COMMUNICATION = ("gloo", "NCCL", "TCPStore")  # in the messages of collectives with a lost rank
 
 
 class Progress:
@@ -48,14 +48,14 @@ def tick(phase: str) -> None:
 
 
 class Watchdog:
-    """The watch over all ranks from one of them. Use as a context; construction is collective."""
+    """Monitor of all ranks in each of them. Use as a context manager; construction is collective."""
 
     def __init__(self, store: dist.Store, stall_limit_s: float, log: Path | None):
         """
         Args:
             store: of the process group.
             stall_limit_s: longest time without progress of any rank, from the first tick on; 0: no limit.
-            log: file that gets the last line of the run as well, if it exists by then.
+            log: file to which the last line of the run is added, if it exists.
         """
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.store = dist.PrefixStore("watchdog", store.clone())
@@ -76,7 +76,7 @@ class Watchdog:
         if error is not None:
             self.fail(error)
         try:
-            dist.barrier()  # under watch: a rank may still be at work
+            dist.barrier()  # monitored: a rank may still be at work
         except RuntimeError as error:
             self.fail(error)
         self.store.set(f"finished/{self.rank}", "")
@@ -87,9 +87,9 @@ class Watchdog:
     # ---- the thread --------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Publish this rank's state and look at the others until the body ends."""
+        """Publish this rank's state and check the others until the body ends."""
         last = time.monotonic()
-        # Without the store its rank is gone as well, which the next collective notices.
+        # If the store is gone, so is its rank, and the next collective fails.
         with contextlib.suppress(dist.DistError):
             self.publish()
             while not self.stopped.wait(INTERVAL_S):
@@ -101,13 +101,13 @@ class Watchdog:
                     self.ticks, self.idle_s = Progress.ticks, 0.0
                 self.publish()
                 if failure := self.failure_elsewhere():
-                    time.sleep(GRACE_S / 2)  # less than the rank takes that serves the store
-                    self.leave(failure)
+                    time.sleep(GRACE_S / 2)  # less than the grace of the rank that serves the store
+                    self.end_process(failure)
                 if 0 < self.stall_limit_s < self.idle_s and Progress.ticks:
                     self.check_stall()
 
     def publish(self) -> None:
-        """Tell the other ranks where this one is."""
+        """Publish this rank's state to the other ranks."""
         self.beats += 1
         self.published = time.monotonic()
         frame = outside_this_file(sys._current_frames()[self.main_thread])
@@ -117,13 +117,13 @@ class Watchdog:
         )
 
     def publish_phase(self) -> None:
-        """Publish from the main thread that a phase begins, unless phases are short."""
+        """Publish the start of a phase from the main thread, unless phases are short."""
         if time.monotonic() - self.published > PHASE_S:
             with contextlib.suppress(dist.DistError):  # as in `watch`
                 self.publish()
 
     def failure_elsewhere(self) -> dict | None:
-        """The first failure that another rank reported, or of a process on this machine that is gone."""
+        """The first failure of another rank, reported or of a process on this machine that is gone."""
         if self.store.check(["failure"]):
             failure = json.loads(self.store.get("failure"))
             return None if failure["rank"] == self.rank else failure
@@ -143,23 +143,22 @@ class Watchdog:
             time.sleep(INTERVAL_S)
             self.publish()
         states, ranks = self.states(), range(self.world)
-        silent = [
-            r for r in ranks if states[r]["beats"] == before[r]["beats"]
-        ]  # stopped, or it holds the GIL
+        # stopped, or holding the GIL
+        silent = [r for r in ranks if states[r]["beats"] == before[r]["beats"]]
         if any(states[r]["idle_s"] < self.stall_limit_s - 3 * INTERVAL_S for r in ranks if r not in silent):
-            return  # a rank is still at work, and the others wait for it
+            return  # a rank is still at work
         culprits = silent or [r for r in ranks if not states[r]["waits"]] or list(ranks)
         words = [f"{self.name(r)} {'stopped ' if r in silent else ''}{in_phase(states[r])}" for r in culprits]
         line = f"no rank made progress for {self.stall_limit_s:g} s (--stall-limit): {'; '.join(words)}"
         failure = self.report(culprits[0], line, 1, key="stall")
         if self.rank in culprits:
-            self.leave(failure)
+            self.end_process(failure)
         time.sleep(GRACE_S / 2)
         for _, pid, _ in (self.processes[r] for r in silent if self.is_local(r)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # it cannot end by itself
         time.sleep(GRACE_S / 2)
-        self.leave(failure)
+        self.end_process(failure)
 
     def is_local(self, rank: int) -> bool:
         """True if a rank runs on this machine."""
@@ -182,25 +181,24 @@ class Watchdog:
     # ---- the end -----------------------------------------------------------------------------------
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End this process because of an error: say why, unless another rank is its reason."""
+        """End this process because of an error, and report it unless another rank caused it."""
         line, status, trace = outcome(error, f"rank {self.rank} of {self.world}")
         failure = {"rank": self.rank, "status": status, "line": line}
         try:
             if trace and is_communication(error) and (cause := self.wait_for_cause()):
-                self.leave(cause)
+                self.end_process(cause)
             self.report(self.rank, line, status, str(error), trace)
-        except (
-            dist.DistError
-        ):  # the rank that serves the store is gone, and has said why unless it was killed
+        # the rank that serves the store is gone, and has reported its failure unless it was killed
+        except dist.DistError:
             if trace and is_communication(error):
                 line, trace = f"rank {self.rank} of {self.world} ended: {self.name(0)} is gone", ""
             say(line, trace, self.log)
         if self.rank == 0 and self.world > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-            time.sleep(GRACE_S)  # this rank serves the store, in which the others read what has failed
-        self.leave(failure | {"line": line})
+            time.sleep(GRACE_S)  # this rank serves the store, from which the others read the failure
+        self.end_process(failure | {"line": line})
 
     def wait_for_cause(self) -> dict | None:
-        """The failure of another rank that broke a collective here, if it shows within the grace time."""
+        """The failure of another rank that broke a collective here, if reported within the grace time."""
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end:
             if failure := self.failure_elsewhere():
@@ -209,7 +207,7 @@ class Watchdog:
         return None
 
     def report(self, rank: int, line: str, status: int, key: str, trace: str = "") -> dict:
-        """Say why the job ends: once for each `key`, as several ranks often have the same reason."""
+        """Report the end of the job, once for each `key`: several ranks often have the same reason."""
         failure = {"rank": rank, "status": status, "line": line}
         if self.store.add("failures", 1) == 1:
             self.store.set("failure", json.dumps(failure))
@@ -217,10 +215,10 @@ class Watchdog:
             say(line, trace, self.log)
         return failure
 
-    def leave(self, failure: dict) -> NoReturn:
-        """End this process at once, whatever threads it has."""
-        with self.ending:  # the first of two threads that come here
-            leave(failure["status"], failure["line"])
+    def end_process(self, failure: dict) -> NoReturn:
+        """End this process at once, with all its threads."""
+        with self.ending:  # the first of two threads
+            end_process(failure["status"], failure["line"])
 
 
 def outcome(error: BaseException, rank: str) -> tuple[str, int, str]:
@@ -238,15 +236,15 @@ def outcome(error: BaseException, rank: str) -> tuple[str, int, str]:
 
 
 def say(line: str, trace: str, log: Path | None) -> None:
-    """Print the last line of a run and its traceback, and add both to the log if there is one."""
+    """Print the last line of a run and its traceback, and append both to the log if there is one."""
     console.write(f"{line}\n{trace}", end="", to="stderr")
     if log is not None and is_run(log.parent):
         with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n{trace}")
 
 
-def leave(status: int, reason: str) -> NoReturn:
-    """End this process without waiting for its threads, its reason left where torchrun reads it."""
+def end_process(status: int, reason: str) -> NoReturn:
+    """End this process without waiting for its threads; the reason is written to torchrun's error file."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": reason, "timestamp": str(int(time.time()))}
         Path(path).write_text(
@@ -267,7 +265,7 @@ def machine() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """True if a process of this machine runs, or has not been waited for."""
+    """True if a process of this machine runs, or is a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -283,20 +281,20 @@ def is_communication(error: BaseException) -> bool:
 
 
 def outside_this_file(frame: FrameType) -> FrameType:
-    """The innermost call of a thread that is not to this file."""
+    """The innermost frame of a thread outside this file."""
     while frame.f_code.co_filename == __file__ and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
 
 def is_waiting(frame: FrameType) -> bool:
-    """True if a thread is in a collective, or in Megatron where it waits for one."""
+    """True if a thread is in a collective, or in Megatron's wait for one."""
     file = frame.f_code.co_filename
     return "/torch/distributed/" in file or "/megatron/core/" in file
 
 
 def place(frame: FrameType | None) -> str:
-    """The calls that a thread is in, outermost first, without those of libraries."""
+    """The call stack of a thread, outermost first, without libraries."""
     calls = []
     while frame is not None:
         code = frame.f_code

@@ -1,9 +1,8 @@
 """Audit of the sampler against the trainer, after every rollout and before its first update.
 
-Both have the same weights then, so the log-prob that a token was sampled with and the one that training
-computes of it must agree. A mask or position that is off by one, stale weights, dropout, another temperature,
-a wrong cache: whatever makes the two differ shows here, and stops the run. All ranks know all answers, so
-each of them comes to the same verdict.
+Both have the same weights then, so the sampling log-prob of a token and its training log-prob must agree. A
+mask or position off by one, stale weights, dropout, another temperature, a wrong cache: any difference stops
+the run. All ranks have all responses, so they come to the same result.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import torch
 
 from align.errors import UserError
 from align.flags import BOUND, above, check_ranges
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 
 # Default bounds on differences of log-probs in nats: on their mean, and on a quantile of them. For
@@ -22,8 +21,8 @@ from align.generation.sampling import SamplingConfig
 # bf16 23,274 tokens had a mean of 0.037, a 0.9999 quantile of 0.45 and a maximum of 0.51: the maximum grows
 # with the number of tokens, the quantile does not.
 BOUNDS = {torch.float32: (5e-5, 1e-3, 1.0), torch.bfloat16: (0.1, 2.0, 0.9999)}
-RATIO_BOUND = 1e-5  # where two passes over the same micro-batches have the same bits
-RATIO_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # elsewhere
+RATIO_BOUND = 1e-5  # if two passes over the same micro-batches have the same bits
+RATIO_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # else
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,14 @@ def compare(
     temperature: float = 1.0,
     config: AuditConfig = AuditConfig(),
 ) -> dict[str, float]:
-    """Compare the log-probs that responses were sampled with and those that training computes.
+    """Compare the sampling and the training log-probs of responses.
 
     Args:
-        places: of each answer its row of the data and its number, for the message.
-        sampled: of each answer [n], what the sampler said.
-        trained: of each answer [n], what training's forward pass says, with the weights of the sampler.
+        places: row and number of each response, for the message.
+        sampled: [n] sampling log-probs of each response.
+        trained: [n] log-probs of training's forward pass, with the weights of the sampler.
         dtype: of the weights.
-        temperature: that of both.
+        temperature: of both.
 
     Returns:
         Mean, quantile and maximum of |sampled - trained| over all tokens, in nats.
@@ -81,37 +80,37 @@ def compare(
     Raises:
         RuntimeError: a bound is exceeded; the message names the token with the largest difference.
     """
-    for place, said, computed in zip(places, sampled, trained, strict=True):
-        if len(said) != len(computed):
+    for (row, number), logprobs, training_logprobs in zip(places, sampled, trained, strict=True):
+        if len(logprobs) != len(training_logprobs):
             raise RuntimeError(
-                f"audit: answer {place[1]} to row {place[0]} was sampled with {len(said)} tokens, training "
-                f"has {len(computed)}"
+                f"audit: response {number} to row {row} was sampled with {len(logprobs)} tokens, training "
+                f"has {len(training_logprobs)}"
             )
     errors = [abs(a.astype(np.float64) - b) for a, b in zip(sampled, trained, strict=True)]
-    every = np.concatenate(errors)
+    all_errors = np.concatenate(errors)
     most_mean, most_tail, q = config.bounds(dtype)
     most_mean, most_tail = (bound / min(temperature, 1.0) for bound in (most_mean, most_tail))
-    mean, tail, largest = float(every.mean()), quantile(every, q), float(every.max())
-    if not (mean <= most_mean and tail <= most_tail):  # so written, NaN is refused too
-        answer = int(np.argmax([error.max() for error in errors]))  # of NaN, the first
-        token, (row, number) = int(errors[answer].argmax()), places[answer]
+    mean, tail, maximum = float(all_errors.mean()), quantile(all_errors, q), float(all_errors.max())
+    if not (mean <= most_mean and tail <= most_tail):  # true for NaN too
+        worst = int(np.argmax([error.max() for error in errors]))  # of NaN, the first
+        token, (row, number) = int(errors[worst].argmax()), places[worst]
         name = "maximum" if q == 1 else f"{q:g} quantile"
         raise RuntimeError(
-            f"audit: token {token} of answer {number} to row {row} was sampled with log-prob "
-            f"{sampled[answer][token]:.6f}, training says {trained[answer][token]:.6f}. They differ by "
-            f"{errors[answer][token]:.2g}. Of all {len(every)} tokens the mean difference is {mean:.2g} "
+            f"audit: token {token} of response {number} to row {row} was sampled with log-prob "
+            f"{sampled[worst][token]:.6f}, training computes {trained[worst][token]:.6f}. They differ by "
+            f"{errors[worst][token]:.2g}. Of all {len(all_errors)} tokens the mean difference is {mean:.2g} "
             f"(--audit-mean {most_mean:.2g}), the {name} {tail:.2g} (--audit-tail {most_tail:.2g}): "
             "the sampler and the trainer do not compute the same model"
         )
     return {
         "audit/logprob_error": mean,
         "audit/logprob_error_quantile": tail,
-        "audit/logprob_error_max": largest,
+        "audit/logprob_error_max": maximum,
     }
 
 
 def quantile(values: np.ndarray, q: float) -> float:
-    """The smallest value that at least a share q of the values does not exceed; NaN if one is NaN.
+    """The smallest value with at least a share q of the values at or below it; NaN if one is NaN.
 
     Of fewer than 1 / (1 - q) values it is the maximum.
     """
@@ -119,17 +118,18 @@ def quantile(values: np.ndarray, q: float) -> float:
 
 
 def check_ends(
-    places: Sequence[tuple[int, int]], answers: Sequence[Sample], stop_ids: set[int], stop: tuple[str, ...]
+    places: Sequence[tuple[int, int]], responses: Sequence[Sample], stop_ids: set[int], stop: tuple[str, ...]
 ) -> None:
-    """Raises RuntimeError if an answer that ended by itself does not hold the token that ended it.
+    """Raise RuntimeError if a response that is not truncated lacks its stop token.
 
-    Such a model is never taught to end. With stop strings an answer may end without such a token.
+    Training on such responses never teaches the model to end. With stop strings a response may end without a
+    stop token.
     """
-    for (row, number), sample in zip(places, answers, strict=True):
+    for (row, number), sample in zip(places, responses, strict=True):
         if sample.finish == "stop" and not stop and int(sample.ids[-1]) not in stop_ids:
             raise RuntimeError(
-                f"audit: answer {number} to row {row} ended, but its last token {sample.ids[-1]} is none "
-                "that ends an answer: the stop token was lost"
+                f"audit: response {number} to row {row} ended, but its last token {sample.ids[-1]} is none "
+                "that ends a response: the stop token was lost"
             )
 
 
@@ -141,7 +141,7 @@ def ratio_bound(flag: float | None, dtype: torch.dtype, is_exact: bool) -> float
 
 
 def check_ratio(error: float, bound: float) -> dict[str, float]:
-    """Check that PPO's ratio is 1 at the first update of a rollout, where the policy is the one that sampled.
+    """Check that PPO's ratio is 1 at the first update of a rollout, before the policy changes.
 
     Args:
         error: mean over its tokens of |pi / pi_old - 1|.
@@ -152,7 +152,7 @@ def check_ratio(error: float, bound: float) -> dict[str, float]:
     if not error <= bound:
         raise RuntimeError(
             f"audit: at the first update of a rollout the policy's ratio is off 1 by {error:.2g} on average "
-            f"(--audit-ratio {bound:.2g}): training does not compute what the pass for the old log-probs "
-            "did. On GPUs try --deterministic"
+            f"(--audit-ratio {bound:.2g}): training and the pass for the old log-probs compute different "
+            "numbers. On GPUs try --deterministic"
         )
     return {"audit/ratio_error": error}

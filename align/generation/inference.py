@@ -1,14 +1,13 @@
-"""The policy's forward pass a token at a time, on the weights that it trains, with keys and values kept.
+"""Prefill and decode with a KV cache, on the training weights.
 
-`InferenceModel` computes what the training modules compute, without what only training needs, which is most
-of the time of a step with few tokens. Whether the two agree is what align/generation/audit.py looks at in
-every run.
+`InferenceModel` computes the forward pass of the training modules without their overhead, which is most of
+the time of a step with few tokens. align/generation/audit.py checks in every run that the two agree.
 
-Sequences being decoded lie in slots 0, 1, 2, ..., each with its own position; nothing is padded.
+Sequences are decoded in slots 0, 1, 2, ..., each with its own position; nothing is padded.
 
-On GPUs a step with few tokens is bound by memory, and by the time between kernels. There, attention is that
-of align/kernels/decode_attention.py, and nothing waits for the device: align/generation/slots.py keeps a step
-as a CUDA graph.
+On GPUs a step with few tokens is bound by memory bandwidth and by launch times. There attention is
+align/kernels/decode_attention.py, and nothing synchronises with the device: align/generation/slots.py
+captures a step as a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from align.kernels.matmul import linear, pack
 from align.model.attention import attend, attend_to_cache, flash, uses_flash
 from align.model.gpt import Policy
-from align.model.huggingface import named_parameters
-from align.model.layers import layer_norm, rms_norm, rotation, squared_relu, swiglu, turn
+from align.model.huggingface_names import named_parameters
+from align.model.layers import apply_rotary, layer_norm, rms_norm, rotary_cos_sin, squared_relu, swiglu
 
-GROWTH = 32  # tokens by which the room for keys and values grows
-GROWTH_GPU = 256  # there each time costs new CUDA graphs, and none of the room is read that is not used
+GROWTH = 32  # tokens by which the KV cache grows
+GROWTH_GPU = 256  # each growth costs new CUDA graphs, and unused room is not read
 
 # number of the layer; queries and key of each group [n, groups, queries + 1, d]; value [n, groups, d];
 # cosines and sines [n, 1, 1, d/2] -> the heads' outputs [n, heads * d]
@@ -34,11 +33,11 @@ Attention = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """A prompt that has been read: what sequences that continue it start from."""
+class PrefilledPrompt:
+    """KV cache and next-token logits of a prompt, from which its responses start."""
 
     cache: Tensor  # [layers, 2, groups, n, d], rotated keys and values
-    logits: Tensor | None  # [V] float32, of the token after it; on the last stage only
+    logits: Tensor | None  # [V] float32, of the next token; on the last stage only
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,12 @@ class Layer:
 
 
 class InferenceModel:
-    """A policy's shard as it is now, and the keys and values of sequences in `slots` places."""
+    """A policy's shard with its present weights, and the KV cache of `slots` sequences."""
 
     def __init__(self, policy: Policy, slots: int):
-        """`policy` may be training's own, or one in another layout: its process groups are what counts.
+        """`policy`: training's own, or a copy in another layout, by its process groups.
 
-        On a CPU matrices are copied as `matmul.pack` does, so an update of the weights needs a new object.
+        On a CPU matrices are copied by `matmul.pack`, so an update of the weights needs a new object.
         """
         arch, groups = policy.arch, policy.pg_collection
         self.arch, self.config, self.stages = arch, policy.config, Stages(groups)
@@ -84,24 +83,22 @@ class InferenceModel:
         weights = {name: parameter for _, parameter, name in named_parameters(policy)}
         numbers = sorted(layer.layer_number - 1 for layer in policy.decoder.layers)
         self.layers = [self.layer(weights, f"model.layers.{number}.") for number in numbers]
-        self.embedding = weights.get(
-            "model.embed_tokens.weight"
-        )  # the first stage's, and tied the last one's
+        self.embedding = weights.get("model.embed_tokens.weight")  # on the first stage, if tied on the last
         head = weights.get("lm_head.weight", self.embedding)
         self.head = None if self.stages.after else pack(head)
         self.final_norm = None if self.stages.after else self.norm_weights(weights, "model.norm")
-        # of each layer the keys and values, [2, slots, groups, capacity, d]
+        # keys and values of each layer, [2, slots, groups, capacity, d]
         empty = (2, slots, self.groups, 0, arch.head_dim)
         self.cache = [torch.zeros(empty, dtype=self.dtype, device=self.device) for _ in self.layers]
         self.rows = torch.arange(slots, device=self.device)
 
     @property
     def on_gpu(self) -> bool:
-        """True if the kernels are those of align/kernels/decode_attention.py."""
+        """True if attention is align/kernels/decode_attention.py."""
         return self.device.type == "cuda"
 
     def layer(self, weights: dict[str, nn.Parameter], prefix: str) -> Layer:
-        """The weights of the layer whose names begin with `prefix`."""
+        """The weights of a layer, by the `prefix` of their names."""
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         qk_norm = None
         if self.arch.qk_norm:
@@ -122,7 +119,7 @@ class InferenceModel:
         )
 
     def norm_weights(self, weights: dict[str, nn.Parameter], name: str) -> tuple[Tensor, ...]:
-        """A norm's factor, and its bias if it has one: what `self.norm` takes."""
+        """A norm's factor, and its bias if it has one: the arguments of `self.norm`."""
         weight = weights[f"{name}.weight"]
         if self.arch.norm == "rms":
             return (weight,)
@@ -130,18 +127,18 @@ class InferenceModel:
 
     # ---- the two passes --------------------------------------------------------------------------
 
-    def prefill(self, prompts: list[Tensor]) -> list[Prefix]:
-        """Read prompts, [n] int64 each on the host, end to end in one pass. Collective over tp and pp."""
+    def prefill(self, prompts: list[Tensor]) -> list[PrefilledPrompt]:
+        """Prefill prompts, [n] int64 each on the host, end to end in one pass. Collective over tp and pp."""
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.cat(prompts).to(self.device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
         ends = torch.tensor([0, *lengths]).cumsum(0).to(self.device)
-        kept = []
+        keys_and_values = []
 
         def attention(number: int, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            qk = turn(qk, cos, sin, 1)
+            qk = apply_rotary(qk, cos, sin, 1)
             q, k = qk[:, :, :-1].flatten(1, 2), qk[:, :, -1]
-            kept.append(torch.stack([k, v]))
+            keys_and_values.append(torch.stack([k, v]))
             if uses_flash(q.dtype, q.shape[-1], q.is_cuda):
                 bounds = (ends.int(), ends.int(), max(lengths), max(lengths))
                 return flash(q, k, v, *bounds, self.scale, self.window).flatten(1)
@@ -155,20 +152,20 @@ class InferenceModel:
             self.stages.send(hidden)
         else:
             logits = self.logits(hidden[ends[1:] - 1]).unbind(0)
-        caches = own_parts(torch.stack(kept), lengths)
-        return [Prefix(*parts) for parts in zip(caches, logits, strict=True)]
+        caches = split_cache(torch.stack(keys_and_values), lengths)
+        return [PrefilledPrompt(*parts) for parts in zip(caches, logits, strict=True)]
 
     def decode(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
-        """One more token for each of the slots 0 ... B - 1. Collective over tp and pp.
+        """Compute the next-token logits of the slots 0 ... B - 1. Collective over tp and pp.
 
-        There must be room for their keys and values, see `reserve`.
+        The KV cache must have room for their tokens, see `reserve`.
 
         Args:
             tokens: [B] int64, the newest token of each sequence.
-            positions: [B] int64, where it stands in its sequence, from 0.
+            positions: [B] int64, its position in the sequence, from 0.
 
         Returns:
-            [B, V] float32 logits of the tokens after them; None on stages before the last.
+            [B, V] float32; None on stages before the last.
         """
         count, mask = len(tokens), None
         if not self.on_gpu:
@@ -186,7 +183,7 @@ class InferenceModel:
 
                 q = decode_attention.append(qk, v, cos, sin, cache, positions)
                 return decode_attention.attend(q, cache, positions, self.scale, self.window).flatten(1)
-            qk = turn(qk, cos, sin, 1)
+            qk = apply_rotary(qk, cos, sin, 1)
             keys, values = cache
             keys[self.rows[:count], :, positions] = qk[:, :, -1]
             values[self.rows[:count], :, positions] = v
@@ -198,28 +195,28 @@ class InferenceModel:
             return self.stages.send(hidden)
         return self.logits(hidden)
 
-    def place(self, prefix: Prefix, slot: int) -> None:
-        """Let a slot continue a prompt."""
-        n = prefix.cache.shape[3]
+    def place(self, prefilled: PrefilledPrompt, slot: int) -> None:
+        """Copy a prompt's keys and values to a slot."""
+        n = prefilled.cache.shape[3]
         self.reserve(n)
-        for layer, part in zip(self.cache, prefix.cache, strict=True):
+        for layer, part in zip(self.cache, prefilled.cache, strict=True):
             layer[:, slot, :, :n] = part
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot to another."""
+        """Copy the keys and values of the first `length` tokens from one slot to another."""
         for layer in self.cache:
             layer[:, target, :, :length] = layer[:, source, :, :length]
 
     @property
     def capacity(self) -> int:
-        """Tokens that each slot has room for."""
+        """Tokens of the KV cache per slot."""
         return self.cache[0].shape[3]
 
     def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` tokens; keys and values move for it.
+        """Grow the KV cache to sequences of `length` tokens, in new memory.
 
-        There is a little more, so that it grows seldom. On a CPU it is no more than that: a matrix product
-        reads all of it, because it is slow on a part. What is new is 0: 0 times what lies there may be NaN.
+        A multiple of GROWTH, so that it grows seldom. On a CPU the products of attention read all of it,
+        since they are slow on a slice. New entries are 0: uninitialised ones may be NaN, also times 0.
         """
         growth = GROWTH_GPU if self.on_gpu else GROWTH
         more = -(-length // growth) * growth - self.capacity
@@ -228,20 +225,20 @@ class InferenceModel:
         for i, layer in enumerate(self.cache):
             self.cache[i] = nn.functional.pad(layer, (0, 0, 0, more))
 
-    # ---- what both are made of -------------------------------------------------------------------
+    # ---- parts of both ---------------------------------------------------------------------------
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[n, H] of tokens [n]; each tensor parallel rank has some rows of the embedding."""
+        """Embed tokens [n] as [n, H]; each tensor parallel rank has some rows of the embedding."""
         if self.tp.size() == 1:
             return self.embedding[tokens]
         rows = len(self.embedding)
         index = tokens - self.tp.rank() * rows
-        here = (index >= 0) & (index < rows)
-        return self.sum(self.embedding[index.clamp(0, rows - 1)] * here[:, None])
+        owned = (index >= 0) & (index < rows)
+        return self.sum(self.embedding[index.clamp(0, rows - 1)] * owned[:, None])
 
     def run_layers(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """[n, H] through this stage; x's memory may be used."""
-        angles = rotation(positions, self.frequencies, self.dtype, self.rotary_scale)
+        """Apply this stage's layers to x [n, H], perhaps in place."""
+        angles = rotary_cos_sin(positions, self.frequencies, self.dtype, self.rotary_scale)
         cos, sin = (part[:, None] for part in angles)
         norm, eps = self.norm, self.arch.norm_eps
         for number, layer in enumerate(self.layers):
@@ -255,7 +252,7 @@ class InferenceModel:
         return x
 
     def add_linear(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x + y weight^T + bias, of a weight whose columns are split over the tensor parallel ranks."""
+        """x + y weight^T + bias, for a weight with columns split over the tensor parallel ranks."""
         if bias is not None:
             x = x + bias
         if x.is_cuda and self.tp.size() == 1:
@@ -263,20 +260,20 @@ class InferenceModel:
         return x + self.sum(linear(y, weight))
 
     def own_heads(self, qkv: Tensor) -> Tensor:
-        """[n, rows] of the product -> [n, groups, queries + 2, d], this rank's heads, key and value last."""
+        """Split a product [n, rows] by this rank's heads, [n, groups, queries + 2, d], key and value last."""
         n, d = len(qkv), self.arch.head_dim
         if self.sharing == 1:
             return qkv.view(n, self.groups, self.queries + 2, d)
-        # Ranks that share a group hold equal pieces of its rows, wherever queries, key and value lie in them.
+        # Ranks that share a group hold equal pieces of its rows, cut across queries, key and value.
         parts = [torch.empty_like(qkv) for _ in range(self.tp.size())]
         dist.all_gather(parts, qkv, group=self.tp)
         group, part = divmod(self.tp.rank(), self.sharing)
         whole = torch.cat(parts, -1).view(n, self.arch.kv_heads, -1, d)[:, group : group + 1]
-        mine = whole[:, :, part * self.queries : (part + 1) * self.queries]
-        return torch.cat([mine, whole[:, :, -2:]], 2)
+        queries = whole[:, :, part * self.queries : (part + 1) * self.queries]
+        return torch.cat([queries, whole[:, :, -2:]], 2)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, V] float32 of last hidden states [n, H], the same on every tensor parallel rank."""
+        """Logits [n, V] float32 of last hidden states [n, H], equal on every tensor parallel rank."""
         z = linear(self.norm(hidden, *self.final_norm, self.arch.norm_eps), self.head)
         if self.tp.size() > 1:
             parts = [torch.empty_like(z) for _ in range(self.tp.size())]
@@ -285,50 +282,51 @@ class InferenceModel:
         return z[:, : self.known_ids].float()
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the tensor parallel ranks, in place."""
+        """Sum over the tensor parallel ranks, in place."""
         if self.tp.size() > 1:
             dist.all_reduce(x, group=self.tp)
         return x
 
 
-def own_parts(x: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Keys and values [layers, 2, T, groups, d] of several prompts -> [layers, 2, groups, n, d] of each.
+def split_cache(x: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Split keys and values [layers, 2, T, groups, d] into [layers, 2, groups, n, d] of each prompt.
 
-    In memory of its own: a view would keep all that was computed for the prompts of its pass for as long as
-    one of them waits.
+    As copies: a view would keep the memory of all prompts of the pass.
     """
     parts = x.transpose(2, 3).split(lengths, 3)
     return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
 def takes_graphs(policy: Policy) -> bool:
-    """Can a decode step be a CUDA graph? Not where ranks exchange what is in it, nor with --deterministic,
-    whose kernels have not been tried in one."""
+    """True if a decode step is captured as a CUDA graph.
+
+    Not with collectives in it, nor with --deterministic, whose kernels have not been tried in one.
+    """
     groups = policy.pg_collection
-    alone = groups.tp.size() == groups.pp.size() == 1
-    return policy.frequencies.is_cuda and alone and not torch.are_deterministic_algorithms_enabled()
+    is_one_rank = groups.tp.size() == groups.pp.size() == 1
+    return policy.frequencies.is_cuda and is_one_rank and not torch.are_deterministic_algorithms_enabled()
 
 
 class Stages:
-    """The pipeline stages of one copy of the model, and what they tell each other."""
+    """The pipeline stages of one copy of the model, and their communication."""
 
     def __init__(self, groups: ProcessGroupCollection):
         self.group: dist.ProcessGroup = groups.pp
         self.before, self.after = self.group.rank() > 0, self.group.rank() < self.group.size() - 1
 
     def receive(self, count: int, model: InferenceModel) -> Tensor:
-        """Hidden states [count, H] from the stage before."""
+        """Receive hidden states [count, H] from the previous stage."""
         hidden = torch.empty(count, model.arch.hidden_size, dtype=model.dtype, device=model.device)
         dist.recv(hidden, dist.get_global_rank(self.group, self.group.rank() - 1), group=self.group)
         return hidden
 
     def send(self, hidden: Tensor) -> None:
-        """Hidden states to the stage after."""
+        """Send hidden states to the next stage."""
         target = dist.get_global_rank(self.group, self.group.rank() + 1)
         dist.send(hidden.contiguous(), target, group=self.group)
 
     def from_last(self, tensor: Tensor) -> Tensor:
-        """The last stage's tensor on every stage, in place."""
+        """Broadcast the last stage's tensor to every stage, in place."""
         if self.group.size() > 1:
             dist.broadcast(tensor, dist.get_global_rank(self.group, self.group.size() - 1), group=self.group)
         return tensor

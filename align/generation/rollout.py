@@ -1,37 +1,67 @@
-"""Sampled responses to some prompts, and their rewards."""
+"""Results of sampling: samples, and rollouts of prompts, samples and rewards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
 
-from align.data import tokenizer
 from align.data.packing import Example
 from align.data.prompts import Prompt
-from align.generation.generator import Sample
+from align.data.tokenizer import Tokenizer
 
-Tokenizer = tokenizer.HuggingFaceTokenizer | tokenizer.SentencePieceTokenizer
-T = TypeVar("T")
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A sampled response."""
+
+    ids: np.ndarray  # [n] int32, the stop token included
+    logprobs: np.ndarray  # [n] float32, under the distribution that each token was drawn from
+    model_logprobs: np.ndarray  # [n] float32, under the model itself: temperature 1, no filter
+    finish: Literal["stop", "length"]
+
+    def text(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> str:
+        """The response as text, without its stop token, stop string or end of turn."""
+        ids = self.ids.tolist()
+        text = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop_ids else ids)
+        ends = [text.index(end) for end in (*stop, *tokenizer.stop_strings) if end in text]
+        text = text[: min(ends)] if ends else text
+        if tokenizer.chat and self.finish == "stop":
+            return text.removesuffix(tokenizer.chat.end_of_turn)
+        return text
+
+
+def says_stop(ids: Sequence[int], tokenizer: Tokenizer, stop: tuple[str, ...]) -> bool:
+    """True if a stop string is complete within the last few tokens."""
+    # a character has at most 4 tokens, those of its bytes
+    tail = 4 * max(map(len, stop), default=0) + 4
+    text = tokenizer.decode([int(i) for i in ids[-tail:]]) if stop else ""
+    return any(end in text for end in stop)
+
+
+def response_example(prompt: Prompt, sample: Sample) -> Example:
+    """Prompt and response as an example that trains the response. Token ids in and out, never text."""
+    trained = np.arange(len(prompt.ids) + len(sample.ids)) >= len(prompt.ids)
+    return Example(np.concatenate([prompt.ids, sample.ids]).astype(np.int32), trained)
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Answers to some prompts, and what they are worth."""
+    """Prompts, the responses sampled for them, and their rewards."""
 
     rows: Sequence[int]  # of the data set
     prompts: list[Prompt]
-    samples: list[list[Sample]]  # [prompts][answers]
-    rewards: np.ndarray  # [prompts, answers]
+    samples: list[list[Sample]]  # [prompts][responses]
+    rewards: np.ndarray  # [prompts, responses]
 
     @property
-    def answers(self) -> list[Sample]:
-        """All answers, those to one prompt end to end."""
+    def responses(self) -> list[Sample]:
+        """All responses, those to one prompt end to end."""
         return [sample for samples in self.samples for sample in samples]
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """Row and number of each of them."""
+        """Row and number of each response."""
         return [
             (row, k)
             for row, samples in zip(self.rows, self.samples, strict=True)
@@ -39,41 +69,35 @@ class Rollout:
         ]
 
     def examples(self) -> list[list[Example]]:
-        """The answers to each prompt as examples."""
+        """The responses to each prompt as examples."""
         return [
-            [answer(prompt, sample) for sample in samples]
+            [response_example(prompt, sample) for sample in samples]
             for prompt, samples in zip(self.prompts, self.samples, strict=True)
         ]
 
     def statistics(self) -> dict[str, float]:
-        """Means over all responses; of several to a prompt, the share of prompts whose rewards are all equal.
+        """Means over all responses; with several to a prompt, the share of prompts with equal rewards only.
 
-        Such a prompt teaches rejection sampling, RLOO and GRPO nothing about the reward.
+        Such a prompt has no signal for rejection sampling, RLOO and GRPO.
         """
         flat = (self.rewards == self.rewards[:, :1]).all(1)
         spread = {"prompts_without_spread": float(flat.mean())} if self.rewards.shape[1] > 1 else {}
         return {
             **spread,
             "rewards": float(self.rewards.mean()),
-            "response_lengths": float(np.mean([len(sample.ids) for sample in self.answers])),
+            "response_lengths": float(np.mean([len(sample.ids) for sample in self.responses])),
             "prompt_lengths": float(np.mean([len(prompt.ids) for prompt in self.prompts])),
-            "ended": float(np.mean([sample.finish == "stop" for sample in self.answers])),
+            "ended": float(np.mean([sample.finish == "stop" for sample in self.responses])),
         }
 
-    def table(self, name: str, most: int, text: Tokenizer, stop: tuple[str, ...]) -> list[dict]:
-        """The first prompts, their first answers and what those are worth, for samples.jsonl."""
+    def table(self, name: str, most: int, tokenizer: Tokenizer, stop: tuple[str, ...]) -> list[dict]:
+        """The first prompts, each with its first response and reward, for samples.jsonl."""
         return [
             {
                 "table": name,
-                "prompt": text.decode(self.prompts[i].ids.tolist()),
-                "response": self.samples[i][0].text(text, stop),
+                "prompt": tokenizer.decode(self.prompts[i].ids.tolist()),
+                "response": self.samples[i][0].text(tokenizer, stop),
                 "reward": float(self.rewards[i, 0]),
             }
             for i in range(min(most, len(self.rows)))
         ]
-
-
-def answer(prompt: Prompt, sample: Sample) -> Example:
-    """Prompt and sampled answer as an example that trains the answer. No text, no tokenizer in between."""
-    trained = np.arange(len(prompt.ids) + len(sample.ids)) >= len(prompt.ids)
-    return Example(np.concatenate([prompt.ids, sample.ids]).astype(np.int32), trained)

@@ -1,9 +1,9 @@
-"""Rollouts that outlive a crash: samples in files of the run directory.
+"""Cache of rollouts in the run directory, for a continued run.
 
-    OUTPUT/rollouts/step_00000012_judge.safetensors     samples for step 12 and those after it
+    OUTPUT/rollouts/step_00000012_judge.safetensors     samples for step 12 and later steps
 
-What a file holds follows from the sampler's weights, its settings, the prompts and their random numbers. It
-knows the sha256 of all these, so that a run that is continued takes it for just the same question.
+The samples follow from the sampler's weights and settings, the prompts and their random numbers. A file has
+the sha256 of all these as its fingerprint, and a continued run uses it only with an equal fingerprint.
 """
 
 import hashlib
@@ -13,34 +13,34 @@ from pathlib import Path
 import numpy as np
 
 from align.distributed import parallel
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.training import tables
 from align.training.offload import Weights
 
-NUMBERS = 4096  # of a tensor that weights_digest looks at
+NUMBERS = 4096  # of each tensor, read by weights_digest
 
 
-def kept(path: Path, made_of: str, make: Callable[[], list[list[Sample]]]) -> list[list[Sample]]:
-    """The samples in a file, or new ones, which are left there. Collective.
+def cached(path: Path, fingerprint: str, make: Callable[[], list[list[Sample]]]) -> list[list[Sample]]:
+    """Read the samples of a file, or make and write them. Collective.
 
     Args:
-        made_of: what they depend on, see `made_of`; a file that was made of something else is replaced.
-        make: samples by prompt, the same on every rank.
+        fingerprint: of their inputs, from `fingerprint`; a file with another fingerprint is replaced.
+        make: samples by prompt, equal on every rank.
     """
-    found = parallel.on_main(lambda: read(path, made_of))
-    if found is None:
-        found = make()
+    samples = parallel.on_main(lambda: read(path, fingerprint))
+    if samples is None:
+        samples = make()
         if parallel.is_main():
-            write(path, made_of, found)
-    return found
+            write(path, fingerprint, samples)
+    return samples
 
 
-def read(path: Path, made_of: str) -> list[list[Sample]] | None:
-    """The samples in a file, None if there is none or if it was made of something else."""
-    arrays = tables.read(path, made_of)
+def read(path: Path, fingerprint: str) -> list[list[Sample]] | None:
+    """Read samples by prompt; None if there is no file, or one with another fingerprint."""
+    arrays = tables.read(path, fingerprint)
     if arrays is None:
         return None
-    ends = arrays["lengths"].cumsum()  # what is behind the last one is empty
+    ends = arrays["lengths"].cumsum()
     parts = [np.split(arrays[name], ends)[:-1] for name in ("ids", "logprobs", "model_logprobs")]
     finish = ["stop" if ended else "length" for ended in arrays["ended"]]
     samples = [Sample(*values) for values in zip(*parts, finish, strict=True)]
@@ -48,22 +48,22 @@ def read(path: Path, made_of: str) -> list[list[Sample]] | None:
     return [samples[first:last] for first, last in zip(firsts, firsts[1:], strict=False)]
 
 
-def write(path: Path, made_of: str, samples: Sequence[Sequence[Sample]]) -> None:
+def write(path: Path, fingerprint: str, samples: Sequence[Sequence[Sample]]) -> None:
     """Write samples by prompt."""
-    every = [sample for answers in samples for sample in answers]
+    flat = [sample for responses in samples for sample in responses]
     arrays = {
-        "answers": np.array([len(answers) for answers in samples], np.int64),  # [prompts]
-        "lengths": np.array([len(sample.ids) for sample in every], np.int64),  # [samples]
-        "ended": np.array([sample.finish == "stop" for sample in every], np.uint8),  # [samples]
-        "ids": joined([sample.ids for sample in every], np.int32),  # [tokens], as the others
-        "logprobs": joined([sample.logprobs for sample in every], np.float32),
-        "model_logprobs": joined([sample.model_logprobs for sample in every], np.float32),
+        "answers": np.array([len(responses) for responses in samples], np.int64),  # [prompts]
+        "lengths": np.array([len(sample.ids) for sample in flat], np.int64),  # [samples]
+        "ended": np.array([sample.finish == "stop" for sample in flat], np.uint8),  # [samples]
+        "ids": concatenate([sample.ids for sample in flat], np.int32),  # [tokens], as the others
+        "logprobs": concatenate([sample.logprobs for sample in flat], np.float32),
+        "model_logprobs": concatenate([sample.model_logprobs for sample in flat], np.float32),
     }
-    tables.write(path, made_of, arrays)
+    tables.write(path, fingerprint, arrays)
 
 
-def joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    """Arrays end to end; there may be none."""
+def concatenate(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """Concatenate arrays, perhaps none."""
     return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
 
 
@@ -74,14 +74,14 @@ def discard(directory: Path, before: int) -> None:
             path.unlink()
 
 
-def made_of(weights: str, settings: object, prompts: Sequence[np.ndarray], streams: object) -> str:
-    """sha256 of what samples follow from.
+def fingerprint(weights: str, settings: object, prompts: Sequence[np.ndarray], streams: object) -> str:
+    """sha256 of all inputs of samples.
 
     Args:
-        weights: of the sampler, its `weights_digest`.
-        settings: of the sampler, and the run's seed: anything whose repr tells it.
+        weights: the sampler's `weights_digest`.
+        settings: of the sampler, with the run's seed: anything identified by its repr.
         prompts: [n] token ids each.
-        streams: the numbers that random numbers follow from, besides the seed.
+        streams: stream ids of the random numbers.
     """
     digest = hashlib.sha256(repr((weights, settings, streams)).encode())
     for ids in prompts:
@@ -90,7 +90,7 @@ def made_of(weights: str, settings: object, prompts: Sequence[np.ndarray], strea
 
 
 def weights_digest(weights: Weights) -> str:
-    """sha256 of some numbers of each tensor on every rank: training changes many of them. Collective."""
+    """sha256 of a sample of each tensor's numbers on every rank: training changes many. Collective."""
     digest = hashlib.sha256()
     for name, tensor in weights.held.items():
         flat = tensor.view(-1)

@@ -1,14 +1,15 @@
-"""From logits to tokens: repetition penalty, temperature, top-k, top-p, min-p, and one random number a token.
+"""Logits to tokens: repetition penalty, temperature, top-k, top-p, min-p, and one random number per token.
 
-Penalty, temperature and filters mean what they mean in transformers, and come in its order. A filter keeps
-all that tie, in float32, with the least likely token that it keeps: the order of the ids decides nothing.
-transformers does so too for top-k and min-p, and leaves it to its sort for top-p.
+Penalty, temperature and filters are defined and ordered as in transformers. A filter keeps every token that
+ties, in float32, with the least likely token that it keeps: the order of the ids has no effect. transformers
+does so for top-k and min-p; for top-p its sort decides.
 
 A token is drawn by inverting the cumulative distribution, in the order of the ids, with one random number.
-Running sums are float64. Logits that are off by 1e-6, as between two parallel splits, move the bounds between
-tokens by 5e-7 at most: a draw differs only where its random number is that close to a bound.
+Running sums are float64. A difference of 1e-6 in the logits, as between two parallel layouts, moves the
+bounds between tokens by at most 5e-7: a draw changes only if its random number is that close to a bound.
 
-On a GPU nothing here waits for the device, and no shape depends on a value: a CUDA graph can hold it.
+On a GPU nothing here synchronises with the device, and no shape depends on a value: a CUDA graph can capture
+it.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.nn import functional
 from align.errors import UserError
 from align.flags import COUNT_OR_0, above, below, check_ranges, number, refuse_unused, whole
 
-BLOCK = 64  # columns that are summed at once, so that no cumulative sum runs over the whole vocabulary
+BLOCK = 64  # columns of a partial sum: no cumulative sum runs over the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SamplingConfig:
             repetition_penalty=number(1e-3, 1e3),
         )
         if "" in self.stop:
-            raise UserError('--stop "": a stop string of zero length would end every answer at once')
+            raise UserError('--stop "": a stop string of zero length would end every response at once')
         if self.greedy:
             refuse_unused(self, SamplingConfig, "temperature top_k top_p min_p", "with --greedy")
 
@@ -66,18 +67,18 @@ class SamplingConfig:
 def pick(
     logits: Tensor, uniforms: Tensor, config: SamplingConfig, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token for each row; each result depends on its own row only, broken or not.
+    """Draw one token for each row; each result depends on its own row only.
 
     Args:
-        logits: [B, V] float32, left as they are; a token at -inf (padding of the vocabulary) is never drawn
+        logits: [B, V] float32, not changed; a token at -inf (padding of the vocabulary) is never drawn
         uniforms: [B] float64 in [0, 1), on any device: the token is the i of cdf(i - 1) <= u < cdf(i)
-        seen: [B, V] bool, tokens of prompt and answer so far; read for the repetition penalty only
+        seen: [B, V] bool, tokens of prompt and response so far, for the repetition penalty
 
     Returns:
         ids [B] int64; with `greedy` the likeliest, and of tied ones the lowest
         logprobs [B] float32, under the distribution that the token was drawn from; 0 with `greedy`
-        model_logprobs [B] float32, under softmax(logits): no penalty, no temperature, no filter; NaN where a
-            row holds NaN or +inf, or -inf only: its id means nothing then, see `check`
+        model_logprobs [B] float32, under softmax(logits): no penalty, no temperature, no filter; NaN for a
+            row with NaN or +inf, or with -inf only, whose id is meaningless, see `check_draws`
     """
     top = logits.amax(-1, keepdim=True)
     scores = _penalised(logits, seen, config.repetition_penalty)
@@ -90,16 +91,16 @@ def pick(
     _filter(weights, config)
     ids, kept = _draw(weights, uniforms)
     logprobs = _logprobs(scores, highest, ids, config.temperature, kept)
-    if scores is not logits or config.temperature != 1:  # else, without a filter, mass and kept are the same
+    if scores is not logits or config.temperature != 1:  # else the mass before the filter is the model's
         mass = _mass(_weights(logits, top, 1.0))
     return ids, logprobs, _logprobs(logits, top, ids, 1.0, mass)
 
 
-def check(model_logprobs: np.ndarray) -> None:
-    """Refuse draws from broken logits, by the `model_logprobs` [B] of `pick`.
+def check_draws(model_logprobs: np.ndarray) -> None:
+    """Refuse draws from invalid logits, by the `model_logprobs` [B] of `pick`.
 
     Raises:
-        FloatingPointError: a row of the logits held NaN or +inf, or -inf only.
+        FloatingPointError: a row of the logits has NaN or +inf, or -inf only.
     """
     if not np.isfinite(model_logprobs).all():
         rows = np.flatnonzero(~np.isfinite(model_logprobs)).tolist()
@@ -107,8 +108,10 @@ def check(model_logprobs: np.ndarray) -> None:
 
 
 def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
-    """[B, V] logits in which seen tokens are penalised (CTRL, arXiv:1909.05858, section 4.1; a negative
-    logit is multiplied, as in transformers). The same tensor where the penalty is 1."""
+    """Penalise the logits [B, V] of seen tokens (CTRL, arXiv:1909.05858, section 4.1).
+
+    A negative logit is multiplied, as in transformers. Returns the same tensor if the penalty is 1.
+    """
     if penalty == 1:
         return logits
     if seen is None:
@@ -120,8 +123,10 @@ def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
 
 
 def _weights(scores: Tensor, top: Tensor, temperature: float) -> Tensor:
-    """exp((score - top) / temperature) for the largest of each row, top [B, 1]: [B, V] float32, and zeros up
-    to a multiple of BLOCK."""
+    """exp((score - top) / temperature), [B, V] float32, with zeros up to a multiple of BLOCK.
+
+    top: [B, 1] largest score of each row.
+    """
     weights = scores - top
     if temperature != 1:
         weights /= temperature
@@ -136,12 +141,12 @@ def _block_sums(weights: Tensor) -> Tensor:
 
 
 def _mass(weights: Tensor) -> Tensor:
-    """The sum of each row of weights, [B] float64; NaN where the logits are broken."""
+    """The sum of each row of weights, [B] float64; NaN for invalid logits."""
     return _block_sums(weights).sum(-1)
 
 
 def _filter(weights: Tensor, config: SamplingConfig) -> None:
-    """Set to 0 those of the weights [B, V] that top-k, top-p and min-p drop."""
+    """Set to 0 the weights [B, V] outside top-k, top-p and min-p."""
     if config.top_k:
         count = min(config.top_k, weights.shape[1])
         _drop_below(weights, weights.topk(count).values[:, -1:])
@@ -153,15 +158,16 @@ def _filter(weights: Tensor, config: SamplingConfig) -> None:
 
 
 def _drop_below(weights: Tensor, floor: Tensor) -> None:
-    """Set to 0 those of the weights [B, V] that are below their row's floor [B, 1]."""
+    """Set to 0 the weights [B, V] below their row's floor [B, 1]."""
     kept = torch.empty_like(weights)  # 0 or 1 in float32: several times as fast as bool on the CPU
     weights.mul_(torch.ge(weights, floor, out=kept))
 
 
 def _top_p_floor(weights: Tensor, top_p: float) -> Tensor:
-    """[B, 1] lowest weight of the fewest largest ones that sum to top_p of their row (arXiv:1904.09751, 3.1).
+    """[B, 1] lowest weight of the nucleus, the fewest largest weights with top_p of the row's sum.
 
-    A sort of 49,152 takes 3 ms a row, and 64 tokens mostly hold the mass: only rows that need more get more.
+    arXiv:1904.09751, 3.1. A sort of 49,152 takes 3 ms a row, and 64 tokens mostly suffice, so only the other
+    rows are searched further.
     """
     needed = top_p * _block_sums(weights).sum(-1, keepdim=True)
     floor = torch.zeros_like(weights[:, :1])
@@ -178,13 +184,13 @@ def _top_p_floor(weights: Tensor, top_p: float) -> Tensor:
 
 
 def _top_p_floor_by_bisection(weights: Tensor, top_p: float) -> Tensor:
-    """`_top_p_floor` in 30 passes over the weights, whatever they are.
+    """`_top_p_floor` in 30 passes over the weights, for any weights.
 
-    The floor is the highest of all numbers t for which the weights of at least t sum to top_p of their row.
-    Positive floats are ordered as their bits are, and weights are at most 1: one bit is settled in each pass.
+    The floor is the highest number t such that the weights of at least t sum to top_p of their row. Positive
+    floats are ordered like their bits, and weights are at most 1: each pass determines one bit.
     """
     needed = top_p * _block_sums(weights).sum(-1, keepdim=True)
-    low = torch.zeros_like(weights[:, :1], dtype=torch.int32)  # holds: the weights of at least low sum to it
+    low = torch.zeros_like(weights[:, :1], dtype=torch.int32)  # invariant: weights of at least low suffice
     for bit in reversed(range(30)):
         higher = low + (1 << bit)
         mass = _block_sums(weights * (weights >= higher.view(torch.float32))).sum(-1, keepdim=True)
@@ -204,18 +210,16 @@ def _draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_beyond(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The first index of positive weight whose running sum exceeds the target, and the target's place in it.
+    """The first index of positive weight whose running sum exceeds the target, and the rest of the target.
 
     Args:
         weights: [B, n] float64, at least one of each row positive
-        target: [B] float64, by rounding perhaps not below the sum of all: the last positive weight then
+        target: [B] float64; at the sum of all, by rounding, the last positive weight is taken
 
     Returns:
         [B] int64, and [B] float64: the target less the sum of the weights before
     """
-    sums = torch.where(
-        weights > 0, _running_sums(weights), -1.0
-    )  # below any target, even one rounded below 0
+    sums = torch.where(weights > 0, _running_sums(weights), -1.0)  # below any target, also rounded below 0
     target = torch.minimum(target, torch.nextafter(sums.amax(-1), torch.zeros_like(target)))
     index = (sums > target[:, None]).int().argmax(-1, keepdim=True)  # of equal ones the first
     before = sums.gather(-1, index) - weights.gather(-1, index)
@@ -234,7 +238,9 @@ def _sums_by_product(weights: Tensor) -> Tensor:
 
 
 def _logprobs(scores: Tensor, top: Tensor, ids: Tensor, temperature: float, mass: Tensor) -> Tensor:
-    """Log of the id's weight over the mass [B], [B] float32; from the scores [B, V] themselves, of which top
-    [B, 1] is the largest, so that it is finite where the weight is 0 in float32."""
+    """Log of the id's weight over the mass [B], [B] float32.
+
+    From the scores [B, V] with their maximum top [B, 1], so that it is finite if the weight is 0 in float32.
+    """
     drawn = scores.gather(-1, ids[:, None])[:, 0].double()
     return ((drawn - top[:, 0].double()) / temperature - mass.log()).float()

@@ -1,8 +1,7 @@
 """Device-side decoding state, and the one-token decode step.
 
-All of a step stays on the device: the newest tokens, their positions and the random numbers are there, and
-what was drawn is the next step's input. The host only looks on, so it may be a step behind, and on a GPU one
-CUDA graph is the whole step.
+The newest tokens, their positions and the random numbers are on the device, and the tokens drawn are the next
+step's input. So the host may read results one step later, and on a GPU one CUDA graph is the whole step.
 """
 
 from collections.abc import Callable
@@ -13,28 +12,28 @@ import torch
 from torch import Tensor
 
 from align.generation import sampling
-from align.generation.inference import InferenceModel, Prefix
+from align.generation.inference import InferenceModel, PrefilledPrompt
 from align.generation.sampling import SamplingConfig
 
-SMALLER = 4  # each graph is for so many times fewer slots than the next: each costs two steps and some memory
+SMALLER = 4  # ratio of the slots of successive graphs: each graph costs two steps and some memory
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token for each of some slots, perhaps still on its way to the host."""
+    """One token for each of some slots, copied to the host asynchronously."""
 
     values: Tensor  # [3, n] float64: tokens, log-probs, log-probs under the model as it is
     arrived: torch.cuda.Event | None
 
     def numpy(self) -> np.ndarray:
-        """The values; waits for them."""
+        """The values, once they are copied."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values.numpy()
 
 
 def send(values: Tensor) -> Drawn:
-    """Copy values to the host, from a GPU without waiting."""
+    """Copy values to the host, from a GPU asynchronously."""
     copy = values.to("cpu", non_blocking=True, copy=True)
     if not values.is_cuda:
         return Drawn(copy, None)
@@ -44,13 +43,13 @@ def send(values: Tensor) -> Drawn:
 
 
 class Slots:
-    """The state of the sequences in an engine's slots, of which the first so many are in use.
+    """State of the sequences in an engine's slots, of which the first are in use.
 
-    Slots out of use stay at position 0. Where a step computes them too, what it draws for them is ignored.
+    Slots out of use stay at position 0. A step may compute them too; their tokens are ignored.
     """
 
     def __init__(self, engine: InferenceModel, config: SamplingConfig, slots: int, most: int):
-        """`most` is the length of the longest answer, in tokens."""
+        """`most`: tokens of the longest response."""
         device = engine.device
         self.engine, self.config, self.slots = engine, config, slots
         self.rows = torch.arange(slots, device=device)
@@ -58,7 +57,7 @@ class Slots:
         self.tokens, self.positions, self.counts, self.in_use = torch.zeros(
             4, slots, dtype=torch.int64, device=device
         )
-        # One for each token, and one more: the host may learn of an answer's end a step late.
+        # One for each token, and one more, since the host may read a response's end one step late.
         self.uniforms = torch.zeros(slots, most + 1, dtype=torch.float64, device=device)
         self.seen = None  # [slots, V], for the repetition penalty
         if config.repetition_penalty != 1.0:
@@ -67,32 +66,37 @@ class Slots:
 
     @property
     def ahead(self) -> int:
-        """Steps that are worth starting before the results of the one before are looked at."""
+        """Steps to launch before the results of the previous one are read."""
         return 0 if self.graphs is None else 1
 
     def start(
-        self, slots: list[int], prefixes: list[Prefix], prompts: list[np.ndarray], uniforms: list[np.ndarray]
+        self,
+        slots: list[int],
+        prefilled: list[PrefilledPrompt],
+        prompts: list[np.ndarray],
+        uniforms: list[np.ndarray],
     ) -> Drawn:
-        """Let slots continue prompts, with so many random numbers each; what is drawn first, [3, n]."""
-        device, numbers = self.engine.device, np.zeros((len(slots), self.uniforms.shape[1]))
-        for row, given in zip(numbers, uniforms, strict=True):
-            row[: len(given)] = given
-        for slot, prefix in zip(slots, prefixes, strict=True):
-            self.engine.place(prefix, slot)
+        """Start responses to prompts in these slots, with their random numbers; first tokens, [3, n]."""
+        device, padded = self.engine.device, np.zeros((len(slots), self.uniforms.shape[1]))
+        for row, numbers in zip(padded, uniforms, strict=True):
+            row[: len(numbers)] = numbers
+        for slot, prompt in zip(slots, prefilled, strict=True):
+            self.engine.place(prompt, slot)
         chosen = torch.tensor(slots, device=device)
-        self.uniforms[chosen] = torch.from_numpy(numbers).to(device)
-        # of the prompt's last token: the step counts on
+        self.uniforms[chosen] = torch.from_numpy(padded).to(device)
+        # of the prompt's last token; `draw` advances them
         self.positions[chosen] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         self.counts[chosen], self.in_use[chosen] = 0, 1
         if self.seen is not None:
             for slot, prompt in zip(slots, prompts, strict=True):
                 self.seen[slot] = False
                 self.seen[slot, torch.from_numpy(prompt.astype(np.int64)).to(device)] = True
-        first = not self.engine.stages.after
-        return send(self.draw(torch.stack([p.logits for p in prefixes]) if first else None, chosen))
+        is_last_stage = not self.engine.stages.after
+        logits = torch.stack([prompt.logits for prompt in prefilled]) if is_last_stage else None
+        return send(self.draw(logits, chosen))
 
     def step(self, count: int, longest: int) -> Drawn:
-        """A token for each of the first `count` slots, of `longest` tokens at most: [3, count or more]."""
+        """Decode a token of the first `count` slots, of `longest` tokens at most: [3, count or more]."""
         self.engine.reserve(longest)
         if self.graphs is None:
             return send(self.next_tokens(count))
@@ -104,7 +108,7 @@ class Slots:
         return self.draw(logits, slice(count))
 
     def draw(self, logits: Tensor | None, chosen: slice | Tensor) -> Tensor:
-        """Draw a token for each of the chosen slots from logits [n, V], and note it: [3, n] on the device."""
+        """Draw a token for each chosen slot from logits [n, V], and store it: [3, n] on the device."""
         rows = self.rows[chosen]
         if logits is None:
             drawn = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
@@ -121,20 +125,20 @@ class Slots:
         return drawn
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Let a slot go on with another's sequence, of which `length` tokens have keys and values."""
+        """Move a sequence to another slot; `length` of its tokens have keys and values."""
         self.engine.move(source, target, length)
         state = (self.tokens, self.positions, self.counts, self.uniforms, self.seen)
         for tensor in (x for x in state if x is not None):
             tensor[target] = tensor[source]
 
     def release(self, count: int) -> None:
-        """From now on the first `count` slots are in use."""
+        """Take all slots but the first `count` out of use."""
         for tensor in (self.positions, self.counts, self.in_use):
             tensor[count:] = 0
 
 
 def graph_size(count: int, slots: int) -> int:
-    """For how many of the slots a graph is made that serves the first `count` of them."""
+    """Slots of the smallest graph for the first `count` of them."""
     size = slots
     while count <= size // SMALLER:
         size //= SMALLER
@@ -142,14 +146,14 @@ def graph_size(count: int, slots: int) -> int:
 
 
 class Graphs:
-    """A step as CUDA graphs, one for each number of rows: each costs the host one launch.
+    """CUDA graphs of a step, one for each number of rows, each one launch for the host.
 
-    The step must use the same memory as long as its capacity is the same, and not wait for the device. Its
-    first call for a number of rows runs as it is, which also loads or compiles its kernels, and is captured
-    afterwards: to capture a step runs nothing.
+    The step must use the same memory while its capacity stays the same, and not synchronise with the device.
+    Its first call for a number of rows runs uncaptured, which also loads or compiles its kernels, and is
+    captured afterwards: a capture runs nothing.
 
-    The step is not kept: whoever owns the graphs would own itself, and its memory would wait for the
-    collector of such circles.
+    The step is not stored: its owner also owns the graphs, and the memory of such a reference cycle is freed
+    late, by the garbage collector.
     """
 
     def __init__(self):
@@ -158,8 +162,8 @@ class Graphs:
 
     def __call__(self, step: Callable[[int], Tensor], rows: int, capacity: int) -> Tensor:
         """Result of step(rows), in memory that a later call overwrites."""
-        if capacity != self.capacity:  # keys and values have moved
-            self.forget()
+        if capacity != self.capacity:  # keys and values are in new memory
+            self.clear()
             self.capacity = capacity
         if rows not in self.captured:
             result = step(rows)
@@ -170,16 +174,16 @@ class Graphs:
         return result
 
     def capture(self, step: Callable[[int], Tensor], rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph, and where it leaves its result. Graphs run one at a time, so they share their memory."""
+        """Capture a graph and its result. Graphs run one at a time, so they share their memory."""
         others = [graph.pool() for graph, _ in self.captured.values()]
         graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's own thread may look at its events meanwhile.
+        # thread_local: NCCL's own thread may query its events meanwhile.
         with torch.cuda.graph(graph, pool=others[0] if others else None, capture_error_mode="thread_local"):
             result = step(rows)
         return graph, result
 
-    def forget(self) -> None:
-        """Drop all graphs: some of the memory that they use has moved."""
+    def clear(self) -> None:
+        """Drop all graphs."""
         if self.captured:
             torch.cuda.synchronize()  # one may be running
             self.captured.clear()

@@ -1,20 +1,20 @@
-"""TensorRT-LLM as a backend of sampling: its engine draws the tokens, from the weights that training has now.
+"""TensorRT-LLM as a sampling backend: its engine samples with the present training weights.
 
 Untested on hardware: written against the published sources of release 1.2, and run against a stand-in only
-(tests/stand_ins/tensorrt_llm, which says where each name stands).
+(tests/stand_ins/tensorrt_llm, which names the source of each definition).
 
-Each --rollout-tp neighbouring ranks share an engine, which the first of them drives. Its workers are
-processes that it starts through Ray, one on the GPU of each rank: only with Ray can release 1.2 take weights
-from another process. Before a rollout the ranks gather the weights as whole Hugging Face tensors, bucket by
-bucket, and hand each worker CUDA IPC handles of those on its GPU; it cuts out its own part.
+Each --rollout-tp neighbouring ranks share an engine, which the first of them drives. It starts its workers
+through Ray, one on the GPU of each rank: only with Ray can release 1.2 load weights from another process.
+Before a rollout the ranks gather the weights as whole Hugging Face tensors, bucket by bucket, and pass each
+worker CUDA IPC handles of the tensors on its GPU; the worker reads its own shard.
 
-- Random numbers: the seed of an answer follows from the run's seed and the script's numbers. Tokens are
-  others than those of native sampling, and nothing promises that a resumed run has the same: what is decoded
-  beside an answer changes the rounding.
-- Log-probs: the engine tells that of each token under softmax(logits / temperature), before filters. It is
-  what the token was drawn from where nothing is filtered, and the model's own where the temperature is 1.
-  Others are NaN, which no audit accepts. Training computes those that it needs itself.
-- The engine's reuse of prompts is off: nothing that older weights computed can be in its cache.
+- Random numbers: the seed of a response follows from the run's seed and its stream id. The tokens differ from
+  those of native sampling, and a resumed run may have others: the rounding depends on the sequences decoded
+  beside a response.
+- Log-probs: the engine returns those under softmax(logits / temperature), before filters. Without filters
+  they are the sampling log-probs, at temperature 1 the model's own. Others are NaN, which no audit accepts.
+  Training computes the log-probs it needs itself.
+- The engine's reuse of prompts is off, so its cache has nothing of older weights.
 """
 
 import contextlib
@@ -39,23 +39,25 @@ from align.model import huggingface
 from align.model.architecture import read_config
 from align.model.config import ModelConfig
 
-BUCKET_BYTES = 1024**3  # of weights that lie on a GPU once more while the engine takes them
-UNKNOWN_FAMILIES = ("stablelm",)  # of those that we know
+BUCKET_BYTES = 1024**3  # of weights copied on a GPU while the engine loads them
+UNKNOWN_FAMILIES = ("stablelm",)  # implemented here and not in the engine
 PLAIN_ROPE = {"rope_theta", "partial_rotary_factor"}  # fields that transformers 4 reads beside rope_scaling
-MOST_TOP_K = 1024  # that the engine's kernel does
-WEIGHTS = [  # what the engine calls the parts of its memory, without keys and values
+MOST_TOP_K = 1024  # of the engine's kernel
+WEIGHTS = [  # the engine's names of its memory without keys and values
     *("sampler", "drafter", "guided_decoder", "spec_resource_manager"),
     *("model_extra", "executor_extra", "model", "draft_model"),
 ]
 CACHE = ["kv_cache"]
 OF_TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
-Ends = Callable[[list[int]], bool]  # does an answer end with the newest of these tokens?
-Answer = tuple[np.ndarray, np.ndarray, np.ndarray, Literal["stop", "length"]]  # the fields of generate.Sample
+Ends = Callable[[list[int]], bool]  # True if a response ends with the newest of these tokens
+Response = tuple[np.ndarray, np.ndarray, np.ndarray, Literal["stop", "length"]]  # fields of rollout.Sample
 
 
-def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
-    """Refuse what the engine does not do, before anything is built."""
+def check_trtllm(
+    sampling: SamplingConfig, model_config: ModelConfig, parallel_config: ParallelConfig
+) -> None:
+    """Refuse flags and models that the engine does not support, before anything is built."""
     flag = "--generate-with trtllm"
     if not torch.cuda.is_available() or importlib.util.find_spec("tensorrt_llm") is None:
         raise UserError(f"{flag} needs a GPU and the package tensorrt_llm: see requirements-trtllm.txt")
@@ -74,7 +76,7 @@ def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: 
         )
     if config.get("tie_word_embeddings") and not read_config(model_config.path).tied_embeddings:
         raise UserError(
-            f"{flag} believes the tie_word_embeddings of --model {model_config.model}, whose weights have an "
+            f"{flag} follows the tie_word_embeddings of --model {model_config.model}, whose weights have an "
             "lm_head of their own: set it to false in config.json"
         )
     for name in ("min_p", "repetition_penalty"):
@@ -85,12 +87,12 @@ def check(sampling: SamplingConfig, model_config: ModelConfig, parallel_config: 
 
 
 def seed(run_seed: int, stream: tuple[int, ...], number: int) -> int:
-    """The seed of an answer, in [0, 2^63)."""
+    """Seed of a response, in [0, 2^63)."""
     return int(np.random.default_rng([run_seed, *stream, number]).integers(2**63))
 
 
 class Engine:
-    """An engine and the ranks that feed it. It starts at the first `refresh`."""
+    """An engine and the ranks that load its weights. It starts at the first `refresh`."""
 
     def __init__(
         self,
@@ -105,12 +107,12 @@ class Engine:
     ):
         """
         Args:
-            model: directory whose config.json tells the architecture; its weights are not read.
+            model: directory of the config.json; its weights are not read.
             absent_ids: rows of the output layer without a token, which are never drawn.
             group: the ranks whose GPUs the engine shares.
             slots: sequences decoded at a time.
-            keep: does its memory stay on the GPUs between rollouts?
-            memory: for keys and values, share of the GPU memory that is free when it starts.
+            keep: keep its memory on the GPUs between rollouts.
+            memory: share of the free GPU memory at its start for the KV cache.
         """
         self.model, self.sampling, self.group = model, sampling, group
         self.stop_ids, self.absent_ids = sorted(stop_ids), list(absent_ids)
@@ -122,27 +124,27 @@ class Engine:
 
     @torch.no_grad()
     def refresh(self, policy: nn.Module) -> None:
-        """Take the weights that the policy has now. Collective over the group and the policy's ranks."""
+        """Load the policy's present weights. Collective over the group and the policy's ranks."""
         if not self.started:
             self.start(policy)
         if self.resting:
             self.call("wakeup", WEIGHTS)
         for bucket in buckets(huggingface.whole_tensors(policy), BUCKET_BYTES):
             self.send(bucket)
-        self.call("update_weights", None)  # None: that was all
-        if self.resting:  # keys and values come last, for the buckets need room
+        self.call("update_weights", None)  # None: end of the weights
+        if self.resting:  # the KV cache last, since the buckets need room
             self.call("wakeup", CACHE)
         self.resting = False
 
     def rest(self) -> None:
-        """Give the GPUs' memory back until the next `refresh`, unless it is kept. Collective."""
+        """Free the GPUs' memory until the next `refresh`, unless it is kept. Collective."""
         if not self.keep:
             self.call("sleep", WEIGHTS + CACHE)
-            dist.barrier(group=self.group)  # no rank may go on to use that memory before
+            dist.barrier(group=self.group)  # before any rank uses that memory
             self.resting = True
 
     def start(self, policy: nn.Module) -> None:
-        """Start the engine, with weights of no meaning. Collective over the group."""
+        """Start the engine with dummy weights. Collective over the group."""
         places: list[tuple[str, str] | None] = [None] * self.group.size()
         dist.all_gather_object(places, (socket.gethostname(), gpu()), group=self.group)
         if len({host for host, _ in places}) > 1:
@@ -156,8 +158,8 @@ class Engine:
         self.started = True
 
     def make(self, dtype: str) -> Any:
-        """The engine, with a Ray of its own that lives as long as it."""
-        from tensorrt_llm import LLM  # not above: its import takes long and needs a GPU
+        """Build the engine, with a Ray cluster of its own."""
+        from tensorrt_llm import LLM  # here: its import is slow and needs a GPU
         from tensorrt_llm.llmapi import CudaGraphConfig, KvCacheConfig
 
         return LLM(
@@ -169,8 +171,8 @@ class Engine:
             orchestrator_type="ray",
             ray_worker_extension_cls="tensorrt_llm.llmapi.rlhf_utils.WorkerExtension",  # has update_weights
             enable_sleep=not self.keep,
-            sampler_type="TRTLLMSampler",  # TorchSampler has one seed for all, and log-probs of the likeliest
-            allreduce_strategy="NCCL",  # as its AsyncLLM: others may go wrong beside a second engine
+            sampler_type="TRTLLMSampler",  # TorchSampler has one seed for all, and the likeliest's log-probs
+            allreduce_strategy="NCCL",  # as in its AsyncLLM: others may fail beside a second engine
             max_batch_size=self.slots,
             max_seq_len=self.context,
             enable_chunked_prefill=True,  # otherwise max_num_tokens bounds prompts
@@ -179,25 +181,25 @@ class Engine:
         )
 
     def call(self, method: str, argument: Any) -> None:
-        """Let all workers run one of their methods, and wait for them; called by all ranks."""
+        """Call a method of all workers and wait for it; called by all ranks."""
         if self.leads:
             self.llm._collective_rpc(method, args=(argument,))
 
     def send(self, bucket: list[tuple[str, Tensor]]) -> None:
-        """Let each worker read tensors that all ranks of the group have on their GPUs. Collective."""
-        mine = {device_key(): [(name, reduce_tensor(tensor)) for name, tensor in bucket]}
-        everyone: list[dict | None] = [None] * self.group.size()
-        dist.all_gather_object(everyone, mine, group=self.group)
-        self.call("update_weights", {key: handles for each in everyone for key, handles in each.items()})
-        dist.barrier(group=self.group)  # until then the tensors must live
+        """Pass tensors that all ranks of the group have on their GPUs to the workers. Collective."""
+        handles = {device_key(): [(name, reduce_tensor(tensor)) for name, tensor in bucket]}
+        by_rank: list[dict | None] = [None] * self.group.size()
+        dist.all_gather_object(by_rank, handles, group=self.group)
+        self.call("update_weights", {key: value for of_rank in by_rank for key, value in of_rank.items()})
+        dist.barrier(group=self.group)  # the tensors must exist until here
         torch.cuda.ipc_collect()
 
-    def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], ends: Ends) -> list[Answer]:
-        """An answer to each prompt; on the leading rank only.
+    def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], ends: Ends) -> list[Response]:
+        """Sample a response to each prompt; on the leading rank only.
 
         Args:
             prompts: [n] token ids each.
-            seeds: of each answer.
+            seeds: of each response.
         """
         from tensorrt_llm import SamplingParams
 
@@ -206,8 +208,10 @@ class Engine:
             SamplingParams(**self.options(), max_tokens=room, seed=number)
             for room, number in zip(rooms, seeds, strict=True)
         ]
-        found = self.llm.generate([prompt.tolist() for prompt in prompts], params, use_tqdm=False)
-        return [self.answer(one.outputs[0], room, ends) for one, room in zip(found, rooms, strict=True)]
+        results = self.llm.generate([prompt.tolist() for prompt in prompts], params, use_tqdm=False)
+        return [
+            self.response(result.outputs[0], room, ends) for result, room in zip(results, rooms, strict=True)
+        ]
 
     def options(self) -> dict[str, Any]:
         """Sampling parameters in the engine's names."""
@@ -223,21 +227,21 @@ class Engine:
             detokenize=False,
         )
 
-    def answer(self, output: Any, room: int, ends: Ends) -> Answer:
-        """A `CompletionOutput` of the engine, cut where a stop string is complete.
+    def response(self, output: Any, room: int, ends: Ends) -> Response:
+        """Convert a `CompletionOutput` of the engine, cut where a stop string is complete.
 
         Raises:
-            RuntimeError: a token has no log-prob, or the answer ends for no reason that we know.
+            RuntimeError: a token has no log-prob, or the response ends for an unknown reason.
         """
-        ids, told = list(output.token_ids), list(output.logprobs)
-        if len(told) != len(ids) or not all(token in entry for token, entry in zip(ids, told, strict=True)):
-            raise RuntimeError("TensorRT-LLM did not tell the log-prob of each token that it drew")
+        ids, entries = list(output.token_ids), list(output.logprobs)
+        if len(entries) != len(ids) or any(i not in entry for i, entry in zip(ids, entries, strict=True)):
+            raise RuntimeError("TensorRT-LLM did not return the log-prob of each token that it drew")
         lengths = range(1, len(ids) + 1) if self.sampling.stop else [len(ids)] if ids else []
         length = next((n for n in lengths if ends(ids[:n])), None)
         if length is None and len(ids) != room:
             reason = f"{len(ids)} of {room} tokens: {output.finish_reason}"
-            raise RuntimeError(f"TensorRT-LLM ended an answer without a token that ends one, after {reason}")
-        values = [entry[token].logprob for token, entry in zip(ids, told, strict=True)]
+            raise RuntimeError(f"TensorRT-LLM ended a response without a token that ends one, after {reason}")
+        values = [entry[i].logprob for i, entry in zip(ids, entries, strict=True)]
         drawn, config = np.array(values[:length], np.float32), self.sampling
         unknown = np.full_like(drawn, np.nan)
         logprobs = unknown if config.top_k or config.top_p < 1 else drawn
@@ -247,28 +251,28 @@ class Engine:
 
 
 def buckets(tensors: Iterator[tuple[str, Tensor]], most: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Copies of named tensors, in lists of up to `most` bytes, or of one tensor.
+    """Copy named tensors, in lists of up to `most` bytes, or of one tensor.
 
-    Copies, for a parameter's memory that is shared could not be given back while a worker has it open.
+    Copies, since a parameter's memory could not be freed while a worker has it open.
     """
-    held, size = [], 0
+    bucket, size = [], 0
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > most:
-            yield held
-            held, size = [], 0
-        held.append((name, tensor.detach().clone(memory_format=torch.contiguous_format)))
+        if bucket and size + tensor.nbytes > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor.detach().clone(memory_format=torch.contiguous_format)))
         size += tensor.nbytes
-    if held:
-        yield held
+    if bucket:
+        yield bucket
 
 
 def device_key() -> str:
-    """By what name a worker on this rank's GPU looks for its handles."""
+    """Key of the handles for the worker on this rank's GPU."""
     return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
 
 
 def gpu() -> str:
-    """The number that this rank's GPU has on its node, as CUDA_VISIBLE_DEVICES counts."""
+    """Number of this rank's GPU on its node, as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     number = visible.split(",")[torch.cuda.current_device()] if visible else str(torch.cuda.current_device())
     if not number.isdecimal():
@@ -278,9 +282,9 @@ def gpu() -> str:
 
 @contextlib.contextmanager
 def environment(gpus: Sequence[str]) -> Iterator[None]:
-    """Inside the block, processes that start see these GPUs only, and nothing of torchrun.
+    """Restrict processes started inside the block to these GPUs, without torchrun's variables.
 
-    Its variables would send the workers to torchrun's store, where they would wait for each other forever.
+    With these variables the workers would connect to torchrun's store and deadlock.
     """
     ours = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(OF_TORCHRUN)}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -289,7 +293,7 @@ def environment(gpus: Sequence[str]) -> Iterator[None]:
     os.environ["TLLM_DISABLE_MPI"] = "1"  # its import would start MPI
     try:
         yield
-    finally:  # what the engine has set for itself stays
+    finally:  # the engine's own variables stay
         os.environ.update(ours)
         if visible is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]

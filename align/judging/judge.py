@@ -1,7 +1,7 @@
-"""LLM-as-a-judge (Self-Rewarding Language Models, arXiv 2401.10020): the policy scores its own answers.
+"""LLM-as-a-judge (Self-Rewarding Language Models, arXiv 2401.10020): the policy scores its own responses.
 
-A template makes a judge prompt of a question and an answer, the score is read from the end of what the policy
-says to it, and the scores of all answers to a prompt choose the pair to train on. No model in here.
+A template turns a question and a response into a judge prompt, the score is read from the end of the policy's
+judgement, and the scores of all responses to a prompt decide the pair to train on. No model in here.
 """
 
 import re
@@ -14,20 +14,21 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from align.data import prompts
-from align.data.formats import FormatConfig, Tokenizer
-from align.data.prompts import Template
+from align.data.formats import FormatConfig
+from align.data.templates import Template
+from align.data.tokenizer import Tokenizer
 from align.errors import UserError
 from align.files import ASSETS
 from align.flags import REPEATS, SCORE, check_ranges
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
+from align.judging import render
 
 Reason = Literal["few", "tied", "overlap", "identical"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-SAME = 1e-9  # of the range of means: rounding is far below it, a difference of judgements far above
+SAME = 1e-9  # of the range of means, far above rounding and far below a difference of judgements
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
-# read as spaces: what decorates a statement, in Markdown, JSON, LaTeX and XML, and white space but line ends
+# read as spaces: marks of Markdown, JSON, LaTeX and XML around a statement, and white space but line ends
 MARKS = str.maketrans(dict.fromkeys("*_`\"'$\\[]{}<#\t\r\u00a0\u202f", " "))
 STATEMENT = re.compile(  # of a text without MARKS; repetitions are bounded, so that no text takes long
     r"""
@@ -87,7 +88,7 @@ class JudgeConfig:
 
 
 class Judge:
-    """Judge prompts, and the scores in the replies."""
+    """Judge prompts, and the scores in judgements."""
 
     def __init__(self, config: JudgeConfig, tokenizer: Tokenizer, fmt: FormatConfig, room: int):
         """`room`: most tokens of a judge prompt."""
@@ -95,21 +96,21 @@ class Judge:
         self.template = Template(config.judge_template, "--judge-template", ("prompt", "response"))
 
     def prompt(self, row: dict, response: str) -> tuple[np.ndarray | None, bool]:
-        """The judge prompt of an answer to an SFT row, and whether the original was too long.
+        """The judge prompt of a response to an SFT row; True if the original was too long.
 
-        One that is too long is made again with the last turn alone in place of the whole conversation, then
-        with less and less of the response, cut at its end.
+        A prompt that is too long has the last turn in place of the whole conversation, then a truncated
+        response.
 
         Returns:
-            ids [n] int32, n <= room; None if not even a character of the response finds room. That answer
-            is not judged (NeMo-Aligner had a dummy question judged in its place, and the score counted).
+            ids [n] int32, n <= room; None if not even a character of the response fits. That response is not
+            judged (NeMo-Aligner had a dummy question judged in its place, and the score counted).
         """
-        conversation, turn = prompts.question(row, self.tokenizer, self.fmt)
+        conversation, turn = render.question(row, self.tokenizer, self.fmt)
         ids = self.encode(row, conversation, response)
         if len(ids) <= self.room:
             return ids, False
         ids, kept = self.encode(row, turn, response), self.tokenizer.encode(response)
-        while len(ids) > self.room:  # the text of fewer tokens may be encoded otherwise: one cut may not do
+        while len(ids) > self.room:  # the shorter text may have other tokens: one cut may not suffice
             kept = kept[: -(len(ids) - self.room)]
             shorter = self.tokenizer.decode(kept).rstrip("\ufffd")  # half a character
             if not shorter:
@@ -118,7 +119,7 @@ class Judge:
         return ids, True
 
     def check(self, row: dict) -> None:
-        """Raises UserError if there is no room for anything but the template, in the format of `row`."""
+        """Raise UserError if the template alone is too long, in the format of `row`."""
         if len(self.encode(row, "x", "x")) > self.room:
             raise UserError(
                 f"--judge-template {self.config.judge_template} alone is longer than the {self.room} tokens "
@@ -129,14 +130,14 @@ class Judge:
     def encode(self, row: dict, question: str, response: str) -> np.ndarray:
         """Ids [n] int32 of a judge prompt of any length, in the format of `row`."""
         text = self.template.fill(prompt=question, response=response)
-        return prompts.one_turn(row, text, self.tokenizer, self.fmt)
+        return render.one_turn(row, text, self.tokenizer, self.fmt)
 
     def scores(self, texts: Sequence[str | None], response: str) -> tuple[float | None, ...]:
-        """The scores that judgements of a response give; None where one is None or gives none in range.
+        """Read the scores of judgements of a response; None for a judgement without one in range.
 
-        A response that states a score may be quoted. Once the deciding statement of a judgement is among
-        those of the response, none of its judgements counts: the response can neither raise its score nor
-        choose which judgements are left.
+        A judgement may quote a response that states a score. If the deciding statement of a judgement is in
+        the response, no judgement of it counts: the response can neither raise its score nor select its
+        judgements.
         """
         if any(text is not None and quotes(text, response) for text in texts):
             return (None,) * len(texts)
@@ -153,12 +154,12 @@ def statements(text: str) -> list[re.Match]:
 
 
 def parse_score(text: str, low: float, high: float) -> float | None:
-    """The last score that a judgement gives; None without any.
+    """Read the last score of a judgement; None without one.
 
-    "a score of 4" and "the score is 4" count only if nothing has the form that was asked for, "Score: 4":
-    behind it they tell what another score would take. The last statement decides, and no earlier one in its
-    place: None if its number is outside [low, high] or unclear (4-5, 4 or 5, 4,5, 80 %), or if it names
-    another best score than `high` (4/10). A sum counts with its result: "Score: 1 + 1 + 1 = 3".
+    "a score of 4" and "the score is 4" count only without a statement of the form "Score: 4", after which
+    they explain other scores. The last statement decides, never an earlier one: None if its number is outside
+    [low, high] or unclear (4-5, 4 or 5, 4,5, 80 %), or if it names another best score than `high` (4/10). A
+    sum counts with its result: "Score: 1 + 1 + 1 = 3".
     """
     last = deciding(text)
     if last is None:
@@ -171,24 +172,24 @@ def parse_score(text: str, low: float, high: float) -> float | None:
 
 
 def deciding(text: str) -> re.Match | None:
-    """The statement that gives the score of a judgement."""
-    found = statements(text)
-    return ([match for match in found if not match["prose"]] or found)[-1] if found else None
+    """The statement that decides the score of a judgement."""
+    matches = statements(text)
+    return ([match for match in matches if not match["prose"]] or matches)[-1] if matches else None
 
 
 def quotes(judgement: str, response: str) -> bool:
-    """True if the statement that decides a judgement stands in the response as well, as in a quotation."""
+    """True if the deciding statement of a judgement is in the response as well, as in a quotation."""
     last = deciding(judgement)
     return last is not None and bare(last) in map(bare, statements(response))
 
 
 def bare(statement: re.Match) -> str:
-    """The characters of a statement, without case, white space, and the marks that may follow."""
+    """The characters of a statement without case, white space, and trailing marks."""
     return "".join(statement[0].lower().split()).strip(".)>")
 
 
 def without_scores(text: str) -> str:
-    """A judgement without all that `parse_score` looks at, stripped: its reasons alone."""
+    """A judgement without the statements of `parse_score`, stripped: its reasons only."""
     spans = [match.span() for match in statements(text)]
     starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), len(text)]
     return " ".join(text[start:end] for start, end in zip(starts, ends, strict=True)).strip()
@@ -198,11 +199,11 @@ def without_scores(text: str) -> str:
 class Judged:
     """Scores of the judgements of one response."""
 
-    scores: tuple[float | None, ...]  # [judgements], None: no score could be read; () if it was not judged
+    scores: tuple[float | None, ...]  # [judgements], None: no score could be read; () if not judged
 
     @property
     def valid(self) -> list[float]:
-        """The scores that there are."""
+        """The scores that could be read."""
         return [score for score in self.scores if score is not None]
 
     @property
@@ -217,25 +218,25 @@ class Judged:
 
     @property
     def agreement(self) -> float | None:
-        """Share of equal ones among all pairs of scores; None with less than two scores."""
+        """Share of equal scores among all pairs of scores; None with fewer than two."""
         pairs = list(combinations(self.valid, 2))
         return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
 
 def statistics(judged: Iterable[Judged]) -> dict[str, float]:
-    """Means over answers; one that was not judged has no part in any, and what is not defined is left out.
+    """Means over judged responses; a mean over nothing is left out.
 
-    judge_mean, judge_variance: of answers with a score. judge_agreement: of those with two.
-    judge_unparsed: share of the judgements that gave no score.
+    judge_mean, judge_variance: of responses with a score. judge_agreement: of responses with two.
+    judge_unparsed: share of judgements without a readable score.
     """
-    answers = list(judged)
+    responses = list(judged)
     values = {
-        "judge_mean": [each.mean for each in answers if each.valid],
-        "judge_variance": [each.variance for each in answers if each.valid],
-        "judge_agreement": [each.agreement for each in answers if each.agreement is not None],
-        "judge_unparsed": [score is None for each in answers for score in each.scores],
+        "judge_mean": [response.mean for response in responses if response.valid],
+        "judge_variance": [response.variance for response in responses if response.valid],
+        "judge_agreement": [r.agreement for r in responses if r.agreement is not None],
+        "judge_unparsed": [score is None for response in responses for score in response.scores],
     }
-    return {name: float(np.mean(found)) for name, found in values.items() if found}
+    return {name: float(np.mean(numbers)) for name, numbers in values.items() if numbers}
 
 
 # The pair
@@ -243,7 +244,7 @@ def statistics(judged: Iterable[Judged]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Numbers of the two answers to train on, or why there are none."""
+    """Numbers of the two responses to train on, or the reason for none."""
 
     chosen: int | None = None
     rejected: int | None = None
@@ -251,28 +252,28 @@ class Choice:
 
 
 def choose(samples: Sequence[Sample], judged: Sequence[Judged], length_control: float) -> Choice:
-    """A pair of the answers to one prompt (both arguments [answers]), of those that ended and have a mean.
+    """Choose a pair of the responses to one prompt (both arguments [responses]) that ended and have a mean.
 
-    `length_control` is rho in [0, 1]. Chosen is one of those with a mean in [(1 - rho) max + rho min, max],
-    rejected one of those in [min, (1 - rho) min + rho max]:
-        rho = 0: the one whose scores have the lowest variance, of several the first;
+    `length_control` is rho in [0, 1]. The chosen response has a mean in [(1 - rho) max + rho min, max], the
+    rejected one in [min, (1 - rho) min + rho max]:
+        rho = 0: the response whose scores have the lowest variance, of several the first;
         rho > 0: the shortest chosen and the longest rejected, in tokens; of several the one with the higher
             mean as chosen and with the lower as rejected, of these the first.
-    There is no pair if fewer than two answers are left ("few"), if their means are equal ("tied"), if both
-    sides are the same answer or have the same tokens ("identical"), and if the chosen one has the lower mean
-    ("overlap"). Only where rho >= 0.5 can the same answer be on both sides, and the lower mean be chosen.
+    No pair if fewer than two responses are left ("few"), if their means are equal ("tied"), if both sides are
+    the same response or have the same tokens ("identical"), and if the chosen one has the lower mean
+    ("overlap"). The same response on both sides, or the lower mean chosen, is possible for rho >= 0.5 only.
     """
-    answers = enumerate(zip(samples, judged, strict=True))
-    means = {k: of.mean for k, (sample, of) in answers if sample.finish == "stop" and of.valid}
+    responses = enumerate(zip(samples, judged, strict=True))
+    means = {k: scores.mean for k, (sample, scores) in responses if sample.finish == "stop" and scores.valid}
     if len(means) < 2:
         return Choice(why="few")
     low, high = min(means.values()), max(means.values())
     if low == high:
         return Choice(why="tied")
-    # where each mean lies between them: max and min are at 1 and 0 exactly, so that no side is ever empty
-    place = {k: (m - low) / (high - low) for k, m in means.items()}
-    good = [k for k in place if place[k] >= 1 - length_control - SAME]
-    bad = [k for k in place if place[k] <= length_control + SAME]
+    # max and min become 1 and 0 exactly, so that no side is ever empty
+    scaled = {k: (m - low) / (high - low) for k, m in means.items()}
+    good = [k for k in scaled if scaled[k] >= 1 - length_control - SAME]
+    bad = [k for k in scaled if scaled[k] <= length_control + SAME]
     if length_control > 0:
         chosen = min(good, key=lambda k: (len(samples[k].ids), -means[k]))
         rejected = min(bad, key=lambda k: (-len(samples[k].ids), means[k]))

@@ -1,13 +1,13 @@
-"""Attention of one new token of each sequence over the keys and values that are kept of it: Triton, for GPUs.
+"""Decode attention of one new token of each sequence to its KV cache, in Triton for GPUs.
 
-Nothing but the keys of a sequence's own tokens is read, and these once for all queries of their group. Where
-there are too few sequences to occupy a GPU, several programs share one: each takes some of the keys, and
-their softmaxes are put together afterwards (https://pytorch.org/blog/flash-decoding/). How many is a matter
-of shapes alone, so that a CUDA graph of a step stays right while the sequences grow.
+Only the keys of a sequence's own tokens are read, once for all queries of their group. With too few sequences
+to occupy a GPU, several programs share one: each reads some of the keys, and their softmaxes are combined
+(flash-decoding, https://pytorch.org/blog/flash-decoding/). Their number depends on shapes only, so that a
+CUDA graph of a step stays valid while the sequences grow.
 
 Not run on a GPU yet: the tests run it in Triton's interpreter, and compile it for an H100.
 
-This file needs Triton, which comes with torch for CUDA: it is imported where tensors are on a GPU.
+Triton comes with torch for CUDA, so this file is imported only if tensors are on a GPU.
 """
 
 import torch
@@ -15,21 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 528  # wanted at the same time: 4 for each of the 132 multiprocessors of an H100
-LEAST = 128  # keys below which a sequence is not divided further
+PROGRAMS = 528  # target at the same time: 4 for each of the 132 multiprocessors of an H100
+LEAST = 128  # fewest keys of a program
 TILE = 16384  # bytes of keys that a program reads at once
 LOWEST = tl.constexpr(-1e30)  # below all scores; minus infinity less itself would be NaN
 
 
 def append(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
-    """Rotate queries and keys as `layers.turn` does, in fp32, and keep the keys and values.
+    """Rotate queries and keys like `layers.apply_rotary`, in fp32, and append keys and values to the cache.
 
     Args:
         qk: [B, groups, queries of a group + 1, d], the last row of each group its key.
         v: [B, groups, d].
-        cos, sin: B times d/2 numbers, from `layers.rotation`.
-        cache: [2, slots, groups, capacity, d], keys and values; sequence b's are in slot b.
-        positions: [B] int64, where in its sequence each token stands: there its key and value go.
+        cos, sin: B times d/2 numbers, from `layers.rotary_cos_sin`.
+        cache: [2, slots, groups, capacity, d], keys and values; those of sequence b are in slot b.
+        positions: [B] int64, position of each token in its sequence and of its key and value in the cache.
 
     Returns:
         The queries, [B, groups, queries, d].
@@ -49,8 +49,8 @@ def attend(query: Tensor, cache: Tensor, positions: Tensor, scale: float, window
     """softmax(q K^T scale) V over a sequence's tokens up to its newest one, or over its last `window` tokens.
 
     Args:
-        query: [B, groups, queries of a group, d], in one piece of memory; sums are fp32.
-        cache, positions: as in `append`, which has put the newest token's key and value there.
+        query: [B, groups, queries of a group, d], contiguous; sums are fp32.
+        cache, positions: as in `append`, which stores the newest token's key and value.
 
     Returns:
         [B, groups, queries, d].
@@ -74,14 +74,14 @@ def attend(query: Tensor, cache: Tensor, positions: Tensor, scale: float, window
 
 
 def division(sequences: int, capacity: int, block: int) -> tuple[int, int]:
-    """Split of a sequence's keys among programs: keys of each, a multiple of block, and programs.
+    """Split a sequence's keys among programs: keys of each, a multiple of block, and number of programs.
 
     Args:
-        sequences: of which each is one program's work at least, batch times groups.
-        capacity: keys that there is room for.
+        sequences: batch times groups, each with at least one program.
+        capacity: keys of the cache.
     """
-    wanted = min(max(PROGRAMS // sequences, 1), -(-capacity // LEAST))
-    size = -(-capacity // (wanted * block)) * block
+    programs = min(max(PROGRAMS // sequences, 1), -(-capacity // LEAST))
+    size = -(-capacity // (programs * block)) * block
     return size, -(-capacity // size)
 
 
@@ -91,7 +91,7 @@ def append_kernel(
     qk_token, qk_group, qk_row, v_token, v_group, kind, slot, group,
     ROWS: tl.constexpr, HALF: tl.constexpr, ROW_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token and one group; the last five are strides of v and of the cache [kind, slot, group, ...]."""
+    """Program of one token and group; the last arguments are strides of v and of the cache."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i, j = tl.arange(0, ROW_BLOCK)[:, None], tl.arange(0, HALF_BLOCK)[None, :]
     here = (i < ROWS) & (j < HALF)
@@ -120,10 +120,10 @@ def attend_kernel(
     QUERIES: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, one group, `size` of its keys; queries are padded to ROWS, dimensions to WIDTH.
+    """Program of one sequence, one group, `size` of its keys; queries padded to ROWS, dimensions to WIDTH.
 
-    partial, [.., QUERIES, D + 2] fp32: what the exponentials sum up, the highest score, and their sum. It is
-    None where one program takes all keys.
+    partial, [.., QUERIES, D + 2] fp32: the weighted sum of values, the highest score, and the sum of the
+    exponentials. None if one program reads all keys.
     """
     b, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
@@ -131,7 +131,7 @@ def attend_kernel(
     row = (b * tl.num_programs(1) + g) * QUERIES + i
     q = tl.load(query + row * D + j, mask=here, other=0)
     length = tl.load(positions + b).to(tl.int32) + 1
-    start = 0  # the first key that is seen
+    start = 0  # the first visible key
     if WINDOW > 0:
         start = tl.maximum(length - WINDOW, 0)
     last = tl.minimum((part + 1) * size, length)
@@ -167,7 +167,7 @@ def combine_kernel(
     partial, out, splits,
     QUERIES: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and one group: the softmax over all keys from those over some."""
+    """Program of one sequence and one group: combine the softmaxes over parts of the keys."""
     n = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     here = (i < QUERIES) & (j < D)

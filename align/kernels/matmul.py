@@ -1,12 +1,12 @@
-"""Matrix products with weights. On a CPU in fp32 they are oneDNN's, elsewhere torch's own.
+"""Matrix products with weights: oneDNN for fp32 on a CPU, else torch.
 
-On GPUs fp32 is fp32: torch leaves TF32 off unless it is asked for, and nobody here does.
+On GPUs fp32 is fp32: TF32 is off by default, and stays off.
 
-torch multiplies fp32 matrices by MKL, which uses half the width of an AMD processor's vector units: oneDNN,
-which torch brings along and uses for bf16, is 2.3 times as fast there and as exact.
+torch multiplies fp32 matrices by MKL, which uses half the width of an AMD processor's vector units. oneDNN,
+which torch includes and uses for bf16, is 2.3 times as fast there and as exact.
 
-oneDNN compiles kernels for every shape it meets and keeps them: up to 3 MB each, and gaps between tensors.
-Micro-batches differ in length, so that soon takes gigabytes; `padded` leaves few shapes.
+oneDNN compiles and caches kernels for every shape: up to 3 MB each, and gaps between tensors. Micro-batches
+differ in length, so that soon takes gigabytes; `padded` leaves few shapes.
 """
 
 import torch
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ONEDNN = torch.backends.mkldnn.is_available()
-STEP = 64  # rows, of which every larger product has a multiple
-BLOCK = 4096  # rows that `add_product` computes at one time
-# Before, addmm with out_dtype wanted a total in the product's own precision.
+STEP = 64  # divides the rows of every larger product
+BLOCK = 4096  # rows that `add_product` computes at a time
+# Before 2.11, addmm with out_dtype required a total in the product's own precision.
 ADDS_IN_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not weight.is_mkldnn:
         if not uses_onednn(x) or x.shape[-1] == 0:  # oneDNN refuses sums of no terms
             return F.linear(x, weight, bias)
-        # oneDNN takes either order in memory; with gaps, as a slice has, it is a hundred times as slow.
+        # oneDNN supports either order in memory; with gaps, as in a slice, it is a hundred times as slow.
         if not (weight.is_contiguous() or weight.t().is_contiguous()):
             weight = weight.contiguous()
     rows = padded(x.reshape(-1, x.shape[-1]))
@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def padded(x: Tensor) -> Tensor:
-    """x [m, ...], and if on a CPU it has more than STEP rows, zeros up to a multiple of STEP."""
+    """Pad x [m, ...] on a CPU with zeros to a multiple of STEP rows, if it has more than STEP."""
     missing = -len(x) % STEP if len(x) > STEP and ONEDNN and x.device.type == "cpu" else 0
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
 
@@ -61,19 +61,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b for total [m, n] in a's precision or a higher one, without a gradient."""
     if uses_onednn(a):
-        # oneDNN's product is a new tensor, which as a whole would need total's memory again.
+        # In blocks: oneDNN's product is a new tensor, as large as its block of total.
         for part, rows in zip(total.split(BLOCK), a.split(BLOCK), strict=True):
             part += product(rows, b)
     elif a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda and ADDS_IN_FP32:  # as it is summed: never rounded to bf16, and no new tensor
+    elif a.is_cuda and ADDS_IN_FP32:  # in place, and never rounded to bf16
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 
 
 class Linear(torch.autograd.Function):
-    """`linear` with its gradient.  y = x W^T + b;  dx = dy W, dW = dy^T x, db = the sum of dy's rows."""
+    """`linear` with its gradient.  y = x W^T + b;  dx = dy W, dW = dy^T x, db = sum of dy's rows."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):  # noqa: ANN001
@@ -93,17 +93,17 @@ class Linear(torch.autograd.Function):
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A copy of a weight [n, k] as oneDNN reads it fastest, for `linear` with few rows; on GPUs itself.
+    """Copy a weight [n, k] to oneDNN's fastest layout for `linear` with few rows; on GPUs the weight itself.
 
-    With 8 rows `linear` takes 0.6 of the time. The copy does not follow what is done to the weight. A bf16
-    weight stays as it is on CPUs without AVX-512, for which oneDNN has no such kernels.
+    With 8 rows `linear` takes 0.6 of the time. Later changes of the weight do not reach the copy. A bf16
+    weight is not copied on CPUs without AVX-512, for which oneDNN has no such kernels.
     """
     has_kernels = weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if ONEDNN and weight.device.type == "cpu" and has_kernels:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # serves every number of rows
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # fits every number of rows
     return weight
 
 
 def kernels() -> str:
-    """Library of fp32 matrix products on this CPU, for the log's first lines."""
+    """Library of fp32 matrix products on this CPU, for the log."""
     return "oneDNN" if ONEDNN else "torch"

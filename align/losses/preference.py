@@ -1,14 +1,9 @@
-"""The losses, as pure functions of tensors. No model, no configuration, no process group.
+"""Preference losses: DPO and 16 variants, as pure functions of tensors.
 
-Index t of `logprobs` and `mask` means the prediction of `targets[t]`; a batch is packed, so tensors are [T],
-several sequences end to end. `sft_loss` is a sum over tokens and `regression` one over attributes: the script
-divides by the denominator of the whole step. Preference losses and `ranking` return one value per pair, [P],
-and the script takes the mean over the pairs of the whole step.
-
-A preference loss is `name(chosen, rejected, ref_chosen, ref_rejected, beta, ...)`. Its first four arguments
-are [P] log-probabilities of the responses in nats, of the policy (log pi) and of the reference (log pi_ref);
-`beta` is the strength of the pull towards the reference; its own parameters follow, and their defaults live
-only here.
+A loss is `name(chosen, rejected, ref_chosen, ref_rejected, beta, ...)` and returns one value per pair, [P];
+the script takes the mean over the pairs of the whole step. The first four arguments are [P] log-probabilities
+of the responses in nats, of the policy (log pi) and of the reference (log pi_ref); `beta` is the strength of
+the penalty on leaving the reference; the loss's own parameters follow, with their defaults here only.
 In the docstrings w is the chosen and l the rejected response, s the logistic function, and
 
     r_w = log pi(w) - log pi_ref(w),   r_l = log pi(l) - log pi_ref(l),   h = r_w - r_l
@@ -24,7 +19,7 @@ from align.errors import UserError
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor, lengths: list[int], average: bool = False) -> Tensor:
-    """The log-probability of each sequence's trained tokens, summed in float64.
+    """Log-probability of each sequence's trained tokens, summed in float64.
 
         log pi(y) = sum_t mask_t log p(targets_t),   or that sum / sum_t mask_t
 
@@ -34,7 +29,7 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, lengths: list[int], averag
         logprobs: [T] log-probabilities of the targets, in nats.
         mask: [T] 1 where the target is trained, else 0.
         lengths: [N] places of each sequence, 0 allowed. T may exceed their sum: the rest is padding.
-        average: the mean over the trained tokens in place of the sum.
+        average: take the mean over the trained tokens, not the sum.
 
     Returns:
         [N] float64, in nats (per token if `average`). A sequence without trained tokens gives 0.
@@ -65,7 +60,7 @@ def cdpo(
 ) -> Tensor:
     """Conservative DPO (Mitchell, ericmitchell.ai/cdpo.pdf): L = -(1 - e) log s(beta h) - e log s(-beta h).
 
-    e = `label_smoothing`, the probability that a label is the wrong way round, in [0, 0.5) (else UserError).
+    e = `label_smoothing`, the probability of a flipped label, in [0, 0.5) (else UserError).
     """
     check_label_smoothing(label_smoothing, zero_allowed=True)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
@@ -82,7 +77,7 @@ def robust(
 ) -> Tensor:
     """Robust DPO (arXiv 2403.00409): L = [-(1 - e) log s(beta h) + e log s(-beta h)] / (1 - 2 e).
 
-    Its mean over labels that are wrong with probability e = `label_smoothing` is DPO's loss on right ones.
+    Its expectation over labels flipped with probability e = `label_smoothing` is DPO's loss on right labels.
     e lies in [0, 0.5), else UserError. The loss has no lower bound.
     """
     check_label_smoothing(label_smoothing, zero_allowed=True)
@@ -174,8 +169,8 @@ def kto_pair(
     """KTO on pairs (arXiv 2402.01306): L = [1 - s(beta (r_w - z_l))] / 2 + [1 - s(beta (z_w - r_l))] / 2.
 
     z_w = `kl_chosen`, z_l = `kl_rejected`: scalars, max(0, mean of r_w) and max(0, mean of r_l) over the
-    whole step, detached. Each response is judged against the z of the other kind. Half of the sum, so that
-    the mean over P pairs is the mean over 2 P responses.
+    whole step, detached. Each response is compared with the z of the other kind. Half of the sum, so that the
+    mean over P pairs is the mean over 2 P responses.
     """
     of_chosen = torch.sigmoid(beta * (kl_rejected - (chosen - ref_chosen)))  # 1 - s(x) = s(-x)
     of_rejected = torch.sigmoid(beta * ((rejected - ref_rejected) - kl_chosen))
@@ -198,17 +193,13 @@ def simpo(
 
 
 def orpo(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    beta: float,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, beta: float
 ) -> Tensor:
     """The odds-ratio term of ORPO (arXiv 2403.07691, eq. 7): L = -beta log s(log odds(w) - log odds(l)).
 
         odds(y) = pi(y) / (1 - pi(y))
 
-    beta is the paper's lambda; the paper's SFT term is the script's. `chosen` and `rejected` are averages per
+    beta is the paper's lambda; the script adds the paper's SFT term. `chosen` and `rejected` are averages per
     token. The reference tensors are ignored and may be None.
     """
     return -beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
@@ -289,15 +280,15 @@ def _log_odds(logprob: Tensor) -> Tensor:
     """x - log(1 - exp(x)) [P] for x <= 0: the log of the odds p / (1 - p), p = exp(x).
 
     1 - exp(x) is -expm1(x), accurate near 0; far below, where it rounds to 1, its log is 0 to the precision
-    of x. A probability of 1 has infinite odds: x = 0 counts as the number next to it, with gradient 0,
-    because one response that the model is sure of must not turn the step into NaN.
+    of x. A probability of 1 has infinite odds: x = 0 is replaced by the next number below, with gradient 0,
+    so that a response of probability 1 does not turn the step into NaN.
     """
     x = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
     return x - torch.log(-torch.expm1(x))
 
 
 def check_label_smoothing(value: float, zero_allowed: bool) -> None:
-    """Raises UserError unless `value` can be the probability of a wrong label."""
+    """Raise UserError unless `value` can be the probability of a wrong label."""
     if not (0 <= value < 0.5 and (zero_allowed or value > 0)):
         bracket = "[" if zero_allowed else "("
         raise UserError(
@@ -305,11 +296,11 @@ def check_label_smoothing(value: float, zero_allowed: bool) -> None:
         )
 
 
-# What is logged of pairs
+# Metrics of pairs
 
 
 def pair_statistics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Sums over P pairs of what is logged of their rewards; divided by P they are what their names say.
+    """Metrics of rewards, as sums over P pairs; the engine divides them by P.
 
     Args:
         chosen: [P] rewards of the chosen responses.
@@ -332,10 +323,10 @@ def pair_statistics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 def log_ratio_statistics(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> dict[str, Tensor]:
-    """Sums over P pairs of log-probs [P]: pair_statistics of the rewards beta (log pi - log pi_ref).
+    """Metrics of log-probs [P], as sums over P pairs.
 
-    And the means of the policy's log-probs, and "logratio_abs_mean": how far a response's log-prob is from
-    the reference's, in nats.
+    pair_statistics of the rewards beta (log pi - log pi_ref), the means of the policy's log-probs, and
+    "logratio_abs_mean", the mean |log pi - log pi_ref| of a response, in nats.
     """
     ratio_chosen, ratio_rejected = chosen - ref_chosen, rejected - ref_rejected
     return {

@@ -1,8 +1,8 @@
-"""Losses, advantages and estimates of KL of PPO, GRPO, RLOO and REINFORCE, as pure functions of tensors.
+"""Losses, advantages and KL estimators of PPO, GRPO, RLOO and REINFORCE, as pure functions of tensors.
 
-The answers of a rollout lie end to end: [N] response tokens, `lengths[i]` of them (1 or more) of answer i.
-[A] is one number per answer, [P, G] the same by prompt. The two losses are sums over tokens. Dtypes are the
-inputs'; callers give float64 for all that is made of a rollout.
+The responses of a rollout lie end to end: [N] response tokens, `lengths[i]` (1 or more) of response i. [A] is
+one number per response, [P, G] the same by prompt. The two losses are sums over tokens. Dtypes are those of
+the inputs; callers pass float64 for all values of a rollout.
 """
 
 import math
@@ -16,13 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """KL(pi || pi_ref) from a sample of pi (joschu.net/blog/kl-approx.html): d = log pi - log pi_ref.
 
-    All four take [N] log-probs in nats and return [N]. k1 is unbiased. Its gradient averages to 0: no loss.
+    All four take [N] log-probs in nats and return [N]. k1 is unbiased. Its expected gradient is 0, so it is
+    no loss.
     """
     return logprobs - ref_logprobs
 
 
 def kl_abs(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """|d|: no estimate of KL, but a penalty on any change of a token's log-probability."""
+    """|d|: a penalty on any change of a token's log-probability, not an estimate of KL."""
     return (logprobs - ref_logprobs).abs()
 
 
@@ -32,18 +33,18 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(-d) - 1 + d: never negative and unbiased; what GRPO (arXiv 2402.03300) has in its loss."""
+    """exp(-d) - 1 + d: never negative and unbiased; the KL term of GRPO's loss (arXiv 2402.03300)."""
     d = logprobs - ref_logprobs
     return torch.expm1(-d) + d  # exp(-d) - 1 would lose all digits of a small d
 
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: list[int], kl_coef: float) -> Tensor:
-    """The reward of each token (arXiv 2203.02155, 3.5): R_t = -c kl_t, plus the score at an answer's end.
+    """The reward of each token (arXiv 2203.02155, 3.5): R_t = -c kl_t, plus the score at a response's end.
 
     Args:
-        scores: [A] one per answer, given at its last token.
+        scores: [A] one per response, added at its last token.
         kl: [N] an estimate of KL(pi || pi_ref), in nats.
-        lengths: tokens of each answer.
+        lengths: tokens of each response.
         kl_coef: c, in units of the score per nat.
 
     Returns:
@@ -57,25 +58,25 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: list[int], kl_coef: float
 def gae(
     rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), on each answer for itself.
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), separately for each response.
 
         A_t = sum_l (gamma lambda)^l D_{t+l},   D_t = R_t + gamma V_{t+1} - V_t
 
-    V after an answer's last token is 0. The reward to go, sum_l gamma^l R_{t+l}, is this with values 0 and
-    lambda 1; whitened, it is the advantage of REINFORCE++ (arXiv 2501.03262).
+    V after a response's last token is 0. With values 0 and lambda 1 it is the reward to go,
+    sum_l gamma^l R_{t+l}; whitened, that is the advantage of REINFORCE++ (arXiv 2501.03262).
 
     Args:
         rewards: [N] R.
         values: [N] V, the critic's prediction before the token is drawn.
-        lengths: tokens of each answer; one answer or more.
-        gamma: the discount per token.
-        gae_lambda: lambda, 0 for the error D alone, 1 for the whole answer.
+        lengths: tokens of each response; one response or more.
+        gamma: discount per token.
+        gae_lambda: lambda, 0 for the TD error D only, 1 for Monte Carlo returns.
 
     Returns:
-        Advantages [N] and returns [N] = A + V, what the critic should have predicted.
+        Advantages [N] and returns [N] = A + V, the critic's targets.
     """
-    now, value = (pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values))
-    errors = now + gamma * F.pad(value, (0, 1))[:, 1:] - value  # [A, longest], 0 in the padding
+    reward, value = (pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values))
+    errors = reward + gamma * F.pad(value, (0, 1))[:, 1:] - value  # [A, longest], 0 in the padding
     advantages = torch.zeros_like(errors)
     later = torch.zeros_like(errors[:, 0])
     for t in reversed(range(max(lengths))):
@@ -86,9 +87,9 @@ def gae(
 
 
 def whiten(x: Tensor) -> Tensor:
-    """[N] shifted and scaled to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-8), var divided by N.
+    """[N] whitened to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-8), var divided by N.
 
-    Exactly 0 where all are equal: the rounding of their mean would be scaled up with them.
+    Exactly 0 if all are equal, where the rounding of their mean would be scaled up.
     """
     if (x == x[0]).all():
         return torch.zeros_like(x)
@@ -98,11 +99,11 @@ def whiten(x: Tensor) -> Tensor:
 def rloo(returns: Tensor, counted: Tensor) -> Tensor:
     """REINFORCE leave-one-out (arXiv 2402.14740): A_i = R_i - mean of the other counted R_j of the prompt.
 
-    The divisor is (number counted - 1) for an answer not counted, too: train nothing on its advantage.
+    The divisor is (number counted - 1) for a response that is not counted, too; its advantage is not trained.
 
     Args:
-        returns: [P, G] R of G answers to each prompt.
-        counted: [P, G] bool, False for an answer left out, one cut off for instance.
+        returns: [P, G] R of G responses to each prompt.
+        counted: [P, G] bool, False for a response left out, for instance a truncated one.
 
     Returns:
         [P, G] advantages, exactly 0 for a prompt whose counted R are all equal, or fewer than 2.
@@ -119,8 +120,8 @@ def grpo(returns: Tensor, counted: Tensor) -> Tensor:
     The paper leaves the std open; here its divisor is (number counted - 1).
 
     Args:
-        returns: [P, G] R of G answers to each prompt.
-        counted: [P, G] bool, False for an answer left out.
+        returns: [P, G] R of G responses to each prompt.
+        counted: [P, G] bool, False for a response left out.
 
     Returns:
         [P, G] advantages, exactly 0 where not counted, and for a prompt whose counted R are all equal, or
@@ -134,28 +135,28 @@ def grpo(returns: Tensor, counted: Tensor) -> Tensor:
 
 
 def has_spread(returns: Tensor, counted: Tensor) -> Tensor:
-    """[P, 1] bool, True for a prompt of which two counted returns differ; both arguments [P, G].
+    """[P, 1] bool, True for a prompt with two different counted returns; both arguments [P, G].
 
-    Of equal returns the mean may be one rounding away, and Adam makes a full step of any gradient.
+    The mean of equal returns may be off by one rounding, and Adam takes a full step for any gradient.
     """
     low = torch.where(counted, returns, math.inf).amin(1, keepdim=True)
     return low < torch.where(counted, returns, -math.inf).amax(1, keepdim=True)
 
 
-def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, num_answers: int) -> float:
-    """The next coefficient, so that the KL comes near its target (arXiv 1909.08593, 2.2): c (1 + K e).
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, num_responses: int) -> float:
+    """Next KL coefficient of a controller towards a target KL (arXiv 1909.08593, 2.2): c (1 + K e).
 
-        e = clip((kl - target) / target, -0.2, 0.2),   K = num_answers / horizon
+        e = clip((kl - target) / target, -0.2, 0.2),   K = num_responses / horizon
 
     Args:
         kl_coef: c, the present coefficient.
-        kl: the KL that was seen with it, in nats, per token or per answer, as the target.
-        target: the KL wanted, above 0.
-        horizon: in answers; above num_answers / 5, or c could fall to 0 and stay there.
-        num_answers: how many answers `kl` was measured on.
+        kl: measured with it, in nats per token or per response, like the target.
+        target: above 0.
+        horizon: in responses; above num_responses / 5, or c could fall to 0 and stay there.
+        num_responses: number of responses of the measurement.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * num_answers / horizon)
+    return kl_coef * (1 + error * num_responses / horizon)
 
 
 def policy_loss(
@@ -167,14 +168,14 @@ def policy_loss(
 
     Args:
         logprobs: [N] log pi, in nats.
-        old_logprobs: [N] log pi_old, of the policy that drew the answers.
+        old_logprobs: [N] log pi_old, of the policy that sampled the responses.
         advantages: [N] A.
-        mask: [N] 1 where the token is trained, else 0: what stands there is not even looked at.
-        clip: how far the ratio may gain from leaving 1.
+        mask: [N] 1 where the token is trained, else 0, with no effect of the other arguments there.
+        clip: clip range epsilon of the ratio.
 
     Returns:
-        The loss, a scalar, and sums over the mask without gradients: the ratio, the clipped one, where the
-        clip cuts off the gradient, k3 of KL(pi_old || pi) in nats, and |r - 1|.
+        The loss, a scalar, and sums over the mask without gradients: ratio, clipped ratio, number of tokens
+        whose gradient is clipped, k3 of KL(pi_old || pi) in nats, and |r - 1|.
     """
     trained = mask.bool()  # selected, not multiplied by 0, which would turn an infinite ratio into NaN
     logprobs, old_logprobs, advantages = logprobs[trained], old_logprobs[trained], advantages[trained]
@@ -205,7 +206,7 @@ def value_loss(
         value_clip: c; 0 for the plain squared error.
 
     Returns:
-        The loss, a scalar, and the number of tokens where the clip cuts off the gradient.
+        The loss, a scalar, and the number of tokens whose gradient is clipped.
     """
     clamped = values.clamp(old_values - value_clip, old_values + value_clip) if value_clip else values
     error, clamped_error = (values - returns).square(), (clamped - returns).square()
@@ -216,7 +217,7 @@ def value_loss(
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(R - V) / Var(R) of values V and returns R, both [N]: 1 is perfect, a constant V gives 0.
 
-    0 where all returns are equal, whose computed variance need not be 0.
+    0 if all returns are equal, whose computed variance need not be 0.
     """
     if (returns == returns[0]).all():
         return 0.0

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MISSING = -100.0  # the label of an attribute that nobody rated
+MISSING = -100.0  # label of an unrated attribute
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def ranking(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
     Args:
         chosen: [P] rewards of the chosen responses.
         rejected: [P] rewards of the rejected responses.
-        margin: [P] by how much the chosen one should win; 0 where the data has none.
+        margin: [P] required difference of rewards; 0 without one in the data.
 
     Returns:
         [P], in nats.
@@ -44,7 +44,7 @@ def ranking(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
 def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Centering of rewards (Eisenstein et al., arXiv 2312.09244, eq. 2): L = (R(w) + R(l))^2.
 
-    The ranking loss sees differences only; weighted and added to it, this draws the rewards' mean to 0.
+    The ranking loss depends on differences only; added to it with a weight, this draws the mean reward to 0.
 
     Args:
         chosen: [P] rewards of the chosen responses.
@@ -57,13 +57,13 @@ def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def regression(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error over the attributes that were rated (SteerLM, arXiv 2310.05344).
+    """Squared error over the rated attributes (SteerLM, arXiv 2310.05344).
 
         L = sum_na present_na (score_na - label_na)^2,   present_na = 1 where label_na is not MISSING
 
     Args:
         scores: [N, A] the model's values.
-        labels: [N, A] ratings, MISSING where there is none.
+        labels: [N, A] ratings, or MISSING.
 
     Returns:
         The sum of squared errors, a scalar, and the number of present attributes, an int64 scalar.

@@ -39,7 +39,7 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     window: int | None
-    """sliding window: a token sees itself and the window - 1 tokens before it; None for all"""
+    """sliding window: a token attends to itself and the window - 1 tokens before it; None for all"""
     rope: tuple[tuple[str, float | str], ...]
     """Hugging Face's rope_parameters, as sorted items"""
     labels: int = 0
@@ -67,7 +67,7 @@ class Architecture:
 
     @property
     def matmul_params(self) -> int:
-        """Weights that multiply every token: matrices and output embedding, without the input embedding."""
+        """Weights in a token's matrix products: matrices and output embedding, not the input embedding."""
         attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
         head = self.labels or self.vocab_size
         mlp = (len(self.mlp_inputs) + 1) * self.hidden_size * self.ffn_size
@@ -75,7 +75,7 @@ class Architecture:
 
 
 def read_config(directory: Path) -> Architecture:
-    """The architecture that a directory's config.json describes.
+    """Read the architecture from a directory's config.json.
 
     Raises:
         UserError: an unknown architecture, or a field that changes the computation and is not implemented.
@@ -84,10 +84,10 @@ def read_config(directory: Path) -> Architecture:
     if not path.is_file():
         raise UserError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
     raw = read_object(path)
-    if "flags" in raw and "model_type" not in raw:  # metrics.Run wrote it
+    if "flags" in raw and "model_type" not in raw:  # written by tracking.run.Run
         raise UserError(f"--model {directory} is the directory of a run: its model is {directory}/hf")
     hf = complete(check_fields(raw, path), path)
-    for file in JSON_FILES:  # read later by others, or copied to an export
+    for file in JSON_FILES:  # checked here: read later by transformers, or copied to an export
         read_object(path.parent / file, required=False)
     family, rope = hf.model_type, dict(rope_fields(hf))
     norm, norm_eps = NORMS.get(family, RMS_NORM)
@@ -107,7 +107,7 @@ def read_config(directory: Path) -> Architecture:
         norm_eps=getattr(hf, norm_eps),
         init_std=hf.initializer_range,
         max_positions=hf.max_position_embeddings,
-        # as transformers: values of a file count more than the field of config.json
+        # as in transformers: weights in a file override the field of config.json
         tied_embeddings=bool(hf.tie_word_embeddings) and not (labels == 0 and has_own_head(directory)),
         qkv_bias=family == "qwen2" or (family == "stablelm" and hf.use_qkv_bias) or bias,
         qk_norm=family == "qwen3",
@@ -123,7 +123,7 @@ def read_config(directory: Path) -> Architecture:
 
 
 def complete(fields: dict, path: Path) -> PretrainedConfig:
-    """transformers' configuration of these fields, which has its defaults for those that are missing."""
+    """Fill missing fields with transformers' defaults."""
     fields = {name: value for name, value in copy.deepcopy(fields).items() if name != "layer_types"}
     try:
         hf = AutoConfig.for_model(**fields)
@@ -145,7 +145,7 @@ def is_classifier(raw: dict) -> bool:
 
 
 def rope_fields(hf: PretrainedConfig) -> dict:
-    """rope_parameters of transformers 5, or what they were in transformers 4, which TensorRT-LLM asks for."""
+    """rope_parameters of transformers 5, or their equivalent in transformers 4, which TensorRT-LLM needs."""
     if hasattr(hf, "rope_parameters"):
         return hf.rope_parameters
     fields = {
@@ -158,7 +158,7 @@ def rope_fields(hf: PretrainedConfig) -> dict:
 
 
 def rotary_fraction(family: str, fraction: float | None, head_dim: int, path: Path) -> float:
-    """partial_rotary_factor, checked."""
+    """Check partial_rotary_factor; None is 1."""
     fraction = 1.0 if fraction is None else fraction
     if fraction != 1.0 and "partial_rotary_factor" not in IMPLEMENTED_BY.get(family, ()):
         raise UserError(f"{path}: partial_rotary_factor other than 1.0 is not implemented for {family}")

@@ -1,9 +1,9 @@
 """Core attention on torch's own kernels, over packed sequences.
 
-On GPUs (bf16) torch's flash kernels take the whole pack at once. On a CPU, in fp32, and with heads that those
-kernels do not take, each sequence is one call of scaled_dot_product_attention. Nothing is padded either way.
-Megatron calls this class where its layer spec says `core_attention`; Transformer Engine's attention takes its
-place with --attention te.
+On GPUs (bf16) torch's flash kernels compute the whole pack at once. On a CPU, in fp32, and for heads that
+those kernels do not support, each sequence is one call of scaled_dot_product_attention. Nothing is padded
+either way. TorchAttention is the `core_attention` of Megatron's layer spec; with --attention te it is
+Transformer Engine's.
 """
 
 import inspect
@@ -23,56 +23,56 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from align.model.layers import rotate
+from align.model.layers import rotary_embedding
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch 2.9, which TensorRT-LLM asks for
+except ImportError:  # torch 2.9, which TensorRT-LLM requires
     KNOWN = frozenset()  # names of its arguments
 else:
     KNOWN = frozenset(inspect.signature(varlen_attn).parameters)
-# torch 2.11's has no such argument, and takes fewer key heads than query heads unasked.
+# torch 2.11 has no such argument, and allows fewer key heads than query heads without it.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in KNOWN else {}
 
 
 @dataclass
-class Packing(PackedSeqParams):
+class PackedAttentionParams(PackedSeqParams):
     """Places of this rank's queries and keys: Megatron's own type, and the lengths on the host.
 
-    The host copy is made once per micro-batch; reading cu_seqlens in each layer would stop the GPU each time.
+    The lengths are lists, since reading cu_seqlens in each layer would synchronise with the GPU each time.
     """
 
-    lengths: list[int] = field(default_factory=list)  # queries of each sequence that has any on this rank
-    # Keys that the last of them sees: the sequence's prefix, then its own. The queries are the last of them.
+    lengths: list[int] = field(default_factory=list)  # queries of each sequence with any on this rank
+    # Number of keys of its last query: of the sequence's prefix, then its own. The queries are at their end.
     seen: list[int] = field(default_factory=list)
-    # Which places of the whole pack those keys are, of all sequences end to end; None: all, as they lie.
+    # Places of these keys in the whole pack, all sequences end to end; None: all places in their order.
     keys: Tensor | slice | None = None
-    rotation: tuple[Tensor, Tensor] | None = None  # layers.rotation of this rank's tokens; the model sets it
+    rotation: tuple[Tensor, Tensor] | None = None  # layers.rotary_cos_sin of this rank's tokens, by the model
 
 
-def describe(
+def packed_params(
     lengths: list[int],
     prefixes: list[tuple[int, int]],
     total: int,
     qkv_format: str | None,
     device: torch.device,
     part: tuple[int, int] | None = None,
-) -> Packing:
+) -> PackedAttentionParams:
     """Describe sequences of these lengths, end to end; tokens after them, up to total, are one more sequence.
 
     Args:
-        prefixes: (start, size) of what each sequence continues, as in packing.Batch.
+        prefixes: (start, size) of the places that each sequence continues, as in packing.Batch.
         total: tokens of the pack on all context parallel ranks.
-        qkv_format: "thd" for Transformer Engine; None for TorchAttention, which Megatron then leaves tensors
-            [T, 1, heads, d] to.
-        part: (rank, ranks) of the context parallel group, of which each rank has an equal slice of the
-            queries; None: this process's.
+        qkv_format: "thd" for Transformer Engine; None for TorchAttention, which Megatron then calls with
+            tensors [T, 1, heads, d].
+        part: (rank, ranks) of the context parallel group, each rank with an equal slice of the queries;
+            None: this process's.
     """
     rank, ranks = part or (mpu.get_context_parallel_rank(), max(mpu.get_context_parallel_world_size(), 1))
     rest = total - sum(lengths)
-    mine = rank * total // ranks, (rank + 1) * total // ranks
-    queries, seen, spans = overlap(lengths + [rest], prefixes + [(0, 0)], *mine)
-    return Packing(
+    first, end = rank * total // ranks, (rank + 1) * total // ranks
+    queries, seen, spans = overlap(lengths + [rest], prefixes + [(0, 0)], first, end)
+    return PackedAttentionParams(
         qkv_format=qkv_format,
         cu_seqlens_q=on_device([0, *itertools.accumulate(queries)], torch.int32, device),
         cu_seqlens_kv=on_device([0, *itertools.accumulate(seen)], torch.int32, device),
@@ -87,11 +87,11 @@ def describe(
 def overlap(
     lengths: list[int], prefixes: list[tuple[int, int]], first: int, end: int
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Keys and masks for the queries [first, end) of a pack, by sequence.
+    """Keys of the queries [first, end) of a pack, by sequence.
 
     Returns:
-        The sequence's number of queries; the number of keys that its last query sees; and, end to end, the
-        places [start, end) in the pack of these keys: of its prefix, then of its own.
+        Number of queries of each sequence; number of keys of its last query; and, end to end, the places
+        [start, end) in the pack of these keys: of its prefix, then of its own.
     """
     queries, seen, spans = [], [], []
     begins = itertools.accumulate(lengths[:-1], initial=0)
@@ -105,7 +105,7 @@ def overlap(
 
 
 def places(spans: list[tuple[int, int]], total: int, device: torch.device) -> Tensor | slice | None:
-    """All places of these spans [start, end), as an index of a pack of so many; None if it is all of them."""
+    """All places of these spans [start, end), as an index of a pack of `total`; None for the whole pack."""
     spans = [(start, end) for start, end in spans if start < end]
     if all(end == start for (_, end), (start, _) in itertools.pairwise(spans)):
         first, last = spans[0][0], spans[-1][1]
@@ -114,18 +114,18 @@ def places(spans: list[tuple[int, int]], total: int, device: torch.device) -> Te
 
 
 def on_device(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """These numbers as a tensor. A GPU copies them when it gets there: waiting would empty its queue."""
-    made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return made.to(device, non_blocking=True)
+    """Copy numbers to a tensor on the device, on a GPU asynchronously: waiting would empty its queue."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 class TorchAttention(MegatronModule):
     """Rotary positions, then softmax(q k^T / sqrt(d)) v, causal, inside each sequence of the pack.
 
-    With a sliding window, a query sees itself and the keys of the window - 1 tokens before it.
+    With a sliding window, a query attends to itself and the window - 1 tokens before it.
 
-    With context parallelism each rank holds an equal slice of the pack's tokens: queries stay where they are,
-    keys and values are gathered (their gradients are summed and scattered on the way back).
+    With context parallelism each rank holds an equal slice of the pack's tokens: queries stay local, keys and
+    values are gathered (their gradients are reduce-scattered).
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class TorchAttention(MegatronModule):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        # the number of keys that a query sees, itself included
+        # number of keys of a query, itself included
         self.window = None if config.window_size is None else config.window_size[0] + 1
         self.cp: dist.ProcessGroup = pg_collection.cp
 
@@ -153,43 +153,33 @@ class TorchAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: None = None,
-        packed_seq_params: Packing | None = None,
+        packed_seq_params: PackedAttentionParams | None = None,
     ) -> Tensor:
         """Returns [T/cp, 1, heads * d]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is not None
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        query, key = (rotate(x, *packed_seq_params.rotation) for x in (query, key))
+        query, key = (rotary_embedding(x, *packed_seq_params.rotation) for x in (query, key))
         if self.cp.size() > 1:
             key, value = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp) for x in (key, value)
             )
         return self.within(query, key, value, packed_seq_params).reshape(len(query), 1, -1)
 
-    def within(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
-        """This rank's queries [T/cp, heads, d] and the whole pack's keys and values [T, groups, d]."""
+    def within(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedAttentionParams) -> Tensor:
+        """Attention of this rank's queries [T/cp, heads, d] to the pack's keys and values [T, groups, d]."""
         if isinstance(sequences.keys, slice):
             key, value = key[sequences.keys], value[sequences.keys]
         elif sequences.keys is not None:  # the gradient of index_select is a sum, that of x[keys] a sort
             key, value = (x.index_select(0, sequences.keys) for x in (key, value))
         if uses_flash(query.dtype, query.shape[-1], query.is_cuda):
-            return self.flash(query, key, value, sequences)
+            ends = sequences.cu_seqlens_q, sequences.cu_seqlens_kv
+            longest = sequences.max_seqlen_q, sequences.max_seqlen_kv
+            return flash(query, key, value, *ends, *longest, self.scale, self.window)
         return self.by_sequence(query, key, value, sequences)
 
-    def flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
-        """All sequences in one kernel."""
-        return flash(
-            query,
-            key,
-            value,
-            sequences.cu_seqlens_q,
-            sequences.cu_seqlens_kv,
-            sequences.max_seqlen_q,
-            sequences.max_seqlen_kv,
-            self.scale,
-            self.window,
-        )
-
-    def by_sequence(self, query: Tensor, key: Tensor, value: Tensor, sequences: Packing) -> Tensor:
+    def by_sequence(
+        self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedAttentionParams
+    ) -> Tensor:
         """One call per sequence."""
         # split, not slices: the gradient of a slice is a full-size tensor of zeros, once per sequence
         parts = query.split(sequences.lengths), key.split(sequences.seen), value.split(sequences.seen)
@@ -197,10 +187,10 @@ class TorchAttention(MegatronModule):
 
 
 def uses_flash(dtype: torch.dtype, head_dim: int, cuda: bool) -> bool:
-    """True if `flash` takes such heads on this device. Else `attend` takes one sequence after the other.
+    """True if `flash` supports such heads on this device; else `attend` computes one sequence at a time.
 
-    fp32 is there to compare with the CPU, and flash kernels have none. Before 2.11 torch's function for packs
-    had no window, or was not there.
+    Flash kernels have no fp32, which serves the comparison with a CPU. Before 2.11 torch's function for packs
+    had no window, or did not exist.
     """
     return (
         cuda
@@ -222,14 +212,14 @@ def flash(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """All sequences of a pack in one kernel, where `uses_flash`: queries [m, heads, d] -> [m, heads, d].
+    """All sequences of a pack in one kernel, if `uses_flash`: queries [m, heads, d] -> [m, heads, d].
 
-    A query sees itself and the keys of its sequence before it, `window` keys in all at most.
+    A query attends to itself and the keys of its sequence before it, at most `window` keys in all.
 
     Args:
         key, value: [n, groups, d]; groups divides heads.
         cu_q, cu_k: [N + 1] int32 on the GPU. Sequence i has queries cu_q[i] to cu_q[i + 1] and keys cu_k[i]
-            to cu_k[i + 1], of which those of its queries are the last.
+            to cu_k[i + 1], with the keys of its queries at the end.
         max_q, max_k: most queries and keys of a sequence.
     """
     span = (-1 if window is None else window - 1, 0)  # keys before and after the query's own
@@ -239,7 +229,7 @@ def flash(
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
     """One sequence: queries [m, heads, d], the last m of n; keys [n, groups, d] -> [m, heads, d].
 
-    A query sees itself and the keys before it, `window` keys in all at most.
+    A query attends to itself and the keys before it, at most `window` keys in all.
     """
     m, n = len(query), len(key)
     mask = None
@@ -263,10 +253,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int 
 
 
 def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """One query of each sequence against all that is kept of it, on a CPU: [B, groups, queries, d].
+    """Attention of one new token of each sequence to its KV cache, on a CPU: [B, groups, queries, d].
 
-    The products by themselves are faster there than scaled_dot_product_attention, which takes each sequence
-    apart. GPUs have align/kernels/decode_attention.py.
+    Two matrix products are faster there than scaled_dot_product_attention, which splits the batch by
+    sequence. GPUs use align/kernels/decode_attention.py.
 
     Args:
         query: [B, groups, queries of a group, d].

@@ -16,7 +16,7 @@ from align.kernels import matmul
 from align.model.architecture import Architecture
 from align.model.attention import uses_flash
 
-FP8_MULTIPLE = 16  # what the sizes of an 8-bit product must be multiples of
+FP8_MULTIPLE = 16  # divides the sizes of an 8-bit product
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,18 @@ class ModelConfig:
 
     @property
     def path(self) -> Path:
-        """The directory of the model, which is downloaded if it is one of the Hub. Raises UserError."""
+        """The directory of the model, downloaded from the Hub if it is a name there. Raises UserError."""
         tiny = ASSETS / "tiny"
         return tiny if self.model == "tiny" else hub.local_model(Path(self.model))
 
     @property
     def dtype(self) -> torch.dtype:
-        precision = (
-            ("bf16" if torch.cuda.is_available() else "fp32") if self.precision == "auto" else self.precision
-        )
-        return torch.bfloat16 if precision == "bf16" else torch.float32
+        is_bf16 = self.precision == "bf16" or (self.precision == "auto" and torch.cuda.is_available())
+        return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def check_model(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse a split that this model does not allow, before anything is built."""
+    """Refuse a layout that this model does not allow, before anything is built."""
     tp, pp = parallel.tp, parallel.pp
     if arch.heads % tp or arch.ffn_size % tp:
         raise UserError(
@@ -82,7 +80,7 @@ def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
     if not uses_te(config):
         raise UserError("--fp8 needs Transformer Engine: give --attention te on a GPU, or leave --fp8 out")
     if config.dtype != torch.bfloat16:
-        raise UserError(f"--fp8 and --precision {config.precision}: what is not in 8 bits must be in bf16")
+        raise UserError(f"--fp8 and --precision {config.precision}: the rest of the model must be in bf16")
     if torch.cuda.get_device_capability() < (8, 9):
         raise UserError(f"--fp8: {device_name()} has no 8-bit products: leave it out")
     sizes = {
@@ -97,7 +95,7 @@ def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
 
 
 def uses_te(config: ModelConfig) -> bool:
-    """True for Transformer Engine. Raises if it is asked for and not installed."""
+    """True if Transformer Engine computes the layers. Raises UserError for --attention te without it."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
@@ -108,7 +106,7 @@ def uses_te(config: ModelConfig) -> bool:
 
 
 def describe_model(arch: Architecture, config: ModelConfig) -> str:
-    """Model, precision and kernels, for the log's first lines."""
+    """Model, precision and kernels, for the log."""
     if uses_te(config):
         kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
     elif not torch.cuda.is_available():
@@ -122,8 +120,8 @@ def describe_model(arch: Architecture, config: ModelConfig) -> str:
     if overlaps_gradients():
         kernels += ", gradients summed during the backward pass"
     precision = str(config.dtype).removeprefix("torch.")
-    one_matrix = arch.tied_embeddings and not arch.labels  # for embedding and output layer
-    weights = arch.matmul_params + (0 if one_matrix else arch.vocab_size * arch.hidden_size)
+    is_tied = arch.tied_embeddings and not arch.labels
+    weights = arch.matmul_params + (0 if is_tied else arch.vocab_size * arch.hidden_size)
     size = f"{weights / 1e6:.1f} M weights"
     commit = f" ({config.path.name})" if config.path.parent.name == "snapshots" else ""
     return f"{arch.family} with {size} from {config.model}{commit}, {precision}, {kernels}"

@@ -1,4 +1,4 @@
-"""Fields of a config.json: which are implemented, which have no effect, and the values they may have."""
+"""Fields of a config.json: implemented ones, those without effect, and rules for their values."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ NORMS = {  # kind, and the field that holds its epsilon; the other families: RMS
 }
 RMS_NORM = ("rms", "rms_norm_eps")
 WITHOUT_EFFECT = frozenset(
-    # bookkeeping, by whoever wrote the file
+    # bookkeeping of the program that wrote the file
     "dtype torch_dtype transformers_version _name_or_path _commit_hash model_name is_llama_config "
     "transformers.js_config unsloth_fixed unsloth_version pretraining_tp finetuning_task "
     "task_specific_params prefix keys_to_ignore_at_inference problem_type label2id "
-    # how transformers runs the model, not what it computes
+    # transformers' way to run the model, without effect on its outputs
     "use_cache output_attentions output_hidden_states return_dict chunk_size_feed_forward torchscript "
     "use_bfloat16 tf_legacy_loss gradient_checkpointing attn_implementation _attn_implementation "
     "_attn_implementation_internal _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn "
@@ -57,7 +57,7 @@ ONLY_VALUE_BY = {
     "nemotron": {"hidden_act": "relu2"},
 }
 
-# ---- rules: what a value must be, in words and as a test -----------------------------------------
+# ---- rules for values ----------------------------------------------------------------------------
 
 
 def or_null(rule: Rule) -> Rule:
@@ -123,7 +123,7 @@ ROPE_RULES: dict[str, Rule] = {
     "mscale_all_dim": or_null(number(0, 1e6)),
     "truncate": BOOLEAN,
 }
-ROPE_FIELDS = {  # what a type needs beside rope_theta, and what it may have
+ROPE_FIELDS = {  # required and optional fields of a type, beside rope_theta
     "default": ([], []),
     "linear": (["factor"], []),
     "llama3": (["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"], []),
@@ -136,15 +136,15 @@ IMPLEMENTED = frozenset(RULES) - {name for of_family in IMPLEMENTED_BY.values() 
 IMPLEMENTED -= {RMS_NORM[1], *(field for _, field in NORMS.values())}
 
 
-def check_rules(fields: dict, rules: dict[str, Rule], where: str) -> None:
+def check_rules(fields: dict, rules: dict[str, Rule], location: str) -> None:
     """Refuse a field whose value breaks its rule."""
     for name, value in fields.items():
         if name in rules and not rules[name][1](value):
-            raise UserError(f"{where}: {name} = {shown(value)} must be {rules[name][0]}")
+            raise UserError(f"{location}: {name} = {shown(value)} must be {rules[name][0]}")
 
 
 def check_fields(raw: dict, path: Path) -> dict:
-    """The fields that are implemented. Others with an effect are refused, by the name the file gives them."""
+    """Return the implemented fields; refuse others that have an effect."""
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(
@@ -173,7 +173,7 @@ def check_fields(raw: dict, path: Path) -> dict:
 
 
 def rope_parameters(rope: dict, path: Path) -> tuple[tuple[str, float | str], ...]:
-    """Hugging Face's rope_parameters as sorted items, checked."""
+    """Check Hugging Face's rope_parameters, and return them as sorted items."""
     rope = {name: value for name, value in rope.items() if value is not None and name != "type"}
     kind = rope.setdefault("rope_type", "default")
     if kind not in ROPE_FIELDS:

@@ -1,27 +1,11 @@
-"""Hugging Face directories <-> this rank's shard of the model, both ways, streamed.
+"""Load and save this rank's shard of a model as a Hugging Face directory; huggingface_names.py has the table.
 
-    Megatron (each layer)                Hugging Face                        split over tensor parallel ranks
-    input_layernorm, pre_mlp_layernorm   input_, post_attention_layernorm    no
-    self_attention.linear_qkv            q_proj, k_proj, v_proj              rows: by group q.. q k v (1)
-    self_attention.q_, k_layernorm       q_norm, k_norm                      no
-    self_attention.linear_proj           o_proj                              columns (3)
-    mlp.linear_fc1                       gate_proj, up_proj (2)              rows: [gate; up] on each rank
-    mlp.linear_fc2                       down_proj                           columns (3)
-    embedding, output_layer              embed_tokens, lm_head               rows, padded with zeros
-    decoder.final_layernorm              norm                                no
-    score (reward models)                score                               no
-
-(1) Rows of q and k are reordered within each head if only a part of it is rotated: see `rotary_order`.
-(2) up_proj alone if the MLP has no gate.
-(3) A bias is not split.
-
-Reading, a rank opens only its own rows or columns. Writing, the first rank of each stage collects one matrix
-at a time and holds at most one file.
+Loading, a rank reads only its own rows or columns. Saving, the first rank of each stage gathers one matrix at
+a time and holds at most one file.
 """
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,62 +26,37 @@ from align.errors import UserError
 from align.files import ASSETS
 from align.model.architecture import Architecture
 from align.model.gpt import Decoder, Scorer
+from align.model.huggingface_names import (
+    named_parameters,
+    qkv_rows_per_group,
+    reorder_heads,
+    rotary_order,
+    split_name,
+    stored,
+    tensor_shapes,
+)
 from align.model.weights import HEAD, WeightFiles
 
 MAX_FILE_BYTES = 2 * 1024**3
 
-# ---- what the files hold --------------------------------------------------------------------------
-
-
-def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model's safetensors files, in the order of writing."""
-    hidden, head = arch.hidden_size, arch.head_dim
-    in_norm = ("weight",) if arch.norm == "rms" else ("weight", "bias")
-    shapes = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
-    for layer in range(arch.layers):
-        heads = {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}
-        shapes |= {
-            f"model.layers.{layer}.{name}": shape
-            for name, shape in {
-                **{f"input_layernorm.{x}": (hidden,) for x in in_norm},
-                **{f"self_attn.{x}_proj.weight": (heads[x] * head, hidden) for x in "qkv"},
-                **({f"self_attn.{x}_proj.bias": (heads[x] * head,) for x in "qkv"} if arch.qkv_bias else {}),
-                **({f"self_attn.{x}_norm.weight": (head,) for x in "qk"} if arch.qk_norm else {}),
-                "self_attn.o_proj.weight": (hidden, arch.heads * head),
-                **({"self_attn.o_proj.bias": (hidden,)} if arch.out_bias else {}),
-                **{f"post_attention_layernorm.{x}": (hidden,) for x in in_norm},
-                **{f"mlp.{x}_proj.weight": (arch.ffn_size, hidden) for x in arch.mlp_inputs},
-                "mlp.down_proj.weight": (hidden, arch.ffn_size),
-                **(
-                    {f"mlp.{x}_proj.bias": (arch.ffn_size,) for x in arch.mlp_inputs} if arch.mlp_bias else {}
-                ),
-                **({"mlp.down_proj.bias": (hidden,)} if arch.mlp_bias else {}),
-            }.items()
-        }
-    shapes |= {f"model.norm.{x}": (hidden,) for x in in_norm}
-    if arch.labels:
-        return {**shapes, "score.weight": (arch.labels, hidden)}
-    return shapes if arch.tied_embeddings else {**shapes, "lm_head.weight": (arch.vocab_size, hidden)}
-
-
-# ---- where weights come from ---------------------------------------------------------------------
+# ---- sources of weights --------------------------------------------------------------------------
 
 
 class Source(Protocol):
-    """Tensors by name, of which one can read a part."""
+    """Tensors by name, whole or in part."""
 
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor: ...
 
 
 class SafetensorsSource(WeightFiles):
-    """The weights of a directory, whose tensors are those of its architecture."""
+    """The weights of a directory, checked against its architecture."""
 
     def __init__(self, directory: Path, arch: Architecture):
         super().__init__(directory)
         self.check(arch)
 
     def check(self, arch: Architecture) -> None:
-        """Every tensor of the architecture must be there in its shape, and no other."""
+        """Raise UserError unless the tensors are those of the architecture, in their shapes."""
         shapes = tensor_shapes(arch)
         harmless = {name for name in self.files if name.endswith("rotary_emb.inv_freq")}
         if arch.tied_embeddings:
@@ -112,15 +71,14 @@ class SafetensorsSource(WeightFiles):
                 f"{unknown[0]} the first of {len(unknown)}"
             )
         for name, shape in shapes.items():
-            found = self.shape(name)
-            if found != shape:
-                raise UserError(f"--model {self.directory}: {name} is {found}, config.json means {shape}")
+            if (actual := self.shape(name)) != shape:
+                raise UserError(f"--model {self.directory}: {name} is {actual}, config.json means {shape}")
 
 
 class RandomSource:
-    """A fresh model: normal matrices, norms of one, biases of zero.
+    """Random initialisation: normal matrices, norms of one, biases of zero.
 
-    Each tensor has a generator of its own, seeded by its name, so weights are the same in every layout.
+    Each tensor has a generator of its own, seeded by its name, so weights are equal in every layout.
     """
 
     def __init__(self, arch: Architecture, seed: int):
@@ -170,7 +128,7 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
 
 @torch.no_grad()
 def load(model: Decoder, source: Source) -> None:
-    """Fill this rank's shard. Call before the model is wrapped and the optimizer made."""
+    """Fill this rank's shard, before the model is wrapped and the optimizer is built."""
     for name, parameter, hf_name in named_parameters(model):
         part = read_part(source, model.arch, name, hf_name, parameter)
         assert part.shape == parameter.shape, (name, part.shape, parameter.shape)
@@ -178,7 +136,7 @@ def load(model: Decoder, source: Source) -> None:
 
 
 def read_part(source: Source, arch: Architecture, name: str, hf_name: str, parameter: nn.Parameter) -> Tensor:
-    """Values of one parameter of this rank, read from the source."""
+    """Read this rank's values of one parameter."""
     tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     if "linear_qkv" in name and "layer_norm" not in name:
         if arch.kv_heads < tp:  # ranks share a group: each holds an equal piece of its rows
@@ -201,7 +159,7 @@ def read_part(source: Source, arch: Architecture, name: str, hf_name: str, param
 
 
 def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last: int) -> Tensor:
-    """Rows of the query groups [first, last), each group its queries, its key, its value."""
+    """Read the rows of the query groups [first, last), each group its queries, its key, its value."""
     groups, sizes = last - first, qkv_rows_per_group(arch)
     parts = [
         source.read(hf_name.replace("*", x), slice(first * size, last * size))
@@ -213,75 +171,9 @@ def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last:
     return torch.cat(parts, 1).flatten(0, 1)
 
 
-def rotary_order(arch: Architecture) -> Tensor:
-    """Row of a Hugging Face head of q or k that is at each row of ours, [d].
-
-    Hugging Face rotates pairs (i, i + r/2) of the first r rows and leaves the rest. Our kernels rotate all
-    pairs (i, i + d/2): the rest has frequency 0 (model.rotary_frequencies). Both compute the same, since a
-    product of a query and a key does not depend on the order of their rows.
-    """
-    rotated, rest = arch.rotary_dims // 2, (arch.head_dim - arch.rotary_dims) // 2
-    first, second, third, fourth = torch.arange(arch.head_dim).split([rotated, rotated, rest, rest])
-    return torch.cat([first, third, second, fourth])
-
-
-def reorder_heads(rows: Tensor, order: Tensor) -> Tensor:
-    """Rows [heads * d, ...] of a matrix or a bias, with those of each head in the order [d]."""
-    if torch.equal(order, torch.arange(len(order))):
-        return rows
-    return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
-
-
-def qkv_rows_per_group(arch: Architecture) -> tuple[int, int, int]:
-    return arch.heads // arch.kv_heads * arch.head_dim, arch.head_dim, arch.head_dim
-
-
 def part_of(size: int, parts: int, index: int) -> slice:
     return slice(index * size // parts, (index + 1) * size // parts)
 
-
-def named_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """(Megatron's name, parameter, Hugging Face's name) of each parameter on this rank.
-
-    A Hugging Face name with a * stands for several tensors: q, k, v or gate, up (or up alone).
-    """
-    for name, parameter in model.named_parameters():
-        if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-            layer = model.decoder.layers[int(match[1])].layer_number - 1  # its number in the whole model
-            yield name, parameter, f"model.layers.{layer}.{LAYER_NAMES[match[2]]}"
-        elif name == "output_layer.weight" and model.arch.tied_embeddings:
-            yield name, parameter, "model.embed_tokens.weight"  # the last stage's copy
-        else:
-            yield name, parameter, OUTER_NAMES[name]
-
-
-OUTER_NAMES = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "decoder.final_layernorm.bias": "model.norm.bias",
-    "output_layer.weight": "lm_head.weight",
-    "score.weight": "score.weight",
-}
-LAYER_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "input_layernorm.bias": "input_layernorm.bias",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # Transformer Engine fuses them
-    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
-    "self_attention.linear_qkv.weight": "self_attn.*_proj.weight",
-    "self_attention.linear_qkv.bias": "self_attn.*_proj.bias",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "pre_mlp_layernorm.bias": "post_attention_layernorm.bias",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_bias": "post_attention_layernorm.bias",
-    "mlp.linear_fc1.weight": "mlp.*_proj.weight",
-    "mlp.linear_fc1.bias": "mlp.*_proj.bias",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "mlp.linear_fc2.bias": "mlp.down_proj.bias",
-}
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -290,14 +182,14 @@ LAYER_NAMES = {
 def save(
     model: nn.Module, start_from: Path, directory: Path, companions: Sequence[Callable[[Path], None]] = ()
 ) -> None:
-    """Write config.json, generation_config.json and safetensors files that transformers loads as they are.
+    """Write config.json, generation_config.json and safetensors files for transformers.
 
-    Weights are written in the precision of training, so that nothing is lost. The directory is complete or
-    absent: it appears by one rename. Collective.
+    Weights are written in the precision of training, without loss. The directory is complete or absent: it
+    appears by one rename. Collective.
 
     Args:
         start_from: the directory of the model that training began with; its configuration is kept.
-        companions: write what else belongs to the model into the directory given: tokenizer, template.
+        companions: writers of other files of the model into its directory: tokenizer, template.
     """
     model = unwrap_model(model)
     directory = Path(directory)
@@ -323,28 +215,28 @@ def save(
 def write_files(
     tensors: Iterable[tuple[str, Tensor]], directory: Path, stage: int = 0
 ) -> dict[str, tuple[str, int]]:
-    """Write a stage's named tensors, in files up to the limit: {tensor: (file, bytes)}, for `write_index`."""
-    written, held, held_bytes = {}, {}, 0
+    """Write a stage's named tensors, in files up to the limit. Returns {tensor: (file, bytes)}."""
+    written, buffered, buffered_bytes = {}, {}, 0
 
     def flush() -> None:
-        nonlocal held, held_bytes
+        nonlocal buffered, buffered_bytes
         file = f"stage{stage:03d}-{len({name for name, _ in written.values()}):05d}.safetensors"
-        save_file(held, directory / file, metadata={"format": "pt"})
-        written.update({name: (file, tensor.nbytes) for name, tensor in held.items()})
-        held, held_bytes = {}, 0
+        save_file(buffered, directory / file, metadata={"format": "pt"})
+        written.update({name: (file, tensor.nbytes) for name, tensor in buffered.items()})
+        buffered, buffered_bytes = {}, 0
 
     for name, tensor in tensors:
-        if held and held_bytes + tensor.nbytes > MAX_FILE_BYTES:
+        if buffered and buffered_bytes + tensor.nbytes > MAX_FILE_BYTES:
             flush()
-        held[name] = tensor
-        held_bytes += tensor.nbytes
-    if held:
+        buffered[name] = tensor
+        buffered_bytes += tensor.nbytes
+    if buffered:
         flush()
     return written
 
 
 def full_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor on the CPU) of this stage's weights, on its first tensor parallel rank."""
+    """Yield (Hugging Face name, tensor on the CPU) of this stage, on its first tensor parallel rank."""
     for name, parameter, hf_name in named_parameters(model):
         parts = gather_parts(parameter)
         if parts is None or (name == "output_layer.weight" and model.arch.tied_embeddings):
@@ -356,7 +248,7 @@ def full_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def gather_parts(parameter: nn.Parameter) -> list[Tensor] | None:
-    """One parameter of all tensor parallel ranks on the first of them, None on the others. Collective."""
+    """Gather a parameter on the first tensor parallel rank; None on the others. Collective."""
     group = mpu.get_tensor_model_parallel_group()
     if group.size() == 1:
         return [parameter.data]
@@ -366,7 +258,7 @@ def gather_parts(parameter: nn.Parameter) -> list[Tensor] | None:
 
 
 def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of read_part: the ranks' parts of one parameter -> its Hugging Face tensors."""
+    """Join the ranks' parts of one parameter to its Hugging Face tensors: the inverse of read_part."""
     if "linear_qkv" in name and "layer_norm" not in name:
         grouped = torch.cat(parts).unflatten(0, (arch.kv_heads, -1))
         back = rotary_order(arch).argsort()
@@ -386,9 +278,9 @@ def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> It
 
 
 def whole_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor on the model's device) of all weights, on every rank and in the same order.
+    """Yield (Hugging Face name, tensor on the model's device) of all weights, in one order on every rank.
 
-    One at a time: they may be views of parameters. Collective over the ranks that share a model.
+    A tensor may be a view of a parameter. Collective over the ranks that share a model.
     """
     group, device = mpu.get_pipeline_model_parallel_group(), next(model.parameters()).device
     shapes, names = tensor_shapes(model.arch), [None] * group.size()
@@ -396,33 +288,20 @@ def whole_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
         names, [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)], group
     )
     for stage, of_stage in enumerate(names):
-        here = stage_tensors(model) if stage == group.rank() else None
+        own = stage_tensors(model) if stage == group.rank() else None
         for name in of_stage:
-            if here is None:
+            if own is None:
                 tensor = torch.empty(shapes[name], dtype=model.config.params_dtype, device=device)
             else:
-                found, tensor = next(here)
-                assert found == name and tensor.shape == shapes[name], (found, name)
+                own_name, tensor = next(own)
+                assert own_name == name and tensor.shape == shapes[name], (own_name, name)
             if group.size() > 1:
                 dist.broadcast(tensor.contiguous(), dist.get_global_rank(group, stage), group=group)
             yield name, tensor
 
 
-def stored(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """`named_parameters` without the last stage's copy of tied embeddings."""
-    for name, parameter, hf_name in named_parameters(model):
-        if not (name == "output_layer.weight" and model.arch.tied_embeddings):
-            yield name, parameter, hf_name
-
-
-def split_name(hf_name: str, arch: Architecture) -> list[str]:
-    """The names that `named_parameters` means, in the order of `join`."""
-    parts = ("q", "k", "v") if "self_attn.*" in hf_name else arch.mlp_inputs
-    return [hf_name.replace("*", part) for part in parts] if "*" in hf_name else [hf_name]
-
-
 def stage_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of this stage's weights, on its tensor parallel ranks. Collective."""
+    """Yield (Hugging Face name, tensor) of this stage, on its tensor parallel ranks. Collective."""
     group = mpu.get_tensor_model_parallel_group()
     for name, parameter, hf_name in stored(model):
         parts = [parameter.data]
@@ -433,7 +312,7 @@ def stage_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:
-    """Give the files Hugging Face's names, and write the index if there are several."""
+    """Rename the files as Hugging Face does, and write the index if there are several."""
     files = sorted({file for file, _ in written.values()})
     if len(files) == 1:
         os.replace(directory / files[0], directory / "model.safetensors")
@@ -451,20 +330,20 @@ def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:
 
 
 def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
-    """config.json for these files, and what else of generation and prompt formats the first model had."""
+    """Write config.json, and copy generation_config.json and prompt_format.json of the first model."""
     config = json.loads((Path(start_from) / "config.json").read_bytes())
     precision = str(model.config.params_dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = precision
+    # the weights of the first model may have an output embedding of their own, whatever its config.json says
     if config.get("tie_word_embeddings") and not model.arch.tied_embeddings:
-        config["tie_word_embeddings"] = (
-            False  # the file of the first model had an output embedding of its own
-        )
+        config["tie_word_embeddings"] = False
     if isinstance(model, Scorer):
         config |= {
             "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model.arch.family]],
             "num_labels": 1,
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
         }
-        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in ("generation_config.json", "prompt_format.json"):
         if (Path(start_from) / name).is_file():

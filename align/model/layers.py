@@ -1,15 +1,11 @@
-"""The small layers between the matrix products: norm, gate, rotation, with their gradients written out.
+"""Norms, activations and rotary embedding, the layers between the matrix products, with explicit gradients.
 
-Each saves its input and little else for the backward pass. Left to autograd, they would save every step of
-their arithmetic: two thirds more activation memory, and as much more traffic to and from it.
+Each saves its input and little else for the backward pass. Autograd would save every step of the arithmetic:
+two thirds more activation memory, and as much more memory traffic.
 
-What they compute is written once, in the functions marked `fused`: on a CPU they run as they are, on a GPU
-each is compiled to one kernel (the norm's gradient: two or three). LayerNorm is torch's own kernel.
+The arithmetic is in the functions marked `fused`: plain torch on a CPU, one compiled kernel each on a GPU
+(the norm's gradient: two or three). LayerNorm is torch's own kernel.
 """
-
-import functools
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,49 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from align.distributed.parallel import device
-
-T = TypeVar("T")
-VARIANTS = 64  # kernels of one function: of each width and data type, and for one row
-
-
-def fused(function: Callable[..., T]) -> Callable[..., T]:
-    """On GPUs the steps of an element-wise function as one kernel; on a CPU the function as it is.
-
-    torch.compile makes the kernel at the first call with CUDA tensors, which must come before a CUDA graph is
-    captured. Run step by step on a GPU, each step would read and write its tensor in memory.
-
-    The function takes a tensor [n, ...] first. n may vary without a new kernel, in it and in all tensors with
-    as many dimensions; every other size and every number is part of the kernel. No gradient passes through.
-    """
-    kernel = functools.cache(functools.partial(compiled, function))
-
-    @functools.wraps(function)
-    def run(x: Tensor, *rest: object) -> T:
-        return kernel()(x, *rest) if compiles(x) else function(x, *rest)
-
-    return run
-
-
-def compiles(x: Tensor) -> bool:
-    """True if a compiled kernel exists. None with --deterministic: its sums may depend on the first size."""
-    return x.is_cuda and not torch.are_deterministic_algorithms_enabled()
-
-
-def compiled(function: Callable[..., T], backend: str | Callable = "inductor") -> Callable[..., T]:
-    """torch.compile of a function that `fused` may mark, for any number of rows; `backend` is for tests."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    # dynamic=False, for kernels with fixed widths are faster; the marks below say what is not fixed.
-    kernel = torch.compile(function, dynamic=False, backend=backend)
-
-    def run(x: Tensor, *rest: object) -> T:
-        rows = x.dim()
-        given = [a.detach() if isinstance(a, Tensor) else a for a in (x, *rest)]
-        for a in given:
-            if isinstance(a, Tensor) and a.dim() == rows:
-                torch._dynamo.maybe_mark_dynamic(a, 0)
-        return kernel(*given)
-
-    return run
+from align.kernels.fused import fused
 
 
 class RMSNorm(nn.Module):
@@ -224,10 +178,10 @@ class SquaredReLUFunction(torch.autograd.Function):
 ACTIVATIONS = {"swiglu": SwiGLU, "relu2": SquaredReLU}  # by Architecture.activation
 
 
-def rotation(
+def rotary_cos_sin(
     positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles of some tokens, each [T, 1, d/2], for all heads and layers.
+    """Cosines and sines of the rotary angles of tokens, each [T, 1, d/2], for all heads and layers.
 
     Args:
         positions: [T].
@@ -241,31 +195,31 @@ def rotation(
     return cos.to(dtype), sin.to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (https://arxiv.org/abs/2104.09864), pairs being dimensions i and i + d/2.
 
     Args:
         x: [T, heads, d] queries or keys.
-        cos, sin: [T, 1, d/2] from `rotation`.
+        cos, sin: [T, 1, d/2] from `rotary_cos_sin`.
     """
-    return RotateFunction.apply(x, cos, sin)
+    return RotaryFunction.apply(x, cos, sin)
 
 
-class RotateFunction(torch.autograd.Function):
+class RotaryFunction(torch.autograd.Function):
     """The gradient of a rotation is the rotation back; a factor in cos and sin stays the same."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):  # noqa: ANN001
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin, 1)
+        return apply_rotary(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001
-        return turn(grad, *ctx.saved_tensors, -1), None, None
+        return apply_rotary(grad, *ctx.saved_tensors, -1), None, None
 
 
 @fused
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """(a, b) -> (a cos - s b sin, b cos + s a sin) for the halves a, b of the last dimension and s = sign."""
     a, b = x.chunk(2, -1)
     first, second = (a * cos).addcmul_(b, sin, value=-sign), (b * cos).addcmul_(a, sin, value=sign)

@@ -1,18 +1,18 @@
-"""Log-probabilities of targets straight from hidden states, for training and reference alike; and entropies.
+"""Log-probabilities of targets, and entropies, from hidden states, for training and reference alike.
 
-The vocabulary may be split over tensor parallel ranks. Logits exist for `chunk_size` tokens at a time, in
-float32 in the softmax, and are computed again in the backward pass: all of [tokens, vocabulary] never exists.
+The vocabulary may be split over tensor parallel ranks. Logits are computed for `chunk_size` tokens at a time,
+in float32 in the softmax, and again in the backward pass: the full [tokens, vocabulary] never exists.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from align.kernels.fused import fused
 from align.kernels.matmul import add_product, linear, padded, product, uses_onednn
-from align.model.layers import fused
 
-CHUNK = 256  # tokens whose logits exist at one time on a CPU: they stay in its cache
-GPU_LOGITS = 2**28  # logits that exist at one time on a GPU, 1 GiB in float32, half of it in bf16
+CHUNK = 256  # tokens of a chunk on a CPU, whose logits stay in its cache
+GPU_LOGITS = 2**28  # logits of a chunk on a GPU, 1 GiB in float32, half of it in bf16
 # Logit of a row past the vocabulary: its probability p = exp(ABSENT - ...) is exactly 0, and so is p log p,
 # which with minus infinity would be NaN.
 ABSENT = -1e30
@@ -25,57 +25,32 @@ def target_logprobs(
     vocab_size: int,
     group: dist.ProcessGroup,
     temperature: float = 1.0,
+    entropy: bool = False,
 ) -> Tensor:
     """log p(targets) for each token, in nats, p = softmax(logits / temperature).
 
     Args:
-        hidden: [n, H] final hidden states, the same on every rank of the group. The gradient that comes back
-            is this rank's part: pass hidden through Megatron's copy_to (or gather_from_sequence) region.
+        hidden: [n, H] final hidden states, equal on every rank of the group. Their gradient is this rank's
+            part: pass hidden through Megatron's copy_to (or gather_from_sequence) region.
         weight: [V_padded / tp, H] this rank's rows of the output embedding.
         targets: [n] int64 token ids in [0, vocab_size).
-        vocab_size: V without the rows that only pad the embedding; they get no probability.
+        vocab_size: V without the padding rows of the embedding, which have no probability.
         group: the tensor parallel group.
-        temperature: what the logits are divided by, above 0.
+        temperature: divisor of the logits, above 0.
+        entropy: compute the entropy H = -sum_v p_v log p_v of each token's distribution as well.
 
     Returns:
-        [n] float32.
+        [n] float32, with `entropy` [n, 2]: log-prob and entropy, in nats. Either has a gradient.
     """
-    given = hidden, weight, targets, vocab_size, group, temperature
-    return logprobs_and_entropies(*given, entropy=False)[0]
-
-
-def target_logprobs_and_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    group: dist.ProcessGroup,
-    temperature: float = 1.0,
-) -> Tensor:
-    """`target_logprobs`, and the entropy H = -sum_v p_v log p_v of each token's distribution p.
-
-    Returns:
-        [n, 2] float32: log-prob and entropy, in nats. Either has a gradient.
-    """
-    given = hidden, weight, targets, vocab_size, group, temperature
-    return torch.stack(logprobs_and_entropies(*given, entropy=True), 1)
-
-
-def logprobs_and_entropies(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    group: dist.ProcessGroup,
-    temperature: float,
-    entropy: bool,
-) -> list[Tensor]:
-    """Log-probs [n] of the targets, and with `entropy` the entropies [n], in float32."""
     count = len(hidden)
     if uses_onednn(hidden):
         hidden, targets = padded(hidden), padded(targets)
-    found = TargetLogProbs.apply(hidden, weight, targets, vocab_size, group, temperature, entropy)
-    return [values[:count] for values in found if values is not None]
+    logprobs, entropies = TargetLogProbs.apply(
+        hidden, weight, targets, vocab_size, group, temperature, entropy
+    )
+    if entropy:
+        return torch.stack([logprobs[:count], entropies[:count]], 1)
+    return logprobs[:count]
 
 
 class TargetLogProbs(torch.autograd.Function):
@@ -92,15 +67,15 @@ class TargetLogProbs(torch.autograd.Function):
         entropies = torch.empty_like(logprobs) if entropy else None
         for here in chunks(hidden, weight):
             z, *rest = logits(hidden[here], weight, first, vocab_size, temperature)
-            top = largest(z, *rest)
+            top = row_max(z, *rest)
             if tp > 1:
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            parts = sums_(z, top, targets[here, None], first, entropy, *rest)
+            parts = partial_sums_(z, top, targets[here, None], first, entropy, *rest)
             if tp > 1:
                 dist.all_reduce(parts, group=group)
             logsumexp[here] = top[:, 0] + parts[1].log()
             logprobs[here] = parts[0] - logsumexp[here]
-            if entropy:  # H = log sum_v exp x_v - sum_v p_v x_v for any shift x of z, here by the largest
+            if entropy:  # H = log sum_v exp x_v - sum_v p_v x_v for any shift x of z, here by the maximum
                 entropies[here] = parts[1].log() - parts[2] / parts[1]
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
         ctx.vocab_size, ctx.first, ctx.temperature = vocab_size, first, temperature
@@ -111,7 +86,7 @@ class TargetLogProbs(torch.autograd.Function):
         hidden, weight, targets, logsumexp, entropies = ctx.saved_tensors
         grad = grad / ctx.temperature  # dz / d(hidden weight^T)
         slopes = None
-        # It is all zero where entropy is only logged. A GPU would have to be waited for to know.
+        # All zero where entropy is only logged; on a GPU the test would wait for the device.
         if entropies is not None and (grad.is_cuda or grad_entropy.any()):
             slopes = grad_entropy / ctx.temperature
         grad_hidden = torch.empty_like(hidden)
@@ -121,7 +96,7 @@ class TargetLogProbs(torch.autograd.Function):
             columns = [
                 None if x is None else x[here, None] for x in (targets, logsumexp, grad, entropies, slopes)
             ]
-            z = gradient_(z, *columns, ctx.first, hidden.dtype, *rest)
+            z = logits_grad_(z, *columns, ctx.first, hidden.dtype, *rest)
             grad_hidden[here] = product(z, weight)
             add_product(grad_weight, z.t(), hidden[here])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
@@ -134,10 +109,10 @@ def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def chunk_size(rows: int, cuda: bool) -> int:
-    """Tokens whose logits exist at one time, of so many `rows` of the output embedding on each rank.
+    """Tokens of a chunk, for `rows` of the output embedding on each rank.
 
     On a GPU the fp32 gradient of these rows is read and written once per chunk, so chunks are few: with 1,024
-    tokens or more the products take far longer than that.
+    tokens or more the products take far longer.
     """
     return max(GPU_LOGITS // rows // 128 * 128, 1024) if cuda else CHUNK
 
@@ -145,24 +120,24 @@ def chunk_size(rows: int, cuda: bool) -> int:
 def logits(
     hidden: Tensor, weight: Tensor, first: int, vocab_size: int, temperature: float
 ) -> tuple[Tensor, float, int]:
-    """hidden weight^T, [c, V/tp], and what `finished` has yet to do with it: temperature and real columns."""
+    """hidden weight^T, [c, V/tp], and the remaining arguments of `scale_and_mask_`: temperature, columns."""
     z = linear(hidden, weight)
     real = min(max(vocab_size - first, 0), len(weight))
-    if finished_in_kernels(z):
+    if scales_in_kernels(z):
         return z, temperature, real
-    return finished(z, temperature, real), 1.0, len(weight)
+    return scale_and_mask_(z, temperature, real), 1.0, len(weight)
 
 
-def finished_in_kernels(z: Tensor) -> bool:
-    """True if the functions below scale and mask logits themselves, rather than once before them.
+def scales_in_kernels(z: Tensor) -> bool:
+    """True if each kernel below scales and masks the logits itself, not once before the kernels.
 
-    On a GPU they are kernels that read bf16 as it comes from the product, and no float32 is ever written.
+    The kernels of a GPU read the product's bf16, and no float32 logits are written to memory.
     """
     return z.is_cuda and z.dtype != torch.float32
 
 
-def finished(z: Tensor, temperature: float, real: int) -> Tensor:
-    """z / temperature in float32 (z itself if it has it), and ABSENT in the columns from `real` on."""
+def scale_and_mask_(z: Tensor, temperature: float, real: int) -> Tensor:
+    """z / temperature in float32 (in place if z is float32), and ABSENT in the columns from `real` on."""
     z = z.float()
     if temperature != 1:
         z /= temperature
@@ -172,16 +147,16 @@ def finished(z: Tensor, temperature: float, real: int) -> Tensor:
 
 
 @fused
-def largest(z: Tensor, temperature: float, real: int) -> Tensor:
-    """The largest logit of each token, [c, 1], of this rank's columns."""
-    return finished(z, temperature, real).amax(1, keepdim=True)
+def row_max(z: Tensor, temperature: float, real: int) -> Tensor:
+    """Largest logit of each token in this rank's columns, [c, 1]."""
+    return scale_and_mask_(z, temperature, real).amax(1, keepdim=True)
 
 
 @fused
-def sums_(
+def partial_sums_(
     z: Tensor, top: Tensor, targets: Tensor, first: int, entropy: bool, temperature: float, real: int
 ) -> Tensor:
-    """Of each token the target's logit, 0 if it is not in this rank's columns, and `exp_sums_` of z - top.
+    """The target's logit of each token, 0 outside this rank's columns, and `exp_sums_` of z - top.
 
     Args:
         z: [c, V/tp], overwritten if it is float32.
@@ -190,14 +165,14 @@ def sums_(
     Returns:
         [2, c] float32, with `entropy` [3, c].
     """
-    z = finished(z, temperature, real)
+    z = scale_and_mask_(z, temperature, real)
     index, owned = local_index(targets, first, z.shape[1])
     target = z.gather(1, index).masked_fill(~owned, 0.0)[:, 0]
     return torch.stack([target, *exp_sums_(z.sub_(top), entropy)])
 
 
 @fused
-def gradient_(
+def logits_grad_(
     z: Tensor,
     targets: Tensor,
     logsumexp: Tensor,
@@ -209,18 +184,18 @@ def gradient_(
     temperature: float,
     real: int,
 ) -> Tensor:
-    """grad d log p(y) / dz + slope dH / dz, [c, V/tp] of this type; all tensors but z are [c, 1].
+    """grad d log p(y) / dz + slope dH / dz, [c, V/tp] of `dtype`; all tensors but z are [c, 1].
 
     z is overwritten if it is float32.
     """
-    z = finished(z, temperature, real).sub_(logsumexp)  # log p
+    z = scale_and_mask_(z, temperature, real).sub_(logsumexp)  # log p
     if slopes is None:
         z.exp_().mul_(-grad)  # -p grad
     else:  # -p (grad + slope (log p + H))
         p = z.exp()
         z.add_(entropies).mul_(-slopes).sub_(grad).mul_(p)
     index, owned = local_index(targets, first, z.shape[1])
-    at_target = z.gather(1, index).add_(grad * owned)  # in float32: where p is near 1 little is left
+    at_target = z.gather(1, index).add_(grad * owned)  # in float32: near p = 1 the terms almost cancel
     return z.to(dtype).scatter_(1, index, at_target.to(dtype))
 
 
@@ -233,7 +208,7 @@ def exp_sums_(x: Tensor, entropy: bool) -> list[Tensor]:
 
 
 def local_index(targets: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Column of each target in this rank's shard (0 where it is not here), and whether it is here."""
+    """Column of each target in this rank's shard, 0 outside it, and a mask of the targets inside."""
     index = targets - first
     owned = (index >= 0) & (index < rows)
     return index.masked_fill(~owned, 0), owned

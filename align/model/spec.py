@@ -30,7 +30,7 @@ from align.model.layers import ACTIVATIONS, NORMS
 def transformer_config(
     arch: Architecture, config: ModelConfig, parallel: ParallelConfig, te: bool
 ) -> TransformerConfig:
-    """The model in Megatron's words. Dropout is off in every algorithm of this repository."""
+    """Megatron's configuration of the model. Dropout is off in every algorithm of this repository."""
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -49,7 +49,7 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         activation_func=F.silu,  # not used
         gated_linear_unit=len(arch.mlp_inputs) == 2,
-        use_te_activation_func=True,  # meaning: a module of the layer spec, from align.model.layers
+        use_te_activation_func=True,  # the activation is a module of the layer spec, from align.model.layers
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         window_size=None if arch.window is None else (arch.window - 1, 0),
@@ -64,17 +64,16 @@ def transformer_config(
         fp8_recipe="tensorwise",  # the scale of each product from its own values: no state to keep
         params_dtype=config.dtype,
         pipeline_dtype=config.dtype,
-        # Micro-batches differ in length, so stages exchange shapes first; Megatron allows that only with
-        # "alltoall", even for a model without experts.
+        # Micro-batches differ in length, so stages exchange shapes first. Megatron requires "alltoall" for
+        # that, even for a model without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # The engine divides each loss by the step's global denominator; with this nobody divides again.
+        # The engine divides each loss by the step's global denominator; this keeps Megatron from dividing.
         calculate_per_token_loss=True,
-        # Weights come from a file. Initialising them would only cost time; it also sets the attributes that
-        # mark_tensor_parallel sets.
+        # Weights are loaded from a file. mark_tensor_parallel sets the attributes of the initialisation.
         perform_initialization=False,
         deterministic_mode=parallel.deterministic,
-        # Megatron's fusions need CUDA extensions, or do what align.model.layers does.
+        # Megatron's fusions need CUDA extensions, or duplicate align.model.layers.
         apply_rope_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=False,
@@ -86,9 +85,9 @@ def transformer_config(
 
 
 def block_spec(config: TransformerConfig, arch: Architecture, te: bool) -> TransformerBlockSubmodules:
-    """This stage's layers, and the norm after them."""
+    """Spec of this stage's layers, and of the norm after them."""
     if te:
-        from align.model.transformer_engine import layer_spec  # here, because it needs Transformer Engine
+        from align.model.transformer_engine import layer_spec  # here: it needs Transformer Engine
     else:
         layer_spec = torch_layer_spec
     return TransformerBlockSubmodules(
@@ -97,7 +96,7 @@ def block_spec(config: TransformerConfig, arch: Architecture, te: bool) -> Trans
 
 
 def torch_layer_spec(arch: Architecture) -> ModuleSpec:
-    """A layer of Megatron's own linears, with our norm and attention."""
+    """Spec of a layer of Megatron's own linears, with our norm and attention."""
     norm = NORMS[arch.norm]
     qk_norm = norm if arch.qk_norm else IdentityOp
     return ModuleSpec(
@@ -131,14 +130,14 @@ def torch_layer_spec(arch: Architecture) -> ModuleSpec:
 
 
 class Biased:
-    """Mixin: a linear layer with a bias, where Megatron's config has one switch for all layers."""
+    """Mixin for a linear layer with a bias: Megatron's config has one switch for all layers."""
 
     def __init__(self, *sizes: int, bias: bool, **rest: object):
         super().__init__(*sizes, bias=True, **rest)
 
 
 def linear(kind: type, bias: bool) -> type:
-    """The class of a linear layer, with a bias or without."""
+    """Class of a linear layer, with a bias or without."""
     return type(f"Biased{kind.__name__}", (Biased, kind), {}) if bias else kind
 
 
@@ -149,10 +148,10 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def mark_tensor_parallel(model: nn.Module) -> None:
-    """Mark split weights, as Megatron does when it initialises them.
+    """Mark split weights, as Megatron's initialisation does.
 
-    Without the marks the gradient norm counts only one rank's part of each matrix, and clipping is wrong,
-    without an error. Transformer Engine marks its layers itself.
+    Without the marks the gradient norm counts one rank's part of each matrix only, and clipping is silently
+    wrong. Transformer Engine marks its layers itself.
     """
     for name, module in model.named_modules():
         if not isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
@@ -172,10 +171,10 @@ def rotary_frequencies(arch: Architecture) -> Tensor:
 
 
 def scaled_frequencies(rope: dict[str, float | str], dims: int) -> Tensor:
-    """Angular frequencies of `dims` / 2 pairs: theta^(-2i/dims), scaled as the model asks.
+    """Angular frequencies of `dims` / 2 pairs: theta^(-2i/dims), scaled by the model's rope type.
 
     Linear scaling divides all by `factor`. llama3 (Llama 3.1) and yarn (https://arxiv.org/abs/2309.00071)
-    divide frequencies whose wavelength is beyond the original context, keep those well inside it, and
+    divide frequencies with a wavelength beyond the original context, keep those well inside it, and
     interpolate between: llama3 by the number of turns within this context, yarn by the index of the pair.
     """
     exponents = torch.arange(0, dims, 2, dtype=torch.int64).float() / dims
@@ -189,7 +188,7 @@ def scaled_frequencies(rope: dict[str, float | str], dims: int) -> Tensor:
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = context * frequencies / (2 * math.pi)  # full turns within the original context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: as it was
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: unchanged
     else:
         assert kind == "yarn", kind
         first, last = yarn_range(rope, dims)
@@ -213,8 +212,8 @@ def yarn_range(rope: dict[str, float | str], dims: int) -> tuple[float, float]:
 def rotary_scale(arch: Architecture) -> Tensor | None:
     """YaRN's attention factor of each pair of a head's dimensions, [d/2]; None without YaRN.
 
-    `attention_factor` if given, else m(mscale) / m(mscale_all_dim) with m(a) = 0.1 a ln(factor) + 1 if both
-    are given, else m(1).
+    `attention_factor` if present, else m(mscale) / m(mscale_all_dim) with m(a) = 0.1 a ln(factor) + 1 if both
+    are present, else m(1).
     """
     rope = dict(arch.rope)
     if rope.get("rope_type") != "yarn":

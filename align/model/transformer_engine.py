@@ -1,9 +1,9 @@
 """Transformer Engine in place of torch's kernels: linear layers with the norm before them, and attention.
 
 Imported only with --attention te: its classes derive from Transformer Engine's. Norms outside of a linear
-layer, gate and rotation stay align.model.layers'. Not run on hardware yet;
-tests/model/test_transformer_engine.py runs it with a stand-in that has the names and arguments of
-Transformer Engine 2.11.
+layer, activation and rotary embedding are those of align.model.layers. Not run on hardware yet;
+tests/model/test_transformer_engine.py runs it with a stand-in that has the names and arguments of Transformer
+Engine 2.11.
 """
 
 from megatron.core.extensions.transformer_engine import (
@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from align.model.architecture import Architecture
-from align.model.attention import Packing
-from align.model.layers import ACTIVATIONS, NORMS, rotate
+from align.model.attention import PackedAttentionParams
+from align.model.layers import ACTIVATIONS, NORMS, rotary_embedding
 
-# A checkpoint has the names of torch's layers, so that it can be read with either.
+# Names of torch's layers in checkpoints, so that either kind of layers can load them.
 CHECKPOINT_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -42,17 +42,17 @@ class TEAttention(TEDotProductAttention):
         attention_mask: None,
         attn_mask_type: AttnMaskType,
         attention_bias: None = None,
-        packed_seq_params: Packing | None = None,
+        packed_seq_params: PackedAttentionParams | None = None,
     ) -> Tensor:
         """Returns [T, heads * d]."""
-        query, key = (rotate(x, *packed_seq_params.rotation) for x in (query, key))
+        query, key = (rotary_embedding(x, *packed_seq_params.rotation) for x in (query, key))
         return super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
         )
 
 
 def layer_spec(arch: Architecture) -> ModuleSpec:
-    """One layer."""
+    """Spec of one layer."""
     norm = NORMS[arch.norm] if arch.qk_norm else IdentityOp
     return ModuleSpec(
         TransformerLayer,

@@ -16,7 +16,7 @@ ROWS = 1024  # of a matrix that are compared at a time
 
 
 class WeightFiles:
-    """Tensors by name, of which one can read a part. Every mistake is a UserError that names the file."""
+    """Tensors by name, whole or in part. Every mistake is a UserError that names the file."""
 
     def __init__(self, directory: Path):
         self.directory, self.opened = Path(directory), {}
@@ -34,7 +34,7 @@ class WeightFiles:
             raise UserError(f"--model {directory}: no {SINGLE} there (other weight formats are not read)")
 
     def open(self, file: str) -> safe_open:
-        """A file by its name in the directory."""
+        """Open a file by its name in the directory, once."""
         if file not in self.opened:
             try:
                 self.opened[file] = safe_open(self.directory / file, "pt")
@@ -43,7 +43,7 @@ class WeightFiles:
         return self.opened[file]
 
     def tensor(self, name: str) -> Any:
-        """safetensors' slice of a tensor, which reads nothing before it is indexed."""
+        """A lazy slice of a tensor, which is read when indexed."""
         path = self.directory / self.files[name]
         try:
             tensor = self.open(self.files[name]).get_slice(name)
@@ -63,7 +63,7 @@ class WeightFiles:
         return tensor[rows] if columns is None else tensor[rows, columns]
 
     def has_own_head(self) -> bool:
-        """True if there is an output embedding with other values than the input embedding's."""
+        """True for an output embedding with other values than the input embedding."""
         if not {EMBEDDING, HEAD} <= set(self.files):
             return False
         shape = self.shape(EMBEDDING)
@@ -74,7 +74,7 @@ class WeightFiles:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file} of an index."""
+    """Read {tensor: file} of an index."""
     files = read_object(index).get("weight_map")
     if not isinstance(files, dict):
         raise UserError(f"{index}: weight_map must be an object, not {shown(files)}")
@@ -87,6 +87,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def has_own_head(directory: Path) -> bool:
-    """True if the weights in a directory have an output embedding of their own, whatever config.json says."""
-    there = any((Path(directory) / name).is_file() for name in (SINGLE, INDEX))
-    return there and WeightFiles(directory).has_own_head()
+    """True if the weights of a directory have an untied output embedding, whatever config.json says."""
+    exists = any((Path(directory) / name).is_file() for name in (SINGLE, INDEX))
+    return exists and WeightFiles(directory).has_own_head()

@@ -16,7 +16,7 @@ from align.generation.generator import check_rollout_tp
 from align.model import architecture
 from align.model.architecture import Architecture
 from align.model.config import check_model
-from align.planning.memory import Setting
+from align.planning.memory import RankShape
 from align.planning.phases import Cluster, Job, Phase, build, forward, frozen_forward, generate, save, train
 
 # ---- scripts ---------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def from_rows(
     """A script that samples nothing. `per_row`: sequences of a row."""
     packing.check_budget(config.format.max_seq_len, config.batch, policy.max_positions, per_row)
 
-    def phases(job: Job, s: Setting) -> list[Phase]:
+    def phases(job: Job, s: RankShape) -> list[Phase]:
         length = config.format.max_seq_len
         prompt = length // 2 if per_row == 2 else 0  # half of a pair is taken to be the prompt
         work = job.work(config.batch.global_batch_size, per_row, length, prompt)
@@ -123,7 +123,7 @@ def check_world(config: Any, world: int) -> None:
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world)  # torchrun's variable
     try:
-        parallel.check(config.parallel)
+        parallel.check_grid(config.parallel)
     finally:
         os.environ.pop("WORLD_SIZE")
         os.environ.update({} if before is None else {"WORLD_SIZE": before})
@@ -140,7 +140,7 @@ def check_sampling(config: Any, cluster: Cluster, policy: Architecture) -> None:
 # ---- phases ----------------------------------------------------------------------------------------------
 
 
-def policy_gradient_phases(job: Job, s: Setting) -> list[Phase]:
+def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
     config, prompt, response = (
         job.config,
         job.config.format.max_prompt_len,
@@ -166,7 +166,7 @@ def policy_gradient_phases(job: Job, s: Setting) -> list[Phase]:
     return [*phases, *(save(job, s, name) for name in job.trained)]
 
 
-def rejection_sampling_phases(job: Job, s: Setting) -> list[Phase]:
+def rejection_sampling_phases(job: Job, s: RankShape) -> list[Phase]:
     config, prompt, response = (
         job.config,
         job.config.format.max_prompt_len,
@@ -183,7 +183,7 @@ def rejection_sampling_phases(job: Job, s: Setting) -> list[Phase]:
     return [*phases, train(job, s, "policy", training), save(job, s, "policy")]
 
 
-def self_rewarding_phases(job: Job, s: Setting) -> list[Phase]:
+def self_rewarding_phases(job: Job, s: RankShape) -> list[Phase]:
     config, response = job.config, job.config.sampling.max_new_tokens
     context = job.trained["policy"].max_positions - response
     prompt = min(config.format.max_seq_len, context)
@@ -207,6 +207,6 @@ def self_rewarding_phases(job: Job, s: Setting) -> list[Phase]:
 
 
 def responses_together(config: Any, prompt: int, response: int) -> int:
-    """Responses to one prompt in a row of training, which share the prompt's places: batching.answer_rows."""
+    """Responses to one prompt in a row of training, which share its places: see batching.pack_responses."""
     room = (config.batch.micro_batch_tokens - prompt) // response
     return max(1, min(config.samples_per_prompt, room, config.batch.global_batch_size))

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from align.errors import UserError
 from align.flags import flag_of
 from align.model.architecture import Architecture
-from align.planning import memory
-from align.planning.memory import Rollout, Setting, Work
+from align.planning import memory, rollout_memory
+from align.planning.memory import MicroBatchLoad, RankShape
+from align.planning.rollout_memory import RolloutLoad
 
 ITEMS = (
     *"process weights gradients optimizer frozen building".split(),
@@ -75,7 +76,7 @@ class Phase:
     """Memory of one phase on a rank's device."""
 
     name: str
-    needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as offload.Phases has it
+    needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as Phases has it
     frozen: tuple[str, ...] = ()  # frozen models that compute in it
     items: Mapping[str, float] = field(default_factory=dict)  # bytes that are allocated in it alone
 
@@ -88,7 +89,7 @@ class Job:
     cluster: Cluster
     trained: Mapping[str, Architecture]
     frozen: Mapping[str, Architecture]
-    list_phases: Callable[["Job", Setting], list[Phase]]
+    list_phases: Callable[["Job", RankShape], list[Phase]]
     offload: str | None = None  # --offload, None for a script without that flag
 
     @property
@@ -97,21 +98,23 @@ class Job:
         return self.offload == "on" or (self.offload == "auto" and self.cluster.gpu)
 
     @property
-    def layout(self) -> Setting:
+    def layout(self) -> RankShape:
         """Setting of all models on the first stage."""
         p = self.config.parallel
         dp = self.cluster.world // (p.tp * p.pp * p.cp)
         precision = self.config.model.precision
         item = 2 if precision == "bf16" or (precision == "auto" and self.cluster.gpu) else 4
-        return Setting(
+        return RankShape(
             item, self.cluster.gpu, p.tp, p.pp, p.cp, dp, 0, p.sequence_parallel, self.config.model.recompute
         )
 
-    def phases(self, s: Setting) -> list[Phase]:
+    def phases(self, s: RankShape) -> list[Phase]:
         """The phases on one pipeline stage, each with the peak of what it alone allocates."""
         return self.list_phases(self, s)
 
-    def work(self, rows: int, sequences: int, length: int, prompt: int, entropy: bool = False) -> Work:
+    def work(
+        self, rows: int, sequences: int, length: int, prompt: int, entropy: bool = False
+    ) -> MicroBatchLoad:
         """The largest micro-batch of an update.
 
         Args:
@@ -124,7 +127,7 @@ class Job:
         most = rank_rows if batch.micro_batch_size is None else min(rank_rows, batch.micro_batch_size)
         tokens = min(batch.micro_batch_tokens, most * places)
         shared = sequences * length / places if sequences > 1 else 1.0
-        return Work(tokens, -(-rank_rows * places // tokens), length, shared, entropy)
+        return MicroBatchLoad(tokens, -(-rank_rows * places // tokens), length, shared, entropy)
 
     def label(self, kind: str, name: str) -> str:
         """The name of a phase that needs a model in training, as the run's memory/... metrics spell it."""
@@ -134,14 +137,14 @@ class Job:
 # ---- phases ----------------------------------------------------------------------------------------------
 
 
-def build(job: Job, s: Setting) -> Phase:
+def build(job: Job, s: RankShape) -> Phase:
     """Megatron's buffers for the last model in training: its weights are there twice then."""
     name = list(job.trained)[-1]
     building = s.item * memory.weights(job.trained[name], s)
     return Phase(f"build {name}", {name: "built"}, (), {"building": building})
 
 
-def train(job: Job, s: Setting, name: str, work: Work) -> Phase:
+def train(job: Job, s: RankShape, name: str, work: MicroBatchLoad) -> Phase:
     """Forward, backward and the optimizer's step of a model."""
     arch = job.trained[name]
     items, step = memory.training(arch, s, work), memory.update(arch, s)
@@ -150,19 +153,19 @@ def train(job: Job, s: Setting, name: str, work: Work) -> Phase:
     return Phase(job.label("train", name), {name: "all"}, (), items)
 
 
-def forward(job: Job, s: Setting, kind: str, name: str, work: Work) -> Phase:
+def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
     """A pass of a model in training without a gradient."""
     items = memory.forward_only(job.trained[name], s, work)
     return Phase(job.label(kind, name), {name: "weights"}, (), items)
 
 
-def frozen_forward(job: Job, s: Setting, kind: str, name: str, work: Work) -> Phase:
+def frozen_forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
     """A pass of a frozen model."""
     return Phase(kind, {}, (name,), memory.forward_only(job.frozen[name], s, work))
 
 
 def generate(
-    job: Job, s: Setting, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
+    job: Job, s: RankShape, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
 ) -> Phase:
     """Sampling, in steps and in validations, whichever takes more.
 
@@ -173,31 +176,32 @@ def generate(
     config, arch, rollout = job.config, job.trained["policy"], job.config.rollout
     copy = None
     if rollout.reshards(config.parallel):
-        copy = Setting(s.item, s.gpu, tp=rollout.rollout_tp)
+        copy = RankShape(s.item, s.gpu, tp=rollout.rollout_tp)
     draws = [(prompts, per_prompt)]
     if config.val_data and by == "policy":  # a validation samples one response to each prompt
         batches = config.loop.val_batches
         draws.append((rollout.rollout_slots if batches is None else batches * config.rows_per_step, 1))
     replicas = job.cluster.world // rollout.rollout_tp if copy else s.copies
     loads = [
-        Rollout(
+        RolloutLoad(
             slots=min(rollout.rollout_slots, count * responses),
             prompts=-(-count // replicas),
             per_prompt=responses,
             prompt=prompt,
-            answer=config.sampling.max_new_tokens,
+            response=config.sampling.max_new_tokens,
         )
         for count, responses in draws
     ]
     items = max(
-        (memory.sampling(arch, s, load, copy) for load in loads), key=lambda sizes: sum(sizes.values())
+        (rollout_memory.sampling(arch, s, load, copy) for load in loads),
+        key=lambda sizes: sum(sizes.values()),
     )
     if by != "policy":
         return Phase(kind, {}, (by,), items)
     return Phase(job.label(kind, by), {by: "weights"}, (), items)
 
 
-def save(job: Job, s: Setting, name: str) -> Phase:
+def save(job: Job, s: RankShape, name: str) -> Phase:
     """A checkpoint, of which a GPU's copies are made in its host's memory."""
     items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s)}
     return Phase(job.label("save", name), {name: "all"}, (), items)
@@ -206,7 +210,7 @@ def save(job: Job, s: Setting, name: str) -> Phase:
 # ---- sums ------------------------------------------------------------------------------------------------
 
 
-def on_device(job: Job, s: Setting, phase: Phase, process: float) -> dict[str, float]:
+def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str, float]:
     """Bytes by item on a rank's device in a phase.
 
     Without offload all of each model in training stays. A frozen model that does not compute is in host
@@ -214,7 +218,7 @@ def on_device(job: Job, s: Setting, phase: Phase, process: float) -> dict[str, f
     """
     items = dict.fromkeys(ITEMS, 0.0) | dict(phase.items)
     items["process"] = 0.0 if s.gpu else process
-    sizes: dict[str, Callable[[Architecture, Setting], float]] = {
+    sizes: dict[str, Callable[[Architecture, RankShape], float]] = {
         "weights": lambda arch, s: s.item * memory.weights(arch, s),
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
@@ -229,7 +233,7 @@ def on_device(job: Job, s: Setting, phase: Phase, process: float) -> dict[str, f
     return items
 
 
-def on_host(job: Job, s: Setting, process: float, writes: bool) -> dict[str, float]:
+def on_host(job: Job, s: RankShape, process: float, writes: bool) -> dict[str, float]:
     """Bytes by item that a GPU's rank takes of its node's memory at most. `writes`: checkpoints."""
     frozen = sum(memory.pinned_weights(arch, s) for arch in job.frozen.values())
     parts = sum(memory.pinned_model(arch, s) for arch in job.trained.values()) if job.offloads else 0

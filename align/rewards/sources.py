@@ -1,6 +1,6 @@
-"""Sampled answers and what they are worth, to a reward model in the same job or to a function of the user's.
+"""Reward sources: a reward model in the same job, and a function of the user's.
 
-Both judges take answers by prompt and return an array [prompts, answers of each], the same on every rank.
+Each is called with responses by prompt and returns rewards [prompts, responses], equal on every rank.
 """
 
 import contextlib
@@ -15,31 +15,34 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from align.data import hub, tokenizer
+from align.data import hub
 from align.data.packing import BatchConfig
 from align.data.preferences import as_scored
 from align.data.prompts import Prompt
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel, watchdog
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
 from align.flags import SCALE, SCORE, check_ranges, refuse_unused
-from align.generation.generator import Sample
-from align.generation.rollout import T, Tokenizer, answer
+from align.generation.rollout import Sample, response_example
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from align.model.gpt import Scorer
 from align.training import batching, offload
-from align.training.offload import Shelf
+from align.training.offload import HostStore
 
+T = TypeVar("T")
+# rewards [prompts, responses] of prompts and their responses
+RewardSource = Callable[[Sequence[Prompt], Sequence[Sequence[Sample]]], np.ndarray]
 Function = Callable[[str, str, dict], float]  # prompt, response, row of the data -> reward
 STATISTICS = "reward_statistics.json"  # in a reward model's directory, beside config.json
-Setting = tuple[Callable[[], object], Callable[[object], object]]  # read it, restore it
+Setting = tuple[Callable[[], object], Callable[[object], object]]  # functions that read it and restore it
 SETTINGS: tuple[Setting, ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -93,7 +96,7 @@ class RewardConfig:
         return reward
 
     def with_statistics(self) -> "RewardConfig":
-        """Replace --reward-standardise auto by the numbers of the file. Raises UserError if it has none."""
+        """Replace --reward-standardise auto by the numbers of the file. Raises UserError without them."""
         if self.reward_standardise == "off":
             return self
         path = hub.local_model(self.reward_model) / STATISTICS
@@ -124,21 +127,21 @@ class RewardConfig:
 
 
 def load_scorer(
-    flag: str, directory: Path, config: ModelConfig, layout: ParallelConfig, text: Tokenizer
+    flag: str, directory: Path, config: ModelConfig, layout: ParallelConfig, tokenizer: Tokenizer
 ) -> Scorer:
-    """Load a reward model or critic, one value per token; a language model gets a head of zeros, so values 0.
+    """Load a reward model or critic, one value per token; a language model gets a head of zeros.
 
-    Raises UserError, naming `flag`: it has several labels, or another tokenizer than the policy (`text`),
-    whose token ids it is to be given.
+    Raises UserError, naming `flag`: several labels, or another tokenizer than the policy's, whose token ids
+    are its input.
     """
     config = replace(config, model=str(directory))
     start = architecture.read_config(config.path)
     if start.labels > 1:
         raise UserError(f"{flag} {directory} has {start.labels} labels: give a model with one")
-    if tokenizer.load(config.path).ids_by_token != text.ids_by_token:
+    if load_tokenizer(config.path).ids_by_token != tokenizer.ids_by_token:
         raise UserError(
-            f"{flag} {directory} has another tokenizer than --model: it would read other texts than were "
-            "sampled"
+            f"{flag} {directory} has another tokenizer than --model: the sampled token ids would mean other "
+            "texts to it"
         )
     arch = replace(start, labels=1)
     scorer = gpt.build_scorer(arch, config, layout)
@@ -155,20 +158,20 @@ def standardisation_of_values(directory: Path, config: ModelConfig, reward: Rewa
     return reward if is_reward_model else RewardConfig()
 
 
-def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str], None]) -> None:
-    """Log a warning if the texts of a reward model's training seldom end as responses of the policy do.
+def warn_of_other_ends(reward: RewardConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """Log a warning if a reward model's training texts seldom end with a stop token of the policy.
 
-    The score is read at the last token: after another one it is off the training distribution.
+    The score is read at the last token, and after another token it is off the training distribution.
     """
     path = reward.reward_model and hub.local_model(reward.reward_model) / STATISTICS
     ends = json.loads(path.read_bytes()).get("ends") if path and path.is_file() else None
     if not ends:
         return
-    strings = [text.encode(end, continued=True)[-1] for end in text.stop_strings]
-    share = sum(ends.get(str(i), 0) for i in {*text.stop_ids, *strings}) / sum(ends.values())
+    strings = [tokenizer.encode(end, continued=True)[-1] for end in tokenizer.stop_strings]
+    share = sum(ends.get(str(i), 0) for i in {*tokenizer.stop_ids, *strings}) / sum(ends.values())
     if share < 0.5:
-        most = text.decode([int(max(ends, key=ends.get))])
-        stops = ", ".join(repr(text.decode([i])) for i in sorted(text.stop_ids))
+        most = tokenizer.decode([int(max(ends, key=ends.get))])
+        stops = ", ".join(repr(tokenizer.decode([i])) for i in sorted(tokenizer.stop_ids))
         say(
             f"WARNING: texts that --reward-model {reward.reward_model} was trained on end with {most!r}, "
             f"responses with {stops}: its scores are off its training distribution. Train it from the SFT "
@@ -179,35 +182,32 @@ def warn_of_other_ends(reward: RewardConfig, text: Tokenizer, say: Callable[[str
 def save_statistics(statistics: dict, directory: Path) -> None:
     """Write mean and standard deviation of a reward model's scores for `RewardConfig.with_statistics`.
 
-    A file of its own: transformers would take a field of config.json over into every model that is made from
-    this one, and its scores are others.
+    A file of its own, since transformers would copy a field of config.json to every model derived from this
+    one, with other scores.
     """
     (directory / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
 
 
-Judge = Callable[[Sequence[Prompt], Sequence[Sequence[Sample]]], np.ndarray]  # rewards [prompts, answers]
-
-
-def judges(
+def reward_sources(
     reward: RewardConfig,
     config: ModelConfig,
     layout: ParallelConfig,
     batch: BatchConfig,
-    text: Tokenizer,
+    tokenizer: Tokenizer,
     stop: tuple[str, ...],
-    shelf: Shelf | None = None,
-) -> list[Judge]:
-    """Reward sources that the flags name; the reward of a response is the sum of their scores."""
-    found: list[Judge] = []
+    store: HostStore | None = None,
+) -> list[RewardSource]:
+    """Build the reward sources of the flags; the reward of a response is the sum of their scores."""
+    sources: list[RewardSource] = []
     if reward.reward_model:
-        found.append(RewardModel(reward, config, layout, batch, text, shelf))
+        sources.append(RewardModel(reward, config, layout, batch, tokenizer, store))
     if reward.reward_fn:
-        found.append(RewardFunction(reward.reward_fn, text, stop))
-    return found
+        sources.append(RewardFunction(reward.reward_fn, tokenizer, stop))
+    return sources
 
 
 class RewardModel:
-    """A reward model in the policy's layout. Between rollouts its weights wait elsewhere."""
+    """A reward model in the policy's layout, offloaded between rollouts."""
 
     def __init__(
         self,
@@ -215,70 +215,66 @@ class RewardModel:
         config: ModelConfig,
         layout: ParallelConfig,
         batch: BatchConfig,
-        text: Tokenizer,
-        shelf: Shelf | None = None,
+        tokenizer: Tokenizer,
+        store: HostStore | None = None,
     ):
         """
         Args:
             config: the policy's, for its precision and kernels.
-            text: the policy's tokenizer.
-            shelf: where the weights wait.
+            tokenizer: the policy's.
+            store: destination of the offloaded weights.
         """
         self.reward, self.batch = reward, batch
         if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
             raise UserError(f"--reward-model {reward.reward_model} is a language model: give a reward model")
-        self.scorer = load_scorer("--reward-model", reward.reward_model, config, layout, text)
-        self.weights = offload.park(self.scorer, shelf or Shelf())
+        self.scorer = load_scorer("--reward-model", reward.reward_model, config, layout, tokenizer)
+        self.weights = offload.offload_module(self.scorer, store or HostStore())
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-        """Rewards [prompts, answers]: the model's standardised value at each answer's last token. Collective.
+        """Rewards [prompts, responses]: the standardised value at each response's last token. Collective.
 
-        Raises UserError for an answer beyond the model's context, FloatingPointError for NaN and infinity.
+        Raises UserError for a response beyond the model's context, FloatingPointError for NaN and infinity.
         """
-        longest = max(
-            len(prompt.ids) + len(sample.ids)
-            for prompt, answers in zip(prompts, samples, strict=True)
-            for sample in answers
-        )
+        examples = [
+            [as_scored(response_example(prompt, sample)) for sample in responses]
+            for prompt, responses in zip(prompts, samples, strict=True)
+        ]
+        longest = max(example.num_inputs for responses in examples for example in responses)
         if longest > (context := self.scorer.arch.max_positions):
             raise UserError(
-                f"--reward-model has a context of {context} tokens, prompt and answer have {longest}: lower "
-                "--max-prompt-len or --max-new-tokens"
+                f"--reward-model has a context of {context} tokens, prompt and response have {longest}: "
+                "lower --max-prompt-len or --max-new-tokens"
             )
-        examples = [
-            [as_scored(answer(prompt, sample)) for sample in answers]
-            for prompt, answers in zip(prompts, samples, strict=True)
-        ]
-        with self.weights.lent_to(self.scorer):
-            found = batching.per_example(
-                self.scorer, batching.answer_rows(self.scorer, examples, self.batch), self.batch
-            )
-        rewards = np.concatenate(found)[:, 0].astype(np.float64).reshape(len(prompts), -1)
+        rows = batching.pack_responses(self.scorer, examples, self.batch)
+        with self.weights.swapped_into(self.scorer):
+            scores = batching.per_example_outputs(self.scorer, rows, self.batch)
+        rewards = np.concatenate(scores)[:, 0].astype(np.float64).reshape(len(prompts), -1)
         if not np.isfinite(rewards).all():
             raise FloatingPointError("--reward-model gave a score that is NaN or infinite")
         return self.reward.standardised(rewards)
 
 
 class RewardFunction:
-    """A function of the user's. Each answer is scored once, by one of the ranks.
+    """A function of the user's. Each response is scored once, by one of the ranks.
 
-    It leaves no trace in training. Its random numbers follow from the answer and its place, in every layout.
+    Settings and random states of the training are restored after it. Its own random numbers are seeded by the
+    response and its place, in every layout.
     """
 
-    def __init__(self, name: str, text: Tokenizer, stop: tuple[str, ...], flag: str = "--reward-fn"):
+    def __init__(self, name: str, tokenizer: Tokenizer, stop: tuple[str, ...], flag: str = "--reward-fn"):
         """`name`: module:function, the module in the current directory or installed; `stop`: --stop."""
         self.flag, self.function = f"{flag} {name}", import_function(name, flag)
-        self.text, self.stop = text, stop
+        self.text, self.stop = tokenizer, stop
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-        """Rewards [prompts, answers]. Collective. Raises UserError for what is no finite number."""
-        with isolated(self.flag, RANDOM_STATES):  # once: numpy's take 0.2 ms
+        """Rewards [prompts, responses]. Collective. Raises UserError for anything but a finite number."""
+        with isolated(self.flag, RANDOM_STATES):  # once for all, since numpy's takes 0.2 ms
             part = self.part(prompts, samples)
         return table(parallel.gather(part), samples)
 
     def part(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[tuple]:
-        """(prompt, answer, reward) of this rank's share."""
-        places = [(i, k) for i, answers in enumerate(samples) for k in range(len(answers))]
+        """(prompt, response, reward) of this rank's share."""
+        places = [(i, k) for i, responses in enumerate(samples) for k in range(len(responses))]
         rewards = []
         for i, k in places[dist.get_rank() :: dist.get_world_size()]:
             watchdog.tick(self.flag)
@@ -289,7 +285,8 @@ class RewardFunction:
                 value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
                 raise UserError(
-                    f"{self.flag} returned {value!r} for the answer {response!r}: a reward is a finite number"
+                    f"{self.flag} returned {value!r} for the response {response!r}: a reward is a finite "
+                    "number"
                 )
             rewards.append((i, k, float(value)))
         return rewards
@@ -297,7 +294,7 @@ class RewardFunction:
 
 @contextlib.contextmanager
 def isolated(flag: str, settings: Sequence[Setting]) -> Iterator[None]:
-    """Restore settings after code of the user's. Raises RuntimeError, naming `flag`, for its sys.exit."""
+    """Restore settings after the user's code. Raises RuntimeError, naming `flag`, for its sys.exit."""
     before = [read() for read, _ in settings]
     try:
         yield
@@ -305,7 +302,7 @@ def isolated(flag: str, settings: Sequence[Setting]) -> Iterator[None]:
         raise RuntimeError(f"{flag} called sys.exit({error.code!r}): a function returns or raises") from error
     finally:
         for (read, restore), value in zip(settings, before, strict=True):
-            if read() is not value:  # random states always are other objects
+            if read() is not value:  # random states are always new objects
                 restore(value)
 
 
@@ -317,12 +314,12 @@ def seed(number: int) -> None:
 
 
 def import_function(name: str, flag: str = "--reward-fn") -> Function:
-    """The function that module:function, the value of `flag`, names. Raises UserError if there is none."""
+    """Import module:function, the value of `flag`. Raises UserError if it does not exist."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise UserError(f"{flag} {name!r} must be of the form module:function")
     sys.path.insert(0, str(Path.cwd()))
-    package = module.partition(".")[0]  # find_spec raises an error of its own if this one is missing
+    package = module.partition(".")[0]  # find_spec raises another error if the package is missing
     with isolated(f"{flag} {name}", (*SETTINGS, *RANDOM_STATES)):
         if importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None:
             raise UserError(f"{flag} {name}: no module {module!r} in the current directory or installed")
@@ -333,7 +330,7 @@ def import_function(name: str, flag: str = "--reward-fn") -> Function:
 
 
 def table(parts: Sequence[Sequence[tuple[int, int, float]]], samples: Sequence[Sequence]) -> np.ndarray:
-    """(prompt, answer, reward) of all ranks as an array [prompts, answers]."""
+    """Arrange (prompt, response, reward) of all ranks as an array [prompts, responses]."""
     rewards = np.full((len(samples), len(samples[0])), np.nan)
     for part in parts:
         for i, k, reward in part:

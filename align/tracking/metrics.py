@@ -13,7 +13,7 @@ class Clock:
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Add the time since the last lap to phase `name`, which may come several times in a step."""
+        """Add the time since the last lap to phase `name`, perhaps several times in a step."""
         assert name != "step", "the sum of all phases has this name"
         now = time.perf_counter()
         self.seconds[name] += now - self.last
@@ -24,17 +24,17 @@ class Clock:
         return sum(self.seconds[name] for name in phases)
 
     def shares(self) -> dict[str, float]:
-        """`time/step` in seconds and `time/<phase>` as shares of it, which sum to 1; starts anew."""
+        """`time/step` in seconds and `time/<phase>` as shares of it, which sum to 1; resets the clock."""
         total = sum(self.seconds.values())
         shares = {f"time/{name}": seconds / total for name, seconds in self.seconds.items()}
-        self.seconds.clear()  # `last` stays: no time falls between two steps
+        self.seconds.clear()  # `last` stays: no time is lost between two steps
         return {"time/step": total, **shares}
 
 
 def speed(num_matmul_params: int, tokens: int, computed: int, seconds: float) -> dict[str, float]:
-    """Tokens per second of a step, and the arithmetic that they needed.
+    """Tokens per second of a step, and the arithmetic per second.
 
-    `computed`: tokens without what sequences share. Each takes 6 operations per weight, 2 forward and 4
+    `computed`: tokens, shared ones counted once. Each takes 6 operations per weight, 2 forward and 4
     backward; attention, recomputation and reference do not count, the output layer counts for every token.
     `num_matmul_params` leaves out the input embedding, which is a look-up.
     """
@@ -44,16 +44,16 @@ def speed(num_matmul_params: int, tokens: int, computed: int, seconds: float) ->
 
 def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric over several updates; {} without any."""
-    return {name: sum(each[name] for each in updates) / len(updates) for name in (updates or [{}])[0]}
+    return {name: sum(update[name] for update in updates) / len(updates) for name in (updates or [{}])[0]}
 
 
 def with_std(metrics: dict[str, float]) -> dict[str, float]:
-    """The same metrics with NAME_std = sqrt(E[x^2] - E[x]^2) for each NAME_square (and NAME_mean)."""
-    done = dict(metrics)
+    """Replace each NAME_square (beside NAME_mean) by NAME_std = sqrt(E[x^2] - E[x]^2)."""
+    result = dict(metrics)
     for name in [name for name in metrics if name.endswith("_square")]:
         stem = name.removesuffix("_square")
-        done[f"{stem}_std"] = math.sqrt(max(done.pop(name) - done[f"{stem}_mean"] ** 2, 0.0))
-    return done
+        result[f"{stem}_std"] = math.sqrt(max(result.pop(name) - result[f"{stem}_mean"] ** 2, 0.0))
+    return result
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Checks of --output before anything is written, so that nothing of the user's is overwritten."""
+"""Checks of --output before anything is written, so that no file of the user's is overwritten."""
 
 import fcntl
 import os
@@ -11,14 +11,14 @@ from typing import IO
 from align.errors import UserError
 from align.files import ROOT, check_path, read_object
 
-WRITTEN = (  # in OUTPUT by a run, beside the script; weights mean that OUTPUT is a model
+WRITTEN = (  # names of a run's files in OUTPUT, beside the script; weights: OUTPUT is a model
     "config.json log.txt metrics.jsonl samples.jsonl metrics.tmp samples.tmp prompt_format.json "
     "reference.txt wandb_id.txt checkpoints hf hf.tmp plots rollouts *.safetensors pytorch_model*.bin".split()
 )
 
 
 def check_run(output: Path, flags: dict, script: Path) -> None:
-    """Refuse an OUTPUT in which a run would overwrite or delete what no run has written.
+    """Refuse an OUTPUT in which a run would overwrite or delete files of others.
 
     Args:
         flags: name and value of each flag.
@@ -45,21 +45,20 @@ def check_run(output: Path, flags: dict, script: Path) -> None:
             )
     if (output / "hf").is_symlink():
         raise UserError(f"--output {output}: hf in it is a link, which the export cannot replace: remove it")
-    held = [path.name for name in (*WRITTEN, script.name) for path in output.glob(name)]
-    if held and not is_run(output):  # in this order: rank 0 may write now, the flags first
-        raise UserError(f"--output {output} holds {held[0]}, and no config.json of a run: give another")
+    names = [path.name for name in (*WRITTEN, script.name) for path in output.glob(name)]
+    if names and not is_run(output):  # in this order: rank 0 may be writing, the flags first
+        raise UserError(f"--output {output} holds {names[0]}, and no config.json of a run: give another")
 
 
 def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
-    """Hold OUTPUT for this process until the file is closed, or until the process ends, in whatever way.
+    """Lock OUTPUT for this process until the file is closed or the process ends.
 
-    Raises UserError if another process holds it. A file system without locks is logged.
+    Raises UserError if another process holds the lock. A file system without locks is logged.
     """
     file = open(output / ".lock", "a+", encoding="utf-8")
     try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # unlike flock's, no fork of this process inherits it
+        # unlike flock's, the lock is not inherited by a fork of this process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise UserError(f"--output {output} is in use by another run, {file.read()}: give another") from None
@@ -73,7 +72,7 @@ def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
 
 
 def is_run(output: Path) -> bool:
-    """True if a run has left its flags or a checkpoint there."""
+    """True if a directory has the flags or a checkpoint of a run."""
     config = output / "config.json"
     has_flags = config.is_file() and "flags" in read_object(config)
     return has_flags or bool(complete_checkpoints(output / "checkpoints"))
@@ -85,12 +84,12 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint so that a kill leaves no half of it under its name; the next save clears up."""
+    """Rename a checkpoint, then delete it, so that a kill leaves no half of it under its name."""
     shutil.rmtree(path.rename(path.with_suffix(".tmp")))
 
 
 def inputs(flags: dict) -> Iterator[tuple[str, Path]]:
-    """Flag and path of the models and data sets that are on this machine."""
+    """Yield flag and path of the models and data sets on this machine."""
     for name, value in flags.items():
         if name in ("model", "reward_model", "critic") or name.endswith("_data"):
             for path in value if isinstance(value, tuple | list) else [value]:

@@ -11,18 +11,15 @@ from matplotlib.figure import Figure
 from align.errors import UserError
 
 PANELS_PER_ROW = 4
-SMOOTH_ABOVE = 50  # points; shorter curves are drawn as they are
+SMOOTH_ABOVE = 50  # points; shorter curves are not smoothed
 COLORS = {"train": "#1f5a99", "val": "#d9641e", "test": "#7d3c98", "time": "#6b6b6b"}
 SHARED = ("train", "val", "test")  # groups whose metrics of one name share a panel
 TOGETHER = {"memory": "memory/..., GB", "time": "time/..., shares of a step"}  # groups in one panel
 ALONE = ("time/step", "time/tokens_per_s", "time/tflops_per_s")  # in another unit than their group
-EXACT = ("train/lr",)  # without noise: an average would only bend it
+EXACT = ("train/lr",)  # without noise, not smoothed
 OTHER_COLOR = "#3c6e47"
-SAME_AS = {
-    "train_rollouts": "train",
-    "train_optim": "train",
-    "val_rollouts": "val",
-}  # drawn like these groups
+# groups drawn like others
+SAME_AS = {"train_rollouts": "train", "train_optim": "train", "val_rollouts": "val"}
 
 Curve = tuple[list[int], list[float]]  # steps, values
 
@@ -48,7 +45,7 @@ def draw(run_directory: Path) -> list[Path]:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """{metric: (steps, values)} in the order of first appearance. Raises UserError for a missing file."""
+    """Read {metric: (steps, values)}, in the order of first appearance. Raises UserError without a file."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give the --output directory of a run")
     curves: dict[str, Curve] = {}
@@ -63,9 +60,9 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def arrange(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """{panel: {metric: curve}}: train, val and test share panels and come first, time comes last.
+    """Arrange {panel: {metric: curve}}: train, val and test share panels and are first, time is last.
 
-    What each phase of a step takes, memory or time, is drawn together.
+    The memory, and the time, of all phases of a step share a panel.
     """
     seen = [group for group in map(group_of, curves) if group not in (*SHARED, "time")]
     groups = [*SHARED, *seen, "time"]
@@ -86,7 +83,7 @@ def group_of(name: str) -> str:
 
 
 def draw_panel(axis: Axes, panel: str, curves: dict[str, Curve]) -> None:
-    """One metric over the steps; a long curve is drawn faintly with its moving average on top."""
+    """Draw a panel; a long curve is drawn faintly with its moving average on top."""
     together = panel in TOGETHER.values()
     for i, (name, (steps, values)) in enumerate(curves.items()):
         group = group_of(name)
@@ -104,7 +101,7 @@ def draw_panel(axis: Axes, panel: str, curves: dict[str, Curve]) -> None:
 
 
 def clean(axis: Axes) -> None:
-    """Thin grey lines, small plain numbers, whole steps."""
+    """Style an axis: thin grey lines, small plain numbers, whole steps."""
     axis.grid(color="#e4e4e4", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["bottom", "left"]].set(color="#8a8a8a", linewidth=0.6)

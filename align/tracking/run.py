@@ -1,7 +1,7 @@
-"""The run directory: what was run, its metrics, samples and log; the console line; optional wandb.
+"""The run directory: flags and versions, metrics, samples and log; the console line; optional wandb.
 
-`metrics.jsonl` is the truth, one line a step, written before anything else hears of it. Whatever depends on
-the clock is named `time/...` or `timers/...`, so that two runs of the same flags differ in nothing but those.
+`metrics.jsonl` is the record, one line a step, written before the console and wandb. Metrics that depend on
+the clock are named `time/...` or `timers/...`; two runs of the same flags differ in these only.
 """
 
 import contextlib
@@ -65,10 +65,10 @@ class RunConfig:
 
 
 class Run:
-    """The record of one run. Rank 0 (`main`) writes it; on the other ranks every method does nothing.
+    """Record of one run. Rank 0 (`main`) writes it; on the other ranks every method does nothing.
 
-    Use: `Run(...)` once the flags are checked, `resume_at` once the first step is known, `log` after each,
-    `close` at the end. `total_steps` serves the console alone and may be set later.
+    Use: `Run(...)` once the flags are checked, `resume_at` once the first step is known, `log` after each
+    step, `close` at the end. `total_steps` is shown on the console and may be set later.
     """
 
     def __init__(self, config: RunConfig, flags: dict, script: str, main: bool, total_steps: int = 0):
@@ -77,16 +77,16 @@ class Run:
         self.config = config
         self.total_steps = total_steps
         self.wandb_run = None
-        self.bar = ""  # what a terminal shows in its last line
-        self.first_log: tuple[int, float] | None = None  # step and time, from which on the ETA counts
-        self.flags = json.loads(json.dumps(flatten(flags), default=str))  # as they read back: paths are text
+        self.bar = ""  # the last line of a terminal
+        self.first_log: tuple[int, float] | None = None  # step and time at the start of the ETA
+        self.flags = json.loads(json.dumps(flatten(flags), default=str))  # as read from JSON: paths are text
         self.script, self.began = Path(script), datetime.date.today().isoformat()
         check_run(config.output, flatten(flags), self.script)
         if main:
             self._open()
 
     def _open(self) -> None:
-        """Lock the directory; leave the flags there if it is new, else log which have changed."""
+        """Lock the directory; write the flags if it is new, else log the changed ones."""
         self.config.output.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.config.output, self.say)
         path = self.config.output / "config.json"
@@ -99,13 +99,13 @@ class Run:
                 self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
 
     def _write_config(self) -> None:
-        """Leave flags, versions, commit and the script in the directory."""
+        """Write flags, versions and commit, and copy the script."""
         record = {"flags": self.flags, "began": self.began, **environment(self.script)}
         write_atomically(self.config.output / "config.json", json.dumps(record, indent=2) + "\n")
         shutil.copy(self.script, self.config.output)
 
     def first_day(self) -> datetime.date:
-        """The day on which the run began, which a resume keeps; on rank 0 alone."""
+        """The day on which the run began, also after a resume; on rank 0 only."""
         try:
             return datetime.date.fromisoformat(self.began)
         except (TypeError, ValueError) as error:
@@ -114,9 +114,8 @@ class Run:
     def resume_at(self, step: int) -> None:
         """Continue the record after `step` finished steps; 0 starts a new one.
 
-        A killed run may have written beyond its last checkpoint. These steps are dropped, and so are later
-        checkpoints: they come again.
-        Raises UserError if the record does not reach that step, or holds something else.
+        Steps beyond the checkpoint, written by a killed run, are dropped, and so are later checkpoints.
+        Raises UserError if the record does not reach that step, or has another line.
         """
         if not self.main:
             return
@@ -127,7 +126,7 @@ class Run:
                     f"{self.config.output / name}: it must reach step {step}, after which the run continues, "
                     f"and ends at step {last}: restore the file, or start over with --no-resume"
                 )
-        # Not before: a run that is refused changes nothing.
+        # Only now: a refused run changes nothing.
         for path in complete_checkpoints(self.config.output / "checkpoints"):
             if path.name > f"step_{step:08d}":
                 delete_checkpoint(path)
@@ -148,7 +147,7 @@ class Run:
         self._show(step, metrics)
 
     def samples(self, step: int, rows: list[dict]) -> None:
-        """Record prompts, responses and what belongs to them, one dictionary each, all with the same keys."""
+        """Record samples, one dictionary each, all with the same keys."""
         if not self.main or not rows:
             return
         append(self.config.output / "samples.jsonl", [{"step": step, **row} for row in rows])
@@ -160,12 +159,12 @@ class Run:
             self.wandb_run.log({name: table}, step=step)
 
     def say(self, text: str) -> None:
-        """A line for people: on the console, and with the time of day in log.txt."""
+        """Log a line: on the console, and with date and time in log.txt."""
         if not self.main:
             return
         self._write_log(text)
         if console.is_terminal():
-            self._print(f"\r\x1b[K{text}\n{self.bar}", end="")  # above the bar, which is drawn again
+            self._print(f"\r\x1b[K{text}\n{self.bar}", end="")  # above the bar, which is redrawn
         else:
             self._print(text)
 
@@ -175,19 +174,19 @@ class Run:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def _print(self, text: str, end: str = "\n") -> None:
-        """Print on the console; when it is gone, log that once and go on."""
+        """Print on the console; log once if it is gone."""
         if error := console.write(text, end):
             self._write_log(f"the console is gone ({error}): this log goes on")
 
     def close(self, plots: bool = True) -> None:
-        """End the record: draw the curves, tell wandb that the run is complete."""
+        """End the record: draw the curves, finish the wandb run."""
         if not self.main:
             return
         if self.bar:
             self.bar = ""
             self._print("")
         if plots:
-            # Imported here, because matplotlib is slow to import and one rank needs it once.
+            # here: matplotlib is slow to import, and only one rank needs it
             from align.tracking.plots import draw
 
             for path in draw(self.config.output):
@@ -197,7 +196,7 @@ class Run:
         self.lock.close()
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
-        """A terminal gets a bar that is redrawn, and a lasting line for each validation; a file all lines."""
+        """Show a step: a redrawn bar on a terminal, with a line for each validation; every step in a file."""
         line = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {columns(metrics)}"
         if not console.is_terminal():
             self._print(line)
@@ -211,7 +210,7 @@ class Run:
         self._print(f"\r\x1b[K{self.bar}", end="")
 
     def _eta(self, step: int) -> str:
-        """Time left, H:MM:SS, if steps go on as fast as since this process logged its first."""
+        """Time left, H:MM:SS, at the mean speed since the first step logged by this process."""
         now = time.monotonic()
         first_step, start_time = self.first_log = self.first_log or (step, now)
         if step == first_step:
@@ -222,13 +221,13 @@ class Run:
 
 
 def columns(metrics: dict[str, float]) -> str:
-    """The few values that a person watches, in columns that stay aligned."""
+    """Format the metrics of COLUMNS, in aligned columns."""
     shown = [(*COLUMNS[name], metrics[name]) for name in COLUMNS if name in metrics]
     return "  ".join(f"{label} {value:{form}}" for label, form, value in shown)
 
 
 def flatten(flags: dict) -> dict:
-    """Nested configuration as the flat flags that a user types: {"run": {"output": 1}} is {"output": 1}."""
+    """Flatten a nested configuration to flags: {"run": {"output": 1}} is {"output": 1}."""
     flat = {}
     for name, value in flags.items():
         flat.update(flatten(value) if isinstance(value, dict) else {name: value})
@@ -236,7 +235,7 @@ def flatten(flags: dict) -> dict:
 
 
 def environment(script: Path) -> dict:
-    """Versions (None: not installed), commit, processes and command, which decide the result as well."""
+    """Versions (None: not installed), commit, number of processes and command."""
     folder = script.resolve().parent
     changes = git(folder, "status", "--porcelain", "--untracked-files=no")
     dirty = None if changes is None else bool(changes)
@@ -257,7 +256,7 @@ def version(package: str) -> str | None:
 
 
 def git(folder: Path, *command: str) -> str | None:
-    """Output of a git command in `folder`, None where there is no git or no repository."""
+    """Output of a git command in `folder`; None without git or a repository."""
     if shutil.which("git") is None:
         return None
     result = subprocess.run(
@@ -267,8 +266,8 @@ def git(folder: Path, *command: str) -> str | None:
 
 
 def start_wandb(config: RunConfig, fresh: bool):
-    """Start a wandb run, or continue the one whose id an earlier process left in the run directory."""
-    import wandb  # here, because only those who ask for it need it
+    """Start a wandb run, or continue the one whose id is in the run directory."""
+    import wandb  # here: optional
 
     path = config.output / "wandb_id.txt"
     if fresh or not path.exists():
@@ -284,7 +283,7 @@ def start_wandb(config: RunConfig, fresh: bool):
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """Add rows to a jsonl file and hand them to the operating system."""
+    """Append rows to a jsonl file."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     # half of a surrogate pair has no UTF-8 form; its backslash escape happens to be valid JSON
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -292,35 +291,35 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Keep the rows of a jsonl file up to `step`, without a line that a kill has torn; 0 empties the file.
+    """Keep the rows of a jsonl file up to `step`, without a torn last line; 0 empties the file.
 
-    Returns the last step that is left. Raises UserError for a line that is no row.
+    Returns the last remaining step. Raises UserError for a line that is no row.
     """
     unfinished, last = path.with_suffix(".tmp"), 0
     with contextlib.ExitStack() as files:
-        kept = files.enter_context(open(unfinished, "wb"))
+        target = files.enter_context(open(unfinished, "wb"))
         lines = files.enter_context(open(path, "rb")) if step and path.exists() else ()
         for number, line in enumerate(lines, start=1):
-            if line.endswith(b"\n"):  # else torn
+            if line.endswith(b"\n"):  # else torn by a kill
                 row = read_row(f"{path}:{number}", line)
                 if row["step"] <= step and not is_final(row):
-                    kept.write(line)
+                    target.write(line)
                     last = row["step"]
     unfinished.rename(path)
     return last
 
 
-def read_row(where: str, line: bytes) -> dict:
-    """A line of metrics.jsonl or samples.jsonl. Raises UserError with its place if it is none."""
+def read_row(location: str, line: bytes) -> dict:
+    """Parse a line of metrics.jsonl or samples.jsonl. Raises UserError with its location."""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from error
+        raise UserError(f"{location}: not valid JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise UserError(f"{where}: a row of a run has a step")
+        raise UserError(f"{location}: a row of a run has a step")
     return row
 
 
 def is_final(row: dict) -> bool:
-    """True for the line of a test set, which follows the last step, and again if the run continues."""
+    """True for the line of a test set, which is computed again at the end of a continued run."""
     return len(row) > 1 and all(name == "step" or name.startswith("test") for name in row)

@@ -9,7 +9,6 @@ A checkpoint appears by one rename, so what has its name is complete. The model 
 
 import contextlib
 import os
-import queue
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,15 +22,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
-from align.distributed import parallel, watchdog
+from align.distributed import megatron_patches, parallel, watchdog
 from align.errors import UserError
 from align.files import read_object
 from align.flags import COUNT_OR_0, check_ranges
@@ -62,8 +59,8 @@ class CheckpointConfig:
 
     def __post_init__(self):
         check_ranges(self, save_interval=COUNT_OR_0, save_top_k=COUNT_OR_0)
-        given = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
-        for flag in (flag for flag, value in given.items() if value and not self.resume):
+        flags = {"--resume-from": self.resume_from, "--resume-with-changes": self.resume_with_changes}
+        for flag in (flag for flag, value in flags.items() if value and not self.resume):
             raise UserError(f"{flag} continues a run, and --no-resume starts over: give one of them")
 
     @property
@@ -75,7 +72,7 @@ class CheckpointConfig:
 
 
 def check_monitor(config: CheckpointConfig, known: dict[str, float]) -> None:
-    """Refuse a --monitor that is no metric of the run, once it has metrics of training or of validation."""
+    """Refuse a --monitor that is no metric of the run, once it has metrics of that kind."""
     kind = next((kind for kind in ("train", "val") if config.metric.startswith(kind)), "")
     others = sorted(name for name in known if name.startswith(kind))
     if not kind or (others and config.metric not in known):
@@ -90,7 +87,7 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 def resume(
     path: Path | None, trained: Trained, phase: Callable[..., AbstractContextManager]
 ) -> tuple[int, dict[str, float]]:
-    """Continue from a checkpoint, or start at step 0 without one. Collective.
+    """Load a checkpoint, or start at step 0 without one. Collective.
 
     Args:
         trained: models in training, by name.
@@ -121,29 +118,29 @@ def folder_of(name: str, trained: Trained, directory: Path) -> Path:
 
 
 def read_state(path: Path) -> dict:
-    """The state.json of a checkpoint. Raises UserError if it is damaged."""
+    """Read the state.json of a checkpoint. Raises UserError if it is damaged."""
     return checkpoint_files.read_state(path / "state.json")
 
 
 def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
-    """The checkpoint that a run continues from. Collective.
+    """Checkpoint that a run continues from. Collective.
 
     Raises UserError if --resume-from is none of this run's.
     """
-    known = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
+    paths = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
     if config.resume_from is None:
-        return known[-1] if known and config.resume else None
-    for path in known:
+        return paths[-1] if paths and config.resume else None
+    for path in paths:
         if config.resume_from.resolve() == path.resolve():
             return path
-    there = ", ".join(map(str, known)) or "none"
+    names = ", ".join(map(str, paths)) or "none"
     raise UserError(
-        f"--resume-from {config.resume_from} is no checkpoint of --output {output}; it has {there}"
+        f"--resume-from {config.resume_from} is no checkpoint of --output {output}; it has {names}"
     )
 
 
 def newest(directory: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
+    """Checkpoint of the highest step, or None."""
     paths = complete_checkpoints(directory)
     return paths[-1] if paths else None
 
@@ -152,13 +149,13 @@ def newest(directory: Path) -> Path | None:
 def saving(
     config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], run_state: dict
 ) -> Iterator[Path]:
-    """Make OUTPUT/checkpoints/step_XXXXXXXX and delete what --save-top-k does not keep. Collective.
+    """Make OUTPUT/checkpoints/step_XXXXXXXX, then delete checkpoints beyond --save-top-k. Collective.
 
-    The block `write`s the models into the directory that it is given, or into folders of it.
+    The block `write`s the models into the yielded directory, or into folders of it.
 
     Args:
         metrics: the newest value of each metric, for ranking checkpoints.
-        run_state: what a continued run is compared with (`Continuation.state`).
+        run_state: the identity of the run (`Continuation.state`), checked when it is continued.
     """
     path = output / "checkpoints" / f"step_{step:08d}"
     unfinished = path.with_suffix(".tmp")
@@ -178,76 +175,72 @@ def saving(
 
 
 def write(path: Path, step: int, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
-    """Write a model in training, and the random states, into a directory. Collective."""
+    """Write a model in training, with its optimizer and the random states, to a directory. Collective."""
     write_state(path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step})
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
-    """Write a model's weights alone into a directory, for `load_weights`. Collective."""
+    """Write a model's weights only, for `load_weights`. Collective."""
     write_state(path, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
 
 
 def write_state(path: Path, state: dict) -> None:
-    """Write a sharded state into a directory, which is made. Collective."""
+    """Write a sharded state to a new directory. Collective."""
     watchdog.tick("save")
     if parallel.is_main():
         path.mkdir(parents=True)
-    parallel.free_memory()  # saving takes copies of everything
+    parallel.free_memory()  # saving copies everything
     dist.barrier()
-    # Megatron would start a process to hold this queue, which imports the whole script again; saving in the
-    # foreground needs no such thing.
-    filesystem_async._results_queue = queue.Queue()
+    megatron_patches.use_thread_queue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save(state, str(path), sharded_strategy=strategy)
     parallel.free_memory()
 
 
 def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> None:
-    """Fill model and optimizer with what `write` wrote in any layout. Collective.
+    """Load model and optimizer from `write`'s directory, of any layout. Collective.
 
     Args:
-        same_layout: it was this one; random states of another have no meaning here.
+        same_layout: the layout is the present one, so that the random states apply.
 
     Raises:
-        an error of Megatron's that names what is missing, if the checkpoint does not hold all that is needed.
+        an error of Megatron's with the name of an item that the checkpoint lacks.
     """
     for adam in optim.adams(optimizer):
-        if (
-            not adam.optimizer.state
-        ):  # torch's AdamW has no state, so no place to load to, before its first step
+        # torch's AdamW has no state to load into before its first step
+        if not adam.optimizer.state:
             adam._init_optimizer_states_with_dummy_values()
-    keep_step_through_loading()
-    wanted = sharded_state(model, optimizer, is_loading=True)
+    megatron_patches.keep_step_through_loading()
+    template = sharded_state(model, optimizer, is_loading=True)
     if same_layout:
-        wanted["rng"] = rng_state()
-    state = dist_checkpointing.load(wanted, str(path))
+        template["rng"] = rng_state()
+    state = dist_checkpointing.load(template, str(path))
     fill(model.module, state["model"])
     settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # flags win over what the checkpoint was trained with
+        group.update(own)  # flags override the settings in the checkpoint
     for adam in optim.adams(optimizer):
         for tensors in adam.optimizer.state.values():
+            # one tensor for all would count each parameter as a step
             if isinstance(tensors.get("step"), torch.Tensor):
-                tensors["step"] = tensors[
-                    "step"
-                ].clone()  # one tensor for all would count each parameter as a step
+                tensors["step"] = tensors["step"].clone()
     if same_layout:
         set_rng_state(state["rng"])
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill a model that is not to be trained from a checkpoint of any layout and precision. Collective.
+    """Load the weights of a model that is not trained, from any layout and precision. Collective.
 
     Raises:
-        an error of Megatron's that names what is missing, if the checkpoint is another model's.
+        an error of Megatron's with the name of an item that the checkpoint lacks.
     """
-    wanted = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
-    fill(model, dist_checkpointing.load(wanted, str(path))["model"])
+    template = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
+    fill(model, dist_checkpointing.load(template, str(path))["model"])
 
 
 def fill(model: nn.Module, state: dict) -> None:
-    """Put loaded tensors into a model, all of whose weights must be among them."""
+    """Copy loaded tensors to a model; every weight must be among them."""
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert not [name for name in missing if "_extra_state" not in name], missing
 
@@ -263,7 +256,7 @@ def is_reward_model(path: Path) -> bool:
 
 
 def run_flags(path: Path) -> dict:
-    """The flags of the run that a checkpoint belongs to. Raises UserError if they are not beside it."""
+    """Flags of a checkpoint's run. Raises UserError without its config.json."""
     config = path.resolve().parent.parent / "config.json"  # OUTPUT/config.json
     if not config.is_file():
         raise UserError(
@@ -273,7 +266,7 @@ def run_flags(path: Path) -> dict:
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict:
-    """Model and optimizer as Megatron's checkpoints want them: each tensor knows its place in the whole."""
+    """Model and optimizer as sharded tensors of Megatron's checkpoints."""
     metadata = sharding_metadata()
     model_state = model.module.sharded_state_dict(metadata=metadata)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
@@ -282,10 +275,10 @@ def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, 
 
 
 def drop_absent_state(optimizer_state: dict) -> None:
-    """Delete Megatron's None for main weights and moments on the ranks that do not save them.
+    """Delete Megatron's None for main weights and moments on ranks that do not save them.
 
-    They are saved by the first data parallel rank. Megatron takes the None of the others for a value that all
-    ranks should have, and warns at each save that rank 0 has none.
+    The first data parallel rank saves them. Megatron treats the None of the others as a value of all ranks,
+    and warns at each save that rank 0 has none.
     """
     chained = [part for part in optimizer_state.values() if isinstance(part, dict)]
     for part in (optimizer_state, *chained):
@@ -294,27 +287,13 @@ def drop_absent_state(optimizer_state: dict) -> None:
 
 
 def sharding_metadata() -> dict:
-    """Metadata that decides how a checkpoint is split into shards."""
+    """Metadata of the split of a checkpoint into shards."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",  # the default cannot be saved any more
-        # main weights and moments come together on one data parallel rank, not on each of them
+        # main weights and moments are gathered on one data parallel rank, not on each
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def keep_step_through_loading() -> None:
-    """Repair Megatron 0.16 with torch's AdamW: loading drops the state's "step" and then asks for it."""
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-    if original.__name__ == "with_step":
-        return
-
-    def with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict) -> None:
-        group, index = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-        original(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
 def rng_state() -> ShardedObject:
@@ -331,7 +310,7 @@ def rng_state() -> ShardedObject:
 
 
 def set_rng_state(state: dict) -> None:
-    """The inverse of rng_state."""
+    """Restore random states: the inverse of rng_state."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -341,7 +320,7 @@ def set_rng_state(state: dict) -> None:
 
 
 def prune(directory: Path, config: CheckpointConfig) -> None:
-    """Delete all checkpoints but the newest and the best --save-top-k, of equals the oldest."""
+    """Delete all checkpoints but the newest and the best --save-top-k; of equal ones the oldest is best."""
     states = {path: read_state(path) for path in complete_checkpoints(directory) if is_checkpoint(path)}
     last = newest(directory)
     check_monitor(config, states[last]["metrics"])

@@ -1,7 +1,7 @@
-"""The files of a checkpoint: a checksum of each, and nothing in them that could run code.
+"""The files of a checkpoint: checksums, and a check that no pickle in them can run code.
 
-Megatron loads `.metadata`, `common.pt` and the random states as pickles, which may call any function. They
-are looked at first, by an unpickler that knows the classes of torch's checkpoints and no others.
+Megatron loads `.metadata`, `common.pt` and the random states as pickles, which may call any function. An
+unpickler that allows only the classes of torch's checkpoints loads them first.
 """
 
 import io
@@ -46,7 +46,7 @@ STATE = "state.json"  # which holds the checksums
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Loads the pickle of a checkpoint's metadata; raises UnpicklingError for any other class or function."""
+    """Unpickler of a checkpoint's metadata; raises UnpicklingError for any other class or function."""
 
     def find_class(self, module: str, name: str) -> object:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -56,7 +56,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def check_pickles(folder: Path) -> None:
-    """Raises UserError if a pickle of a folder that Megatron wrote would run code, or cannot be read."""
+    """Raise UserError if a pickle in a folder of Megatron's would run code, or cannot be read."""
     backends = read_object(folder / "metadata.json")
     if changed := [name for name, value in BACKENDS.items() if backends.get(name) != value]:
         raise UserError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
@@ -76,7 +76,7 @@ def check_pickles(folder: Path) -> None:
         raise UserError(f"{path} is damaged, or not of a checkpoint: {one_line(error)}") from error
 
 
-ERRORS = (  # of pickles that are cut short, or that hold something else
+ERRORS = (  # of pickles that are truncated, or of another kind
     *(OSError, EOFError, pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile),
     *(AttributeError, IndexError, KeyError, TypeError, ValueError, MemoryError),
 )
@@ -91,12 +91,12 @@ def one_line(error: Exception) -> str:
 
 
 def write_state(path: Path, state: dict) -> None:
-    """Write the description of a checkpoint, with a checksum of it."""
+    """Write state.json with a checksum of itself."""
     path.write_text(json.dumps(state | {"xxh3": digest(state)}, indent=2) + "\n")
 
 
 def read_state(path: Path) -> dict:
-    """Read the file of `write_state`. Raises UserError if it is missing or damaged."""
+    """Read state.json. Raises UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"damaged checkpoint: {path} is missing")
     state = read_object(path)
@@ -116,7 +116,7 @@ def digest(state: dict) -> str:
 
 
 def checksums(path: Path) -> dict[str, list]:
-    """Size and XXH3 of all files of a checkpoint but `STATE`, each read by one of the ranks. Collective."""
+    """Size and XXH3 of all files of a checkpoint except `STATE`, each read by one rank. Collective."""
     names = [sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())]
     dist.broadcast_object_list(names, src=0)
     parts = parallel.gather({name: checksum(path / name) for name in share(names[0])})
@@ -124,7 +124,7 @@ def checksums(path: Path) -> dict[str, list]:
 
 
 def share(names: list[str]) -> list[str]:
-    """The files that this rank reads: its own ones, by their names, and a part of the others."""
+    """This rank's share of the files: those it wrote, by their names, and a part of the others."""
     rank, world = dist.get_rank(), dist.get_world_size()
     writers = [re.search(r"__(\d+)_\d+\.distcp$", name) for name in names]
     return [
@@ -138,7 +138,7 @@ def checksum(file: Path) -> list:
     """[size, XXH3] of a file."""
     digest, size = xxhash.xxh3_64(), file.stat().st_size
     with open(file, "rb") as opened:
-        for start in range(0, size, BLOCK):  # mapped: reading would copy all of it
+        for start in range(0, size, BLOCK):  # mapped, since reading would copy all of it
             length = min(BLOCK, size - start)
             with mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_READ, offset=start) as block:
                 digest.update(block)
@@ -146,7 +146,7 @@ def checksum(file: Path) -> list:
 
 
 def damage(file: Path, expected: list) -> str:
-    """A line for a damaged file; "" for a whole one."""
+    """A message for a damaged file; "" for an intact one."""
     if not file.is_file():
         return f"{file} is missing"
     if (size := file.stat().st_size) != expected[0]:
@@ -155,7 +155,7 @@ def damage(file: Path, expected: list) -> str:
 
 
 def verify(path: Path) -> None:
-    """Raises UserError if a checkpoint is damaged, or if something in it would run code. Collective."""
+    """Raise UserError if a checkpoint is damaged, or if a pickle in it would run code. Collective."""
     expected = read_state(path / STATE).get("files", {})  # an earlier version did not store them
 
     def check_folders() -> None:

@@ -82,11 +82,11 @@ class CommonConfig:
 
     @property
     def rows_per_step(self) -> int:
-        """Training rows that one step takes."""
+        """Training rows of one step."""
         return self.batch.global_batch_size
 
     def total_steps(self, num_rows: int, pass_start: int = 0) -> int:
-        """Steps of the whole run; rows that do not suffice for one more are left out of an epoch.
+        """Steps of the whole run; an epoch leaves out rows that do not fill a step.
 
         `pass_start`: the step before which the first epoch began.
         """
@@ -94,7 +94,7 @@ class CommonConfig:
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def val_rows(self) -> slice:
-        """The rows of a validation set that are used."""
+        """The rows of a validation set in use."""
         batches = self.loop.val_batches
         return slice(None if batches is None else batches * self.rows_per_step)
 

@@ -1,7 +1,7 @@
-"""Continue a run, or say why not: what decides its future is compared with what its checkpoint says.
+"""Continue a run from its checkpoint, or refuse because the identity of the run has changed.
 
-That is the script, the flags that change its numbers, and the training rows. Flags of `FREE` change none:
-where things are written, when to save, validate and stop, and how the work is dealt to ranks.
+The identity is the script, the flags that change numbers, and the training rows. Flags of `FREE` change none:
+directories, intervals of saving, validation and stopping, and the layout of the work on ranks.
 """
 
 import json
@@ -25,7 +25,7 @@ FREE = frozenset(
     "rollout_layout rollout_tp rollout_slots trtllm_keep trtllm_memory reference "
     "audit_start audit_mean audit_tail audit_quantile audit_ratio".split()
 )
-DATA = {  # of what `data_order` names; its rows a step and seed are flags
+DATA = {  # items of `data_order`; its rows a step and seed are flags
     "rows": "rows of --train-data",
     "token_ids_crc32": "checksum of the token ids of --train-data",
 }
@@ -33,33 +33,33 @@ DATA = {  # of what `data_order` names; its rows a step and seed are flags
 
 @dataclass(frozen=True)
 class Continuation:
-    """The checkpoint and step from which a run continues, and the order of its rows."""
+    """Checkpoint and step from which a run continues, and the order of its rows."""
 
     checkpoint: Path | None  # to load; None: a new run
     step: int  # finished steps
     pass_start: int  # the step before which the present order of the rows began
     total_steps: int
-    identity: dict  # what decides the future of the run
+    identity: dict  # of the run, see `identity`
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Numbers of the training rows that a step takes (from 0)."""
+        """Numbers of the training rows of a step (from 0)."""
         data = self.identity["data"]
         return global_batch(data["rows"], data["rows_per_step"], data["seed"], step - self.pass_start)
 
     @property
     def state(self) -> dict:
-        """Fields that a checkpoint stores."""
+        """Fields of a checkpoint's state.json."""
         return {"identity": self.identity, "pass_start": self.pass_start}
 
     def describe(self) -> str:
-        """A line for the log of a run that has finished steps."""
+        """A line for the log of a continued run."""
         if self.step == self.total_steps:
             return f"the run is complete: all {self.step} steps are done"
         return f"continuing after step {self.step}"
 
 
 def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
-    """Script, flags and rows that decide the future of a run; `rows`: token ids of each row's sequences."""
+    """Identity of a run: script, flags and rows; `rows`: token ids of each row's sequences."""
     flags = json.loads(json.dumps(flatten(asdict(config)), default=str))  # as they read back
     return {
         "script": Path(script).name,
@@ -71,13 +71,13 @@ def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarr
 def find(
     config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]], say: Callable[[str], None]
 ) -> Continuation:
-    """Find the checkpoint that a run continues from, and compare what decides its future. Collective.
+    """Find the checkpoint that a run continues from, and compare its identity. Collective.
 
     After a change of the data with --resume-with-changes a new pass over the rows begins.
 
     Args:
         script: the script's `__file__`.
-        rows: of each training row the ids of its sequences.
+        rows: the token ids of each training row's sequences.
 
     Raises:
         UserError: something has changed without --resume-with-changes; the script has; more steps are
@@ -113,7 +113,7 @@ def find(
 
 
 def verify(path: Path) -> None:
-    """Raises UserError for a damaged checkpoint, which names the one before it. Collective."""
+    """Raise UserError for a damaged checkpoint, with the name of the one before it. Collective."""
     try:
         checkpoint_files.verify(path)
     except ValueError as error:
@@ -123,7 +123,7 @@ def verify(path: Path) -> None:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """Changed flags and data, with old and new value."""
+    """Changed flags and data, with old and new values."""
     kinds = {name: f"--{name.replace('_', '-')}" for name in now["flags"]}
     changes = []
     for part, words in (("flags", kinds), ("data", DATA)):

@@ -1,14 +1,14 @@
-"""Forward and backward over micro-batches with Megatron's schedules. The only file that knows stages.
+"""Forward and backward passes over micro-batches, with Megatron's schedules.
 
-A script gives a list of packed micro-batches and a loss function
+A script passes a list of packed micro-batches and a loss function
 
     loss_fn(batch, output) -> loss, metrics
 
-that sees one micro-batch and what the model's last stage made of it (a policy: log-probs [T], or with entropy
-[T, 2]; a reward model: values [T, A]), and returns **sums**: the loss to minimise, a scalar, and what to
-log, scalars by name. The engine divides all of them by one denominator, that of the whole step over all ranks
-(trained tokens, pairs, sequences), before the backward pass. So neither the gradient nor a metric depends on
-how the step was split.
+of one micro-batch and the output of the model's last stage (a policy: log-probs [T], or with entropy [T, 2];
+a reward model: values [T, A]). It returns **sums**: the loss to minimise, a scalar, and metrics, scalars by
+name. The engine divides all of them by one denominator, that of the whole step over all ranks (trained
+tokens, pairs, sequences), before the backward pass. So neither the gradient nor a metric depends on the split
+of the step.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 def forward_backward(
     model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float
 ) -> dict[str, float]:
-    """The gradient of one step, into the model's buffers, and its metrics.
+    """Compute the gradient of one step, in the model's buffers, and its metrics.
 
     Args:
-        batches: this data parallel rank's micro-batches; every rank must hold the same number of them.
-        denominator: of the whole step, over all data parallel ranks, the same on every rank.
+        batches: this data parallel rank's micro-batches, equally many on every rank.
+        denominator: of the whole step, over all data parallel ranks, equal on every rank.
 
     Returns:
         "loss" and the loss function's metrics: sums over all micro-batches and ranks, divided by denominator.
@@ -55,7 +55,7 @@ def forward_backward(
 def evaluate(
     model: DistributedDataParallel, batches: list[Batch], loss_fn: LossFn, denominator: float
 ) -> dict[str, float]:
-    """The metrics of forward_backward without the gradient."""
+    """Compute the metrics of forward_backward without the gradient."""
     model.eval()
     metrics = run(model, batches, loss_fn, denominator, forward_only=True)
     model.train()
@@ -66,19 +66,19 @@ def evaluate(
 def outputs(
     model: DistributedDataParallel, batches: list[Batch], compute: Callable[[Batch, Tensor], Tensor]
 ) -> list[Tensor]:
-    """`compute(batch, output)` of each micro-batch, without a gradient, on every stage.
+    """Compute `compute(batch, output)` of each micro-batch, without a gradient, on every stage.
 
-    The output is what a loss function is given, and comes from the same forward pass: of the same micro-batch
-    it has the same bits as in training.
+    The output is that of a loss function, from the same forward pass: for the same micro-batch it has the
+    same bits as in training.
     """
 
     def finish(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return output.new_zeros(()), torch.zeros((), dtype=torch.int), compute(batch, output)
 
     model.eval()
-    found = schedule(model, batches, finish, forward_only=True)
+    results = schedule(model, batches, finish, forward_only=True)
     model.train()
-    return parallel.list_from_last_stage(found)
+    return parallel.list_from_last_stage(results)
 
 
 def run(
@@ -102,17 +102,17 @@ def run(
 def schedule(
     model: DistributedDataParallel, batches: list[Batch], finish: Callable, forward_only: bool
 ) -> list:
-    """Drive Megatron's schedule over the micro-batches.
+    """Run Megatron's schedule over the micro-batches.
 
-    `finish(batch, output)` runs on the last stage and returns the loss, "0 tokens", and what to collect.
-    Returns what was collected, one item per micro-batch; nothing on the other stages.
+    `finish(batch, output)` runs on the last stage and returns the loss, "0 tokens", and a result.
+    Returns the results, one per micro-batch; none on the other stages.
     """
     return get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, finish=finish),
         data_iterator=iter(batches),
         model=[model],
         num_microbatches=len(batches),
-        seq_length=1,  # unused: micro-batches tell their length themselves
+        seq_length=1,  # unused: stages exchange the length of each micro-batch
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -121,14 +121,14 @@ def schedule(
 def forward_step(
     batches: Iterator[Batch], model: DistributedDataParallel, finish: Callable
 ) -> tuple[Tensor, Callable]:
-    """One micro-batch through this stage; the schedule calls the returned function on the last stage."""
+    """Run one micro-batch through this stage; the schedule calls the returned function on the last stage."""
     watchdog.tick("forward and backward" if torch.is_grad_enabled() else "forward")
     batch = next(batches)
     return forward(model, batch), lambda output: finish(batch, whole_sequence(output))
 
 
 def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
-    """One micro-batch through this stage: hidden states for the next, on the last log-probs or values."""
+    """Run one micro-batch through this stage: hidden states, on the last stage log-probs or values."""
     tokens = len(batch.tokens)
     cp, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
     part = slice(rank * tokens // cp, (rank + 1) * tokens // cp)  # collate made T a multiple of cp
@@ -139,16 +139,16 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
         attention_mask=None,
         labels=batch.targets[None, part],
         loss_mask=batch.mask[None, part],
-        packed_seq_params=attention.describe(
+        packed_seq_params=attention.packed_params(
             batch.lengths, batch.prefixes, tokens, qkv_format, batch.tokens.device
         ),
     )
 
 
 def whole_sequence(output: Tensor) -> Tensor:
-    """[T/cp, ...] of each context parallel rank -> [T, ...] on all; each gets its own part's gradient back.
+    """Gather [T/cp, ...] of each context parallel rank to [T, ...]; the gradient of a rank is its own part.
 
-    So a loss function never knows of context parallelism.
+    So a loss function does not depend on context parallelism.
     """
     if mpu.get_context_parallel_world_size() == 1:
         return output
@@ -158,7 +158,7 @@ def whole_sequence(output: Tensor) -> Tensor:
 
 
 def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[str, float]:
-    """Sum over micro-batches and data parallel ranks, divide, and tell every stage."""
+    """Sum over micro-batches and data parallel ranks, divide, and broadcast to every stage."""
     result: list[dict[str, float] | None] = [None]
     local_loss = 0.0
     if mpu.is_pipeline_last_stage():
@@ -177,15 +177,15 @@ def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[s
 
 
 def ranks_where(value: float) -> str:
-    """The global ranks on which a value is not finite, for an error message. Collective."""
+    """Global ranks on which a value is not finite, for an error message. Collective."""
     flags = parallel.gather(not math.isfinite(value))
     return ", ".join(str(rank) for rank, bad in enumerate(flags) if bad) or "none (only the sum overflows)"
 
 
 @contextlib.contextmanager
-def during(what: str) -> Iterator[None]:
-    """Put what was being done in front of a FloatingPointError's message: "step 12: the loss is nan, ..."."""
+def during(label: str) -> Iterator[None]:
+    """Prefix the message of a FloatingPointError: "step 12: the loss is nan, ..."."""
     try:
         yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"{what}: {error}") from error
+        raise FloatingPointError(f"{label}: {error}") from error

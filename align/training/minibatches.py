@@ -59,7 +59,7 @@ class Minibatches:
         self.model, self.config, self.lengths = model, config, [int(one.trained.sum()) for one in examples]
         self.order = [number for minibatch in draws for group in minibatch for number in group]
         groups = [[[examples[number] for number in group] for group in minibatch] for minibatch in draws]
-        self.rows = [batching.answer_rows(model, minibatch, config) for minibatch in groups]
+        self.rows = [batching.pack_responses(model, minibatch, config) for minibatch in groups]
         self.num_tokens = [sum(map(packing.num_trained, rows)) for rows in self.rows]
 
     def outputs(self, model: DistributedDataParallel) -> Tensor:
@@ -69,7 +69,7 @@ class Minibatches:
         """
         parts, rows = [], iter(self.rows)
         while len(parts) < len(self.lengths):
-            parts += batching.per_example(model, next(rows), self.config)
+            parts += batching.per_example_outputs(model, next(rows), self.config)
         return torch.from_numpy(np.concatenate(parts)).double()
 
     def reorder(self, x: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class OptimConfig:
         )
 
 
-def check(config: OptimConfig, total_steps: int) -> None:
-    """Refuse a schedule that does not fit the run."""
+def check_optim(config: OptimConfig, total_steps: int) -> None:
+    """Refuse a learning-rate schedule that does not fit the run."""
     if config.min_lr > config.lr:
         raise UserError(f"--min-lr {config.min_lr} is above --lr {config.lr}")
     if config.constant_steps and config.warmup_steps + config.constant_steps >= total_steps:
@@ -74,7 +74,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimizer:
-    """AdamW over the model's weights, as they are now: load weights before, not after."""
+    """Build AdamW over the model's present weights: load weights before, not after."""
     dtype = model.module.config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -94,13 +94,13 @@ def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimi
     for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler; norms and biases have 0
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     for adam in adams(optimizer):
-        torchs = isinstance(adam.optimizer, torch.optim.AdamW)
+        is_torch = isinstance(adam.optimizer, torch.optim.AdamW)
         for group in adam.optimizer.param_groups:
-            if torchs:
+            if is_torch:
                 group["fused"], group["foreach"] = True, False
-            for weight in group["params"]:  # as its first step would: a save may come before
+            for weight in group["params"]:  # as in its first step, since a save may precede it
                 state = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-                if torchs:  # Transformer Engine's Adam counts in the group, from its first step on
+                if is_torch:  # Transformer Engine's Adam counts in the group, from its first step on
                     state["step"] = torch.zeros((), device=weight.device)
                 adam.optimizer.state[weight] = state
     return optimizer
@@ -118,7 +118,7 @@ def step(optimizer: MegatronOptimizer, lr: float) -> float:
     """Clip the gradient, update the weights, and return the gradient's norm before clipping.
 
     Raises:
-        FloatingPointError: the gradient is not finite. The weights are lost then; the last checkpoint is not.
+        FloatingPointError: the gradient is not finite. The weights are lost; the last checkpoint remains.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -131,14 +131,14 @@ def step(optimizer: MegatronOptimizer, lr: float) -> float:
 
 @torch.no_grad()
 def reset(optimizer: MegatronOptimizer) -> None:
-    """Forget both moments and the number of steps, as if none had been taken; the weights stay."""
+    """Reset both moments and the step count to 0; the weights stay."""
     for adam in adams(optimizer):
         for state in adam.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq", "step"):
                 if name in state:
                     state[name].zero_()
         for group in adam.optimizer.param_groups:
-            if "step" in group:  # where Transformer Engine's Adam counts
+            if "step" in group:  # the count of Transformer Engine's Adam
                 group["step"] = 0 * group["step"]
 
 

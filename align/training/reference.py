@@ -1,8 +1,8 @@
-"""Log-probabilities of the reference, the model that training starts from, for micro-batches of pairs.
+"""Log-probabilities of the reference model, which training starts from, for micro-batches of pairs.
 
-Two ways with the same numbers: `Precomputed` before training begins, or `Swapped` in each step. Both take the
-forward pass that training takes, on the same micro-batches. So before the first update policy and reference
-agree to the last bit, which `check_start` demands.
+Two ways with equal numbers: `Precomputed` before training begins, or `Swapped` in each step. Both use the
+forward pass of training on the same micro-batches. So before the first update policy and reference agree to
+the last bit, which `check_start` checks.
 """
 
 import hashlib
@@ -25,28 +25,28 @@ from align.training.checkpoint import CheckpointConfig
 from align.training.offload import Weights
 
 SAMPLES, SAMPLE_BYTES = 32, 65536  # of a weight file, for weights_id
-START_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a response, where passes may differ in bits
+START_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a response, if passes may differ in bits
 SequenceLogprobs = Callable[[Batch, Tensor], Tensor]  # log-probs [T] of a micro-batch -> one per sequence
 
 
 class Swapped:
-    """The reference's weights wait in CPU memory and take the policy's place for a forward pass."""
+    """Reference weights in host memory, swapped into the policy for a forward pass."""
 
     def __init__(self, model: DistributedDataParallel, sequence_logprobs: SequenceLogprobs):
-        """`model`: not yet trained, its weights are copied."""
+        """`model`: not yet trained; its weights are copied."""
         self.model, self.sequence_logprobs = model, sequence_logprobs
         self.weights = Weights(model.module)
 
     def attach(self, batches: list[Batch], name: str) -> None:
-        """Give each micro-batch extra["ref"], [2P] in nats. Collective."""
-        with self.weights.lent_to(self.model.module):
-            found = engine.outputs(self.model, batches, self.sequence_logprobs)
-        for batch, logprobs in zip(batches, found, strict=True):
+        """Set extra["ref"] of each micro-batch, [2P] in nats. Collective."""
+        with self.weights.swapped_into(self.model.module):
+            ref_logprobs = engine.outputs(self.model, batches, self.sequence_logprobs)
+        for batch, logprobs in zip(batches, ref_logprobs, strict=True):
             batch.extra["ref"] = logprobs
 
 
 class Precomputed:
-    """Tables by data set, [pairs, 2] float64 in nats, kept in a file for when the run is continued."""
+    """Tables by data set, [pairs, 2] float64 in nats, kept in a file for a continued run."""
 
     def __init__(
         self,
@@ -55,42 +55,40 @@ class Precomputed:
         micro_batches: Callable[[str, Sequence[int]], list[Batch]],
         uses: dict[str, Iterable[Sequence[int]]],
         path: Path,
-        made_of: str,
+        fingerprint: str,
     ):
         """
         Args:
             model: not yet trained.
             micro_batches: packs rows of a named data set; their numbers are in extra["row"].
-            uses: by data set, the rows of each batch that will be asked for.
-            made_of: what the tables depend on; a file that was made of something else is replaced.
+            uses: by data set, the rows of each batch of the run.
+            fingerprint: of all that the tables depend on; a file with another fingerprint is replaced.
         """
-        self.tables = parallel.on_main(lambda: tables.read(path, made_of))
+        self.tables = parallel.on_main(lambda: tables.read(path, fingerprint))
         if self.tables is not None:
             return
         self.tables = {}
         for name, batches in uses.items():
-            found = {}
-            for rows in each_row_once(batches):
+            by_row = {}
+            for rows in without_repeats(batches):
                 local = micro_batches(name, rows)
-                for batch, logprobs in zip(
-                    local, engine.outputs(model, local, sequence_logprobs), strict=True
-                ):
-                    found |= dict(
-                        zip(batch.extra["row"].tolist(), logprobs.view(-1, 2).tolist(), strict=True)
-                    )
-            self.tables[name] = gather_table(found)
+                outputs = engine.outputs(model, local, sequence_logprobs)
+                for batch, logprobs in zip(local, outputs, strict=True):
+                    pairs = logprobs.view(-1, 2).tolist()
+                    by_row |= dict(zip(batch.extra["row"].tolist(), pairs, strict=True))
+            self.tables[name] = gather_table(by_row)
         if parallel.is_main():
-            tables.write(path, made_of, self.tables)
+            tables.write(path, fingerprint, self.tables)
 
     def attach(self, batches: list[Batch], name: str) -> None:
-        """Give each micro-batch extra["ref"], [2P] in nats."""
+        """Set extra["ref"] of each micro-batch, [2P] in nats."""
         for batch in batches:
-            found = self.tables[name][batch.extra["row"].cpu().numpy()].reshape(-1)
-            batch.extra["ref"] = torch.from_numpy(found).to(parallel.device())
+            logprobs = self.tables[name][batch.extra["row"].cpu().numpy()].reshape(-1)
+            batch.extra["ref"] = torch.from_numpy(logprobs).to(parallel.device())
 
 
-def each_row_once(batches: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Batches of several epochs, each without rows of earlier ones; those of the first stay as they are."""
+def without_repeats(batches: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Batches of several epochs without the rows of earlier batches; the first epoch's do not change."""
     seen, result = set(), []
     for batch in batches:
         new = [row for row in batch if row not in seen]
@@ -99,10 +97,9 @@ def each_row_once(batches: Iterable[Sequence[int]]) -> list[list[int]]:
     return result
 
 
-def gather_table(found: dict[int, list[float]]) -> np.ndarray:
-    """{row: values} of all data parallel ranks as one array; rows that no rank has are NaN. Collective."""
-    everyone = parallel.gather_over_dp(found)
-    merged = {row: values for part in everyone for row, values in part.items()}
+def gather_table(by_row: dict[int, list[float]]) -> np.ndarray:
+    """Merge {row: values} of all data parallel ranks to an array; rows of no rank are NaN. Collective."""
+    merged = {row: values for part in parallel.gather_over_dp(by_row) for row, values in part.items()}
     table = np.full((max(merged, default=-1) + 1, 2), np.nan)
     for row, values in merged.items():
         table[row] = values
@@ -110,10 +107,10 @@ def gather_table(found: dict[int, list[float]]) -> np.ndarray:
 
 
 def fingerprint(start: ModelConfig, pairs: dict[str, list[Pair]], *settings: object) -> str:
-    """sha256 of what reference log-probs depend on to the last bit: weights, machine, tokens, settings."""
+    """sha256 of all that the bits of reference log-probs depend on: weights, machine, tokens, settings."""
     machine = (torch.__version__, parallel.device_name(), torch.get_num_threads(), parallel.layout_sizes())
-    known = (weights_id(start.path), str(start.dtype), start.attention, machine, settings)
-    digest = hashlib.sha256(repr(known).encode())
+    inputs = (weights_id(start.path), str(start.dtype), start.attention, machine, settings)
+    digest = hashlib.sha256(repr(inputs).encode())
     for name in pairs:
         digest.update(repr((name, len(pairs[name]))).encode())
         for example in (example for pair in pairs[name] for example in pair.examples):
@@ -122,9 +119,9 @@ def fingerprint(start: ModelConfig, pairs: dict[str, list[Pair]], *settings: obj
 
 
 def weights_id(directory: Path) -> str:
-    """sha256 of a model directory: config.json, and of each weight file its size and SAMPLES pieces of it.
+    """sha256 of a model directory: config.json, and the size and SAMPLES pieces of each weight file.
 
-    Training changes every matrix, so pieces tell models apart, and reading them takes no time.
+    Training changes every matrix, so pieces distinguish models, and reading them takes no time.
     """
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
@@ -138,29 +135,29 @@ def weights_id(directory: Path) -> str:
 
 
 def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
-    """Remember in OUTPUT/reference.txt which model is the reference; refuse to continue with another one.
+    """Record the reference model in OUTPUT/reference.txt; refuse to continue with another one.
 
-    Raises UserError: the policy of the newest checkpoint did not begin as the model in `directory`.
+    Raises UserError: the policy of the newest checkpoint did not start from the model in `directory`.
     """
     if not parallel.is_main():
         return
-    path, now = output / "reference.txt", weights_id(directory)
+    path, model_id = output / "reference.txt", weights_id(directory)
     continues = config.resume and checkpoint.newest(output / "checkpoints") is not None
-    if continues and path.is_file() and path.read_text(encoding="utf-8").strip() != now:
+    if continues and path.is_file() and path.read_text(encoding="utf-8").strip() != model_id:
         raise UserError(
             f"--model {directory} is not the model that this run began with, which is its reference: give "
             "that one, or another --output, or --no-resume"
         )
-    path.write_text(now + "\n", encoding="utf-8")
+    path.write_text(model_id + "\n", encoding="utf-8")
 
 
 def attach_kl(
     batches: list[Batch], model: DistributedDataParallel, sequence_logprobs: SequenceLogprobs, num_pairs: int
 ) -> None:
-    """Give the micro-batches of one step what losses.kto_pair asks for: extra["kl_chosen"] and "kl_rejected".
+    """Set extra["kl_chosen"] and "kl_rejected" of a step's micro-batches, for losses.preference.kto_pair.
 
-    They are the mean log-ratios of all chosen and of all rejected answers of the step, at least 0, and cost a
-    forward pass, since no micro-batch knows them by itself. Collective.
+    The mean log-ratios of all chosen and of all rejected responses of the step, at least 0. They cost a
+    forward pass over the whole step. Collective.
     """
     total = torch.zeros(2, dtype=torch.float64, device=parallel.device())
     for batch, logprobs in zip(batches, engine.outputs(model, batches, sequence_logprobs), strict=True):
@@ -177,22 +174,23 @@ def start_bound(flag: float | None, dtype: torch.dtype, is_exact: bool) -> float
     return 0.0 if is_exact else START_BOUNDS[dtype]
 
 
-def check_start(found: dict[str, float], loss: str, beta: float, bound: float) -> None:
+def check_start(metrics: dict[str, float], loss: str, beta: float, bound: float) -> None:
     """Check that policy and reference start as one model: log-ratios of 0, a loss of ln 2 for dpo.
 
     Args:
-        found: the metrics of the first update, from before it.
-        bound: on the mean |log-ratio| of a response, in nats. Of log-ratios r the loss of dpo is
+        metrics: of the first update, computed before it.
+        bound: on the mean |log-ratio| of a response, in nats. With log-ratios r the loss of dpo is
             -log s(beta (r_w - r_l)), whose slope is at most beta: so it is within 2 beta `bound` of ln 2.
 
     Raises:
-        RuntimeError: what is trained and what it is compared with are not computed alike.
+        RuntimeError: policy and reference are computed differently.
     """
-    off = abs(found["preference_loss"] - math.log(2)) if loss == "dpo" else 0.0
-    if not (found["logratio_abs_mean"] <= bound and off <= 1e-12 * math.log(2) + 2 * beta * bound):
+    deviation = abs(metrics["preference_loss"] - math.log(2)) if loss == "dpo" else 0.0
+    is_near = deviation <= 1e-12 * math.log(2) + 2 * beta * bound
+    if not (metrics["logratio_abs_mean"] <= bound and is_near):
         raise RuntimeError(
             "before the first update the policy is the reference, but their log-probs differ by "
-            f"{found['logratio_abs_mean']} nats a sequence (--audit-start {bound:g}) and the loss is "
-            f"{found['preference_loss']}. "
+            f"{metrics['logratio_abs_mean']} nats a sequence (--audit-start {bound:g}) and the loss is "
+            f"{metrics['preference_loss']}. "
             "On GPUs try --deterministic; delete OUTPUT/reference.safetensors if another machine made it"
         )

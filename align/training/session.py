@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from megatron.core.distributed import DistributedDataParallel
 
-from align.data import tokenizer
+from align.data.hf_tokenizer import HuggingFaceTokenizer
+from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from align.data.tokenizer import load_tokenizer
 from align.distributed import parallel
 from align.model import huggingface
 from align.tracking.metrics import Clock
@@ -26,9 +28,10 @@ from align.tracking.run import Run
 from align.training import checkpoint, continuation, optim
 from align.training.checkpoint import Trained
 from align.training.config import CommonConfig
-from align.training.offload import OffloadConfig, Phases, Shelf
+from align.training.offload import HostStore
+from align.training.phases import OffloadConfig, Phases
 
-Tokenizer = tokenizer.HuggingFaceTokenizer | tokenizer.SentencePieceTokenizer
+Tokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
 
 
 class Session:
@@ -51,9 +54,9 @@ class Session:
         self.latest: dict[str, float] = {}
         self.reason: str | None = None  # to end before the last step
 
-    def offload(self, config: OffloadConfig) -> tuple[Phases, Shelf]:
+    def offload(self, config: OffloadConfig) -> tuple[Phases, HostStore]:
         """Measure the run by phases, which offload what they do not need; for scripts of several models."""
-        store = config.shelf(self.config.run.output)
+        store = config.store(self.config.run.output)
         self.phases = Phases(self.clock, self.say, store, config.enabled)
         return self.phases, store
 
@@ -75,13 +78,13 @@ class Session:
         """
         self.continued = continuation.find(self.config, self.script, rows, self.say)
         self.run.total_steps = self.total_steps = self.continued.total_steps
-        optim.check(self.config.optim, self.total_steps)
+        optim.check_optim(self.config.optim, self.total_steps)
         return self.continued.checkpoint
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer of --model. A continued run renders the day on which it began in chat templates."""
         first_day = parallel.on_main(self.run.first_day)
-        return tokenizer.load(self.config.model.path, self.say, self.config.text, first_day)
+        return load_tokenizer(self.config.model.path, self.say, self.config.text, first_day)
 
     def rows_of_step(self, step: int) -> list[int]:
         """Numbers of the training rows that a step takes (from 0)."""

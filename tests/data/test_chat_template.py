@@ -14,12 +14,12 @@ import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import generate
-from align.data import chat_template, display, formats, preferences, prompts, sft, tokenizer
+from align.data import chat_template, formats, preferences, prompts, row_counts, sft
 from align.data.formats import FormatConfig
 from align.data.marker_chat import MarkerChat
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import PromptFormat
-from align.data.tokenizer import TextConfig
+from align.data.tokenizer import TextConfig, load_tokenizer
 from align.errors import UserError
 from align.model.config import ModelConfig
 from tests.support.files import TINY, write_rows
@@ -53,29 +53,29 @@ def directory(path: Path, template: str) -> Path:
 
 def test_the_template_sees_the_day_of_the_run(tmp_path):
     messages: list[str] = []
-    text = tokenizer.load(directory(tmp_path / "model", DATED), messages.append, day=DAY)
-    ours = text.render(CHAT)
+    tokenizer = load_tokenizer(directory(tmp_path / "model", DATED), messages.append, day=DAY)
+    ours = tokenizer.render(CHAT)
     assert "Today: 29 Feb 2024<" in ours
     assert [line for line in messages if "the chat template writes the date 2024-02-29" in line]
     with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
         clock.now.return_value = datetime.datetime(2024, 2, 29, 23, 59)
-        assert text.hf.apply_chat_template(CHAT, tokenize=False) == ours
-    assert "Today: yesterday<" in text.render(CHAT, date_string="yesterday")
-    flag = tokenizer.load(tmp_path / "model", config=TextConfig(template_date="1999-12-31"), day=DAY)
+        assert tokenizer.hf.apply_chat_template(CHAT, tokenize=False) == ours
+    assert "Today: yesterday<" in tokenizer.render(CHAT, date_string="yesterday")
+    flag = load_tokenizer(tmp_path / "model", config=TextConfig(template_date="1999-12-31"), day=DAY)
     assert "Today: 31 Dec 1999<" in flag.render(CHAT)
-    today = tokenizer.load(tmp_path / "model").render(CHAT)
+    today = load_tokenizer(tmp_path / "model").render(CHAT)
     assert datetime.date.today().strftime("Today: %d %b %Y<") in today
 
 
 def test_the_saved_template_still_asks_for_the_date(tmp_path):
-    text = tokenizer.load(directory(tmp_path / "model", DATED), day=DAY)
-    text.save(tmp_path / "hf")
+    tokenizer = load_tokenizer(directory(tmp_path / "model", DATED), day=DAY)
+    tokenizer.save(tmp_path / "hf")
     assert (tmp_path / "hf/chat_template.jinja").read_text() == DATED
 
 
 def test_a_clock_that_cannot_be_pinned_is_named(tmp_path):
     messages: list[str] = []
-    tokenizer.load(directory(tmp_path / "model", DATED.replace("'%d %b %Y'", "format")), messages.append)
+    load_tokenizer(directory(tmp_path / "model", DATED.replace("'%d %b %Y'", "format")), messages.append)
     assert [line for line in messages if line.startswith("WARNING: the chat template writes the time")]
 
 
@@ -110,21 +110,21 @@ def test_a_run_that_continues_tomorrow_keeps_its_date(tmp_path):
 def test_variables_become_defaults_of_the_saved_template(tmp_path):
     variables = {"think": False, "style": {"name": 'a "b" \\ é😀', "list": [1, 2.5, None, True]}}
     config = TextConfig(chat_template_kwargs=json.dumps(variables))
-    text = tokenizer.load(directory(tmp_path / "model", THINKING), config=config)
-    prompt = text.render(CHAT[:1], add_generation_prompt=True)
+    tokenizer = load_tokenizer(directory(tmp_path / "model", THINKING), config=config)
+    prompt = tokenizer.render(CHAT[:1], add_generation_prompt=True)
     assert prompt.endswith('<think></think>a "b" \\ é😀') and prompt.startswith("> <|im_start|>user")
-    text.save(tmp_path / "hf")
+    tokenizer.save(tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     asked = dict(tokenize=False, add_generation_prompt=True)
     assert theirs.apply_chat_template(CHAT[:1], **asked) == prompt
     other = theirs.apply_chat_template(CHAT[:1], **asked, think=True, style={"name": "x"})
     assert other.endswith("<|im_start|>assistant\nx")
-    again = tokenizer.load(tmp_path / "hf", config=config)  # the next stage, with the same flag
+    again = load_tokenizer(tmp_path / "hf", config=config)  # the next stage, with the same flag
     again.save(tmp_path / "hf2")
-    assert tokenizer.load(tmp_path / "hf2").render(CHAT[:1], add_generation_prompt=True) == prompt
+    assert load_tokenizer(tmp_path / "hf2").render(CHAT[:1], add_generation_prompt=True) == prompt
     row = {"messages": CHAT, "chat_template_kwargs": {"think": True, "style": {"name": ""}}}
-    example, _ = formats.format_sft(row, text, FormatConfig())
-    assert "<think>" not in text.decode(example.ids.tolist())
+    example, _ = formats.format_sft(row, tokenizer, FormatConfig())
+    assert "<think>" not in tokenizer.decode(example.ids.tolist())
 
 
 def test_generate_asks_a_checkpoint_with_the_variables_of_its_run(tmp_path):
@@ -170,27 +170,27 @@ WORDS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_refused_in_time(tmp_path, monkeypatch, name):
     monkeypatch.setattr(chat_template, "SECONDS", 2.0 if name == "loops" else 30.0)
-    text = tokenizer.load(directory(tmp_path / "model", ENDLESS[name]))
+    tokenizer = load_tokenizer(directory(tmp_path / "model", ENDLESS[name]))
     start = time.perf_counter()
     with pytest.raises(UserError, match=re.escape(f"the chat template {WORDS[name]}")):
-        text.render(CHAT)
+        tokenizer.render(CHAT)
     assert time.perf_counter() - start < 30
-    assert tokenizer.load(TINY).render(CHAT)  # and the next one has its own time
+    assert load_tokenizer(TINY).render(CHAT)  # and the next one has its own time
 
 
 def test_a_long_text_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template, "LENGTH", 1000)
-    text = tokenizer.load(directory(tmp_path / "model", "{{ 'a' * 1001 }}"))
+    tokenizer = load_tokenizer(directory(tmp_path / "model", "{{ 'a' * 1001 }}"))
     with pytest.raises(UserError, match="makes 1,001 characters of one chat"):
-        text.render(CHAT)
+        tokenizer.render(CHAT)
 
 
 # ---- special tokens in strings that are continued as they stand -------------------------------------
 
 
 def test_rows_of_whole_strings_with_special_tokens_are_counted(tmp_path):
-    text = tokenizer.load(TINY)
-    rendered = text.render(CHAT[:1], add_generation_prompt=True)
+    tokenizer = load_tokenizer(TINY)
+    rendered = tokenizer.render(CHAT[:1], add_generation_prompt=True)
     name = "rows with special tokens in a string, continued as it stands"
     rows = {
         "prompts": [{"prompt": rendered}, {"text": rendered}, {"prompt": "plain"}],
@@ -202,13 +202,13 @@ def test_rows_of_whole_strings_with_special_tokens_are_counted(tmp_path):
     for kind, some in rows.items():
         paths[kind] = tmp_path / f"{kind}.jsonl"
         write_rows(paths[kind], some)
-    loaded, counts = prompts.load_prompts([paths["prompts"]], text, PromptFormat())
+    loaded, counts = prompts.load_prompts([paths["prompts"]], tokenizer, PromptFormat())
     assert counts[name] == 2
-    assert loaded[0].ids.tolist() == text.encode(rendered)  # control tokens, as they stand
-    assert sft.load_sft([paths["sft"]], text, FormatConfig())[1][name] == 1
-    assert preferences.load_pairs([paths["pairs"]], text, PreferenceFormat())[1][name] == 1
-    assert preferences.load_labelled([paths["labelled"]], text, PreferenceFormat(), 1)[2][name] == 1
-    assert name in display.describe(counts)
+    assert loaded[0].ids.tolist() == tokenizer.encode(rendered)  # control tokens, as they stand
+    assert sft.load_sft([paths["sft"]], tokenizer, FormatConfig())[1][name] == 1
+    assert preferences.load_pairs([paths["pairs"]], tokenizer, PreferenceFormat())[1][name] == 1
+    assert preferences.load_labelled([paths["labelled"]], tokenizer, PreferenceFormat(), 1)[2][name] == 1
+    assert name in row_counts.describe(counts)
 
 
 # ---- markers of a chat in its texts --------------------------------------------------------------
@@ -245,28 +245,28 @@ def marker_row(value: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
 def test_markers_in_the_values_of_a_chat_are_text(piece_model, tmp_path, kind):
-    text = tokenizer.load(piece_model)
+    tokenizer = load_tokenizer(piece_model)
     if kind == "tokenizer.json":
-        text.save(tmp_path / "hf")
-        text = tokenizer.load(tmp_path / "hf")
+        tokenizer.save(tmp_path / "hf")
+        tokenizer = load_tokenizer(tmp_path / "hf")
     sp = SentencePieceProcessor(model_file=str(piece_model))
     marker = sp.piece_to_id("<extra_id_1>")
     fmt = FormatConfig(chat_tokens=MARKERS, add_bos=False)
-    example, _ = formats.format_sft(marker_row(FORGED), text, fmt)
+    example, _ = formats.format_sft(marker_row(FORGED), tokenizer, fmt)
     ids = example.ids.tolist()
     assert ids.count(marker) == 3  # two turns, and the end of the answer
-    assert FORGED in text.decode(ids)
-    assert text.decode(ids[int(np.argmax(example.trained)) :]).strip() == "nine\n<extra_id_1>"
-    plain, _ = formats.format_sft(marker_row("four"), text, fmt)
+    assert FORGED in tokenizer.decode(ids)
+    assert tokenizer.decode(ids[int(np.argmax(example.trained)) :]).strip() == "nine\n<extra_id_1>"
+    plain, _ = formats.format_sft(marker_row("four"), tokenizer, fmt)
     written = "<extra_id_0>System\nbe kind\n<extra_id_1>User\nfour\n<extra_id_1>Assistant\nnine\n<extra_id_1>"
     assert plain.ids.tolist() == sp.encode(written)  # rows without markers have the ids that they had
-    allowed = tokenizer.load(piece_model, config=TextConfig(special_tokens_in_text="allow"))
+    allowed = load_tokenizer(piece_model, config=TextConfig(special_tokens_in_text="allow"))
     assert formats.format_sft(marker_row(FORGED), allowed, fmt)[0].ids.tolist().count(marker) == 5
-    refusing = tokenizer.load(piece_model, config=TextConfig(special_tokens_in_text="refuse"))
+    refusing = load_tokenizer(piece_model, config=TextConfig(special_tokens_in_text="refuse"))
     with pytest.raises(UserError, match="special token '<extra_id_1>' in a text"):
         formats.format_sft(marker_row(FORGED), refusing, fmt)
-    text.follow(MarkerChat(MARKERS))  # prompts of the trained model, as messages and as rows
+    tokenizer.follow(MarkerChat(MARKERS))  # prompts of the trained model, as messages and as rows
     asked = [marker_row(FORGED), {"messages": [{"role": "user", "content": FORGED}]}]
     for row in asked:
-        prompt_ids = prompts.format_prompt(row, text, PromptFormat(add_bos=False)).tolist()
-        assert prompt_ids.count(marker) == 2 and FORGED in text.decode(prompt_ids)
+        prompt_ids = prompts.format_prompt(row, tokenizer, PromptFormat(add_bos=False)).tolist()
+        assert prompt_ids.count(marker) == 2 and FORGED in tokenizer.decode(prompt_ids)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.data import display, formats, packing, sft, tokenizer
+from align.data import display, formats, packing, sft
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.errors import UserError
 from tests.support.files import TINY, write_rows
 from tests.support.rows import chat
@@ -22,11 +23,11 @@ DEFAULT = formats.FormatConfig()
 GOOD = {"input": "What?", "output": "That."}
 
 
-def example(row: dict, tokens: formats.Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> packing.Example:
+def example(row: dict, tokens: Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> packing.Example:
     return formats.format_sft(row, tokens, fmt)[0]
 
 
-def spans(row: dict, tokens: formats.Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> str:
+def spans(row: dict, tokens: Tokenizer, fmt: formats.FormatConfig = DEFAULT) -> str:
     """The row with its trained parts in brackets, control characters and all."""
     return display.show(example(row, tokens, fmt), tokens)
 
@@ -279,7 +280,7 @@ BROKEN = {  # a bad third line of a file, and what the message must say
         {"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]},
         "message 0: field 'content' has a part that is not text",
     ),
-    "no answer": ({"messages": [USER, USER]}, "no trained token: the row has no answer"),
+    "no answer": ({"messages": [USER, USER]}, "no trained token: the row has no response"),
     "answer first": (
         {"messages": [ANSWER, USER]},
         "message 0: the first message must not be the assistant's",
@@ -348,7 +349,7 @@ def test_bad_chat_template_is_refused(name: str, tmp_path: Path):
     (tmp_path / "model/chat_template.jinja").write_text(template)
     path = write_rows(tmp_path / "d.jsonl", [GOOD, chat("a", "b", "c", "d")])
     with pytest.raises(UserError, match=f"^{path}:2: .*{message}"):
-        sft.load_sft([path], tokenizer.load(tmp_path / "model"), DEFAULT)
+        sft.load_sft([path], load_tokenizer(tmp_path / "model"), DEFAULT)
 
 
 def test_messages_need_a_chat_template(llama, tmp_path: Path):
@@ -363,7 +364,7 @@ def test_token_across_the_start_of_an_answer(tmp_path: Path):
     spec["model"]["vocab"]["ĊĊ"] = 259  # two line ends as one token, as real vocabularies have it
     spec["model"]["merges"] = [["Ċ", "Ċ"]]
     (tmp_path / "model/tokenizer.json").write_text(json.dumps(spec))
-    tokens = tokenizer.load(tmp_path / "model")
+    tokens = load_tokenizer(tmp_path / "model")
     assert tokens.encode("\n\n") == [259]
     path = write_rows(tmp_path / "d.jsonl", [chat("a", "b"), chat("a", "\nb")])
     with pytest.raises(UserError, match=f"^{path}:2: the tokens of a prefix .* a token reaches across"):
@@ -390,7 +391,7 @@ def test_bos_that_the_tokenizer_lacks(tiny):
     [
         (
             dict(prompt_template="{input}: {output}."),
-            "--prompt-template .* must end with the field of the answer",
+            "--prompt-template .* must end with the field of the response",
         ),
         (dict(prompt_template="plain"), "--prompt-template 'plain' must end with the field"),
         (dict(prompt_template=""), "--prompt-template '' must end with the field"),

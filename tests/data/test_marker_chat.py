@@ -10,14 +10,16 @@ import pytest
 import torch
 import transformers
 
-from align.data import marker_chat, preferences, prompts, tokenizer
+from align.data import marker_chat, preferences, prompts
 from align.data.formats import FormatConfig, format_sft
+from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.marker_chat import MarkerChat, RowFormats
 from align.data.prompts import PromptFormat
 from align.data.rows import form_of
 from align.data.sft import adopt
+from align.data.tokenizer import load_tokenizer
 from align.errors import UserError
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.rewards import sources
 from align.rewards.sources import RewardConfig
 from tests.support.files import TINY, write_rows
@@ -45,8 +47,8 @@ def messages_of(row: dict, chat: MarkerChat) -> list[dict]:
     return [{"role": "system", "content": row["system"]}, *turns]
 
 
-def follower(chat: MarkerChat, source: Path = TINY) -> tokenizer.HuggingFaceTokenizer:
-    tokens = tokenizer.load(source)
+def follower(chat: MarkerChat, source: Path = TINY) -> HuggingFaceTokenizer:
+    tokens = load_tokenizer(source)
     tokens.follow(chat)
     tokens.hf.chat_template = tokens.chat_template  # what tokenizer.save writes, for transformers
     return tokens
@@ -157,7 +159,7 @@ def test_conversations_rows_are_prompts():
     with pytest.raises(UserError, match="asks for none"):
         prompt(conversation(QA[0], type="TEXT_TO_VALUE"))
     with pytest.raises(UserError, match="was not trained on such rows"):
-        prompts.format_prompt(conversation(*QA), tokenizer.load(TINY), fmt)
+        prompts.format_prompt(conversation(*QA), load_tokenizer(TINY), fmt)
 
 
 ENDINGS = ["b", "b\n", "b\n\x11"]
@@ -267,25 +269,25 @@ def test_two_chat_formats_are_refused():
 def test_other_programs_stop_at_the_marker(tmp_path: Path):
     chat = MarkerChat(TOKENS, system="S")
     formats, messages = formats_of(conversation(*QA)), []
-    text = tokenizer.load(TINY)
-    trained_format = adopt(formats, text, FormatConfig(), messages.append)
+    tokenizer = load_tokenizer(TINY)
+    trained_format = adopt(formats, tokenizer, FormatConfig(), messages.append)
     assert trained_format.chat == chat and "system 'S'" in messages[-1] and r"'\n\x11'" in messages[-1]
     shutil.copy(TINY / "generation_config.json", tmp_path)
-    text.save(tmp_path)
+    tokenizer.save(tmp_path)
     trained_format.save(tmp_path)
     config = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert config.eos_token_id == [258, TURN] and config.pad_token_id == 256
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
     asked = [{"role": "user", "content": "a"}]
     ids = hf.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-    loaded = tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.chat == chat and loaded.stop_ids == {258, TURN}
     assert ids == [*b"\x00System\nS\n\x11User\na\n\x11Assistant\n"]
     assert ids == prompts.format_prompt({"messages": asked}, loaded, PromptFormat()).tolist()
     template = tmp_path / "chat_template.jinja"
     template.write_text(template.read_text().replace('"S"', '"edited"'))
     again = tmp_path / "again"
-    tokenizer.load(tmp_path).save(again)
+    load_tokenizer(tmp_path).save(again)
     assert '"edited"' in (again / "chat_template.jinja").read_text()
 
 
@@ -300,19 +302,19 @@ def test_a_marker_of_several_tokens_is_a_stop_string(tmp_path: Path):
 def test_sentencepiece_models_speak_it_before_and_after_saving(tmp_path: Path):
     shutil.copy(files("mistral_common") / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
     chat = MarkerChat(TOKENS, bos=True)
-    text = tokenizer.load(tmp_path)
-    text.follow(chat)
-    marker = text.sp.piece_to_id("\x11")
-    assert text.stop_ids == {text.eos_id, marker} and not text.stop_strings
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.follow(chat)
+    marker = tokenizer.sp.piece_to_id("\x11")
+    assert tokenizer.stop_ids == {tokenizer.eos_id, marker} and not tokenizer.stop_strings
     row = conversation(*QA)
-    trained, _ = format_sft(row, text, FormatConfig(add_bos=True))
+    trained, _ = format_sft(row, tokenizer, FormatConfig(add_bos=True))
     assert trained.ids[trained.trained][-1] == marker
     messages = {"messages": messages_of(row, chat)[:-1]}
-    text.save(tmp_path / "hf")
+    tokenizer.save(tmp_path / "hf")
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ids = hf.apply_chat_template(messages["messages"], add_generation_prompt=True, return_dict=False)
     assert ids == trained.ids[: len(ids)].tolist()
-    assert text.render(messages["messages"], add_generation_prompt=True).startswith("<s>\x00System")
+    assert tokenizer.render(messages["messages"], add_generation_prompt=True).startswith("<s>\x00System")
 
 
 # ---- whole runs ----------------------------------------------------------------------------------

@@ -59,13 +59,20 @@ def test_global_batch_depends_on_its_arguments_alone():
 
 def test_plan_by_hand():
     # 8 + 2, 5 + 5: two micro-batches of 10 hold all; each of two ranks gets one
-    assert packing.plan([5, 8, 5, 2], ranks=2, max_tokens=10, max_rows=None) == [[[1, 3]], [[0, 2]]]
-    assert packing.plan([5, 8, 5, 2], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0, 2]]]
-    assert packing.plan([5, 8, 5, 2], ranks=1, max_tokens=20, max_rows=None) == [[[0, 1, 2, 3]]]
+    assert packing.plan_micro_batches([5, 8, 5, 2], ranks=2, max_tokens=10, max_rows=None) == [
+        [[1, 3]],
+        [[0, 2]],
+    ]
+    assert packing.plan_micro_batches([5, 8, 5, 2], ranks=1, max_tokens=10, max_rows=None) == [
+        [[1, 3], [0, 2]]
+    ]
+    assert packing.plan_micro_batches([5, 8, 5, 2], ranks=1, max_tokens=20, max_rows=None) == [[[0, 1, 2, 3]]]
     # 19 tokens would fit twice into 10, these four rows do not
-    assert packing.plan([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [[[1, 3], [0], [2]]]
-    assert packing.plan([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
-    assert packing.plan([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
+    assert packing.plan_micro_batches([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [
+        [[1, 3], [0], [2]]
+    ]
+    assert packing.plan_micro_batches([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
+    assert packing.plan_micro_batches([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -74,14 +81,14 @@ def test_plan_properties(seed: int):
     lengths = [rng.randint(1, 300) for _ in range(rng.randint(1, 80))]
     ranks, max_tokens = rng.randint(1, 5), rng.randint(300, 1200)
     max_rows = rng.choice([None, 1, 3])
-    planned = packing.plan(lengths, ranks, max_tokens, max_rows)
+    planned = packing.plan_micro_batches(lengths, ranks, max_tokens, max_rows)
     micro_batches = [rows for rank in planned for rows in rank]
     assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
     assert all(rows == sorted(rows) for rows in micro_batches)
     assert all(sum(lengths[row] for row in rows) <= max_tokens for rows in micro_batches)
     assert all(len(rows) <= (max_rows or len(lengths)) for rows in micro_batches)
     assert len(planned) == ranks and len({len(rank) for rank in planned}) == 1
-    assert planned == packing.plan(lengths, ranks, max_tokens, max_rows)
+    assert planned == packing.plan_micro_batches(lengths, ranks, max_tokens, max_rows)
     loads = [sum(lengths[row] for rows in rank for row in rows) for rank in planned]
     assert max(loads) - min(loads) <= max(lengths)
 
@@ -90,7 +97,7 @@ def test_plan_properties(seed: int):
 def test_plan_needs_few_and_even_micro_batches(seed: int):
     rng = random.Random(seed)
     lengths = [rng.randint(20, 250) for _ in range(128)]
-    planned = packing.plan(lengths, ranks=4, max_tokens=1024, max_rows=None)
+    planned = packing.plan_micro_batches(lengths, ranks=4, max_tokens=1024, max_rows=None)
     least = -(-sum(lengths) // (4 * 1024))
     assert least <= len(planned[0]) <= least + 1
     loads = [sum(lengths[row] for row in rows) for rank in planned for rows in rank]
@@ -99,7 +106,7 @@ def test_plan_needs_few_and_even_micro_batches(seed: int):
 
 def test_plan_refuses_a_row_above_the_budget():
     with pytest.raises(UserError, match="--micro-batch-tokens 10 is too few for a row of 11"):
-        packing.plan([3, 11], ranks=2, max_tokens=10, max_rows=None)
+        packing.plan_micro_batches([3, 11], ranks=2, max_tokens=10, max_rows=None)
 
 
 def make_example(ids: list[int], trained: list[int]) -> packing.Example:

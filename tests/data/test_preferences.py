@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import prepare_data
-from align.data import formats, jsonl, packing, preferences, tokenizer
+from align.data import jsonl, packing, preferences, row_counts
+from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.preferences import Pair, PreferenceFormat
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.errors import UserError
 from tests.support.files import TINY, write_rows
 
@@ -26,7 +28,7 @@ PROMPT_IDS = [BOS, *b"user\na", EOS, 10, BOS, *b"assistant\n"]  # of USER
 
 
 @pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.HuggingFaceTokenizer:
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
     """The tiny tokenizer with three merges: 259 is two line ends, 260 is " a", 261 is ": "."""
     directory = tmp_path_factory.mktemp("bpe") / "model"
     shutil.copytree(TINY, directory)
@@ -35,11 +37,11 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.HuggingFaceTokeni
     spec["model"]["vocab"] |= {**special, "ĊĊ": 259, "Ġa": 260, ":Ġ": 261}
     spec["model"]["merges"] = [["Ċ", "Ċ"], ["Ġ", "a"], [":", "Ġ"]]
     (directory / "tokenizer.json").write_text(json.dumps(spec))
-    return tokenizer.load(directory)
+    return load_tokenizer(directory)
 
 
 def load(
-    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT
+    rows: list[dict], tokens: Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT
 ) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of a file of these rows, {"text"} lines among them."""
     return preferences.load_pairs([write_rows(path / "d.jsonl", rows)], tokens, fmt, text_lines=True)
@@ -52,7 +54,7 @@ def split_ids(example: packing.Example) -> tuple[list[int], list[int]]:
     return example.ids[:start].tolist(), example.ids[start:].tolist()
 
 
-def one(row: dict, tokens: formats.Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT) -> tuple:
+def one(row: dict, tokens: Tokenizer, path: Path, fmt: PreferenceFormat = DEFAULT) -> tuple:
     """(prompt ids, chosen ids, rejected ids) of a row with both sides."""
     [pair], _ = load([row], tokens, path, fmt)
     (prompt, chosen), (again, rejected) = map(split_ids, pair.examples)
@@ -232,7 +234,7 @@ def test_long_and_identical_pairs_are_dropped_never_cut(tiny, tmp_path: Path):
         "dropped_identical": 3,
         "tokens": 12,
         "response_tokens": 8,
-        formats.SPECIAL[1]: 1,
+        row_counts.SPECIAL[1]: 1,
     }
 
 
@@ -371,7 +373,7 @@ def test_answer_without_a_stop_token(tmp_path: Path):
     template = (TINY / "chat_template.jinja").read_text().replace("<|im_end|>", "")
     (tmp_path / "model/chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match="d.jsonl:1: end of turn not trained: .* message 1 "):
-        load([CHAT], tokenizer.load(tmp_path / "model"), tmp_path)
+        load([CHAT], load_tokenizer(tmp_path / "model"), tmp_path)
 
 
 def test_token_across_the_start_of_an_answer(bpe, tmp_path: Path):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import prepare_data
-from align.data import display, formats, jsonl, preferences, prompts, tokenizer, toy
+from align.data import formats, jsonl, preferences, prompts, row_counts, toy
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import Prompt, PromptFormat
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.errors import UserError
 from tests.support.files import TINY, write_rows
 
@@ -29,17 +30,17 @@ ASKED = [BOS, *b"assistant\n"]  # where an answer begins
 
 
 def load(
-    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: PromptFormat = DEFAULT
+    rows: list[dict], tokens: Tokenizer, path: Path, fmt: PromptFormat = DEFAULT
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts of a file of these rows."""
     return prompts.load_prompts([write_rows(path / "d.jsonl", rows)], tokens, fmt)
 
 
-def ids(row: dict, tokens: formats.Tokenizer, fmt: PromptFormat = DEFAULT) -> list[int]:
+def ids(row: dict, tokens: Tokenizer, fmt: PromptFormat = DEFAULT) -> list[int]:
     return prompts.format_prompt(row, tokens, fmt).tolist()
 
 
-def ids_before_response(row: dict, tokens: formats.Tokenizer, add_bos: bool | None) -> list[int]:
+def ids_before_response(row: dict, tokens: Tokenizer, add_bos: bool | None) -> list[int]:
     """The ids before the chosen response, which are those before the rejected one."""
     sides = preferences.format_pair(row, tokens, PreferenceFormat(add_bos=add_bos))
     chosen, rejected = (side.ids[: int(side.trained.argmax())].tolist() for side in sides)
@@ -99,7 +100,7 @@ def test_bos_before_a_template_without(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
     (tmp_path / "model/chat_template.jinja").write_text(template)
-    tokens = tokenizer.load(tmp_path / "model")
+    tokens = load_tokenizer(tmp_path / "model")
     assert ids({"prompt": [USER]}, tokens) == [*b"a:"]
     assert ids({"prompt": [USER]}, tokens, PromptFormat(add_bos=True)) == [BOS, *b"a:"]
 
@@ -211,7 +212,7 @@ def test_counts_and_what_is_too_long(tiny, tmp_path: Path):
     for_rewards = {"rows with 'id' (for reward functions)": 1, "rows with 'answer' (for reward functions)": 1}
     assert counts == {"prompts": 4, "dropped_too_long": 2, "tokens": 11, "longest": 8} | for_rewards
     unused = ", ".join(f"1 {name}" for name in for_rewards)
-    assert display.describe(counts) == f"4 prompts, 2 dropped too long, 11 tokens, 8 longest, {unused}"
+    assert row_counts.describe(counts) == f"4 prompts, 2 dropped too long, 11 tokens, 8 longest, {unused}"
 
 
 def test_bos_counts_as_a_token(tiny, tmp_path: Path):
@@ -278,11 +279,11 @@ BROKEN = {  # a bad third line of a file, and what the message must say
     "list of strings": ({"prompt": ["Q"]}, "field 'prompt' must be a list of at least one object"),
     "prompt with answer": (
         {"prompt": [USER, GOOD]},
-        "field 'prompt': what comes before the answer must not be",
+        "field 'prompt': the message before the response must not be",
     ),
     "two answers": (
         {"messages": [USER, BAD, GOOD]},
-        "field 'messages': what comes before the answer must not",
+        "field 'messages': the message before the response must not",
     ),
     "answer alone": ({"messages": [GOOD]}, "field 'messages': message 0: the first message must not"),
     "no content": ({"prompt": [{"role": "user"}]}, "field 'prompt': message 0: no field 'content'"),
@@ -332,5 +333,5 @@ def test_what_the_tokenizer_refuses(tiny, llama, llama_chat, tmp_path: Path):
 def test_template_that_says_nothing(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text("{% for m in messages %}{% endfor %}")
-    with pytest.raises(UserError, match="d.jsonl:1: field 'prompt': the chat template makes no token of it"):
-        load([{"prompt": [USER]}], tokenizer.load(tmp_path / "model"), tmp_path, PromptFormat(add_bos=True))
+    with pytest.raises(UserError, match="d.jsonl:1: field 'prompt': the chat template renders it as nothing"):
+        load([{"prompt": [USER]}], load_tokenizer(tmp_path / "model"), tmp_path, PromptFormat(add_bos=True))

@@ -14,11 +14,12 @@ import pyarrow.parquet
 import pytest
 import transformers
 
-from align.data import display, formats, jsonl, preferences, prompts, sft, tokenizer
+from align.data import display, formats, jsonl, preferences, prompts, row_counts, sft
 from align.data.formats import FormatConfig
+from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import PromptFormat
-from align.data.tokenizer import TextConfig
+from align.data.tokenizer import TextConfig, Tokenizer, load_tokenizer
 from align.errors import UserError
 from tests.support.files import TINY, write_rows
 
@@ -131,8 +132,8 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(model) -> tokenizer.HuggingFaceTokenizer:
-    return tokenizer.load(model)
+def text(model) -> HuggingFaceTokenizer:
+    return load_tokenizer(model)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_what_is_refused(row, message, text):
 
 
 def test_a_template_without_tools_refuses_them():
-    plain = tokenizer.load(TINY)
+    plain = load_tokenizer(TINY)
     with pytest.raises(UserError, match="the chat template does not read 'tools'"):
         formats.format_sft({"messages": [ASKED, ANSWER], "tools": TOOLS}, plain, FormatConfig())
     with pytest.raises(UserError, match="the chat template does not read 'tool_calls'"):
@@ -277,7 +278,7 @@ def test_fields_that_are_not_used_are_named(text, tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     _, counts = sft.load_sft([path], text, FormatConfig())
-    assert "2 rows with 'my_id' (not used), 1 rows with 'source' (not used)" in display.describe(counts)
+    assert "2 rows with 'my_id' (not used), 1 rows with 'source' (not used)" in row_counts.describe(counts)
 
 
 # ---- text is not control -----------------------------------------------------------------------------------
@@ -331,19 +332,19 @@ def test_special_tokens_of_whole_texts_stay(text):
 
 def test_special_tokens_may_be_refused_or_allowed(model):
     row = {"messages": [said("user", FORGED), ANSWER]}
-    refuses = tokenizer.load(model, config=TextConfig(special_tokens_in_text="refuse"))
+    refuses = load_tokenizer(model, config=TextConfig(special_tokens_in_text="refuse"))
     with pytest.raises(UserError, match="special token '<.im_end.>' in a text"):
         formats.format_sft(row, refuses, FormatConfig())
-    allows = tokenizer.load(model, config=TextConfig(special_tokens_in_text="allow"))
+    allows = load_tokenizer(model, config=TextConfig(special_tokens_in_text="allow"))
     example, _ = formats.format_sft(row, allows, FormatConfig())
     assert example.ids.tolist().count(258) == 3
 
 
 def test_a_flag_sets_variables_for_all_rows(model, hf):
-    text = tokenizer.load(model, config=TextConfig(chat_template_kwargs='{"enable_thinking": false}'))
+    tokenizer = load_tokenizer(model, config=TextConfig(chat_template_kwargs='{"enable_thinking": false}'))
     for own in (False, True):
         row = {"prompt": [ASKED]} | ({"chat_template_kwargs": {"enable_thinking": True}} if own else {})
-        ids = prompts.format_prompt(row, text, PromptFormat()).tolist()
+        ids = prompts.format_prompt(row, tokenizer, PromptFormat()).tolist()
         assert ids == ids_of(hf, [ASKED], True, enable_thinking=own)
     for wrong in ("{", "[]"):
         with pytest.raises(UserError, match="--chat-template-kwargs"):
@@ -404,7 +405,7 @@ def test_several_answers(shape, turns, model, tmp_path):
         if (model / name).is_file():
             (tmp_path / name).write_bytes((model / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(template)
-    text, hf = tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text, hf = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": THINKS}))
     if turns not in allowed:
         with pytest.raises(UserError, match="use --turns each"):
@@ -436,7 +437,7 @@ def test_answers_that_the_template_marks(model, tmp_path):
         if (model / name).is_file():
             (tmp_path / name).write_bytes((model / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(marks)
-    marked, plain = tokenizer.load(tmp_path), tokenizer.load(model)
+    marked, plain = load_tokenizer(tmp_path), load_tokenizer(model)
     messages = [ASKED, ANSWER | {"weight": 0}, said("user", FORGED), said("assistant", "a<|im_end|>b")]
     trained, expected = (
         formats.format_sft({"messages": messages}, text, FormatConfig())[0] for text in (marked, plain)
@@ -448,7 +449,7 @@ def test_answers_that_the_template_marks(model, tmp_path):
     endless = marks.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(endless)
     with pytest.raises(UserError, match="end of turn not trained"):
-        formats.format_sft({"messages": messages}, tokenizer.load(tmp_path), FormatConfig())
+        formats.format_sft({"messages": messages}, load_tokenizer(tmp_path), FormatConfig())
 
 
 @pytest.mark.slow
@@ -504,33 +505,33 @@ def test_bad_rows_may_be_left_out(text, tmp_path):
     path.write_text("\n".join([good, "{", good, '{"messages": []}', good, "[]"]))
     examples, counts = sft.load_sft([path], text, FormatConfig(skip_bad_rows=3))
     assert (len(examples), counts["rows"]) == (3, 3)
-    assert f"3 bad rows left out ('{path}:2: not valid JSON" in display.describe(counts)
-    assert f"; {path}:6, {path}:4)" in display.describe(counts)
+    assert f"3 bad rows left out ('{path}:2: not valid JSON" in row_counts.describe(counts)
+    assert f"; {path}:6, {path}:4)" in row_counts.describe(counts)
     with pytest.raises(UserError, match=f"{path}:4: field 'messages' must be"):
         sft.load_sft([path], text, FormatConfig(skip_bad_rows=2))
     loaded, counts = prompts.load_prompts([path], text, PromptFormat(skip_bad_rows=3))
-    assert len(loaded) == 3 and "3 bad rows left out" in display.describe(counts)
+    assert len(loaded) == 3 and "3 bad rows left out" in row_counts.describe(counts)
     pair = {"prompt": [ASKED], "chosen": ANSWER, "rejected": said("assistant", "b")}
     path.write_text("\n".join([json.dumps(pair), json.dumps(pair | {"chosen": "b"}), json.dumps(pair)]))
     pairs, counts = preferences.load_pairs([path], text, PreferenceFormat(skip_bad_rows=1))
-    assert len(pairs) == 2 and "1 bad rows left out" in display.describe(counts)
+    assert len(pairs) == 2 and "1 bad rows left out" in row_counts.describe(counts)
     label = {"messages": [ASKED, ANSWER], "label": [1]}
     path.write_text("\n".join([json.dumps(label), json.dumps(label | {"label": "good"})]))
     scored, _, counts = preferences.load_labelled([path], text, PreferenceFormat(skip_bad_rows=1), 1)
-    assert len(scored) == 1 and "1 bad rows left out" in display.describe(counts)
+    assert len(scored) == 1 and "1 bad rows left out" in row_counts.describe(counts)
 
 
 # ---- what a newcomer's files had ------------------------------------------------------------------
 
 
 def loaded(
-    tmp_path: Path, text: formats.Tokenizer, rows: list[dict], fmt: FormatConfig | None = None
+    tmp_path: Path, tokenizer: Tokenizer, rows: list[dict], fmt: FormatConfig | None = None
 ) -> tuple[list[str], dict]:
     """Examples as text, and the counts."""
     path = tmp_path / "rows.jsonl"
     write_rows(path, rows)
-    examples, counts = sft.load_sft([path], text, fmt or FormatConfig())
-    return [display.show(example, text) for example in examples], counts
+    examples, counts = sft.load_sft([path], tokenizer, fmt or FormatConfig())
+    return [display.show(example, tokenizer) for example in examples], counts
 
 
 def test_arguments_of_tool_calls_are_objects(text, tmp_path):
@@ -563,9 +564,9 @@ def test_the_older_form_of_calls_is_refused(text, tmp_path):
 
 
 def test_fields_of_messages_that_no_token_comes_from_are_counted(tmp_path):
-    text = tokenizer.load(TINY)
+    tokenizer = load_tokenizer(TINY)
     row = {"messages": [ASKED | {"name": "Ann"}, ANSWER | {"reasoning_content": "Which?"}]}
-    _, counts = loaded(tmp_path, text, [row, {"messages": [ASKED, ANSWER]}])
+    _, counts = loaded(tmp_path, tokenizer, [row, {"messages": [ASKED, ANSWER]}])
     assert counts["rows with 'name' in a message (not read by the chat template)"] == 1
     assert counts["rows with 'reasoning_content' in a message (not read by the chat template)"] == 1
 
@@ -574,37 +575,37 @@ def test_reasoning_is_read_by_any_of_its_names(tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     template = TEMPLATE.replace("m.content or ''", "(m.reasoning_content or '') ~ m.content")
     (tmp_path / "model/chat_template.jinja").write_text(template)
-    text = tokenizer.load(tmp_path / "model")
-    shown, counts = loaded(tmp_path, text, [{"messages": [ASKED, ANSWER | {"thinking": "Which?"}]}])
+    tokenizer = load_tokenizer(tmp_path / "model")
+    shown, counts = loaded(tmp_path, tokenizer, [{"messages": [ASKED, ANSWER | {"thinking": "Which?"}]}])
     assert "Which?A pear." in shown[0] and not [name for name in counts if "not read" in name]
 
 
 def test_empty_answers_and_null_columns(tmp_path):
-    text = tokenizer.load(TINY)
+    tokenizer = load_tokenizer(TINY)
     rows = [{"input": "a", "output": "", "note": None}, {"input": "a", "output": "b", "note": None}]
-    _, counts = loaded(tmp_path, text, rows)
+    _, counts = loaded(tmp_path, tokenizer, rows)
     assert counts["empty_answers"] == 1 and not [name for name in counts if "note" in name]
-    assert "1 empty answers" in display.describe(counts)
+    assert "1 empty answers" in row_counts.describe(counts)
 
 
 def test_rows_in_none_of_the_forms_name_them(tmp_path):
-    text = tokenizer.load(TINY)
+    tokenizer = load_tokenizer(TINY)
     with pytest.raises(UserError, match="fields 'question', 'answer': a row has 'mess.*--prompt-template"):
-        loaded(tmp_path, text, [{"question": "a", "answer": "b"}])
+        loaded(tmp_path, tokenizer, [{"question": "a", "answer": "b"}])
     fmt = FormatConfig("{question} {answer}", max_seq_len=8)  # whose question gives way
-    shown, counts = loaded(tmp_path, text, [{"question": "a" * 30, "answer": "bcd"}], fmt)
-    assert shown == ["aaa⟦ bcd<|im_end|>⟧"] and "1 cut prompts (--max-seq-len)" in display.describe(counts)
+    shown, counts = loaded(tmp_path, tokenizer, [{"question": "a" * 30, "answer": "bcd"}], fmt)
+    assert shown == ["aaa⟦ bcd<|im_end|>⟧"] and "1 cut prompts (--max-seq-len)" in row_counts.describe(counts)
 
 
 def test_the_prompt_beside_a_conversation_is_a_copy(tmp_path):
-    text = tokenizer.load(TINY)
+    tokenizer = load_tokenizer(TINY)
     row = {"prompt": "Name a fruit.", "messages": [ASKED, ANSWER]}
-    ids = prompts.format_prompt(row, text, PromptFormat())
-    assert ids.tolist() == prompts.format_prompt({"messages": [ASKED]}, text, PromptFormat()).tolist()
+    ids = prompts.format_prompt(row, tokenizer, PromptFormat())
+    assert ids.tolist() == prompts.format_prompt({"messages": [ASKED]}, tokenizer, PromptFormat()).tolist()
     pair = row | {"chosen": [ASKED, ANSWER], "rejected": [ASKED, said("assistant", "A stone.")]}
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(pair) + "\n")
-    _, counts = preferences.load_pairs([path], text, PreferenceFormat())
+    _, counts = preferences.load_pairs([path], tokenizer, PreferenceFormat())
     assert counts["rows with 'prompt' (not used)"] == counts["rows with 'messages' (not used)"] == 1
 
 
@@ -613,4 +614,4 @@ def test_conversations_with_an_unknown_name(tmp_path):
     with pytest.raises(
         UserError, match="message 1: role 'robot' is not one of system, user, assistant, tool"
     ):
-        loaded(tmp_path, tokenizer.load(TINY), [row])
+        loaded(tmp_path, load_tokenizer(TINY), [row])

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.data import formats, jsonl, prompts, sft, tokenizer
+from align.data import formats, jsonl, prompts, sft, sft_tasks
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
-from align.data.prompts import Task
+from align.data.sft_tasks import Task
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.errors import UserError
+from align.judging import render
 from tests.support.files import TINY, write_rows
 
 BOS, EOS = 257, 258
@@ -45,13 +47,13 @@ def said(role: str, content: str) -> list[int]:
 
 
 def load(
-    rows: list[dict], tokens: formats.Tokenizer, path: Path, fmt: FormatConfig = DEFAULT
+    rows: list[dict], tokens: Tokenizer, path: Path, fmt: FormatConfig = DEFAULT
 ) -> tuple[list[Task], dict[str, int]]:
     """The tasks of a file of these rows."""
-    return prompts.load_tasks([write_rows(path / "d.jsonl", rows)], tokens, fmt)
+    return sft_tasks.load_tasks([write_rows(path / "d.jsonl", rows)], tokens, fmt)
 
 
-def sft_prompt(row: dict, tokens: formats.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
+def sft_prompt(row: dict, tokens: Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
     """The ids before the only answer of a row, in the example that SFT trains on."""
     example, cut = formats.format_sft(row, tokens, fmt)
     start = int(example.trained.argmax())
@@ -212,7 +214,7 @@ def test_no_prompt_left(tiny, tmp_path: Path):
     "row", [chat("a"), conversation(("User", "a")), conversation(("Bot", "a"), ("User", "b"))]
 )
 def test_a_row_without_an_answer_is_named(row: dict, fmt: FormatConfig, tiny, tmp_path: Path):
-    with pytest.raises(UserError, match="d.jsonl:2: no .*: the row has no answer"):
+    with pytest.raises(UserError, match="d.jsonl:2: no .*: the row has no response"):
         load([chat("a", "b"), row], tiny, tmp_path, fmt)
 
 
@@ -221,7 +223,7 @@ def test_a_template_that_hides_where_answers_begin(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "model")
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     (tmp_path / "model/chat_template.jinja").write_text(template)
-    tokens = tokenizer.load(tmp_path / "model")
+    tokens = load_tokenizer(tmp_path / "model")
     assert sft.load_sft([write_rows(tmp_path / "d.jsonl", [chat("a", "b")])], tokens, LOSS_ON_ALL)
     with pytest.raises(UserError, match="d.jsonl:1: .*is not a prefix of the whole"):
         load([chat("a", "b")], tokens, tmp_path, LOSS_ON_ALL)
@@ -237,7 +239,7 @@ def test_sets(tiny, tmp_path: Path, monkeypatch):
     first = write_rows(tmp_path / "1.jsonl", [chat("a", "b"), chat("c", "d")])
     second = write_rows(tmp_path / "2.jsonl", [{"input": "Q", "output": "b"}])
     paths_of_sets = {"train": [second, first], "val": [first]}
-    sets = prompts.load_sft_sets(paths_of_sets, tiny, DEFAULT, 259, lines.append, RowFormats())
+    sets = sft_tasks.load_sft_sets(paths_of_sets, tiny, DEFAULT, 259, lines.append, RowFormats())
     asked = [[*said("user", letter), *ASKED] for letter in "ac"]
     prompt_ids = {name: [task.prompt.ids.tolist() for task in tasks] for name, tasks in sets.items()}
     assert prompt_ids == {"train": [[ord("Q")], *asked], "val": asked}
@@ -251,7 +253,9 @@ def test_sets(tiny, tmp_path: Path, monkeypatch):
 
 def test_a_set_may_be_empty(tiny, tmp_path: Path):
     lines, path = [], write_rows(tmp_path / "1.jsonl", [chat("a", "b")])
-    sets = prompts.load_sft_sets({"train": [path], "val": []}, tiny, DEFAULT, 259, lines.append, RowFormats())
+    sets = sft_tasks.load_sft_sets(
+        {"train": [path], "val": []}, tiny, DEFAULT, 259, lines.append, RowFormats()
+    )
     assert len(sets["train"]) == 1 and sets["val"] == [] and len(lines) == 2
     assert lines[-1] == "first prompt:\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
@@ -260,16 +264,16 @@ def test_a_set_may_be_empty(tiny, tmp_path: Path):
 def test_ids_of_answers_are_checked(name: str, tiny, tmp_path: Path):
     """A model of 258 tokens has no EOS, which is in no prompt of template rows."""
     paths = {key: [write_rows(tmp_path / f"{key}.jsonl", [{"input": "a", "output": "b"}])] for key in [name]}
-    prompts.load_sft_sets(paths, tiny, DEFAULT, 259, print, RowFormats())
+    sft_tasks.load_sft_sets(paths, tiny, DEFAULT, 259, print, RowFormats())
     with pytest.raises(UserError, match="gives token 258, the model has 258"):
-        prompts.load_sft_sets(paths, tiny, DEFAULT, 258, print, RowFormats())
+        sft_tasks.load_sft_sets(paths, tiny, DEFAULT, 258, print, RowFormats())
 
 
 # ---- one turn ----------------------------------------------------------------------------------------------
 
 
-def one_turn(row: dict, text: str, tokens: formats.Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
-    ids = prompts.one_turn(row, text, tokens, fmt)
+def one_turn(row: dict, text: str, tokens: Tokenizer, fmt: FormatConfig = DEFAULT) -> list[int]:
+    ids = render.one_turn(row, text, tokens, fmt)
     assert ids.dtype == np.int32 and ids.ndim == 1
     return ids.tolist()
 
@@ -361,7 +365,7 @@ def test_chat_tokens_of_the_format(tiny):
 def test_a_template_must_have_one_field_for_the_text(template: str, field: str, number: int, tiny):
     fmt = FormatConfig(template, truncation_field=field)
     with pytest.raises(UserError, match=rf"--prompt-template '{template}' has {number} fields before the"):
-        prompts.one_turn({"input": "a", "output": "b"}, "q", tiny, fmt)
+        render.one_turn({"input": "a", "output": "b"}, "q", tiny, fmt)
 
 
 def test_a_template_may_name_its_field_twice(tiny):
@@ -372,14 +376,14 @@ def test_a_template_may_name_its_field_twice(tiny):
 
 def test_what_one_turn_refuses(tiny, llama):
     with pytest.raises(UserError, match="the prompt is empty"):
-        prompts.one_turn({"input": "a", "output": "b"}, " ", tiny, FormatConfig(add_bos=True))
+        render.one_turn({"input": "a", "output": "b"}, " ", tiny, FormatConfig(add_bos=True))
     for row in (chat("a", "b"), {"input": "a", "output": "b"}):
         with pytest.raises(UserError, match="two BOS at the start"):
-            prompts.one_turn(row, "q", tiny, FormatConfig("<|im_start|>{input} {output}", add_bos=True))
-    with pytest.raises(UserError, match="no prompt: the row has no answer"):
-        prompts.one_turn(conversation(("User", "a")), "q", tiny, DEFAULT)
+            render.one_turn(row, "q", tiny, FormatConfig("<|im_start|>{input} {output}", add_bos=True))
+    with pytest.raises(UserError, match="no prompt: the row has no response"):
+        render.one_turn(conversation(("User", "a")), "q", tiny, DEFAULT)
     with pytest.raises(UserError, match="has no chat template"):
-        prompts.one_turn(chat("a", "b"), "q", llama, DEFAULT)
+        render.one_turn(chat("a", "b"), "q", llama, DEFAULT)
 
 
 # ---- what a judge is told ----------------------------------------------------------------------------------
@@ -430,7 +434,7 @@ def test_what_one_turn_refuses(tiny, llama):
 )
 def test_question(row: dict, whole: str, last: str, tiny):
     before = copy.deepcopy(row)
-    assert prompts.question(row, tiny, DEFAULT) == (whole, last)
+    assert render.question(row, tiny, DEFAULT) == (whole, last)
     assert row == before
 
 
@@ -441,17 +445,17 @@ def test_question_of_a_template_row(name: str, add_bos: bool, request: pytest.Fi
     tokens = request.getfixturevalue(name)
     fmt = FormatConfig(r"\nQ: {context} {input}\nA: {output}", add_bos=add_bos)
     row = {"context": "so,", "input": " où? ", "output": "x"}
-    assert prompts.question(row, tokens, fmt) == ("Q: so, où?\nA:", "Q: so, où?\nA:")
+    assert render.question(row, tokens, fmt) == ("Q: so, où?\nA:", "Q: so, où?\nA:")
 
 
 def test_a_cut_prompt_is_judged_as_the_model_reads_it(tiny, tmp_path: Path):
     row, fmt = {"input": "abcdefgh", "output": "xyz"}, FormatConfig(max_seq_len=9)
     [task], _ = load([row], tiny, tmp_path, fmt)
     assert task.prompt.ids.tolist() == [*b"abcd"]
-    assert prompts.question(row, tiny, fmt) == ("abcd", "abcd")
+    assert render.question(row, tiny, fmt) == ("abcd", "abcd")
 
 
 @pytest.mark.parametrize("row", [chat("a"), conversation(("User", "a"))])
 def test_nothing_was_answered(row: dict, tiny):
-    with pytest.raises(UserError, match="no prompt: the row has no answer"):
-        prompts.question(row, tiny, DEFAULT)
+    with pytest.raises(UserError, match="no prompt: the row has no response"):
+        render.question(row, tiny, DEFAULT)

@@ -10,7 +10,9 @@ import pytest
 import sentencepiece
 import transformers
 
-from align.data import tokenizer, tokenizer_files
+from align.data import tokenizer_files
+from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from align.data.tokenizer import load_tokenizer
 from align.errors import UserError
 from tests.support.files import TINY
 from tests.support.tokenizers import SENTENCES
@@ -72,7 +74,7 @@ def saved_models(
     """Files that `save` writes for each tokenizer."""
     root = tmp_path_factory.mktemp("saved")
     for name, directory in sentencepiece_models.items():
-        tokenizer.load(directory).save(root / name)
+        load_tokenizer(directory).save(root / name)
     return {name: root / name for name in sentencepiece_models}
 
 
@@ -88,7 +90,7 @@ def tiny_with(directory: Path, file: str, **changes: object) -> Path:
 
 
 def test_tiny_tokens_are_bytes():
-    tiny = tokenizer.load(TINY)
+    tiny = load_tokenizer(TINY)
     for text in [*TEXTS, "".join(map(chr, range(0x300))), "  two  spaces\r\n\ttab\n\n"]:
         assert tiny.encode(text) == list(text.encode())
         assert tiny.decode(tiny.encode(text)) == text
@@ -96,7 +98,7 @@ def test_tiny_tokens_are_bytes():
 
 
 def test_tiny_special_tokens():
-    tiny = tokenizer.load(TINY)
+    tiny = load_tokenizer(TINY)
     assert (tiny.pad_id, tiny.bos_id, tiny.eos_id) == (256, 257, 258)
     assert tiny.encode("a<|im_end|>b<|endoftext|><|im_start|>") == [97, 258, 98, 256, 257]
     assert tiny.decode([97, 258, 98, 256, 257]) == "a<|im_end|>b<|endoftext|><|im_start|>"
@@ -104,7 +106,7 @@ def test_tiny_special_tokens():
 
 
 def test_tiny_chat_template():
-    tiny = tokenizer.load(TINY)
+    tiny = load_tokenizer(TINY)
     asked = "<|im_start|>user\nhi <|im_end|>\n<|im_start|>assistant\n"
     assert tiny.render(CHAT) == asked + "yo<|im_end|>\n"
     assert tiny.render(CHAT[:1], add_generation_prompt=True) == asked
@@ -113,7 +115,7 @@ def test_tiny_chat_template():
 def test_tiny_config_is_a_llama_that_holds_the_vocabulary():
     config = transformers.AutoConfig.from_pretrained(TINY)
     assert isinstance(config, transformers.LlamaConfig)
-    assert config.vocab_size >= tokenizer.load(TINY).vocab_size
+    assert config.vocab_size >= load_tokenizer(TINY).vocab_size
     assert (config.head_dim, config.num_attention_heads, config.num_key_value_heads) == (32, 4, 2)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (257, 258, 256)
     assert (TINY / "tokenizer.json").stat().st_size < 4096
@@ -123,23 +125,23 @@ def test_tiny_config_is_a_llama_that_holds_the_vocabulary():
 
 
 def test_save_copies_what_transformers_loads(tmp_path: Path):
-    tokenizer.load(TINY).save(tmp_path / "hf")
+    load_tokenizer(TINY).save(tmp_path / "hf")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in TEXTS:
         assert loaded.encode(text, add_special_tokens=False) == list(text.encode())
-    assert loaded.apply_chat_template(CHAT, tokenize=False) == tokenizer.load(TINY).render(CHAT)
+    assert loaded.apply_chat_template(CHAT, tokenize=False) == load_tokenizer(TINY).render(CHAT)
     assert (tmp_path / "hf/tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
 def test_stop_ids_come_from_the_generation_config_too(tmp_path: Path):
     several = tiny_with(tmp_path / "several", "generation_config.json", eos_token_id=[256, 10])
-    assert tokenizer.load(several).stop_ids == {258, 256, 10}
+    assert load_tokenizer(several).stop_ids == {258, 256, 10}
     (several / "generation_config.json").unlink()
-    assert tokenizer.load(several).stop_ids == {258}
+    assert load_tokenizer(several).stop_ids == {258}
 
 
 def test_pad_falls_back_to_eos(tmp_path: Path):
-    assert tokenizer.load(tiny_with(tmp_path / "t", "tokenizer_config.json", pad_token=None)).pad_id == 258
+    assert load_tokenizer(tiny_with(tmp_path / "t", "tokenizer_config.json", pad_token=None)).pad_id == 258
 
 
 def test_adds_bos_is_seen_and_encode_still_adds_none(tmp_path: Path):
@@ -151,7 +153,7 @@ def test_adds_bos_is_seen_and_encode_still_adds_none(tmp_path: Path):
         "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [257], "tokens": ["<|im_start|>"]}},
     }
-    with_bos = tokenizer.load(tiny_with(tmp_path / "t", "tokenizer.json", post_processor=processor))
+    with_bos = load_tokenizer(tiny_with(tmp_path / "t", "tokenizer.json", post_processor=processor))
     assert with_bos.adds_bos
     assert with_bos.encode("a") == [97]
 
@@ -160,41 +162,41 @@ def test_without_chat_template(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "t")
     (tmp_path / "t/chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template.*chat_template.jinja.*--prompt-template"):
-        tokenizer.load(tmp_path / "t").render(CHAT)
+        load_tokenizer(tmp_path / "t").render(CHAT)
 
 
 def test_refusal_of_the_chat_template_is_a_value_error(tmp_path: Path):
     shutil.copytree(TINY, tmp_path / "t")
     (tmp_path / "t/chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="refuses these messages: roles must alternate"):
-        tokenizer.load(tmp_path / "t").render(CHAT)
+        load_tokenizer(tmp_path / "t").render(CHAT)
 
 
 def test_no_end_of_text_token(tmp_path: Path):
     with pytest.raises(UserError, match="no end-of-text token: set eos_token"):
-        tokenizer.load(tiny_with(tmp_path / "t", "tokenizer_config.json", eos_token=None))
+        load_tokenizer(tiny_with(tmp_path / "t", "tokenizer_config.json", eos_token=None))
 
 
 def test_no_tokenizer_there(tmp_path: Path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.model"):
         with pytest.raises(UserError, match="holds no tokenizer"):
-            tokenizer.load(path)
+            load_tokenizer(path)
 
 
 # ---- SentencePiece models ----------------------------------------------------------------------------------
 
 
 def test_sentencepiece_attributes(sentencepiece_models: dict[str, Path]):
-    model = tokenizer.load(sentencepiece_models["v1"])
-    assert isinstance(model, tokenizer.SentencePieceTokenizer)
+    model = load_tokenizer(sentencepiece_models["v1"])
+    assert isinstance(model, SentencePieceTokenizer)
     assert (model.bos_id, model.eos_id, model.vocab_size) == (1, 2, 32000)
     assert model.pad_id == model.eos_id  # this model has no pad piece
     assert (model.stop_ids, model.adds_bos) == ({2}, False)
-    assert tokenizer.load(sentencepiece_models["v1"] / "tokenizer.model").encode("a") == model.encode("a")
+    assert load_tokenizer(sentencepiece_models["v1"] / "tokenizer.model").encode("a") == model.encode("a")
 
 
 def test_sentencepiece_known_ids(sentencepiece_models: dict[str, Path]):
-    model = tokenizer.load(sentencepiece_models["v1"])
+    model = load_tokenizer(sentencepiece_models["v1"])
     assert model.encode("Hello world") == [22557, 1526]
     assert model.encode(" world", continued=True) == [1526]
     assert [model.sp.id_to_piece(i) for i in model.encode("world", continued=True)] == ["world"]
@@ -207,11 +209,11 @@ def test_sentencepiece_known_ids(sentencepiece_models: dict[str, Path]):
 def test_saved_sentencepiece_has_the_same_ids_in_transformers(
     name: str, sentencepiece_models: dict[str, Path], saved_models: dict[str, Path]
 ):
-    ours = tokenizer.load(sentencepiece_models[name])
+    ours = load_tokenizer(sentencepiece_models[name])
     theirs = transformers.AutoTokenizer.from_pretrained(saved_models[name])
     for text in TEXTS + random_texts(200):
         assert theirs(text).input_ids == ours.encode(text), text
-    again = tokenizer.load(saved_models[name])
+    again = load_tokenizer(saved_models[name])
     names = ("eos_id", "bos_id", "pad_id", "vocab_size", "stop_ids", "adds_bos")
     assert [getattr(again, n) for n in names] == [getattr(ours, n) for n in names]
     assert (saved_models[name] / "tokenizer.model").read_bytes() == ours.path.read_bytes()
@@ -222,7 +224,7 @@ def test_saved_sentencepiece_has_the_same_ids_in_transformers(
 def test_continued_text_joins_as_if_never_cut(
     name: str, kind: str, sentencepiece_models: dict[str, Path], saved_models: dict[str, Path]
 ):
-    tokens = tokenizer.load({"as it is": sentencepiece_models, "saved": saved_models}[kind][name])
+    tokens = load_tokenizer({"as it is": sentencepiece_models, "saved": saved_models}[kind][name])
     for sentence in SENTENCES:
         words = sentence.split()
         for i in range(1, len(words)):
@@ -237,7 +239,7 @@ def test_continued_text_joins_as_if_never_cut(
 def test_sentencepiece_decodes_what_it_encodes(
     sentencepiece_models: dict[str, Path], saved_models: dict[str, Path]
 ):
-    ours, saved = tokenizer.load(sentencepiece_models["v1"]), tokenizer.load(saved_models["v1"])
+    ours, saved = load_tokenizer(sentencepiece_models["v1"]), load_tokenizer(saved_models["v1"])
     for text in TEXTS:
         assert ours.decode(ours.encode(text)) == text
         assert saved.decode(ours.encode(text)) == text
@@ -246,7 +248,7 @@ def test_sentencepiece_decodes_what_it_encodes(
 @pytest.mark.parametrize("name", ["tiny", "v1", "v1 saved"])
 def test_ids_beyond_the_vocabulary_are_spelled_out(name, sentencepiece_models, saved_models):
     directory = {"tiny": TINY, "v1": sentencepiece_models["v1"], "v1 saved": saved_models["v1"]}[name]
-    loaded = tokenizer.load(directory)
+    loaded = load_tokenizer(directory)
     ids, beyond = loaded.encode("ab cd"), loaded.vocab_size
     text = loaded.decode([*ids, beyond, beyond + 7, *loaded.encode("ef", continued=True), beyond])
     assert text == f"ab cd<id {beyond}><id {beyond + 7}>ef<id {beyond}>"
@@ -255,7 +257,7 @@ def test_ids_beyond_the_vocabulary_are_spelled_out(name, sentencepiece_models, s
 
 def test_sentencepiece_has_no_chat_template(sentencepiece_models: dict[str, Path]):
     with pytest.raises(UserError, match="no chat template.*'conversations'"):
-        tokenizer.load(sentencepiece_models["bpe"]).render(CHAT)
+        load_tokenizer(sentencepiece_models["bpe"]).render(CHAT)
 
 
 def random_texts(count: int) -> list[str]:
@@ -278,7 +280,7 @@ def random_texts(count: int) -> list[str]:
 def scorer_directory(tmp_path: Path, source: Path = TINY, **tokenizer_config: object) -> Path:
     """A directory with the tokenizer of `source`, changed, and a config.json."""
     directory = tmp_path / "scorer"
-    tokenizer.load(source).save(directory)
+    load_tokenizer(source).save(directory)
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | tokenizer_config))
     (directory / "config.json").write_text(json.dumps({"hidden_size": 8, "pad_token_id": 7}))

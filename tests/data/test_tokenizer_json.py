@@ -20,8 +20,9 @@ from tokenizers import (
     trainers,
 )
 
-from align.data import formats, preferences, prompts, tokenizer, tokenizer_files
+from align.data import formats, preferences, prompts, tokenizer_files
 from align.data.formats import FormatConfig
+from align.data.tokenizer import load_tokenizer
 from align.errors import UserError
 
 SPECIAL = ["<|end|>", "<s>", "<|user|>", "<|answer|>"]
@@ -187,12 +188,12 @@ def awkward(count: int) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_the_file(kind, name, files, tmp_path):
     """Ids of texts, chats, prompts and pairs, and of the saved tokenizer."""
-    loaded = tokenizer.load(directory(tmp_path, files[kind], name))
+    loaded = load_tokenizer(directory(tmp_path, files[kind], name))
     oracle = tokenizers.Tokenizer.from_str(files[kind])
     assert loaded.adds_bos == kind.startswith("bos")
     loaded.save(tmp_path / "saved")
     assert (tmp_path / "saved/tokenizer.json").read_text() == files[kind]
-    saved = tokenizer.load(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
     for text in awkward(200):
         ids = oracle.encode(text, add_special_tokens=False).ids
         assert loaded.encode(text) == saved.encode(text) == ids, repr(text)
@@ -216,7 +217,7 @@ def test_ids_are_those_of_the_file(kind, name, files, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_special_tokens_are_plain_text(kind, files, tmp_path):
     """As `tokenizers` encodes the whole text without special tokens; between control tokens likewise."""
-    loaded = tokenizer.load(directory(tmp_path, files[kind], "none"))
+    loaded = load_tokenizer(directory(tmp_path, files[kind], "none"))
     plain = tokenizers.Tokenizer.from_str(files[kind])
     user, end = plain.token_to_id("<|user|>"), plain.token_to_id("<|end|>")
     plain.encode_special_tokens = True
@@ -239,30 +240,30 @@ def test_a_limit_and_padding_in_the_file_are_not_for_training(files, tmp_path):
     ids = limited.encode(text).ids
     limited.enable_truncation(8)
     limited.enable_padding(length=400)
-    assert tokenizer.load(directory(tmp_path, limited.to_str(), "none")).encode(text) == ids
+    assert load_tokenizer(directory(tmp_path, limited.to_str(), "none")).encode(text) == ids
 
 
 def test_tokens_of_the_config_are_added(files, tmp_path):
     size = tokenizers.Tokenizer.from_str(files["gpt2 split"]).get_vocab_size()
     token = {"content": "<tool>", "special": True}
     path = directory(tmp_path, files["gpt2 split"], "none", added_tokens_decoder={str(size): token})
-    assert tokenizer.load(path).encode("a<tool>")[1:] == [size]
+    assert load_tokenizer(path).encode("a<tool>")[1:] == [size]
     directory(tmp_path, files["gpt2 split"], "none", added_tokens_decoder={str(size + 1): token})
     with pytest.raises(
         UserError, match=f"'<tool>' has the id {size + 1} in tokenizer_config.json, and {size}"
     ):
-        tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_add_bos_token_of_the_config_counts(files, tmp_path):
     for kind, asked in [("gpt2 split", True), ("bos", False)]:
         path = directory(tmp_path, files[kind], "llama", add_bos_token=asked)
-        assert tokenizer.load(path).adds_bos is asked
+        assert load_tokenizer(path).adds_bos is asked
 
 
 def test_a_class_that_changes_the_file_and_text_that_does_not_come_back_are_said(files, tmp_path):
     messages = []
-    loaded = tokenizer.load(directory(tmp_path, files["nfkc and lower case"], "gpt2"), messages.append)
+    loaded = load_tokenizer(directory(tmp_path, files["nfkc and lower case"], "gpt2"), messages.append)
     assert len(messages) == 1 and "GPT2Tokenizer" in messages[0] and "changes its normalizer" in messages[0]
     for text in ["the fox", "The fox", "THE"]:
         loaded.encode(text)
@@ -312,14 +313,14 @@ def test_broken_files_are_named(name, text, message, files, tmp_path):
         text = json.dumps(json.loads((path / name).read_text()) | json.loads(text))
     (path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message):
-        tokenizer.load(path)
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x0a\x07\x0a\x05<unk>", b"\x0a\xff\xff\xff"])
 def test_a_sentencepiece_model_that_is_none(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match="tokenizer.model: (not a SentencePiece model|the model has no end)"):
-        tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

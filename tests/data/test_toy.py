@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from align.data import formats, sft, tokenizer, toy
-from align.data.prompts import Template
+from align.data import formats, sft, toy
+from align.data.templates import Template
+from align.data.tokenizer import load_tokenizer
 from align.errors import UserError
 from align.judging import judge, meta_judge
 from tests.support.files import TINY, read_jsonl
@@ -109,7 +110,7 @@ def test_toy_files_for_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert read_jsonl(tmp_path / "train.jsonl") == toy.toy_rows(300, 20, mistakes=0.4, seed=1234)[0]
 
     examples, _ = sft.load_sft(
-        [tmp_path / "train_judge.jsonl"], tokenizer.load(TINY), formats.FormatConfig(max_seq_len=192)
+        [tmp_path / "train_judge.jsonl"], load_tokenizer(TINY), formats.FormatConfig(max_seq_len=192)
     )
     assert len(examples) == 120 and max(len(example.ids) for example in examples) < 192
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.distributed import parallel
-from align.distributed.parallel import ParallelConfig, check, parse_time
+from align.distributed.parallel import ParallelConfig, check_grid, parse_time
 from align.errors import UserError
 from align.model import architecture
 from align.model.config import ModelConfig, check_model
@@ -37,7 +37,7 @@ def test_times_that_are_refused(text):
 @pytest.mark.parametrize("world, flags", [(1, {}), (4, {"tp": 2}), (8, {"tp": 2, "pp": 2, "cp": 2})])
 def test_sizes_that_fit(monkeypatch, world, flags):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    check(ParallelConfig(**flags))
+    check_grid(ParallelConfig(**flags))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_sizes_that_fit(monkeypatch, world, flags):
 def test_sizes_that_are_refused(monkeypatch, world, flags, message):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(UserError, match=message):
-        check(ParallelConfig(**flags))
+        check_grid(ParallelConfig(**flags))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.generation import audit, inference, rollout
 from align.generation.audit import AuditConfig
-from align.generation.generator import Generator, RolloutConfig, Sample
+from align.generation.generator import Generator, RolloutConfig
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.model import architecture, gpt, huggingface, layers
 from align.model.config import ModelConfig
@@ -81,8 +82,10 @@ class Setting:
     def check(self, answers: Answers, config: AuditConfig = DEFAULT) -> dict[str, float] | str:
         """The audit's metrics, or its message."""
         ids = prompts()
-        rows = [[rollout.answer(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers]
-        trained = batching.per_example(self.policy, rows, BatchConfig(micro_batch_tokens=200))
+        rows = [
+            [rollout.response_example(Prompt(ids[row - FIRST_ROW], {}), sample)] for row, _, sample in answers
+        ]
+        trained = batching.per_example_outputs(self.policy, rows, BatchConfig(micro_batch_tokens=200))
         places = [(row, number) for row, number, _ in answers]
         sampled = [sample.model_logprobs for *_, sample in answers]
         try:
@@ -134,10 +137,12 @@ def other_weights(policy: DistributedDataParallel) -> Iterator[None]:
 
 def shifted_prefill(right: Callable) -> Callable:
     """A prefill that counts the positions of prompts from 1 instead of 0."""
-    rotation = layers.rotation
+    rotation = layers.rotary_cos_sin
 
-    def prefill(self: inference.InferenceModel, prompts: list[Tensor]) -> list[inference.Prefix]:
-        with mock.patch.object(inference, "rotation", lambda places, *rest: rotation(places + 1, *rest)):
+    def prefill(self: inference.InferenceModel, prompts: list[Tensor]) -> list[inference.PrefilledPrompt]:
+        with mock.patch.object(
+            inference, "rotary_cos_sin", lambda places, *rest: rotation(places + 1, *rest)
+        ):
             return right(self, prompts)
 
     return prefill
@@ -246,8 +251,8 @@ def test_one_token_within_the_bound_passes(layout, results):
 
 
 NAMED = re.compile(
-    r"audit: token (\d+) of answer (\d+) to row (\d+) was sampled with log-prob (\S+), "
-    r"training says (\S+)\. They differ by (\S+)\. Of all (?:\d+) tokens the mean difference is (\S+) "
+    r"audit: token (\d+) of response (\d+) to row (\d+) was sampled with log-prob (\S+), "
+    r"training computes (\S+)\. They differ by (\S+)\. Of all (?:\d+) tokens the mean difference is (\S+) "
     r"\(--audit-mean 5e-05\), the maximum (?:\S+) \(--audit-tail 0\.001\): "
     r"the sampler and the trainer do not compute the same model"
 )
@@ -334,7 +339,7 @@ def test_bf16_forgives_one_token_in_10_000(count, forgiven):
     logprobs = differing(count, 0, 0.0)
     logprobs[1][0][0] = math.nan  # whose quantile is no number, wherever it stands
     with pytest.raises(
-        RuntimeError, match="audit: token 0 of answer 0 to row 0 was sampled with log-prob nan"
+        RuntimeError, match="audit: token 0 of response 0 to row 0 was sampled with log-prob nan"
     ):
         audit.compare(*logprobs, torch.bfloat16)
 

@@ -18,7 +18,8 @@ from transformers.generation import logits_process
 from align.data import packing
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
-from align.generation.generator import Queue, RolloutConfig, Sample, check_model_logprobs, check_rollout_tp
+from align.generation.generator import Queue, RolloutConfig, check_model_logprobs, check_rollout_tp
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from tests.support.generation import (
     BF16,
@@ -489,7 +490,7 @@ def test_answers_of_two_tokens_are_drawn_with_their_exact_probabilities(models, 
     ],
 )
 def test_runs_within_a_budget(sizes, budget, runs):
-    assert packing.within_budget(sizes, budget) == runs
+    assert packing.group_by_budget(sizes, budget) == runs
 
 
 @pytest.mark.slow

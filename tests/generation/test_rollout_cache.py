@@ -10,10 +10,10 @@ from torch import nn
 
 from align.distributed import parallel
 from align.generation import rollout_cache
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.training import tables
-from align.training.offload import Shelf, Weights
+from align.training.offload import HostStore, Weights
 
 ODD = np.array([0.1, -0.0, 1e-45, -3.4028235e38, -np.inf, -1 / 3], np.float32)  # every kind of float32
 
@@ -71,22 +71,22 @@ def path_in(directory: Path) -> Path:
 def test_samples_are_made_once_and_then_read(tmp_path, samples):
     """No samples of some prompt, none of any, no prompt at all: an answer that did not end is not judged."""
     path, make = path_in(tmp_path), Made(samples)
-    first = rollout_cache.kept(path, "a", make)
+    first = rollout_cache.cached(path, "a", make)
     assert bits(first) == bits(samples) and make.times == 1
     written = path.stat().st_mtime_ns, path.stat().st_ino
     for _ in range(2):
-        assert bits(rollout_cache.kept(path, "a", make)) == bits(samples)
+        assert bits(rollout_cache.cached(path, "a", make)) == bits(samples)
     assert make.times == 1 and (path.stat().st_mtime_ns, path.stat().st_ino) == written
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_samples_of_something_else_are_replaced(tmp_path):
     path, old, new = path_in(tmp_path), Made(SOME), Made(UNEQUAL)
-    rollout_cache.kept(path, "a", old)
+    rollout_cache.cached(path, "a", old)
     assert rollout_cache.read(path, "b") is None
-    assert bits(rollout_cache.kept(path, "b", new)) == bits(UNEQUAL) and new.times == 1
-    assert bits(rollout_cache.kept(path, "b", new)) == bits(UNEQUAL) and new.times == 1
-    assert bits(rollout_cache.kept(path, "a", old)) == bits(SOME) and old.times == 2
+    assert bits(rollout_cache.cached(path, "b", new)) == bits(UNEQUAL) and new.times == 1
+    assert bits(rollout_cache.cached(path, "b", new)) == bits(UNEQUAL) and new.times == 1
+    assert bits(rollout_cache.cached(path, "a", old)) == bits(SOME) and old.times == 2
 
 
 def test_a_half_written_file_is_never_read(tmp_path, monkeypatch):
@@ -101,11 +101,11 @@ def test_a_half_written_file_is_never_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tables, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        rollout_cache.kept(path, "a", make)
+        rollout_cache.cached(path, "a", make)
     [left] = path.parent.iterdir()
     assert left != path and rollout_cache.read(path, "a") is None
     monkeypatch.undo()
-    assert bits(rollout_cache.kept(path, "a", make)) == bits(SOME) and make.times == 2
+    assert bits(rollout_cache.cached(path, "a", make)) == bits(SOME) and make.times == 2
     assert list(path.parent.iterdir()) == [path]
     assert bits(rollout_cache.read(path, "a")) == bits(SOME)
 
@@ -114,9 +114,9 @@ def test_other_ranks_make_and_read_but_do_not_write(tmp_path, monkeypatch):
     path, make = path_in(tmp_path), Made(SOME)
     monkeypatch.setattr(rollout_cache.parallel, "is_main", lambda: False)
     monkeypatch.setattr(rollout_cache.parallel, "on_main", lambda read: None)  # the main rank found nothing
-    assert rollout_cache.kept(path, "a", make) is SOME and not path.exists()
+    assert rollout_cache.cached(path, "a", make) is SOME and not path.exists()
     monkeypatch.setattr(rollout_cache.parallel, "on_main", lambda read: UNEQUAL)
-    assert rollout_cache.kept(path, "a", make) is UNEQUAL and make.times == 1
+    assert rollout_cache.cached(path, "a", make) is UNEQUAL and make.times == 1
 
 
 def test_files_of_finished_steps_are_deleted(tmp_path):
@@ -142,7 +142,7 @@ def test_made_of_tells_every_difference():
     config, streams = SamplingConfig(), [(0, 1, 2), (0, 1, 3)]
 
     def made_of(weights="w", config=config, seed=1, number=4, prompts=([1, 2], [3]), streams=streams) -> str:
-        return rollout_cache.made_of(weights, (config, seed, number), ids_of(*prompts), streams)
+        return rollout_cache.fingerprint(weights, (config, seed, number), ids_of(*prompts), streams)
 
     others = [
         made_of(weights="v"),
@@ -168,7 +168,9 @@ def test_made_of_tells_every_difference():
 
 def test_ids_of_another_integer_type_are_the_same_question():
     wide = [ids.astype(np.int64) for ids in ids_of([1, 2], [3])]
-    assert rollout_cache.made_of("w", 1, wide, []) == rollout_cache.made_of("w", 1, ids_of([1, 2], [3]), [])
+    assert rollout_cache.fingerprint("w", 1, wide, []) == rollout_cache.fingerprint(
+        "w", 1, ids_of([1, 2], [3]), []
+    )
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def make() -> Callable[[], nn.Module]:
 @pytest.mark.parametrize("number", range(4))
 def test_a_change_of_any_tensor_shows(make, number, tmp_path):
     module = make()
-    held = Weights(module, Shelf(tmp_path))
+    held = Weights(module, HostStore(tmp_path))
     first = rollout_cache.weights_digest(held)
     assert first == rollout_cache.weights_digest(held) == rollout_cache.weights_digest(Weights(make()))
     with torch.no_grad():

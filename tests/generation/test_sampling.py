@@ -8,7 +8,13 @@ from transformers.generation import logits_process
 
 from align.errors import UserError
 from align.generation import sampling
-from align.generation.sampling import SamplingConfig, _top_p_floor, _top_p_floor_by_bisection, check, pick
+from align.generation.sampling import (
+    SamplingConfig,
+    _top_p_floor,
+    _top_p_floor_by_bisection,
+    check_draws,
+    pick,
+)
 from tests.support.sampling import CHI_SQUARE_999, CONFIGS, exact
 from tests.support.seeded_bugs import assert_fails_with
 
@@ -320,9 +326,9 @@ def test_broken_logits_are_refused(row, options):
     logits = torch.tensor([[1.0, 2.0, 3.0], row, [1.0, 2.0, 3.0]])
     ids, _, model = pick(logits, torch.zeros(3), SamplingConfig(**options))
     assert 0 <= ids.min() and ids.max() < 3, "an id that is beyond the vocabulary would break what reads it"
-    check(model[::2].numpy())
+    check_draws(model[::2].numpy())
     with pytest.raises(FloatingPointError, match=r"logits of rows \[1\] hold NaN or \+inf, or -inf only"):
-        check(model.numpy())
+        check_draws(model.numpy())
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -383,7 +389,7 @@ def test_greedy_heeds_the_repetition_penalty():
 
 
 def test_an_empty_stop_string_is_refused():
-    with pytest.raises(UserError, match='--stop "": a stop string of zero length would end every answer'):
+    with pytest.raises(UserError, match='--stop "": a stop string of zero length would end every response'):
         SamplingConfig(stop=("\n", ""))
 
 

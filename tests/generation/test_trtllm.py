@@ -255,7 +255,7 @@ def check(
     config, layout = ModelConfig(model, precision), ParallelConfig(deterministic=deterministic)
     spec = mock.patch("importlib.util.find_spec", return_value=package or None)
     with spec, mock.patch("torch.cuda.is_available", return_value=True):
-        trtllm.check(SamplingConfig(**sampling), config, layout)
+        trtllm.check_trtllm(SamplingConfig(**sampling), config, layout)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_stablelm_is_refused_by_name(tmp_path):
 
 def test_a_machine_without_a_gpu_is_refused():
     with pytest.raises(UserError, match="needs a GPU"):
-        trtllm.check(SamplingConfig(), ModelConfig(), ParallelConfig())
+        trtllm.check_trtllm(SamplingConfig(), ModelConfig(), ParallelConfig())
 
 
 def test_workers_find_the_device_where_torch_keeps_it():

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.data import prompts
 from align.data.formats import FormatConfig
-from align.data.prompts import Template
+from align.data.templates import Template
 from align.errors import UserError
-from align.generation.generator import Sample
-from align.judging import judge
+from align.generation.rollout import Sample
+from align.judging import judge, render
 from align.judging.judge import (
     Choice,
     Judge,
@@ -355,8 +354,8 @@ def test_a_response_is_cut_until_it_fits(short, monkeypatch):
         lengths.append(len(ids))
         return ids
 
-    monkeypatch.setattr(prompts, "question", lambda row, tokenizer, fmt: ("long " * 20, "q"))
-    monkeypatch.setattr(prompts, "one_turn", one_turn)
+    monkeypatch.setattr(render, "question", lambda row, tokenizer, fmt: ("long " * 20, "q"))
+    monkeypatch.setattr(render, "one_turn", one_turn)
     ids, shortened = Judge(short, Letters(offset=0), FormatConfig(), room=12).prompt({}, "b" * 31)
     assert ids.tolist() == [*b"Q: q\nA: " + b"b" * 16 + b"\n"][1::2] and shortened
     assert lengths == [69, 20, 16, 14, 13, 12]  # the whole conversation, the last turn, four cuts

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.data import prompts, tokenizer
 from align.data.formats import FormatConfig
-from align.data.prompts import Template
+from align.data.templates import Template
+from align.data.tokenizer import load_tokenizer
 from align.errors import UserError
-from align.judging import meta_judge
+from align.judging import meta_judge, render
 from align.judging.judge import Judged
-from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
+from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
+from align.judging.pairs import Buffer, mix, num_judgement_pairs
 from tests.support.files import ROOT
 
 ASSET = ROOT / "assets" / "meta_judge.txt"
@@ -138,7 +139,7 @@ SHORT = "{{ prompt }}|{{ response }}|{{ judgement_a }}|{{ judgement_b }}"
 def short_judge(tmp_path: Path, room: int) -> MetaJudge:
     (tmp_path / "short.txt").write_text(SHORT)
     config = MetaJudgeConfig(meta_judge=True, meta_judge_template=tmp_path / "short.txt")
-    return MetaJudge(config, tokenizer.load(ROOT / "assets" / "tiny"), FormatConfig(), room)
+    return MetaJudge(config, load_tokenizer(ROOT / "assets" / "tiny"), FormatConfig(), room)
 
 
 def test_prompts_show_both_orders_as_one_turn(tmp_path):
@@ -149,7 +150,7 @@ def test_prompts_show_both_orders_as_one_turn(tmp_path):
         (0, 1): "Why?|The {{ prompt }}.|one|two",
         (1, 0): "Why?|The {{ prompt }}.|two|one",
     }.items():
-        expected = prompts.one_turn(ROW, text, judge.tokenizer, judge.fmt)
+        expected = render.one_turn(ROW, text, judge.tokenizer, judge.fmt)
         assert asked[order].dtype == np.int32 and asked[order].tolist() == expected.tolist()
 
 
@@ -166,7 +167,7 @@ def test_prompts_beyond_the_room_are_left_out(tmp_path):
 
 
 def test_a_template_without_any_room_is_refused(tmp_path):
-    longest = len(prompts.one_turn(ROW, "x|x|x|x", tokenizer.load(ROOT / "assets" / "tiny"), FormatConfig()))
+    longest = len(render.one_turn(ROW, "x|x|x|x", load_tokenizer(ROOT / "assets" / "tiny"), FormatConfig()))
     short_judge(tmp_path, longest).check(ROW)
     with pytest.raises(UserError, match=rf"short.txt alone is longer than the {longest - 1} tokens that"):
         short_judge(tmp_path, longest - 1).check(ROW)
@@ -174,7 +175,7 @@ def test_a_template_without_any_room_is_refused(tmp_path):
 
 def test_both_orders_go_if_one_is_too_long(tmp_path, monkeypatch):
     """If tokens merge, the two orders can have different lengths: 6 with "b" first, else 5."""
-    monkeypatch.setattr(prompts, "one_turn", lambda row, text, *_: np.zeros(5 + ("|b|" in text), np.int32))
+    monkeypatch.setattr(render, "one_turn", lambda row, text, *_: np.zeros(5 + ("|b|" in text), np.int32))
     lengths = {
         order: len(ids) for order, ids in short_judge(tmp_path, 6).prompts(ROW, "", ["a", "b"]).items()
     }
@@ -500,7 +501,7 @@ def test_tokens_of_which_one_begins_with_the_other_are_not_the_same():
 # The buffer
 
 
-def offers(buffer: Buffer[Pair], scores: list[float]) -> list[bool]:
+def offers(buffer: Buffer, scores: list[float]) -> list[bool]:
     return [buffer.offer(Pair(str(i), score)) for i, score in enumerate(scores)]
 
 
@@ -573,11 +574,11 @@ def test_a_buffer_goes_through_json():
     buffer = Buffer(0.0, 5.0, 0.4)
     offers(buffer, [5.0, 5.0, 5.0, 1.0])
     text = json.dumps(
-        {"waiting": [vars(pair) for pair in buffer.waiting], "counts": list(buffer.counts.items())}
+        {"waiting": [vars(pair) for pair in buffer.pairs], "counts": list(buffer.counts.items())}
     )
     state, again = json.loads(text), Buffer(0.0, 5.0, 0.4)
-    again.waiting, again.counts = deque(Pair(**row) for row in state["waiting"]), dict(state["counts"])
-    assert again.waiting == buffer.waiting and again.counts == buffer.counts
+    again.pairs, again.counts = deque(Pair(**row) for row in state["waiting"]), dict(state["counts"])
+    assert again.pairs == buffer.pairs and again.counts == buffer.counts
     assert offers(again, [5.0, 0.0]) == offers(buffer, [5.0, 0.0]) == [False, True]
 
 
@@ -611,7 +612,7 @@ def test_a_buffer_goes_through_json():
     ],
 )
 def test_num_meta_by_hand(good, waiting, size, fraction, number):
-    assert meta_judge.num_meta(good, waiting, size, fraction) == number
+    assert num_judgement_pairs(good, waiting, size, fraction) == number
 
 
 def test_num_meta_is_the_most_in_whole_numbers():
@@ -619,10 +620,10 @@ def test_num_meta_is_the_most_in_whole_numbers():
     for size, percent, waiting in itertools.product((1, 2, 7, 20, 64), range(1, 100, 7), (0, 1, 5, 64)):
         for good in range(size + 1):
             allowed = [m for m in range(waiting + 1) if 100 * m <= percent * min(size, good + m)]
-            assert meta_judge.num_meta(good, waiting, size, percent / 100) == allowed[-1]
+            assert num_judgement_pairs(good, waiting, size, percent / 100) == allowed[-1]
 
 
-def filled(number: int) -> Buffer[Pair]:
+def filled(number: int) -> Buffer:
     buffer = Buffer(0.0, 5.0, 1.0)
     for i in range(number):
         assert buffer.offer(Pair(f"judge {i}", 3.0))
@@ -647,13 +648,13 @@ def filled(number: int) -> Buffer[Pair]:
 def test_mix(pairs, waiting, fraction, batch):
     buffer = filled(waiting)
     offered = [None if name == "-" else Pair(name) for name in pairs]
-    assert names(meta_judge.mix(offered, buffer, fraction)) == batch
+    assert names(mix(offered, buffer, fraction)) == batch
     num_answers = sum(name.startswith("judge") for name in batch)
-    assert names(list(buffer.waiting)) == [f"judge {i}" for i in range(num_answers, waiting)]
+    assert names(list(buffer.pairs)) == [f"judge {i}" for i in range(num_answers, waiting)]
 
 
 def test_more_judgements_than_one_batch_takes_come_with_the_next():
     buffer = filled(3)
-    first, second = (meta_judge.mix([Pair(name) for name in "abcd"], buffer, 0.5) for _ in range(2))
+    first, second = (mix([Pair(name) for name in "abcd"], buffer, 0.5) for _ in range(2))
     assert names(first) == ["a", "b", "judge 0", "judge 1"]
     assert names(second) == ["a", "b", "c", "judge 2"]

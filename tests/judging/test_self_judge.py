@@ -14,12 +14,14 @@ import pytest
 from align.data import packing
 from align.data.formats import FormatConfig
 from align.data.packing import Example
-from align.data.prompts import Prompt, Task
-from align.generation.generator import Sample
+from align.data.prompts import Prompt
+from align.data.sft_tasks import Task
+from align.generation.rollout import Sample
 from align.judging import judge, self_judge
 from align.judging.judge import Choice, Judge, JudgeConfig, Judged
-from align.judging.meta_judge import Buffer, MetaJudge, MetaJudgeConfig
-from align.judging.self_judge import Answered, Compared, SampledPair, SelfJudge
+from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
+from align.judging.pairs import Buffer, SampledPair
+from align.judging.self_judge import ComparedJudgements, JudgedResponses, SelfJudge
 from train_self_reward import TRAIN, VAL
 
 BOS, EOS = 257, 258
@@ -90,7 +92,7 @@ def test_answers_that_ended_are_judged_each(make):
     ]
     script = Script(generate=answers, judge=judgements)
     tasks, places = [task("one"), task("two")], [(TRAIN, 7, 3), (TRAIN, 7, 5)]
-    judged = make().answers(tasks, places, 2, script)
+    judged = make().responses(tasks, places, 2, script)
     assert script.calls == [
         ("generate", [[10, 20, 3], [10, 20, 3]], [(0, 7, 3, 0, 0), (0, 7, 5, 0, 0)], 2),
         (
@@ -110,8 +112,8 @@ def test_answers_that_ended_are_judged_each(make):
     assert first.judged == [Judged((4.0, 1.0)), Judged(())]
     assert second.judged == [Judged((None, 5.0)), Judged((None, 3.0))]  # the second one's first was cut off
     assert first.ended == [[True, True], []] and second.ended == [[True, True], [False, True]]
-    assert first.asked[0].tolist() == turn("Q: one\nA: a\n") and first.asked[1] is None
-    assert [ids.tolist() for ids in second.asked] == script.calls[1][1][1:]
+    assert first.judge_prompts[0].tolist() == turn("Q: one\nA: a\n") and first.judge_prompts[1] is None
+    assert [ids.tolist() for ids in second.judge_prompts] == script.calls[1][1][1:]
     assert first.shortened == second.shortened == [False, False]
 
 
@@ -122,19 +124,26 @@ def test_answers_that_are_shortened_or_find_no_room(make):
     judgements = [[words(f"Score: {score}")] for score in (1, 2, 3)]
     script = Script(generate=answers, judge=judgements)
     places = [(VAL, 0, 0), (VAL, 0, 1)]
-    first, second = make(1, room).answers([task("one"), task("three")], places, 3, script)
+    first, second = make(1, room).responses([task("one"), task("three")], places, 3, script)
     _, asked, streams, _ = script.calls[1]
     assert asked == [turn("Q: one\nA: ab\n"), turn("Q: one\nA: ab\n"), turn("Q: three\nA: \n")]
     assert streams == [(VAL, 0, 0, 1, 0), (VAL, 0, 0, 1, 1), (VAL, 0, 1, 1, 2)]
     assert first.shortened == [True, False, False] and second.shortened == [True, True, False]
-    assert [ids is None for ids in first.asked + second.asked] == [False, False, True, True, True, False]
+    assert [ids is None for ids in first.judge_prompts + second.judge_prompts] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert [each.scores for each in first.judged + second.judged] == [(1.0,), (2.0,), (), (), (), (3.0,)]
     assert second.judgements == [[], [], judgements[2]]
 
 
 def test_where_no_answer_ended_nothing_is_judged_but_all_ranks_ask(make):
     script = Script(generate=[[words("a", ended=False)] * 2], judge=[])
-    [answers] = make().answers([task("one")], [(VAL, 0, 0)], 2, script)
+    [answers] = make().responses([task("one")], [(VAL, 0, 0)], 2, script)
     assert script.calls[1] == ("judge", [], [], 2)
     assert answers.judged == [Judged(())] * 2 and answers.judgements == [[], []] == answers.ended
 
@@ -143,7 +152,7 @@ def test_what_ends_an_answer_is_not_shown_to_the_judge(make):
     """And a score behind what ended the judgement does not count."""
     script = Script(generate=[[words("yes##no", ended=False)]], judge=[[words("Score: 2 ##Score: 4")]])
     object.__setattr__(script.said["generate"][0][0], "finish", "stop")
-    [answers] = make(1, stop=("##",)).answers([task("one")], [(VAL, 0, 0)], 1, script)
+    [answers] = make(1, stop=("##",)).responses([task("one")], [(VAL, 0, 0)], 1, script)
     assert script.calls[1][1] == [turn("Q: one\nA: yes\n")] and answers.judged == [Judged((2.0,))]
 
 
@@ -159,7 +168,7 @@ def test_all_random_numbers_are_different(make):
         meta_judge=[[words("Winner: A")] for _ in range(36)],
     )
     asker = make(3)
-    asker.compare(asker.answers([task("q")] * 6, places, 4, script), script)
+    asker.compare(asker.responses([task("q")] * 6, places, 4, script), script)
     drawn = [
         (1234, *stream, i)
         for _, _, streams, number in script.calls
@@ -175,12 +184,12 @@ def test_all_random_numbers_are_different(make):
 # ---- pairs of answers ------------------------------------------------------------------------------------
 
 
-def answered(*scores: Sequence[float | None], row: int = 3) -> Answered:
+def answered(*scores: Sequence[float | None], row: int = 3) -> JudgedResponses:
     """Answers "answer 0", "answer 1!", ... of 9 + k tokens with such scores; () is one that did not end."""
     samples = [words(f"answer {k}" + "!" * k, ended=bool(of)) for k, of in enumerate(scores)]
-    return Answered(
+    return JudgedResponses(
         *((TRAIN, 7, row), task("three"), samples),
-        asked=[np.array([BOS, row, k], np.int32) if of else None for k, of in enumerate(scores)],
+        judge_prompts=[np.array([BOS, row, k], np.int32) if of else None for k, of in enumerate(scores)],
         shortened=[False] * len(scores),
         judgements=[[words(f"reason {j} Score: {s}") for j, s in enumerate(of)] for of in scores],
         judged=[Judged(tuple(of)) for of in scores],
@@ -264,7 +273,7 @@ def test_samples_of_a_stop_token_alone(prompt):
 
 def test_the_texts_of_a_pair(make, tiny):
     pair = pair_of_samples(words("good"), words("bad"), [*b"Why?"])
-    assert pair.texts(tiny, make().said) == {
+    assert pair.texts(tiny, make().text_of) == {
         "prompt": "Why?",
         "chosen": "good",
         "rejected": "bad",
@@ -276,11 +285,13 @@ def test_the_texts_of_a_pair(make, tiny):
 # ---- comparisons -----------------------------------------------------------------------------------------
 
 
-def judged_answer(judgements: Sequence[Sample], scores: Sequence[float | None], row: int = 3) -> Answered:
+def judged_answer(
+    judgements: Sequence[Sample], scores: Sequence[float | None], row: int = 3
+) -> JudgedResponses:
     """An answer "no" with a single judgement, and one, "yes", with those given."""
-    return Answered(
+    return JudgedResponses(
         *((TRAIN, 7, row), task("three"), [words("no"), words("yes")]),
-        asked=[np.array([1, row], np.int32), np.array([2, row], np.int32)],
+        judge_prompts=[np.array([1, row], np.int32), np.array([2, row], np.int32)],
         shortened=[False] * 2,
         judgements=[[words("It is. Score: 3")] * len(judgements), list(judgements)],
         judged=[Judged((3.0,) * len(scores)), Judged(tuple(scores))],
@@ -318,7 +329,12 @@ def test_what_is_compared_and_what_is_not(make):
             1,
         )
     ]
-    assert (first.answered, first.answer, second.answered, second.answer) == (answers[1], 1, answers[3], 1)
+    assert (first.responses, first.response, second.responses, second.response) == (
+        answers[1],
+        1,
+        answers[3],
+        1,
+    )
     assert first.verdicts == {order: f"{i} Winner: {'ABBA'[i]}" for i, order in enumerate(orders)}
     assert first.winners == dict(zip(orders, "ABBA", strict=True))
     assert second.winners == dict(zip(orders, ["A", "B", "A", None], strict=True))
@@ -374,16 +390,16 @@ def test_the_pair_of_judgements_by_hand():
     """0 wins against 1 and 2, which tie: by symmetry t = (x, -x/2, -x/2), where 2 s(-3x/2) = x."""
     verdicts_ = verdicts(v01="A", v10="B", v02="A", v20="B", v12="A", v21="A")
     answer = judged_answer(THREE, (4.0, 2.0, 0.0))
-    pair = Compared(answer, 1, verdicts_).pair()
+    pair = ComparedJudgements(answer, 1, verdicts_).pair()
     assert pair.chosen is THREE[0] and pair.rejected is THREE[1]  # of the two weakest the first
     assert (pair.row, pair.chosen_reward, pair.rejected_reward) == (3, 4.0, 2.0)
-    assert pair.ids is answer.asked[1]  # what the judgements continue
+    assert pair.ids is answer.judge_prompts[1]  # what the judgements continue
     assert pair.gap == pytest.approx(1.5 * root(lambda x: 2 * logistic(-1.5 * x) - x), rel=1e-9)
 
 
 def test_a_lower_score_may_be_the_better_judgement():
     """Two players and one win: t = (-x, x) where s(-2x) = x."""
-    pair = Compared(judged_answer(THREE, (4.0, 2.0, 0.0)), 1, verdicts(v02="B", v20="A")).pair()
+    pair = ComparedJudgements(judged_answer(THREE, (4.0, 2.0, 0.0)), 1, verdicts(v02="B", v20="A")).pair()
     assert pair.chosen is THREE[2] and pair.rejected is THREE[0]
     assert (pair.chosen_reward, pair.rejected_reward) == (0.0, 4.0)
     assert pair.gap == pytest.approx(2 * root(lambda x: logistic(-2 * x) - x), rel=1e-9)
@@ -399,7 +415,7 @@ def test_a_lower_score_may_be_the_better_judgement():
     ],
 )
 def test_no_pair_of_judgements(verdicts_, scores):
-    assert Compared(judged_answer(THREE, scores), 1, verdicts_).pair() is None
+    assert ComparedJudgements(judged_answer(THREE, scores), 1, verdicts_).pair() is None
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -420,8 +436,8 @@ def test_the_table_of_judgements(make):
 def test_the_table_of_comparisons(make):
     """Two players and one win: 1000 -+ 400 x / ln 10, where s(-2x) = x. Judgement 1 has no verdict."""
     answer = judged_answer(THREE, (4.0, 2.0, 0.0))
-    clear = Compared(answer, 1, verdicts(v02="A", v20="B"))
-    void = Compared(answer, 1, verdicts(v01="A", v10="X"))
+    clear = ComparedJudgements(answer, 1, verdicts(v02="A", v20="B"))
+    void = ComparedJudgements(answer, 1, verdicts(v01="A", v10="X"))
     best, even, also = (f"{text} Score: {score}" for text, score in (("best", 4), ("even", 2), ("also", 0)))
     lead = 400 / math.log(10) * root(lambda x: logistic(-2 * x) - x)
     common = {"table": "c", "row": 3, "answer": 1}
@@ -445,7 +461,7 @@ def test_statistics_by_hand():
     """Three prompts: a pair with means 4 and 1; one whose second answer did not end; and equal means."""
     answers = [answered((5.0, 3.0), (1.0, None)), answered((2.0, 2.0), ()), answered((3.0, 3.0), (3.0, 3.0))]
     answers[1].shortened[0] = True
-    answers[2].asked[1] = None
+    answers[2].judge_prompts[1] = None
     choices = [Choice(0, 1), Choice(why="few"), Choice(why="tied")]
     pairs = [each.pair(choice) for each, choice in zip(answers, choices, strict=True)]
     assert self_judge.statistics(answers, choices, pairs) == pytest.approx(
@@ -510,9 +526,9 @@ def test_without_variation_there_is_no_correlation(answers, truth):
 def test_statistics_of_comparisons_by_hand():
     answer = judged_answer(THREE, (4.0, 2.0, 0.0))
     compared = [
-        Compared(answer, 1, verdicts(v01="A", v10="C")),
-        Compared(answer, 1, {}),
-        Compared(answer, 1, verdicts(v02="A", v20="B")),
+        ComparedJudgements(answer, 1, verdicts(v01="A", v10="C")),
+        ComparedJudgements(answer, 1, {}),
+        ComparedJudgements(answer, 1, verdicts(v02="A", v20="B")),
     ]
     assert self_judge.comparison_statistics(compared) == {"meta_comparisons": 4, "meta_unparsed": 0.25}
     assert self_judge.comparison_statistics(compared[1:2]) == {"meta_comparisons": 0}
@@ -522,10 +538,10 @@ def test_statistics_of_comparisons_by_hand():
 # ---- a buffer through a file -----------------------------------------------------------------------------
 
 
-def contents(buffer: Buffer[SampledPair]) -> tuple:
+def contents(buffer: Buffer) -> tuple:
     """All that a buffer holds, in its order and with its bits."""
     waiting = []
-    for pair in buffer.waiting:
+    for pair in buffer.pairs:
         arrays = [pair.ids, *(x for one in pair.samples for x in (one.ids, one.logprobs, one.model_logprobs))]
         values = [pair.row, pair.chosen_reward, pair.rejected_reward, pair.gap]
         bits = [(array.dtype, array.shape, array.tobytes()) for array in arrays]
@@ -546,21 +562,21 @@ def odd_pairs() -> list[SampledPair]:
 
 
 def test_a_buffer_through_json_is_the_same_to_the_last_bit():
-    buffer, later = (Buffer[SampledPair](-1.0, 5.0, 0.4) for _ in range(2))
+    buffer, later = (Buffer(-1.0, 5.0, 0.4) for _ in range(2))
     assert [buffer.offer(pair) for pair in odd_pairs()] == [True] * 4
     assert [pair.row for pair in buffer.take(1)] == [0]  # which goes on counting
-    record = json.loads(json.dumps(self_judge.buffer_record(buffer)))
-    self_judge.fill_buffer(later, record)
+    record = json.loads(json.dumps(buffer.record()))
+    later.restore(record)
     assert contents(later) == contents(buffer)
     assert later.counts == {-1: 2, 0: 2, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
-    assert [pair.row for pair in later.waiting] == [1, 2, 3]
+    assert [pair.row for pair in later.pairs] == [1, 2, 3]
 
 
 def test_a_buffer_goes_on_as_if_it_had_not_been_written():
-    buffer, later = (Buffer[SampledPair](0.0, 5.0, 0.4) for _ in range(2))
+    buffer, later = (Buffer(0.0, 5.0, 0.4) for _ in range(2))
     fives = [pair_of_samples(words("a"), words("b")) for _ in range(8)]
     accepted = [buffer.offer(pair) for pair in fives[:2]]
-    self_judge.fill_buffer(later, json.loads(json.dumps(self_judge.buffer_record(buffer))))
+    later.restore(json.loads(json.dumps(buffer.record())))
     assert [later.offer(pair) for pair in fives[2:]] == [buffer.offer(pair) for pair in fives[2:]]
     assert accepted == [True, True] and contents(later) == contents(buffer)
     # with n pairs the share of their class is (1 + n) / (6 + n): of 0.4 it is at n = 2.33
@@ -568,6 +584,6 @@ def test_a_buffer_goes_on_as_if_it_had_not_been_written():
 
 
 def test_an_empty_buffer_through_json():
-    buffer, later = (Buffer[SampledPair](0.0, 5.0, 0.4) for _ in range(2))
-    self_judge.fill_buffer(later, json.loads(json.dumps(self_judge.buffer_record(buffer))))
+    buffer, later = (Buffer(0.0, 5.0, 0.4) for _ in range(2))
+    later.restore(json.loads(json.dumps(buffer.record())))
     assert contents(later) == contents(buffer) == ({score: 1 for score in range(6)}, [])

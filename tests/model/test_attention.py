@@ -30,10 +30,10 @@ def pack(
     lengths: list[int],
     prefixes: list[tuple[int, int]] | None = None,
     part: tuple[int, int] = (0, 1),
-) -> attention.Packing:
+) -> attention.PackedAttentionParams:
     """These sequences end to end, without padding, as a context parallel rank sees them."""
     prefixes = prefixes or [(0, 0)] * len(lengths)
-    return attention.describe(lengths, prefixes, sum(lengths), None, torch.device("cpu"), part)
+    return attention.packed_params(lengths, prefixes, sum(lengths), None, torch.device("cpu"), part)
 
 
 def loops(
@@ -161,18 +161,20 @@ def test_bf16_in_bf16_out():
 
 def test_describe_makes_padding_a_sequence_of_its_own():
     lengths = [5, 3]
-    packing = attention.describe(lengths, [(0, 0), (0, 0)], 12, None, torch.device("cpu"))
+    packing = attention.packed_params(lengths, [(0, 0), (0, 0)], 12, None, torch.device("cpu"))
     assert packing.lengths == [5, 3, 4] and packing.max_seqlen_q == 5
     assert packing.cu_seqlens_q.tolist() == [0, 5, 8, 12]
     assert packing.cu_seqlens_q.dtype == torch.int32
     assert lengths == [5, 3]  # the batch's own list
     assert pack(lengths).lengths == [5, 3] and pack(lengths).keys is None
-    assert attention.describe([], [], 2, None, torch.device("cpu")).cu_seqlens_q.tolist() == [0, 2]
+    assert attention.packed_params([], [], 2, None, torch.device("cpu")).cu_seqlens_q.tolist() == [0, 2]
 
 
 def test_describe_prefixes_by_hand():
     """b continues a's first two places, d the whole of c."""
-    packing = attention.describe([3, 2, 1, 1], [(0, 0), (0, 2), (0, 0), (5, 1)], 8, None, torch.device("cpu"))
+    packing = attention.packed_params(
+        [3, 2, 1, 1], [(0, 0), (0, 2), (0, 0), (5, 1)], 8, None, torch.device("cpu")
+    )
     assert packing.lengths == [3, 2, 1, 1, 1] and packing.seen == [3, 4, 1, 2, 1]
     assert packing.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 5, 6, 7]
     assert packing.cu_seqlens_q.tolist() == [0, 3, 5, 6, 7, 8]
@@ -182,7 +184,9 @@ def test_describe_prefixes_by_hand():
 
 def test_describe_a_ranks_part_by_hand():
     """Sequences ab and cdefg, and padding hi, on three ranks, which have abc, def and ghi."""
-    parts = [attention.describe([2, 5], [(0, 0)] * 2, 9, None, torch.device("cpu"), (r, 3)) for r in range(3)]
+    parts = [
+        attention.packed_params([2, 5], [(0, 0)] * 2, 9, None, torch.device("cpu"), (r, 3)) for r in range(3)
+    ]
     assert [part.lengths for part in parts] == [[2, 1], [3], [1, 2]]  # ab c, def, g hi
     assert [part.seen for part in parts] == [[2, 1], [4], [5, 2]]
     assert [part.keys for part in parts] == [slice(0, 3), slice(2, 6), slice(2, 9)]

@@ -21,7 +21,7 @@ from align.data import packing
 from align.distributed import parallel
 from align.errors import UserError
 from align.generation.inference import InferenceModel
-from align.model import architecture, gpt, huggingface, spec
+from align.model import architecture, gpt, huggingface, huggingface_names, spec
 from align.model.config import ModelConfig
 from align.training import engine
 from tests.support.files import TINY
@@ -343,7 +343,9 @@ def rewrite(directory: Path, remove: tuple[str, ...] = (), **changes: Tensor) ->
 def test_shapes_are_those_that_transformers_writes(models, family):
     arch = architecture.read_config(models / family)
     theirs = load_file(models / family / "model.safetensors")
-    assert huggingface.tensor_shapes(arch) == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert huggingface_names.tensor_shapes(arch) == {
+        name: tuple(tensor.shape) for name, tensor in theirs.items()
+    }
 
 
 def test_missing_unknown_and_mis_shaped_tensors_are_refused_by_name(llama):
@@ -442,7 +444,7 @@ def test_random_weights_are_the_same_however_they_are_cut(models, family, norms)
     """Norms start as the plain norm: Nemotron adds one to their weights."""
     arch = architecture.read_config(models / family if family else TINY)
     source, other = (huggingface.RandomSource(arch, seed) for seed in (1, 2))
-    for name, shape in huggingface.tensor_shapes(arch).items():
+    for name, shape in huggingface_names.tensor_shapes(arch).items():
         whole = source.read(name)
         assert whole.shape == shape
         assert torch.equal(
@@ -587,7 +589,7 @@ def test_reading_needs_less_than_twice_a_ranks_own_shard(tmp_path):
         head_dim=128,
         vocab_size=12000,
     )
-    shapes = huggingface.tensor_shapes(architecture.read_config(tmp_path))
+    shapes = huggingface_names.tensor_shapes(architecture.read_config(tmp_path))
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     torchrun(2, "tests/workers/memory.py", tmp_path, tmp_path)
     for rank in range(2):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.kernels import fused
 from align.model import layers
 from tests.support.layer_formulas import EPS, centred_norm, counting, gate, norm, turned
 
@@ -117,11 +118,11 @@ def test_squared_relu_and_its_gradient():
 
 def test_rotation_by_hand():
     """A quarter turn takes (1, 0) to (0, 1) and (0, 1) to (-1, 0)."""
-    cos, sin = layers.rotation(torch.tensor([0, 1, 2]), torch.tensor([torch.pi / 2]), torch.float32)
+    cos, sin = layers.rotary_cos_sin(torch.tensor([0, 1, 2]), torch.tensor([torch.pi / 2]), torch.float32)
     assert cos.shape == sin.shape == (3, 1, 1)
     x = torch.tensor([1.0, 0.0]).expand(3, 1, 2).contiguous()
     expected = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])[:, None]
-    torch.testing.assert_close(layers.rotate(x, cos, sin), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layers.rotary_embedding(x, cos, sin), expected, rtol=0, atol=1e-6)
 
 
 def test_rotation_and_its_gradient():
@@ -129,21 +130,21 @@ def test_rotation_and_its_gradient():
     angles = torch.rand(5, 3, dtype=torch.float64) * 7
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     x = torch.randn(5, 2, 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(layers.rotate(x, cos, sin), turned(x, angles))
-    assert torch.autograd.gradcheck(layers.rotate, (x, cos, sin))
+    torch.testing.assert_close(layers.rotary_embedding(x, cos, sin), turned(x, angles))
+    assert torch.autograd.gradcheck(layers.rotary_embedding, (x, cos, sin))
 
 
 def test_rotation_of_a_strided_gradient():
     """Attention hands back gradients with swapped strides."""
-    cos, sin = layers.rotation(torch.arange(4), torch.tensor([1.0, 0.1]), torch.float32)
+    cos, sin = layers.rotary_cos_sin(torch.arange(4), torch.tensor([1.0, 0.1]), torch.float32)
     x = torch.randn(4, 3, 4, requires_grad=True)
     grad = torch.randn(3, 4, 4).transpose(0, 1)
-    layers.rotate(x, cos, sin).backward(grad)
-    torch.testing.assert_close(x.grad, layers.rotate(grad.contiguous(), cos, -sin))
+    layers.rotary_embedding(x, cos, sin).backward(grad)
+    torch.testing.assert_close(x.grad, layers.rotary_embedding(grad.contiguous(), cos, -sin))
 
 
 def test_angles_of_far_positions_are_fp32_before_they_are_rounded():
-    cos, _ = layers.rotation(torch.tensor([777]), torch.tensor([1.0]), torch.bfloat16)
+    cos, _ = layers.rotary_cos_sin(torch.tensor([777]), torch.tensor([1.0]), torch.bfloat16)
     assert cos.dtype == torch.bfloat16
     assert cos.item() == pytest.approx(math.cos(777), rel=2**-8)
 
@@ -162,7 +163,7 @@ FUSED = {
     layers.swiglu_gradient: lambda n, dtype: (random((n, 1, 16), dtype, 0), random((n, 1, 32), dtype, 1)),
     layers.squared_relu: lambda n, dtype: (random((n, 1, 16), dtype, 0),),
     layers.squared_relu_gradient: lambda n, dtype: tuple(random((n, 1, 16), dtype, seed) for seed in (0, 1)),
-    layers.turn: lambda n, dtype: (
+    layers.apply_rotary: lambda n, dtype: (
         *(random((n, 3, 8), dtype, 0), random((n, 1, 4), dtype, 1), random((n, 1, 4), dtype, 2), -1),
     ),
 }
@@ -174,7 +175,7 @@ FUSED = {
 def test_one_kernel_serves_every_number_of_rows(function, dtype):
     """There is one more for a single row. 16 rows are as many as the norm is wide. No step is left out."""
     backend, seen = counting("aot_eager")
-    kernel = layers.compiled(function.__wrapped__, backend)
+    kernel = fused.compiled(function.__wrapped__, backend)
     for n in (16, 5, 9, 1, 300, 1, 16):
         arguments = [
             x.requires_grad_(n == 5) if isinstance(x, Tensor) else x for x in FUSED[function](n, dtype)
@@ -201,7 +202,7 @@ def as_tuple(x: Tensor | tuple) -> tuple:
 def test_what_the_compiler_makes_of_two_reductions():
     """torch.compile's own backend, here by way of C++, against float64."""
     arguments = FUSED[layers.norm_gradient](37, torch.float32)
-    kernel = layers.compiled(layers.norm_gradient.__wrapped__)
+    kernel = fused.compiled(layers.norm_gradient.__wrapped__)
     exact = layers.norm_gradient(*(x.double() for x in arguments))
     for ours, theirs in zip(kernel(*arguments), exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
@@ -210,7 +211,7 @@ def test_what_the_compiler_makes_of_two_reductions():
 def test_on_a_cpu_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
     x = torch.ones(2, 4)
-    assert torch.equal(layers.fused(torch.add)(x, x), x + x)
+    assert torch.equal(fused.fused(torch.add)(x, x), x + x)
     layers.rms_norm(x, torch.ones(4), EPS)
 
 

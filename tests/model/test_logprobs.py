@@ -10,9 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from align.kernels import fused
 from align.kernels.matmul import linear
-from align.model import layers, logprobs
-from align.model.logprobs import CHUNK, chunk_size, target_logprobs, target_logprobs_and_entropy
+from align.model import logprobs
+from align.model.logprobs import CHUNK, chunk_size, target_logprobs
 from tests.support.launch import fork_ranks
 from tests.support.layer_formulas import counting
 from tests.support.logprob_formulas import ALONE, oracle, ours
@@ -28,7 +29,7 @@ from tests.workers.logprobs import (
     policy_loss,
 )
 
-PLAIN = {name: getattr(logprobs, name) for name in ("largest", "sums_", "gradient_")}
+PLAIN = {name: getattr(logprobs, name) for name in ("row_max", "partial_sums_", "logits_grad_")}
 """Functions that are compiled on GPUs."""
 
 
@@ -118,7 +119,7 @@ def test_by_hand_with_temperature_and_entropy():
     """The same logits over 1/2 are (0, log 9): 1/10 and 9/10, H = log 10 - 0.9 log 9."""
     weight = torch.tensor([[0.0], [torch.tensor(3.0).log()]])
     targets = torch.tensor([0, 1])
-    values = target_logprobs_and_entropy(torch.ones(2, 1), weight, targets, 2, ALONE, 0.5)
+    values = target_logprobs(torch.ones(2, 1), weight, targets, 2, ALONE, 0.5, entropy=True)
     torch.testing.assert_close(values[:, 0].exp(), torch.tensor([0.1, 0.9]))
     torch.testing.assert_close(values[:, 1], torch.full((2,), math.log(10) - 0.9 * math.log(9)))
 
@@ -157,7 +158,7 @@ def test_bf16_computes_the_softmax_in_fp32():
     hidden, weight, targets, _ = inputs(CHUNK + 9)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     for temperature in TEMPERATURES:
-        values = target_logprobs_and_entropy(hidden, weight, targets, VOCAB, ALONE, temperature)
+        values = target_logprobs(hidden, weight, targets, VOCAB, ALONE, temperature, entropy=True)
         every = ((hidden @ weight[:VOCAB].T).double() / temperature).log_softmax(1)
         logprobs, entropies = every.gather(1, targets[:, None])[:, 0], -(every.exp() * every).sum(1)
         assert values.dtype == torch.float32
@@ -170,8 +171,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list:
     """Logits stay bf16 between the kernels, each of which is compiled; a list with an item for each."""
     backend, seen = counting("aot_eager")
     for name, function in PLAIN.items():
-        monkeypatch.setattr(logprobs, name, layers.compiled(function.__wrapped__, backend))
-    monkeypatch.setattr(logprobs, "finished_in_kernels", lambda z: z.dtype != torch.float32)
+        monkeypatch.setattr(logprobs, name, fused.compiled(function.__wrapped__, backend))
+    monkeypatch.setattr(logprobs, "scales_in_kernels", lambda z: z.dtype != torch.float32)
     return seen
 
 
@@ -189,7 +190,7 @@ def test_compiled_kernels_change_nothing(monkeypatch, dtype, temperature, entrop
         with monkeypatch.context() as plain:
             for name, function in PLAIN.items():
                 plain.setattr(logprobs, name, function)
-            plain.setattr(logprobs, "finished_in_kernels", lambda z: False)
+            plain.setattr(logprobs, "scales_in_kernels", lambda z: False)
             expected = ours(*arguments)
         for actual, theirs in zip(compiled, expected, strict=True):
             torch.testing.assert_close(actual, theirs, rtol=1e-6, atol=1e-6)

@@ -14,8 +14,9 @@ from align.generation.inference import InferenceModel
 from align.model import gpt, huggingface
 from align.model.architecture import Architecture
 from align.model.config import ModelConfig
-from align.planning import memory
-from align.planning.memory import Rollout, Setting, Work
+from align.planning import memory, rollout_memory
+from align.planning.memory import MicroBatchLoad, RankShape
+from align.planning.rollout_memory import RolloutLoad
 from align.training import engine, optim
 
 SMALL = Architecture(  # 2 layers of 768 weights in matrices and 16 in norms; an embedding of 128 x 8
@@ -37,9 +38,9 @@ SMALL = Architecture(  # 2 layers of 768 weights in matrices and 16 in norms; an
     rope=(("rope_theta", 1e4), ("rope_type", "default")),
 )
 NEMOTRON = dict(norm="layer_1p", activation="relu2", rotary_fraction=0.5)
-FP32, BF16 = Setting(4, gpu=False), Setting(2, gpu=False)
-GPU = Setting(2, gpu=True)
-WORK = Work(tokens=64, count=4, longest=64)
+FP32, BF16 = RankShape(4, gpu=False), RankShape(2, gpu=False)
+GPU = RankShape(2, gpu=True)
+WORK = MicroBatchLoad(tokens=64, count=4, longest=64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -259,7 +260,7 @@ def test_what_a_layer_really_keeps(precision, recompute, changes, shared):
     assert places % 64 == 0  # else products keep their input with more rows
     seen = sum(length + size for length, (_, size) in zip(batch.lengths, batch.prefixes, strict=True))
     setting = replace(FP32 if precision == "fp32" else BF16, recompute=recompute)
-    work = Work(places, 1, longest=80, shared=seen / places)
+    work = MicroBatchLoad(places, 1, longest=80, shared=seen / places)
     planned = 64 * setting.item if recompute == "full" else memory.layer_saves(arch, setting, work)
     masks = 4 * 80 * (places - 48 if shared else 0)  # the second answer has 48 places of its own
     state = 8 if recompute == "selective" else 0  # of random numbers, for the pass that is made again
@@ -342,20 +343,22 @@ def test_a_pass_without_a_gradient():
 
 # ---- sampling and saving ---------------------------------------------------------------------------------
 
-ROLLOUT = Rollout(slots=3, prompts=5, per_prompt=1, prompt=40, answer=50)
+ROLLOUT = RolloutLoad(slots=3, prompts=5, per_prompt=1, prompt=40, response=50)
 
 
 def test_keys_and_values():
     """2 layers x 2 x 2 heads x 4 numbers of 4 bytes are 128 bytes a token. Room is for 96 tokens; a layer's
     exists twice when it grows; one prompt of 40 tokens is read ahead."""
-    assert memory.cache_per_token(SMALL, FP32) == 128
-    assert memory.cache_per_token(SMALL, replace(FP32, tp=4)) == 64  # no less than one head
-    assert memory.cache_per_token(SMALL, replace(FP32, pp=2)) == 64
-    assert memory.kv_cache(SMALL, FP32, ROLLOUT) == 3 * 96 * 128 + 3 * 96 * 64 + 40 * 128
+    assert rollout_memory.cache_per_token(SMALL, FP32) == 128
+    assert rollout_memory.cache_per_token(SMALL, replace(FP32, tp=4)) == 64  # no less than one head
+    assert rollout_memory.cache_per_token(SMALL, replace(FP32, pp=2)) == 64
+    assert rollout_memory.kv_cache(SMALL, FP32, ROLLOUT) == 3 * 96 * 128 + 3 * 96 * 64 + 40 * 128
     # Long prompts and short answers: at the start each prompt is there twice, read and in its slot.
-    start = replace(ROLLOUT, prompt=960, answer=1, slots=4)
-    assert memory.kv_cache(SMALL, FP32, start) == max(4 * 992 * 128 + 4 * 992 * 64 + 960 * 128, 8 * 960 * 128)
-    assert memory.kv_cache(SMALL, FP32, start) == 8 * 960 * 128
+    start = replace(ROLLOUT, prompt=960, response=1, slots=4)
+    assert rollout_memory.kv_cache(SMALL, FP32, start) == max(
+        4 * 992 * 128 + 4 * 992 * 64 + 960 * 128, 8 * 960 * 128
+    )
+    assert rollout_memory.kv_cache(SMALL, FP32, start) == 8 * 960 * 128
 
 
 def test_the_cache_is_what_the_model_has():
@@ -363,42 +366,42 @@ def test_the_cache_is_what_the_model_has():
     huggingface.load(policy, huggingface.RandomSource(SMALL, 0))
     with torch.no_grad():
         cached = InferenceModel(policy, ROLLOUT.slots)
-        cached.reserve(ROLLOUT.prompt + ROLLOUT.answer)
-    assert sum(layer.nbytes for layer in cached.cache) == 3 * 96 * memory.cache_per_token(SMALL, FP32)
+        cached.reserve(ROLLOUT.prompt + ROLLOUT.response)
+    assert sum(layer.nbytes for layer in cached.cache) == 3 * 96 * rollout_memory.cache_per_token(SMALL, FP32)
 
 
 def test_prompts_are_read_together():
     """3 prompts of 40 tokens: keys and values three times over, or once and a layer of 3 x 8 + 3 x 16."""
-    assert memory.prefill(SMALL, FP32, ROLLOUT) == 120 * max(128 + 4 * 72, 3 * 128)
+    assert rollout_memory.prefill(SMALL, FP32, ROLLOUT) == 120 * max(128 + 4 * 72, 3 * 128)
     many = replace(ROLLOUT, slots=1000, prompts=1000, prompt=100)
-    assert memory.prefill(SMALL, FP32, many) == 4096 * 416
-    assert memory.prefill(SMALL, FP32, replace(many, prompt=5000)) == 5000 * 416
+    assert rollout_memory.prefill(SMALL, FP32, many) == 4096 * 416
+    assert rollout_memory.prefill(SMALL, FP32, replace(many, prompt=5000)) == 5000 * 416
 
 
 def test_packed_copies():
-    assert memory.packed(SMALL, FP32) == 4 * (2 * 768 + 1024)
-    assert memory.packed(SMALL, replace(FP32, pp=2, stage=0)) == 4 * 768
-    assert memory.packed(SMALL, GPU) == 0
+    assert rollout_memory.packed(SMALL, FP32) == 4 * (2 * 768 + 1024)
+    assert rollout_memory.packed(SMALL, replace(FP32, pp=2, stage=0)) == 4 * 768
+    assert rollout_memory.packed(SMALL, GPU) == 0
 
 
 def test_a_copy_in_another_layout():
     """All of it is received before anything is sampled; through gloo what comes from the other rank twice."""
     copy = replace(GPU, tp=1)
-    short = replace(ROLLOUT, slots=1, prompts=1, prompt=1, answer=1)
+    short = replace(ROLLOUT, slots=1, prompts=1, prompt=1, response=1)
     big = replace(SMALL, hidden_size=512, ffn_size=4096)
     whole = 2 * memory.weights(big, copy)
-    assert memory.sampling(big, replace(GPU, tp=2), short, copy) == {
+    assert rollout_memory.sampling(big, replace(GPU, tp=2), short, copy) == {
         "copies": 2 * whole,
         "kv_cache": 0,
         "activations": 0,
     }
-    on_cpu = memory.sampling(big, replace(FP32, tp=2), short, FP32)
+    on_cpu = rollout_memory.sampling(big, replace(FP32, tp=2), short, FP32)
     assert on_cpu == {"copies": 2.5 * 2 * whole, "kv_cache": 0, "activations": 0}
-    same = memory.sampling(big, replace(GPU, tp=2), short, None)
-    assert same["copies"] == 0 and same["kv_cache"] == memory.kv_cache(big, replace(GPU, tp=2), short)
-    long = replace(ROLLOUT, slots=64, prompt=4000, answer=9000)
-    sizes = memory.sampling(big, replace(GPU, tp=2), long, copy)
-    assert sizes["copies"] == whole and sizes["kv_cache"] == memory.kv_cache(big, copy, long) > whole
+    same = rollout_memory.sampling(big, replace(GPU, tp=2), short, None)
+    assert same["copies"] == 0 and same["kv_cache"] == rollout_memory.kv_cache(big, replace(GPU, tp=2), short)
+    long = replace(ROLLOUT, slots=64, prompt=4000, response=9000)
+    sizes = rollout_memory.sampling(big, replace(GPU, tp=2), long, copy)
+    assert sizes["copies"] == whole and sizes["kv_cache"] == rollout_memory.kv_cache(big, copy, long) > whole
 
 
 def test_a_checkpoint_is_gathered():

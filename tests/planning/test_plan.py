@@ -11,10 +11,11 @@ import pytest
 
 from align import command_line
 from align.errors import UserError
-from align.planning import estimate, memory
+from align.planning import estimate, memory, rollout_memory
 from align.planning import phases as planned
-from align.planning.memory import Rollout, Work
+from align.planning.memory import MicroBatchLoad
 from align.planning.phases import Cluster, Job
+from align.planning.rollout_memory import RolloutLoad
 from bench import plan_cases
 from tests.support.files import ROOT
 from tests.support.launch import fork_python, fork_ranks
@@ -256,22 +257,22 @@ def test_slots():
     """As many as are sampled at one time; a validation samples one answer to each of its prompts."""
     few = "--prompts-per-step 2 --samples-per-prompt 3"
     job = job_of("train_rs", few)
-    rollout = Rollout(slots=6, prompts=2, per_prompt=3, prompt=512, answer=128)
+    rollout = RolloutLoad(slots=6, prompts=2, per_prompt=3, prompt=512, response=128)
     validated = f"{few} --train-data a --reward-fn a:b --val-data a"  # by default on 2 prompts, a step's
     other_job = job_of("train_rs", f"{validated} --val-batches None")
     arch, s = job.trained["policy"], job.layout
     answer = job.config.sampling.max_new_tokens
     for few_slots in (job, job_of("train_rs", validated)):
         needed = phases_of(few_slots)["generate"]["kv_cache"]
-        assert needed == memory.kv_cache(arch, s, replace(rollout, answer=answer))
-    many = Rollout(slots=64, prompts=64, per_prompt=1, prompt=512, answer=answer)
-    assert phases_of(other_job)["generate"]["kv_cache"] == memory.kv_cache(arch, s, many)
+        assert needed == rollout_memory.kv_cache(arch, s, replace(rollout, response=answer))
+    many = RolloutLoad(slots=64, prompts=64, per_prompt=1, prompt=512, response=answer)
+    assert phases_of(other_job)["generate"]["kv_cache"] == rollout_memory.kv_cache(arch, s, many)
 
 
 def test_each_copy_reads_its_share(monkeypatch):
     """4 ranks with tp 2: copies of the weights on each, or 2 in the training layout."""
-    asked, sampling = [], memory.sampling
-    monkeypatch.setattr(memory, "sampling", lambda *args: asked.append(args[2]) or sampling(*args))
+    asked, sampling = [], rollout_memory.sampling
+    monkeypatch.setattr(rollout_memory, "sampling", lambda *args: asked.append(args[2]) or sampling(*args))
     for flags in ("", "--rollout-tp 2", "--rollout-layout same"):
         phases_of(job_of("train_rs", f"--prompts-per-step 32 --tp 2 {flags}", gpus_per_node=4))
     assert [rollout.prompts for rollout in asked] == [8, 16, 16]
@@ -289,11 +290,13 @@ def test_later_epochs_of_ppo_share_fewer_places():
 
 def test_micro_batches():
     job = job_of("train_sft", "--max-seq-len 300 --micro-batch-tokens 1000", gpus_per_node=2)
-    assert job.work(10, 1, 300, 0) == Work(tokens=1000, count=2, longest=300)  # 5 rows, 1,500 tokens
-    assert job.work(4, 1, 300, 0) == Work(tokens=600, count=1, longest=300)
-    assert job.work(2, 2, 300, 100) == Work(tokens=500, count=1, longest=300, shared=600 / 500)
+    assert job.work(10, 1, 300, 0) == MicroBatchLoad(
+        tokens=1000, count=2, longest=300
+    )  # 5 rows, 1,500 tokens
+    assert job.work(4, 1, 300, 0) == MicroBatchLoad(tokens=600, count=1, longest=300)
+    assert job.work(2, 2, 300, 100) == MicroBatchLoad(tokens=500, count=1, longest=300, shared=600 / 500)
     one = job_of("train_sft", "--micro-batch-size 1", gpus_per_node=2)
-    assert one.work(10, 1, 300, 0) == Work(tokens=300, count=5, longest=300)
+    assert one.work(10, 1, 300, 0) == MicroBatchLoad(tokens=300, count=5, longest=300)
 
 
 def test_answers_in_a_row():

@@ -20,15 +20,17 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from align.data import packing, tokenizer
+from align.data import packing
+from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.packing import BatchConfig
 from align.data.preferences import as_scored
 from align.data.prompts import Prompt
+from align.data.tokenizer import load_tokenizer
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
 from align.generation import rollout
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.model.config import ModelConfig
 from align.rewards import sources
 from align.rewards.sources import RewardConfig, RewardFunction, RewardModel
@@ -100,13 +102,13 @@ WRONG = {  # function: what it returned, as the message has it
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def texts(text: tokenizer.HuggingFaceTokenizer, log: Path) -> tuple[list[Prompt], list[list[Sample]]]:
+def texts(tokenizer: HuggingFaceTokenizer, log: Path) -> tuple[list[Prompt], list[list[Sample]]]:
     """QUESTIONS and ANSWERS as tokens."""
     prompts = [
-        Prompt(np.array(text.encode(question), np.int32), {"id": i, "log": str(log)})
+        Prompt(np.array(tokenizer.encode(question), np.int32), {"id": i, "log": str(log)})
         for i, question in enumerate(QUESTIONS)
     ]
-    answers = [sample_of(text.encode(answer) + [text.eos_id] * ended) for answer, ended in ANSWERS]
+    answers = [sample_of(tokenizer.encode(answer) + [tokenizer.eos_id] * ended) for answer, ended in ANSWERS]
     return prompts, [answers] * len(prompts)
 
 
@@ -135,21 +137,21 @@ def message_of(call: Callable[[], object]) -> str:
 
 def by_functions(log: Path) -> dict[str, object]:
     """Rewards of each function, or the message."""
-    text = tokenizer.load(TINY)
-    prompts, samples = texts(text, log)
+    tokenizer = load_tokenizer(TINY)
+    prompts, samples = texts(tokenizer, log)
     results = {}
     for name in ("noted", "returns_numpy", "returns_bool"):
-        reward = RewardFunction(f"tests.rewards.test_sources:{name}", text, STOP)
+        reward = RewardFunction(f"tests.rewards.test_sources:{name}", tokenizer, STOP)
         results[name] = reward(prompts, samples).tolist()
     for name in WRONG:
-        reward = RewardFunction(f"tests.rewards.test_sources:{name}", text, STOP)
+        reward = RewardFunction(f"tests.rewards.test_sources:{name}", tokenizer, STOP)
         results[name] = message_of(lambda reward=reward: reward(prompts, samples))
     return results
 
 
 def by_models(directory: Path) -> dict[str, object]:
     """Scores by each reward model in each layout, and the weights that it holds between calls."""
-    text, results = tokenizer.load(TINY), {}
+    text, results = load_tokenizer(TINY), {}
     for name, flags in LAYOUTS.items():
         layout = ParallelConfig(**flags)
         grids.change(layout)
@@ -321,13 +323,15 @@ def test_standardised_by_the_numbers_of_a_file(tmp_path):
 
 def test_two_judges_are_asked():
     """A reward model and a function together: train_ppo.py and train_rs.py add up what they say."""
-    text = tokenizer.load(TINY)
+    tokenizer = load_tokenizer(TINY)
     config = RewardConfig(reward_fn="tests.rewards.test_sources:returns_numpy")
-    sources_ = sources.judges(config, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
+    sources_ = sources.reward_sources(config, ModelConfig(), ParallelConfig(), BatchConfig(), tokenizer, STOP)
     assert [type(judge) for judge in sources_] == [RewardFunction]
     with mock.patch.object(sources, "RewardModel", lambda *args: args):
         both = replace(config, reward_model=Path("x"))
-        model, function = sources.judges(both, ModelConfig(), ParallelConfig(), BatchConfig(), text, STOP)
+        model, function = sources.reward_sources(
+            both, ModelConfig(), ParallelConfig(), BatchConfig(), tokenizer, STOP
+        )
     assert model[0] is both and isinstance(function, RewardFunction)
 
 
@@ -368,7 +372,7 @@ def test_small_micro_batches_split_the_answers_to_a_prompt():
     """Check the data above: else a budget of 60 would be the same case as one of 4096."""
     prompts, samples = numbers()
     rows = [
-        [as_scored(rollout.answer(prompt, sample)) for sample in row]
+        [as_scored(rollout.response_example(prompt, sample)) for sample in row]
         for prompt, row in zip(prompts, samples, strict=True)
     ]
     assert any(packing.num_places(row) > min(BUDGETS) for row in rows)
@@ -385,9 +389,9 @@ def test_parked_weights_come_back():
     torch.manual_seed(0)
     module, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
     before = module(x)
-    weights = offload.park(module)
+    weights = offload.offload_module(module)
     assert [parameter.numel() for parameter in module.parameters()] == [0, 0]
-    with weights.lent_to(module):
+    with weights.swapped_into(module):
         assert torch.equal(module(x), before)
     assert [parameter.numel() for parameter in module.parameters()] == [0, 0]
 
@@ -401,7 +405,7 @@ def refused(directory: Path) -> str:
             config,
             ParallelConfig(),
             BatchConfig(),
-            tokenizer.load(TINY),
+            load_tokenizer(TINY),
         )
     )
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from align.data import formats, prompts, tokenizer
+from align.data import formats, prompts
+from align.data.tokenizer import load_tokenizer
 from tests.support.files import ROOT, read_jsonl
 from tests.support.launch import fork_python, fork_ranks
 
@@ -221,8 +222,8 @@ def test_chat_model_speaks_the_trained_format(output: Path):
     assert len(rows) == 4 and {row["finish"] for row in rows} == {"stop"}
     assert {row["response"] for row in rows} & {"yes", "no"}
     hf = transformers.AutoTokenizer.from_pretrained(output / "sft_chat" / "hf")
-    tiny = tokenizer.load(ROOT / "assets" / "tiny")  # the tokenizer of training
-    trained_model = tokenizer.load(output / "sft_chat" / "hf")
+    tiny = load_tokenizer(ROOT / "assets" / "tiny")  # the tokenizer of training
+    trained_model = load_tokenizer(output / "sft_chat" / "hf")
     for row in read_jsonl(output / "data" / "oasst" / "val.jsonl"):
         trained, _ = formats.format_sft(row, tiny, formats.FormatConfig())
         asked, answered = row["conversations"]

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import pytest
 import tyro
 
-from align.data import display, preferences, prompts, sft, tokenizer
+from align.data import preferences, prompts, row_counts, sft
 from align.data.formats import FormatConfig, format_sft
 from align.data.marker_chat import RowFormats
 from align.data.preferences import PreferenceFormat
 from align.data.prompts import PromptFormat
-from align.data.tokenizer import TextConfig
+from align.data.tokenizer import TextConfig, load_tokenizer
 from align.errors import UserError
 from align.model.config import ModelConfig
 from align.training.checkpoint import CheckpointConfig, check_monitor
@@ -302,7 +302,7 @@ OF_FORM = [  # flags, rows that they change, rows that they do not
 
 @pytest.mark.parametrize(("flags", "changed", "others"), OF_FORM, ids=lambda x: str(x)[:30])
 def test_flags_of_another_form_of_rows_are_refused(flags, changed, others, tmp_path):
-    text, fmt = tokenizer.load(ModelConfig().path), FormatConfig(**flags)
+    text, fmt = load_tokenizer(ModelConfig().path), FormatConfig(**flags)
     for row, used in ((changed, True), *((other, False) for other in others)):
         formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [row])
         sft.load_sft([path], text, fmt, formats)
@@ -315,7 +315,7 @@ def test_flags_of_another_form_of_rows_are_refused(flags, changed, others, tmp_p
 
 
 def test_the_template_wins_over_a_prompt_and_its_completion(tmp_path):
-    text, fmt = tokenizer.load(ModelConfig().path), FormatConfig("Q: {prompt} A: {completion}")
+    text, fmt = load_tokenizer(ModelConfig().path), FormatConfig("Q: {prompt} A: {completion}")
     formats, path = RowFormats(), write_rows(tmp_path / "rows.jsonl", [COMPLETION])
     [example], _ = sft.load_sft([path], text, fmt, formats)
     formats.check_used(fmt, FormatConfig)
@@ -323,7 +323,7 @@ def test_the_template_wins_over_a_prompt_and_its_completion(tmp_path):
 
 
 def test_flags_of_plain_text_are_named_in_the_log_of_messages(tmp_path):
-    text = tokenizer.load(ModelConfig().path)
+    tokenizer = load_tokenizer(ModelConfig().path)
     prompt = CHAT["messages"][:1]
     cases = [
         (sft.load_sft, FormatConfig, CHAT, TEMPLATE),
@@ -339,10 +339,10 @@ def test_flags_of_plain_text_are_named_in_the_log_of_messages(tmp_path):
         flags = {"add_bos": False} | ({"append_eos": False} if config is PreferenceFormat else {})
         for row, expected in ((chat, len(flags)), (plain, 0)):
             path = write_rows(tmp_path / "rows.jsonl", [row])
-            *_, counts = load([path], text, config(**flags))
+            *_, counts = load([path], tokenizer, config(**flags))
             lines = [name for name in counts if "has no effect" in name]
             assert len(lines) == expected, (load, row, counts)
-            assert not lines or (f"1 {lines[0]}" in display.describe(counts))
+            assert not lines or (f"1 {lines[0]}" in row_counts.describe(counts))
 
 
 def test_variables_that_no_template_reads_are_refused(tmp_path):
@@ -355,7 +355,7 @@ def test_variables_that_no_template_reads_are_refused(tmp_path):
         (TextConfig(template_date="2020-01-01"), "--template-date 2020-01-01"),
     ):
         with pytest.raises(UserError, match=f"{words} has no effect with .*model, whose chat template does"):
-            tokenizer.load(directory, config=config)
+            load_tokenizer(directory, config=config)
 
 
 @pytest.mark.parametrize("marks", [False, True])
@@ -377,9 +377,9 @@ def test_tool_calls_that_the_template_leaves_out_are_refused(marks, tmp_path):
     ):
         directory = shutil.copytree(ModelConfig().path, tmp_path / str(len(calls)))
         (directory / "chat_template.jinja").write_text(template.replace("CALLS", calls))
-        text = tokenizer.load(directory)
+        tokenizer = load_tokenizer(directory)
         if not message:
-            format_sft(row, text, FormatConfig())
+            format_sft(row, tokenizer, FormatConfig())
             continue
         with pytest.raises(UserError, match=message):
-            format_sft(row, text, FormatConfig())
+            format_sft(row, tokenizer, FormatConfig())

@@ -15,11 +15,11 @@ import torch
 import transformers
 
 import generate
-from align.data import tokenizer
 from align.data.formats import FormatConfig, format_template
 from align.data.prompts import PromptFormat
+from align.data.tokenizer import load_tokenizer
 from align.distributed import parallel
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from tests.support.files import ROOT, TINY, read_jsonl, write_rows
 from tests.support.launch import environment, fork_python, fork_ranks
 from tests.support.models import FAMILIES
@@ -384,10 +384,10 @@ def test_ranks_meet_while_they_wait_for_the_keyboard(monkeypatch, capsys):
 
 def shown(ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
     """Text that can be shown after each token, and the rest at the end."""
-    text = tokenizer.load(TINY)
-    growing = generate.Shown(text, stop)
+    tokenizer = load_tokenizer(TINY)
+    growing = generate.Shown(tokenizer, stop)
     sample = Sample(np.array(ids), np.zeros(len(ids)), np.zeros(len(ids)), "stop")
-    return [growing.add(i) for i in ids] + [sample.text(text, stop)[growing.length :]]
+    return [growing.add(i) for i in ids] + [sample.text(tokenizer, stop)[growing.length :]]
 
 
 def test_only_whole_characters_are_shown():
@@ -418,7 +418,7 @@ def test_nothing_of_a_stop_string_is_shown():
 
 def test_what_is_shown_sums_up_to_the_answer():
     """Random bytes, most of them no UTF-8, with stop strings that begin alike."""
-    rng, text = np.random.default_rng(0), tokenizer.load(TINY)
+    rng, text = np.random.default_rng(0), load_tokenizer(TINY)
     alphabet = [*b"aab\n", 0xC3, 0xA9, 0xF0, 0x9F, 0x98, 0x80, 257]
     for _ in range(300):
         ids = rng.choice(alphabet, rng.integers(1, 20)).tolist()
@@ -455,11 +455,11 @@ def test_bytes_that_are_decoded_together_lose_nothing():
     ["{input} {output}", "Q: {input}\\nA: {output}", "{input}{output}", "{a}\\n{b}\\n{c}", "({a})  {b}"],
 )
 def test_the_ids_of_a_template_are_those_before_the_answer_in_training(template, add_bos):
-    text = tokenizer.load(TINY)
+    tokenizer = load_tokenizer(TINY)
     names = re.findall(r"\{(\w+)\}", template)
     row = {name: "" for name in names} | {names[0]: " How many days? ", names[-1]: "seven"}
     fmt = FormatConfig(template, names[0], add_bos=add_bos, max_seq_len=100)
-    ids, trained, _ = format_template(row, text, fmt)
+    ids, trained, _ = format_template(row, tokenizer, fmt)
     prompt_ids = generate.encode_text(
         row[names[0]], WithoutChat(), PromptFormat(add_bos=add_bos), template, False
     )
@@ -476,7 +476,7 @@ class WithoutChat:
         return getattr(TEXT, name)
 
 
-TEXT = tokenizer.load(TINY)
+TEXT = load_tokenizer(TINY)
 
 
 # ---- progress ------------------------------------------------------------------------------------

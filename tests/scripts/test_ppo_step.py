@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from align import command_line
-from align.data import tokenizer
 from align.data.packing import Batch
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
-from align.generation.rollout import Rollout, Tokenizer
+from align.generation.rollout import Rollout
 from align.training.minibatches import Minibatches
 from tests.support.launch import fork_ranks
 from tests.support.rewards import reward
@@ -42,7 +42,7 @@ PROMPTS = 6
 # ---- worker --------------------------------------------------------------------------------------
 
 
-def recorded(script: str, flags: list[str], text: Tokenizer) -> dict:
+def recorded(script: str, flags: list[str], tokenizer: Tokenizer) -> dict:
     """Record of a step: its responses, the numbers of each model, the updates' inputs."""
     record: dict = {"said": []}
     module = importlib.import_module(script)
@@ -54,7 +54,7 @@ def recorded(script: str, flags: list[str], text: Tokenizer) -> dict:
             {
                 "ids": sample.ids.tolist(),
                 "ended": sample.finish == "stop",
-                "score": reward(text.decode(prompt.ids.tolist()), sample.text(text), prompt.row),
+                "score": reward(tokenizer.decode(prompt.ids.tolist()), sample.text(tokenizer), prompt.row),
             }
             for prompt, samples in zip(result.prompts, result.samples, strict=True)
             for sample in samples
@@ -224,5 +224,5 @@ if __name__ == "__main__":
                 f"--max-new-tokens 8 --max-steps 1 --kl-coef {KL_COEF} --micro-batch-tokens 64 "
                 f"--reward-fn tests.support.rewards:reward --save-interval 0 {more}"
             )
-            result = recorded(script, command.split(), tokenizer.load(trained / "sft/hf"))
+            result = recorded(script, command.split(), load_tokenizer(trained / "sft/hf"))
             (output / f"{name}{dist.get_rank()}.json").write_text(json.dumps(result))

@@ -18,15 +18,17 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from align.data import download, formats, preferences, prompts, sft, tokenizer, toy
+from align.data import download, formats, preferences, sft, toy
+from align.data.tokenizer import load_tokenizer
 from align.errors import UserError
+from align.judging import render
 from align.judging.judge import parse_score
 from tests.support.files import TINY, read_jsonl, write_rows
 
 
 def loads(*paths: Path) -> int:
     """Number of training examples in these files, whose rows must all be accepted."""
-    return len(sft.load_sft(list(paths), tokenizer.load(TINY), formats.FormatConfig())[0])
+    return len(sft.load_sft(list(paths), load_tokenizer(TINY), formats.FormatConfig())[0])
 
 
 # ---- dolly -------------------------------------------------------------------------------------------------
@@ -169,10 +171,10 @@ def test_gsm8k(tmp_path: Path):
     }
     assert [row["answer"] for row in rows] == ["1", "2", "-1234567"]
     assert loads(tmp_path / "out.jsonl") == 3
-    examples, _ = sft.load_sft([tmp_path / "out.jsonl"], tokenizer.load(TINY), formats.FormatConfig())
+    examples, _ = sft.load_sft([tmp_path / "out.jsonl"], load_tokenizer(TINY), formats.FormatConfig())
     for row, example in zip(rows, examples, strict=True):  # the field `answer` is not read in training
         alone = formats.format_sft(
-            {"messages": row["messages"]}, tokenizer.load(TINY), formats.FormatConfig()
+            {"messages": row["messages"]}, load_tokenizer(TINY), formats.FormatConfig()
         )[0]
         assert example.ids.tolist() == alone.ids.tolist()
 
@@ -694,8 +696,8 @@ def test_toy_comparisons_from_the_command_line(tmp_path: Path, monkeypatch: pyte
     prompts = [row["messages"][0]["content"] for row in chats]
     prompts += [row["prompt"][0]["content"] for row in rows]
     assert len(set(prompts)) == 4500 + 200 + 300 + 20
-    text = tokenizer.load(TINY)
-    assert len(preferences.load_pairs(files, text, preferences.PreferenceFormat())[0]) == 320
+    tokenizer = load_tokenizer(TINY)
+    assert len(preferences.load_pairs(files, tokenizer, preferences.PreferenceFormat())[0]) == 320
 
 
 def test_toy_comparisons_are_as_described():
@@ -836,13 +838,13 @@ def test_judge_of_conversations(tmp_path: Path):
     template.write_text("{{ prompt }} | {{ response }}")
     raw, out = write_rows(tmp_path / "raw.jsonl", [row] * 40), tmp_path / "out.jsonl"
     prepare_data.judge(raw, out, template)
-    tiny, fmt = tokenizer.load(TINY), formats.FormatConfig()
+    tiny, fmt = load_tokenizer(TINY), formats.FormatConfig()
     counts = Counter()
     for judgement in read_jsonl(out):
         asked, score = judgement["conversations"]
         assert (judgement["mask"], asked["from"], score["from"]) == (["Ann"], "Ann", "Bob")
         counts[asked["value"], parse_score(score["value"], 0, 5)] += 1
-        ids = prompts.one_turn(row, asked["value"], tiny, fmt).tolist()
+        ids = render.one_turn(row, asked["value"], tiny, fmt).tolist()
         assert formats.format_sft(judgement, tiny, fmt)[0].ids[: len(ids)].tolist() == ids
     own = [key for key in counts if key[0] == "1 + 1? | It is 2."]
     half = [key for key in counts if key[0] == "1 + 1? | It"]
@@ -856,7 +858,7 @@ def test_judge_of_conversations(tmp_path: Path):
 def test_judge_refuses(tmp_path: Path):
     asked = {"messages": [{"role": "user", "content": "x"}]}
     raw = write_rows(tmp_path / "raw.jsonl", [asked])
-    with pytest.raises(UserError, match=r"raw.jsonl:1: no prompt: the row has no answer"):
+    with pytest.raises(UserError, match=r"raw.jsonl:1: no prompt: the row has no response"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")
     raw = write_rows(raw, [{"prompt": "x"}])
     with pytest.raises(UserError, match=r"raw.jsonl:1: a row must have 'messages'"):

@@ -22,11 +22,12 @@ from torch import Tensor
 import train_dpo
 import train_rm
 import train_sft
-from align.data import preferences, tokenizer
+from align.data import preferences
 from align.data.formats import FormatConfig
 from align.data.packing import Example
 from align.data.preferences import Pair, PreferenceFormat
 from align.data.sft import load_sft
+from align.data.tokenizer import load_tokenizer
 from align.losses import supervised
 from align.training import checkpoint
 from tests.support.files import ROOT, TINY, read_jsonl, write_rows
@@ -162,7 +163,7 @@ def test_transformers_opens_the_result_and_finds_the_same_loss(run):
     """val/loss is the mean over all trained tokens of what transformers, row by row, gives them."""
     policy, info = transformers.AutoModelForCausalLM.from_pretrained(run / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    rows, _ = load_sft([run.parent / "val.jsonl"], tokenizer.load(run / "hf"), FormatConfig())
+    rows, _ = load_sft([run.parent / "val.jsonl"], load_tokenizer(run / "hf"), FormatConfig())
     total, count = 0.0, 0
     for row in rows:
         ids, trained = torch.tensor(row.ids[None]).long(), torch.tensor(row.trained[1:])
@@ -236,7 +237,7 @@ def run_toy(script: str, output: Path) -> list[dict]:
 
 def pairs_of(path: Path, model: Path, text_lines: bool = False) -> list[Pair]:
     """The pairs of a file, tokenised by a model's tokenizer."""
-    return preferences.load_pairs([path], tokenizer.load(model), PreferenceFormat(), text_lines)[0]
+    return preferences.load_pairs([path], load_tokenizer(model), PreferenceFormat(), text_lines)[0]
 
 
 def response_logprob(policy: transformers.PreTrainedModel, side: Example) -> float:
@@ -555,9 +556,9 @@ def head_in_checkpoint(output: Path) -> Tensor:
 def test_regression_on_attributes_exports_their_weighted_sum(attempts):
     """val/loss is the mean square over the labels that are not missing, by transformers and numpy."""
     output = finished(attempts, "rm regression")
-    text = tokenizer.load(output / "hf")
+    tokenizer = load_tokenizer(output / "hf")
     path = output.parent / "labels.jsonl"
-    examples, labels, _ = preferences.load_labelled([path], text, PreferenceFormat(), 3)
+    examples, labels, _ = preferences.load_labelled([path], tokenizer, PreferenceFormat(), 3)
     scorer = transformers.AutoModelForSequenceClassification.from_pretrained(output / "hf")
     head, attributes, scores = head_in_checkpoint(output), [], []
     assert head.shape == (3, 128)
@@ -619,7 +620,7 @@ MISTAKES = {  # name: flags, the words of the message; files in capitals are tho
     ),
     "template": (
         ("--prompt-template", "{a}{b} end"),
-        r"--prompt-template.*must end with the field of the answer",
+        r"--prompt-template.*must end with the field of the response",
     ),
     "wandb": (("--wandb-name", "x"), r"--wandb-name x needs --wandb-project"),
 }

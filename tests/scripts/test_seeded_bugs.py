@@ -22,12 +22,12 @@ from tests.support.seeded_bugs import mutant
 from tests.workers.seeded_bugs import CASES, FLAGS, PROCESSES, UNSTOPPED
 
 MESSAGES = {
-    "sampler": r"RuntimeError: audit: token \d+ of answer [01] to row \d+ was sampled with log-prob .*, "
-    r"training says .*: the sampler and the trainer do not compute the same model",
+    "sampler": r"RuntimeError: audit: token \d+ of response [01] to row \d+ was sampled with log-prob .*, "
+    r"training computes .*: the sampler and the trainer do not compute the same model",
     "ratio": r"RuntimeError: audit: at the first update of a rollout the policy's ratio is off 1 by .*",
     # not the audit's words, but the run stops
     "lengths": r"RuntimeError: split_with_sizes expects split_sizes to sum exactly to .*",
-    "ends": r"RuntimeError: audit: answer \d+ to row \d+ ended, but its last token \d+ is none that .*",
+    "ends": r"RuntimeError: audit: response \d+ to row \d+ ended, but its last token \d+ is none that .*",
 }
 Ran = dict[int, list[dict[str, dict]]]
 

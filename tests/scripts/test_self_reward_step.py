@@ -21,12 +21,10 @@ import transformers
 import tyro
 
 import train_self_reward
-from align.data import tokenizer
 from align.data.packing import Batch
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.generation import generator
-from align.generation.rollout import Tokenizer
-from align.judging import meta_judge
 from align.training import engine
 from tests.support.files import read_jsonl
 from tests.support.launch import fork_ranks
@@ -49,10 +47,10 @@ WINNER = re.compile(r"[^W]* Winner: Judgement ([AB])")
 # ---- worker --------------------------------------------------------------------------------------
 
 
-def recorded(flags: list[str], text: Tokenizer) -> dict:
+def recorded(flags: list[str], tokenizer: Tokenizer) -> dict:
     """Record of a run: prompts and samples, the pairs of each step, and the updates' inputs."""
     record: dict = {"rollouts": [], "mixed": [], "updates": []}
-    sample, mix, update = generator.Generator.generate, meta_judge.mix, engine.forward_backward
+    sample, mix, update = generator.Generator.generate, train_self_reward.mix, engine.forward_backward
 
     def note_samples(self: generator.Generator, prompts: list, streams: list, number: int) -> list:
         groups = sample(self, prompts, streams, number)
@@ -62,7 +60,7 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
                 "prompt": prompt.tolist(),
                 "ids": [one.ids.tolist() for one in samples],
                 "ended": [one.finish == "stop" for one in samples],
-                "texts": [one.text(text) for one in samples],
+                "texts": [one.text(tokenizer) for one in samples],
             }
             for prompt, stream, samples in zip(prompts, streams, groups, strict=True)
         ]
@@ -88,7 +86,7 @@ def recorded(flags: list[str], text: Tokenizer) -> dict:
 
     with (
         mock.patch.object(generator.Generator, "generate", note_samples),
-        mock.patch.object(meta_judge, "mix", note_mixed),
+        mock.patch.object(train_self_reward, "mix", note_mixed),
         mock.patch.object(engine, "forward_backward", note_update),
     ):
         train_self_reward.main(
@@ -396,5 +394,5 @@ if __name__ == "__main__":
                 f"--micro-batch-tokens 256 --micro-batch-size 2 --beta {BETA} --lr 1e-3 --warmup-steps 0 "
                 f"{more}"
             )
-            result = recorded(command.split(), tokenizer.load(trained / "hf"))
+            result = recorded(command.split(), load_tokenizer(trained / "hf"))
             (output / f"{name}{dist.get_rank()}.json").write_text(json.dumps(result))

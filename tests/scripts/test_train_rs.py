@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from align.data import toy
 from align.errors import UserError
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.rewards.sources import RewardConfig
 from tests.support.files import TINY, read_jsonl, without_times, write_rows

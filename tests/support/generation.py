@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import transformers
 
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from tests.support.launch import fork_ranks
 from tests.support.models import SIZES
 from tests.support.tokenizers import Letters

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from align.model.logprobs import target_logprobs, target_logprobs_and_entropy
+from align.model.logprobs import target_logprobs
 from tests.workers.logprobs import (
     VOCAB,
 )
@@ -44,7 +44,6 @@ def ours(
 ) -> tuple:
     """The same three by the function that the shape of the gradient asks for."""
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    compute = target_logprobs if grad.dim() == 1 else target_logprobs_and_entropy
-    values = compute(hidden, weight, targets, vocab, ALONE, temperature)
+    values = target_logprobs(hidden, weight, targets, vocab, ALONE, temperature, entropy=grad.dim() == 2)
     values.backward(grad)
     return values.detach(), hidden.grad, weight.grad

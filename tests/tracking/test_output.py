@@ -19,11 +19,12 @@ import torch.distributed as dist
 import generate
 import prepare_data
 from align import console
-from align.data import tokenizer, toy
+from align.data import toy
 from align.data.prompts import Prompt
+from align.data.tokenizer import load_tokenizer
 from align.errors import UserError
 from align.files import check_files, write_own
-from align.generation.generator import Sample
+from align.generation.rollout import Sample
 from align.rewards import sources
 from align.tracking.run import Run, RunConfig
 from tests.support.files import ROOT, TINY
@@ -341,11 +342,13 @@ def untouched(monkeypatch):
 
 def score(name: str) -> np.ndarray:
     """Rewards by a function of this file: two prompts, two equal answers to each."""
-    text = tokenizer.load(TINY)
+    tokenizer = load_tokenizer(TINY)
     zeros = np.zeros(3, np.float32)
-    sample = Sample(np.array(text.encode("a b"), np.int32), zeros, zeros, "stop")
-    prompts = [Prompt(np.array(text.encode("sort: b a"), np.int32), {}) for _ in range(2)]
-    return sources.RewardFunction(f"tests.tracking.test_output:{name}", text, ())(prompts, [[sample] * 2] * 2)
+    sample = Sample(np.array(tokenizer.encode("a b"), np.int32), zeros, zeros, "stop")
+    prompts = [Prompt(np.array(tokenizer.encode("sort: b a"), np.int32), {}) for _ in range(2)]
+    return sources.RewardFunction(f"tests.tracking.test_output:{name}", tokenizer, ())(
+        prompts, [[sample] * 2] * 2
+    )
 
 
 @pytest.mark.parametrize("name", SPOILERS)

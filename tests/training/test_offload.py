@@ -15,8 +15,9 @@ from torch import Tensor
 
 from align.distributed import parallel
 from align.tracking.metrics import Clock
-from align.training import offload
-from align.training.offload import Phases, Shelf, Weights
+from align.training import offload, phases
+from align.training.offload import HostStore, Weights
+from align.training.phases import Phases
 from tests.support.launch import fork_ranks, torchrun
 from tests.support.resume import fingerprint
 from tests.support.seeded_bugs import assert_fails_with
@@ -43,76 +44,76 @@ def world():
 
 
 @pytest.fixture(params=["memory", "files"])
-def shelf(request, tmp_path) -> Shelf:
-    return Shelf(tmp_path / "waits" if request.param == "files" else None)
+def shelf(request, tmp_path) -> HostStore:
+    return HostStore(tmp_path / "waits" if request.param == "files" else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7, 5), (1000, 1001)])
-def test_a_copy_is_equal_and_its_own(shelf, dtype, shape):
+def test_a_copy_is_equal_and_its_own(store, dtype, shape):
     tensor = (torch.randn(shape) * 50).to(dtype)
-    copy, kept = shelf.copy(tensor), tensor.clone()
+    copy, kept = store.copy(tensor), tensor.clone()
     tensor.zero_()
-    shelf.forget()
+    store.drop_pages()
     assert (copy.dtype, copy.shape, copy.requires_grad) == (dtype, torch.Size(shape), False)
     assert torch.equal(copy, kept)
     copy.copy_(kept.flip(0) if shape else kept)
-    shelf.forget()
+    store.drop_pages()
     assert torch.equal(copy, kept.flip(0) if shape else kept)
 
 
 def test_files_have_no_names_and_do_not_stay_open(tmp_path):
-    shelf, opened = Shelf(tmp_path), len(os.listdir("/dev/fd"))
-    copies = [shelf.copy(torch.full((100,), float(i))) for i in range(50)]
+    store, opened = HostStore(tmp_path), len(os.listdir("/dev/fd"))
+    copies = [store.copy(torch.full((100,), float(i))) for i in range(50)]
     assert os.listdir(tmp_path) == []
     assert len(os.listdir("/dev/fd")) == opened
     assert all(torch.equal(copy, torch.full((100,), float(i))) for i, copy in enumerate(copies))
 
 
 def test_shelves_make_their_directory(tmp_path):
-    Shelf(tmp_path / "a" / "b").copy(torch.ones(3))
+    HostStore(tmp_path / "a" / "b").copy(torch.ones(3))
     assert os.listdir(tmp_path / "a" / "b") == []
 
 
 # ---- lent and parked weights -----------------------------------------------------------------------------
 
 
-def test_lent_weights_compute_and_leave_no_trace(shelf):
+def test_lent_weights_compute_and_leave_no_trace(store):
     torch.manual_seed(0)
     module, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
     shared = module.weight.data  # as Megatron's buffers share memory with parameters
-    kept, before = Weights(module, shelf), module(x).detach()
+    kept, before = Weights(module, store), module(x).detach()
     with torch.no_grad():
         module.weight.add_(1.0)
     trained = module(x).detach()
-    with kept.lent_to(module):
+    with kept.swapped_into(module):
         assert torch.equal(module(x), before)
     assert torch.equal(module(x), trained)
     assert module.weight.data.data_ptr() == shared.data_ptr()
     shared.zero_()  # an optimizer's update of the buffer is one of the parameter
     assert torch.equal(module.weight, torch.zeros(2, 3))
-    with kept.lent_to(module):
+    with kept.swapped_into(module):
         assert torch.equal(module(x), before)
 
 
-def test_weights_follow_a_module(shelf):
+def test_weights_follow_a_module(store):
     """From then on they are those that it had; training after that does not change them."""
     torch.manual_seed(0)
     module, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
-    kept = Weights(module, shelf)
+    kept = Weights(module, store)
     places = {name: tensor.data_ptr() for name, tensor in kept.held.items()}
     for _ in range(2):
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(torch.randn_like(parameter))
         now = module(x).detach()
-        with kept.lent_to(module):
+        with kept.swapped_into(module):
             assert not torch.equal(module(x), now)
         kept.follow(module)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
-        with kept.lent_to(module):
+        with kept.swapped_into(module):
             assert torch.equal(module(x), now)
         assert not module(x).any()
     assert {name: tensor.data_ptr() for name, tensor in kept.held.items()} == places  # and takes no memory
@@ -122,24 +123,24 @@ def test_weights_follow_a_module(shelf):
 def test_an_error_gives_the_weights_back():
     module = torch.nn.Linear(2, 2)
     kept, own = Weights(module), module.weight.data_ptr()
-    with pytest.raises(FloatingPointError), kept.lent_to(module):
+    with pytest.raises(FloatingPointError), kept.swapped_into(module):
         raise FloatingPointError
     assert module.weight.data_ptr() == own
 
 
-def test_parked_weights_hold_no_memory(shelf):
+def test_parked_weights_hold_no_memory(store):
     torch.manual_seed(0)
     module, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
     before = module(x)
-    weights = offload.park(module, shelf)
+    weights = offload.offload_module(module, store)
     for _ in range(2):
         assert [parameter.untyped_storage().nbytes() for parameter in module.parameters()] == [0, 0]
-        with weights.lent_to(module):
+        with weights.swapped_into(module):
             assert torch.equal(module(x), before)
 
 
 def test_shelves_of_different_weights_are_their_own():
-    assert Weights(torch.nn.Linear(1, 1)).shelf is not Weights(torch.nn.Linear(1, 1)).shelf
+    assert Weights(torch.nn.Linear(1, 1)).store is not Weights(torch.nn.Linear(1, 1)).store
 
 
 # ---- released memory -------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def test_memory_is_restored_once():
 WIDTH = 1600  # a matrix [WIDTH, WIDTH] of fp32 is 10.24 MB, two make 0.02 GB
 
 
-class Recorder(Shelf):
+class Recorder(HostStore):
     """A shelf that remembers how many bytes each new copy took."""
 
     def __init__(self, directory: Path):
@@ -201,15 +202,15 @@ def make(tmp_path) -> Callable[..., SimpleNamespace]:
 
     def make(enabled: bool = True) -> SimpleNamespace:
         models = {"policy": stand_in(False), "critic": stand_in(True)}
-        shelf, clock, lines = Recorder(tmp_path / "waits"), Clock(), []
-        phase = Phases(clock, lines.append, shelf, enabled=False)
+        store, clock, lines = Recorder(tmp_path / "waits"), Clock(), []
+        phase = Phases(clock, lines.append, store, enabled=False)
         for name, pair in models.items():
             phase.add(name, *pair)  # and stays where it is
         phase.enabled = enabled
         return SimpleNamespace(
             phase=phase,
             models=models,
-            shelf=shelf,
+            store=store,
             clock=clock,
             lines=lines,
         )
@@ -231,12 +232,12 @@ def test_what_is_told_when_a_phase_comes_first(make):
         with setting.phase("save", policy="all", critic="all"):
             pass
     assert setting.lines == [
-        "generate policy: resident policy weights 0.02 GB; waiting policy gradients (dropped) 0.02, "
+        "generate policy: resident policy weights 0.02 GB; offloaded policy gradients (dropped) 0.02, "
         "policy optimizer 0.04, critic 0.10 GB",
-        "train critic: resident critic 0.10 GB; waiting policy 0.08 GB",
-        "train policy: resident policy 0.08 GB; waiting critic 0.10 GB",
-        "score: resident nothing; waiting policy 0.08, critic 0.10 GB",
-        "save policy critic: resident policy 0.08, critic 0.10 GB; waiting nothing",
+        "train critic: resident critic 0.10 GB; offloaded policy 0.08 GB",
+        "train policy: resident policy 0.08 GB; offloaded critic 0.10 GB",
+        "score: resident nothing; offloaded policy 0.08, critic 0.10 GB",
+        "save policy critic: resident policy 0.08, critic 0.10 GB; offloaded nothing",
     ]
 
 
@@ -255,7 +256,7 @@ def values(setting: SimpleNamespace, name: str) -> dict[str, list[Tensor]]:
 
 def test_a_model_waits_once_it_is_added(tmp_path):
     """So that the next one finds room."""
-    phase, (module, adam) = Phases(Clock(), print, Shelf(tmp_path), enabled=True), stand_in(True)
+    phase, (module, adam) = Phases(Clock(), print, HostStore(tmp_path), enabled=True), stand_in(True)
     before = module[0].weight.detach().clone()
     phase.add("policy", module, adam)
     assert module[0].weight.untyped_storage().nbytes() == 0
@@ -304,7 +305,7 @@ def test_values_return_and_gradients_are_dropped(make):
                 for tensor in tensors_of["weights"] + tensors_of["moments"] + tensors_of["main"]:
                     tensor.data.add_(1.0)  # the next time these are to return
     mib = 4 * WIDTH**2
-    assert sorted(setting.shelf.bytes_copied) == [mib] * (
+    assert sorted(setting.store.bytes_copied) == [mib] * (
         2 + 4 + 2 + 2 + 4
     )  # once: weights, moments, main weights
 
@@ -342,13 +343,13 @@ def test_an_optimizer_may_make_new_tensors(make):
 def test_only_what_must_move_moves(make):
     setting = make()
     with setting.phase("generate", policy="weights"):
-        first, copies = values(setting, "policy")["weights"][0].data_ptr(), list(setting.shelf.bytes_copied)
+        first, copies = values(setting, "policy")["weights"][0].data_ptr(), list(setting.store.bytes_copied)
     with setting.phase("logprobs", policy="weights"):
         assert values(setting, "policy")["weights"][0].data_ptr() == first
     with setting.phase("both", policy="weights", critic="weights"):
         assert values(setting, "policy")["weights"][0].data_ptr() == first
         assert not sum(x.untyped_storage().nbytes() for x in values(setting, "critic")["moments"])
-    assert setting.shelf.bytes_copied == copies
+    assert setting.store.bytes_copied == copies
 
 
 def test_what_waits_goes_before_what_is_needed_comes(make, monkeypatch):
@@ -363,8 +364,8 @@ def test_what_waits_goes_before_what_is_needed_comes(make, monkeypatch):
         ]
         return sum(offload.storages(tensors).values())
 
-    come = offload.Part.come
-    monkeypatch.setattr(offload.Part, "come", lambda part: (come(part), most.append(resident())))
+    come = phases.Part.onload
+    monkeypatch.setattr(phases.Part, "onload", lambda part: (come(part), most.append(resident())))
     with setting.phase("train", critic="all"):
         pass
     assert max(most) == resident()
@@ -375,11 +376,11 @@ def test_what_waits_goes_before_what_is_needed_comes(make, monkeypatch):
 def test_weights_are_lent_while_the_own_wait(make):
     setting, x = make(), torch.randn(2, WIDTH)
     module = setting.models["policy"][0]
-    kept, before = Weights(module, setting.shelf), module(x)
+    kept, before = Weights(module, setting.store), module(x)
     with torch.no_grad():
         module[0].weight.mul_(2.0)
     trained = module(x)
-    with setting.phase("reference"), kept.lent_to(module):
+    with setting.phase("reference"), kept.swapped_into(module):
         assert torch.equal(module(x), before)
     with setting.phase("logprobs", policy="weights"):
         assert torch.equal(module(x), trained)
@@ -394,8 +395,8 @@ def test_not_enabled_nothing_moves_but_all_is_measured(make):
         after = {
             name: [x.data_ptr() for x in sum(values(setting, name).values(), [])] for name in setting.models
         }
-    assert after == before and setting.shelf.bytes_copied == []
-    assert setting.lines == ["score: resident policy 0.08, critic 0.10 GB; waiting nothing"]
+    assert after == before and setting.store.bytes_copied == []
+    assert setting.lines == ["score: resident policy 0.08, critic 0.10 GB; offloaded nothing"]
     assert set(setting.clock.seconds) == {"other", "offload", "score"}
     assert list(setting.phase.memory()) == (["memory/score"] if MEASURES else [])
 
@@ -423,8 +424,8 @@ def test_peaks_by_phase(make, monkeypatch):
     """Each time counts from the phase's start to its end, the larger one of a phase, until they are told."""
     setting, events, numbers = make(), [], iter([150, 50, 10, 60, 70, 20])
     monkeypatch.setattr(setting.phase, "move", lambda kept: events.append("move"))
-    monkeypatch.setattr(offload, "start_peak", lambda: events.append("start") or True)
-    monkeypatch.setattr(offload, "peak_bytes", lambda: events.append("read") or next(numbers) * 10**6)
+    monkeypatch.setattr(phases, "start_peak", lambda: events.append("start") or True)
+    monkeypatch.setattr(phases, "peak_bytes", lambda: events.append("read") or next(numbers) * 10**6)
 
     def run(name: str, **needs: str) -> None:
         with setting.phase(name, **needs):
@@ -446,8 +447,8 @@ def test_peaks_by_phase(make, monkeypatch):
 
 def test_peaks_that_the_system_does_not_count(make, monkeypatch):
     setting = make()
-    monkeypatch.setattr(offload, "start_peak", lambda: False)
-    monkeypatch.setattr(offload, "peak_bytes", lambda: 10**6)
+    monkeypatch.setattr(phases, "start_peak", lambda: False)
+    monkeypatch.setattr(phases, "peak_bytes", lambda: 10**6)
     with setting.phase("train", policy="all"):
         pass
     assert setting.phase.memory() == {}
@@ -457,14 +458,14 @@ def test_peaks_that_the_system_does_not_count(make, monkeypatch):
 def test_a_peak_is_seen_and_counted_anew():
     """600 MB for a moment; of them 300, because the process has other pages that come and go."""
     parallel.free_memory()  # what is free already would take the 600 MB
-    assert offload.start_peak()
-    before = offload.peak_bytes()
+    assert phases.start_peak()
+    before = phases.peak_bytes()
     torch.ones(600 * 10**6, dtype=torch.uint8, device=parallel.device())
     parallel.free_memory()  # which cpu.keep_memory has the process keep
-    high = offload.peak_bytes()
-    assert offload.start_peak()
+    high = phases.peak_bytes()
+    assert phases.start_peak()
     assert high - before > 300e6
-    assert high - offload.peak_bytes() > 300e6
+    assert high - phases.peak_bytes() > 300e6
 
 
 # ---- a GPU's two streams, played on the CPU --------------------------------------------------------------
@@ -485,7 +486,7 @@ class SideStream:
         copy, resize = Tensor.copy_, torch.UntypedStorage.resize_
         main = SimpleNamespace(wait_event=lambda event: event(), synchronize=lambda: None)
         monkeypatch.setattr(torch.UntypedStorage, "is_cuda", property(lambda storage: True))
-        monkeypatch.setattr(offload, "side_stream", lambda: self)
+        monkeypatch.setattr(phases, "side_stream", lambda: self)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
         monkeypatch.setattr(Tensor, "record_stream", lambda x, _: self.recorded.add(x.untyped_storage()))
@@ -668,5 +669,5 @@ def test_resident_memory_falls_and_rises(measured):
     ],
 )
 def test_wrongly_lent_weights_are_noticed(words):
-    bug = {"align.training.offload.Weights.lent_to": [words]}
-    assert_fails_with(bug, lambda: test_lent_weights_compute_and_leave_no_trace(Shelf()))
+    bug = {"align.training.offload.Weights.swapped_into": [words]}
+    assert_fails_with(bug, lambda: test_lent_weights_compute_and_leave_no_trace(HostStore()))

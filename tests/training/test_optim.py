@@ -44,26 +44,26 @@ def test_short_runs_warm_up_and_do_not_collapse(total_steps):
     config = optim.OptimConfig(lr=1e-5, min_lr=1e-6)
     expected = [1e-5 * (step + 1) / 11 for step in range(total_steps)]
     assert rates(config, total_steps) == pytest.approx(expected)
-    optim.check(config, total_steps)
+    optim.check_optim(config, total_steps)
 
 
 def test_a_constant_rate():
     config = optim.OptimConfig(lr=3e-6, min_lr=3e-6, warmup_steps=0)
-    optim.check(config, 4)
+    optim.check_optim(config, 4)
     assert rates(config, 4) == [3e-6] * 4
 
 
 def test_a_minimum_above_the_rate_is_refused():
     with pytest.raises(UserError, match=r"--min-lr 1e-06 is above --lr 5e-07"):
-        optim.check(optim.OptimConfig(lr=5e-7), 100)
+        optim.check_optim(optim.OptimConfig(lr=5e-7), 100)
 
 
 @pytest.mark.parametrize("total_steps", [5, 6])
 def test_a_tail_that_leaves_no_cosine_is_refused(total_steps):
     message = rf"--warmup-steps 4 and --constant-steps 2 leave no step of {total_steps} .*lower one"
     with pytest.raises(UserError, match=message):
-        optim.check(SCHEDULE, total_steps)
-    optim.check(SCHEDULE, 7)
+        optim.check_optim(SCHEDULE, total_steps)
+    optim.check_optim(SCHEDULE, 7)
 
 
 # ---- optimizer -----------------------------------------------------------------------------------

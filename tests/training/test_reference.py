@@ -24,8 +24,8 @@ from align.training.checkpoint import CheckpointConfig
 def test_each_row_once():
     """The first epoch's batches stay as they are; later ones only add what was in none."""
     batches = [[3, 1], [0, 2], [4, 3], [1, 0], [5, 4]]  # 2 of 6 rows are left over in each epoch
-    assert reference.each_row_once(batches) == [[3, 1], [0, 2], [4], [5]]
-    assert reference.each_row_once([[]]) == []
+    assert reference.without_repeats(batches) == [[3, 1], [0, 2], [4], [5]]
+    assert reference.without_repeats([[]]) == []
 
 
 def test_tables(tmp_path):

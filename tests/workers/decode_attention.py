@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align.kernels import decode_attention
-from align.model.layers import rotation
+from align.model.layers import rotary_cos_sin
 
 CAPACITY = 288
 LENGTHS = [1, 2, 7, 33, 128, 129, 287, 288]  # up to a block's end, beyond it, as long as there is room
@@ -62,7 +62,7 @@ def append_error(queries: int, d: int, dtype: str) -> float:
     qkv = torch.randn(batch, groups, queries + 2, d).to(kind)  # q, k, v are views, as in the inference model
     qk, v = qkv[:, :, :-1], qkv[:, :, -1]
     positions = torch.tensor([0, 3, 17, 5, 39])
-    cos, sin = rotation(positions, torch.rand(d // 2), kind)
+    cos, sin = rotary_cos_sin(positions, torch.rand(d // 2), kind)
     cache = torch.randn(2, batch + 2, groups, 40, d).to(kind)
     expected = cache.double()
     a, b = qk.double().chunk(2, -1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
-from align.generation import generator, inference
+from align.generation import continuous_batching, generator, inference
 from align.generation.generator import RolloutConfig
 from align.generation.sampling import SamplingConfig
 from align.model import architecture, gpt, huggingface
@@ -20,7 +20,7 @@ from align.model.config import ModelConfig
 from tests.support import grids
 from tests.support.tokenizers import Letters
 
-PREFILL_TOKENS = generator.PREFILL_TOKENS
+PREFILL_TOKENS = continuous_batching.PREFILL_TOKENS
 
 
 class Recorder(inference.InferenceModel):
@@ -28,7 +28,7 @@ class Recorder(inference.InferenceModel):
 
     passes: list[list[int]] = []
 
-    def prefill(self, prompts: list[Tensor]) -> list[inference.Prefix]:
+    def prefill(self, prompts: list[Tensor]) -> list[inference.PrefilledPrompt]:
         Recorder.passes.append([len(prompt) for prompt in prompts])
         return super().prefill(prompts)
 
@@ -63,7 +63,7 @@ def run(case: dict) -> dict:
     copy_bytes: for each rank the memory of the copy of the weights afterwards, None without a copy.
     """
     sampler, rounds = build(case), case.get("rounds", 1)
-    generator.PREFILL_TOKENS = case.get("prefill_tokens", PREFILL_TOKENS)
+    continuous_batching.PREFILL_TOKENS = case.get("prefill_tokens", PREFILL_TOKENS)
     prompts = [np.array(ids, np.int32) for ids in case["prompts"]]
     streams = case.get("streams", [(0, i) for i in range(len(prompts))])
     for number in range(rounds):

@@ -1,6 +1,6 @@
 """Run by test_logprobs.py on every rank, results to files.
 
-`values OUTPUT`: target_logprobs and target_logprobs_and_entropy, each rank with its half of the vocabulary.
+`values OUTPUT`: target_logprobs with and without entropies, each rank with its half of the vocabulary.
 `policy OUTPUT MODEL LAYOUTS`: what a policy with entropy gives in each layout, and the norm of its gradient.
 """
 
@@ -18,7 +18,7 @@ from align.data.packing import Batch
 from align.distributed import parallel
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
-from align.model.logprobs import CHUNK, target_logprobs, target_logprobs_and_entropy
+from align.model.logprobs import CHUNK, target_logprobs
 from align.training import batching, engine, optim
 from tests.support.parity_data import examples
 
@@ -48,12 +48,14 @@ def values(output: Path) -> None:
         whole, rows, targets, grad = inputs(CHUNK + 9, vocab)
         for temperature in TEMPERATURES:
             results = []
-            for compute in (target_logprobs, target_logprobs_and_entropy):
+            for entropy in (False, True):
                 hidden, weight = (
                     whole.clone().requires_grad_(),
                     rows.chunk(size)[rank].clone().requires_grad_(),
                 )
-                result = compute(hidden, weight, targets, vocab, dist.group.WORLD, temperature)
+                result = target_logprobs(
+                    hidden, weight, targets, vocab, dist.group.WORLD, temperature, entropy
+                )
                 result.backward(grad if result.dim() == 1 else entropy_grad(len(result)))
                 results.append((result.detach(), hidden.grad, weight.grad))
             torch.save(results, output / f"{vocab}-{temperature}-{rank}.pt")

@@ -22,6 +22,7 @@ from align.model.config import ModelConfig
 from align.tracking.metrics import Clock
 from align.training import checkpoint, engine, offload, optim
 from align.training.checkpoint import CheckpointConfig
+from align.training.phases import Phases
 from tests.support.parity_data import LOSSES, ROWS, SEED, STEPS, data_set
 from tests.workers.invariance import Case, make_batches
 
@@ -109,7 +110,7 @@ def train(
             results["generate"] = outputs("policy")
         with phase("score"):
             pass
-        with phase("reference"), ref.lent_to(trained["policy"][0].module):
+        with phase("reference"), ref.swapped_into(trained["policy"][0].module):
             results["reference"] = outputs("policy")
         with phase("both", policy="weights", critic="weights"):
             results["both"] = outputs("critic"), outputs("policy")
@@ -133,9 +134,9 @@ def run(directory: Path, output: Path, setting: Setting, moves: bool) -> dict:
     parallel.make_grid(parallel.ParallelConfig(setting.tp, setting.pp))
     trained = {name: build(name, directory, setting) for name in ALGORITHMS}
     files, lines = output / f"files{os.environ['RANK']}", []
-    shelf = offload.Shelf(files) if moves else offload.Shelf()
-    ref = offload.Weights(trained["policy"][0].module, shelf)
-    phases = offload.Phases(Clock(), lines.append, shelf, enabled=True)
+    store = offload.HostStore(files) if moves else offload.HostStore()
+    ref = offload.Weights(trained["policy"][0].module, store)
+    phases = Phases(Clock(), lines.append, store, enabled=True)
     for name, pair in trained.items() if moves else ():
         phases.add(name, *pair)
 
@@ -181,8 +182,8 @@ def measure(directory: Path, output: Path, in_files: bool) -> dict:
     optimizer = optim.build(ddp, optim.OptimConfig())
     ddp.zero_grad_buffer()
     sums = {kind: sum(value.nbytes for value in values) for kind, values in tensors((ddp, optimizer)).items()}
-    shelf = offload.Shelf(output / "files" if in_files else None)
-    phase = offload.Phases(Clock(), lambda line: None, shelf, enabled=True)
+    store = offload.HostStore(output / "files" if in_files else None)
+    phase = Phases(Clock(), lambda line: None, store, enabled=True)
     before = [float(weight.detach().sum()) for weight in ddp.parameters()]
     phase.add("policy", ddp, optimizer)
     results = {}

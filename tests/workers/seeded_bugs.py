@@ -45,9 +45,9 @@ class Case:
 
 # ---- the bugs ------------------------------------------------------------------------------------
 
-COLLATE, ANSWER = "align.data.packing.collate", "align.generation.rollout.answer"
+COLLATE, ANSWER = "align.data.packing.collate", "align.generation.rollout.response_example"
 POSITIONS, TAIL = "np.arange(skip, skip + end - start)", "positions[total:] ="
-SAMPLE, IDS = "align.generation.generator.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
+SAMPLE, IDS = "align.generation.continuous_batching.ContinuousBatch.sample", "self.ids[slot, :count].copy()"
 LOGPROBS = "(x[slot, :count].copy()"
 DECODE = "align.generation.inference.InferenceModel.decode"
 DROPOUT = {"align.model.gpt.transformer_config": [("hidden_dropout=0.0", "hidden_dropout=0.1")]}
@@ -124,7 +124,7 @@ DISTRIBUTION = {  # softmax of what
         "sampler", {SAMPLE: [("Sample(ids, logprobs,", "Sample(ids, model_logprobs,")]}
     ),
     "rows that only pad the vocabulary get probability": Case(
-        "sampler", {"align.model.logprobs.finished": [("z[:, real:] = ABSENT", "pass")]}
+        "sampler", {"align.model.logprobs.scale_and_mask_": [("z[:, real:] = ABSENT", "pass")]}
     ),
 }
 SAMPLER = {  # what the sampler computes
@@ -137,7 +137,7 @@ SAMPLER = {  # what the sampler computes
     "a sequence that changes its slot leaves its last key behind": Case(
         "sampler",
         {
-            "align.generation.generator.ContinuousBatch.close_gaps": [
+            "align.generation.continuous_batching.ContinuousBatch.close_gaps": [
                 ("self.count[last] - 1)", "self.count[last] - 2)")
             ]
         },

@@ -16,7 +16,7 @@ from megatron.core import parallel_state as mpu
 
 from align.data.packing import BatchConfig
 from align.distributed import parallel
-from align.model import architecture, gpt, huggingface
+from align.model import architecture, gpt, huggingface, huggingface_names
 from align.model import config as model_config
 from align.training import batching, checkpoint, engine, optim
 from tests.support.parity_data import LOSSES, SEED, data_set
@@ -48,7 +48,7 @@ def train(trained: tuple, steps: range) -> list[tuple[float, float]]:
 def logprobs(policy: torch.nn.Module) -> list[float]:
     """Log-probs of all trained tokens of some rows that share micro-batches."""
     rows = data_set("sft", 9, 5).rows
-    return [float(x) for part in batching.per_example(policy, rows, BatchConfig()) for x in part]
+    return [float(x) for part in batching.per_example_outputs(policy, rows, BatchConfig()) for x in part]
 
 
 def describe(directory: Path, layout: parallel.ParallelConfig, te: bool, output: Path) -> dict[str, object]:
@@ -71,7 +71,7 @@ def describe(directory: Path, layout: parallel.ParallelConfig, te: bool, output:
     return {
         "te": names.count("TEAttention"),
         "weights": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-        "names": [hf_name for _, _, hf_name in huggingface.named_parameters(policy.module)],
+        "names": [hf_name for _, _, hf_name in huggingface_names.named_parameters(policy.module)],
         "shards": sorted((shard.key, *shard.data.shape) for shard in shards.values()),
         "logprobs": first,
         "moved": [logprobs(policy), again],

@@ -92,7 +92,7 @@ def run(case: dict) -> dict:
     return results
 
 
-def plain(answer: trtllm.Answer) -> list:
+def plain(answer: trtllm.Response) -> list:
     return [part if isinstance(part, str) else part.tolist() for part in answer]
 
 

@@ -1,0 +1,86 @@
+"""SFT rows as tasks: a prompt to sample from, and the example that SFT trains on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from align.data import formats, jsonl, packing, row_counts, rows, sft
+from align.data.formats import FormatConfig
+from align.data.marker_chat import RowFormats
+from align.data.packing import Example
+from align.data.prompts import Prompt, load_each
+from align.data.tokenizer import Tokenizer
+from align.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """An SFT row: the prompt before its last response, and the example that SFT trains on."""
+
+    prompt: Prompt
+    example: Example
+
+
+def load_sft_sets(
+    files: Mapping[str, Sequence[Path]],
+    tokenizer: Tokenizer,
+    fmt: FormatConfig,
+    vocab_size: int,
+    say: Callable[[str], None],
+    row_formats: RowFormats,
+) -> dict[str, list[Task]]:
+    """Load the tasks of data sets, by name; `say` logs their number and the first prompt.
+
+    `row_formats` counts the formats of their rows.
+
+    Raises UserError as load_tasks and packing.check_ids do.
+    """
+    sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, row_formats), say)
+    packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
+    first = next(tasks[0] for tasks in sets.values() if tasks)
+    say(f"first prompt:\n{tokenizer.decode(first.prompt.ids.tolist())}")
+    return sets
+
+
+def load_tasks(
+    paths: Sequence[Path], tokenizer: Tokenizer, fmt: FormatConfig, row_formats: RowFormats | None = None
+) -> tuple[list[Task], dict[str, int]]:
+    """Load all tasks of these files, and counts for the log.
+
+    Counts: those of `sft.load_sft`, with tokens and trained_tokens of the tasks; dropped_without_prompt (rows
+    that SFT keeps, with nothing before the last response, or with its start beyond max_seq_len); tokens of
+    the longest prompt (longest_prompt).
+    Raises UserError naming file and line for a wrong row, and if no task is left.
+    """
+    names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")
+    counts, tasks = dict.fromkeys(names, 0), []
+    for location, row, whole in sft.read_sft(list(paths), tokenizer, fmt, counts, row_formats):
+        start = jsonl.located(location, response_start, row, whole, tokenizer, fmt)
+        bos = int(whole.ids[0] == tokenizer.bos_id)
+        if bos < start < fmt.max_seq_len:
+            tasks.append(Task(Prompt(whole.ids[:start], row), formats.cut_end(whole, fmt)))
+        else:
+            counts["dropped_without_prompt"] += 1
+    if not tasks:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no prompt is left, in all {counts['rows']} rows the last "
+            f"response begins beyond --max-seq-len {fmt.max_seq_len}, or nothing comes before it"
+        )
+    longest = max(len(task.prompt.ids) for task in tasks)
+    counts |= row_counts.count_tokens([task.example for task in tasks])
+    return tasks, counts | {"longest_prompt": longest}
+
+
+def response_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatConfig) -> int:
+    """Index of the row's last response in its example `whole`. Raises UserError without a response."""
+    trained = whole.trained
+    # with loss_on "all", or with a response from token 0 on, which is never trained
+    if trained[1]:
+        normalised, _ = rows.sft_row(row, fmt.template_fields())
+        trained = formats.encode_row(normalised, tokenizer, replace(fmt, loss_on="answer"))[1]
+    starts = np.flatnonzero(np.diff(np.array(trained, np.int8), prepend=0) == 1)
+    if not len(starts):
+        raise UserError("no prompt: the row has no response")
+    return int(starts[-1])

@@ -1,0 +1,43 @@
+"""Repairs of Megatron-Core 0.16 on every device. megatron_on_cpu.py has what only CPUs need."""
+
+import queue
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.resharding.refit import CopyService, NCCLCopyService
+
+
+def keep_step_through_loading() -> None:
+    """Keep the "step" of torch's AdamW through loading: Megatron 0.16 drops it and then asks for it."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if original.__name__ == "with_step":
+        return
+
+    def with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict) -> None:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        original(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+def use_thread_queue() -> None:
+    """Collect the results of a save in this process.
+
+    Megatron would start a process to hold this queue, which imports the whole script again; saving in the
+    foreground needs no such thing.
+    """
+    filesystem_async._results_queue = queue.Queue()
+
+
+def copy_service() -> CopyService | str:
+    """Copy service that moves weights from one layout to another, on the current stream.
+
+    A stream of its own would not wait for the parts that Megatron cuts out of the weights on the current one.
+    """
+    if not torch.cuda.is_available():
+        return "gloo"
+    service = NCCLCopyService()
+    service._copy_stream = torch.cuda.current_stream()
+    return service

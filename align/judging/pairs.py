@@ -1,0 +1,148 @@
+"""Preference pairs of self-rewarding: sampled responses or judgements, and the buffer of judgement pairs."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.data.packing import Example
+from align.data.prompts import Prompt
+from align.data.tokenizer import Tokenizer
+from align.errors import UserError
+from align.generation.rollout import Sample, response_example
+
+
+@dataclass(frozen=True, eq=False)
+class SampledPair:
+    """Two samples after the same prompt ids, responses or judgements, one of them preferred."""
+
+    row: int  # of the data, for messages
+    ids: np.ndarray  # [n] int32, the prompt
+    chosen: Sample
+    rejected: Sample
+    chosen_reward: float  # mean judge score of a response, or the score that a judgement gives
+    rejected_reward: float
+    gap: float  # reward gap, for losses that take one
+
+    @property
+    def samples(self) -> tuple[Sample, Sample]:
+        """Both samples, chosen first."""
+        return self.chosen, self.rejected
+
+    @property
+    def examples(self) -> list[Example]:
+        """Both as examples that train the sample."""
+        return [response_example(Prompt(self.ids, {}), sample) for sample in self.samples]
+
+    def texts(self, tokenizer: Tokenizer, text_of: Callable[[Sample], str]) -> dict[str, str | float]:
+        """Texts and scores, for the samples table."""
+        return {
+            "prompt": tokenizer.decode(self.ids.tolist()),
+            "chosen": text_of(self.chosen),
+            "rejected": text_of(self.rejected),
+            "chosen_reward": self.chosen_reward,
+            "rejected_reward": self.rejected_reward,
+        }
+
+    def record(self) -> dict:
+        """The pair as a JSON object."""
+        return {
+            **{name: getattr(self, name) for name in ("row", "chosen_reward", "rejected_reward", "gap")},
+            "ids": self.ids.tolist(),
+            **{name: sample_record(getattr(self, name)) for name in ("chosen", "rejected")},
+        }
+
+
+def pair_of(record: Mapping) -> SampledPair:
+    """The inverse of SampledPair.record."""
+    samples = {name: sample_of(record[name]) for name in ("chosen", "rejected")}
+    return SampledPair(**{**record, **samples, "ids": np.array(record["ids"], np.int32)})
+
+
+def sample_record(sample: Sample) -> dict:
+    """A sample as a JSON object; a float32 survives being written as a float64."""
+    arrays = {name: getattr(sample, name).tolist() for name in ("ids", "logprobs", "model_logprobs")}
+    return {**arrays, "finish": sample.finish}
+
+
+def sample_of(record: Mapping) -> Sample:
+    """The inverse of sample_record."""
+    logprobs = (np.array(record[name], np.float32) for name in ("logprobs", "model_logprobs"))
+    return Sample(np.array(record["ids"], np.int32), *logprobs, record["finish"])
+
+
+class Buffer:
+    """First-in, first-out buffer of judgement pairs, with a cap on each score's share among the chosen."""
+
+    def __init__(self, low: float, high: float, cap: float):
+        """--judge-low, --judge-high, and the largest share of a class, scores rounded down to one.
+
+        Raises UserError if the cap admits no pair: at the start the count of each class is 1.
+        """
+        self.classes, self.cap = range(math.floor(low), math.floor(high) + 1), cap
+        if 1 / len(self.classes) >= cap:
+            raise UserError(
+                f"--meta-judge-class-cap {cap} must be above 1/{len(self.classes)}: --judge-low {low} to "
+                f"--judge-high {high} has {len(self.classes)} classes of scores"
+            )
+        self.clear()
+
+    def clear(self) -> None:
+        """Start an iteration: drop all pairs, reset each count to 1."""
+        self.pairs: deque[SampledPair] = deque()
+        self.counts = dict.fromkeys(self.classes, 1)  # by chosen score, pairs admitted since then, plus 1
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def offer(self, pair: SampledPair) -> bool:
+        """Admit a pair unless the class of its chosen score is full. Returns True if admitted."""
+        score = math.floor(pair.chosen_reward)
+        if self.counts[score] / sum(self.counts.values()) >= self.cap:
+            return False
+        self.counts[score] += 1
+        self.pairs.append(pair)
+        return True
+
+    def take(self, number: int) -> list[SampledPair]:
+        """Remove the `number` oldest pairs, at most all; the counts stay."""
+        return [self.pairs.popleft() for _ in range(min(number, len(self)))]
+
+    def record(self) -> dict:
+        """The state as a JSON object."""
+        return {
+            "counts": {str(score): count for score, count in self.counts.items()},
+            "waiting": [pair.record() for pair in self.pairs],
+        }
+
+    def restore(self, record: Mapping) -> None:
+        """Set a new buffer to the state of `record`."""
+        self.counts.update({int(score): count for score, count in record["counts"].items()})
+        self.pairs.extend(map(pair_of, record["waiting"]))
+
+
+def num_judgement_pairs(good: int, available: int, size: int, fraction: float) -> int:
+    """Number of judgement pairs in a batch: the largest m with m <= fraction min(size, good + m).
+
+    They replace bad response pairs first, then good ones; the minimum is the number of trained pairs.
+
+    Args:
+        good: response pairs that can be trained.
+        available: judgement pairs in the buffer.
+        size: places in the batch.
+        fraction: --meta-judge-fraction.
+    """
+    numbers = range(min(available, size) + 1)
+    return max(m for m in numbers if m <= fraction * min(size, good + m) + 1e-9)  # 0.29 * 100 is below 29
+
+
+def mix(pairs: Sequence[SampledPair | None], buffer: Buffer, fraction: float) -> list[SampledPair]:
+    """A batch: the good response pairs in their order, then judgement pairs from the buffer.
+
+    `pairs`: one for each place, None for a bad one; the last good ones are dropped if there is no place.
+    """
+    good = [pair for pair in pairs if pair is not None]
+    judgements = buffer.take(num_judgement_pairs(len(good), len(buffer), len(pairs), fraction))
+    return good[: len(pairs) - len(judgements)] + judgements

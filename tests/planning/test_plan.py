@@ -111,6 +111,7 @@ def test_only_the_first_of_the_ranks_with_the_same_weights_gathers_a_checkpoint(
     assert plan.cpu_verdict(replace(job, cluster=short), peaks, rest, "save", {"checkpoint": gathers})
 
 
+@pytest.mark.slow
 def test_exit_statuses():
     assert fork_python("tools/plan.py", "train_sft.py", check=False).returncode == 0
     done = fork_python("tools/plan.py", "--gpu-memory", 0.01, "train_sft.py", check=False)

@@ -42,6 +42,7 @@ def test_hopeless_answers_end(response):
     assert reward("a question", response, {"answer": "7"}) == 0.0
 
 
+@pytest.mark.slow
 def test_sympy_is_not_imported_by_other_runs():
     code = "import align.rewards.sources, align.rewards.gsm8k, sys; sys.exit('math_verify' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

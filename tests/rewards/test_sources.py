@@ -252,7 +252,7 @@ def test_what_is_no_number_is_refused(name, results):
     for rank, answer in enumerate(("yes", "yes")):
         assert results[rank]["functions"][name] == (
             f"--reward-fn tests.rewards.test_sources:{name} returned {WRONG[name]} "
-            f"for the answer {answer!r}: a reward is a finite number"
+            f"for the response {answer!r}: a reward is a finite number"
         )
 
 

@@ -26,6 +26,7 @@ from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
 from align.losses import preference
+from align.losses.statistics import log_ratio_statistics
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
 from align.planning import estimate
@@ -39,10 +40,10 @@ from align.training.session import Session
 LOSSES = {  # --loss: the function, and what it takes beside the log-probs and beta
     "dpo": (preference.dpo, ""),
     "ipo": (preference.ipo, ""),
-    "scale": (preference.scale, "reward_gap"),
-    "rpo_bwd_kl": (preference.rpo_bwd_kl, "reward_gap"),
-    "rpo_fwd_kl": (preference.rpo_fwd_kl, "reward_gap"),
-    "rpo_sq": (preference.rpo_sq, "reward_gap"),
+    "scale": (preference.scale, "gap"),
+    "rpo_bwd_kl": (preference.rpo_bwd_kl, "gap"),
+    "rpo_fwd_kl": (preference.rpo_fwd_kl, "gap"),
+    "rpo_sq": (preference.rpo_sq, "gap"),
     "cdpo": (preference.cdpo, "label_smoothing"),
     "robust": (preference.robust, "label_smoothing"),
     "hinge": (preference.hinge, ""),
@@ -105,7 +106,7 @@ class Config(CommonConfig):
             audit_start=BOUND,
         )
         for flag in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
-            if flag.replace("reward_scale", "reward_gap") not in self.loss_inputs:
+            if flag.replace("reward_scale", "gap") not in self.loss_inputs:
                 refuse_unused(self, Config, flag, f"with --loss {self.loss}")
         if self.loss in REFERENCE_FREE and (self.reference or self.average_logprobs is False):
             raise UserError(
@@ -140,7 +141,7 @@ def main(config: Config) -> None:
         pairs[name], counts = preferences.load_pairs(files[name], tokenizer, config.format)
         packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
         session.say(f"{name} data: {row_counts.describe(counts)}")
-        if "reward_gap" in config.loss_inputs:
+        if "gap" in config.loss_inputs:
             preferences.check_rewards(counts, f"--{name}-data", config.loss)
     packing.check_size(len(pairs["train"]), config.batch.global_batch_size, "--train-data")
     session.say(f"first pair, trained tokens in brackets:\n{preferences.show(pairs['train'][0], tokenizer)}")
@@ -166,7 +167,7 @@ def main(config: Config) -> None:
         chosen_pairs = [pairs[name][row] for row in rows]
         values = {
             "row": np.array(rows)[:, None],
-            "reward_gap": reward_scale * np.array([[pair.reward_gap] for pair in chosen_pairs]),
+            "gap": reward_scale * np.array([[pair.reward_gap] for pair in chosen_pairs]),
         }
         return batching.micro_batches(policy, [pair.examples for pair in chosen_pairs], config.batch, values)
 
@@ -203,9 +204,7 @@ def main(config: Config) -> None:
         extra = {name: batch.extra[name] for name in config.loss_inputs if name in batch.extra}
 
         loss = preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, **extra).sum()
-        statistics = preference.log_ratio_statistics(
-            policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta
-        )
+        statistics = log_ratio_statistics(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
         if ref is None:
             del statistics["logratio_abs_mean"]
         if sft_average != average:

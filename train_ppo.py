@@ -49,6 +49,7 @@ from align.generation.generator import Generator, RolloutConfig, check_rollout, 
 from align.generation.rollout import Rollout
 from align.generation.sampling import SamplingConfig
 from align.losses import rl
+from align.losses.statistics import explained_variance, moments, per_response
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
 from align.planning import estimate
@@ -349,14 +350,14 @@ def main(config: Config) -> None:
         advantages, returns = rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
         statistics = sampled.statistics() | {
             "rollout_size": len(lengths),
-            "rewards_with_kl": rl.per_response(rewards, lengths).mean(),
-            **rl.moments("advantages", advantages),
-            **rl.moments("returns", returns),
-            **rl.moments("values", values),
-            "explained_variance": rl.explained_variance(values, returns),
+            "rewards_with_kl": per_response(rewards, lengths).mean(),
+            **moments("advantages", advantages),
+            **moments("returns", returns),
+            **moments("values", values),
+            "explained_variance": explained_variance(values, returns),
         }
         if config.kl_coef:
-            init_policy_kl = rl.per_response(kl, lengths).mean()
+            init_policy_kl = per_response(kl, lengths).mean()
             statistics |= {"init_policy_kl": init_policy_kl, "kl_coef": kl_coef}
         metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
         if config.whiten_advantages:

@@ -27,7 +27,8 @@ from align.data.preferences import PreferenceFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
-from align.losses import preference, supervised
+from align.losses import supervised
+from align.losses.statistics import pair_statistics
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
 from align.planning import estimate
@@ -165,7 +166,7 @@ def main(config: Config) -> None:
             return error, {"rewards_all_mean": rewards.sum(), "rewards_all_square": rewards.square().sum()}
         chosen, rejected = scores.view(-1, 2).unbind(1)  # [P]
         loss = supervised.ranking(chosen, rejected, batch.extra["target"]).sum()
-        metrics = preference.pair_statistics(chosen, rejected)
+        metrics = pair_statistics(chosen, rejected)
         if config.center_rewards_coef:
             metrics["centering_loss"] = supervised.centering(chosen, rejected).sum()
             loss = loss + config.center_rewards_coef * metrics["centering_loss"]

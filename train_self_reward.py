@@ -18,7 +18,6 @@ Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new on
 Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from align.data.sft_tasks import Task
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, COUNT, REPEATS, SCALE, check_ranges, number, refuse_unused, whole
-from align.generation import audit, rollout_cache
+from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import (
     Generator,
@@ -54,8 +53,10 @@ from align.judging import self_judge as judging
 from align.judging.judge import Judge, JudgeConfig
 from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
 from align.judging.pairs import Buffer, SampledPair, mix
+from align.judging.reference_model import ReferenceModel
 from align.judging.self_judge import Ids, JudgedResponses, Sampler, SelfJudge, Streams
 from align.losses import preference, supervised
+from align.losses.statistics import log_ratio_statistics
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
 from align.planning import estimate
@@ -227,10 +228,8 @@ class State:
     self_judge: SelfJudge
     buffer: Buffer  # judgement pairs that are still to be trained on
     policy: nn.Module  # in Megatron's DistributedDataParallel
-    ref: offload.Weights
+    ref: ReferenceModel
     generator: Generator
-    sampler_settings: tuple  # what samples depend on beside weights, prompts and streams
-    ref_digest: str = ""
     iteration: int = 0
 
     @property
@@ -242,11 +241,6 @@ class State:
     def beta(self) -> float:
         """--beta of the iteration."""
         return of_iteration(self.config.beta, self.iteration)
-
-    @property
-    def rollouts(self) -> Path:
-        """Directory of the samples that are kept for a crash."""
-        return self.config.run.output / "rollouts"
 
 
 class Training(NamedTuple):
@@ -262,30 +256,6 @@ class Training(NamedTuple):
 def of_iteration(values: tuple[float, ...], iteration: int) -> float:
     """The value that a flag has in an iteration."""
     return values[iteration] if len(values) > 1 else values[0]
-
-
-# ---- samples ---------------------------------------------------------------------------------------------
-
-
-def sample_policy(state: State, kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
-    """Samples of the policy."""
-    with state.session.phase(kind, policy="weights"):
-        return state.generator.generate(ids, streams, number)
-
-
-def sample_reference(
-    state: State, first: int, kind: str, ids: Ids, streams: Streams, number: int
-) -> list[list[Sample]]:
-    """Samples of the reference model for the steps from `first` on, read from a file if there is one."""
-
-    def generate() -> list[list[Sample]]:
-        with state.session.phase(kind), state.ref.swapped_into(state.policy.module):
-            return state.generator.generate(ids, streams, number)
-
-    settings = (*state.sampler_settings[:2], number, *state.sampler_settings[2:])
-    fingerprint = rollout_cache.fingerprint(state.ref_digest, settings, ids, streams)
-    path = state.rollouts / f"step_{first:08d}_{kind}.safetensors"
-    return rollout_cache.cached(path, fingerprint, generate)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
@@ -310,31 +280,22 @@ def preference_loss(
     ref_logprobs[batch.mask.bool()] = batch.extra["ref"]
     policy_chosen, policy_rejected = sequence_logprobs(logprobs, average).unbind(1)  # [P]
     ref_chosen, ref_rejected = sequence_logprobs(ref_logprobs, average).unbind(1)  # [P]
-    gap = {"reward_gap": batch.extra["reward_gap"]} if config.loss in WITH_GAP else {}
+    gap = {"gap": batch.extra["gap"]} if config.loss in WITH_GAP else {}
 
     losses = LOSSES[config.loss](policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, **gap)
-    statistics = preference.log_ratio_statistics(
-        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta
-    )
+    statistics = log_ratio_statistics(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     if sft_average is not None and sft_average != average:
         policy_chosen = sequence_logprobs(logprobs, sft_average)[:, 0]
     loss, nll = losses.sum(), -policy_chosen.sum()
     return loss + config.sft_weight * nll, {"preference_loss": loss, "sft_loss": nll, **statistics}
 
 
-def reference_logprobs(state: State, pairs: list[SampledPair]) -> list[np.ndarray]:
-    """Reference log-probs of each sample's tokens: chosen, rejected, chosen, ..."""
-    with state.session.phase("reference"), state.ref.swapped_into(state.policy.module):
-        examples = [pair.examples for pair in pairs]
-        return batching.per_example_outputs(state.policy, examples, state.config.batch)
-
-
 def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.ndarray]) -> list[Batch]:
-    """This rank's share of some pairs, in the micro-batches of `reference_logprobs`."""
+    """This rank's share of some pairs, in the micro-batches of `ReferenceModel.logprobs`."""
     of_pairs = zip(ref_logprobs[::2], ref_logprobs[1::2], strict=True)
     values = {
         "ref": [np.concatenate(pair) for pair in of_pairs],
-        "reward_gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
+        "gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
     }
     examples = [pair.examples for pair in pairs]
     return batching.micro_batches(state.policy, examples, state.config.batch, values)
@@ -378,7 +339,7 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
         return Training([], loss_fn, 0, metrics)
 
     # The reference has sampled: its log-probs in training must be those of the sampler.
-    ref_logprobs = reference_logprobs(state, pairs)
+    ref_logprobs = state.ref.logprobs(pairs, config.batch)
     places = [(pair.row, side) for pair in pairs for side in range(2)]
     samples = [sample for pair in pairs for sample in pair.samples]
     stop_texts = (*config.sampling.stop, *state.tokenizer.stop_strings)
@@ -396,14 +357,17 @@ def validate(
     iteration = max(step - 1, 0) // iteration_steps
     length_control = of_iteration(config.length_control, iteration)
     places = [(VAL, 0, row) for row in range(len(tasks))]
-    judged = state.self_judge.responses(
-        tasks, places, config.samples_per_prompt, partial(sample_policy, state)
-    )
+
+    def sample(kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
+        with session.phase(kind, policy="weights"):
+            return state.generator.generate(ids, streams, number)
+
+    judged = state.self_judge.responses(tasks, places, config.samples_per_prompt, sample)
     pair_or_none, metrics = state.self_judge.pairs(judged, length_control)
     pairs = [pair for pair in pair_or_none if pair is not None]
     if pairs:
         loss_fn = partial(preference_loss, config, of_iteration(config.beta, iteration))
-        batches = pair_batches(state, pairs, reference_logprobs(state, pairs))
+        batches = pair_batches(state, pairs, state.ref.logprobs(pairs, config.batch))
         with session.phase("validate", policy="weights"), engine.during("validation"):
             metrics |= with_std(engine.evaluate(state.policy, batches, loss_fn, len(pairs)))
     with session.phase("validate", policy="weights"), engine.during("validation"):
@@ -416,35 +380,6 @@ def validate(
     texts = [pair.texts(state.tokenizer, state.self_judge.text_of) for pair in pairs[:4]]
     session.samples(step, [{"table": "val_pairs", **row} for row in texts])
     return {f"val/{name}": value for name, value in metrics.items()}
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------
-
-
-def read_state(path: Path) -> dict:
-    """Buffer and counters of a checkpoint. Raises UserError if it is of another script."""
-    if not (path / "judgements.json").is_file():
-        raise UserError(f"{path} is none of train_self_reward.py: give another --output, or --no-resume")
-    return json.loads((path / "judgements.json").read_bytes())
-
-
-def check_same(before: dict[str, int], now: dict[str, int]) -> None:
-    """Raises UserError if flags have changed that say to which iteration and rollout a step belongs."""
-    for name in now:
-        if now[name] != before[name]:
-            raise UserError(
-                f"{name}: {now[name]}, in the run that is to be continued {before[name]}: its reference and "
-                "its buffer fit its own flags only; give those, or --no-resume"
-            )
-
-
-def save_state(state: State, flags: dict[str, int], directory: Path) -> None:
-    """Write the reference model and the buffer into a checkpoint. Collective."""
-    with state.session.phase("save"), state.ref.swapped_into(state.policy.module):
-        checkpoint.write_weights(directory / "reference", state.policy.module)
-    if parallel.is_main():
-        record = {"flags": flags, **state.buffer.record()}
-        (directory / "judgements.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def main(config: Config) -> None:
@@ -501,36 +436,29 @@ def main(config: Config) -> None:
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
     if path:
-        record = read_state(path)
-        check_same(record["flags"], layout_of_steps)
+        buffer.load(path, layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
-        buffer.restore(record)
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
-    ref = offload.Weights(policy.module, store)
+    weights = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
     generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
     session.say(generator.describe())
     stops = sorted(tokenizer.stop_ids), tokenizer.stop_strings
     settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *stops)
-    state = State(
-        config,
-        session,
-        tokenizer,
-        rows,
-        self_judge,
-        buffer,
-        policy,
-        ref,
-        generator,
-        sampler_settings=settings,
-    )
+    ref = ReferenceModel(weights, policy, generator, phase, config.run.output / "rollouts", settings)
+    state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator)
+
+    def save(directory: Path) -> None:
+        """Write the reference model and the buffer into a checkpoint."""
+        ref.save(directory / "reference")
+        if parallel.is_main():
+            buffer.save(directory, layout_of_steps)
 
     # ---- loop ------------------------------------------------------------------------------------
     validation = partial(validate, state, true_reward, iteration_steps)
     session.resume({"policy": (policy, optimizer)}, validation if rows["val"] else None)
-    state.ref_digest = rollout_cache.weights_digest(ref)
     first_step, is_reference, judged = session.step, False, []
     for step in session.steps():
         state.iteration = step // iteration_steps
@@ -547,7 +475,7 @@ def main(config: Config) -> None:
         else:
             # rollout, for several steps at once
             start = config.rollout_start(step, iteration_steps)
-            sample = partial(sample_reference, state, start + 1)
+            sample = partial(ref.sample, start + 1)
             if step in (start, first_step):
                 is_first = not judged
                 judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
@@ -581,14 +509,12 @@ def main(config: Config) -> None:
         # the next iteration begins
         if session.done == end:
             with phase("next_iteration", policy="all"):
-                ref.follow(policy.module)
+                ref.follow_policy()
                 optim.reset(optimizer)
-            state.ref_digest = rollout_cache.weights_digest(ref)
             buffer.clear()
 
-        is_saved = session.end_step(metrics, partial(save_state, state, layout_of_steps))
-        if is_saved and parallel.is_main():
-            rollout_cache.discard(state.rollouts, config.rollout_start(session.done, iteration_steps) + 1)
+        if session.end_step(metrics, save):
+            ref.discard_samples(config.rollout_start(session.done, iteration_steps) + 1)
 
     session.export(policy, [tokenizer.save, trained_format.save])
 

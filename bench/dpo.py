@@ -86,6 +86,7 @@ def run_ours(config: Config, swap: bool) -> Measured:
     from align.data import packing
     from align.distributed import parallel
     from align.losses import preference
+    from align.losses.statistics import log_ratio_statistics
     from align.model import architecture, gpt, huggingface
     from align.model.config import ModelConfig
     from align.training import batching, engine, optim, reference
@@ -113,7 +114,7 @@ def run_ours(config: Config, swap: bool) -> Measured:
         def loss_fn(batch, logprobs):
             both = sequence_logprobs(batch, logprobs).view(-1, 2)
             four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return preference.dpo(*four, BETA).sum(), preference.log_ratio_statistics(*four, BETA)
+            return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
 
         before = common.clocks()
         if swap:

@@ -32,6 +32,7 @@ from align.distributed.parallel import ParallelConfig
 from align.generation import sampling
 from align.generation.generator import Generator, RolloutConfig
 from align.losses import preference, supervised
+from align.losses.statistics import log_ratio_statistics
 from align.model import architecture, config, gpt, huggingface, huggingface_names
 from align.training import batching, engine, optim
 from align.training.reference import Swapped
@@ -273,7 +274,7 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
         def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
             both = sequence_logprobs(batch, logprobs).view(-1, 2)
             four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return preference.dpo(*four, BETA).sum(), preference.log_ratio_statistics(*four, BETA)
+            return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
 
         reference = Swapped(policy, sequence_logprobs)
         seconds, reference_s = [], []

@@ -95,7 +95,8 @@ def run_ours(config: Config, start: Path) -> Measured:
 
     from align.data import packing, preferences
     from align.distributed import parallel
-    from align.losses import preference, supervised
+    from align.losses import supervised
+    from align.losses.statistics import pair_statistics
     from align.model import architecture, gpt, huggingface
     from align.model.config import ModelConfig
     from align.training import batching, engine, optim
@@ -116,7 +117,7 @@ def run_ours(config: Config, start: Path) -> Measured:
         def loss_fn(batch, values):
             chosen, rejected = values[batch.mask.bool()].double().view(-1, 2).unbind(1)
             loss = supervised.ranking(chosen, rejected, torch.zeros_like(chosen)).sum()
-            return loss, preference.pair_statistics(chosen, rejected)
+            return loss, pair_statistics(chosen, rejected)
 
         log = [common.clocks()]
         for i in range(0, len(scored), pairs.BATCH):

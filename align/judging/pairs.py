@@ -1,9 +1,11 @@
 """Preference pairs of self-rewarding: sampled responses or judgements, and the buffer of judgement pairs."""
 
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +13,10 @@ from align.data.packing import Example
 from align.data.prompts import Prompt
 from align.data.tokenizer import Tokenizer
 from align.errors import UserError
+from align.files import read_object
 from align.generation.rollout import Sample, response_example
+
+STATE = "judgements.json"  # in a checkpoint: the buffer
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,15 +115,32 @@ class Buffer:
         """Remove the `number` oldest pairs, at most all; the counts stay."""
         return [self.pairs.popleft() for _ in range(min(number, len(self)))]
 
-    def record(self) -> dict:
-        """The state as a JSON object."""
-        return {
+    def save(self, checkpoint: Path, flags: Mapping[str, int]) -> None:
+        """Write the state into a checkpoint, with flags that it fits."""
+        record = {
+            "flags": dict(flags),
             "counts": {str(score): count for score, count in self.counts.items()},
             "waiting": [pair.record() for pair in self.pairs],
         }
+        (checkpoint / STATE).write_text(json.dumps(record), encoding="utf-8")
 
-    def restore(self, record: Mapping) -> None:
-        """Set a new buffer to the state of `record`."""
+    def load(self, checkpoint: Path, flags: Mapping[str, int]) -> None:
+        """Set a new buffer to the state of a checkpoint.
+
+        Raises UserError if it is of another script, or if `flags` differ from those of `save`.
+        """
+        path = checkpoint / STATE
+        if not path.is_file():
+            raise UserError(
+                f"{checkpoint} is none of train_self_reward.py: give another --output, or --no-resume"
+            )
+        record = read_object(path)
+        for name, value in flags.items():
+            if value != record["flags"][name]:
+                raise UserError(
+                    f"{name}: {value}, in the run that is to be continued {record['flags'][name]}: its "
+                    "reference and its buffer fit its own flags only; give those, or --no-resume"
+                )
         self.counts.update({int(score): count for score, count in record["counts"].items()})
         self.pairs.extend(map(pair_of, record["waiting"]))
 

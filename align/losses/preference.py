@@ -97,64 +97,44 @@ def hinge(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Te
 
 
 def scale(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
-    reward_gap: Tensor,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, gap: Tensor
 ) -> Tensor:
     """DPO weighted by the gap of rewards: L = -|g| log s(beta h).
 
     DPO's form of the scaled Bradley-Terry loss of HelpSteer2-Preference (arXiv 2410.01257).
-    g = `reward_gap`: [P] eta (R_w - R_l).
+    g = `gap`: [P] eta (R_w - R_l).
     """
-    return reward_gap.abs() * dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
+    return gap.abs() * dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
 
 
 def rpo_bwd_kl(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
-    reward_gap: Tensor,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, gap: Tensor
 ) -> Tensor:
     """RPO (Nemotron-4 340B, arXiv 2406.11704; arXiv 2502.00203): L = KL(Bern(s(g)) || Bern(s(beta h))).
 
-    g = `reward_gap`: [P] eta (R_w - R_l).
+    g = `gap`: [P] eta (R_w - R_l).
     """
-    return _bernoulli_kl(reward_gap, beta * _gap(chosen, rejected, ref_chosen, ref_rejected))
+    return _bernoulli_kl(gap, beta * _gap(chosen, rejected, ref_chosen, ref_rejected))
 
 
 def rpo_fwd_kl(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
-    reward_gap: Tensor,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, gap: Tensor
 ) -> Tensor:
     """RPO with the roles swapped (arXiv 2502.00203): L = KL(Bern(s(beta h)) || Bern(s(g))).
 
-    g = `reward_gap`: [P] eta (R_w - R_l).
+    g = `gap`: [P] eta (R_w - R_l).
     """
-    return _bernoulli_kl(beta * _gap(chosen, rejected, ref_chosen, ref_rejected), reward_gap)
+    return _bernoulli_kl(beta * _gap(chosen, rejected, ref_chosen, ref_rejected), gap)
 
 
 def rpo_sq(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
-    reward_gap: Tensor,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, gap: Tensor
 ) -> Tensor:
     """RPO with the squared distance (arXiv 2502.00203): L = (beta h - g)^2.
 
-    g = `reward_gap`: [P] eta (R_w - R_l).
+    g = `gap`: [P] eta (R_w - R_l).
     """
-    return (beta * _gap(chosen, rejected, ref_chosen, ref_rejected) - reward_gap).square()
+    return (beta * _gap(chosen, rejected, ref_chosen, ref_rejected) - gap).square()
 
 
 def kto_pair(
@@ -294,44 +274,3 @@ def check_label_smoothing(value: float, zero_allowed: bool) -> None:
         raise UserError(
             f"--label-smoothing {value}: must be in {bracket}0, 0.5), a wrong label's probability"
         )
-
-
-# Metrics of pairs
-
-
-def pair_statistics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Metrics of rewards, as sums over P pairs; the engine divides them by P.
-
-    Args:
-        chosen: [P] rewards of the chosen responses.
-        rejected: [P] rewards of the rejected responses.
-
-    Returns:
-        "acc" (chosen above rejected; a tie is a mistake), means of rewards and of their difference, and the
-        mean square of all rewards.
-    """
-    return {
-        "acc": (chosen > rejected).double().sum(),
-        "rewards_chosen_mean": chosen.sum(),
-        "rewards_rejected_mean": rejected.sum(),
-        "rewards_margin_mean": (chosen - rejected).sum(),
-        "rewards_all_mean": (chosen + rejected).sum() / 2,
-        "rewards_all_square": (chosen.square() + rejected.square()).sum() / 2,
-    }
-
-
-def log_ratio_statistics(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
-) -> dict[str, Tensor]:
-    """Metrics of log-probs [P], as sums over P pairs.
-
-    pair_statistics of the rewards beta (log pi - log pi_ref), the means of the policy's log-probs, and
-    "logratio_abs_mean", the mean |log pi - log pi_ref| of a response, in nats.
-    """
-    ratio_chosen, ratio_rejected = chosen - ref_chosen, rejected - ref_rejected
-    return {
-        **pair_statistics(beta * ratio_chosen, beta * ratio_rejected),
-        "logprobs_chosen_mean": chosen.sum(),
-        "logprobs_rejected_mean": rejected.sum(),
-        "logratio_abs_mean": (ratio_chosen.abs() + ratio_rejected.abs()).sum() / 2,
-    }

@@ -214,29 +214,6 @@ def value_loss(
     return torch.maximum(error, clamped_error).sum() / 2, statistics
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R) of values V and returns R, both [N]: 1 is perfect, a constant V gives 0.
-
-    0 if all returns are equal, whose computed variance need not be 0.
-    """
-    if (returns == returns[0]).all():
-        return 0.0
-    return (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()
-
-
-# ---- statistics ----------------------------------------------------------------------------------
-
-
 def per_token(x: Tensor, lengths: list[int]) -> Tensor:
     """[A] numbers of responses as [N] of their tokens."""
     return x.repeat_interleave(torch.tensor(lengths))
-
-
-def per_response(x: Tensor, lengths: list[int]) -> Tensor:
-    """[A] means over the tokens of each response, of [N]."""
-    return torch.stack([part.mean() for part in x.split(lengths)])
-
-
-def moments(name: str, x: Tensor) -> dict[str, Tensor]:
-    """Mean and standard deviation, divided by N, of numbers of tokens."""
-    return {f"{name}_mean": x.mean(), f"{name}_std": x.std(correction=0)}

@@ -4,7 +4,6 @@ No model: what it says is written down here. With the tiny tokenizer a token is 
 <|im_start|> (BOS) and <|im_end|> (EOS).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,6 +15,7 @@ from align.data.formats import FormatConfig
 from align.data.packing import Example
 from align.data.prompts import Prompt
 from align.data.sft_tasks import Task
+from align.errors import UserError
 from align.generation.rollout import Sample
 from align.judging import judge, self_judge
 from align.judging.judge import Choice, Judge, JudgeConfig, Judged
@@ -561,29 +561,42 @@ def odd_pairs() -> list[SampledPair]:
     return pairs
 
 
-def test_a_buffer_through_json_is_the_same_to_the_last_bit():
+def test_a_buffer_through_json_is_the_same_to_the_last_bit(tmp_path):
     buffer, later = (Buffer(-1.0, 5.0, 0.4) for _ in range(2))
     assert [buffer.offer(pair) for pair in odd_pairs()] == [True] * 4
     assert [pair.row for pair in buffer.take(1)] == [0]  # which goes on counting
-    record = json.loads(json.dumps(buffer.record()))
-    later.restore(record)
+    buffer.save(tmp_path, {})
+    later.load(tmp_path, {})
     assert contents(later) == contents(buffer)
     assert later.counts == {-1: 2, 0: 2, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
     assert [pair.row for pair in later.pairs] == [1, 2, 3]
 
 
-def test_a_buffer_goes_on_as_if_it_had_not_been_written():
+def test_a_buffer_goes_on_as_if_it_had_not_been_written(tmp_path):
     buffer, later = (Buffer(0.0, 5.0, 0.4) for _ in range(2))
     fives = [pair_of_samples(words("a"), words("b")) for _ in range(8)]
     accepted = [buffer.offer(pair) for pair in fives[:2]]
-    later.restore(json.loads(json.dumps(buffer.record())))
+    buffer.save(tmp_path, {})
+    later.load(tmp_path, {})
     assert [later.offer(pair) for pair in fives[2:]] == [buffer.offer(pair) for pair in fives[2:]]
     assert accepted == [True, True] and contents(later) == contents(buffer)
     # with n pairs the share of their class is (1 + n) / (6 + n): of 0.4 it is at n = 2.33
     assert len(later) == 3
 
 
-def test_an_empty_buffer_through_json():
+def test_an_empty_buffer_through_json(tmp_path):
     buffer, later = (Buffer(0.0, 5.0, 0.4) for _ in range(2))
-    later.restore(json.loads(json.dumps(buffer.record())))
+    buffer.save(tmp_path, {})
+    later.load(tmp_path, {})
     assert contents(later) == contents(buffer) == ({score: 1 for score in range(6)}, [])
+
+
+def test_a_buffer_of_another_run_is_refused(tmp_path):
+    buffer = Buffer(0.0, 5.0, 0.4)
+    with pytest.raises(UserError, match="is none of train_self_reward.py: give another --output"):
+        buffer.load(tmp_path, {})
+    flags = {"steps of an iteration": 10, "--rollout-ahead": 2}
+    buffer.save(tmp_path, flags)
+    buffer.load(tmp_path, flags)
+    with pytest.raises(UserError, match="--rollout-ahead: 3, in the run that is to be continued 2: its ref"):
+        buffer.load(tmp_path, {**flags, "--rollout-ahead": 3})

@@ -10,6 +10,7 @@ import torch
 
 from align.errors import UserError
 from align.losses import preference
+from align.losses.statistics import log_ratio_statistics, pair_statistics
 from tests.support.tensors import f64
 
 # Sequence log-probabilities
@@ -85,7 +86,7 @@ def kl(p: Decimal, not_p: Decimal, q: Decimal, not_q: Decimal) -> Decimal:
     return p * (p / q).ln() + not_p * (not_p / not_q).ln()
 
 
-def gap(c: Decimal, r: Decimal, u: Decimal, v: Decimal) -> Decimal:
+def h(c: Decimal, r: Decimal, u: Decimal, v: Decimal) -> Decimal:
     """h of the module's docstring, with the four probabilities in one fraction."""
     return (c.exp() * v.exp() / (u.exp() * r.exp())).ln()
 
@@ -94,7 +95,7 @@ def smoothed_dpo(
     c: Decimal, r: Decimal, u: Decimal, v: Decimal, b: Decimal, e: Decimal, sign: int
 ) -> Decimal:
     """-(1 - e) log s(b h) - sign e log s(-b h)."""
-    x = b * gap(c, r, u, v)
+    x = b * h(c, r, u, v)
     return -(1 - e) * s(x).ln() - sign * e * s(-x).ln()
 
 
@@ -109,28 +110,24 @@ ORACLES = {
     "robust": lambda c, r, u, v, b, label_smoothing: (
         smoothed_dpo(c, r, u, v, b, label_smoothing, -1) / (1 - 2 * label_smoothing)
     ),
-    "ipo": lambda c, r, u, v, b: (gap(c, r, u, v) - 1 / b / 2) ** 2,
-    "hinge": lambda c, r, u, v, b: max(Decimal(0), 1 - b * gap(c, r, u, v)),
-    "scale": lambda c, r, u, v, b, reward_gap: abs(reward_gap) * -s(b * gap(c, r, u, v)).ln(),
-    "rpo_bwd_kl": lambda c, r, u, v, b, reward_gap: kl(
-        *bernoulli(reward_gap), *bernoulli(b * gap(c, r, u, v))
-    ),
-    "rpo_fwd_kl": lambda c, r, u, v, b, reward_gap: kl(
-        *bernoulli(b * gap(c, r, u, v)), *bernoulli(reward_gap)
-    ),
-    "rpo_sq": lambda c, r, u, v, b, reward_gap: (b * gap(c, r, u, v) - reward_gap) ** 2,
+    "ipo": lambda c, r, u, v, b: (h(c, r, u, v) - 1 / b / 2) ** 2,
+    "hinge": lambda c, r, u, v, b: max(Decimal(0), 1 - b * h(c, r, u, v)),
+    "scale": lambda c, r, u, v, b, gap: abs(gap) * -s(b * h(c, r, u, v)).ln(),
+    "rpo_bwd_kl": lambda c, r, u, v, b, gap: kl(*bernoulli(gap), *bernoulli(b * h(c, r, u, v))),
+    "rpo_fwd_kl": lambda c, r, u, v, b, gap: kl(*bernoulli(b * h(c, r, u, v)), *bernoulli(gap)),
+    "rpo_sq": lambda c, r, u, v, b, gap: (b * h(c, r, u, v) - gap) ** 2,
     "kto_pair": lambda c, r, u, v, b, kl_chosen, kl_rejected: (
         (1 - s(b * (ratio(c, u) - kl_rejected)) + 1 - s(b * (kl_chosen - ratio(r, v)))) / 2
     ),
     "simpo": lambda c, r, u, v, b, simpo_gamma: -s(b * c - b * r - simpo_gamma).ln(),
     "orpo": lambda c, r, u, v, b: -b * s(((c.exp() / (1 - c.exp())) / (r.exp() / (1 - r.exp()))).ln()).ln(),
     "dpop": lambda c, r, u, v, b, dpop_lambda: (
-        -s(b * (gap(c, r, u, v) - dpop_lambda * max(Decimal(0), ratio(u, c)))).ln()
+        -s(b * (h(c, r, u, v) - dpop_lambda * max(Decimal(0), ratio(u, c)))).ln()
     ),
     "apo_zero": lambda c, r, u, v, b: 1 - s(b * ratio(c, u)) + s(b * ratio(r, v)),
     "sppo_hard": lambda c, r, u, v, b: (ratio(c, u) - 1 / b / 2) ** 2 + (ratio(r, v) + 1 / b / 2) ** 2,
     "exo_pair": lambda c, r, u, v, b, label_smoothing: kl(
-        *bernoulli(b * gap(c, r, u, v)), 1 - label_smoothing, label_smoothing
+        *bernoulli(b * h(c, r, u, v)), 1 - label_smoothing, label_smoothing
     ),
     "nca_pair": lambda c, r, u, v, b: (
         -s(b * ratio(c, u)).ln() - (s(-b * ratio(c, u)).ln() + s(-b * ratio(r, v)).ln()) / 2
@@ -173,7 +170,7 @@ def extreme_pairs(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 def own_parameters(name: str, pairs: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """Arguments of a loss besides the log-probabilities and beta."""
     if name in REWARD_AWARE:
-        return {"reward_gap": torch.linspace(-3.0, 4.0, pairs, dtype=torch.float64).to(dtype)}
+        return {"gap": torch.linspace(-3.0, 4.0, pairs, dtype=torch.float64).to(dtype)}
     if name == "kto_pair":
         return {"kl_chosen": torch.tensor(2.5, dtype=dtype), "kl_rejected": torch.tensor(0.75, dtype=dtype)}
     return {}
@@ -252,7 +249,7 @@ def test_golden_vectors():
     four = [
         torch.tensor(x, dtype=torch.float64) for x in ([-3.0, -6.0], [-4.0, -5.0], [-4.0, -7.0], [-3.0, -7.0])
     ]
-    own = {"reward_gap": torch.tensor([3.0, 2.0], dtype=torch.float64)}
+    own = {"gap": torch.tensor([3.0, 2.0], dtype=torch.float64)}
     golden = {
         "dpo": 0.6712678,
         "ipo": 22.5,
@@ -389,18 +386,18 @@ def test_swapping_the_responses():
 
 
 def test_swapping_the_responses_and_their_rewards_changes_nothing():
-    four, reward_gap = random_pairs(), own_parameters("scale", 12)["reward_gap"]
+    four, gap = random_pairs(), own_parameters("scale", 12)["gap"]
     for name in ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
         loss = getattr(preference, name)
-        torch.testing.assert_close(loss(*swapped(four), 0.3, -reward_gap), loss(*four, 0.3, reward_gap))
-    assert torch.equal(preference.scale(*four, 0.3, -reward_gap), preference.scale(*four, 0.3, reward_gap))
+        torch.testing.assert_close(loss(*swapped(four), 0.3, -gap), loss(*four, 0.3, gap))
+    assert torch.equal(preference.scale(*four, 0.3, -gap), preference.scale(*four, 0.3, gap))
 
 
 def test_rpo_is_zero_where_the_policy_has_the_gap_of_the_rewards():
     four = random_pairs()
-    reward_gap = 0.3 * ((four[0] - four[2]) - (four[1] - four[3]))
+    gap = 0.3 * ((four[0] - four[2]) - (four[1] - four[3]))
     for name in ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
-        value = getattr(preference, name)(*four, 0.3, reward_gap)
+        value = getattr(preference, name)(*four, 0.3, gap)
         torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-15, rtol=0)
 
 
@@ -581,7 +578,7 @@ def test_preference_loss_equals_trl(name, version, rtol, tenth, half):
 
 def test_pair_statistics_by_hand():
     """Rewards (2, 1), (0, 0), (-1, 3): one right, one tie, which is a mistake, one wrong."""
-    statistics = preference.pair_statistics(f64(2, 0, -1), f64(1, 0, 3))
+    statistics = pair_statistics(f64(2, 0, -1), f64(1, 0, 3))
     assert {name: value.item() for name, value in statistics.items()} == {
         "acc": 1.0,
         "rewards_chosen_mean": 1.0,
@@ -594,9 +591,7 @@ def test_pair_statistics_by_hand():
 
 def test_log_ratio_statistics_by_hand():
     """Log-ratios 2 and -1 of chosen, 1 and 3 of rejected answers, beta 0.5."""
-    statistics = preference.log_ratio_statistics(
-        f64(-8, -6), f64(-4, -2), f64(-10, -5), f64(-5, -5), beta=0.5
-    )
+    statistics = log_ratio_statistics(f64(-8, -6), f64(-4, -2), f64(-10, -5), f64(-5, -5), beta=0.5)
     assert statistics["acc"].item() == 1.0
     assert statistics["rewards_chosen_mean"].item() == 0.5
     assert statistics["rewards_rejected_mean"].item() == 2.0
@@ -606,5 +601,5 @@ def test_log_ratio_statistics_by_hand():
 
 
 def test_statistics_of_no_pairs_are_zero():
-    statistics = preference.log_ratio_statistics(*[f64()] * 4, beta=0.1)
+    statistics = log_ratio_statistics(*[f64()] * 4, beta=0.1)
     assert all(value.item() == 0.0 for value in statistics.values())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from align.losses import rl
+from align.losses.statistics import explained_variance
 from tests.support.seeded_bugs import assert_fails_with
 from tests.support.tensors import f64
 
@@ -491,20 +492,20 @@ def test_value_clip_counts_no_rounding_errors():
 def test_explained_variance_by_hand():
     """R = 0, 2, 4 has variance 8/3. V = 0, 2, 1: R - V = 0, 0, 3 has variance (1 + 1 + 4) / 3."""
     returns = f64(0.0, 2.0, 4.0)
-    close(rl.explained_variance(f64(0.0, 2.0, 1.0), returns), 1 - 2 / (8 / 3))
-    assert rl.explained_variance(returns, returns) == 1.0
-    assert rl.explained_variance(returns + 5.0, returns) == 1.0  # a constant error explains all of it
-    close(rl.explained_variance(f64(2.0, 2.0, 2.0), returns), 0.0)
-    close(rl.explained_variance(-returns, returns), -3.0)  # R - V = 2 R: 1 - 4
-    assert isinstance(rl.explained_variance(returns, returns), float)
+    close(explained_variance(f64(0.0, 2.0, 1.0), returns), 1 - 2 / (8 / 3))
+    assert explained_variance(returns, returns) == 1.0
+    assert explained_variance(returns + 5.0, returns) == 1.0  # a constant error explains all of it
+    close(explained_variance(f64(2.0, 2.0, 2.0), returns), 0.0)
+    close(explained_variance(-returns, returns), -3.0)  # R - V = 2 R: 1 - 4
+    assert isinstance(explained_variance(returns, returns), float)
 
 
 def test_explained_variance_of_equal_returns_is_zero():
     """The computed variance of 1000 times 0.1 is not 0, which would give a number like 1e30."""
     _, (values,) = ragged(10, "token")
-    assert rl.explained_variance(values, torch.full_like(values, 0.1)) == 0.0
-    assert rl.explained_variance(torch.randn(1000).double(), torch.full((1000,), 0.1).double()) == 0.0
-    assert rl.explained_variance(f64(2.0), f64(3.0)) == 0.0
+    assert explained_variance(values, torch.full_like(values, 0.1)) == 0.0
+    assert explained_variance(torch.randn(1000).double(), torch.full((1000,), 0.1).double()) == 0.0
+    assert explained_variance(f64(2.0), f64(3.0)) == 0.0
 
 
 def test_explained_variance_against_a_loop():
@@ -516,7 +517,7 @@ def test_explained_variance_against_a_loop():
         return sum((x - mean) ** 2 for x in numbers) / len(numbers)
 
     expected = 1 - variance((returns - values).tolist()) / variance(returns.tolist())
-    close(rl.explained_variance(values, returns), expected)
+    close(explained_variance(values, returns), expected)
 
 
 # ---- seeded bugs ---------------------------------------------------------------------------------

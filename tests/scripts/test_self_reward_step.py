@@ -110,7 +110,7 @@ def pairs_of(batch: Batch, policy: torch.Tensor) -> list[dict]:
             }
         )
         first = here.stop
-    gaps = batch.extra["reward_gap"].tolist()
+    gaps = batch.extra["gap"].tolist()
     assert first == len(policy) == len(batch.extra["ref"]) and len(sides) == 2 * len(gaps)
     return [{"sides": sides[2 * i : 2 * i + 2], "gap": gap} for i, gap in enumerate(gaps)]
 

@@ -18,6 +18,7 @@ from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
 from align.generation.sampling import SamplingConfig
 from align.losses import rl
+from align.losses.statistics import moments, per_response
 from align.rewards.sources import RewardConfig
 from align.training import checkpoint
 from align.training.minibatches import Minibatches, draw
@@ -150,8 +151,8 @@ def test_advantages_by_hand(flags, counted, advantages):
 
 def test_numbers_of_answers_and_tokens():
     torch.testing.assert_close(rl.per_token(f64(5, 6, 7, 8), LENGTHS), f64(5, 5, 6, 7, 7, 8))
-    torch.testing.assert_close(rl.per_response(REWARDS, LENGTHS), f64(0.5, 3, 1, 0))
-    statistics = rl.moments("x", f64(1, 5))  # the deviation of all there is, not of a sample
+    torch.testing.assert_close(per_response(REWARDS, LENGTHS), f64(0.5, 3, 1, 0))
+    statistics = moments("x", f64(1, 5))  # the deviation of all there is, not of a sample
     assert {name: float(value) for name, value in statistics.items()} == {"x_mean": 3.0, "x_std": 2.0}
 
 

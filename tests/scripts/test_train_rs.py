@@ -82,10 +82,10 @@ def test_select(samples, values, keep_top, truncated, duplicates, expected):
     ("flags", "message"),
     [
         ({"keep_top": 9}, "--keep-top 9 of --samples-per-prompt 8: raise that"),
-        (DATA, "what is a good answer? Give --reward-model DIR or --reward-fn module:function"),
+        (DATA, "no reward: give --reward-model DIR or --reward-fn module:function"),
         (
             {"sampling": SamplingConfig(greedy=True)},
-            "--greedy gives the same answer every time: leave it out",
+            "--greedy gives the same response every time: leave it out",
         ),
         (
             {"val_data": (Path("rows.jsonl"),)},

@@ -3,12 +3,14 @@
 More whole runs: tests/scripts/test_self_reward_step.py, test_self_reward_invariance.py and test_resume.py.
 """
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+import train_self_reward
 from align.data import toy
 from align.data.formats import FormatConfig
 from align.data.packing import BatchConfig
@@ -18,7 +20,7 @@ from align.judging.judge import JudgeConfig
 from align.judging.meta_judge import MetaJudgeConfig
 from align.training.config import LoopConfig
 from tests.support.launch import fork_ranks
-from train_self_reward import Config, check_same, of_iteration, state_of
+from train_self_reward import Config, of_iteration
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -57,11 +59,11 @@ from train_self_reward import Config, check_same, of_iteration, state_of
         ),
         (
             {"meta": MetaJudgeConfig(True), "judge": JudgeConfig(judgements=1)},
-            "--meta-judge compares judgements of one answer: give --judgements 2 or more",
+            "--meta-judge compares judgements of one response: give --judgements 2 or more",
         ),
         (
             {"sampling": SamplingConfig(greedy=True)},
-            "--greedy gives the same answer every time: leave it out",
+            "--greedy gives the same response every time: leave it out",
         ),
         (
             {"val_data": (Path("rows.jsonl"),)},
@@ -87,11 +89,9 @@ def test_flags_that_go_together():
     assert Config(format=FormatConfig(loss_on="all"), first_iteration_sft=True).first_iteration_sft
 
 
-def test_what_a_loss_takes_beside_log_probs():
-    names = {"chosen", "rejected", "ref_chosen", "ref_rejected", "beta"}
-    assert Config().loss_inputs == Config(loss="ipo").loss_inputs == names
-    for loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
-        assert Config(loss=loss).loss_inputs == names | {"reward_gap"}
+def test_losses_that_take_the_gap_of_the_scores():
+    for name, loss in train_self_reward.LOSSES.items():
+        assert ("gap" in inspect.signature(loss).parameters) == (name in train_self_reward.WITH_GAP)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -198,20 +198,6 @@ def test_lengths_that_are_refused(config, message):
     with pytest.raises(UserError) as error:
         config.check_lengths(4096 if config.format.max_seq_len == 4096 else 100)
     assert str(error.value) == message
-
-
-def test_a_checkpoint_of_another_script_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is none of train_self_reward.py: give another --output"):
-        state_of(tmp_path)
-    (tmp_path / "judgements.json").write_text('{"waiting": []}')
-    assert state_of(tmp_path) == {"waiting": []}
-
-
-def test_another_layout_of_steps_is_refused():
-    before = {"steps of an iteration": 10, "--rollout-ahead": 2}
-    check_same(before, dict(before))
-    with pytest.raises(UserError, match="--rollout-ahead: 3, in the run that is to be continued 2: its ref"):
-        check_same(before, {**before, "--rollout-ahead": 3})
 
 
 # ---- whole runs ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor
 from align.data.packing import Batch, Example, num_trained
 from align.data.preferences import Pair, as_scored
 from align.losses import preference, supervised
+from align.losses.statistics import log_ratio_statistics, pair_statistics
 
 STEPS, ROWS, VOCAB, BETA = 3, 6, 131, 0.1
 SEED = 5  # of a reward model's head
@@ -111,14 +112,14 @@ def dpo_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     """Direct preference optimization; the reference's log-probs are in batch.extra["ref"]."""
     both, reference = sequence_logprobs(batch, logprobs).view(-1, 2), batch.extra["ref"].view(-1, 2)
     four = (*both.unbind(1), *reference.unbind(1))
-    return preference.dpo(*four, BETA).sum(), preference.log_ratio_statistics(*four, BETA)
+    return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
 
 
 def ranking_loss(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Reward model on pairs with margins."""
     chosen, rejected = values[batch.mask.bool()].double().view(-1, 2).unbind(1)
     loss = supervised.ranking(chosen, rejected, batch.extra["target"]).sum()
-    return loss, preference.pair_statistics(chosen, rejected)
+    return loss, pair_statistics(chosen, rejected)
 
 
 def regression_loss(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

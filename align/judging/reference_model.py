@@ -1,0 +1,76 @@
+"""The reference model of self-rewarding: the policy at the beginning of an iteration."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from megatron.core.distributed import DistributedDataParallel
+
+from align.data.packing import BatchConfig
+from align.distributed import parallel
+from align.generation import rollout_cache
+from align.generation.generator import Generator
+from align.generation.rollout import Sample
+from align.judging.pairs import SampledPair
+from align.judging.self_judge import Ids, Streams
+from align.training import batching, checkpoint
+from align.training.offload import Weights
+from align.training.phases import Phases
+
+
+class ReferenceModel:
+    """Sampling and log-probs with the reference weights, which are swapped into the policy.
+
+    Samples are kept in files. Every method is collective.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        policy: DistributedDataParallel,
+        generator: Generator,
+        phase: Phases,
+        directory: Path,
+        settings: tuple,
+    ):
+        """
+        Args:
+            directory: of the samples, which outlive a crash.
+            settings: what samples depend on beside weights, prompts, streams and their number.
+        """
+        self.weights, self.policy, self.generator, self.phase = weights, policy, generator, phase
+        self.directory, self.settings = directory, settings
+        self.digest = rollout_cache.weights_digest(weights)
+
+    def follow_policy(self) -> None:
+        """Take the policy's weights: the next iteration begins."""
+        self.weights.follow(self.policy.module)
+        self.digest = rollout_cache.weights_digest(self.weights)
+
+    def sample(self, first: int, kind: str, ids: Ids, streams: Streams, number: int) -> list[list[Sample]]:
+        """Samples for the steps from `first` on, read from a file if there is one."""
+
+        def generate() -> list[list[Sample]]:
+            with self.phase(kind), self.weights.swapped_into(self.policy.module):
+                return self.generator.generate(ids, streams, number)
+
+        settings = (*self.settings, number)
+        fingerprint = rollout_cache.fingerprint(self.digest, settings, ids, streams)
+        return rollout_cache.cached(
+            self.directory / f"step_{first:08d}_{kind}.safetensors", fingerprint, generate
+        )
+
+    def logprobs(self, pairs: Sequence[SampledPair], config: BatchConfig) -> list[np.ndarray]:
+        """Log-probs of each sample's tokens, by training's forward pass: chosen, rejected, chosen, ..."""
+        with self.phase("reference"), self.weights.swapped_into(self.policy.module):
+            return batching.per_example_outputs(self.policy, [pair.examples for pair in pairs], config)
+
+    def save(self, path: Path) -> None:
+        """Write the weights into a directory of a checkpoint."""
+        with self.phase("save"), self.weights.swapped_into(self.policy.module):
+            checkpoint.write_weights(path, self.policy.module)
+
+    def discard_samples(self, before: int) -> None:
+        """Delete the samples of rollouts whose first step is below `before`."""
+        if parallel.is_main():
+            rollout_cache.discard(self.directory, before)

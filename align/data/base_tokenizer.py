@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from align.files import read_object
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers fills one from the others
 
 
-class BaseTokenizer:
-    """Common part of the two tokenizers.
+class BaseTokenizer(ABC):
+    """Common part of the two tokenizers."""
 
-    A subclass has eos_id, bos_id, pad_id, adds_bos, vocab_size, stop_ids, special_tokens, no_template (the
-    message without a chat template), ids_by_token, encode, encode_plain, decode, is_control and save.
-    """
-
+    eos_id: int
+    bos_id: int | None
+    pad_id: int | None
+    adds_bos: bool
+    vocab_size: int
+    stop_ids: set[int]
+    special_tokens: dict[str, str]
+    no_template: str  # message without a chat template
+    plain: list  # tokenizers without special tokens; filled by `encode_plain`
     say: Callable[[str], None] | None = None
     unchecked = 0  # texts whose round trip is still to be checked
     special_tokens_in_text = "split"  # or "refuse", "allow": see TextConfig
@@ -38,6 +44,27 @@ class BaseTokenizer:
     day = datetime.date.today()  # the chat template's date
     stop_strings: tuple[str, ...] = ()
     is_continued = False  # text after a special token is encoded as inside a text, without a first space
+
+    @property
+    @abstractmethod
+    def ids_by_token(self) -> dict[str, int]: ...
+
+    @abstractmethod
+    def encode(self, text: str, continued: bool = False) -> list[int]: ...
+
+    @abstractmethod
+    def encode_plain(self, text: str, is_first: bool, continued: bool) -> list[int]:
+        """Encode a text in which nothing is a special token."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def is_control(self, marker: str) -> bool:
+        """True if `encode` finds a token of this name in a text."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None: ...
 
     def check_variables(self, path: Path, template_date: str) -> None:
         """Raise UserError for a variable or a date that no chat template reads; `path`: of the model."""
@@ -61,6 +88,7 @@ class BaseTokenizer:
             equal = len(os.path.commonprefix([decoded, text]))
             part = slice(max(0, equal - 20), equal + 40)
             self.unchecked = 0
+            assert self.say is not None
             self.say(f"decoding does not give the text back: {text[part]!r} becomes {decoded[part]!r}")
 
     def hide(self, text: str) -> str:
@@ -73,7 +101,9 @@ class BaseTokenizer:
             raise UserError(
                 "a text has characters of Unicode's private plane 16, which are used to mark tokens"
             )
-        match = self.special and self.special_tokens_in_text != "allow" and self.special.search(text)
+        if self.special is None or self.special_tokens_in_text == "allow":
+            return text
+        match = self.special.search(text)
         if not match:
             return text
         if self.special_tokens_in_text == "refuse":
@@ -103,8 +133,10 @@ class BaseTokenizer:
 
         The text is cut at the special tokens that are not hidden, as by the tokenizer itself.
         """
+        assert self.special is not None
         parts = re.split(f"({self.special.pattern})", text)
-        ids, before = [], ""
+        ids: list[int] = []
+        before = ""
         for i, part in enumerate(parts):
             if i % 2 or not plain_text.HIDDEN.search(part):
                 before += part
@@ -212,6 +244,7 @@ class BaseTokenizer:
         string.
         """
         if self.chat_template and (self.chat or self.variables):
+            assert isinstance(self.chat_template, str)  # several take no variables: load_tokenizer
             template = chat_template.with_defaults(self.chat_template, self.variables)
             (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         if not self.chat:

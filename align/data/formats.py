@@ -136,9 +136,11 @@ def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
 
 def bos_prefix(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
     """[BOS] with `add_bos`, else []. Raises UserError if the tokenizer has no BOS."""
-    if add_bos and tokenizer.bos_id is None:
+    if not add_bos:
+        return []
+    if tokenizer.bos_id is None:
         raise UserError("--add-bos True: this tokenizer has no BOS token")
-    return [tokenizer.bos_id] if add_bos else []
+    return [tokenizer.bos_id]
 
 
 def bos_before_chat(tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:

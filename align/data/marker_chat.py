@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from align.data.jsonl import text_field, turns_field
 from align.errors import UserError
@@ -25,7 +25,7 @@ SYSTEM_ROLE = "System"  # the name in the header
 class MarkerChat:
     """The chat format of a model that was trained on `conversations` rows."""
 
-    tokens: tuple[str, str, str, str, str]
+    tokens: tuple[str, ...]
     """SYS, TURN, LABEL, EOT, EON, without escapes"""
     user: str = "User"
     """`from` of the turns that are not trained"""
@@ -310,7 +310,7 @@ class RowFormats:
         ]
 
 
-def most_common(counter: Counter, default: str | None) -> str | None:
+def most_common(counter: Counter, default: Any) -> Any:
     """The most frequent value, or `default` of an empty counter."""
     return counter.most_common(1)[0][0] if counter else default
 

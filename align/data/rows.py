@@ -19,6 +19,7 @@ in strings, and the fields of --prompt-template. A row in one of them is not cha
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from align.data.jsonl import text_field, turns_field
 from align.errors import UserError
@@ -120,7 +121,7 @@ def one_or_more(row: dict, field: str) -> list[dict]:
 
 def is_response(turn: dict) -> bool:
     """True if a turn, of messages or of ShareGPT, is the assistant's."""
-    return SHAREGPT.get(turn.get("role", turn.get("from"))) == "assistant"
+    return SHAREGPT.get(turn.get("role", turn.get("from", ""))) == "assistant"
 
 
 def conversations_row(row: dict) -> tuple[dict, set[str]]:
@@ -148,7 +149,7 @@ def chat_row(row: dict, turns: Sequence[dict], used: set[str]) -> tuple[dict, se
 
 def template_variables(row: dict) -> dict:
     """The fields tools and chat_template_kwargs of a row, if not empty. Raises UserError."""
-    variables = {}
+    variables: dict[str, Any] = {}
     for name, kind in zip(VARIABLES, (list, dict), strict=True):
         value = row.get(name)
         if isinstance(value, str) and value.strip():
@@ -210,7 +211,7 @@ def tool_calls(message: dict) -> list[dict] | None:
     return [with_arguments(call) for call in calls]
 
 
-def with_arguments(call: object) -> object:
+def with_arguments(call: Any) -> Any:
     """Parse the arguments of a tool call, in OpenAI's form or without its "function"."""
     if not isinstance(call, dict):
         return call

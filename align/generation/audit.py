@@ -43,8 +43,12 @@ class AuditConfig:
 
     def bounds(self, dtype: torch.dtype) -> tuple[float, float, float]:
         """Bound on the mean, bound on the quantile, and the quantile, for weights of a precision."""
-        own = (self.audit_mean, self.audit_tail, self.audit_quantile)
-        return tuple(d if value is None else value for value, d in zip(own, BOUNDS[dtype], strict=True))
+        mean, tail, quantile = BOUNDS[dtype]
+        return (
+            mean if self.audit_mean is None else self.audit_mean,
+            tail if self.audit_tail is None else self.audit_tail,
+            quantile if self.audit_quantile is None else self.audit_quantile,
+        )
 
 
 def check_whole_distribution(sampling: SamplingConfig) -> None:

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from align.generation.slots import Drawn, Slots
 READ_AHEAD = 4  # while prompts are left, at least a quarter of the slots is prefilled at once
 PREFILL_TOKENS = 4096  # most prompt tokens of one prefill pass; a longer prompt has a pass of its own
 RUNNING, STOP, LENGTH = range(3)  # state of a sequence: decoding, ended by a stop token or string, truncated
-FINISH = {STOP: "stop", LENGTH: "length"}
+FINISH: dict[int, Literal["stop", "length"]] = {STOP: "stop", LENGTH: "length"}
 
 OnToken = Callable[[int, int, int], None]  # number of the prompt, number of the response to it, token
 
@@ -76,7 +77,7 @@ class ContinuousBatch:
 
         `take`: the numbers of up to so many more prompts, none when all are taken.
         """
-        samples = {}
+        samples: dict[tuple[int, int], Sample] = {}
         while True:
             watchdog.tick("generate")
             ended = self.ended()
@@ -166,7 +167,9 @@ class ContinuousBatch:
         stops = np.isin(self.ids[slots, self.count[slots] - 1], self.stop_ids)
         if self.sampling.stop:
             responses = [self.ids[slot, : self.count[slot]] for slot in slots]
-            stops |= np.array([says_stop(ids, self.tokenizer, self.sampling.stop) for ids in responses], bool)
+            stops |= np.array(
+                [says_stop(ids, self.tokenizer, self.sampling.stop) for ids in responses], np.bool_
+            )
         return np.where(stops, STOP, np.where(self.count[slots] == self.room[slots], LENGTH, RUNNING))
 
     def sample(self, slot: int) -> Sample:
@@ -184,7 +187,7 @@ class ContinuousBatch:
                 self.state.move(last, slot, self.length[last] + self.count[last] - 1)
                 for array in (self.prompt, self.number, self.length, self.room, self.count, self.finish):
                     array[slot] = array[last]
-                for array in (self.ids, self.logprobs, self.model_logprobs):
-                    array[slot] = array[last]
+                for rows in (self.ids, self.logprobs, self.model_logprobs):
+                    rows[slot] = rows[last]
         if ended:
             self.state.release(self.used)

@@ -98,7 +98,8 @@ class Generator:
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
         self.seed, self.fixed = parallel_config.seed, parallel_config.deterministic
         self.policy.known_ids = min(self.policy.arch.vocab_size, tokenizer.vocab_size)
-        self.copy = self.engine = None
+        self.copy: Policy | None = None
+        self.engine: trtllm.Engine | None = None
         tp = config.rollout_tp
         if config.generate_with == "trtllm" or config.reshards(parallel_config):
             groups = rollout_groups(tp)
@@ -184,9 +185,10 @@ class Generator:
         on_token: OnToken | None,
     ) -> dict[tuple[int, int], Sample]:
         """Sample with this rank's TensorRT-LLM engine, if the rank leads one. Collective."""
+        assert self.engine is not None
         parallel.free_memory()  # the engine's processes need the memory that torch caches
         self.engine.refresh(self.policy)
-        samples = {}
+        samples: dict[tuple[int, int], Sample] = {}
         if self.leads:
             numbers = range(self.replica, len(prompts), self.replicas)
             places = [(i, number) for i in numbers for number in range(samples_per_prompt)]
@@ -195,9 +197,10 @@ class Generator:
             responses = self.engine.sample([prompts[i] for i, _ in places], seeds, self.ends)
             samples = {place: Sample(*fields) for place, fields in zip(places, responses, strict=True)}
         self.engine.rest()
-        for (i, number), sample in samples.items() if on_token else ():
-            for token in sample.ids.tolist():
-                on_token(i, number, token)
+        if on_token:
+            for (i, number), sample in samples.items():
+                for token in sample.ids.tolist():
+                    on_token(i, number, token)
         return samples
 
     def ends(self, ids: list[int]) -> bool:

@@ -10,8 +10,9 @@ align/kernels/decode_attention.py, and nothing synchronises with the device: ali
 captures a step as a CUDA graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,15 +79,16 @@ class InferenceModel:
         self.groups = max(arch.kv_heads // self.tp.size(), 1)
         self.queries = arch.heads // arch.kv_heads // self.sharing  # of each group, on this rank
         self.scale = arch.head_dim**-0.5
-        self.norm = rms_norm if arch.norm == "rms" else layer_norm
+        self.norm: Callable[..., Tensor] = rms_norm if arch.norm == "rms" else layer_norm
         self.activation = {"swiglu": swiglu, "relu2": squared_relu}[arch.activation]
         weights = {name: parameter for _, parameter, name in named_parameters(policy)}
         numbers = sorted(layer.layer_number - 1 for layer in policy.decoder.layers)
         self.layers = [self.layer(weights, f"model.layers.{number}.") for number in numbers]
-        self.embedding = weights.get("model.embed_tokens.weight")  # on the first stage, if tied on the last
+        # Tensors of the stages that have them: the first, with tied embeddings also the last; the last.
+        self.embedding: Any = weights.get("model.embed_tokens.weight")
         head = weights.get("lm_head.weight", self.embedding)
-        self.head = None if self.stages.after else pack(head)
-        self.final_norm = None if self.stages.after else self.norm_weights(weights, "model.norm")
+        self.head: Any = None if self.stages.after else pack(head)
+        self.final_norm: Any = None if self.stages.after else self.norm_weights(weights, "model.norm")
         # keys and values of each layer, [2, slots, groups, capacity, d]
         empty = (2, slots, self.groups, 0, arch.head_dim)
         self.cache = [torch.zeros(empty, dtype=self.dtype, device=self.device) for _ in self.layers]
@@ -103,7 +105,8 @@ class InferenceModel:
         qk_norm = None
         if self.arch.qk_norm:
             q, k = weights[f"{attention}q_norm.weight"], weights[f"{attention}k_norm.weight"]
-            qk_norm = torch.stack([q] * self.queries + [k])
+            heads: list[Tensor] = [q] * self.queries + [k]
+            qk_norm = torch.stack(heads)
         return Layer(
             input_norm=self.norm_weights(weights, f"{prefix}input_layernorm"),
             qkv=pack(weights[f"{attention}*_proj.weight"]),
@@ -147,7 +150,7 @@ class InferenceModel:
 
         hidden = self.stages.receive(len(tokens), self) if self.stages.before else self.embed(tokens)
         hidden = self.run_layers(hidden, positions, attention)
-        logits = [None] * len(prompts)
+        logits: Sequence[Tensor | None] = [None] * len(prompts)
         if self.stages.after:
             self.stages.send(hidden)
         else:
@@ -187,12 +190,14 @@ class InferenceModel:
             keys, values = cache
             keys[self.rows[:count], :, positions] = qk[:, :, -1]
             values[self.rows[:count], :, positions] = v
+            assert mask is not None
             return attend_to_cache(qk[:, :, :-1], keys, values, mask, self.scale).flatten(1)
 
         hidden = self.stages.receive(count, self) if self.stages.before else self.embed(tokens)
         hidden = self.run_layers(hidden, positions, attention)
         if self.stages.after:
-            return self.stages.send(hidden)
+            self.stages.send(hidden)
+            return None
         return self.logits(hidden)
 
     def place(self, prefilled: PrefilledPrompt, slot: int) -> None:

@@ -31,7 +31,7 @@ class Sample:
         return text
 
 
-def says_stop(ids: Sequence[int], tokenizer: Tokenizer, stop: tuple[str, ...]) -> bool:
+def says_stop(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, stop: tuple[str, ...]) -> bool:
     """True if a stop string is complete within the last few tokens."""
     # a character has at most 4 tokens, those of its bytes
     tail = 4 * max(map(len, stop), default=0) + 4

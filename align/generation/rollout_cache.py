@@ -51,7 +51,7 @@ def read(path: Path, fingerprint: str) -> list[list[Sample]] | None:
 def write(path: Path, fingerprint: str, samples: Sequence[Sequence[Sample]]) -> None:
     """Write samples by prompt."""
     flat = [sample for responses in samples for sample in responses]
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "answers": np.array([len(responses) for responses in samples], np.int64),  # [prompts]
         "lengths": np.array([len(sample.ids) for sample in flat], np.int64),  # [samples]
         "ended": np.array([sample.finish == "stop" for sample in flat], np.uint8),  # [samples]

@@ -59,7 +59,7 @@ class Slots:
         )
         # One for each token, and one more, since the host may read a response's end one step late.
         self.uniforms = torch.zeros(slots, most + 1, dtype=torch.float64, device=device)
-        self.seen = None  # [slots, V], for the repetition penalty
+        self.seen: Tensor | None = None  # [slots, V], for the repetition penalty
         if config.repetition_penalty != 1.0:
             self.seen = torch.zeros(slots, engine.known_ids, dtype=torch.bool, device=device)
         self.graphs = Graphs() if engine.graphed else None
@@ -92,8 +92,8 @@ class Slots:
                 self.seen[slot] = False
                 self.seen[slot, torch.from_numpy(prompt.astype(np.int64)).to(device)] = True
         is_last_stage = not self.engine.stages.after
-        logits = torch.stack([prompt.logits for prompt in prefilled]) if is_last_stage else None
-        return send(self.draw(logits, chosen))
+        logits = [prompt.logits for prompt in prefilled if prompt.logits is not None]
+        return send(self.draw(torch.stack(logits) if is_last_stage else None, chosen))
 
     def step(self, count: int, longest: int) -> Drawn:
         """Decode a token of the first `count` slots, of `longest` tokens at most: [3, count or more]."""

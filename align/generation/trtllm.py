@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from align.distributed.parallel import ParallelConfig
@@ -38,6 +38,7 @@ from align.generation.sampling import SamplingConfig
 from align.model import huggingface
 from align.model.architecture import read_config
 from align.model.config import ModelConfig
+from align.model.gpt import Policy
 
 BUCKET_BYTES = 1024**3  # of weights copied on a GPU while the engine loads them
 UNKNOWN_FAMILIES = ("stablelm",)  # implemented here and not in the engine
@@ -123,7 +124,7 @@ class Engine:
         self.context = 0
 
     @torch.no_grad()
-    def refresh(self, policy: nn.Module) -> None:
+    def refresh(self, policy: Policy) -> None:
         """Load the policy's present weights. Collective over the group and the policy's ranks."""
         if not self.started:
             self.start(policy)
@@ -143,9 +144,9 @@ class Engine:
             dist.barrier(group=self.group)  # before any rank uses that memory
             self.resting = True
 
-    def start(self, policy: nn.Module) -> None:
+    def start(self, policy: Policy) -> None:
         """Start the engine with dummy weights. Collective over the group."""
-        places: list[tuple[str, str] | None] = [None] * self.group.size()
+        places: list[Any] = [None] * self.group.size()
         dist.all_gather_object(places, (socket.gethostname(), gpu()), group=self.group)
         if len({host for host, _ in places}) > 1:
             raise UserError(
@@ -188,7 +189,7 @@ class Engine:
     def send(self, bucket: list[tuple[str, Tensor]]) -> None:
         """Pass tensors that all ranks of the group have on their GPUs to the workers. Collective."""
         handles = {device_key(): [(name, reduce_tensor(tensor)) for name, tensor in bucket]}
-        by_rank: list[dict | None] = [None] * self.group.size()
+        by_rank: list[Any] = [None] * self.group.size()
         dist.all_gather_object(by_rank, handles, group=self.group)
         self.call("update_weights", {key: value for of_rank in by_rank for key, value in of_rank.items()})
         dist.barrier(group=self.group)  # the tensors must exist until here
@@ -255,7 +256,8 @@ def buckets(tensors: Iterator[tuple[str, Tensor]], most: int) -> Iterator[list[t
 
     Copies, since a parameter's memory could not be freed while a worker has it open.
     """
-    bucket, size = [], 0
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
     for name, tensor in tensors:
         if bucket and size + tensor.nbytes > most:
             yield bucket

@@ -230,7 +230,7 @@ def statistics(judged: Iterable[Judged]) -> dict[str, float]:
     judge_unparsed: share of judgements without a readable score.
     """
     responses = list(judged)
-    values = {
+    values: dict[str, list] = {
         "judge_mean": [response.mean for response in responses if response.valid],
         "judge_variance": [response.variance for response in responses if response.valid],
         "judge_agreement": [r.agreement for r in responses if r.agreement is not None],
@@ -264,7 +264,11 @@ def choose(samples: Sequence[Sample], judged: Sequence[Judged], length_control: 
     ("overlap"). The same response on both sides, or the lower mean chosen, is possible for rho >= 0.5 only.
     """
     responses = enumerate(zip(samples, judged, strict=True))
-    means = {k: scores.mean for k, (sample, scores) in responses if sample.finish == "stop" and scores.valid}
+    means = {
+        k: scores.mean
+        for k, (sample, scores) in responses
+        if sample.finish == "stop" and scores.mean is not None
+    }
     if len(means) < 2:
         return Choice(why="few")
     low, high = min(means.values()), max(means.values())

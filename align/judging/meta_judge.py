@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -139,8 +138,9 @@ class MetaJudge:
         question, _ = render.question(row, self.tokenizer, self.fmt)
         prompts = {}
         for i, j in comparisons(texts):
-            judgements = {"judgement_a": texts[i], "judgement_b": texts[j]}
-            text = self.template.fill(prompt=question, response=response, **judgements)
+            a, b = texts[i], texts[j]
+            assert a is not None and b is not None
+            text = self.template.fill(prompt=question, response=response, judgement_a=a, judgement_b=b)
             prompts[i, j] = render.one_turn(row, text, self.tokenizer, self.fmt)
         return {
             (i, j): ids for (i, j), ids in prompts.items() if max(len(ids), len(prompts[j, i])) <= self.room
@@ -150,8 +150,8 @@ class MetaJudge:
 # Verdicts
 
 
-def parse_winner(text: str) -> Literal["A", "B"] | None:
-    """Read the winner from the last statement such as "Winner: Judgement A"; None if unclear.
+def parse_winner(text: str) -> str | None:
+    """Read the winner, "A" or "B", from the last statement such as "Winner: Judgement A"; None if unclear.
 
     Bold, brackets, a full stop, either spelling and any case are accepted; a tie, both or another name are
     not, and no earlier statement counts in their place. Statements on the last one's line must agree with it,

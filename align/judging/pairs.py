@@ -74,8 +74,8 @@ def sample_record(sample: Sample) -> dict:
 
 def sample_of(record: Mapping) -> Sample:
     """The inverse of sample_record."""
-    logprobs = (np.array(record[name], np.float32) for name in ("logprobs", "model_logprobs"))
-    return Sample(np.array(record["ids"], np.int32), *logprobs, record["finish"])
+    logprobs, model_logprobs = (np.array(record[x], np.float32) for x in ("logprobs", "model_logprobs"))
+    return Sample(np.array(record["ids"], np.int32), logprobs, model_logprobs, record["finish"])
 
 
 class Buffer:

@@ -25,7 +25,8 @@ from align.judging.pairs import SampledPair
 
 RESPONSE, JUDGEMENT, META_JUDGEMENT = 0, 1, 2  # stream ids of random numbers
 
-Ids, Streams = list[np.ndarray], list[tuple[int, ...]]
+Ids = list[np.ndarray]
+Streams = list[tuple[int, ...]]
 Sampler = Callable[[str, Ids, Streams, int], list[list[Sample]]]
 
 
@@ -43,11 +44,19 @@ class JudgedResponses:
 
     def pair(self, choice: Choice) -> SampledPair | None:
         """The two responses of a choice, None without a pair."""
-        if choice.why:
+        if choice.chosen is None or choice.rejected is None:
             return None
-        samples = self.samples[choice.chosen], self.samples[choice.rejected]
-        means = self.judged[choice.chosen].mean, self.judged[choice.rejected].mean
-        return SampledPair(self.row, self.task.prompt.ids, *samples, *means, means[0] - means[1])
+        chosen, rejected = self.judged[choice.chosen].mean, self.judged[choice.rejected].mean
+        assert chosen is not None and rejected is not None
+        return SampledPair(
+            row=self.row,
+            ids=self.task.prompt.ids,
+            chosen=self.samples[choice.chosen],
+            rejected=self.samples[choice.rejected],
+            chosen_reward=chosen,
+            rejected_reward=rejected,
+            gap=chosen - rejected,
+        )
 
     @property
     def row(self) -> int:
@@ -94,7 +103,7 @@ class SelfJudge:
 
         `places`: the stream id of each task; its last number is the row.
         """
-        streams = [(*place, RESPONSE, 0) for place in places]
+        streams: Streams = [(*place, RESPONSE, 0) for place in places]
         samples = sample("generate", [task.prompt.ids for task in tasks], streams, number)
         judge_prompts = {
             (i, k): self.judge.prompt(tasks[i].prompt.row, self.text_of(response))
@@ -140,14 +149,17 @@ class SelfJudge:
 
     def compare(self, rollout: Sequence[JudgedResponses], sample: Sampler) -> list["ComparedJudgements"]:
         """Compare the judgements of one response to each prompt, if their scores differ."""
-        candidates, prompts = {}, {}  # response by prompt; ids by prompt and judgements shown as A and B
+        candidates: dict[int, int] = {}  # response by prompt
+        prompts: dict[tuple[int, int, int], np.ndarray] = {}  # ids by prompt and judgements shown as A and B
         for i, judged in enumerate(rollout):
             k = meta_judge.candidate(judged.judged, judged.ended)
             if k is None:
                 continue
             usable = meta_judge.usable(judged.judged[k].scores, judged.ended[k])
-            texts = [judge.without_scores(self.text_of(judgement)) for judgement in judged.judgements[k]]
-            texts = [text if j in usable else None for j, text in enumerate(texts)]
+            texts = [
+                judge.without_scores(self.text_of(judgement)) if j in usable else None
+                for j, judgement in enumerate(judged.judgements[k])
+            ]
             response = self.text_of(judged.samples[k])
             orders = self.meta_judge.prompts(judged.task.prompt.row, response, texts)
             candidates[i] = k
@@ -187,13 +199,15 @@ class ComparedJudgements:
         if picked is None:
             return None
         best, worst = picked
+        ids, chosen_score, rejected_score = self.responses.judge_prompts[k], scores[best], scores[worst]
+        assert ids is not None and chosen_score is not None and rejected_score is not None
         return SampledPair(
             row=self.responses.row,
-            ids=self.responses.judge_prompts[k],
+            ids=ids,
             chosen=judgements[best],
             rejected=judgements[worst],
-            chosen_reward=scores[best],
-            rejected_reward=scores[worst],
+            chosen_reward=chosen_score,
+            rejected_reward=rejected_score,
             gap=float(strengths[best] - strengths[worst]),
         )
 

@@ -191,20 +191,20 @@ def save(
         start_from: the directory of the model that training began with; its configuration is kept.
         companions: writers of other files of the model into its directory: tokenizer, template.
     """
-    model = unwrap_model(model)
+    decoder: Decoder = unwrap_model(model)
     directory = Path(directory)
     unfinished = directory.with_name(directory.name + ".tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    own = {}
+    own: dict[str, tuple[str, int]] = {}
     if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
-        own = write_files(full_tensors(model), unfinished, mpu.get_pipeline_model_parallel_rank())
+        own = write_files(full_tensors(decoder), unfinished, mpu.get_pipeline_model_parallel_rank())
     parts = parallel.gather(own)
     if dist.get_rank() == 0:
         write_index(unfinished, {name: size for part in parts for name, size in part.items()})
-        write_configs(start_from, unfinished, model)
+        write_configs(start_from, unfinished, decoder)
         for write in companions:
             write(unfinished)
         shutil.rmtree(directory, ignore_errors=True)
@@ -216,7 +216,9 @@ def write_files(
     tensors: Iterable[tuple[str, Tensor]], directory: Path, stage: int = 0
 ) -> dict[str, tuple[str, int]]:
     """Write a stage's named tensors, in files up to the limit. Returns {tensor: (file, bytes)}."""
-    written, buffered, buffered_bytes = {}, {}, 0
+    written: dict[str, tuple[str, int]] = {}
+    buffered: dict[str, Tensor] = {}
+    buffered_bytes = 0
 
     def flush() -> None:
         nonlocal buffered, buffered_bytes

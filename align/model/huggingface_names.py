@@ -60,7 +60,7 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model's safetensors files, in the order of writing."""
     hidden, head = arch.hidden_size, arch.head_dim
     in_norm = ("weight",) if arch.norm == "rms" else ("weight", "bias")
-    shapes = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
     for layer in range(arch.layers):
         heads = {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}
         shapes |= {

@@ -1,6 +1,7 @@
 """A model in Megatron's terms: transformer configuration, layers, rotary frequencies."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,7 @@ def rotary_frequencies(arch: Architecture) -> Tensor:
     return F.pad(frequencies, (0, (arch.head_dim - arch.rotary_dims) // 2))
 
 
-def scaled_frequencies(rope: dict[str, float | str], dims: int) -> Tensor:
+def scaled_frequencies(rope: dict[str, Any], dims: int) -> Tensor:
     """Angular frequencies of `dims` / 2 pairs: theta^(-2i/dims), scaled by the model's rope type.
 
     Linear scaling divides all by `factor`. llama3 (Llama 3.1) and yarn (https://arxiv.org/abs/2309.00071)
@@ -196,7 +197,7 @@ def scaled_frequencies(rope: dict[str, float | str], dims: int) -> Tensor:
     return (1 - keep) * frequencies / rope["factor"] + keep * frequencies
 
 
-def yarn_range(rope: dict[str, float | str], dims: int) -> tuple[float, float]:
+def yarn_range(rope: dict[str, Any], dims: int) -> tuple[float, float]:
     """Indices of the pairs between which yarn interpolates: beta_fast and beta_slow turns in the context."""
     context, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
     first, last = (

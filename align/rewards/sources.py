@@ -15,11 +15,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from align.data import hub
 from align.data.packing import BatchConfig
@@ -37,12 +38,12 @@ from align.model.gpt import Scorer
 from align.training import batching, offload
 from align.training.offload import HostStore
 
-T = TypeVar("T")
+T = TypeVar("T", np.ndarray, Tensor)
 # rewards [prompts, responses] of prompts and their responses
 RewardSource = Callable[[Sequence[Prompt], Sequence[Sequence[Sample]]], np.ndarray]
 Function = Callable[[str, str, dict], float]  # prompt, response, row of the data -> reward
 STATISTICS = "reward_statistics.json"  # in a reward model's directory, beside config.json
-Setting = tuple[Callable[[], object], Callable[[object], object]]  # functions that read it and restore it
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # functions that read it and restore it
 SETTINGS: tuple[Setting, ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -116,7 +117,7 @@ class RewardConfig:
 
     def describe(self) -> str:
         """The parts of a reward, for the log."""
-        score = self.reward_model and f"the score of {self.reward_model}"
+        score = f"the score of {self.reward_model}" if self.reward_model else None
         if (self.reward_mean, self.reward_std) != (0.0, 1.0):
             score = f"({score} - {self.reward_mean:g}) / {self.reward_std:g}"
         return f"reward: {' + '.join(filter(None, [score, self.reward_fn]))}"
@@ -224,6 +225,7 @@ class RewardModel:
             tokenizer: the policy's.
             store: destination of the offloaded weights.
         """
+        assert reward.reward_model is not None
         self.reward, self.batch = reward, batch
         if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
             raise UserError(f"--reward-model {reward.reward_model} is a language model: give a reward model")

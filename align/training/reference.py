@@ -64,12 +64,12 @@ class Precomputed:
             uses: by data set, the rows of each batch of the run.
             fingerprint: of all that the tables depend on; a file with another fingerprint is replaced.
         """
-        self.tables = parallel.on_main(lambda: tables.read(path, fingerprint))
-        if self.tables is not None:
+        stored = parallel.on_main(lambda: tables.read(path, fingerprint))
+        self.tables: dict[str, np.ndarray] = {} if stored is None else stored
+        if stored is not None:
             return
-        self.tables = {}
         for name, batches in uses.items():
-            by_row = {}
+            by_row: dict[int, list[float]] = {}
             for rows in without_repeats(batches):
                 local = micro_batches(name, rows)
                 outputs = engine.outputs(model, local, sequence_logprobs)
@@ -89,7 +89,8 @@ class Precomputed:
 
 def without_repeats(batches: Iterable[Sequence[int]]) -> list[list[int]]:
     """Batches of several epochs without the rows of earlier batches; the first epoch's do not change."""
-    seen, result = set(), []
+    seen: set[int] = set()
+    result = []
     for batch in batches:
         new = [row for row in batch if row not in seen]
         seen.update(new)

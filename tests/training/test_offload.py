@@ -44,7 +44,7 @@ def world():
 
 
 @pytest.fixture(params=["memory", "files"])
-def shelf(request, tmp_path) -> HostStore:
+def store(request, tmp_path) -> HostStore:
     return HostStore(tmp_path / "waits" if request.param == "files" else None)
 
 
@@ -171,7 +171,7 @@ WIDTH = 1600  # a matrix [WIDTH, WIDTH] of fp32 is 10.24 MB, two make 0.02 GB
 
 
 class Recorder(HostStore):
-    """A shelf that remembers how many bytes each new copy took."""
+    """A store that remembers how many bytes each new copy took."""
 
     def __init__(self, directory: Path):
         super().__init__(directory)

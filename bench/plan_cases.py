@@ -37,7 +37,7 @@ PARTS = {  # of a script without phases of its own: what belongs to which
     "score": ((sources.RewardModel, "__call__"),),
     "audit": ((batching, "per_example_outputs"),),
     "reference": ((engine, "outputs"),),
-    "save": ((checkpoint, "save"),),
+    "save": ((checkpoint, "write"),),
 }
 
 

@@ -152,9 +152,9 @@ def run(directory: Path, output: Path, setting: Setting, moves: bool) -> dict:
     with phase("save", policy="all", critic="all"):
         for name, pair in trained.items():
             place = output / name / ("moved" if moves else "plain")
-            checkpoint.save(
-                CheckpointConfig(monitor="train/loss"), place, STEPS, *pair, {"train/loss": 1.0}, {}
-            )
+            config = CheckpointConfig(monitor="train/loss")
+            with checkpoint.saving(config, place, STEPS, {"train/loss": 1.0}, {}) as directory:
+                checkpoint.write(directory, STEPS, *pair)
         bits = {
             f"{name} {kind}": [sha256(value.detach()) for value in values]
             for name, pair in trained.items()

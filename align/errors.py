@@ -28,6 +28,8 @@ def one_line() -> Iterator[None]:
     """End the process after a user's error in the body: one line on stderr, status 2, no traceback."""
     try:
         yield
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
+        raise SystemExit(1) from None
     except Exception as error:
         if (message := user_message(error)) is None:
             raise

@@ -9,7 +9,7 @@ import yaml
 
 from tests.support.files import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("[a-z]*/README.md"))]
 COMMANDS = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py")]
 PARTS = list(ROOT.glob("align/**/*.py"))
 FOREIGN = set(  # flags of torchrun and Slurm; files of the reader and of a run

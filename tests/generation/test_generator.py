@@ -627,7 +627,7 @@ def test_copies_that_take_at_the_same_time(monkeypatch):
 @pytest.mark.slow
 def test_prompts_that_cannot_be_answered_are_refused(ran):
     assert ran(1)["empty prompt"] == {"errors": ["the prompt is empty: there must be a token to continue"]}
-    wanted = "the prompt has 256 tokens, the model's context 256: no room for an answer"
+    wanted = "the prompt has 256 tokens, the model's context 256: no room for a response"
     assert ran(1)["full context"] == {"errors": [wanted]}
 
 

@@ -155,35 +155,35 @@ NAN = [np.nan, np.nan]
     ],
 )
 def test_log_probs_are_told_where_they_are_known(sampling, logprobs, model_logprobs):
-    ids, drawn, of_model, finish = engine(**sampling).answer(output([7, 8], [-1, -2]), 2, lambda ids: False)
+    ids, drawn, of_model, finish = engine(**sampling).response(output([7, 8], [-1, -2]), 2, lambda ids: False)
     assert (ids.tolist(), finish) == ([7, 8], "length") and ids.dtype == np.int32
     np.testing.assert_array_equal(drawn, np.array(logprobs, np.float32))
     np.testing.assert_array_equal(of_model, np.array(model_logprobs, np.float32))
 
 
 def test_an_answer_is_cut_at_the_first_token_that_ends_it():
-    ids, drawn, _, finish = engine(stop=("x",)).answer(
+    ids, drawn, _, finish = engine(stop=("x",)).response(
         output([7, 8, 9, 8], [-1, -2, -3, -4]), 4, lambda ids: ids[-1] == 8
     )
     assert (ids.tolist(), drawn.tolist(), finish) == ([7, 8], [-1, -2], "stop")
 
 
 def test_an_answer_in_a_full_room_that_ends_has_ended_by_itself():
-    ids, *_, finish = engine().answer(output([7, 2], [-1, -2]), 2, lambda ids: ids[-1] == 2)
+    ids, *_, finish = engine().response(output([7, 2], [-1, -2]), 2, lambda ids: ids[-1] == 2)
     assert (ids.tolist(), finish) == ([7, 2], "stop")
 
 
 @pytest.mark.parametrize("ids", [[7, 8], []])
 def test_an_answer_that_ends_for_no_known_reason_stops_the_run(ids):
     with pytest.raises(RuntimeError, match=rf"after {len(ids)} of 5 tokens: timeout"):
-        engine().answer(output(ids, [-1.0] * len(ids), "timeout"), 5, lambda ids: ids[-1] == 2)
+        engine().response(output(ids, [-1.0] * len(ids), "timeout"), 5, lambda ids: ids[-1] == 2)
 
 
 def test_a_log_prob_of_another_token_is_refused():
     told = output([7, 2], [-1, -2])
     told.logprobs[1] = {9: told.logprobs[1][2]}  # as TorchSampler tells the likeliest
     with pytest.raises(RuntimeError, match="log-prob"):
-        engine().answer(told, 2, lambda ids: True)
+        engine().response(told, 2, lambda ids: True)
 
 
 # ---- small parts ---------------------------------------------------------------------------------

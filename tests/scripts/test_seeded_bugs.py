@@ -27,6 +27,7 @@ MESSAGES = {
     "ratio": r"RuntimeError: audit: at the first update of a rollout the policy's ratio is off 1 by .*",
     # not the audit's words, but the run stops
     "lengths": r"RuntimeError: split_with_sizes expects split_sizes to sum exactly to .*",
+    "tokens": r"RuntimeError: audit: response \d+ to row \d+ was sampled with \d+ tokens, training has \d+",
     "ends": r"RuntimeError: audit: response \d+ to row \d+ ended, but its last token \d+ is none that .*",
 }
 Ran = dict[int, list[dict[str, dict]]]

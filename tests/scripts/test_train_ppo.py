@@ -58,11 +58,11 @@ def Config(**flags: object) -> train_ppo.Config | train_grpo.Config:
             "--val-data without --train-data: give both, or none for the toy task",
         ),
         (
-            {"advantages": "grpo", "samples_per_prompt": 1},
+            {"advantages": "grpo", "samples_per_prompt": 1, "prompts_per_step": 32},
             "--advantages grpo compares the responses to a prompt: give --samples-per-prompt 2 or more",
         ),
         (
-            {"advantages": "rloo", "samples_per_prompt": 1},
+            {"advantages": "rloo", "samples_per_prompt": 1, "prompts_per_step": 32},
             "--advantages rloo compares the responses to a prompt: give --samples-per-prompt 2 or more",
         ),
         (
@@ -560,6 +560,7 @@ def test_a_critic_cannot_join_later(folder):
     """A checkpoint of train_grpo.py, which has no critic, cannot be continued by train_ppo.py."""
     flags = f"{BY_RULE} --truncated keep --kl-coef 0 --max-steps 3 --resume-with-changes".split()
     output = ["--output", str(folder / "grpo"), "--train-data", str(folder / "data" / "train.jsonl")]
+    output += ["--prompts-per-step", "4", "--global-batch-size", "4"]
     done = fork_ranks(1, "train_ppo.py", *flags, *output, check=False)
     path = folder / "grpo" / "checkpoints" / f"step_{STEPS:08d}"
     assert done.returncode != 0 and f"error: {path} is of train_grpo.py, not of train_ppo.py" in done.stderr

@@ -113,7 +113,7 @@ ENDS = {  # how an answer ends
         "ends", {SAMPLE: [(IDS, f"{IDS}; ids = ids[: len(ids) - (finish == 'stop')]")]}
     ),
     "the stop token is not trained": Case(
-        "lengths", {ANSWER: [("return Example", "trained[-1] = sample.finish != 'stop'; return Example")]}
+        "tokens", {ANSWER: [("return Example", "trained[-1] = sample.finish != 'stop'; return Example")]}
     ),
 }
 DISTRIBUTION = {  # softmax of what

@@ -293,9 +293,9 @@ def test_nan_is_named(layout, results):
 
 
 def test_a_ratio_that_is_not_1_is_refused():
-    bound = audit.ratio_bound(torch.bfloat16, exact=True)
-    assert bound == audit.ratio_bound(torch.float32, exact=True) == 1e-5
-    assert [audit.ratio_bound(dtype, exact=False) for dtype in audit.BOUNDS] == [1e-4, 0.1]
+    bound = audit.ratio_bound(None, torch.bfloat16, is_exact=True)
+    assert bound == audit.ratio_bound(None, torch.float32, is_exact=True) == 1e-5
+    assert [audit.ratio_bound(None, dtype, is_exact=False) for dtype in audit.BOUNDS] == [1e-4, 0.1]
     for error in (0.0, 9e-6):
         assert audit.check_ratio(error, bound) == {"audit/ratio_error": error}
     for error in (1.1e-5, 0.3, math.nan):

@@ -147,8 +147,8 @@ def test_start_within_a_bound(logratio, loss, passes):
 def test_start_is_exact_where_passes_are():
     """On CPUs and with --deterministic nothing is forgiven; elsewhere fp32 and bf16 have bounds."""
     for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 1.0)):
-        assert reference.start_bound(dtype, exact=True) == 0.0
-        assert reference.start_bound(dtype, exact=False) == bound
+        assert reference.start_bound(None, dtype, is_exact=True) == 0.0
+        assert reference.start_bound(None, dtype, is_exact=False) == bound
     assert parallel.is_exact(ParallelConfig()) and parallel.is_exact(ParallelConfig(deterministic=True))
     with mock.patch.object(parallel, "device", lambda: torch.device("cuda")):
         assert not parallel.is_exact(ParallelConfig())

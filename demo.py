@@ -93,7 +93,7 @@ def main() -> None:
     questions, judged = [prompt for prompt in prompts for _ in range(4)], sum(to_judge, [])
     agreement = {stage: judge(OUTPUT / stage, questions, judged) for stage in JUDGES}
 
-    print("\nstage        seconds  validation                    score of sampled answers (1: all right)")
+    print("\nstage        seconds  validation                    score of responses (1: all right)")
     for stage in seconds:
         sampled = f"{sum(scores[stage]) / len(prompts):.3f}" if stage in scores else "-"
         print(f"{stage:11}  {seconds[stage]:7.0f}  {first_and_last(OUTPUT / stage):28}  {sampled}")

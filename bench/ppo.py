@@ -421,10 +421,10 @@ def watch_ours(config: Config) -> list[dict[str, float]]:
     load, resume_at, write = session.load_tokenizer, Run.resume_at, Run.log
     start_peak, peaks, log = phases.start_peak, [], []
 
-    def without_stops(path: Path) -> Any:
-        text = load(path)
-        text.stop_ids = set()
-        return text
+    def without_stops(*args: Any) -> Any:
+        tokenizer = load(*args)
+        tokenizer.stop_ids = set()
+        return tokenizer
 
     def note_peak() -> bool:  # a phase counts its peak anew, and the process's own peak with it
         peaks.append(common.peak_rss_gb())

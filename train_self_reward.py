@@ -405,7 +405,7 @@ def main(config: Config) -> None:
     size = config.batch.global_batch_size
     packing.check_size(len(rows["train"]), size, "--train-data")
     rows["val"] = rows["val"][config.val_rows()]
-    path = session.find_checkpoint([task.prompt.ids, task.example.ids] for task in rows["train"])
+    session.find_checkpoint([task.prompt.ids, task.example.ids] for task in rows["train"])
     iteration_steps, epoch_steps = config.iteration_steps(len(rows["train"])), len(rows["train"]) // size
     layout_of_steps = {
         "steps of an iteration (--steps-per-iteration, or --max-epochs of the data)": iteration_steps,
@@ -435,7 +435,7 @@ def main(config: Config) -> None:
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
-    if path:
+    if path := session.verified_checkpoint():
         buffer.load(path, layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
     is_exact = parallel.is_exact(config.parallel)

@@ -10,7 +10,7 @@ import mmap
 import pickle
 import re
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -154,18 +154,30 @@ def damage(file: Path, expected: list) -> str:
     return "" if checksum(file) == expected else f"{file} has other bytes than were written"
 
 
-def verify(path: Path) -> None:
-    """Raise UserError if a checkpoint is damaged, or if a pickle in it would run code. Collective."""
+def start_hashing(path: Path) -> Future[list[str]]:
+    """Compare this rank's share of a checkpoint's files with their checksums, in a thread.
+
+    The future has a line for each file, "" for a whole one. Hashing leaves the GIL to the other threads.
+    """
     expected = read_state(path / STATE).get("files", {})  # an earlier version did not store them
+    names = share(sorted(expected))
+    executor = ThreadPoolExecutor(max_workers=1)
+    damages = executor.submit(lambda: [damage(path / name, expected[name]) for name in names])
+    executor.shutdown(wait=False)
+    return damages
+
+
+def verify(path: Path, damages: Future[list[str]] | None = None) -> None:
+    """Raise UserError if a checkpoint is damaged, or if something in it would run code. Collective.
+
+    `damages`: from `start_hashing`, if that has been called.
+    """
+    own_damages = (damages or start_hashing(path)).result()
+    if damaged := sorted(line for part in parallel.gather(own_damages) for line in part if line):
+        raise UserError(f"damaged checkpoint: {damaged[0]}")
 
     def check_folders() -> None:
         for file in sorted(path.rglob(".metadata")):
             check_pickles(file.parent)
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        pickles = thread.submit(check_folders) if parallel.is_main() else None
-        # Hashing leaves the GIL to the other thread.
-        own_damages = [damage(path / name, expected[name]) for name in share(sorted(expected))]
-        if damages := sorted(line for part in parallel.gather(own_damages) for line in part if line):
-            raise UserError(f"damaged checkpoint: {damages[0]}")
-        parallel.on_main(lambda: pickles.result())
+    parallel.on_main(check_folders)

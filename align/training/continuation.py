@@ -4,8 +4,10 @@ The identity is the script, the flags that change numbers, and the training rows
 directories, intervals of saving, validation and stopping, and the layout of the work on ranks.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +42,14 @@ class Continuation:
     pass_start: int  # the step before which the present order of the rows began
     total_steps: int
     identity: dict  # of the run, see `identity`
+    damages: Future[list[str]] | None = None  # of the checkpoint's files, under way
+
+    def verified_checkpoint(self) -> Path | None:
+        """The checkpoint, None for a new run. Raises UserError if it is damaged. Collective."""
+        if self.checkpoint is not None:
+            with naming_the_one_before(self.checkpoint):
+                checkpoint_files.verify(self.checkpoint, self.damages)
+        return self.checkpoint
 
     def rows_of_step(self, step: int) -> list[int]:
         """Numbers of the training rows of a step (from 0)."""
@@ -87,7 +97,8 @@ def find(
     path = checkpoint.to_resume(config.checkpoint, config.run.output)
     if path is None:
         return Continuation(None, 0, 0, config.total_steps(now["data"]["rows"]), now)
-    verify(path)
+    with naming_the_one_before(path):
+        damages = checkpoint_files.start_hashing(path)
     state = checkpoint.read_state(path)
     step, before = state["step"], state.get("identity", now)  # an earlier version did not store it
     if before["script"] != now["script"]:
@@ -109,13 +120,14 @@ def find(
     total_steps = config.total_steps(now["data"]["rows"], pass_start)
     if step > total_steps:
         raise UserError(f"{path}: {step} steps are finished, and the flags ask for {total_steps} in all")
-    return Continuation(path, step, pass_start, total_steps, now)
+    return Continuation(path, step, pass_start, total_steps, now, damages)
 
 
-def verify(path: Path) -> None:
-    """Raise UserError for a damaged checkpoint, with the name of the one before it. Collective."""
+@contextlib.contextmanager
+def naming_the_one_before(path: Path) -> Iterator[None]:
+    """Add the name of the checkpoint before it to the error of a damaged checkpoint."""
     try:
-        checkpoint_files.verify(path)
+        yield
     except ValueError as error:
         earlier = [other for other in complete_checkpoints(path.parent) if other.name < path.name]
         advice = f"--resume-from {earlier[-1]} goes on before it" if earlier else "no earlier one is left"

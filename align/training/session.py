@@ -64,22 +64,22 @@ class Session:
         """A phase of `offload`; without it nothing."""
         return self.phases(name, **needs) if self.phases else nullcontext()
 
-    def find_checkpoint(self, rows: Iterable[Sequence[np.ndarray]]) -> Path | None:
+    def find_checkpoint(self, rows: Iterable[Sequence[np.ndarray]]) -> None:
         """Compare the run with the checkpoint that it continues, and count its steps.
 
         Args:
             rows: the token ids of each training row's sequences.
 
-        Returns:
-            The checkpoint, or None for a new run.
-
         Raises:
-            UserError: the checkpoint is damaged or belongs to another run, or the schedule does not fit.
+            UserError: the checkpoint belongs to another run, or the schedule does not fit.
         """
         self.continued = continuation.find(self.config, self.script, rows, self.say)
         self.run.total_steps = self.total_steps = self.continued.total_steps
         optim.check_optim(self.config.optim, self.total_steps)
-        return self.continued.checkpoint
+
+    def verified_checkpoint(self) -> Path | None:
+        """The checkpoint to continue from, None for a new run. Raises UserError if it is damaged."""
+        return self.continued.verified_checkpoint()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer of --model. A continued run renders the day on which it began in chat templates."""
@@ -98,7 +98,7 @@ class Session:
             validate: takes the number of finished steps, and returns metrics; None without validation rows.
         """
         self.trained = trained
-        self.step, self.latest = checkpoint.resume(self.continued.checkpoint, trained, self.phase)
+        self.step, self.latest = checkpoint.resume(self.verified_checkpoint(), trained, self.phase)
         self.run.resume_at(self.step)
         if self.step:
             self.say(self.continued.describe())

@@ -67,7 +67,10 @@ def start(config: ParallelConfig) -> Iterator[dist.Store]:
     check_grid(config)
     end_with_torchrun()
     # A save of Megatron's forks, and such a child would survive a kill -9 of this process.
-    os.register_at_fork(after_in_child=end_with_parent)
+    pids = []
+    os.register_at_fork(
+        before=lambda: pids.append(os.getpid()), after_in_child=lambda: end_with_parent(pids[-1])
+    )
     if config.tp > 1:
         use_one_queue()
     if config.deterministic:
@@ -98,14 +101,19 @@ def end_with_torchrun() -> None:
     After a kill -9 of torchrun alone the ranks would train on, and share OUTPUT with the next run's.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
+        end_with_parent(os.getppid())
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies."""
+def end_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies; end at once if it is dead already.
+
+    parent: its process number, read before anything could have killed it.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # from linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def make_grid(config: ParallelConfig) -> None:

@@ -1,11 +1,14 @@
 """A rank that fails, leaves or hangs ends the job in seconds, is named, and nothing is said twice."""
 
+import os
 import re
+import signal
 import time
 
 import psutil
 import pytest
 
+from align.distributed import parallel
 from tests.support.launch import fork_ranks, torchrun
 
 pytestmark = pytest.mark.slow
@@ -67,9 +70,25 @@ def test_a_fork_of_a_killed_rank_ends_as_well():
     assert done.returncode == -9
     child = int(done.stdout)
     end = time.monotonic() + 10
-    while psutil.pid_exists(child) and time.monotonic() < end:
+    while runs(child) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not psutil.pid_exists(child)
+    assert not runs(child)
+
+
+def runs(pid: int) -> bool:
+    """Whether this process is alive: the dead one whose new parent does not ask for its status is not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_fork_ends_whose_parent_died_before_the_kernel_was_asked():
+    pid = os.fork()
+    if not pid:
+        parallel.end_with_parent(parent=os.getpid())  # a process that is not this one's parent, or no more
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def test_torchrun_reports_the_rank_at_fault():

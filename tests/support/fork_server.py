@@ -1,7 +1,7 @@
 """A warm process of which tests fork their ranks: importing everything anew takes 4 s of CPU for each rank.
 
 Started once by launch.py as `python -m tests.support.fork_server`: requests are lines on stdin, answers
-lines on stdout.
+lines on stdout. A request names a script to run, or the process number of a launcher to look after.
 This process imports what the project's scripts import, and no more: it runs no kernel, starts no thread and
 no process group, so that a fork of it is what a fresh process is after its imports. A fork then has an
 environment of its own, runs its script as `__main__`, and ends by the interpreter's own exit.
@@ -49,6 +49,8 @@ class Request:
     command: a script, from the working directory, and its arguments.
     environments: that of each process.
     out, err: files to which all of them append what they print.
+    detached: a launcher, itself a fork, starts them and waits for them, as torchrun would; the answer is its
+        process number. Otherwise the answer is how they ended.
     """
 
     command: list[str]
@@ -56,6 +58,7 @@ class Request:
     out: str
     err: str
     timeout_s: float
+    detached: bool = False
 
 
 def preload() -> None:
@@ -71,13 +74,28 @@ def preload() -> None:
 def serve() -> Request | None:
     """Answer requests until stdin ends, then None; in the processes that it forks, their request."""
     for line in sys.stdin:
-        request, pids = Request(**json.loads(line)), []
+        words = json.loads(line)
+        if isinstance(words, int):
+            ended, status = os.waitpid(words, os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if ended else None), flush=True)
+            continue
+        request, server = Request(**words), os.getpid()
+        launcher = os.fork() if request.detached else 0
+        if launcher:
+            print(launcher, flush=True)
+            continue
+        if request.detached:
+            parallel.end_with_parent(server)
+        pids = []
         for environment in request.environments:
             pids.append(os.fork())
             if not pids[-1]:
                 become(request, environment)
                 return request
-        print(json.dumps(wait(pids, request.timeout_s)), flush=True)
+        status = wait(pids, request.timeout_s)
+        if request.detached:
+            os._exit(status != 0)
+        print(json.dumps(status), flush=True)
     return None
 
 

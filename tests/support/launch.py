@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,10 +44,7 @@ def fork_ranks(
     """
     if not FORKS:
         return torchrun(processes, *command, check=check, timeout_s=timeout_s)
-    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": processes}
-    world |= {"LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_RUN_ID": "tests"}
-    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-    return checked(fork(ranks, command, timeout_s), check)
+    return checked(fork(rank_variables(processes), command, timeout_s), check)
 
 
 def fork_python(*command: object, check: bool = True, timeout_s: float = 300) -> subprocess.CompletedProcess:
@@ -57,23 +56,73 @@ def fork_python(*command: object, check: bool = True, timeout_s: float = 300) ->
     return checked(subprocess.run(words, **run), check)
 
 
+def start_torchrun(processes: int, printed: Path, *command: object) -> subprocess.Popen:
+    """Start `torchrun` as above and return at once; what it and its ranks print goes to a file."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    words = [*launcher, str(processes), *map(str, command)]
+    with open(printed, "w") as out:
+        return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A fork of the warm process that starts ranks and ends with them, with the methods of a Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit status, 0 if all ranks ended well, -n if a signal n ended it; None while it runs."""
+        return ask(self.pid)
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            assert time.monotonic() < end, "the ranks do not end"
+            time.sleep(0.02)
+        return status
+
+
+def start_forks(processes: int, printed: Path, *command: object) -> Launcher | subprocess.Popen:
+    """As `start_torchrun`, by forks of the warm process where these are possible."""
+    if not FORKS:
+        return start_torchrun(processes, printed, *command)
+    printed.write_text("")
+    request = to_request(rank_variables(processes), command, timeout_s=300)
+    return Launcher(ask(request | {"out": str(printed), "err": str(printed), "detached": True}))
+
+
+def rank_variables(processes: int) -> list[dict[str, object]]:
+    """The variables of each rank's environment that torchrun sets."""
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": processes}
+    world |= {"LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_RUN_ID": "tests"}
+    return [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+
+
 def fork(
     variables: list[dict[str, object]], command: Sequence[object], timeout_s: float
 ) -> subprocess.CompletedProcess:
     """Fork a script once for each of `variables`, set beside those of `environment`; returns how it ends."""
-    environments = [environment() | {k: str(v) for k, v in more.items()} for more in variables]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        request = dict(command=list(map(str, command)), environments=environments, timeout_s=timeout_s)
-        server = warm_process()
-        server.stdin.write(json.dumps(request | {"out": str(out), "err": str(err)}) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
+        code = ask(to_request(variables, command, timeout_s) | {"out": str(out), "err": str(err)})
         printed = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
-    assert answer, "tests/support/fork_server.py has ended; see its stderr at the first test that used it"
-    code = json.loads(answer)
     assert code is not None, f"{command} took over {timeout_s} s\n{printed[0]}\n{printed[1]}"
     return subprocess.CompletedProcess([*command], code, *printed)
+
+
+def to_request(variables: list[dict[str, object]], command: Sequence[object], timeout_s: float) -> dict:
+    environments = [environment() | {k: str(v) for k, v in more.items()} for more in variables]
+    return dict(command=list(map(str, command)), environments=environments, timeout_s=timeout_s)
+
+
+def ask(request: dict | int) -> int | None:
+    """Send a request to the warm process, and wait for its answer."""
+    server = warm_process()
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "tests/support/fork_server.py has ended; see its stderr at the first test that used it"
+    return json.loads(answer)
 
 
 @functools.cache

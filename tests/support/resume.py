@@ -1,10 +1,10 @@
 """Runs that are stopped or killed and started again: their commands, and all that they leave."""
 
+import contextlib
 import hashlib
 import io
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from align.tracking.output import complete_checkpoints
 from align.training import checkpoint
-from tests.support.files import ROOT, reproducible_metrics
-from tests.support.launch import environment
+from tests.support.files import reproducible_metrics
+from tests.support.launch import Launcher
 
 STEPS, SAVE_INTERVAL = 32, 8  # an epoch has 20
 
@@ -99,31 +99,18 @@ def command(script: str, data: Path, output: Path, *more: object) -> list[str]:
     return [*common.split(), *map(str, more)]
 
 
-def launch(script: str, data: Path, output: Path, *more: object) -> subprocess.Popen:
-    """Start a script on two processes; what it prints goes to OUTPUT.out."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with open(printed(output), "w") as out:
-        return subprocess.Popen(
-            [*launcher, *command(script, data, output, *more)],
-            cwd=ROOT,
-            env=environment(),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-
-
 def printed(output: Path) -> Path:
-    """File with the output of the last run that `launch` started in OUTPUT."""
+    """File with what the last run that was started in OUTPUT prints."""
     return output.with_suffix(".out")
 
 
-def finish(launcher: subprocess.Popen, output: Path) -> None:
+def finish(launcher: subprocess.Popen | Launcher, output: Path) -> None:
     """Wait for the end of a run, which must be a good one."""
     assert launcher.wait(timeout=300) == 0, printed(output).read_text()[-8000:]
 
 
-def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that torchrun has started, rank 0 first."""
+def ranks(launcher: subprocess.Popen | Launcher) -> list[psutil.Process]:
+    """The processes that a launcher has started, rank 0 first."""
     return sorted(psutil.Process(launcher.pid).children(recursive=True), key=lambda process: process.pid)
 
 
@@ -193,21 +180,23 @@ def assert_same_end(output: Path, expected: Path) -> None:
     assert actual == expected_
 
 
-def kill_all(launcher: subprocess.Popen, output: Path) -> None:
-    """kill -9 of torchrun and its ranks."""
+def kill_all(launcher: subprocess.Popen | Launcher, output: Path) -> None:
+    """kill -9 of the launcher and its ranks."""
     psutil.Process(launcher.pid).suspend()  # so that it starts no rank after they were listed
     family = [psutil.Process(launcher.pid), *ranks(launcher)]
     for process in family:
         process.kill()
-    psutil.wait_procs(family)
     launcher.wait()
+    psutil.wait_procs(family)
     time.sleep(0.2)
-    left = [
-        process.info
-        for process in psutil.process_iter(["cmdline"])
-        if str(output) in (process.info["cmdline"] or ())
-    ]
-    assert not left, "a process outlives its rank"
+    assert not [process for process in psutil.process_iter() if writes(process, printed(output))]
+
+
+def writes(process: psutil.Process, path: Path) -> bool:
+    """Whether a process has a file open: all that a launcher starts print to one."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return str(path) in {file.path for file in process.open_files()}
+    return False
 
 
 def self_reward_run(data: Path, judge: Path, output: Path) -> list:

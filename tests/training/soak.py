@@ -12,7 +12,8 @@ import time
 import pytest
 
 from tests.support.files import reproducible_metrics
-from tests.support.resume import CASES, assert_same_end, finish, kept, kill_all, launch
+from tests.support.launch import start_torchrun
+from tests.support.resume import CASES, assert_same_end, command, finish, kept, kill_all, printed
 
 KILLS = int(os.environ.get("SOAK_KILLS", 100))
 
@@ -21,9 +22,10 @@ KILLS = int(os.environ.get("SOAK_KILLS", 100))
 def test_soak(number, data, toy_judge, whole, tmp_path):
     name, case = list(CASES.items())[number]
     rng = random.Random(f"{os.environ.get('SOAK_SEED', 0)} {name}")
-    output, words = tmp_path / "killed", case.words(toy_judge)
+    output = tmp_path / "killed"
+    launch = (2, printed(output), *command(case.script, data, output, *case.words(toy_judge)))
     start = time.monotonic()
-    finish(launch(case.script, data, output, *words), output)
+    finish(start_torchrun(*launch), output)
     duration = time.monotonic() - start
     kills, ends, steps = 0, 1, []
     while kills < KILLS // len(CASES) + (number < KILLS % len(CASES)):
@@ -31,14 +33,14 @@ def test_soak(number, data, toy_judge, whole, tmp_path):
             assert_same_end(output, whole / name)
             shutil.rmtree(output)
             ends += 1
-        launcher = launch(case.script, data, output, *words)
+        launcher = start_torchrun(*launch)
         try:
             assert launcher.wait(timeout=rng.uniform(0, duration)) == 0
         except subprocess.TimeoutExpired:
             kill_all(launcher, output)
             kills += 1
             steps.append(int(kept(output)[-1].removeprefix("step_")) if kept(output) else 0)
-    finish(launch(case.script, data, output, *words), output)
+    finish(start_torchrun(*launch), output)
     assert_same_end(output, whole / name)
     assert len(reproducible_metrics(output)) == len(reproducible_metrics(whole / name)) and kept(
         output

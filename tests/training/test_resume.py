@@ -22,7 +22,7 @@ from align.errors import UserError
 from align.training import checkpoint
 from align.training.checkpoint import CheckpointConfig
 from tests.support.files import reproducible_metrics
-from tests.support.launch import fork_ranks
+from tests.support.launch import Launcher, fork_ranks, start_forks, start_torchrun
 from tests.support.resume import (
     CASES,
     LAST,
@@ -33,7 +33,6 @@ from tests.support.resume import (
     finish,
     kept,
     kill_all,
-    launch,
     printed,
     ranks,
     samples,
@@ -42,7 +41,7 @@ from tests.support.resume import (
 from tests.support.rounding import PPO_CANCELS, close_self_reward
 
 MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
-    "start": 4.0,  # from the launch to about the first step
+    "start": 4.0,  # from a launch by torchrun to about the first step
     "reference": 0.05,  # the whole pass takes some 0.3 s
     "steps": 0.2,
     "save": 0.05,  # which may take no more than 0.2 s
@@ -58,7 +57,7 @@ def steps_printed(output: Path) -> int:
     return sum(line.startswith("step ") for line in printed(output).read_text().splitlines())
 
 
-def wait_for(happened: Callable[[], object], launcher: subprocess.Popen, output: Path) -> None:
+def wait_for(happened: Callable[[], object], launcher: subprocess.Popen | Launcher, output: Path) -> None:
     """Wait until something happens in a run; fail if the run ends before."""
     end = time.monotonic() + 200
     while not happened():
@@ -80,8 +79,10 @@ def is_saving(output: Path, since: float) -> bool:
     return False
 
 
-def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, output: Path) -> None:
-    """kill -9 of torchrun and its ranks: at start, in the pass of the reference, in steps, save or export."""
+def kill_at_random(
+    kind: str, rng: random.Random, launcher: subprocess.Popen | Launcher, output: Path
+) -> None:
+    """kill -9 of launcher and ranks: at start, in the pass of the reference, in steps, save or export."""
     delay = rng.uniform(0, MAX_DELAY_S[kind])
     # past a checkpoint (one line is that of step 0), so that the next start has steps to drop
     num_lines = SAVE_INTERVAL + 1 + rng.randint(1, 3)
@@ -108,16 +109,17 @@ def kill_at_random(kind: str, rng: random.Random, launcher: subprocess.Popen, ou
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole, tmp_path):
-    """Data parallel, and with two ranks that each write a part of the checkpoint."""
+    """Data parallel, with two ranks that each write a part of the checkpoint; torchrun starts SFT."""
     output, rng, case = tmp_path / "killed", random.Random(2), CASES[name]
-    words = case.words(toy_judge)
+    run = command(case.script, data, output, *case.words(toy_judge))
+    start = start_torchrun if name == "sft" else start_forks
     tables, rollouts = [reference_file(output)], []
     for kind in case.kinds_of_kills():
-        launcher = launch(case.script, data, output, *words)
+        launcher = start(2, printed(output), *run)
         kill_at_random(kind, rng, launcher, output)
         tables.append(reference_file(output))
         rollouts.append(rollouts_left(output))
-    fork_ranks(2, *command(case.script, data, output, *words))
+    fork_ranks(2, *run)
     tables.append(reference_file(output))
     assert len(reproducible_metrics(output)) == STEPS + 1
     log = (output / "log.txt").read_text()
@@ -210,20 +212,21 @@ def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
     """Stopped by --max-time, then by a signal to one rank, one to torchrun, a kill of torchrun alone."""
     output = tmp_path / "stopped"
     shutil.copytree(at_tp2 / "timed", output)
+    run = command("train_sft.py", data, output, "--tp", 2)
 
-    launcher = launch("train_sft.py", data, output, "--tp", 2)
+    launcher = start_torchrun(2, printed(output), *run)
     wait_for(lambda: steps_printed(output) >= 2, launcher, output)
     ranks(launcher)[1].terminate()  # all must stop in the same step
     finish(launcher, output)
     assert_stopped(output)
 
-    launcher = launch("train_sft.py", data, output, "--tp", 2)
+    launcher = start_torchrun(2, printed(output), *run)
     wait_for(lambda: steps_printed(output) >= 2, launcher, output)
     launcher.terminate()  # torchrun tells its ranks, and waits for them
     assert launcher.wait(timeout=60) == 1
     assert_stopped(output)
 
-    launcher = launch("train_sft.py", data, output, "--tp", 2)
+    launcher = start_torchrun(2, printed(output), *run)
     wait_for(lambda: steps_printed(output) >= 2, launcher, output)
     orphans = ranks(launcher)
     launcher.kill()
@@ -233,7 +236,7 @@ def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
         process.kill()
     assert not alive, "ranks go on without torchrun: with those of the next start they write to one OUTPUT"
 
-    fork_ranks(2, *command("train_sft.py", data, output, "--tp", 2))
+    fork_ranks(2, *run)
     assert_same_end(output, at_tp2 / "whole")
 
 

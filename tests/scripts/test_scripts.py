@@ -223,7 +223,7 @@ def test_a_nan_stops_the_run_and_names_step_and_rank(run, tmp_path):
 
 def run_toy(script: str, output: Path) -> list[dict]:
     """Three steps of a script on its toy task; its metrics, after a look at the run directory."""
-    done = torchrun(2, script, "--max-steps", 3, "--output", output)
+    done = fork_ranks(2, script, "--max-steps", 3, "--output", output)
     assert "2 processes (tp 1 x cp 1 x pp 1 x dp 2) on CPU, gloo" in done.stdout
     assert "common state dict differs" not in done.stdout + done.stderr  # Megatron's warning at a save
     files = ("config.json", script, "log.txt", "metrics.jsonl", "plots/curves.png", "hf/config.json")

@@ -19,7 +19,7 @@ from align.generation.sampling import SamplingConfig
 from align.rewards.sources import RewardConfig
 from tests.support.files import TINY, read_jsonl, without_times, write_rows
 from tests.support.generation import sample_of
-from tests.support.launch import fork_ranks, torchrun
+from tests.support.launch import fork_ranks
 from tests.support.models import MEAN, STD, save_reward_model
 from train_rs import Config, select
 
@@ -385,7 +385,7 @@ def test_a_failing_reward_function_stops_the_run(tmp_path):
     flags = ("--prompts-per-step", 2, "--samples-per-prompt", 2, "--max-new-tokens", 2)
     data = ("--train-data", tmp_path / "rows.jsonl", "--output", tmp_path / "out")
     fatal = ("--reward-fn", "tests.scripts.test_train_rs:broken")
-    done = torchrun(2, "train_rs.py", *flags, *data, *fatal, check=False)
+    done = fork_ranks(2, "train_rs.py", *flags, *data, *fatal, check=False)
     assert time.time() - float(log.read_text()) < 60
     assert done.returncode != 0
     assert f"failed: {LAST_WORDS}" in done.stderr and f"ConnectionError: {LAST_WORDS}" in done.stderr

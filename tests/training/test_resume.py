@@ -214,7 +214,7 @@ def test_stopped_run_ends_like_an_uninterrupted_one(data, at_tp2, tmp_path):
     shutil.copytree(at_tp2 / "timed", output)
     run = command("train_sft.py", data, output, "--tp", 2)
 
-    launcher = start_torchrun(2, printed(output), *run)
+    launcher = start_forks(2, printed(output), *run)
     wait_for(lambda: steps_printed(output) >= 2, launcher, output)
     ranks(launcher)[1].terminate()  # all must stop in the same step
     finish(launcher, output)

@@ -85,16 +85,17 @@ class TargetLogProbs(torch.autograd.Function):
     def backward(ctx, grad, grad_entropy):  # noqa: ANN001
         hidden, weight, targets, logsumexp, entropies = ctx.saved_tensors
         grad = grad / ctx.temperature  # dz / d(hidden weight^T)
-        slopes = None
+        slopes, offsets = None, grad
         # All zero where entropy is only logged; on a GPU the test would wait for the device.
         if entropies is not None and (grad.is_cuda or grad_entropy.any()):
             slopes = grad_entropy / ctx.temperature
+            offsets = grad + slopes * entropies
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for here in chunks(hidden, weight):
             z, *rest = logits(hidden[here], weight, ctx.first, ctx.vocab_size, ctx.temperature)
             columns = [
-                None if x is None else x[here, None] for x in (targets, logsumexp, grad, entropies, slopes)
+                None if x is None else x[here, None] for x in (targets, logsumexp, grad, offsets, slopes)
             ]
             z = logits_grad_(z, *columns, ctx.first, hidden.dtype, *rest)
             grad_hidden[here] = product(z, weight)
@@ -177,7 +178,7 @@ def logits_grad_(
     targets: Tensor,
     logsumexp: Tensor,
     grad: Tensor,
-    entropies: Tensor | None,
+    offsets: Tensor,
     slopes: Tensor | None,
     first: int,
     dtype: torch.dtype,
@@ -186,14 +187,16 @@ def logits_grad_(
 ) -> Tensor:
     """grad d log p(y) / dz + slope dH / dz, [c, V/tp] of `dtype`; all tensors but z are [c, 1].
 
+    offsets: grad + slope H, or grad where there is no slope. With one tensor more to read, Inductor would keep
+        the result in float32 for the second kernel.
     z is overwritten if it is float32.
     """
     z = scale_and_mask_(z, temperature, real).sub_(logsumexp)  # log p
     if slopes is None:
-        z.exp_().mul_(-grad)  # -p grad
+        z.exp_().mul_(-offsets)  # -p grad
     else:  # -p (grad + slope (log p + H))
         p = z.exp()
-        z.add_(entropies).mul_(-slopes).sub_(grad).mul_(p)
+        z.mul_(-slopes).sub_(offsets).mul_(p)
     index, owned = local_index(targets, first, z.shape[1])
     at_target = z.gather(1, index).add_(grad * owned)  # in float32: near p = 1 the terms almost cancel
     return z.to(dtype).scatter_(1, index, at_target.to(dtype))

@@ -187,7 +187,7 @@ def logits_grad_(
 ) -> Tensor:
     """grad d log p(y) / dz + slope dH / dz, [c, V/tp] of `dtype`; all tensors but z are [c, 1].
 
-    offsets: grad + slope H, or grad where there is no slope. With one tensor more to read, Inductor would keep
+    offsets: grad + slope H, or grad where there is no slope. With a tensor more to read, Inductor would write
         the result in float32 for the second kernel.
     z is overwritten if it is float32.
     """

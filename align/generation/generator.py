@@ -311,10 +311,14 @@ def gather(
 
 def rollout_groups(tp: int) -> ProcessGroupCollection:
     """Process groups of a layout in which each `tp` neighbouring ranks hold a whole model. Collective."""
+
+    def own_group(lists: list[list[int]]) -> dist.ProcessGroup:
+        return dist.new_subgroups_by_enumeration(lists, timeout=parallel.LONGEST_WAIT)[0]
+
     ranks = range(dist.get_world_size())
-    tensor_groups, _ = dist.new_subgroups_by_enumeration([list(ranks[i : i + tp]) for i in ranks[::tp]])
-    data_groups, _ = dist.new_subgroups_by_enumeration([list(ranks[i::tp]) for i in range(tp)])
-    single_groups, _ = dist.new_subgroups_by_enumeration([[rank] for rank in ranks])
+    tensor_groups = own_group([list(ranks[i : i + tp]) for i in ranks[::tp]])
+    data_groups = own_group([list(ranks[i::tp]) for i in range(tp)])
+    single_groups = own_group([[rank] for rank in ranks])
     groups = ProcessGroupCollection()
     groups.tp = groups.mp = tensor_groups
     groups.dp = groups.dp_cp = groups.expt_dp = data_groups

@@ -16,8 +16,10 @@ import transformers
 from transformers.generation import logits_process
 
 from align.data import packing
+from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
+from align.generation import generator
 from align.generation.generator import Queue, RolloutConfig, check_model_logprobs, check_rollout_tp
 from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
@@ -686,3 +688,12 @@ def test_an_audit_of_the_models_own_log_probs_needs_temperature_1_of_trtllm():
 )
 def test_when_weights_are_copied(flags, layout, copies_weights):
     assert RolloutConfig(**flags).reshards(ParallelConfig(**layout)) == copies_weights
+
+
+def test_ranks_of_a_copy_wait_as_long_as_all_others():
+    """torch gives a new NCCL group 10 minutes, less than a rollout may take."""
+    with parallel.start(ParallelConfig()):
+        groups = generator.rollout_groups(1)
+        for group in (groups.tp, groups.dp, groups.pp):
+            backend = group._get_backend(torch.device("cpu"))
+            assert backend.options._timeout == parallel.LONGEST_WAIT

@@ -355,7 +355,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     from align.kernels import decode_attention  # needs Triton, which comes with torch for CUDA
     from tests.workers import decode_attention as cases
 
-    for name in ("PROGRAMS", "LEAST", "division"):
+    for name in ("PROGRAMS", "LEAST"):
         monkeypatch.setattr(decode_attention, name, getattr(decode_attention, name))
     with torch.device("cuda"):
         yield cases
@@ -363,8 +363,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 @pytest.mark.parametrize("device", on_gpu)
 def test_decode_attention(device, kernels):
-    """The compiled kernels on the cases that the interpreter runs in test_decode_attention.py."""
-    for case in kernels.CASES:
+    """The compiled kernels on the cases that test_decode_attention.py interprets, and in bf16."""
+    for case in kernels.CASES + kernels.ON_GPU:
         result = kernels.attend_error(*case)
         assert result["error"] < (1e-5 if case[-1] == "float32" else 2e-2), case
 

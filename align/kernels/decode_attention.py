@@ -3,7 +3,8 @@
 Only the keys of a sequence's own tokens are read, once for all queries of their group. With too few sequences
 to occupy a GPU, several programs share one: each reads some of the keys, and their softmaxes are combined
 (flash-decoding, https://pytorch.org/blog/flash-decoding/). Their number depends on shapes only, so that a
-CUDA graph of a step stays valid while the sequences grow.
+CUDA graph of a step stays valid while the sequences grow; which keys each reads is computed on the device,
+from the sequence's length.
 
 Not run on a GPU yet: the tests run it in Triton's interpreter, and compile it for an H100.
 
@@ -15,9 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 528  # target at the same time: 4 for each of the 132 multiprocessors of an H100
-LEAST = 128  # fewest keys of a program
-TILE = 16384  # bytes of keys that a program reads at once
+MULTIPROCESSORS = (
+    torch.cuda.get_device_properties("cuda").multi_processor_count if torch.cuda.is_available() else 132
+)
+PROGRAMS = 6 * MULTIPROCESSORS  # target at the same time: by their shared memory six fit on an H100's each
+LEAST = 256  # fewest keys of a program, unless the sequence has fewer; a multiple of every block
+MOST = 64  # programs of one sequence
+TILE = 8192  # bytes of keys that a program reads at once
 LOWEST = tl.constexpr(-1e30)  # below all scores; minus infinity less itself would be NaN
 
 
@@ -59,30 +64,28 @@ def attend(query: Tensor, cache: Tensor, positions: Tensor, scale: float, window
     assert query.is_contiguous() and cache.stride(3) == d and cache.stride(4) == 1
     width = max(triton.next_power_of_2(d), 16)
     block = min(max(TILE // (width * query.element_size()), 16), 128)
-    size, splits = division(batch * groups, cache.shape[3], block)
-    shape = dict(QUERIES=queries, D=d, ROWS=max(triton.next_power_of_2(queries), 16), WIDTH=width)
+    splits = num_splits(batch * groups, min(cache.shape[3], (window or cache.shape[3]) + block))
+    shape = dict(QUERIES=queries, D=d, WIDTH=width)
     out, partial = torch.empty_like(query), None
     if splits > 1:
-        partial = torch.empty(batch, groups, splits, queries, d + 2, device=query.device)
+        partial = torch.empty(batch, groups, queries, splits, d + 2, device=query.device)
     attend_kernel[batch, groups, splits](
-        query, cache, positions, out, partial, scale, size, *cache.stride()[:3],
-        WINDOW=window or 0, BLOCK=block, **shape,
+        query, cache, positions, out, partial, scale, *cache.stride()[:3],
+        WINDOW=window or 0, BLOCK=block, LEAST=LEAST, ROWS=max(triton.next_power_of_2(queries), 16), **shape,
     )  # fmt: skip
     if splits > 1:
-        combine_kernel[(batch * groups,)](partial, out, splits, **shape)
+        combine_kernel[(batch * groups * queries,)](partial, out, splits, D=d, WIDTH=width, MOST=MOST)
     return out
 
 
-def division(sequences: int, capacity: int, block: int) -> tuple[int, int]:
-    """Split a sequence's keys among programs: keys of each, a multiple of block, and number of programs.
+def num_splits(sequences: int, keys: int) -> int:
+    """Number of programs that share the keys of a sequence, 1 to MOST.
 
     Args:
         sequences: batch times groups, each with at least one program.
-        capacity: keys of the cache.
+        keys: the most that one sequence can have.
     """
-    programs = min(max(PROGRAMS // sequences, 1), -(-capacity // LEAST))
-    size = -(-capacity // (programs * block)) * block
-    return size, -(-capacity // size)
+    return min(max(PROGRAMS // sequences, 1), -(-keys // LEAST), MOST)
 
 
 @triton.jit
@@ -116,16 +119,17 @@ def append_kernel(
 
 @triton.jit
 def attend_kernel(
-    query, cache, positions, out, partial, scale, size, kind, slot, group,
-    QUERIES: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    query, cache, positions, out, partial, scale, kind, slot, group,
+    QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """Program of one sequence, one group, `size` of its keys; queries padded to ROWS, dimensions to WIDTH.
+    """Program of one sequence, one group, a part of its keys; queries padded to ROWS, dimensions to WIDTH.
 
-    partial, [.., QUERIES, D + 2] fp32: the weighted sum of values, the highest score, and the sum of the
-    exponentials. None if one program reads all keys.
+    partial, [.., QUERIES, parts, D + 2] fp32: the weighted sum of values, the highest score, and the sum of
+    the exponentials; 0, LOWEST and 0 of a part without keys. None if one program reads all keys.
     """
     b, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    parts = tl.num_programs(2)
     i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     here = (i < QUERIES) & (j < D)
     row = (b * tl.num_programs(1) + g) * QUERIES + i
@@ -134,12 +138,15 @@ def attend_kernel(
     start = 0  # the first visible key
     if WINDOW > 0:
         start = tl.maximum(length - WINDOW, 0)
-    last = tl.minimum((part + 1) * size, length)
+    origin = start // BLOCK * BLOCK
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - origin, parts), BLOCK) * BLOCK, LEAST)
+    first = origin + part * size
+    last = tl.minimum(first + size, length)
     keys = cache + b * slot + g * group
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for begin in range(tl.maximum(part * size, start // BLOCK * BLOCK), last, BLOCK):
+    for begin in range(first, last, BLOCK):
         places = begin + tl.arange(0, BLOCK)
         seen = (places >= start) & (places < last)
         at = keys + places[:, None].to(tl.int64) * D + j
@@ -156,30 +163,20 @@ def attend_kernel(
     if partial is None:
         tl.store(out + row * D + j, sums / total[:, None], mask=here)
     else:
-        row = ((b * tl.num_programs(1) + g) * tl.num_programs(2) + part) * QUERIES + i
+        row = row * parts + part
         tl.store(partial + row * (D + 2) + j, sums, mask=here)
         tl.store(partial + row * (D + 2) + D, top[:, None], mask=i < QUERIES)
         tl.store(partial + row * (D + 2) + D + 1, total[:, None], mask=i < QUERIES)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def combine_kernel(
-    partial, out, splits,
-    QUERIES: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Program of one sequence and one group: combine the softmaxes over parts of the keys."""
+def combine_kernel(partial, out, splits, D: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr):
+    """Program of one query: combine the softmaxes over the parts of its keys, MOST of them at most."""
     n = tl.program_id(0).to(tl.int64)
-    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    here = (i < QUERIES) & (j < D)
-    top = tl.full([ROWS, 1], LOWEST, tl.float32)
-    total = tl.zeros([ROWS, 1], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for part in range(splits):
-        row = partial + ((n * splits + part) * QUERIES + i) * (D + 2)
-        height = tl.load(row + D, mask=i < QUERIES, other=LOWEST)
-        higher = tl.maximum(top, height)
-        before, now = tl.exp(top - higher), tl.exp(height - higher)
-        total = total * before + now * tl.load(row + D + 1, mask=i < QUERIES, other=0)
-        sums = sums * before + now * tl.load(row + j, mask=here, other=0)
-        top = higher
-    tl.store(out + (n * QUERIES + i) * D + j, sums / total, mask=here)
+    k, j = tl.arange(0, MOST)[:, None], tl.arange(0, WIDTH)
+    row = partial + (n * splits + k) * (D + 2)
+    tops = tl.load(row + D, mask=k < splits, other=LOWEST)
+    weights = tl.exp(tops - tl.max(tops, 0, keep_dims=True))
+    total = tl.sum(weights * tl.load(row + D + 1, mask=k < splits, other=0))
+    sums = tl.sum(weights * tl.load(row + j[None, :], mask=(k < splits) & (j[None, :] < D), other=0), 0)
+    tl.store(out + n * D + j, sums / total, mask=j < D)

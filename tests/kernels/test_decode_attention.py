@@ -1,6 +1,7 @@
 """Attention while decoding on GPUs: its kernels in Triton's interpreter, and compiled for an H100."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,15 +37,24 @@ def test_attention_is_that_of_loops_in_float64(interpreted):
     """1 to 16 queries of a group, d 8 to 256, windows, lengths from 1 to all there is room for."""
     for *case, dtype, result in interpreted["attend"]:
         assert result["error"] <= TOLERANCE[dtype], (case, dtype, result)
-    assert len(interpreted["attend"]) == 20
+    assert len(interpreted["attend"]) == 22
 
 
 @pytest.mark.slow
-def test_keys_are_divided_among_programs(interpreted):
-    """Both ways have been through the comparison above: one program a sequence, several."""
-    parts = {(case[3] > 1, result["parts"]) for *case, result in interpreted["attend"]}
-    assert {count for several, count in parts if not several} == {1}
-    assert {count for several, count in parts if several} == {3, 5, 9}
+def test_keys_are_divided_evenly_by_the_length_of_each_sequence(interpreted):
+    """As many programs have keys as there can be with 256 each, in whole blocks; 16 in the short cases."""
+    for lengths, _, d, window, programs, dtype, result in interpreted["attend"]:
+        long, width = max(lengths) > 288, max(triton.next_power_of_2(d), 16)
+        block = min(max(8192 // (width * (4 if dtype == "float32" else 2)), 16), 128)
+        least = 256 if long else 16
+        most = programs // (2 * len(lengths)) or 1
+        most = min(most, math.ceil(min(max(lengths), (window or 10**6) + block) / least))
+        for length, parts in zip(lengths, result["parts"], strict=True):
+            first = max(length - window, 0) // block * block if window else 0
+            blocks_each = max(math.ceil((length - first) / most / block), least // block, 1)
+            assert parts == math.ceil((length - first) / (blocks_each * block))
+    assert [1, 1, 1, 3, 8, 9, 9, 9] in [result["parts"] for *_, result in interpreted["attend"]]
+    assert interpreted["attend"][16][-1]["parts"] == [4, 32]  # 1,000 and 8,192 keys
 
 
 @pytest.mark.slow
@@ -56,23 +66,22 @@ def test_keys_and_values_are_kept_in_their_places(interpreted):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "capacity", "block", "expected"),
+    ("sequences", "keys", "expected"),
     [
-        (1, 256, 64, (128, 2)),  # not below 128 keys each
-        (8, 1024, 64, (128, 8)),
-        (8, 8192, 64, (128, 64)),
-        (8, 16384, 64, (256, 64)),  # 66 of 249 keys would do: whole blocks
-        (64, 1024, 64, (128, 8)),
-        (256, 1024, 128, (512, 2)),
-        (528, 1024, 64, (1024, 1)),
-        (4096, 1024, 64, (1024, 1)),
-        (1, 32, 128, (128, 1)),
+        (1, 256, 1),  # not below 256 keys each
+        (1, 257, 2),
+        (8, 8192, 32),
+        (8, 32768, 64),  # no more
+        (64, 8192, 12),
+        (256, 8192, 3),
+        (792, 8192, 1),
+        (4096, 8192, 1),
     ],
 )
-def test_how_keys_are_divided(sequences, capacity, block, expected):
+def test_number_of_programs_that_share_keys(sequences, keys, expected):
     from align.kernels import decode_attention
 
-    assert decode_attention.division(sequences, capacity, block) == expected
+    assert decode_attention.num_splits(sequences, keys) == expected  # of 6 x 132
 
 
 # ---- the real compiler ---------------------------------------------------------------------------
@@ -108,7 +117,7 @@ def test_kernels_compile_for_an_h100(dtype, queries, d, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     width = triton.next_power_of_2(d)
     block = min(decode_attention.TILE // (width * (2 if dtype == "bf16" else 4)), 128)
-    shape = dict(QUERIES=queries, D=d, ROWS=16, WIDTH=width)
+    shape = dict(QUERIES=queries, D=d, ROWS=16, WIDTH=width, LEAST=256)
     rows = dict(ROWS=queries + 1, HALF=d // 2, HALF_BLOCK=triton.next_power_of_2(d // 2))
     rows["ROW_BLOCK"] = triton.next_power_of_2(queries + 1)
     divided = compiled(decode_attention.attend_kernel, dtype, **shape, BLOCK=block, WINDOW=0)
@@ -117,7 +126,7 @@ def test_kernels_compile_for_an_h100(dtype, queries, d, tmp_path, monkeypatch):
         assert kernel.asm["cubin"] and kernel.metadata.shared < SHARED_BYTES
         assert "cp.async.cg.shared.global" in kernel.asm["ptx"]
     for kernel in (
-        compiled(decode_attention.combine_kernel, dtype, **shape),
+        compiled(decode_attention.combine_kernel, dtype, D=d, WIDTH=width, MOST=decode_attention.MOST),
         compiled(decode_attention.append_kernel, dtype, **rows),
     ):
         assert kernel.asm["cubin"]

@@ -3,6 +3,8 @@
 import itertools
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +14,18 @@ from align.model.layers import rotary_cos_sin
 
 CAPACITY = 288
 LENGTHS = [1, 2, 7, 33, 128, 129, 287, 288]  # up to a block's end, beyond it, as long as there is room
+LONG = [1000, 8192]
 MANY = 144  # programs wanted, for 16 sequences
-CASES = [  # queries of a group, d, window, programs wanted, type
-    *itertools.product((1, 8), (24, 128), (None,), (1, MANY), ("float32",)),
-    *itertools.product((3,), (64,), (7, 100), (1, MANY), ("float32",)),
-    *itertools.product((5, 16), (8, 256), (None,), (MANY,), ("float32",)),
+CASES = [  # lengths, queries of a group, d, window, programs wanted, type
+    *itertools.product((LENGTHS,), (1, 8), (24, 128), (None,), (1, MANY), ("float32",)),
+    *itertools.product((LENGTHS,), (3,), (64,), (7, 100), (1, MANY), ("float32",)),
+    *itertools.product((LENGTHS,), (5, 16), (8, 256), (None,), (MANY,), ("float32",)),
+    *itertools.product((LONG,), (2,), (64,), (None, 3000), (MANY,), ("float16",)),
     # Triton's interpreter cannot multiply matrices in bf16; what differs from fp32 is the same in fp16
-    *itertools.product((4,), (64,), (None, 40), (1, MANY), ("float16",)),
+    *itertools.product((LENGTHS,), (4,), (64,), (None, 40), (1, MANY), ("float16",)),
+]
+ON_GPU = [  # what no interpreter runs: the type of production
+    *itertools.product((LENGTHS, LONG), (1, 4, 8), (64, 128), (None, 100), (1, MANY), ("bfloat16",)),
 ]
 
 
@@ -33,25 +40,42 @@ def slow(query: Tensor, cache: Tensor, positions: Tensor, scale: float, window: 
     return out
 
 
-def attend_error(queries: int, d: int, window: int | None, programs: int, dtype: str) -> dict[str, float]:
-    """The largest difference, and into how many parts the keys were divided.
+def attend_error(
+    lengths: list[int], queries: int, d: int, window: int | None, programs: int, dtype: str
+) -> dict[str, object]:
+    """The largest difference, and how many programs had keys of each sequence.
 
     What no token has written is NaN: it must not be read, or have no effect.
     """
     torch.manual_seed(queries * d)
-    decode_attention.PROGRAMS, decode_attention.LEAST = programs, 16
-    positions = torch.tensor(LENGTHS) - 1
-    query = torch.randn(len(LENGTHS), 2, queries, d).to(getattr(torch, dtype))
-    cache = torch.randn(2, len(LENGTHS) + 1, 2, CAPACITY, d).to(query.dtype)
-    for slot, length in enumerate(LENGTHS):
+    decode_attention.PROGRAMS, decode_attention.LEAST = programs, 256 if max(lengths) > CAPACITY else 16
+    positions, room = torch.tensor(lengths) - 1, max(CAPACITY, *lengths)
+    query = torch.randn(len(lengths), 2, queries, d).to(getattr(torch, dtype))
+    cache = torch.randn(2, len(lengths) + 1, 2, room, d).to(query.dtype)
+    for slot, length in enumerate(lengths):
         cache[:, slot, :, length:] = torch.nan
-    parts = []
-    division = decode_attention.division
-    decode_attention.division = lambda *shape: parts.append(division(*shape)) or parts[-1]
+    partials, combine = [], decode_attention.combine_kernel
+    decode_attention.combine_kernel = Recorded(combine, partials)
     attended = decode_attention.attend(query, cache, positions, d**-0.5, window)
-    decode_attention.division = division
+    decode_attention.combine_kernel = combine
     error = (attended.double() - slow(query, cache, positions, d**-0.5, window)).abs().max().item()
-    return {"error": error, "parts": parts[0][1]}
+    parts = [(partial[:, 0, 0, :, -1] > 0).sum(1).tolist() for partial in partials]
+    return {"error": error, "parts": parts[0] if parts else [1] * len(lengths)}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A kernel whose first argument is kept at each call."""
+
+    kernel: object
+    arguments: list
+
+    def __getitem__(self, grid: tuple) -> Callable:
+        def run(first: Tensor, *rest: object, **constants: object) -> None:
+            self.arguments.append(first)
+            self.kernel[grid](first, *rest, **constants)
+
+        return run
 
 
 def append_error(queries: int, d: int, dtype: str) -> float:

@@ -18,7 +18,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -57,7 +57,14 @@ HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 def main() -> None:
     """Run the subcommand named on the command line."""
     console.adapt()
-    commands = {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "judge": judge, "toy": toy}
+    commands: dict[str, Callable] = {
+        "dolly": dolly,
+        "oasst": oasst,
+        "gsm8k": gsm8k,
+        "hh": hh,
+        "judge": judge,
+        "toy": toy,
+    }
     with one_line():
         tyro.extras.subcommand_cli_from_dict(commands)
 
@@ -205,10 +212,9 @@ def gsm8k(
     check_source(input, download, download_dir=download_dir)
     if download and output.suffix == ".jsonl":
         raise UserError(f"--output {output}: with --download it is the directory of train and test.jsonl")
-    files = [(input, output)]
-    if download:
-        raw = [fetch(f"gsm8k_{part}.jsonl", download_dir or RAW) for part in ("train", "test")]
-        files = list(zip(raw, (output / "train.jsonl", output / "test.jsonl"), strict=True))
+    files = [(input, output)] if input else []
+    for part in ("train", "test") if download else ():
+        files.append((fetch(f"gsm8k_{part}.jsonl", download_dir or RAW), output / f"{part}.jsonl"))
     check_files([path for _, path in files], *(source for source, _ in files))
     for source, path in files:
         rows = [located(where, gsm8k_row, row, instruction) for where, row in read_jsonl(source)[:limit]]
@@ -290,7 +296,7 @@ def hh(
 
 def hh_pairs(paths: tuple[Path, ...]) -> list[tuple[list[dict], list[dict]]]:
     """Chosen and rejected conversation of each row without a flaw; how many have which is printed."""
-    pairs, flaws = [], Counter()
+    pairs, flaws = [], Counter[str | None]()
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
         chosen, rejected = (
             hh_messages(located(where, text_field, row, name)) for name in ("chosen", "rejected")

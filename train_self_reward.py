@@ -19,11 +19,11 @@ Meta-rewarding and length control: 2407.19594, here with a comparison counted wh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -70,14 +70,8 @@ from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
 from align.training.session import Session, Tokenizer
 
-LOSSES = {  # --loss
-    "dpo": preference.dpo,
-    "scale": preference.scale,
-    "rpo_bwd_kl": preference.rpo_bwd_kl,
-    "rpo_fwd_kl": preference.rpo_fwd_kl,
-    "ipo": preference.ipo,
-    "rpo_sq": preference.rpo_sq,
-}
+Loss = Literal["dpo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "ipo", "rpo_sq"]
+LOSSES: dict[str, Callable[..., Tensor]] = {name: getattr(preference, name) for name in get_args(Loss)}
 WITH_GAP = ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")  # losses that take the gap of the scores
 TRAIN, VAL = 0, 1  # random streams of the samples
 BUFFER_BATCHES = 3  # batches of judgement pairs; while the buffer holds so many, no more are sampled
@@ -99,7 +93,7 @@ class Config(CommonConfig):
     length_control: tuple[float, ...] = (0.0,)
     """length control, one value or one for each iteration: among the responses whose scores are within this
     share of the spread from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
-    loss: Literal[tuple(LOSSES)] = "dpo"
+    loss: Loss = "dpo"
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: tuple[float, ...] = (0.1,)
     """beta of DPO, one value or one for each iteration: the implicit reward is beta log(pi / pi_ref)"""
@@ -371,8 +365,7 @@ def validate(
         with session.phase("validate", policy="weights"), engine.during("validation"):
             metrics |= with_std(engine.evaluate(state.policy, batches, loss_fn, len(pairs)))
     with session.phase("validate", policy="weights"), engine.during("validation"):
-        batches, loss_fn, num_tokens, *_ = sft_step(state, tasks)
-        metrics["data_loss"] = engine.evaluate(state.policy, batches, loss_fn, num_tokens)["loss"]
+        metrics["data_loss"] = engine.evaluate(state.policy, *sft_step(state, tasks)[:3])["loss"]
     if true_reward:
         truth = true_reward([task.prompt for task in tasks], [answered.samples for answered in judged])
         metrics |= judging.compare_with(truth, judged)
@@ -421,14 +414,16 @@ def main(config: Config) -> None:
     session.say(f"judge prompts of more than {room} tokens are shortened, and counted in judge_shortened")
     judge = Judge(judge_config, tokenizer, config.format, room)
     meta_judge = MetaJudge(meta_config, tokenizer, config.format, room)
-    for template in [judge, meta_judge] if config.meta.meta_judge else [judge]:
-        template.check(rows["train"][0].prompt.row)
+    judge.check(rows["train"][0].prompt.row)
+    if config.meta.meta_judge:
+        meta_judge.check(rows["train"][0].prompt.row)
     self_judge = SelfJudge(judge, meta_judge, tokenizer, config.sampling.stop)
     cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else math.inf
     buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
-    true_reward = config.true_reward_fn and sources.RewardFunction(
-        config.true_reward_fn, tokenizer, config.sampling.stop, "--true-reward-fn"
-    )
+    true_reward = None
+    if config.true_reward_fn:
+        stop = config.sampling.stop
+        true_reward = sources.RewardFunction(config.true_reward_fn, tokenizer, stop, "--true-reward-fn")
 
     # ---- model -----------------------------------------------------------------------------------
     phase, store = session.offload(config.offload)
@@ -459,11 +454,12 @@ def main(config: Config) -> None:
     # ---- loop ------------------------------------------------------------------------------------
     validation = partial(validate, state, true_reward, iteration_steps)
     session.resume({"policy": (policy, optimizer)}, validation if rows["val"] else None)
-    first_step, is_reference, judged = session.step, False, []
+    first_step, is_reference = session.step, False
+    judged: list[JudgedResponses] = []
     for step in session.steps():
         state.iteration = step // iteration_steps
         begin, end = state.iteration * iteration_steps, (state.iteration + 1) * iteration_steps
-        metrics = {
+        metrics: dict[str, float] = {
             "iteration": state.iteration,
             "epoch": step // epoch_steps,
             "consumed_samples": session.done * size,

@@ -11,6 +11,7 @@ A field that changes what the model computes and is not implemented is refused b
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -184,7 +185,7 @@ def rope(fields: dict, kind: str) -> dict:
     part = number(fields, "rotary_percentage", 1.0, float)
     if kind == "llama" and part != 1:
         raise not_implemented("rotary_percentage", part, "with rmsnorm it must be 1.0")
-    rotary = {"rope_theta": number(fields, "rotary_base", 10000.0, float)}
+    rotary: dict[str, Any] = {"rope_theta": number(fields, "rotary_base", 10000.0, float)}
     if kind != "llama":
         rotary["partial_rotary_factor"] = part
     factor = fields.get("seq_len_interpolation_factor")

@@ -21,6 +21,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,11 +126,10 @@ def load_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_tensors(source: Path | io.BytesIO, name: str, mmap: bool | None = None) -> object:
+def load_tensors(source: Path | io.BytesIO, name: str, mmap: bool | None = None) -> Any:
     """Load a torch pickle. Raises UserError with the `name` if it is broken or holds more than data."""
-    data_only = [io.BytesIO]  # Transformer Engine's extra state
     try:
-        with torch.serialization.safe_globals(data_only):
+        with torch.serialization.safe_globals([io.BytesIO]):  # Transformer Engine's extra state
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reference = re.search(r"GLOBAL (\S+)", str(error))
@@ -149,7 +149,8 @@ def rename(name: str) -> str | None:
 
 def from_ranks(stages: list[list[dict[str, Tensor]]], fields: dict) -> Weights:
     """The weights of ranks, by stage and tensor parallel rank; each stage counts its layers from 0."""
-    weights, first = {}, 0
+    weights: Weights = {}
+    first = 0
     gated = str(fields.get("activation")).endswith("glu")
     for ranks in stages:
         names = {old: new for old in ranks[0] if (new := rename(old))}
@@ -203,7 +204,7 @@ def from_distributed(folder: Path, fields: dict) -> Weights:
     else:
         raise UserError(f"model_weights/metadata.json: sharded_backend {backend!r} is not torch_dist or zarr")
     newest = functools.lru_cache(maxsize=1)(read_one)  # a stack is asked for layer by layer
-    weights = {}
+    weights: Weights = {}
     for key, shape in shapes.items():
         if (name := rename(key)) is None or not key.startswith("model."):
             continue
@@ -343,8 +344,8 @@ def cut(name: str, tensor: Tensor, config: dict, split: bool) -> list[tuple[str,
         ]
     if match[2] == "mlp.linear_fc1":
         names = ["up"] if config["hidden_act"] != "silu" else ["gate"] if split else ["gate", "up"]
-        parts = zip(names, tensor.chunk(len(names)), strict=True)
-        return [(f"{prefix}mlp.{x}_proj.{match[3]}", part) for x, part in parts]
+        matrices = zip(names, tensor.chunk(len(names)), strict=True)
+        return [(f"{prefix}mlp.{x}_proj.{match[3]}", matrix) for x, matrix in matrices]
     if match[2] in ("embedding.word_embeddings", "output_layer"):
         tensor = tensor[: config["vocab_size"]]
     return [(f"{prefix}{HUGGING_FACE.get(match[2], match[2])}.{match[3]}", tensor)]

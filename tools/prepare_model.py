@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import torch
 import tyro
@@ -26,7 +27,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from align import console
 from align.data import formats, jsonl, marker_chat, tokenizer_files
 from align.data.formats import FormatConfig
-from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.marker_chat import MarkerChat
 from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from align.data.sft import TrainedFormat
@@ -42,7 +42,7 @@ from tools import nemo_config, nemo_weights
 from tools.nemo_weights import Weights
 
 MARKERS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")  # --chat-tokens
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def main() -> None:
@@ -90,8 +90,10 @@ def extract(path: Path, folder: Path) -> Path:
                     )
                 if member.isfile() and is_needed(place):
                     (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                    source = archive.extractfile(member)
+                    assert source is not None  # member.isfile()
                     with open(folder / place, "wb") as file:
-                        shutil.copyfileobj(archive.extractfile(member), file, 2**24)
+                        shutil.copyfileobj(source, file, 2**24)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(":")
         raise UserError(f"--input {path} is no tar, or is cut short: {reason}") from error
@@ -148,7 +150,7 @@ def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> Tokenizer:
     return SentencePieceTokenizer(inside)
 
 
-def vocab_size(weights: Weights, fields: dict, tokenizer: HuggingFaceTokenizer) -> int:
+def vocab_size(weights: Weights, fields: dict, tokenizer: Tokenizer) -> int:
     """Rows of the embedding without those that only make its size a multiple."""
     if "embedding.word_embeddings.weight" not in weights:
         raise UserError("the archive is incomplete: embedding.word_embeddings.weight is missing")
@@ -222,7 +224,7 @@ def checked(
 def prompt_format(fields: dict) -> TrainedFormat | None:
     """The format that `data` of the configuration names, None if the model was not tuned on prompts."""
     rows = fields.get("train_ds") or {}
-    template = rows.get("prompt_template") or fields.get("prompt_template")
+    template = rows.get("prompt_template") or fields.get("prompt_template") or ""
     if not fields.get("chat") and not template:
         return None
     try:
@@ -232,8 +234,11 @@ def prompt_format(fields: dict) -> TrainedFormat | None:
         if fields.get("chat"):
             markers = fields.get("chat_prompt_tokens") or {}
             defaults = dict(zip(MARKERS, FormatConfig.chat_tokens, strict=True))
-            tokens = tuple(escape(markers[name]) if name in markers else defaults[name] for name in MARKERS)
-            FormatConfig(chat_tokens=tokens)
+            system, turn, label, end_of_turn, end_of_name = (
+                escape(markers[name]) if name in markers else defaults[name] for name in MARKERS
+            )
+            tokens = system, turn, label, end_of_turn, end_of_name
+            FormatConfig(chat_tokens=tokens)  # checks them
             chat = MarkerChat(tuple(map(formats.unescape, tokens)), bos=bool(add_bos))
             return TrainedFormat("conversations", FormatConfig.prompt_template, tokens, add_bos, chat)
         formats.template_pieces(escape(template))
@@ -299,12 +304,16 @@ def build(
         weights = flags.get("attribute_weights") or (1 / labels,) * labels
         scorer = gpt.build_scorer(replace(arch, labels=labels), config, layout, weights)
         return scorer, [text.save, tokenizer_files.save_pad_token]
-    companions = [text.save]
+    companions: list[Callable[[Path], None]] = [text.save]
     run = path.parent.parent
     if (run / "prompt_format.json").is_file():  # its rows had a format of their own
         if chat := marker_chat.read(run):
             text.follow(chat)
-        companions.append(lambda directory: shutil.copy(run / "prompt_format.json", directory))
+
+        def copy_format(directory: Path) -> None:
+            shutil.copy(run / "prompt_format.json", directory)
+
+        companions.append(copy_format)
     return gpt.build_policy(arch, config, layout), companions
 
 

@@ -11,15 +11,14 @@ from typing import Any
 
 from align.data import chat_template, plain_text
 from align.data.marker_chat import MarkerChat
-from align.data.tokenizer_files import generation_stop_ids
 from align.errors import UserError
-from align.files import read_object
+from align.files import read_object, shown
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers fills one from the others
 
 
-class BaseTokenizer(ABC):
-    """Common part of the two tokenizers."""
+class Tokenizer(ABC):
+    """A tokenizer; HuggingFaceTokenizer and SentencePieceTokenizer are the two kinds."""
 
     eos_id: int
     bos_id: int | None
@@ -256,3 +255,19 @@ class BaseTokenizer(ABC):
         if self.stop_strings:
             config["stop_strings"] = list(self.stop_strings)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def generation_stop_ids(directory: Path) -> set[int]:
+    """Stop ids of transformers: `eos_token_id`, one or several, of generation_config.json or config.json.
+
+    The second is read where the first is missing or names none; empty if both name none.
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        stop = read_object(path, required=False).get("eos_token_id")
+        if stop is None:
+            continue
+        ids = stop if isinstance(stop, list) else [stop]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
+        return set(ids)
+    return set()

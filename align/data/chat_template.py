@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.errors import UserError
 
@@ -35,10 +34,7 @@ def render(
     template: str, messages: list[dict], add_generation_prompt: bool = False, **variables: object
 ) -> str:
     """Render a chat. Raises UserError if the template refuses it or leaves the bounds."""
-    with bounded(template):
-        [text], _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **variables
-        )
+    [text], _ = bounded_render(template, messages, add_generation_prompt=add_generation_prompt, **variables)
     if len(text) > LENGTH:
         raise UserError(f"the chat template makes {len(text):,} characters of one chat")
     return text
@@ -46,11 +42,16 @@ def render(
 
 def response_spans(template: str, messages: list[dict], **variables: object) -> list[tuple[int, int]]:
     """Spans [first, last) of the characters inside {% generation %}."""
-    with bounded(template):
-        _, [spans] = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
-        )
+    _, [spans] = bounded_render(template, messages, return_assistant_tokens_mask=True, **variables)
     return spans
+
+
+def bounded_render(template: str, messages: list[dict], **variables: object) -> tuple[list[str], list]:
+    """Texts and spans of one chat. Raises UserError as `render` does."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds to import
+
+    with bounded(template):
+        return render_jinja_template([messages], chat_template=template, **variables)
 
 
 @functools.lru_cache

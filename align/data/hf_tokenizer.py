@@ -8,13 +8,12 @@ import tokenizers
 import transformers
 
 from align.data import marker_chat, plain_text
-from align.data.base_tokenizer import BaseTokenizer
+from align.data.base_tokenizer import Tokenizer, generation_stop_ids
 from align.data.marker_chat import MarkerChat
 from align.data.sentencepiece_json import SPACE
 from align.data.tokenizer_files import (
     JSON_FILES,
     add_configured_tokens,
-    generation_stop_ids,
     read_backend,
     read_hugging_face,
 )
@@ -34,7 +33,7 @@ HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokeniz
 )
 
 
-class HuggingFaceTokenizer(BaseTokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a Hugging Face directory.
 
     Ids are those of its tokenizer.json, whatever the class that the config names would make of that file;
@@ -147,7 +146,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         return text
 
     def follow(self, chat: MarkerChat) -> None:
-        """As in BaseTokenizer; keeps a chat_template.jinja of the directory written for `chat`, or edited."""
+        """As in Tokenizer; keeps a chat_template.jinja of the directory written for `chat`, or edited."""
         super().follow(chat)
         if marker_chat.read(self.directory) == chat and self.hf.chat_template:
             self.chat_template = self.hf.chat_template

@@ -36,7 +36,8 @@ def is_local(path: Path) -> bool:
 
 def split_of(path: Path) -> str | None:
     """The split in a data set's name, or None."""
-    return DATA.fullmatch(str(path))["split"]
+    match = DATA.fullmatch(str(path))
+    return match and match["split"]
 
 
 @functools.cache
@@ -68,6 +69,7 @@ def local_model(path: Path) -> Path:
 def data_rows(path: Path) -> Iterator[dict]:
     """Yield the rows of a data set of the Hub, by default of its split "train". Raises UserError."""
     match = DATA.fullmatch(str(path))
+    assert match is not None  # is_data(path)
     import datasets  # slow to import, and only needed here
 
     try:
@@ -87,7 +89,8 @@ def data_rows(path: Path) -> Iterator[dict]:
 
 def offline(error: Exception, advice: str) -> str:
     """Advice for a machine without a network if the network caused the error, else ""."""
-    causes, cause = [], error
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
     while cause is not None:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__

@@ -7,7 +7,7 @@ import functools
 import heapq
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -68,7 +68,8 @@ def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_
 class HasIds(Protocol):
     """An Example or a Prompt."""
 
-    ids: np.ndarray
+    @property
+    def ids(self) -> np.ndarray: ...
 
 
 def check_ids(sequences: Iterable[HasIds], vocab_size: int) -> None:
@@ -139,12 +140,13 @@ def plan_micro_batches(
         count += 1
     loads = [sum(lengths[row] for row in rows) for rows in bins]
     dealt = fill_bins(loads, ranks, sum(loads), count)
+    assert dealt is not None  # there is room for all in one bin
     return [[sorted(bins[b]) for b in rank] for rank in dealt]
 
 
 def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) -> list[list[int]] | None:
     """Place items, largest first, each into the emptiest bin with room for one; None if one does not fit."""
-    bins = [[] for _ in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0, b) for b in range(num_bins)]
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         load, b = heapq.heappop(heap)
@@ -186,23 +188,15 @@ class Batch:
     positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
     cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
     lengths: list[int]  # [N], the lengths of the sequences, on the host
-    prefixes: list[
-        tuple[int, int]
-    ]  # [N], (start, size) of the places that a sequence continues; size 0: none
+    # [N], (start, size) of the places that a sequence continues; size 0: none
+    prefixes: list[tuple[int, int]]
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # other inputs of the loss, by name
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(
-            self.tokens.to(device),
-            self.targets.to(device),
-            self.mask.to(device),
-            self.positions.to(device),
-            self.cu_seqlens.to(device),
-            self.lengths,
-            self.prefixes,
-            {name: tensor.to(device) for name, tensor in self.extra.items()},
-        )
+        names = ("tokens", "targets", "mask", "positions", "cu_seqlens")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, extra={name: x.to(device) for name, x in self.extra.items()}, **moved)
 
 
 def shared_places(row: Sequence[Example]) -> list[int]:
@@ -245,7 +239,14 @@ def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
         mask[start:end] = example.trained[skip + 1 :]
         positions[start:end] = np.arange(skip, skip + end - start)
     positions[total:] = np.arange(padded - total)
-    arrays = (tokens, targets, mask, positions, ends.astype(np.int32))
     firsts = np.cumsum([0, *map(len, rows)])[:-1].repeat([len(row) for row in rows])  # of each example's row
     prefixes = [(int(ends[first]), size) for first, size in zip(firsts, skipped, strict=True)]
-    return Batch(*map(torch.from_numpy, arrays), lengths, prefixes)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        mask=torch.from_numpy(mask),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        lengths=lengths,
+        prefixes=prefixes,
+    )

@@ -8,6 +8,7 @@ it. Nothing is ever truncated: a side that is too long drops its pair.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -272,7 +273,7 @@ def with_prompt(row: dict) -> dict:
     if "prompt" not in row and "conversations" in row:
         row = row | {"prompt": row["conversations"]}
     if row.get("system") and isinstance(row.get("prompt"), str):
-        changed = {"prompt": [{"role": "user", "content": jsonl.text_field(row, "prompt")}]}
+        changed: dict[str, Any] = {"prompt": [{"role": "user", "content": jsonl.text_field(row, "prompt")}]}
         for name in RESPONSES:
             if isinstance(row.get(name), str):
                 changed[name] = {"role": "assistant", "content": jsonl.text_field(row, name)}

@@ -98,7 +98,7 @@ def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, m
 
 
 def load_prompts(
-    paths: list[Path], tokenizer: Tokenizer, fmt: PromptFormat
+    paths: Sequence[Path], tokenizer: Tokenizer, fmt: PromptFormat
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Load all prompts of these files, and counts for the log.
 

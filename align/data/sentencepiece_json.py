@@ -17,7 +17,9 @@ def translate(proto: ModelProto) -> tokenizers.Tokenizer:
     (There `</s>` becomes the token, as in every Hugging Face tokenizer and not in SentencePiece.)
     """
     spec = proto.normalizer_spec
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
     if spec.add_dummy_prefix:

@@ -8,14 +8,13 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from align.data import plain_text, sentencepiece_json
-from align.data.base_tokenizer import BaseTokenizer
-from align.data.tokenizer_files import generation_stop_ids
+from align.data.base_tokenizer import Tokenizer, generation_stop_ids
 from align.errors import UserError
 
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
 
 
-class SentencePieceTokenizer(BaseTokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
 
     adds_bos = False

@@ -79,8 +79,8 @@ def response_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatC
     # with loss_on "all", or with a response from token 0 on, which is never trained
     if trained[1]:
         normalised, _ = rows.sft_row(row, fmt.template_fields())
-        trained = formats.encode_row(normalised, tokenizer, replace(fmt, loss_on="answer"))[1]
-    starts = np.flatnonzero(np.diff(np.array(trained, np.int8), prepend=0) == 1)
+        trained = np.array(formats.encode_row(normalised, tokenizer, replace(fmt, loss_on="answer"))[1])
+    starts = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)
     if not len(starts):
         raise UserError("no prompt: the row has no response")
     return int(starts[-1])

@@ -8,8 +8,9 @@ import transformers
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from align.data.base_tokenizer import generation_stop_ids
 from align.errors import UserError
-from align.files import read_object, shown
+from align.files import read_object
 
 JSON_FILES = (  # read by transformers, which refuses damaged ones with errors of its own
     "tokenizer_config.json",
@@ -17,22 +18,6 @@ JSON_FILES = (  # read by transformers, which refuses damaged ones with errors o
     "added_tokens.json",
     "generation_config.json",
 )
-
-
-def generation_stop_ids(directory: Path) -> set[int]:
-    """Stop ids of transformers: `eos_token_id`, one or several, of generation_config.json or config.json.
-
-    The second is read where the first is missing or names none; empty if both name none.
-    """
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        stop = read_object(path, required=False).get("eos_token_id")
-        if stop is None:
-            continue
-        ids = stop if isinstance(stop, list) else [stop]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
-        return set(ids)
-    return set()
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:

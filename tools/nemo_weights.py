@@ -72,8 +72,6 @@ INDEX_CLASSES = {  # module: names that the pickled index of a distributed check
 }
 ZARR_TYPES = {"bfloat16": torch.bfloat16, "<f4": torch.float32, "<f2": torch.float16}
 
-# ---- layouts ---------------------------------------------------------------------------------------
-
 
 def read(folder: Path, fields: dict) -> Weights:
     """The weights of an extracted archive whose model_config.yaml has these fields.
@@ -188,9 +186,6 @@ def merge(name: str, parts: list[Tensor], gated: bool) -> Tensor:
     return torch.cat(parts, 1 if name.endswith(BY_COLUMNS) else 0)
 
 
-# ---- distributed checkpoints -----------------------------------------------------------------------
-
-
 def from_distributed(folder: Path, fields: dict) -> Weights:
     """The weights of a distributed checkpoint, which mostly holds a stack [layers, ...] for each name."""
     path = folder / "metadata.json"
@@ -303,9 +298,6 @@ def in_halves(fc1: Tensor, pieces: int, fields: dict) -> Tensor:
     if tp == 1 or pieces != tp or not str(fields.get("activation")).endswith("glu"):
         return fc1
     return fc1.unflatten(-2, (tp, 2, -1)).transpose(-4, -3).flatten(-4, -2)
-
-
-# ---- Hugging Face's tensors ------------------------------------------------------------------------
 
 
 def tensors(weights: Weights, config: dict, add_one: bool) -> Iterator[tuple[str, Tensor]]:

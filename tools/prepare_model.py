@@ -7,7 +7,6 @@
 Nothing of the input is run, the output appears when it is complete, and weights keep their precision.
 """
 
-import json
 import os
 import shutil
 import tarfile
@@ -50,9 +49,6 @@ def main() -> None:
     console.adapt()
     with one_line():
         tyro.extras.subcommand_cli_from_dict({"nemo": nemo, "export": export})
-
-
-# ---- nemo ------------------------------------------------------------------------------------------
 
 
 def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple[str, ...] = ()) -> None:
@@ -124,7 +120,7 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
     if trained_format and trained_format.chat:
         text.follow(trained_format.chat)
     ids = {"bos_token_id": text.bos_id, "eos_token_id": sorted(text.stop_ids)}
-    write_json(output / "generation_config.json", ids)
+    jsonl.write_object(output / "generation_config.json", ids)
     text.save(output)
     write_weights(weights, fields, config, output)
     if trained_format:
@@ -186,7 +182,7 @@ def write_weights(weights: Weights, fields: dict, config: dict, output: Path) ->
     """config.json and safetensors files, which must be what transformers expects of this configuration."""
     dtype = weights["embedding.word_embeddings.weight"]().dtype
     config |= {"dtype": str(dtype).removeprefix("torch.")}
-    write_json(output / "config.json", config)
+    jsonl.write_object(output / "config.json", config)
     # StableLM's norms have the factor w, Nemotron's w + 1.
     add_one = nemo_config.normalization(fields) == "layernorm1p" and config["model_type"] == "stablelm"
     tensors = nemo_weights.tensors(weights, config, add_one)
@@ -251,13 +247,6 @@ def prompt_format(fields: dict) -> TrainedFormat | None:
 def escape(text: str) -> str:
     """Text as it is typed for a flag: `data.unescape` gives it back."""
     return text.encode("unicode_escape").decode()
-
-
-def write_json(path: Path, fields: dict) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-# ---- export ----------------------------------------------------------------------------------------
 
 
 def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:

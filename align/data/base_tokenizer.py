@@ -1,7 +1,6 @@
 """Common part of both tokenizers: special tokens in texts, chat templates, and the round-trip check."""
 
 import datetime
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data import chat_template, plain_text
+from align.data.jsonl import write_object
 from align.data.marker_chat import MarkerChat
 from align.errors import UserError
 from align.files import read_object, shown
@@ -22,7 +22,7 @@ class Tokenizer(ABC):
 
     eos_id: int
     bos_id: int | None
-    pad_id: int | None
+    pad_id: int
     adds_bos: bool
     vocab_size: int
     stop_ids: set[int]
@@ -93,26 +93,19 @@ class Tokenizer(ABC):
     def hide(self, text: str) -> str:
         """Hide the special tokens in a value of a row, so that `encode` finds none.
 
-        Raises UserError for a special token if --special-tokens-in-text refuses them, and for characters of
-        the plane that hides them.
+        Raises UserError for one that --special-tokens-in-text refuses, and for the characters that hide.
         """
         if plain_text.HIDDEN.search(text):
-            raise UserError(
-                "a text has characters of Unicode's private plane 16, which are used to mark tokens"
-            )
-        if self.special is None or self.special_tokens_in_text == "allow":
-            return text
-        match = self.special.search(text)
-        if not match:
+            raise UserError("a text has characters of Unicode's private plane 16, which mark hidden tokens")
+        match = self.special and self.special.search(text)
+        if not match or self.special_tokens_in_text == "allow":
             return text
         if self.special_tokens_in_text == "refuse":
             raise UserError(f"special token {match[0]!r} in a text: see --special-tokens-in-text")
         if self.say and not self.texts_with_special:
-            self.say(
-                f"special token {match[0]!r} in {text[:80]!r}: such tokens in texts are encoded as plain text"
-            )
+            self.say(f"special token {match[0]!r} in {text[:80]!r}: all such are encoded as plain text")
         self.texts_with_special += 1
-        return plain_text.hide(text, self.special)
+        return plain_text.hide(text, match.re)
 
     def as_it_stands(self, text: str) -> str:
         """Return a whole prompt or text of a row, whose special tokens are control tokens, and count it."""
@@ -128,10 +121,7 @@ class Tokenizer(ABC):
         self.special, self.plain = plain_text.any_of(self.control), []
 
     def encode_hidden(self, text: str, continued: bool) -> list[int]:
-        """Encode a text whose hidden special tokens count as plain text.
-
-        The text is cut at the special tokens that are not hidden, as by the tokenizer itself.
-        """
+        """Encode hidden special tokens as plain text; the others cut the text, as in the tokenizer itself."""
         assert self.special is not None
         parts = re.split(f"({self.special.pattern})", text)
         ids: list[int] = []
@@ -144,10 +134,8 @@ class Tokenizer(ABC):
             is_first = not ids and not before
             plain = self.encode_plain(plain_text.reveal(part), is_first, continued)
             if control := self.control.intersection(map(self.decode, ([i] for i in plain))):
-                raise UserError(
-                    f"{min(control)!r} stands in a text, and this tokenizer has no other tokens for it: see "
-                    "--special-tokens-in-text"
-                )
+                special = f"{min(control)!r} in a text, for which this tokenizer has no other tokens"
+                raise UserError(f"{special}: see --special-tokens-in-text")
             ids, before = ids + plain, ""
         return ids + self.encode_part(before, ids, continued)
 
@@ -166,18 +154,16 @@ class Tokenizer(ABC):
         return value
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
-        """Render a chat as text by the chat template; `variables`: of the template ("tools", others).
+        """Render a chat as text; `variables`: of the template ("tools", others).
 
-        Raises UserError if the model has no template, and if the template refuses the messages.
+        Raises UserError without a chat template, and if it refuses the messages.
         """
         template, messages, variables = self.template_input(messages, variables)
-        return chat_template.render(template, messages, add_generation_prompt, **variables)
+        variables |= {"add_generation_prompt": add_generation_prompt}
+        return chat_template.render(template, messages, **variables)
 
     def marked_responses(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
-        """Spans of the responses in the rendered chat, in characters, by {% generation %} of the template.
-
-        None for a template without such marks.
-        """
+        """Spans of the responses in the rendered chat, in characters; None without {% generation %}."""
         if not self.chat_template or not chat_template.marks_responses(self.template()):
             return None
         template, messages, variables = self.template_input(messages, variables)
@@ -190,10 +176,8 @@ class Tokenizer(ABC):
         names = [name for name, value in variables.items() if value is not None]
         names += ["tool_calls"] * any(message.get("tool_calls") for message in messages)
         if unread := [name for name in names if not chat_template.reads(template, name)]:
-            raise UserError(
-                f"the chat template does not read {unread[0]!r}: take a model, or a chat_template.jinja, "
-                "that does, or leave it out of the row"
-            )
+            rule = "take a model, or a chat_template.jinja, that does, or leave it out of the row"
+            raise UserError(f"the chat template does not read {unread[0]!r}: {rule}")
         return template, self.hide_in(messages), self.special_tokens | self.hide_in(variables)
 
     def template_reads(self, name: str) -> bool:
@@ -223,8 +207,7 @@ class Tokenizer(ABC):
     def follow(self, chat: MarkerChat) -> None:
         """Render chats by the template of `chat`, and end responses at its turn marker.
 
-        The marker is one of `stop_ids` if it is a single token after an end of turn, else one of
-        `stop_strings`.
+        The marker joins `stop_ids` if it is a single token after an end of turn, else it is a stop string.
         """
         self.chat, self.chat_template = chat, chat.template()
         self.hide_markers(chat.tokens)
@@ -236,11 +219,10 @@ class Tokenizer(ABC):
             self.stop_strings = (chat.turn_start,)
 
     def save_chat(self, directory: Path) -> None:
-        """Write chat_template.jinja with --chat-template-kwargs, and the turn marker of a marker chat.
+        """Write chat_template.jinja with --chat-template-kwargs, and a turn marker to generation_config.json.
 
-        The turn marker goes into generation_config.json. A marker of several tokens is a stop string:
-        `generate` of transformers then asks for `tokenizer=`, and other programs need it as their own stop
-        string.
+        A marker of several tokens is a stop string: `generate` of transformers then needs `tokenizer=`, and
+        other programs need it as their own stop string.
         """
         if self.chat_template and (self.chat or self.variables):
             assert isinstance(self.chat_template, str)  # several take no variables: load_tokenizer
@@ -250,11 +232,11 @@ class Tokenizer(ABC):
             return
         path = directory / "generation_config.json"
         config = read_object(path, required=False)
-        stops = generation_stop_ids(directory)
-        config["eos_token_id"] = sorted(stops | self.stop_ids, key=lambda i: (i != self.eos_id, i))
+        stops = generation_stop_ids(directory) | self.stop_ids
+        config["eos_token_id"] = sorted(stops, key=lambda i: (i != self.eos_id, i))
         if self.stop_strings:
             config["stop_strings"] = list(self.stop_strings)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_object(path, config)
 
 
 def generation_stop_ids(directory: Path) -> set[int]:

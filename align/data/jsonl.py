@@ -119,6 +119,11 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot be read: {error.args[-1] if error.args else error}") from error
 
 
+def write_object(path: Path, value: dict) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def located(location: str, make: Callable, *args: object) -> Any:
     """Call `make(*args)`; the message of a ValueError gets the location in front, "file:line"."""
     try:

@@ -133,9 +133,6 @@ def read(directory: Path) -> MarkerChat | None:
     return chat
 
 
-# ---- rows ----------------------------------------------------------------------------------------
-
-
 def conversation_text(row: dict, chat_tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     """The text of a `conversations` row and the spans [first, last) of its characters that are trained.
 
@@ -211,9 +208,6 @@ def prompt_text(row: dict, chat: MarkerChat) -> str:
     if not spans or (kind == "TEXT_TO_VALUE" and role in masked):
         raise UserError("no prompt: the last turn is no response and asks for none")
     return text[: spans[-1][0]]
-
-
-# ---- training sets -------------------------------------------------------------------------------
 
 
 USED_BY = {  # form of a row: its fields, and the flags that change the tokens of this form only

@@ -76,10 +76,6 @@ class Pair:
         return self.chosen.num_inputs + self.rejected.num_inputs
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows to pairs
-
-
 def load_pairs(
     paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool = False
 ) -> tuple[list[Pair], dict[str, int]]:
@@ -232,10 +228,6 @@ def number(value: object, name: str) -> float:
     return float(value)
 
 
-# --------------------------------------------------------------------------------------------------
-# One side
-
-
 def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[Example]:
     """Format the chosen and the rejected side of a row. Raises UserError."""
     rows.refuse(row, set())
@@ -358,10 +350,6 @@ def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) 
     return Example(np.array(context + response, np.int32), np.array(trained, bool))
 
 
-# --------------------------------------------------------------------------------------------------
-# Texts to be scored
-
-
 def as_scored(example: Example) -> Example:
     """Append an id 0, the only trained one: the input of a reward model.
 
@@ -427,10 +415,6 @@ def label_field(row: dict, num_attributes: int) -> list[float]:
     if all(value == MISSING for value in numbers):
         raise UserError(f"field 'label': all {num_attributes} attributes are missing ({MISSING})")
     return numbers
-
-
-# --------------------------------------------------------------------------------------------------
-# Text for the log
 
 
 def texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The tokenizer of a SentencePiece `.model` file."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from align.data import plain_text, sentencepiece_json
 from align.data.base_tokenizer import Tokenizer, generation_stop_ids
+from align.data.jsonl import write_object
 from align.errors import UserError
 
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
@@ -29,9 +29,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = ModelProto.FromString(self.sp.serialized_model_proto())
         self.inner = processor(inside(self.model))
         if self.sp.eos_id() < 0:
-            raise UserError(
-                f"{path}: the model has no end-of-text piece, which training needs to end responses"
-            )
+            raise UserError(f"{path}: the model has no end-of-text piece, with which training ends responses")
         self.eos_id: int = self.sp.eos_id()
         self.bos_id: int | None = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
         self.pad_id: int = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos_id
@@ -96,9 +94,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> None:
         """Write the model, and its translation for transformers.AutoTokenizer (same ids)."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
-        sentencepiece_json.translate(self.model).save(str(Path(directory) / "tokenizer.json"))
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, directory / "tokenizer.model")
+        sentencepiece_json.translate(self.model).save(str(directory / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.sp.id_to_piece(self.eos_id),
@@ -108,10 +106,8 @@ class SentencePieceTokenizer(Tokenizer):
         }
         if self.bos_id is not None:
             config["bos_token"] = self.sp.id_to_piece(self.bos_id)
-        (Path(directory) / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2) + "\n", encoding="utf-8"
-        )
-        self.save_chat(Path(directory))
+        write_object(directory / "tokenizer_config.json", config)
+        self.save_chat(directory)
 
 
 def processor(model: ModelProto) -> sentencepiece.SentencePieceProcessor:

@@ -9,14 +9,12 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from align.data.base_tokenizer import generation_stop_ids
+from align.data.jsonl import write_object
 from align.errors import UserError
 from align.files import read_object
 
 JSON_FILES = (  # read by transformers, which refuses damaged ones with errors of its own
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
 
 
@@ -33,10 +31,9 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a directory by transformers."""
+    options = {"use_fast": True, "local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, use_fast=True, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(directory, **options)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
 
@@ -46,10 +43,8 @@ def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> Non
 
     Raises UserError for a token whose id differs between the files.
     """
-    config, added = (
-        read_object(directory / name, required=False)
-        for name in ("tokenizer_config.json", "added_tokens.json")
-    )
+    names = ("tokenizer_config.json", "added_tokens.json")
+    config, added = (read_object(directory / name, required=False) for name in names)
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
     for i, token in listed.items():
@@ -61,11 +56,9 @@ def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> Non
             continue
         fields = {name: value for name, value in token.items() if name not in ("content", "__type")}
         backend.add_tokens([AddedToken(token["content"], **fields)])
-        if backend.token_to_id(token["content"]) != i:
-            raise UserError(
-                f"{directory}: token {token['content']!r} has the id {i} in tokenizer_config.json, and "
-                f"{backend.token_to_id(token['content'])} in tokenizer.json"
-            )
+        if (other := backend.token_to_id(token["content"])) != i:
+            ids = f"the id {i} in tokenizer_config.json, and {other} in tokenizer.json"
+            raise UserError(f"{directory}: token {token['content']!r} has {ids}")
 
 
 def save_pad_token(directory: Path) -> None:
@@ -81,7 +74,7 @@ def save_pad_token(directory: Path) -> None:
     spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *special) if i not in {None, *ends}]
     pad_id = spare[0] if spare else None
     config = read_object(directory / "config.json") | {"pad_token_id": pad_id}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_object(directory / "config.json", config)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).is_file():
             fields = read_object(directory / name)

@@ -84,9 +84,6 @@ class JudgeConfig:
             raise UserError(f"--judge-low {self.judge_low} must be below --judge-high {self.judge_high}")
 
 
-# Prompts
-
-
 class Judge:
     """Judge prompts, and the scores in judgements."""
 
@@ -143,9 +140,6 @@ class Judge:
             return (None,) * len(texts)
         low, high = self.config.judge_low, self.config.judge_high
         return tuple(None if text is None else parse_score(text, low, high) for text in texts)
-
-
-# Judgements
 
 
 def statements(text: str) -> list[re.Match]:
@@ -237,9 +231,6 @@ def statistics(judged: Iterable[Judged]) -> dict[str, float]:
         "judge_unparsed": [score is None for response in responses for score in response.scores],
     }
     return {name: float(np.mean(numbers)) for name, numbers in values.items() if numbers}
-
-
-# The pair
 
 
 @dataclass(frozen=True)

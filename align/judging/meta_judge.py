@@ -61,9 +61,6 @@ class MetaJudgeConfig:
             refuse_unused(self, MetaJudgeConfig, names, "without --meta-judge")
 
 
-# Comparisons
-
-
 def usable(scores: Sequence[float | None], ended: Sequence[bool]) -> list[int]:
     """Numbers of the judgements of one response with a score and an end. Both arguments [judgements]."""
     pairs = enumerate(zip(scores, ended, strict=True))
@@ -145,9 +142,6 @@ class MetaJudge:
         return {
             (i, j): ids for (i, j), ids in prompts.items() if max(len(ids), len(prompts[j, i])) <= self.room
         }
-
-
-# Verdicts
 
 
 def parse_winner(text: str) -> str | None:

@@ -231,9 +231,6 @@ class ComparedJudgements:
         ]
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------
-
-
 def statistics(
     rollout: Sequence[JudgedResponses], choices: Sequence[Choice], pairs: Sequence[SampledPair | None]
 ) -> dict[str, float]:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align.data import hub
+from align.data.jsonl import write_object
 from align.data.packing import BatchConfig
 from align.data.preferences import as_scored
 from align.data.prompts import Prompt
@@ -183,10 +184,9 @@ def warn_of_other_ends(reward: RewardConfig, tokenizer: Tokenizer, say: Callable
 def save_statistics(statistics: dict, directory: Path) -> None:
     """Write mean and standard deviation of a reward model's scores for `RewardConfig.with_statistics`.
 
-    A file of its own, since transformers would copy a field of config.json to every model derived from this
-    one, with other scores.
+    A file of its own: transformers would copy fields of config.json to models derived from this one.
     """
-    (directory / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    write_object(directory / STATISTICS, statistics)
 
 
 def reward_sources(

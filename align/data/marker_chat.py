@@ -69,32 +69,31 @@ class MarkerChat:
         label = f"({label_start} ~ own_label ~ {end_of_name} if own_label is string else '')"
         prompt = quote(self.tokens[1] + self.assistant + self.tokens[4])
         default = quote(self.label) if self.label else "none"
+        has_labels = self.kind == "VALUE_TO_TEXT"
         has_own = "message.label is defined or message.role != 'assistant'"
         to_come = f"({label_start} ~ next_label ~ {end_of_name} if next_label is string else '')"
-        turns = {
-            None: [name, value],
-            "VALUE_TO_TEXT": [name, label, value],
-            "TEXT_TO_VALUE": [name, value, label],
-        }
-        prompts = {None: [prompt], "VALUE_TO_TEXT": [prompt, to_come], "TEXT_TO_VALUE": [label_start]}
+        turn, next_turn = {
+            None: ([name, value], [prompt]),
+            "VALUE_TO_TEXT": ([name, label, value], [prompt, to_come]),
+            "TEXT_TO_VALUE": ([name, value, label], [label_start]),
+        }[self.kind]
         header = [system_start, quote(SYSTEM_ROLE), end_of_name, "system", end_of_turn]
         lines = [
             f'{{%- set names = {{"user": {quote(self.user)}, "assistant": {quote(self.assistant)}}} -%}}',
             "{%- set has_system = messages and messages[0].role == 'system' -%}",
             f"{{%- set system = messages[0].content if has_system else {quote(self.system)} -%}}",
             "{%- set turns = messages[1:] if has_system else messages -%}",
-            *[f"{{%- set next_label = label if label is defined else {default} -%}}"]
-            * (self.kind == "VALUE_TO_TEXT"),
+            *[f"{{%- set next_label = label if label is defined else {default} -%}}"] * has_labels,
             output(["bos_token"] * self.bos + header),
             "{%- for message in turns -%}",
             "{%- if message.role not in names -%}",
             "{{- raise_exception('roles are user and assistant, system first only, not ' ~ message.role) -}}",
             "{%- endif -%}",
             f"{{%- set own_label = message.label if {has_own} else {default} -%}}",
-            output(turns[self.kind]),
+            output(turn),
             "{%- endfor -%}",
             "{%- if add_generation_prompt -%}",
-            output(prompts[self.kind]),
+            output(next_turn),
             "{%- elif turns and turns[-1].role == 'assistant' -%}",
             output([turn_start]),
             "{%- endif -%}",
@@ -254,23 +253,15 @@ class RowFormats:
         """Infer the chat of the `conversations` rows; None without such rows.
 
         The system text of more than half of the rows is the default; so is the most frequent label, if more
-        than half of the responses have a label in front.
-
-        Args:
-            tokens: the markers, without escapes.
-            bos: rows start with BOS.
-
-        Raises:
-            UserError: there are `messages` rows too, and a model has one chat format.
+        than half of the responses have a label in front. `tokens`: the markers, without escapes; `bos`: rows
+        start with BOS. Raises UserError if there are `messages` rows too.
         """
         if not self.rows["conversations"]:
             return None
         if self.rows["messages"]:
-            raise UserError(
-                f"--train-data has {self.rows['conversations']:,} rows of 'conversations' and "
-                f"{self.rows['messages']:,} of 'messages', and a model has one chat format: convert the rows "
-                "of the other"
-            )
+            counts = f"{self.rows['conversations']:,} rows of 'conversations' and {self.rows['messages']:,}"
+            rule = "a model has one chat format: convert the rows of the other"
+            raise UserError(f"--train-data has {counts} of 'messages', and {rule}")
         return MarkerChat(
             tokens=tuple(tokens),
             user=most_common(self.users, MarkerChat.user),

@@ -53,16 +53,12 @@ def num_trained(examples: Sequence[Example]) -> int:
 
 def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_row: int = 1) -> None:
     """Raise UserError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
+    flag, budget = f"--max-seq-len {max_seq_len}", f"--micro-batch-tokens {config.micro_batch_tokens}"
     if max_seq_len > max_positions:
-        raise UserError(
-            f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
-        )
+        raise UserError(f"{flag} is beyond the model's context of {max_positions} tokens")
     if per_row * max_seq_len > config.micro_batch_tokens:
         times = "" if per_row == 1 else f", of which a row has {per_row},"
-        raise UserError(
-            f"--max-seq-len {max_seq_len}{times} is above --micro-batch-tokens {config.micro_batch_tokens}: "
-            "raise that"
-        )
+        raise UserError(f"{flag}{times} is above {budget}: raise that")
 
 
 class HasIds(Protocol):
@@ -76,19 +72,15 @@ def check_ids(sequences: Iterable[HasIds], vocab_size: int) -> None:
     """Raise UserError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
     largest = max(int(sequence.ids.max()) for sequence in sequences)
     if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
-            "of another model"
-        )
+        sizes = f"the tokenizer gives token {largest}, the model has {vocab_size}"
+        raise UserError(f"{sizes}: --model holds the tokenizer of another model")
 
 
 def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--global-batch-size") -> None:
     """Raise UserError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
     if num_rows < needed:
-        raise UserError(
-            f"{flag} has {num_rows} usable rows, fewer than one step takes: "
-            f"give more rows or lower {needed_flag} {needed}"
-        )
+        rule = f"give more rows or lower {needed_flag} {needed}"
+        raise UserError(f"{flag} has {num_rows} usable rows, fewer than one step takes: {rule}")
 
 
 def global_batch(num_rows: int, size: int, seed: int, step: int) -> list[int]:
@@ -129,11 +121,9 @@ def plan_micro_batches(
     about equal load; some are empty if there are fewer rows than micro-batches. Deterministic.
     Raises UserError if one row alone is above `max_tokens`.
     """
-    if max(lengths, default=0) > max_tokens:
-        raise UserError(
-            f"--micro-batch-tokens {max_tokens} is too few for a row of {max(lengths)}: "
-            "raise it or lower --max-seq-len"
-        )
+    if (longest := max(lengths, default=0)) > max_tokens:
+        flag = f"--micro-batch-tokens {max_tokens}"
+        raise UserError(f"{flag} is too few for a row of {longest}: raise it or lower --max-seq-len")
     max_rows = max_rows or len(lengths)
     count = max(1, -(-sum(lengths) // (ranks * max_tokens)), -(-len(lengths) // max(1, ranks * max_rows)))
     while (bins := fill_bins(lengths, ranks * count, max_tokens, max_rows)) is None:

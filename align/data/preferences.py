@@ -87,9 +87,7 @@ def load_pairs(
     Raises UserError naming file and line for a wrong row, and if no pair is left.
     """
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
-    counts = dict.fromkeys(names, 0)
-    pairs = []
-    bad = BadRows(fmt.skip_bad_rows)
+    counts, pairs, bad = dict.fromkeys(names, 0), [], BadRows(fmt.skip_bad_rows)
     for pair in (p for path in paths for p in read_pairs(path, tokenizer, fmt, text_lines, counts, bad)):
         counts["pairs"] += 1
         counts["with_rewards"] += pair.has_rewards
@@ -112,9 +110,7 @@ def load_pairs(
 def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
     """Raise UserError if no pair of the data of `flag` states rewards, which the loss needs."""
     if not counts["with_rewards"]:
-        raise UserError(
-            f"--loss {loss} needs pairs with 'chosen_reward' and 'rejected_reward': {flag} has none"
-        )
+        raise UserError(f"--loss {loss} needs pairs with {' and '.join(map(repr, REWARDS))}: {flag} has none")
 
 
 def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
@@ -187,20 +183,16 @@ def make_pair(
         check_rejected_line(location, below, rejected_row)
         sides = chosen, jsonl.located(below, format_text, rejected_row, tokenizer, fmt)
     else:
-        raise UserError(
-            f"{location}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
-            "'rejected' instead"
-        )
+        advice = "give 'prompt', 'chosen' and 'rejected' instead"
+        raise UserError(f"{location}: 'text' does not say where the response begins: {advice}")
     return Pair(*sides, *jsonl.located(location, pair_numbers, row))
 
 
 def check_rejected_line(location: str, below: str, row: dict) -> None:
     """Raise UserError if `row`, at `below`, is not the rejected line of the chosen one at `location`."""
     if "text" not in row:
-        raise UserError(
-            f"{location}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
-            "(lines are chosen, rejected, chosen, rejected, ...)"
-        )
+        rule = f"must be followed by its rejected one, which {below} is not"
+        raise UserError(f"{location}: a chosen 'text' line {rule} (lines are chosen, rejected, chosen, ...)")
     if misplaced := [field for field in ("margin", *REWARDS) if field in row]:
         raise UserError(f"{below}: a rejected 'text' line: field {misplaced[0]!r} belongs to the chosen one")
 

@@ -102,8 +102,7 @@ def load_prompts(
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Load all prompts of these files, and counts for the log.
 
-    Counts: prompts read; dropped_too_long (above max_prompt_len); tokens of the others, and of the longest of
-    them (longest).
+    Counts: prompts read; dropped_too_long (above max_prompt_len); of the others tokens, and of the longest.
     Raises UserError naming file and line for a wrong row, and if no prompt is left.
     """
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
@@ -126,10 +125,8 @@ def load_prompts(
             prompts.append(Prompt(ids, row))
     counts |= bad.counts()
     if not prompts:
-        raise UserError(
-            f"{', '.join(map(str, paths))}: no prompt is left, all {counts['prompts']} are longer than "
-            f"--max-prompt-len {fmt.max_prompt_len}: raise it"
-        )
+        reason = f"all {counts['prompts']} are longer than --max-prompt-len {fmt.max_prompt_len}: raise it"
+        raise UserError(f"{', '.join(map(str, paths))}: no prompt is left, {reason}")
     lengths = [len(prompt.ids) for prompt in prompts]
     counts["tokens"], counts["longest"] = sum(lengths), max(lengths)
     return prompts, counts
@@ -138,21 +135,18 @@ def load_prompts(
 def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray:
     """Encode a row as prompt ids, [n] int32, of any length but never empty. Raises UserError."""
     rows.refuse(row, set())
-    if is_alpaca(row):
+    field = "instruction" if is_alpaca(row) else prompt_field(row)
+    if field == "instruction":
         rows.check_no_system(row, "'instruction'", ())
-        ids = formats.encode_prompt(rows.alpaca_prompt(row), "instruction", tokenizer, fmt)
-        formats.check_bos(ids, tokenizer)
-        return np.array(ids, np.int32)
-    field = prompt_field(row)
-    if isinstance(row[field], str) and (field == "text" or not row.get("system")):
+        ids = formats.encode_prompt(rows.alpaca_prompt(row), field, tokenizer, fmt)
+    elif isinstance(row[field], str) and (field == "text" or not row.get("system")):
         rows.check_no_system(row, "'text'", ())
         check_responses(row, field)
         ids = formats.encode_prompt(jsonl.text_field(row, field), field, tokenizer, fmt)
     elif field == "conversations" and rows.is_marker_row(row):
         ids = encode_conversation(row, tokenizer, fmt)
     else:
-        chat = chat_before_response(row, field)
-        ids = encode_chat(chat, field, tokenizer, fmt)
+        ids = encode_chat(chat_before_response(row, field), field, tokenizer, fmt)
     formats.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)
 
@@ -198,16 +192,14 @@ def prompt_field(row: dict) -> str:
 def is_copy(prompt: object, messages: object) -> bool:
     """True if a string is the content of a message, as beside the conversations of UltraFeedback."""
     turns = messages if isinstance(messages, list) else []
-    return isinstance(prompt, str) and prompt in [
-        turn.get("content") for turn in turns if isinstance(turn, dict)
-    ]
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    return isinstance(prompt, str) and prompt in contents
 
 
 def check_responses(row: dict, field: str) -> None:
     """Raise UserError for a string beside whole conversations, as some sets of pairs have them.
 
-    `preferences.format_pair` reads their messages and not the string, so the string would give other ids than
-    training on the pairs.
+    `preferences.format_pair` reads the messages, so the string would give other ids than training on pairs.
     """
     responses = [f"{side}{suffix}" for side in ("chosen", "rejected") for suffix in ("", "_response")]
     if chats := [name for name in responses if isinstance(row.get(name), list)]:
@@ -236,10 +228,8 @@ def chat_before_response(row: dict, field: str) -> dict:
 def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
     """Encode a `conversations` row up to its last response, in the model's markers. Raises UserError."""
     if not tokenizer.chat:
-        raise UserError(
-            "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
-            "\"chat\"): train it with train_sft.py first, or give 'messages'"
-        )
+        reason = 'the model was not trained on such rows (its prompt_format.json has no "chat")'
+        raise UserError(f"field 'conversations': {reason}: train it with train_sft.py, or give 'messages'")
     row = formats.hide_values(row, tokenizer, tokenizer.chat.tokens)
     ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
     return formats.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids

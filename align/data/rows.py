@@ -57,10 +57,8 @@ def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
         return row, set(template_fields)
     if "prompt" in row and "completion" in row:
         if "label" in row:
-            raise UserError(
-                "fields 'prompt', 'completion', 'label': rows of KTO without pairs are not implemented; "
-                "--loss kto_pair of train_dpo.py takes 'prompt', 'chosen', 'rejected'"
-            )
+            advice = "--loss kto_pair of train_dpo.py takes 'prompt', 'chosen', 'rejected'"
+            raise UserError(f"field 'label': rows of KTO without pairs are not implemented; {advice}")
         return completion_row(row)
     if "instruction" in row and set(template_fields) == {"input", "output"}:
         check_no_system(row, "'instruction'", ())
@@ -106,9 +104,9 @@ def completion_row(row: dict) -> tuple[dict, set[str]]:
     elif kinds[0] is list and kinds[1] in (list, dict):
         before, after = turns_field(row, "prompt"), one_or_more(row, "completion")
     else:
+        names = " and ".join(kind.__name__ for kind in kinds)
         raise UserError(
-            "fields 'prompt' and 'completion' must be two strings or two lists of messages, not "
-            f"{kinds[0].__name__} and {kinds[1].__name__}"
+            f"'prompt' and 'completion' must be two strings or two lists of messages, not {names}"
         )
     untrained = [turn | {"weight": 0} if is_response(turn) else turn for turn in before]
     return chat_row(row, untrained + after, used)
@@ -206,9 +204,7 @@ def tool_calls(message: dict) -> list[dict] | None:
     OpenAI's form has them as JSON text. Raises UserError for other text.
     """
     calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return calls
-    return [with_arguments(call) for call in calls]
+    return [with_arguments(call) for call in calls] if isinstance(calls, list) else calls
 
 
 def with_arguments(call: Any) -> Any:
@@ -244,9 +240,9 @@ def check_calls(i: int, message: dict, rendered: str) -> None:
         function = call.get("function", call) if isinstance(call, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name not in rendered and json.dumps(name)[1:-1] not in rendered:
+            rule = "take a model, or a chat_template.jinja, that writes tool calls"
             raise UserError(
-                f"message {i}: the chat template leaves out its call of the tool {name!r}: take a model, or "
-                "a chat_template.jinja, that writes tool calls"
+                f"message {i}: the chat template leaves out its call of the tool {name!r}: {rule}"
             )
 
 

@@ -33,9 +33,7 @@ def load_sft_sets(
 ) -> dict[str, list[Task]]:
     """Load the tasks of data sets, by name; `say` logs their number and the first prompt.
 
-    `row_formats` counts the formats of their rows.
-
-    Raises UserError as load_tasks and packing.check_ids do.
+    `row_formats` counts formats of rows. Raises UserError as load_tasks and packing.check_ids do.
     """
     sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, row_formats), say)
     packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
@@ -64,10 +62,11 @@ def load_tasks(
         else:
             counts["dropped_without_prompt"] += 1
     if not tasks:
-        raise UserError(
-            f"{', '.join(map(str, paths))}: no prompt is left, in all {counts['rows']} rows the last "
-            f"response begins beyond --max-seq-len {fmt.max_seq_len}, or nothing comes before it"
+        reason = (
+            f"in all {counts['rows']} rows the last response begins beyond --max-seq-len {fmt.max_seq_len}"
         )
+        files = ", ".join(map(str, paths))
+        raise UserError(f"{files}: no prompt is left, {reason}, or nothing comes before it")
     longest = max(len(task.prompt.ids) for task in tasks)
     counts |= row_counts.count_tokens([task.example for task in tasks])
     return tasks, counts | {"longest_prompt": longest}

@@ -65,8 +65,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer of a model directory or of a SentencePiece `.model` file; no code of it runs.
 
-    It renders the marker chat of the directory's prompt_format.json, if there is one. Raises UserError if
-    there is no tokenizer at `path`.
+    It renders the marker chat of the directory's prompt_format.json. Raises UserError without a tokenizer.
 
     Args:
         say: logs the date that the chat template writes, ids that differ from transformers', the first of
@@ -84,10 +83,8 @@ def load_tokenizer(
     elif (path / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
     else:
-        raise UserError(
-            f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model "
-            "file"
-        )
+        rule = "name a directory with a tokenizer.json, or a SentencePiece .model file"
+        raise UserError(f"{path} holds no tokenizer: {rule}")
     if chat := path.is_dir() and marker_chat.read(path):
         tokenizer.follow(chat)
     tokenizer.special_tokens_in_text, tokenizer.variables = config.special_tokens_in_text, config.variables()

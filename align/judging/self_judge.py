@@ -1,8 +1,8 @@
 """Self-rewarding: sample responses, judge them, compare the judgements, and build preference pairs.
 
 K responses to each prompt are sampled; each that ended is judged N times, and two of them become a pair to
-train on. The judgements of one response to a prompt are compared with one another, which gives a pair of
-judgements. The script samples, with the weights of its choice:
+train on. The judgements of one response to a prompt are compared, which gives a pair of judgements. The
+script samples, with the weights of its choice:
 
     sample(kind, ids, streams, number) -> samples by prompt
 
@@ -114,21 +114,19 @@ class SelfJudge:
         ids = {key: prompt for key, (prompt, _) in judge_prompts.items() if prompt is not None}
         streams = [(*places[i], JUDGEMENT, k) for i, k in ids]
         judgements = dict(zip(ids, sample("judge", list(ids.values()), streams, self.number), strict=True))
-        results = []
-        for i, (task, place) in enumerate(zip(tasks, places, strict=True)):
-            keys = [(i, k) for k in range(number)]
-            results.append(
-                JudgedResponses(
-                    place=place,
-                    task=task,
-                    samples=samples[i],
-                    judge_prompts=[ids.get(key) for key in keys],
-                    shortened=[key in judge_prompts and judge_prompts[key][1] for key in keys],
-                    judgements=[judgements.get(key, []) for key in keys],
-                    judged=[self.judged(judgements.get(key, []), samples[i][key[1]]) for key in keys],
-                )
+        keys = [[(i, k) for k in range(number)] for i in range(len(tasks))]
+        return [
+            JudgedResponses(
+                place=places[i],
+                task=task,
+                samples=samples[i],
+                judge_prompts=[ids.get(key) for key in keys[i]],
+                shortened=[key in judge_prompts and judge_prompts[key][1] for key in keys[i]],
+                judgements=[judgements.get(key, []) for key in keys[i]],
+                judged=[self.judged(judgements.get(key, []), samples[i][key[1]]) for key in keys[i]],
             )
-        return results
+            for i, task in enumerate(tasks)
+        ]
 
     def judged(self, judgements: Sequence[Sample], response: Sample) -> Judged:
         """The scores of a response; a truncated judgement gives none."""
@@ -242,9 +240,7 @@ def statistics(
         "bad_ends_per_GBS": float(np.mean([sample.finish == "length" for sample in responses])),
         "bad_samples_per_GBS": float(np.mean([reason is not None for reason in reasons])),
         **{f"bad_{name}": float(np.mean([reason == name for reason in reasons])) for name in judge.REASONS},
-        "judge_asked": float(
-            np.mean([ids is not None for prompt in rollout for ids in prompt.judge_prompts])
-        ),
+        "judge_asked": float(np.mean([p is not None for prompt in rollout for p in prompt.judge_prompts])),
         "judge_shortened": float(np.mean([short for prompt in rollout for short in prompt.shortened])),
         **judge.statistics(judged for prompt in rollout for judged in prompt.judged),
         **pair_statistics([pair for pair in pairs if pair is not None]),

@@ -6,6 +6,7 @@ Each is called with responses by prompt and returns rewards [prompts, responses]
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -102,19 +103,19 @@ class RewardConfig:
         if self.reward_standardise == "off":
             return self
         path = hub.local_model(self.reward_model) / STATISTICS
+        flag = "--reward-standardise auto"
         if not path.is_file():
             raise UserError(
-                f"--reward-standardise auto: there is no {path}, which train_rm.py writes with each reward "
-                "model. Give --reward-mean and --reward-std instead: rewards_all_mean and rewards_all_std of "
-                "its validation, or what the reward model gives to responses of --model"
+                f"{flag}: there is no {path}, which train_rm.py writes with each reward model. Give "
+                "--reward-mean and --reward-std instead: rewards_all_mean and rewards_all_std of its "
+                "validation, or what the reward model gives to responses of --model"
             )
         try:
             mean, std = (float(json.loads(path.read_bytes())[name]) for name in ("mean", "std"))
             return replace(self, reward_standardise="off", reward_mean=mean, reward_std=std)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'--reward-standardise auto: {path} must hold numbers "mean" and "std", std above 0: {error}'
-            ) from error
+            rule = 'must hold numbers "mean" and "std", std above 0'
+            raise UserError(f"{flag}: {path} {rule}: {error}") from error
 
     def describe(self) -> str:
         """The parts of a reward, for the log."""
@@ -141,10 +142,8 @@ def load_scorer(
     if start.labels > 1:
         raise UserError(f"{flag} {directory} has {start.labels} labels: give a model with one")
     if load_tokenizer(config.path).ids_by_token != tokenizer.ids_by_token:
-        raise UserError(
-            f"{flag} {directory} has another tokenizer than --model: the sampled token ids would mean other "
-            "texts to it"
-        )
+        reason = "has another tokenizer than --model: the sampled token ids would mean other texts to it"
+        raise UserError(f"{flag} {directory} {reason}")
     arch = replace(start, labels=1)
     scorer = gpt.build_scorer(arch, config, layout)
     source = huggingface.open_source(config.path, arch if start.labels else start, layout.seed)
@@ -219,12 +218,7 @@ class RewardModel:
         tokenizer: Tokenizer,
         store: HostStore | None = None,
     ):
-        """
-        Args:
-            config: the policy's, for its precision and kernels.
-            tokenizer: the policy's.
-            store: destination of the offloaded weights.
-        """
+        """`config`, `tokenizer`: the policy's; `store`: destination of the offloaded weights."""
         assert reward.reward_model is not None
         self.reward, self.batch = reward, batch
         if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
@@ -243,10 +237,8 @@ class RewardModel:
         ]
         longest = max(example.num_inputs for responses in examples for example in responses)
         if longest > (context := self.scorer.arch.max_positions):
-            raise UserError(
-                f"--reward-model has a context of {context} tokens, prompt and response have {longest}: "
-                "lower --max-prompt-len or --max-new-tokens"
-            )
+            sizes = f"a context of {context} tokens, prompt and response have {longest}"
+            raise UserError(f"--reward-model has {sizes}: lower --max-prompt-len or --max-new-tokens")
         rows = batching.pack_responses(self.scorer, examples, self.batch)
         with self.weights.swapped_into(self.scorer):
             scores = batching.per_example_outputs(self.scorer, rows, self.batch)
@@ -260,7 +252,7 @@ class RewardFunction:
     """A function of the user's. Each response is scored once, by one of the ranks.
 
     Settings and random states of the training are restored after it. Its own random numbers are seeded by the
-    response and its place, in every layout.
+    response and its place, equal in every layout.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, stop: tuple[str, ...], flag: str = "--reward-fn"):
@@ -286,10 +278,8 @@ class RewardFunction:
             with isolated(self.flag, SETTINGS):
                 value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
-                raise UserError(
-                    f"{self.flag} returned {value!r} for the response {response!r}: a reward is a finite "
-                    "number"
-                )
+                returned = f"returned {value!r} for the response {response!r}"
+                raise UserError(f"{self.flag} {returned}: a reward is a finite number")
             rewards.append((i, k, float(value)))
         return rewards
 
@@ -334,7 +324,6 @@ def import_function(name: str, flag: str = "--reward-fn") -> Function:
 def table(parts: Sequence[Sequence[tuple[int, int, float]]], samples: Sequence[Sequence]) -> np.ndarray:
     """Arrange (prompt, response, reward) of all ranks as an array [prompts, responses]."""
     rewards = np.full((len(samples), len(samples[0])), np.nan)
-    for part in parts:
-        for i, k, reward in part:
-            rewards[i, k] = reward
+    for i, k, reward in itertools.chain(*parts):
+        rewards[i, k] = reward
     return rewards

@@ -25,12 +25,13 @@ from typing import Literal, get_args
 import tyro
 
 from align import console
+from align.data import toy as toy_task
 from align.data.download import fetch
 from align.data.jsonl import located, read_jsonl, text_field
 from align.data.marker_chat import check_conversation, trained_turns
 from align.data.rows import sft_row
 from align.data.templates import Template
-from align.data.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
+from align.data.toy import comparisons, toy_rows, write_templates
 from align.errors import UserError, one_line
 from align.files import check_files
 from align.judging.render import as_text, conversations_turns, last_response, messages_turns, turn_of
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def check_source(input: object, download: bool, **about_download: object) -> None:
-    """Raises UserError unless one of --input and --download is given; other flags are about the latter."""
+    """Raise UserError unless one of --input and --download is given; other flags are about the latter."""
     if bool(input) == download:
         raise UserError("give either --input FILE or --download, which fetches the public file")
     for name, value in about_download.items():
@@ -263,9 +264,8 @@ def hh(
     if download and test_input:
         raise UserError("--test-input: --download fetches the test set too, give one of them")
     if (download or test_input) and test_fraction is not None:
-        raise UserError(
-            f"--test-fraction {test_fraction}: --test-input or --download is the test set, give one of them"
-        )
+        rule = "--test-input or --download is the test set, give one of them"
+        raise UserError(f"--test-fraction {test_fraction}: {rule}")
     if download:
         names = [f"hh_{name}" for name in dict.fromkeys(sets or get_args(HHSet))]
         raw = download_dir or RAW
@@ -295,12 +295,11 @@ def hh(
 
 
 def hh_pairs(paths: tuple[Path, ...]) -> list[tuple[list[dict], list[dict]]]:
-    """Chosen and rejected conversation of each row without a flaw; how many have which is printed."""
+    """Chosen and rejected conversation of each row without a flaw; the numbers of flaws are printed."""
     pairs, flaws = [], Counter[str | None]()
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
-        chosen, rejected = (
-            hh_messages(located(where, text_field, row, name)) for name in ("chosen", "rejected")
-        )
+        texts = [located(where, text_field, row, name) for name in ("chosen", "rejected")]
+        chosen, rejected = map(hh_messages, texts)
         flaw = hh_flaw(chosen, rejected)
         flaws[flaw] += 1
         if flaw is None:
@@ -337,8 +336,8 @@ def hh_opening(pair: tuple[list[dict], list[dict]]) -> str:
 
 
 def hh_row(chosen: list[dict], rejected: list[dict], style: Literal["messages", "text"]) -> dict:
-    """A pair as a row of preferences. In text an answer starts with its space, and a prompt ends before it:
-    so the tokens of a prompt are the same in the comparisons and where an answer is generated."""
+    """A pair as a row. In text a response starts with its space: so a prompt has the same tokens in
+    comparisons and in generation."""
     if style == "messages":
         return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
     prompt = "".join(f"{HH_LABELS[turn['role']]}{spaced(turn['content'])}\n\n" for turn in chosen[:-1])
@@ -379,9 +378,8 @@ def judge(
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
     rows = []
     for where, row in read_jsonl(input)[:limit]:
-        row, _ = located(where, sft_row, row, ())
-        located(where, answered, row)  # whether it can be judged
-        rows.append(row)
+        rows.append(located(where, sft_row, row, ())[0])
+        located(where, answered, rows[-1])  # it can be judged
     if len(rows) < 2:
         raise UserError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
     rng = random.Random(seed)
@@ -464,18 +462,13 @@ def toy(
     after = train_rows + val_rows
     pairs = comparisons(train_comparisons, val_comparisons, seed, after)
     after += train_comparisons + val_comparisons
-    judgements = toy_judgements(judge_rows, meta_rows, seed, after)
+    judgements = toy_task.judge_rows(judge_rows, seed, after)
+    judgements += toy_task.meta_rows(meta_rows, seed, after + judge_rows)
+    random.Random(seed).shuffle(judgements)
     write_split(output, *rows)
     write_split(output, *pairs, suffix="_comparisons")
     write_jsonl(output / "train_judge.jsonl", judgements)
     write_templates(output)
-
-
-def toy_judgements(num_judge: int, num_meta: int, seed: int, after: int) -> list[dict]:
-    """Rows of both kinds, shuffled, with prompts that follow the first `after`."""
-    rows = judge_rows(num_judge, seed, after) + meta_rows(num_meta, seed, after + num_judge)
-    random.Random(seed).shuffle(rows)
-    return rows
 
 
 def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[list, list]:
@@ -489,9 +482,8 @@ def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[l
 def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str = "") -> None:
     """Write train{suffix}.jsonl and val{suffix}.jsonl. Raises UserError if one would be empty."""
     if not train or not val:
-        raise UserError(
-            f"{directory}: {len(train)} rows to train on and {len(val)} to validate on: both need some"
-        )
+        counts = f"{len(train)} rows to train on and {len(val)} to validate on"
+        raise UserError(f"{directory}: {counts}: both need some")
     write_jsonl(directory / f"train{suffix}.jsonl", train)
     write_jsonl(directory / f"val{suffix}.jsonl", val)
 

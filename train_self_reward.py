@@ -143,12 +143,10 @@ class Config(CommonConfig):
             audit_start=BOUND,
         )
         check_model_logprobs(self.rollout, self.sampling)
-        for name in ("length_control", "beta"):
-            if len(values := getattr(self, name)) not in (1, self.iterations):
-                raise UserError(
-                    f"--{name.replace('_', '-')} has {len(values)} values: give one, or one for each of the "
-                    f"{self.iterations} --iterations"
-                )
+        for flag, values in (("--length-control", self.length_control), ("--beta", self.beta)):
+            if len(values) not in (1, self.iterations):
+                rule = f"give one, or one for each of the {self.iterations} --iterations"
+                raise UserError(f"{flag} has {len(values)} values: {rule}")
         if self.loss not in WITH_GAP:
             refuse_unused(self, Config, "reward_scale", f"with --loss {self.loss}")
         if not self.sft_weight:
@@ -156,22 +154,19 @@ class Config(CommonConfig):
         if self.steps_per_iteration:
             refuse_unused(self.loop, LoopConfig, "max_epochs", "with --steps-per-iteration")
         if self.first_iteration_sft and self.iterations == 1:
-            raise UserError(
-                "--first-iteration-sft with --iterations 1 is fine-tuning alone: use train_sft.py"
-            )
+            flags = "--first-iteration-sft with --iterations 1"
+            raise UserError(f"{flags} is fine-tuning alone: use train_sft.py")
         if self.true_reward_fn and self.train_data and not self.val_data:
             raise UserError("--true-reward-fn has no effect without --val-data: give both")
         size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
         if self.meta.meta_judge and fraction * size < 1:
-            raise UserError(
-                f"--meta-judge-fraction {fraction} of --global-batch-size {size} is no whole pair: raise one"
-            )
+            flags = f"--meta-judge-fraction {fraction} of --global-batch-size {size}"
+            raise UserError(f"{flags} is no whole pair: raise one")
         if self.meta.meta_judge and self.judge.judgements == 1:
             raise UserError("--meta-judge compares judgements of one response: give --judgements 2 or more")
-        own = {"judge_template": self.judge.judge_template != JudgeConfig.judge_template}
-        own["meta_judge_template"] = self.meta.meta_judge_template != MetaJudgeConfig.meta_judge_template
-        for name in [name for name in own if own[name] and not self.train_data]:
-            flag = f"--{name.replace('_', '-')}"
+        own = {"--judge-template": self.judge.judge_template != JudgeConfig.judge_template}
+        own["--meta-judge-template"] = self.meta.meta_judge_template != MetaJudgeConfig.meta_judge_template
+        for flag in [flag for flag in own if own[flag] and not self.train_data]:
             raise UserError(f"{flag} without --train-data: the toy task has a template of its own")
         if self.sampling.greedy:
             raise UserError("--greedy gives the same response every time: leave it out")
@@ -189,25 +184,21 @@ class Config(CommonConfig):
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def check_lengths(self, max_positions: int) -> None:
-        """Raises UserError if a prompt or judgement may find no room in the context, or a pair in a batch.
+        """Raise UserError if a prompt or judgement may not fit into the context, or a pair into a batch.
 
         Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
         prompt is shortened to what --max-new-tokens leaves.
         """
         prompt, response = self.format.max_seq_len, self.sampling.max_new_tokens
+        flag, context = f"--max-new-tokens {response}", f"the model's context of {max_positions}"
         if prompt > max_positions:
-            raise UserError(
-                f"--max-seq-len {prompt} is beyond the model's context of {max_positions} tokens: lower it"
-            )
+            raise UserError(f"--max-seq-len {prompt} is beyond {context} tokens: lower it")
         if response >= max_positions:
-            raise UserError(
-                f"--max-new-tokens {response} leaves a prompt no token of the model's context of "
-                f"{max_positions}: lower it"
-            )
+            raise UserError(f"{flag} leaves a prompt no token of {context}: lower it")
         if 2 * (longest := min(prompt + response, max_positions)) > self.batch.micro_batch_tokens:
             raise UserError(
-                f"--max-seq-len {prompt} and --max-new-tokens {response} make sequences of {longest} tokens, "
-                f"of which a pair has two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
+                f"--max-seq-len {prompt} and {flag} make sequences of {longest} tokens, of which a pair has "
+                f"two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
             )
 
 
@@ -248,11 +239,11 @@ class Training(NamedTuple):
 
 
 def of_iteration(values: tuple[float, ...], iteration: int) -> float:
-    """The value that a flag has in an iteration."""
+    """The value of a flag in an iteration."""
     return values[iteration] if len(values) > 1 else values[0]
 
 
-# ---- losses ----------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -266,8 +257,8 @@ def preference_loss(
     """--loss of the pairs of a micro-batch, plus --sft-weight times the SFT loss of the chosen responses."""
 
     def sequence_logprobs(logprobs: Tensor, average: bool) -> Tensor:
-        sums = preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, average)
-        return sums.view(-1, 2)  # [P, 2] of chosen and rejected
+        """[P, 2] of chosen and rejected."""
+        return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, average).view(-1, 2)
 
     average, sft_average = config.average_logprobs, config.sft_average_logprobs
     ref_logprobs = torch.zeros_like(logprobs)
@@ -295,7 +286,7 @@ def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.n
     return batching.micro_batches(state.policy, examples, state.config.batch, values)
 
 
-# ---- steps -----------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 def sft_step(state: State, tasks: Sequence[Task]) -> Training:

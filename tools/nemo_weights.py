@@ -74,10 +74,9 @@ ZARR_TYPES = {"bfloat16": torch.bfloat16, "<f4": torch.float32, "<f2": torch.flo
 
 
 def read(folder: Path, fields: dict) -> Weights:
-    """The weights of an extracted archive whose model_config.yaml has these fields.
+    """The weights of an extracted archive; `fields`: of its model_config.yaml.
 
-    Raises:
-        UserError: there are none, they are incomplete, cannot be read, or are more than data.
+    Raises UserError if they are missing, incomplete, unreadable, or more than data.
     """
     if (folder / "model_weights.ckpt").is_file():
         return from_ranks([[load_state(folder / "model_weights.ckpt")]], fields)
@@ -85,9 +84,8 @@ def read(folder: Path, fields: dict) -> Weights:
         return from_ranks([[load_state(path) for path in stage] for stage in complete(ranks, fields)], fields)
     if (folder / "model_weights").is_dir():
         return from_distributed(folder / "model_weights", fields)
-    raise UserError(
-        "no weights: model_weights.ckpt, mp_rank_00, tp_rank_00_pp_rank_000 or model_weights is missing"
-    )
+    names = "model_weights.ckpt, mp_rank_00, tp_rank_00_pp_rank_000 or model_weights"
+    raise UserError(f"no weights: {names} is missing")
 
 
 def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -98,11 +96,10 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 def complete(ranks: dict[tuple[int, int], Path], fields: dict) -> list[list[Path]]:
     """Files by stage and tensor parallel rank. Raises UserError if one is missing or too many."""
-    if (fields.get("virtual_pipeline_model_parallel_size") or 1) > 1:
-        raise UserError(
-            "model_config.yaml: virtual_pipeline_model_parallel_size = "
-            f"{fields['virtual_pipeline_model_parallel_size']} is not implemented for weights by rank"
-        )
+    name = "virtual_pipeline_model_parallel_size"
+    if (fields.get(name) or 1) > 1:
+        rule = "is not implemented for weights by rank"
+        raise UserError(f"model_config.yaml: {name} = {fields[name]} {rule}")
     tp, pp = (fields.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
     wanted = set(itertools.product(range(pp), range(tp)))
     if wrong := sorted(wanted ^ set(ranks)):
@@ -158,9 +155,8 @@ def from_ranks(stages: list[list[dict[str, Tensor]]], fields: dict) -> Weights:
         for old, new in names.items():
             parts = [rank[old] for rank in ranks]
             weights[shifted(new, first)] = functools.partial(merge, new, parts, gated and not split)
-        first += 1 + max(
-            (number for name in names.values() if (number := layer(name)) is not None), default=-1
-        )
+        numbers = [number for name in names.values() if (number := layer(name)) is not None]
+        first += 1 + max(numbers, default=-1)
     return weights
 
 
@@ -220,9 +216,8 @@ class IndexUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise UserError(
-            f"model_weights/.metadata holds code, {module}.{name}: it is refused, nothing of it ran"
-        )
+        code = f"{module}.{name}"
+        raise UserError(f"model_weights/.metadata holds code, {code}: it is refused, nothing of it ran")
 
 
 def torch_dist(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
@@ -291,8 +286,8 @@ def zarr(folder: Path, fields: dict) -> tuple[dict[str, tuple[int, ...]], Callab
 def in_halves(fc1: Tensor, pieces: int, fields: dict) -> Tensor:
     """[..., gate; up, H] of a matrix in so many pieces.
 
-    Before Megatron-Core 0.4 a distributed checkpoint had each tensor parallel rank's [gate; up] as one piece;
-    since then each of them is two, and those of the gates come first.
+    Before Megatron-Core 0.4 a distributed checkpoint had the [gate; up] of a tensor parallel rank as one
+    piece; since then it is two, and the gates of all ranks come first.
     """
     tp = fields.get("tensor_model_parallel_size") or 1
     if tp == 1 or pieces != tp or not str(fields.get("activation")).endswith("glu"):
@@ -301,11 +296,7 @@ def in_halves(fc1: Tensor, pieces: int, fields: dict) -> Tensor:
 
 
 def tensors(weights: Weights, config: dict, add_one: bool) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the model of a config.json, kind by kind, each in memory of its own.
-
-    Args:
-        add_one: to the norms' weights.
-    """
+    """(name, tensor) of the model of a config.json, kind by kind; `add_one` to the norms' weights."""
     split = any("linear_fc1_up" in name for name in weights)  # gate and up are two matrices
     for name in sorted(weights, key=lambda name: (re.sub(r"\d+", "", name), layer(name) or 0)):
         whole = weights[name]()
@@ -315,10 +306,7 @@ def tensors(weights: Weights, config: dict, add_one: bool) -> Iterator[tuple[str
 
 
 def cut(name: str, tensor: Tensor, config: dict, split: bool) -> list[tuple[str, Tensor]]:
-    """A tensor of Megatron's as Hugging Face's; one that is unknown keeps its name.
-
-    `split`: gate and up are two matrices.
-    """
+    """A tensor of Megatron's as Hugging Face's, its name if unknown; `split`: gate and up are two."""
     match = re.fullmatch(r"(?:decoder\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
     if match is None:
         return [(name, tensor)]
@@ -330,10 +318,8 @@ def cut(name: str, tensor: Tensor, config: dict, split: bool) -> list[tuple[str,
             raise UserError(f"{name} has {len(tensor)} rows, no multiple of {groups} groups of {rows} heads")
         grouped = tensor.unflatten(0, (groups, rows, -1))
         parts = {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}
-        return [
-            (f"{prefix}self_attn.{x}_proj.{match[3]}", part.reshape(-1, tensor.shape[-1]))
-            for x, part in parts.items()
-        ]
+        flat = {x: part.reshape(-1, tensor.shape[-1]) for x, part in parts.items()}
+        return [(f"{prefix}self_attn.{x}_proj.{match[3]}", part) for x, part in flat.items()]
     if match[2] == "mlp.linear_fc1":
         names = ["up"] if config["hidden_act"] != "silu" else ["gate"] if split else ["gate", "up"]
         matrices = zip(names, tensor.chunk(len(names)), strict=True)

@@ -81,9 +81,8 @@ def extract(path: Path, folder: Path) -> Path:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts or not (member.isfile() or member.isdir()):
-                    raise UserError(
-                        f"--input {path}: {member.name!r} is a link, or leaves the directory: refused"
-                    )
+                    refused = f"{member.name!r} is a link, or leaves the directory"
+                    raise UserError(f"--input {path}: {refused}: refused")
                 if member.isfile() and is_needed(place):
                     (folder / place).parent.mkdir(parents=True, exist_ok=True)
                     source = archive.extractfile(member)
@@ -98,9 +97,8 @@ def extract(path: Path, folder: Path) -> Path:
 
 def is_needed(place: PurePosixPath) -> bool:
     """True for the configuration, the weights and a SentencePiece model."""
-    return place.name in ("model_config.yaml", "model_weights.ckpt") or (
-        place.suffix == ".model" or place.parts[0] == "model_weights"
-    )
+    is_file = place.name in ("model_config.yaml", "model_weights.ckpt") or place.suffix == ".model"
+    return is_file or place.parts[0] == "model_weights"
 
 
 def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tuple[str, ...]) -> None:
@@ -140,9 +138,7 @@ def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> Tokenizer:
     if not inside.is_file():
         raise UserError(f"the tokenizer {inside.name} is missing: give --tokenizer FILE")
     if fields.get("sentencepiece_legacy") and fields.get("special_tokens"):
-        raise UserError(
-            "tokenizer.special_tokens are no part of the SentencePiece model: give --tokenizer DIR"
-        )
+        raise UserError("tokenizer.special_tokens are not in the SentencePiece model: give --tokenizer DIR")
     return SentencePieceTokenizer(inside)
 
 
@@ -185,10 +181,8 @@ def write_weights(weights: Weights, fields: dict, config: dict, output: Path) ->
     jsonl.write_object(output / "config.json", config)
     # StableLM's norms have the factor w, Nemotron's w + 1.
     add_one = nemo_config.normalization(fields) == "layernorm1p" and config["model_type"] == "stablelm"
-    tensors = nemo_weights.tensors(weights, config, add_one)
-    huggingface.write_index(
-        output, huggingface.write_files(checked(tensors, expected_shapes(output)), output)
-    )
+    tensors = checked(nemo_weights.tensors(weights, config, add_one), expected_shapes(output))
+    huggingface.write_index(output, huggingface.write_files(tensors, output))
 
 
 def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -267,9 +261,8 @@ def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
     flags = checkpoints.run_flags(checkpoint)
     start = ModelConfig(model=flags["model"]).path
     if not (start / "config.json").is_file():
-        raise UserError(
-            f"the run began with --model {flags['model']}: start this command where it was started"
-        )
+        rule = "start this command where it was started"
+        raise UserError(f"the run began with --model {flags['model']}: {rule}")
     layout = ParallelConfig(tp=tp, pp=pp)
     with parallel.start(layout):
         checkpoint_files.verify(checkpoint)

@@ -39,14 +39,8 @@ MISTAKES = {"wanted": 50, "given": 25, "order": 15, "mark": 10}
 # kinds of responses to judge, with their frequencies: the model's own are mostly right or one swap away, and
 # shuffled ones make it read the response
 FLAWS = {
-    "none": 20,
-    "swap": 25,
-    "swaps": 10,
-    "shuffled": 25,
-    "turned": 5,
-    "short": 4,
-    "long": 4,
-    "replaced": 7,
+    **{"none": 20, "swap": 25, "swaps": 10, "shuffled": 25},
+    **{"turned": 5, "short": 4, "long": 4, "replaced": 7},
 }
 
 
@@ -96,8 +90,7 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
     wrong = set(rng.sample(range(num_train), round(mistakes * num_train)))
     rows = []
     for i, letters in enumerate(prompts):
-        right = sorted(letters)
-        response = swapped(right, rng) if i in wrong else right
+        response = swapped(sorted(letters), rng) if i in wrong else sorted(letters)
         rows.append({"messages": [question(letters), reply(response)]})
     return rows[:num_train], rows[num_train:]
 
@@ -105,8 +98,8 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
 def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> tuple[list[dict], list[dict]]:
     """Pairs for training and validation: the right response over one with two neighbours swapped.
 
-    All prompts differ, also from the first `after` prompts of `toy_rows` with this seed (4200: those of
-    `write` with its defaults). Raises UserError if the task has too few prompts.
+    All prompts differ, also from the first `after` of `toy_rows` with this seed (4200: of `write` with its
+    defaults). Raises UserError if the task has too few prompts.
     """
     flags = f"--train-comparisons {num_train} and --val-comparisons {num_val} after {after} rows"
     check_count(after + num_train + num_val, flags)
@@ -124,9 +117,8 @@ def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> t
 def judge_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
     """Chats in which the assistant judges a response: JUDGE_TEMPLATE, then reasons and a score.
 
-    All prompts differ, also from the first `after` prompts of `toy_rows` and `comparisons` with this seed
-    (6400: those of `write` and `write_comparisons` with their defaults). Raises UserError if there are too
-    few.
+    All prompts differ, also from the first `after` of `toy_rows` and `comparisons` with this seed (6400: of
+    `write` and `write_comparisons` with their defaults). Raises UserError if there are too few.
     """
     rows = []
     for task, right, rng in tasks_to_judge(num, seed, after, f"--judge-rows {num}"):
@@ -190,8 +182,7 @@ def reasons(right: list[str], response: list[str]) -> str:
     """The judgement without its score: "Aa= Bc/ Cb/". Capitals are the right letters, in sorted order."""
     places = zip_longest(right, response, fillvalue=MISSING)
     return " ".join(
-        f"{right_letter.upper()}{letter}{'=' if right_letter == letter else '/'}"
-        for right_letter, letter in places
+        f"{wanted.upper()}{letter}{'=' if wanted == letter else '/'}" for wanted, letter in places
     )
 
 
@@ -229,8 +220,7 @@ def marked(judgement: str, wrong: str, winner: str) -> str:
 
 def chat(prompt: str, response: str) -> dict:
     """A row of one prompt and one response."""
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return {"messages": messages}
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
 
 
 def check_count(count: int, flags: str) -> None:

@@ -217,16 +217,6 @@ class State:
     generator: Generator
     iteration: int = 0
 
-    @property
-    def length_control(self) -> float:
-        """--length-control of the iteration."""
-        return of_iteration(self.config.length_control, self.iteration)
-
-    @property
-    def beta(self) -> float:
-        """--beta of the iteration."""
-        return of_iteration(self.config.beta, self.iteration)
-
 
 class Training(NamedTuple):
     """Input of the update of a step."""
@@ -315,11 +305,12 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     """Train on a pair of responses to each prompt of a step, and on pairs of judgements out of the buffer."""
     config, session = state.config, state.session
     session.samples(session.done, state.self_judge.tables("train_judgements", judged))
-    response_pairs, metrics = state.self_judge.pairs(judged, state.length_control)
+    length_control = of_iteration(config.length_control, state.iteration)
+    response_pairs, metrics = state.self_judge.pairs(judged, length_control)
     num_buffered = len(state.buffer)
     pairs = mix(response_pairs, state.buffer, config.meta.meta_judge_fraction)
     metrics["meta_samples_per_GBS"] = (num_buffered - len(state.buffer)) / config.batch.global_batch_size
-    loss_fn = partial(preference_loss, config, state.beta)
+    loss_fn = partial(preference_loss, config, of_iteration(config.beta, state.iteration))
     if not pairs:
         return Training([], loss_fn, 0, metrics)
 
@@ -479,7 +470,8 @@ def main(config: Config) -> None:
             with phase("train", policy="all"), engine.during(f"step {session.done}"):
                 update = with_std(engine.forward_backward(policy, *training[:3]))
                 if is_reference and "preference_loss" in update:
-                    reference.check_start(update, config.loss, state.beta, start_bound)
+                    beta = of_iteration(config.beta, state.iteration)
+                    reference.check_start(update, config.loss, beta, start_bound)
                 is_reference = False
                 metrics |= update | optim.update(optimizer, config.optim, step, session.total_steps)
         else:

@@ -154,10 +154,7 @@ class Tokenizer(ABC):
         return value
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
-        """Render a chat as text; `variables`: of the template ("tools", others).
-
-        Raises UserError without a chat template, and if it refuses the messages.
-        """
+        """Render a chat with variables of the template ("tools", others). Raises UserError."""
         template, messages, variables = self.template_input(messages, variables)
         variables |= {"add_generation_prompt": add_generation_prompt}
         return chat_template.render(template, messages, **variables)
@@ -240,10 +237,7 @@ class Tokenizer(ABC):
 
 
 def generation_stop_ids(directory: Path) -> set[int]:
-    """Stop ids of transformers: `eos_token_id`, one or several, of generation_config.json or config.json.
-
-    The second is read where the first is missing or names none; empty if both name none.
-    """
+    """Stop ids of transformers: `eos_token_id` of generation_config.json, else of config.json, or none."""
     for path in (directory / "generation_config.json", directory / "config.json"):
         stop = read_object(path, required=False).get("eos_token_id")
         if stop is None:

@@ -32,10 +32,7 @@ watched: Counter[str] = Counter()  # renderings of each template so far, up to W
 
 
 def render(template: str, messages: list[dict], **variables: object) -> str:
-    """Render a chat. Raises UserError if the template refuses it or leaves the bounds.
-
-    `variables`: of the template, add_generation_prompt among them.
-    """
+    """Render a chat with variables of the template. Raises UserError if it refuses, or leaves the bounds."""
     [text], _ = bounded_render(template, messages, **variables)
     if len(text) > LENGTH:
         raise UserError(f"the chat template makes {len(text):,} characters of one chat")

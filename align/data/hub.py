@@ -42,10 +42,7 @@ def split_of(path: Path) -> str | None:
 
 @functools.cache
 def local_model(path: Path) -> Path:
-    """The directory of a model: `path`, or the cached snapshot of a model of the Hub.
-
-    Raises UserError if the Hub, or the cache without a network, has no such model.
-    """
+    """The directory of a model: `path`, or the cached snapshot of a model of the Hub (UserError)."""
     match = MODEL.fullmatch(str(path))
     if match is None or is_local(path):
         return path

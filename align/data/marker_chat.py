@@ -112,10 +112,7 @@ def output(expressions: Sequence[str]) -> str:
 
 
 def read(directory: Path) -> MarkerChat | None:
-    """The chat in a directory's prompt_format.json; None if its model was trained on other rows.
-
-    Raises UserError for a file of another form.
-    """
+    """The chat in a directory's prompt_format.json, None without one. Raises UserError for another form."""
     path = Path(directory) / "prompt_format.json"
     fields = read_object(path, required=False).get("chat")
     if fields is None:
@@ -166,10 +163,7 @@ def trained_turns(kind: str | None, masked: set[str], turns: list[tuple[str, str
 
 
 def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str, str, str | None]]]:
-    """Read `type`, the roles in `mask`, and the turns (role, value, label) of a `conversations` row.
-
-    Raises UserError if one of them is invalid, or if no turn is by a masked role.
-    """
+    """Read `type`, roles in `mask`, and turns (role, value, label) of a `conversations` row (UserError)."""
     kind, mask = row.get("type"), row.get("mask", "User")
     if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
         raise UserError(f"field 'type' must be VALUE_TO_TEXT, TEXT_TO_VALUE or null, not {kind!r}")

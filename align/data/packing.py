@@ -212,8 +212,7 @@ def num_places(row: Sequence[Example]) -> int:
 def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
     """Shift and pack rows of examples; those of a row share their beginning. T is a multiple of `multiple`.
 
-    Without examples the batch is `multiple` padding tokens: a rank without rows still takes part in
-    collectives.
+    Without examples T padding tokens: a rank without rows still takes part in collectives.
     """
     examples = [example for row in rows for example in row]
     skipped = [size for row in rows for size in shared_places(row)]

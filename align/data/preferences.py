@@ -47,7 +47,6 @@ class PreferenceFormat:
     append_eos: bool = True
     """end plain text with EOS, or as turns end in a model that was trained on 'conversations' rows, unless it
     ends with a stop token; messages end as the template ends them"""
-
     skip_bad_rows: int = 0
     """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
@@ -248,10 +247,7 @@ def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[
 
 
 def with_prompt(row: dict) -> dict:
-    """Fill "prompt" from its names in other files: instruction and input, conversations.
-
-    Strings beside a system text become messages.
-    """
+    """Fill "prompt" from its other names; strings beside a system text become messages."""
     if "prompt" not in row and "instruction" in row:
         row = row | {"prompt": rows.alpaca_prompt(row)}
     if "prompt" not in row and "conversations" in row:
@@ -277,17 +273,14 @@ def response_field(row: dict, name: str) -> str:
 
 def response_message(row: dict, field: str) -> list[dict]:
     """The one message of a response to a list of messages, in a list. Raises UserError."""
-    messages = [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
+    messages = rows.one_or_more(row, field)
     if len(messages) != 1:
         raise UserError(f"field {field!r} must be one message, the response to 'prompt', not {len(messages)}")
     return messages
 
 
 def format_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """Format a conversation, trained on its last message.
-
-    It ends where generation does, at that message's last stop token; what the template adds is dropped.
-    """
+    """Format a conversation, trained on its last message up to the last stop token, as in generation."""
     messages, variables = chat["messages"], formats.template_variables(chat)
     jsonl.located(f"field {field!r}", formats.check_messages, messages)
     if messages[-1]["role"] != "assistant":

@@ -8,7 +8,7 @@ A prompt is never truncated: one that is too long is dropped.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,6 @@ class PromptFormat:
     """most tokens of a prompt; a longer one is dropped and counted"""
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
-
     skip_bad_rows: int = 0
     """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
@@ -62,10 +61,7 @@ def load_sets(
     vocab_size: int,
     say: Callable[[str], None],
 ) -> dict[str, list[Prompt]]:
-    """Load the prompts of data sets, by name; `say` logs their number and the first prompt.
-
-    Raises UserError as load_prompts and packing.check_ids do.
-    """
+    """Load and check the prompts of data sets, by name; `say` logs their number and the first prompt."""
     sets = load_each(files, lambda paths: load_prompts(paths, tokenizer, fmt), say)
     packing.check_ids([prompt for prompts in sets.values() for prompt in prompts], vocab_size)
     first = next(prompts[0] for prompts in sets.values() if prompts)
@@ -117,7 +113,7 @@ def load_prompts(
         row_counts.count_special(special_before, tokenizer, counts)
         counts["prompts"] += 1
         row_counts.count_unused(row, used_fields(row), counts, "for reward functions")
-        if fmt.add_bos is False and is_chat(row):
+        if fmt.add_bos is False and form_of(row)[0] == "chat":
             row_counts.count(counts, row_counts.UNCHANGED.format("--add-bos False"))
         if len(ids) > fmt.max_prompt_len:
             counts["dropped_too_long"] += 1
@@ -135,15 +131,14 @@ def load_prompts(
 def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray:
     """Encode a row as prompt ids, [n] int32, of any length but never empty. Raises UserError."""
     rows.refuse(row, set())
-    field = "instruction" if is_alpaca(row) else prompt_field(row)
-    if field == "instruction":
-        rows.check_no_system(row, "'instruction'", ())
-        ids = formats.encode_prompt(rows.alpaca_prompt(row), field, tokenizer, fmt)
-    elif isinstance(row[field], str) and (field == "text" or not row.get("system")):
-        rows.check_no_system(row, "'text'", ())
-        check_responses(row, field)
-        ids = formats.encode_prompt(jsonl.text_field(row, field), field, tokenizer, fmt)
-    elif field == "conversations" and rows.is_marker_row(row):
+    form, field = form_of(row)
+    if form == "text":
+        rows.check_no_system(row, repr(field), ())
+        if field != "instruction":
+            check_responses(row, field)
+        text = rows.alpaca_prompt(row) if field == "instruction" else jsonl.text_field(row, field)
+        ids = formats.encode_prompt(text, field, tokenizer, fmt)
+    elif form == "conversation":
         ids = encode_conversation(row, tokenizer, fmt)
     else:
         ids = encode_chat(chat_before_response(row, field), field, tokenizer, fmt)
@@ -156,14 +151,12 @@ def is_alpaca(row: dict) -> bool:
     return "instruction" in row and not {"prompt", "messages", "conversations"} & set(row)
 
 
-def is_chat(row: dict) -> bool:
-    """True for a row that the chat template renders."""
-    if is_alpaca(row):
-        return False
-    field = prompt_field(row)
-    if isinstance(row[field], str):
-        return field == "prompt" and bool(row.get("system"))
-    return field != "conversations" or not rows.is_marker_row(row)
+def form_of(row: dict) -> tuple[Literal["text", "conversation", "chat"], str]:
+    """The form of a prompt, and its field; the chat template renders a chat. Raises UserError."""
+    field = "instruction" if is_alpaca(row) else prompt_field(row)
+    if isinstance(row[field], str) and (field != "prompt" or not row.get("system")):
+        return "text", field
+    return "conversation" if field == "conversations" and rows.is_marker_row(row) else "chat", field
 
 
 def used_fields(row: dict) -> set[str]:
@@ -236,7 +229,7 @@ def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list
 
 
 def encode_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
-    """Encode a chat up to the start of its response. Raises UserError without ids."""
+    """Encode a chat up to the start of its response. Raises UserError if nothing is rendered."""
     variables = formats.template_variables(chat)
     ids = tokenizer.encode(tokenizer.render(chat["messages"], add_generation_prompt=True, **variables))
     if not ids:

@@ -43,10 +43,7 @@ REFUSED = {  # fields that would change training and are not implemented
 
 
 def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
-    """Normalise a training row; also returns the names of the fields that were read.
-
-    `template_fields`: of --prompt-template. Raises UserError.
-    """
+    """Normalise a training row, beside the names of the fields that are read. Raises UserError."""
     refuse(row, set(template_fields))
     if "messages" in row:
         return chat_row(row, turns_field(row, "messages"), {"messages"})
@@ -199,10 +196,7 @@ def message(turn: dict, i: int) -> dict:
 
 
 def tool_calls(message: dict) -> list[dict] | None:
-    """The tool calls of a message, their arguments as objects: chat templates write them as JSON again.
-
-    OpenAI's form has them as JSON text. Raises UserError for other text.
-    """
+    """Tool calls, their arguments as objects and not OpenAI's JSON text: templates write JSON (UserError)."""
     calls = message.get("tool_calls")
     return [with_arguments(call) for call in calls] if isinstance(calls, list) else calls
 
@@ -271,10 +265,7 @@ def text_of(message: dict) -> str | None:
 
 
 def by_turns(row: dict, turns: str) -> Iterator[dict]:
-    """Split a `messages` row by --turns: itself (whole), or a chat for each response or the last.
-
-    Such a chat ends with its response, the only trained one.
-    """
+    """Split a `messages` row by --turns: itself, or chats that end with their only trained response."""
     if "messages" not in row or turns == "whole":
         yield row
         return

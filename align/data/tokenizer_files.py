@@ -39,10 +39,7 @@ def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
-    """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
-
-    Raises UserError for a token whose id differs between the files.
-    """
+    """Add tokens of tokenizer_config.json and added_tokens.json; UserError if an id differs between files."""
     names = ("tokenizer_config.json", "added_tokens.json")
     config, added = (read_object(directory / name, required=False) for name in names)
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}

@@ -99,10 +99,7 @@ class SelfJudge:
     def responses(
         self, tasks: Sequence[Task], places: Sequence[tuple[int, ...]], number: int, sample: Sampler
     ) -> list[JudgedResponses]:
-        """Sample `number` responses to each task, and judge those that ended.
-
-        `places`: the stream id of each task; its last number is the row.
-        """
+        """Sample `number` responses to each task, and judge those that ended; `places`: stream ids."""
         streams: Streams = [(*place, RESPONSE, 0) for place in places]
         samples = sample("generate", [task.prompt.ids for task in tasks], streams, number)
         judge_prompts = {

@@ -412,7 +412,8 @@ def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> 
     question, answer = answered(rows[i])
     words = answer.split(" ")
     kinds = {"own": answer, "half": " ".join(words[: len(words) // 2])}
-    kinds["other"] = answered(other(rows, i, rng))[1]
+    number = rng.randrange(len(rows) - 1)
+    kinds["other"] = answered(rows[number + (number >= i)])[1]  # of another row
     kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), answer)
     spoilt = [name for name, text in kinds.items() if text not in ("", answer)]
     kind = rng.choice(["own", *spoilt])
@@ -423,12 +424,6 @@ def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> 
         return chat
     messages = [("user", asked), ("assistant", JUDGEMENTS[kind])]
     return {"messages": [{"role": role, "content": content} for role, content in messages]}
-
-
-def other(rows: list[dict], i: int, rng: random.Random) -> dict:
-    """Another row than row `i`."""
-    number = rng.randrange(len(rows) - 1)
-    return rows[number + (number >= i)]
 
 
 def toy(
@@ -489,7 +484,7 @@ def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write one object a line and say so."""
+    """Write one object a line, and print the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:

@@ -59,12 +59,10 @@ NAMES = {
 def main(output: Path = Path("models/smollm2-135m-instruct")) -> None:
     """Download, convert, check, and only then let the directory appear.
 
-    Args:
-        output: the directory to write. If it holds a model already, nothing happens.
+    Raises UserError if it exists without a model, RuntimeError if the converted model fails a check.
 
-    Raises:
-        UserError: `output` exists and holds no model.
-        RuntimeError: the converted model failed a check (then nothing is written).
+    Args:
+        output: directory to write; a model in it is left as it is
     """
     if (output / "model.safetensors").exists():
         print(f"{output} is already there; remove it to convert again")

@@ -21,6 +21,7 @@ from align.flags import COUNT_OR_0, LENGTH, check_ranges
 from align.losses.supervised import MISSING
 
 REWARDS = ("chosen_reward", "rejected_reward")
+Lines = Iterator[tuple[str, dict]]  # ("file:line", row)
 RESPONSES = ("chosen", "rejected", "chosen_response", "rejected_response")
 USED = {  # fields of pairs and labelled texts
     *("prompt", "instruction", "input", "conversations", "messages", "text", "system", "margin", "label"),
@@ -87,21 +88,32 @@ def load_pairs(
     """
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
     counts, pairs, bad = dict.fromkeys(names, 0), [], BadRows(fmt.skip_bad_rows)
-    for pair in (p for path in paths for p in read_pairs(path, tokenizer, fmt, text_lines, counts, bad)):
-        counts["pairs"] += 1
-        counts["with_rewards"] += pair.has_rewards
-        if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
-            counts["dropped_too_long"] += 1
-        elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
-            counts["dropped_identical"] += 1
-        else:
-            pairs.append(pair)
-    for pair in pairs:
-        for side in pair.examples:
-            row_counts.count_empty(side, tokenizer, counts)
+    for lines in (iter(jsonl.read_jsonl(path, bad)) for path in paths):
+        for location, row in lines:
+            special_before = row_counts.special_counts(tokenizer)
+            try:
+                pair = make_pair(location, row, lines if text_lines else None, tokenizer, fmt)
+            except ValueError as error:
+                if "text" in row:  # else the lines after it would be paired wrongly
+                    raise
+                bad.add(error)
+                continue
+            row_counts.count_unused(row, used_fields(row), counts)
+            row_counts.count_special(special_before, tokenizer, counts)
+            count_unchanged(row, fmt, counts)
+            counts["pairs"] += 1
+            counts["with_rewards"] += pair.has_rewards
+            if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
+                counts["dropped_too_long"] += 1
+            elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
+                counts["dropped_identical"] += 1
+            else:
+                pairs.append(pair)
+    sides = [side for pair in pairs for side in pair.examples]
+    for side in sides:
+        row_counts.count_empty(side, tokenizer, counts)
     counts |= bad.counts()
     check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
-    sides = [side for pair in pairs for side in pair.examples]
     counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
     return pairs, counts
 
@@ -114,36 +126,10 @@ def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
 
 def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
     """Raise UserError, with the reason, if no row of `paths` is left."""
-    if left:
-        return
     reason = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
     rest = ": raise it" if too_long == read else f", the sides of the other {read - too_long} are identical"
-    raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {reason}{rest}")
-
-
-def read_pairs(
-    path: Path,
-    tokenizer: Tokenizer,
-    fmt: PreferenceFormat,
-    text_lines: bool,
-    counts: dict[str, int],
-    bad: BadRows,
-) -> Iterator[Pair]:
-    """Yield the pairs of a file, of any length; counts unused fields. Raises UserError with file and line."""
-    lines = iter(jsonl.read_jsonl(path, bad))
-    for location, row in lines:
-        special_before = row_counts.special_counts(tokenizer)
-        try:
-            pair = make_pair(location, row, lines, tokenizer, fmt, text_lines)
-        except ValueError as error:
-            if "text" in row:  # else the lines after it would be paired wrongly
-                raise
-            bad.add(error)
-            continue
-        row_counts.count_unused(row, used_fields(row), counts)
-        row_counts.count_special(special_before, tokenizer, counts)
-        count_unchanged(row, fmt, counts)
-        yield pair
+    if not left:
+        raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {reason}{rest}")
 
 
 def count_unchanged(row: dict, fmt: PreferenceFormat, counts: dict[str, int]) -> None:
@@ -164,19 +150,14 @@ def used_fields(row: dict) -> set[str]:
 
 
 def make_pair(
-    location: str,
-    row: dict,
-    lines: Iterator[tuple[str, dict]],
-    tokenizer: Tokenizer,
-    fmt: PreferenceFormat,
-    text_lines: bool,
+    location: str, row: dict, lines: Lines | None, tokenizer: Tokenizer, fmt: PreferenceFormat
 ) -> Pair:
     """Format a row, or a {"text"} line and the next of `lines`, as a pair. Raises UserError."""
     if "label" in row:
         raise UserError(f"{location}: a labelled text is no side of a pair: use --loss regression")
     if "text" not in row:
         sides = jsonl.located(location, format_pair, row, tokenizer, fmt)
-    elif text_lines:
+    elif lines is not None:
         chosen = jsonl.located(location, format_text, row, tokenizer, fmt)
         below, rejected_row = next(lines, ("the end of the file", {}))
         check_rejected_line(location, below, rejected_row)

@@ -27,6 +27,7 @@ from align.data.templates import fill
 from align.errors import UserError
 from align.files import write_own
 
+Paths = tuple[tuple[Path, ...], tuple[Path, ...]]  # of --train-data and of --val-data
 LETTERS = "abcdefghij"
 SIZES = (3, 4, 5, 6)  # letters in one prompt
 NUM_PROMPTS = 720 + 5040 + 30240 + 151200  # ordered choices of 3, 4, 5, 6 out of 10
@@ -46,14 +47,12 @@ FLAWS = {
 
 def write(
     directory: Path, num_train: int = 4000, num_val: int = 200, mistakes: float = 0.4, seed: int = 1234
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+) -> Paths:
     """Write train.jsonl and val.jsonl, and return their paths for --train-data and --val-data."""
     return write_parts(directory, "", toy_rows(num_train, num_val, mistakes, seed))
 
 
-def write_comparisons(
-    directory: Path, num_train: int = 2000, num_val: int = 200, seed: int = 1234
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def write_comparisons(directory: Path, num_train: int = 2000, num_val: int = 200, seed: int = 1234) -> Paths:
     """Write train_comparisons.jsonl and val_comparisons.jsonl, and return their paths like `write`."""
     return write_parts(directory, "_comparisons", comparisons(num_train, num_val, seed))
 
@@ -66,9 +65,7 @@ def write_templates(directory: Path) -> tuple[Path, Path]:
     return paths
 
 
-def write_parts(
-    directory: Path, suffix: str, parts: tuple[list[dict], list[dict]]
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def write_parts(directory: Path, suffix: str, parts: tuple[list[dict], list[dict]]) -> Paths:
     """Write train{suffix}.jsonl and val{suffix}.jsonl, and return their paths."""
     paths = directory / f"train{suffix}.jsonl", directory / f"val{suffix}.jsonl"
     for path, rows in zip(paths, parts, strict=True):
@@ -106,9 +103,8 @@ def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> t
     rng = random.Random(seed)
     rows = []
     for letters in draw_prompts(after + num_train + num_val, rng)[after:]:
-        right = sorted(letters)
+        task, right = question(letters), sorted(letters)
         wrong = swapped(right, rng)
-        task = question(letters)
         rewards = {"chosen_reward": 1.0, "rejected_reward": toy_score(task["content"], " ".join(wrong))}
         rows.append({"prompt": [task], "chosen": [reply(right)], "rejected": [reply(wrong)], **rewards})
     return rows[:num_train], rows[num_train:]
@@ -187,7 +183,7 @@ def reasons(right: list[str], response: list[str]) -> str:
 
 
 def judge_score(right: list[str], response: list[str]) -> int:
-    """The score of a judgement, from 0 to MAX_SCORE: `toy_score`, rounded."""
+    """The score of a judgement, from 0 to MAX_SCORE: `toy_score`, scaled and rounded."""
     return round(MAX_SCORE * toy_score("sort: " + " ".join(right), " ".join(response)))
 
 

@@ -264,7 +264,10 @@ class RewardFunction:
         """Rewards [prompts, responses]. Collective. Raises UserError for anything but a finite number."""
         with isolated(self.flag, RANDOM_STATES):  # once for all, since numpy's takes 0.2 ms
             part = self.part(prompts, samples)
-        return table(parallel.gather(part), samples)
+        rewards = np.full((len(samples), len(samples[0])), np.nan)
+        for i, k, reward in itertools.chain(*parallel.gather(part)):
+            rewards[i, k] = reward
+        return rewards
 
     def part(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[tuple]:
         """(prompt, response, reward) of this rank's share."""
@@ -274,7 +277,10 @@ class RewardFunction:
             watchdog.tick(self.flag)
             prompt, response = prompts[i], samples[i][k].text(self.text, self.stop)
             row = copy.deepcopy(prompt.row)  # the function may change it
-            seed(zlib.crc32(samples[i][k].ids.tobytes(), i * len(samples[i]) + k))
+            seed = zlib.crc32(samples[i][k].ids.tobytes(), i * len(samples[i]) + k)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
             with isolated(self.flag, SETTINGS):
                 value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
@@ -298,13 +304,6 @@ def isolated(flag: str, settings: Sequence[Setting]) -> Iterator[None]:
                 restore(value)
 
 
-def seed(number: int) -> None:
-    """Seed Python's, numpy's and torch's random numbers on the CPU."""
-    random.seed(number)
-    np.random.seed(number)
-    torch.default_generator.manual_seed(number)
-
-
 def import_function(name: str, flag: str = "--reward-fn") -> Function:
     """Import module:function, the value of `flag`. Raises UserError if it does not exist."""
     module, _, function = name.partition(":")
@@ -319,11 +318,3 @@ def import_function(name: str, flag: str = "--reward-fn") -> Function:
     if not callable(attribute):
         raise UserError(f"{flag} {name}: module {module!r} has no function {function!r}")
     return attribute
-
-
-def table(parts: Sequence[Sequence[tuple[int, int, float]]], samples: Sequence[Sequence]) -> np.ndarray:
-    """Arrange (prompt, response, reward) of all ranks as an array [prompts, responses]."""
-    rewards = np.full((len(samples), len(samples[0])), np.nan)
-    for i, k, reward in itertools.chain(*parts):
-        rewards[i, k] = reward
-    return rewards

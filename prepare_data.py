@@ -46,7 +46,7 @@ OASST_SYSTEM = (
 )
 HHSet = Literal["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-JUDGEMENTS = {  # of the row's own answer, of what is left or made of it, of another row's answer
+JUDGEMENTS = {  # of the row's own response, of its first half, with other numbers, of another row's
     "own": "The response answers the question in full.\nScore: 5",
     "half": "The response begins well, but it stops before it has answered the question.\nScore: 2",
     "numbers": "The response looks right, but its numbers do not follow from the question.\nScore: 1",
@@ -80,7 +80,7 @@ def check_source(input: object, download: bool, **about_download: object) -> Non
 
 
 def raw_file(name: str, input: Path | None, download: bool, download_dir: Path | None) -> Path:
-    """Return --input, or the path of the public file `name`. Raises UserError unless one is asked for."""
+    """Return --input, or the path of the public file `name` (--download). Raises UserError without either."""
     check_source(input, download, download_dir=download_dir)
     return input or fetch(name, download_dir or RAW)
 
@@ -228,9 +228,8 @@ def gsm8k_row(row: dict, instruction: str) -> dict:
     answer = solution.rpartition("####")[2].strip().replace(",", "") if "####" in solution else ""
     if not answer:
         raise UserError("field 'answer' must end with '####' and the final answer")
-    asked = f"{question}\n\n{instruction}" if instruction else question
-    user, assistant = {"role": "user", "content": asked}, {"role": "assistant", "content": solution}
-    return {"messages": [user, assistant], "answer": answer}
+    prompt = f"{question}\n\n{instruction}" if instruction else question
+    return {**toy_task.chat(prompt, solution), "answer": answer}
 
 
 def hh(
@@ -278,9 +277,10 @@ def hh(
         test = hh_pairs(test_input)
         openings = {hh_opening(pair) for pair in test}
     else:
-        every = list(dict.fromkeys(map(hh_opening, pairs)))
-        random.Random(seed).shuffle(every)
-        openings = set(split(every, 0.1 if test_fraction is None else test_fraction, "--test-fraction")[1])
+        shuffled = list(dict.fromkeys(map(hh_opening, pairs)))
+        random.Random(seed).shuffle(shuffled)
+        fraction = 0.1 if test_fraction is None else test_fraction
+        openings = set(split(shuffled, fraction, "--test-fraction")[1])
         test = [pair for pair in pairs if hh_opening(pair) in openings]
     train = [pair for pair in pairs if hh_opening(pair) not in openings]
     if test_input:
@@ -360,7 +360,7 @@ def judge(
     limit: int | None = None,
     seed: int = 1234,
 ) -> None:
-    """Chats to judgements of good and of spoilt answers, which teach a model to judge.
+    """Chats to judgements of good and of spoilt responses, which teach a model to judge.
 
     Of each row one answer is judged: its own (5 points), its own without the second half (2), its own with
     other numbers (1) or the answer of another row (0). Fine-tuned on these rows beside its usual ones, a
@@ -408,22 +408,21 @@ def last_value(row: dict) -> str:
 
 
 def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> dict:
-    """A chat in which the answer to row `i`, as it is or spoilt, is judged."""
+    """A chat in which the response of row `i`, as it is or spoilt, is judged."""
     question, answer = answered(rows[i])
     words = answer.split(" ")
     kinds = {"own": answer, "half": " ".join(words[: len(words) // 2])}
     number = rng.randrange(len(rows) - 1)
     kinds["other"] = answered(rows[number + (number >= i)])[1]  # of another row
     kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), answer)
-    spoilt = [name for name, text in kinds.items() if text not in ("", answer)]
-    kind = rng.choice(["own", *spoilt])
-    asked = template.fill(prompt=question, response=kinds[kind])
+    changed = [name for name, text in kinds.items() if text not in ("", answer)]
+    kind = rng.choice(["own", *changed])
+    prompt = template.fill(prompt=question, response=kinds[kind])
     if "conversations" in rows[i]:
-        chat = turn_of(rows[i], asked)
+        chat = turn_of(rows[i], prompt)
         chat["conversations"][-1]["value"] = JUDGEMENTS[kind]
         return chat
-    messages = [("user", asked), ("assistant", JUDGEMENTS[kind])]
-    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+    return toy_task.chat(prompt, JUDGEMENTS[kind])
 
 
 def toy(

@@ -14,7 +14,7 @@ SFT; on their last responses only --first-iteration-sft trains: align/data/forma
 OUTPUT/hf is the result. Without arguments it runs on the built-in tiny model, which is random; demo.py shows
 one that learns.
 
-Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new ones from the model.
+Self-rewarding: arXiv 2401.10020, here with the prompts of the data in place of new ones from the model.
 Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
 """
 
@@ -349,8 +349,8 @@ def validate(
     with session.phase("validate", policy="weights"), engine.during("validation"):
         metrics["data_loss"] = engine.evaluate(state.policy, *sft_step(state, tasks)[:3])["loss"]
     if true_reward:
-        truth = true_reward([task.prompt for task in tasks], [answered.samples for answered in judged])
-        metrics |= judging.compare_with(truth, judged)
+        true_rewards = true_reward([task.prompt for task in tasks], [prompt.samples for prompt in judged])
+        metrics |= judging.compare_with(true_rewards, judged)
     session.samples(step, state.self_judge.tables("val_judgements", judged))
     texts = [pair.texts(state.tokenizer, state.self_judge.text_of) for pair in pairs[:4]]
     session.samples(step, [{"table": "val_pairs", **row} for row in texts])
@@ -458,7 +458,7 @@ def main(config: Config) -> None:
                 is_first = not judged
                 judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
                 if is_first:
-                    responses = [response for answered in judged for response in answered.samples]
+                    responses = [response for prompt in judged for response in prompt.samples]
                     warn_if_none_ended(responses, config.sampling.max_new_tokens, session.say)
             if step == start and config.meta.meta_judge and len(buffer) < BUFFER_BATCHES * size:
                 metrics |= meta_judge_step(state, judged, sample)

@@ -137,6 +137,7 @@ def huggingface_config(fields: dict) -> dict:
     Raises UserError if a field is missing or no number, or for sizes that the family cannot have.
     """
     kind, heads, hidden = family(fields), number(fields, "num_attention_heads"), number(fields, "hidden_size")
+    context = fields.get("encoder_seq_length")
     config = {
         "architectures": [f"{CLASSES[kind]}ForCausalLM"],
         "model_type": kind,
@@ -147,9 +148,7 @@ def huggingface_config(fields: dict) -> dict:
         "num_key_value_heads": number(fields, "num_query_groups", heads),
         "head_dim": number(fields, "kv_channels", hidden // heads),
         "hidden_act": "relu2" if kind == "nemotron" else "silu",
-        "max_position_embeddings": number(
-            fields, "max_position_embeddings", fields.get("encoder_seq_length")
-        ),
+        "max_position_embeddings": number(fields, "max_position_embeddings", context),
         "initializer_range": number(fields, "init_method_std", 0.02, float),
         EPSILON[kind]: number(fields, "layernorm_epsilon", 1e-5, float),
         "tie_word_embeddings": bool(fields.get("share_embeddings_and_output_weights", True)),

@@ -101,10 +101,10 @@ def complete(ranks: dict[tuple[int, int], Path], fields: dict) -> list[list[Path
         rule = "is not implemented for weights by rank"
         raise UserError(f"model_config.yaml: {name} = {fields[name]} {rule}")
     tp, pp = (fields.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
-    wanted = set(itertools.product(range(pp), range(tp)))
-    if wrong := sorted(wanted ^ set(ranks)):
+    expected = set(itertools.product(range(pp), range(tp)))
+    if wrong := sorted(expected ^ set(ranks)):
         stage, rank = wrong[0]
-        state = "missing" if wrong[0] in wanted else "one too many"
+        state = "missing" if wrong[0] in expected else "one too many"
         raise UserError(
             f"the weights of tensor parallel rank {rank}, pipeline rank {stage} are {state}: "
             f"model_config.yaml has tensor_model_parallel_size {tp}, pipeline_model_parallel_size {pp}"
@@ -231,15 +231,15 @@ def torch_dist(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str]
     tensors = {k: v for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
     def read_one(key: str) -> Tensor:
-        whole = torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)
+        tensor = torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)
         for chunk in tensors[key].chunks:
             place = index.storage_data[MetadataIndex(key, chunk.offsets)]
             file = Path(place.relative_path).name
             data = io.BytesIO(read_bytes(folder / file, place.offset, place.length))
             part = load_tensors(data, f"model_weights/{file}")
             ends = zip(chunk.offsets, chunk.sizes, strict=True)
-            whole[tuple(slice(start, start + size) for start, size in ends)] = part
-        return whole
+            tensor[tuple(slice(start, start + size) for start, size in ends)] = part
+        return tensor
 
     return {key: tuple(tensor.size) for key, tensor in tensors.items()}, read_one
 
@@ -271,14 +271,14 @@ def zarr(folder: Path, fields: dict) -> tuple[dict[str, tuple[int, ...]], Callab
     def read_one(key: str) -> Tensor:
         info, dtype = infos[key], ZARR_TYPES[infos[key]["dtype"]]
         shape, chunk = info["shape"], info["chunks"]
-        whole, size = torch.empty(shape, dtype=dtype), math.prod(chunk) * dtype.itemsize
+        tensor, size = torch.empty(shape, dtype=dtype), math.prod(chunk) * dtype.itemsize
         for place in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunk, strict=True))):
             name = info.get("dimension_separator", ".").join(map(str, place))
             data = read_bytes(folder / key / name, 0, size)
-            into = whole[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))]
+            into = tensor[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))]
             part = torch.frombuffer(bytearray(data), dtype=dtype).view(chunk)
             into.copy_(part[tuple(slice(n) for n in into.shape)])  # a last chunk reaches beyond the array
-        return in_halves(whole, shape[-2] // chunk[-2], fields) if key.endswith("fc1.weight") else whole
+        return in_halves(tensor, shape[-2] // chunk[-2], fields) if key.endswith("fc1.weight") else tensor
 
     return {key: tuple(info["shape"]) for key, info in infos.items()}, read_one
 
@@ -299,8 +299,8 @@ def tensors(weights: Weights, config: dict, add_one: bool) -> Iterator[tuple[str
     """(name, tensor) of the model of a config.json, kind by kind; `add_one` to the norms' weights."""
     split = any("linear_fc1_up" in name for name in weights)  # gate and up are two matrices
     for name in sorted(weights, key=lambda name: (re.sub(r"\d+", "", name), layer(name) or 0)):
-        whole = weights[name]()
-        for hf_name, part in cut(name, whole, config, split):
+        tensor = weights[name]()
+        for hf_name, part in cut(name, tensor, config, split):
             part = part + 1 if add_one and hf_name.endswith("norm.weight") else part
             yield hf_name, part.clone(memory_format=torch.contiguous_format)
 

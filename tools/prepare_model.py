@@ -40,6 +40,7 @@ from align.training import checkpoint_files
 from tools import nemo_config, nemo_weights
 from tools.nemo_weights import Weights
 
+Shapes = dict[str, tuple[int, ...]]
 MARKERS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")  # --chat-tokens
 DTYPES: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -105,10 +106,10 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
     """Write the Hugging Face directory of an extracted archive."""
     fields = nemo_config.read(archive / "model_config.yaml", ignore)
     config = nemo_config.huggingface_config(fields)
-    text = find_tokenizer(archive, fields.get("tokenizer") or {}, tokenizer_path)
+    tokenizer = find_tokenizer(archive, fields.get("tokenizer") or {}, tokenizer_path)
     weights = nemo_weights.read(archive, fields)
-    config |= {"vocab_size": vocab_size(weights, fields, text)}
-    config |= {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": None}
+    config |= {"vocab_size": vocab_size(weights, fields, tokenizer)}
+    config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     is_reward_model = "rm_head.weight" in weights
     if is_reward_model:
         config = nemo_config.as_reward_model(config, reward_head(weights, fields))
@@ -116,10 +117,10 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
         weights.pop("output_layer.weight", None)  # a reward model has one that it does not use
     trained_format = prompt_format(fields.get("data") or {})
     if trained_format and trained_format.chat:
-        text.follow(trained_format.chat)
-    ids = {"bos_token_id": text.bos_id, "eos_token_id": sorted(text.stop_ids)}
+        tokenizer.follow(trained_format.chat)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
     jsonl.write_object(output / "generation_config.json", ids)
-    text.save(output)
+    tokenizer.save(output)
     write_weights(weights, fields, config, output)
     if trained_format:
         trained_format.save(output)
@@ -185,7 +186,7 @@ def write_weights(weights: Weights, fields: dict, config: dict, output: Path) ->
     huggingface.write_index(output, huggingface.write_files(tensors, output))
 
 
-def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+def expected_shapes(directory: Path) -> Shapes:
     """Names and shapes of the tensors that transformers has for the config.json of a directory."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     is_classifier = architecture.is_classifier(config.to_dict())
@@ -196,19 +197,17 @@ def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
 
-def checked(
-    tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, which must be those of `shapes`. Raises UserError."""
-    left = dict(shapes)
+def checked(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors. Raises UserError unless their names and shapes are `shapes`."""
+    rest = dict(shapes)
     for name, tensor in tensors:
-        if name not in left:
+        if name not in rest:
             raise UserError(f"the archive holds {name}, which a model of this configuration does not have")
-        if (shape := left.pop(name)) != tuple(tensor.shape):
+        if (shape := rest.pop(name)) != tuple(tensor.shape):
             raise UserError(f"{name} is {tuple(tensor.shape)}, model_config.yaml means {shape}")
         yield name, tensor
-    if left:
-        raise UserError(f"the archive is incomplete: {min(left)} is the first of {len(left)} missing tensors")
+    if rest:
+        raise UserError(f"the archive is incomplete: {min(rest)} is the first of {len(rest)} missing tensors")
 
 
 def prompt_format(fields: dict) -> TrainedFormat | None:
@@ -280,17 +279,17 @@ def build(
     shapes = dist_checkpointing.load_tensors_metadata(str(path))
     precision = DTYPES[shapes["embedding.word_embeddings.weight"].dtype]
     config = ModelConfig(model=flags["model"], precision=precision)
-    arch, text = architecture.read_config(start), load_tokenizer(start)
+    arch, tokenizer = architecture.read_config(start), load_tokenizer(start)
     if "score.weight" in shapes:
         labels = shapes["score.weight"].global_shape[0]
         weights = flags.get("attribute_weights") or (1 / labels,) * labels
         scorer = gpt.build_scorer(replace(arch, labels=labels), config, layout, weights)
-        return scorer, [text.save, tokenizer_files.save_pad_token]
-    companions: list[Callable[[Path], None]] = [text.save]
+        return scorer, [tokenizer.save, tokenizer_files.save_pad_token]
+    companions: list[Callable[[Path], None]] = [tokenizer.save]
     run = path.parent.parent
     if (run / "prompt_format.json").is_file():  # its rows had a format of their own
         if chat := marker_chat.read(run):
-            text.follow(chat)
+            tokenizer.follow(chat)
 
         def copy_format(directory: Path) -> None:
             shutil.copy(run / "prompt_format.json", directory)

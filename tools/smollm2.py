@@ -171,9 +171,8 @@ def check(folder: Path) -> None:
         raise RuntimeError(f"the tokenizer splits 12345 into {digits}, not into single digits")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template(question, **options)
     tokens = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     answer = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
     print(f"{question[0]['content']} {answer}")

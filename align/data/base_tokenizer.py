@@ -1,4 +1,4 @@
-"""Common part of both tokenizers: special tokens in texts, chat templates, and the round-trip check."""
+"""Interface and common part of the tokenizers: special tokens, chat templates, round-trip check."""
 
 import datetime
 import os
@@ -35,7 +35,7 @@ class Tokenizer(ABC):
     variables: dict = {}  # of the chat template, for all rows
     control: frozenset[str] = frozenset()  # names of special tokens that `encode` would find in a text
     special: re.Pattern | None = None  # matches a name of `control`
-    markers: frozenset[str] = frozenset()  # markers of chats given to `hide_markers`
+    markers: frozenset[str] = frozenset()  # chat markers that `hide_markers` hides
     texts_with_special = 0  # counted by `hide`
     strings_with_special = 0  # counted by `as_it_stands`
     chat: MarkerChat | None = None

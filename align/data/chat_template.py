@@ -100,9 +100,8 @@ def limit_memory(template: str) -> tuple[int, int] | None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_bytes().split()[0])
     most = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(
-        resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard)
-    )
+    lower = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
     return soft, hard
 
 

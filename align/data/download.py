@@ -44,7 +44,7 @@ PUBLIC: dict[str, tuple[str, str | None]] = {
         f"{DOLLY}/databricks-dolly-15k.jsonl",
         "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
     ),
-    # Apache 2.0; 66,497 trees. No published sha256 was found: the program prints that of the download.
+    # Apache 2.0; 66,497 trees. No sha256 is published: the program prints that of the download.
     "2023-04-12_oasst_all.trees.jsonl.gz": (f"{OASST1}/2023-04-12_oasst_all.trees.jsonl.gz", None),
     # MIT; 7,473 and 1,319 rows
     "gsm8k_train.jsonl": (
@@ -123,9 +123,8 @@ def download(url: str, part: Path) -> None:
         with response:
             if receive(response, part):
                 return
-    raise DownloadError(
-        f"the connection broke {ATTEMPTS} times; run the command again to continue {part}, {megabytes(part)}"
-    )
+    advice = f"run the command again to continue {part}, {megabytes(part)}"
+    raise DownloadError(f"the connection broke {ATTEMPTS} times; {advice}")
 
 
 def receive(response: http.client.HTTPResponse, part: Path) -> bool:

@@ -11,12 +11,7 @@ from align.data import marker_chat, plain_text
 from align.data.base_tokenizer import Tokenizer, generation_stop_ids
 from align.data.marker_chat import MarkerChat
 from align.data.sentencepiece_json import SPACE
-from align.data.tokenizer_files import (
-    JSON_FILES,
-    add_configured_tokens,
-    read_backend,
-    read_hugging_face,
-)
+from align.data.tokenizer_files import JSON_FILES, add_configured_tokens, read_backend, read_hugging_face
 from align.errors import UserError
 from align.files import read_object, shown
 
@@ -86,8 +81,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def differs_from_class(self) -> str:
         """A warning if transformers' class changes what tokenizer.json says, else ""."""
-        own, theirs = (json.loads(t.to_str()) for t in (self.backend, self.hf.backend_tokenizer))
-        changed = [part for part in ("normalizer", "pre_tokenizer", "decoder") if own[part] != theirs[part]]
+        spec, hf_spec = (json.loads(t.to_str()) for t in (self.backend, self.hf.backend_tokenizer))
+        changed = [part for part in ("normalizer", "pre_tokenizer", "decoder") if spec[part] != hf_spec[part]]
         kind = f"{type(self.hf).__name__} of transformers {transformers.__version__}"
         used = f"tokenizer.json of {self.directory} is used as it stands"
         return f"{used}: {kind} changes its {', '.join(changed)}" if changed else ""

@@ -35,7 +35,7 @@ class MarkerChat:
     """system text of a chat without a system message"""
     kind: Kind = None
     label: str | None = None
-    """VALUE_TO_TEXT: label of the response to sample, unless another is given; None for no label"""
+    """VALUE_TO_TEXT: label of the response to sample by default; None for no label"""
     bos: bool = False
     """the text starts with BOS"""
 

@@ -21,7 +21,7 @@ from align.flags import COUNT_OR_0, LENGTH, check_ranges
 from align.losses.supervised import MISSING
 
 REWARDS = ("chosen_reward", "rejected_reward")
-Lines = Iterator[tuple[str, dict]]  # ("file:line", row)
+Lines = Iterator[tuple[str, dict]] | None  # ("file:line", row) of a file with {"text"} lines
 RESPONSES = ("chosen", "rejected", "chosen_response", "rejected_response")
 USED = {  # fields of pairs and labelled texts
     *("prompt", "instruction", "input", "conversations", "messages", "text", "system", "margin", "label"),
@@ -149,9 +149,7 @@ def used_fields(row: dict) -> set[str]:
     return USED - {"messages"} - ignored
 
 
-def make_pair(
-    location: str, row: dict, lines: Lines | None, tokenizer: Tokenizer, fmt: PreferenceFormat
-) -> Pair:
+def make_pair(location: str, row: dict, lines: Lines, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Pair:
     """Format a row, or a {"text"} line and the next of `lines`, as a pair. Raises UserError."""
     if "label" in row:
         raise UserError(f"{location}: a labelled text is no side of a pair: use --loss regression")

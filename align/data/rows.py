@@ -102,9 +102,8 @@ def completion_row(row: dict) -> tuple[dict, set[str]]:
         before, after = turns_field(row, "prompt"), one_or_more(row, "completion")
     else:
         names = " and ".join(kind.__name__ for kind in kinds)
-        raise UserError(
-            f"'prompt' and 'completion' must be two strings or two lists of messages, not {names}"
-        )
+        rule = "must be two strings or two lists of messages"
+        raise UserError(f"fields 'prompt' and 'completion' {rule}, not {names}")
     untrained = [turn | {"weight": 0} if is_response(turn) else turn for turn in before]
     return chat_row(row, untrained + after, used)
 
@@ -235,9 +234,7 @@ def check_calls(i: int, message: dict, rendered: str) -> None:
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name not in rendered and json.dumps(name)[1:-1] not in rendered:
             rule = "take a model, or a chat_template.jinja, that writes tool calls"
-            raise UserError(
-                f"message {i}: the chat template leaves out its call of the tool {name!r}: {rule}"
-            )
+            raise UserError(f"message {i}: the chat template omits its call of the tool {name!r}: {rule}")
 
 
 def sharegpt_message(turn: dict) -> dict:

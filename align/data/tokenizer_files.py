@@ -76,6 +76,5 @@ def save_pad_token(directory: Path) -> None:
         if (directory / name).is_file():
             fields = read_object(directory / name)
             fields["pad_token"] = None if pad_id is None else hf.convert_ids_to_tokens(pad_id)
-            (directory / name).write_text(
-                json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+            (directory / name).write_text(text, encoding="utf-8")

@@ -36,7 +36,7 @@ JUDGE_TEMPLATE = "judge: {{ prompt }} -> {{ response }}"
 META_TEMPLATE = "compare: {{ prompt }} -> {{ response }}\nA: {{ judgement_a }}\nB: {{ judgement_b }}"
 MISSING = "-"  # the letter in a judgement where the response is too short or too long
 # kinds of mistakes in a judgement, with their frequencies: those of the model are mostly of the first two
-MISTAKES = {"wanted": 50, "given": 25, "order": 15, "mark": 10}
+MISTAKES = {"right": 50, "response": 25, "order": 15, "mark": 10}
 # kinds of responses to judge, with their frequencies: the model's own are mostly right or one swap away, and
 # shuffled ones make it read the response
 FLAWS = {
@@ -177,9 +177,7 @@ def flawed(right: list[str], rng: random.Random) -> list[str]:
 def reasons(right: list[str], response: list[str]) -> str:
     """The judgement without its score: "Aa= Bc/ Cb/". Capitals are the right letters, in sorted order."""
     places = zip_longest(right, response, fillvalue=MISSING)
-    return " ".join(
-        f"{wanted.upper()}{letter}{'=' if wanted == letter else '/'}" for wanted, letter in places
-    )
+    return " ".join(f"{a.upper()}{b}{'=' if a == b else '/'}" for a, b in places)
 
 
 def judge_score(right: list[str], response: list[str]) -> int:
@@ -191,9 +189,9 @@ def wrong_reasons(right: list[str], response: list[str], rng: random.Random) -> 
     """A judgement with one mistake: a letter in neither prompt nor response, a wrong order or mark."""
     [kind] = rng.choices(list(MISTAKES), list(MISTAKES.values()))
     i = rng.randrange(len(right))
-    if kind == "wanted":
+    if kind == "right":
         return reasons(sorted([*right[:i], other_letter(right, rng), *right[i + 1 :]]), response)
-    if kind == "given" and response:
+    if kind == "response" and response:
         i = rng.randrange(len(response))
         return reasons(right, [*response[:i], other_letter(response[i], rng), *response[i + 1 :]])
     if kind == "order":

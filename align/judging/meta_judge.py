@@ -23,6 +23,7 @@ from align.flags import above, between, check_ranges, refuse_unused
 from align.judging import render
 from align.judging.judge import Judged
 
+Order = tuple[int, int]  # numbers of the judgements shown as A and as B
 NAMES = ("prompt", "response", "judgement_a", "judgement_b")  # variables of the template
 SAME = 1e-9  # nats; strengths that differ by less are equal: the solver's rounding is far below
 # "Winner:", "**Winner:**", "winner is"; an underscore may be markup, so \b would not do
@@ -80,8 +81,8 @@ def candidate(judged: Sequence[Judged], ended: Sequence[Sequence[bool]]) -> int 
     return variances.index(highest) if highest > 0 else None
 
 
-def comparisons(texts: Sequence[str | None]) -> list[tuple[int, int]]:
-    """Pairs of judgements to compare, as (shown as A, shown as B): (0, 1), (1, 0), (0, 2), (2, 0), ...
+def comparisons(texts: Sequence[str | None]) -> list[Order]:
+    """Pairs of judgements to compare, in both orders: (0, 1), (1, 0), (0, 2), (2, 0), ...
 
     Without pairs of equal texts, and without empty ones, which were scores only. `texts`: [judgements]
     without their scores, which the comparison must not show; None: not usable.
@@ -110,10 +111,8 @@ class MetaJudge:
             flag = f"--meta-judge-template {self.config.meta_judge_template}"
             raise UserError(f"{flag} alone is longer than {room} and of half of --micro-batch-tokens")
 
-    def prompts(
-        self, row: dict, response: str, texts: Sequence[str | None]
-    ) -> dict[tuple[int, int], np.ndarray]:
-        """Prompts of all comparisons of a response's judgements, [n] int32, by (shown as A, shown as B).
+    def prompts(self, row: dict, response: str, texts: Sequence[str | None]) -> dict[Order, np.ndarray]:
+        """Prompts of all comparisons of a response's judgements, [n] int32.
 
         Without pairs of which an order is too long, or a text states a winner, which the verdict could quote.
         `row`: of SFT data, the prompt of `response`; `texts`: as in `comparisons`.
@@ -148,12 +147,12 @@ def parse_winner(text: str) -> str | None:
     return letters.pop() if len(letters) == 1 else None
 
 
-def tally(number: int, verdicts: Mapping[tuple[int, int], str | None]) -> np.ndarray:
+def tally(number: int, verdicts: Mapping[Order, str | None]) -> np.ndarray:
     """Count the wins of each of n = `number` judgements: [n, n] float64, W[a, b] = wins of a over b.
 
     A judgement wins if both orders prefer it. The same letter twice is a position bias: a tie, half a win for
-    each. An order without a clear verdict makes the comparison void. `verdicts`: by (shown as A, shown as B)
-    the winner's letter, None if unclear.
+    each. An order without a clear verdict makes the comparison void. `verdicts`: the winner's letter, None if
+    unclear.
     """
     wins = np.zeros((number, number))
     for (i, j), verdict in verdicts.items():

@@ -20,7 +20,7 @@ from align.data.tokenizer import Tokenizer
 from align.generation.rollout import Sample
 from align.judging import judge, meta_judge
 from align.judging.judge import Choice, Judge, Judged
-from align.judging.meta_judge import MetaJudge
+from align.judging.meta_judge import MetaJudge, Order
 from align.judging.pairs import SampledPair
 
 RESPONSE, JUDGEMENT, META_JUDGEMENT = 0, 1, 2  # stream ids of random numbers
@@ -48,15 +48,8 @@ class JudgedResponses:
             return None
         chosen, rejected = self.judged[choice.chosen].mean, self.judged[choice.rejected].mean
         assert chosen is not None and rejected is not None
-        return SampledPair(
-            row=self.row,
-            ids=self.task.prompt.ids,
-            chosen=self.samples[choice.chosen],
-            rejected=self.samples[choice.rejected],
-            chosen_reward=chosen,
-            rejected_reward=rejected,
-            gap=chosen - rejected,
-        )
+        samples = self.samples[choice.chosen], self.samples[choice.rejected]
+        return SampledPair(self.row, self.task.prompt.ids, *samples, chosen, rejected, gap=chosen - rejected)
 
     @property
     def row(self) -> int:
@@ -161,7 +154,7 @@ class SelfJudge:
             prompts |= {(i, *order): ids for order, ids in orders.items()}
         streams = [(*rollout[i].place, META_JUDGEMENT, a * self.number + b) for i, a, b in prompts]
         samples = sample("meta_judge", list(prompts.values()), streams, 1)
-        verdicts: dict[int, dict[tuple[int, int], str]] = {i: {} for i in candidates}
+        verdicts: dict[int, dict[Order, str]] = {i: {} for i in candidates}
         for (i, a, b), [verdict] in zip(prompts, samples, strict=True):
             verdicts[i][a, b] = self.text_of(verdict)
         return [ComparedJudgements(rollout[i], k, verdicts[i]) for i, k in candidates.items()]
@@ -173,10 +166,10 @@ class ComparedJudgements:
 
     responses: JudgedResponses
     response: int  # its number, k
-    verdicts: dict[tuple[int, int], str]  # by the judgements shown as A and as B
+    verdicts: dict[Order, str]
 
     @property
-    def winners(self) -> dict[tuple[int, int], str | None]:
+    def winners(self) -> dict[Order, str | None]:
         """The letter of each verdict."""
         return {order: meta_judge.parse_winner(text) for order, text in self.verdicts.items()}
 
@@ -194,17 +187,10 @@ class ComparedJudgements:
         if picked is None:
             return None
         best, worst = picked
-        ids, chosen_score, rejected_score = self.responses.judge_prompts[k], scores[best], scores[worst]
-        assert ids is not None and chosen_score is not None and rejected_score is not None
-        return SampledPair(
-            row=self.responses.row,
-            ids=ids,
-            chosen=judgements[best],
-            rejected=judgements[worst],
-            chosen_reward=chosen_score,
-            rejected_reward=rejected_score,
-            gap=float(strengths[best] - strengths[worst]),
-        )
+        ids, chosen, rejected = self.responses.judge_prompts[k], scores[best], scores[worst]
+        assert ids is not None and chosen is not None and rejected is not None
+        samples, gap = (judgements[best], judgements[worst]), float(strengths[best] - strengths[worst])
+        return SampledPair(self.responses.row, ids, *samples, chosen, rejected, gap)
 
     def table(self, name: str, text_of: Callable[[Sample], str]) -> list[dict]:
         """Every verdict, its winner, and the Elo ratings of the two judgements by all verdicts."""

@@ -258,7 +258,7 @@ class RewardFunction:
     def __init__(self, name: str, tokenizer: Tokenizer, stop: tuple[str, ...], flag: str = "--reward-fn"):
         """`name`: module:function, the module in the current directory or installed; `stop`: --stop."""
         self.flag, self.function = f"{flag} {name}", import_function(name, flag)
-        self.text, self.stop = tokenizer, stop
+        self.tokenizer, self.stop = tokenizer, stop
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
         """Rewards [prompts, responses]. Collective. Raises UserError for anything but a finite number."""
@@ -275,14 +275,14 @@ class RewardFunction:
         rewards = []
         for i, k in places[dist.get_rank() :: dist.get_world_size()]:
             watchdog.tick(self.flag)
-            prompt, response = prompts[i], samples[i][k].text(self.text, self.stop)
+            prompt, response = prompts[i], samples[i][k].text(self.tokenizer, self.stop)
             row = copy.deepcopy(prompt.row)  # the function may change it
             seed = zlib.crc32(samples[i][k].ids.tobytes(), i * len(samples[i]) + k)
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
             with isolated(self.flag, SETTINGS):
-                value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
+                value = self.function(self.tokenizer.decode(prompt.ids.tolist()), response, row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
                 returned = f"returned {value!r} for the response {response!r}"
                 raise UserError(f"{self.flag} {returned}: a reward is a finite number")

@@ -58,16 +58,9 @@ HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 def main() -> None:
     """Run the subcommand named on the command line."""
     console.adapt()
-    commands: dict[str, Callable] = {
-        "dolly": dolly,
-        "oasst": oasst,
-        "gsm8k": gsm8k,
-        "hh": hh,
-        "judge": judge,
-        "toy": toy,
-    }
+    commands: list[Callable] = [dolly, oasst, gsm8k, hh, judge, toy]
     with one_line():
-        tyro.extras.subcommand_cli_from_dict(commands)
+        tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands})
 
 
 def check_source(input: object, download: bool, **about_download: object) -> None:
@@ -389,22 +382,16 @@ def judge(
 def answered(row: dict) -> tuple[str, str]:
     """Question of a chat's last turn as text for a judge, and the response. Raises UserError."""
     if "conversations" in row:
-        return as_text(conversations_turns(row)), last_value(row)
+        kind, masked, turns = check_conversation(row)
+        if kind == "TEXT_TO_VALUE":
+            raise UserError("field 'type': responses of TEXT_TO_VALUE rows are labels, which are not judged")
+        return as_text(conversations_turns(row)), turns[last_response(trained_turns(kind, masked, turns))][1]
     if "messages" not in row:
         raise UserError("a row must have 'messages' or 'conversations' with an answer")
-    turns = messages_turns(row)
-    last = row["messages"][-1]
+    question, last = as_text(messages_turns(row)), row["messages"][-1]
     if last["role"] != "assistant":
         raise UserError(f"the last message is of the role {last['role']!r}: it must be the answer")
-    return as_text(turns), last["content"]
-
-
-def last_value(row: dict) -> str:
-    """The last answer of a `conversations` row. Raises UserError if there is none, or if it is a label."""
-    kind, masked, turns = check_conversation(row)
-    if kind == "TEXT_TO_VALUE":
-        raise UserError("field 'type': the answers of TEXT_TO_VALUE rows are labels, which are not judged")
-    return turns[last_response(trained_turns(kind, masked, turns))][1]
+    return question, last["content"]
 
 
 def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> dict:

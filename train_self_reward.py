@@ -268,10 +268,8 @@ def preference_loss(
 def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.ndarray]) -> list[Batch]:
     """This rank's share of some pairs, in the micro-batches of `ReferenceModel.logprobs`."""
     of_pairs = zip(ref_logprobs[::2], ref_logprobs[1::2], strict=True)
-    values = {
-        "ref": [np.concatenate(pair) for pair in of_pairs],
-        "gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
-    }
+    gaps = [np.array([state.config.reward_scale * pair.gap]) for pair in pairs]
+    values = {"ref": [np.concatenate(pair) for pair in of_pairs], "gap": gaps}
     examples = [pair.examples for pair in pairs]
     return batching.micro_batches(state.policy, examples, state.config.batch, values)
 

@@ -284,7 +284,7 @@ def zarr(folder: Path, fields: dict) -> tuple[dict[str, tuple[int, ...]], Callab
 
 
 def in_halves(fc1: Tensor, pieces: int, fields: dict) -> Tensor:
-    """[..., gate; up, H] of a matrix in so many pieces.
+    """[..., gate; up, H] of a matrix in `pieces`.
 
     Before Megatron-Core 0.4 a distributed checkpoint had the [gate; up] of a tensor parallel rank as one
     piece; since then it is two, and the gates of all ranks come first.

@@ -23,9 +23,9 @@ class Tokenizer(ABC):
     eos_id: int
     bos_id: int | None
     pad_id: int
-    adds_bos: bool
-    vocab_size: int
-    stop_ids: set[int]
+    adds_bos: bool  # by itself it puts BOS in front
+    vocab_size: int  # largest id + 1
+    stop_ids: set[int]  # they and `stop_strings` end a response
     special_tokens: dict[str, str]
     no_template: str  # message without a chat template
     plain: list  # tokenizers without special tokens; filled by `encode_plain`

@@ -168,8 +168,8 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
 def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """Encode a {"messages": [{"role", "content"}, ...]} row: ids and mask of the trained ones.
 
-    Each assistant turn is trained, from the end of the template's generation prompt to the last stop token;
-    of turns beyond max_seq_len only the first is marked.
+    Assistant turns are trained, from the end of the template's generation prompt to the last stop token; of
+    turns beyond max_seq_len only the first is marked.
     """
     messages, variables = row["messages"], template_variables(row)
     check_messages(messages)
@@ -207,8 +207,7 @@ def response_span(
 ) -> tuple[int, int]:
     """Span [start, end) of message `i`, a response, in `ids`, the tokens of the rendered chat `text`.
 
-    From the end of the template's generation prompt to the last stop token, or to a stop string. Raises
-    UserError without either, and for a template that `count_prefix_tokens` refuses.
+    From the end of the template's generation prompt to the last stop token or a stop string (else UserError).
     """
     prompt = tokenizer.render(messages[:i], add_generation_prompt=True, **variables)
     through_response = tokenizer.render(messages[: i + 1], **variables)

@@ -26,9 +26,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Ids are those of its tokenizer.json, whatever the class that the config names would make of that file;
     transformers gives the names of special tokens and renders the chat template.
-
-    Attributes: `eos_id`, `bos_id`, `pad_id`, `adds_bos` (the tokenizer by itself puts BOS in front),
-    `vocab_size` (largest id + 1), `stop_ids` and `stop_strings` (what ends a response), `chat`.
     """
 
     def __init__(self, directory: Path):

@@ -48,12 +48,9 @@ def local_model(path: Path) -> Path:
         return path
     from huggingface_hub import snapshot_download  # only where it is needed
 
+    download = functools.partial(snapshot_download, allow_patterns=PATTERNS, ignore_patterns=OTHERS)
     try:
-        return Path(
-            snapshot_download(
-                match["name"], revision=match["revision"], allow_patterns=PATTERNS, ignore_patterns=OTHERS
-            )
-        )
+        return Path(download(match["name"], revision=match["revision"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = reason_of(error, f"`hf download {match['name']} --local-dir DIR` elsewhere and give DIR")
         raise UserError(f"{path} is no directory here, and no model of the Hub: {reason}") from error
@@ -65,10 +62,9 @@ def data_rows(path: Path) -> Iterator[dict]:
     assert match is not None  # is_data(path)
     import datasets  # slow to import, and only needed here
 
+    split, revision = match["split"] or "train", match["revision"]
     try:
-        dataset = datasets.load_dataset(
-            match["name"], match["config"], split=match["split"] or "train", revision=match["revision"]
-        )
+        dataset = datasets.load_dataset(match["name"], match["config"], split=split, revision=revision)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         command = f"`hf download --repo-type dataset {match['name']} --local-dir DIR`"
         reason = reason_of(error, f"{command} elsewhere and give its files")

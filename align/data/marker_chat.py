@@ -256,22 +256,18 @@ class RowFormats:
             counts = f"{self.rows['conversations']:,} rows of 'conversations' and {self.rows['messages']:,}"
             rule = "a model has one chat format: convert the rows of the other"
             raise UserError(f"--train-data has {counts} of 'messages', and {rule}")
+        kind = most_common(self.kinds, None)
+        labels = Counter({label: count for label, count in self.labels.items() if label})
+        has_label = 2 * labels.total() > self.labels.total() and kind == "VALUE_TO_TEXT"
         return MarkerChat(
             tokens=tuple(tokens),
             user=most_common(self.users, MarkerChat.user),
             assistant=most_common(self.assistants, MarkerChat.assistant),
             system=majority(self.systems) or "",
-            kind=most_common(self.kinds, None),
-            label=self.default_label(),
+            kind=kind,
+            label=most_common(labels, None) if has_label else None,
             bos=bos,
         )
-
-    def default_label(self) -> str | None:
-        """The most frequent label, if more than half of the responses have one in front."""
-        labels = Counter({label: count for label, count in self.labels.items() if label})
-        labelled = 2 * labels.total() > self.labels.total()
-        in_front = most_common(self.kinds, None) == "VALUE_TO_TEXT"
-        return most_common(labels, None) if labelled and in_front else None
 
     def differences(self) -> list[str]:
         """Lines for the log: properties with several values, of which a model's chat has one."""

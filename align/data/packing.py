@@ -117,9 +117,8 @@ def plan_micro_batches(
     """Deal rows to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
 
     `lengths`: places of each row (`num_places`). A micro-batch holds at most `max_tokens` places and
-    `max_rows` rows. All ranks get the same number of micro-batches, the fewest of the longest-first rule, of
-    about equal load; some are empty if there are fewer rows than micro-batches. Deterministic.
-    Raises UserError if one row alone is above `max_tokens`.
+    `max_rows` rows; UserError for a row above. All ranks get the same number of micro-batches, the fewest of
+    the longest-first rule, of about equal load; some are empty if rows are fewer. Deterministic.
     """
     if (longest := max(lengths, default=0)) > max_tokens:
         flag = f"--micro-batch-tokens {max_tokens}"

@@ -8,10 +8,8 @@ from align.data.tokenizer import Tokenizer
 
 UNCHANGED = "rows of messages, on which {} has no effect"
 MESSAGE_FIELDS = {"role", "content", "tool_calls", *rows.WEIGHTS}
-SPECIAL = (
-    "rows with special tokens in their text",
-    "rows with special tokens in a string, continued as it stands",
-)
+IN_TEXT = "rows with special tokens in their text"
+SPECIAL = (IN_TEXT, "rows with special tokens in a string, continued as it stands")
 
 
 def count(counts: dict[str, int], name: str) -> None:

@@ -15,7 +15,7 @@ USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
+    """A bare SentencePiece model (GPT-2B, Llama 2)."""
 
     adds_bos = False
     is_continued = True  # text after a marker is inside the text

@@ -113,7 +113,6 @@ def read_sft(
         row_counts.count_special(special_before, tokenizer, counts)
     counts.update(bad.counts())
     if not kept:
-        raise UserError(
-            f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their responses beyond "
-            f"--max-seq-len {fmt.max_seq_len}: raise it"
-        )
+        reason = f"have their responses beyond --max-seq-len {fmt.max_seq_len}: raise it"
+        files = ", ".join(map(str, paths))
+        raise UserError(f"{files}: no row is left, all {counts['rows']} {reason}")

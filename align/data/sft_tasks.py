@@ -47,9 +47,8 @@ def load_tasks(
 ) -> tuple[list[Task], dict[str, int]]:
     """Load all tasks of these files, and counts for the log.
 
-    Counts: those of `sft.load_sft`, with tokens and trained_tokens of the tasks; dropped_without_prompt (rows
-    that SFT keeps, with nothing before the last response, or with its start beyond max_seq_len); tokens of
-    the longest prompt (longest_prompt).
+    Counts: as in `sft.load_sft`, and dropped_without_prompt (rows that SFT keeps, with nothing before the
+    last response, or with its start beyond max_seq_len), and longest_prompt in tokens.
     Raises UserError naming file and line for a wrong row, and if no task is left.
     """
     names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")

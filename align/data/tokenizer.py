@@ -65,12 +65,10 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer of a model directory or of a SentencePiece `.model` file; no code of it runs.
 
-    It renders the marker chat of the directory's prompt_format.json. Raises UserError without a tokenizer.
-
-    Args:
-        say: logs the date that the chat template writes, ids that differ from transformers', the first of
-            CHECKED_TEXTS texts that its ids do not decode to, and the first special token in a text.
-        day: the day on which the run began (default: today).
+    It renders the marker chat of the directory's prompt_format.json. `say` logs the date that the chat
+    template writes, ids that differ from transformers', the first of CHECKED_TEXTS texts that its ids do not
+    decode to, and the first special token in a text; `day`: on which the run began, today by default. Raises
+    UserError without a tokenizer.
     """
     from align.data.hf_tokenizer import HuggingFaceTokenizer  # here: transformers takes seconds to import
     from align.data.sentencepiece_tokenizer import SentencePieceTokenizer

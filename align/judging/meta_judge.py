@@ -151,8 +151,7 @@ def tally(number: int, verdicts: Mapping[Order, str | None]) -> np.ndarray:
     """Count the wins of each of n = `number` judgements: [n, n] float64, W[a, b] = wins of a over b.
 
     A judgement wins if both orders prefer it. The same letter twice is a position bias: a tie, half a win for
-    each. An order without a clear verdict makes the comparison void. `verdicts`: the winner's letter, None if
-    unclear.
+    each. An order without a clear verdict (None in `verdicts`) makes the comparison void.
     """
     wins = np.zeros((number, number))
     for (i, j), verdict in verdicts.items():

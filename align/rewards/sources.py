@@ -134,8 +134,7 @@ def load_scorer(
 ) -> Scorer:
     """Load a reward model or critic, one value per token; a language model gets a head of zeros.
 
-    Raises UserError, naming `flag`: several labels, or another tokenizer than the policy's, whose token ids
-    are its input.
+    Raises UserError, naming `flag`, for several labels or another tokenizer than the policy's.
     """
     config = replace(config, model=str(directory))
     start = architecture.read_config(config.path)

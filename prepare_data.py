@@ -239,7 +239,7 @@ def hh(
     """Anthropic's HH-RLHF {"chosen", "rejected"} to {"prompt", "chosen", "rejected"} and to prompts alone.
 
     Rows that open with the same human message are of one conversation, at several depths or with several
-    answers; all of them are on one side of the split.
+    responses; all of them are on one side of the split.
 
     Args:
         input: train.jsonl of one or several of its sets, plain or .gz
@@ -355,31 +355,30 @@ def judge(
 ) -> None:
     """Chats to judgements of good and of spoilt responses, which teach a model to judge.
 
-    Of each row one answer is judged: its own (5 points), its own without the second half (2), its own with
-    other numbers (1) or the answer of another row (0). Fine-tuned on these rows beside its usual ones, a
-    small model learns what a judgement looks like, and little more about what a good answer is.
+    Of each row one response is judged: its own (5 points), its own without the second half (2), its own with
+    other numbers (1) or the response of another row (0). Fine-tuned on these rows beside its usual ones, a
+    small model learns what a judgement looks like, and little more about what a good response is.
 
     Args:
-        input: rows of {"messages"} or {"conversations"} (NeMo-Aligner's or ShareGPT's), whose last answer is
-            judged
+        input: rows of {"messages"} or {"conversations"}, whose last response is judged
         output: the jsonl file to write, in the format of the input
         judge_template: that of train_self_reward.py
         limit: only so many rows, from the start of the file
-        seed: of which answer to which row is judged
+        seed: of which response to which row is judged
     """
     check_files([output], input, judge_template)
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
     rows = []
     for where, row in read_jsonl(input)[:limit]:
         rows.append(located(where, sft_row, row, ())[0])
-        located(where, answered, rows[-1])  # it can be judged
+        located(where, question_and_response, rows[-1])  # it can be judged
     if len(rows) < 2:
-        raise UserError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
+        raise UserError(f"--input {input} has {len(rows)} rows: a response is judged beside another row's")
     rng = random.Random(seed)
     write_jsonl(output, [judged(rows, i, template, rng) for i in range(len(rows))])
 
 
-def answered(row: dict) -> tuple[str, str]:
+def question_and_response(row: dict) -> tuple[str, str]:
     """Question of a chat's last turn as text for a judge, and the response. Raises UserError."""
     if "conversations" in row:
         kind, masked, turns = check_conversation(row)
@@ -387,22 +386,22 @@ def answered(row: dict) -> tuple[str, str]:
             raise UserError("field 'type': responses of TEXT_TO_VALUE rows are labels, which are not judged")
         return as_text(conversations_turns(row)), turns[last_response(trained_turns(kind, masked, turns))][1]
     if "messages" not in row:
-        raise UserError("a row must have 'messages' or 'conversations' with an answer")
+        raise UserError("a row must have 'messages' or 'conversations' with a response")
     question, last = as_text(messages_turns(row)), row["messages"][-1]
     if last["role"] != "assistant":
-        raise UserError(f"the last message is of the role {last['role']!r}: it must be the answer")
+        raise UserError(f"the last message is of the role {last['role']!r}: it must be the response")
     return question, last["content"]
 
 
 def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> dict:
     """A chat in which the response of row `i`, as it is or spoilt, is judged."""
-    question, answer = answered(rows[i])
-    words = answer.split(" ")
-    kinds = {"own": answer, "half": " ".join(words[: len(words) // 2])}
+    question, response = question_and_response(rows[i])
+    words = response.split(" ")
+    kinds = {"own": response, "half": " ".join(words[: len(words) // 2])}
     number = rng.randrange(len(rows) - 1)
-    kinds["other"] = answered(rows[number + (number >= i)])[1]  # of another row
-    kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), answer)
-    changed = [name for name, text in kinds.items() if text not in ("", answer)]
+    kinds["other"] = question_and_response(rows[number + (number >= i)])[1]  # of another row
+    kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), response)
+    changed = [name for name, text in kinds.items() if text not in ("", response)]
     kind = rng.choice(["own", *changed])
     prompt = template.fill(prompt=question, response=kinds[kind])
     if "conversations" in rows[i]:
@@ -423,7 +422,7 @@ def toy(
     meta_rows: int = 3000,
     seed: int = 1234,
 ) -> None:
-    """The sorting task of the demo as {"messages"} rows, as comparisons and as judgements of answers.
+    """The sorting task of the demo as {"messages"} rows, as comparisons and as judgements of responses.
 
     No prompt occurs twice. judge.txt and meta_judge.txt are the templates of the judgements' questions.
 
@@ -431,11 +430,11 @@ def toy(
         output: directory for train.jsonl, val.jsonl, train_comparisons.jsonl, val_comparisons.jsonl,
             train_judge.jsonl, judge.txt and meta_judge.txt
         train_rows: rows of train.jsonl
-        val_rows: rows of val.jsonl, all answered right
-        mistakes: share of the answers in train.jsonl that have two neighbours swapped
-        train_comparisons: rows of train_comparisons.jsonl, each a right answer and one with such a mistake
+        val_rows: rows of val.jsonl, all with right responses
+        mistakes: share of the responses in train.jsonl that have two neighbours swapped
+        train_comparisons: rows of train_comparisons.jsonl, each a right response and one with such a mistake
         val_comparisons: rows of val_comparisons.jsonl
-        judge_rows: rows of train_judge.jsonl that give an answer a score
+        judge_rows: rows of train_judge.jsonl that give a response a score
         meta_rows: rows of train_judge.jsonl, between the others, that choose the right one of two judgements
         seed: of the prompts and the mistakes
     """

@@ -233,8 +233,9 @@ def check_calls(i: int, message: dict, rendered: str) -> None:
         function = call.get("function", call) if isinstance(call, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name not in rendered and json.dumps(name)[1:-1] not in rendered:
+            reason = f"the chat template leaves out its call of the tool {name!r}"
             rule = "take a model, or a chat_template.jinja, that writes tool calls"
-            raise UserError(f"message {i}: the chat template omits its call of the tool {name!r}: {rule}")
+            raise UserError(f"message {i}: {reason}: {rule}")
 
 
 def sharegpt_message(turn: dict) -> dict:

@@ -257,13 +257,14 @@ class RowFormats:
             rule = "a model has one chat format: convert the rows of the other"
             raise UserError(f"--train-data has {counts} of 'messages', and {rule}")
         kind = most_common(self.kinds, None)
-        labels = Counter({label: count for label, count in self.labels.items() if label})
+        [(system, count)] = self.systems.most_common(1)
+        labels = Counter({label: number for label, number in self.labels.items() if label})
         has_label = 2 * labels.total() > self.labels.total() and kind == "VALUE_TO_TEXT"
         return MarkerChat(
             tokens=tuple(tokens),
             user=most_common(self.users, MarkerChat.user),
             assistant=most_common(self.assistants, MarkerChat.assistant),
-            system=majority(self.systems) or "",
+            system=system if 2 * count > self.systems.total() else "",
             kind=kind,
             label=most_common(labels, None) if has_label else None,
             bos=bos,
@@ -288,9 +289,3 @@ class RowFormats:
 def most_common(counter: Counter, default: Any) -> Any:
     """The most frequent value, or `default` of an empty counter."""
     return counter.most_common(1)[0][0] if counter else default
-
-
-def majority(counter: Counter) -> str | None:
-    """The value of more than half of the entries, or None."""
-    value, count = counter.most_common(1)[0]
-    return value if 2 * count > counter.total() else None

@@ -141,7 +141,7 @@ def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray
     elif form == "conversation":
         ids = encode_conversation(row, tokenizer, fmt)
     else:
-        ids = encode_chat(chat_before_response(row, field), field, tokenizer, fmt)
+        ids = encode_chat(row, field, tokenizer, fmt)
     formats.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)
 
@@ -202,8 +202,8 @@ def check_responses(row: dict, field: str) -> None:
         )
 
 
-def chat_before_response(row: dict, field: str) -> dict:
-    """The messages of a row before its response, and the template's variables. Raises UserError."""
+def encode_chat(row: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
+    """Encode the messages of a row up to the start of its response. Raises UserError."""
     if isinstance(row[field], str):
         turns = [{"role": "user", "content": jsonl.text_field(row, field)}]
     else:
@@ -215,7 +215,11 @@ def chat_before_response(row: dict, field: str) -> dict:
         messages = messages[:-1]
     if messages[-1]["role"] == "assistant":
         raise UserError(f"field {field!r}: the message before the response must not be the assistant's")
-    return chat | {"messages": messages}
+    variables = formats.template_variables(chat)
+    ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True, **variables))
+    if not ids:
+        raise UserError(f"field {field!r}: the chat template renders it as nothing")
+    return formats.bos_before_chat(tokenizer, fmt) + ids
 
 
 def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
@@ -226,12 +230,3 @@ def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list
     row = formats.hide_values(row, tokenizer, tokenizer.chat.tokens)
     ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
     return formats.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
-
-
-def encode_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
-    """Encode a chat up to the start of its response. Raises UserError if nothing is rendered."""
-    variables = formats.template_variables(chat)
-    ids = tokenizer.encode(tokenizer.render(chat["messages"], add_generation_prompt=True, **variables))
-    if not ids:
-        raise UserError(f"field {field!r}: the chat template renders it as nothing")
-    return formats.bos_before_chat(tokenizer, fmt) + ids

@@ -47,8 +47,10 @@ def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
     refuse(row, set(template_fields))
     if "messages" in row:
         return chat_row(row, turns_field(row, "messages"), {"messages"})
+    if "conversations" in row and is_marker_row(row):
+        return row, {"system", "conversations", "mask", "type"}  # NeMo-Aligner's
     if "conversations" in row:
-        return conversations_row(row)
+        return chat_row(row, turns_field(row, "conversations"), {"conversations"})
     if set(template_fields) <= set(row) and ("instruction" not in row or "instruction" in template_fields):
         check_no_system(row, "the fields of --prompt-template", template_fields)
         return row, set(template_fields)
@@ -116,13 +118,6 @@ def one_or_more(row: dict, field: str) -> list[dict]:
 def is_response(turn: dict) -> bool:
     """True if a turn, of messages or of ShareGPT, is the assistant's."""
     return SHAREGPT.get(turn.get("role", turn.get("from", ""))) == "assistant"
-
-
-def conversations_row(row: dict) -> tuple[dict, set[str]]:
-    """Normalise a `conversations` row: NeMo-Aligner's stays, ShareGPT's becomes messages."""
-    if is_marker_row(row):
-        return row, {"system", "conversations", "mask", "type"}
-    return chat_row(row, turns_field(row, "conversations"), {"conversations"})
 
 
 def is_marker_row(row: dict) -> bool:

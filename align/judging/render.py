@@ -76,7 +76,9 @@ def question(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[str, s
     elif "conversations" in row:
         turns = conversations_turns(row)
     else:
-        turns = [("", text_before_field(row, tokenizer, fmt))]
+        ids, trained, _ = formats.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
+        bos = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt))
+        turns = [("", tokenizer.decode(ids[len(bos) : trained.index(True)]).strip())]
     return as_text(turns), turns[-1][1]
 
 
@@ -104,10 +106,3 @@ def conversations_turns(row: dict) -> list[tuple[str, str]]:
     is_label = kind == "TEXT_TO_VALUE" and turns[end][2] is not None
     before = [(name, text) for name, text, _ in turns[: end + is_label]]
     return before or [(marker_chat.SYSTEM_ROLE, jsonl.text_field(row, "system"))]
-
-
-def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str:
-    """The text before the response of a --prompt-template row, without BOS."""
-    ids, trained, _ = formats.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
-    bos = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt))
-    return tokenizer.decode(ids[len(bos) : trained.index(True)]).strip()

@@ -18,19 +18,20 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
 import tyro
 
 from align import console
+from align.data import toy as toy_task
 from align.data.download import fetch
 from align.data.jsonl import located, read_jsonl, text_field
 from align.data.marker_chat import check_conversation, trained_turns
 from align.data.rows import sft_row
 from align.data.templates import Template
-from align.data.toy import comparisons, judge_rows, meta_rows, toy_rows, write_templates
+from align.data.toy import comparisons, toy_rows, write_templates
 from align.errors import UserError, one_line
 from align.files import check_files
 from align.judging.render import as_text, conversations_turns, last_response, messages_turns, turn_of
@@ -45,7 +46,7 @@ OASST_SYSTEM = (
 )
 HHSet = Literal["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-JUDGEMENTS = {  # of the row's own answer, of what is left or made of it, of another row's answer
+JUDGEMENTS = {  # of the row's own response, of its first half, with other numbers, of another row's
     "own": "The response answers the question in full.\nScore: 5",
     "half": "The response begins well, but it stops before it has answered the question.\nScore: 2",
     "numbers": "The response looks right, but its numbers do not follow from the question.\nScore: 1",
@@ -57,13 +58,13 @@ HH_LABELS = {"user": "User:", "assistant": "Assistant:"}
 def main() -> None:
     """Run the subcommand named on the command line."""
     console.adapt()
-    commands = {"dolly": dolly, "oasst": oasst, "gsm8k": gsm8k, "hh": hh, "judge": judge, "toy": toy}
+    commands: list[Callable] = [dolly, oasst, gsm8k, hh, judge, toy]
     with one_line():
-        tyro.extras.subcommand_cli_from_dict(commands)
+        tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands})
 
 
 def check_source(input: object, download: bool, **about_download: object) -> None:
-    """Raises UserError unless one of --input and --download is given; other flags are about the latter."""
+    """Raise UserError unless one of --input and --download is given; other flags are about the latter."""
     if bool(input) == download:
         raise UserError("give either --input FILE or --download, which fetches the public file")
     for name, value in about_download.items():
@@ -72,7 +73,7 @@ def check_source(input: object, download: bool, **about_download: object) -> Non
 
 
 def raw_file(name: str, input: Path | None, download: bool, download_dir: Path | None) -> Path:
-    """Return --input, or the path of the public file `name`. Raises UserError unless one is asked for."""
+    """Return --input, or the path of the public file `name` (--download). Raises UserError without either."""
     check_source(input, download, download_dir=download_dir)
     return input or fetch(name, download_dir or RAW)
 
@@ -205,10 +206,9 @@ def gsm8k(
     check_source(input, download, download_dir=download_dir)
     if download and output.suffix == ".jsonl":
         raise UserError(f"--output {output}: with --download it is the directory of train and test.jsonl")
-    files = [(input, output)]
-    if download:
-        raw = [fetch(f"gsm8k_{part}.jsonl", download_dir or RAW) for part in ("train", "test")]
-        files = list(zip(raw, (output / "train.jsonl", output / "test.jsonl"), strict=True))
+    files = [(input, output)] if input else []
+    for part in ("train", "test") if download else ():
+        files.append((fetch(f"gsm8k_{part}.jsonl", download_dir or RAW), output / f"{part}.jsonl"))
     check_files([path for _, path in files], *(source for source, _ in files))
     for source, path in files:
         rows = [located(where, gsm8k_row, row, instruction) for where, row in read_jsonl(source)[:limit]]
@@ -221,9 +221,8 @@ def gsm8k_row(row: dict, instruction: str) -> dict:
     answer = solution.rpartition("####")[2].strip().replace(",", "") if "####" in solution else ""
     if not answer:
         raise UserError("field 'answer' must end with '####' and the final answer")
-    asked = f"{question}\n\n{instruction}" if instruction else question
-    user, assistant = {"role": "user", "content": asked}, {"role": "assistant", "content": solution}
-    return {"messages": [user, assistant], "answer": answer}
+    prompt = f"{question}\n\n{instruction}" if instruction else question
+    return {**toy_task.chat(prompt, solution), "answer": answer}
 
 
 def hh(
@@ -240,7 +239,7 @@ def hh(
     """Anthropic's HH-RLHF {"chosen", "rejected"} to {"prompt", "chosen", "rejected"} and to prompts alone.
 
     Rows that open with the same human message are of one conversation, at several depths or with several
-    answers; all of them are on one side of the split.
+    responses; all of them are on one side of the split.
 
     Args:
         input: train.jsonl of one or several of its sets, plain or .gz
@@ -257,9 +256,8 @@ def hh(
     if download and test_input:
         raise UserError("--test-input: --download fetches the test set too, give one of them")
     if (download or test_input) and test_fraction is not None:
-        raise UserError(
-            f"--test-fraction {test_fraction}: --test-input or --download is the test set, give one of them"
-        )
+        rule = "--test-input or --download is the test set, give one of them"
+        raise UserError(f"--test-fraction {test_fraction}: {rule}")
     if download:
         names = [f"hh_{name}" for name in dict.fromkeys(sets or get_args(HHSet))]
         raw = download_dir or RAW
@@ -272,9 +270,10 @@ def hh(
         test = hh_pairs(test_input)
         openings = {hh_opening(pair) for pair in test}
     else:
-        every = list(dict.fromkeys(map(hh_opening, pairs)))
-        random.Random(seed).shuffle(every)
-        openings = set(split(every, 0.1 if test_fraction is None else test_fraction, "--test-fraction")[1])
+        shuffled = list(dict.fromkeys(map(hh_opening, pairs)))
+        random.Random(seed).shuffle(shuffled)
+        fraction = 0.1 if test_fraction is None else test_fraction
+        openings = set(split(shuffled, fraction, "--test-fraction")[1])
         test = [pair for pair in pairs if hh_opening(pair) in openings]
     train = [pair for pair in pairs if hh_opening(pair) not in openings]
     if test_input:
@@ -289,12 +288,11 @@ def hh(
 
 
 def hh_pairs(paths: tuple[Path, ...]) -> list[tuple[list[dict], list[dict]]]:
-    """Chosen and rejected conversation of each row without a flaw; how many have which is printed."""
-    pairs, flaws = [], Counter()
+    """Chosen and rejected conversation of each row without a flaw; the numbers of flaws are printed."""
+    pairs, flaws = [], Counter[str | None]()
     for where, row in (numbered for path in paths for numbered in read_jsonl(path)):
-        chosen, rejected = (
-            hh_messages(located(where, text_field, row, name)) for name in ("chosen", "rejected")
-        )
+        texts = [located(where, text_field, row, name) for name in ("chosen", "rejected")]
+        chosen, rejected = map(hh_messages, texts)
         flaw = hh_flaw(chosen, rejected)
         flaws[flaw] += 1
         if flaw is None:
@@ -331,8 +329,8 @@ def hh_opening(pair: tuple[list[dict], list[dict]]) -> str:
 
 
 def hh_row(chosen: list[dict], rejected: list[dict], style: Literal["messages", "text"]) -> dict:
-    """A pair as a row of preferences. In text an answer starts with its space, and a prompt ends before it:
-    so the tokens of a prompt are the same in the comparisons and where an answer is generated."""
+    """A pair as a row. In text a response starts with its space: so a prompt has the same tokens in
+    comparisons and in generation."""
     if style == "messages":
         return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
     prompt = "".join(f"{HH_LABELS[turn['role']]}{spaced(turn['content'])}\n\n" for turn in chosen[:-1])
@@ -355,76 +353,62 @@ def judge(
     limit: int | None = None,
     seed: int = 1234,
 ) -> None:
-    """Chats to judgements of good and of spoilt answers, which teach a model to judge.
+    """Chats to judgements of good and of spoilt responses, which teach a model to judge.
 
-    Of each row one answer is judged: its own (5 points), its own without the second half (2), its own with
-    other numbers (1) or the answer of another row (0). Fine-tuned on these rows beside its usual ones, a
-    small model learns what a judgement looks like, and little more about what a good answer is.
+    Of each row one response is judged: its own (5 points), its own without the second half (2), its own with
+    other numbers (1) or the response of another row (0). Fine-tuned on these rows beside its usual ones, a
+    small model learns what a judgement looks like, and little more about what a good response is.
 
     Args:
-        input: rows of {"messages"} or {"conversations"} (NeMo-Aligner's or ShareGPT's), whose last answer is
-            judged
+        input: rows of {"messages"} or {"conversations"}, whose last response is judged
         output: the jsonl file to write, in the format of the input
         judge_template: that of train_self_reward.py
         limit: only so many rows, from the start of the file
-        seed: of which answer to which row is judged
+        seed: of which response to which row is judged
     """
     check_files([output], input, judge_template)
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
     rows = []
     for where, row in read_jsonl(input)[:limit]:
-        row, _ = located(where, sft_row, row, ())
-        located(where, answered, row)  # whether it can be judged
-        rows.append(row)
+        rows.append(located(where, sft_row, row, ())[0])
+        located(where, question_and_response, rows[-1])  # it can be judged
     if len(rows) < 2:
-        raise UserError(f"--input {input} has {len(rows)} rows: an answer is judged beside another row's")
+        raise UserError(f"--input {input} has {len(rows)} rows: a response is judged beside another row's")
     rng = random.Random(seed)
     write_jsonl(output, [judged(rows, i, template, rng) for i in range(len(rows))])
 
 
-def answered(row: dict) -> tuple[str, str]:
+def question_and_response(row: dict) -> tuple[str, str]:
     """Question of a chat's last turn as text for a judge, and the response. Raises UserError."""
     if "conversations" in row:
-        return as_text(conversations_turns(row)), last_value(row)
+        kind, masked, turns = check_conversation(row)
+        if kind == "TEXT_TO_VALUE":
+            raise UserError("field 'type': responses of TEXT_TO_VALUE rows are labels, which are not judged")
+        return as_text(conversations_turns(row)), turns[last_response(trained_turns(kind, masked, turns))][1]
     if "messages" not in row:
-        raise UserError("a row must have 'messages' or 'conversations' with an answer")
-    turns = messages_turns(row)
-    last = row["messages"][-1]
+        raise UserError("a row must have 'messages' or 'conversations' with a response")
+    question, last = as_text(messages_turns(row)), row["messages"][-1]
     if last["role"] != "assistant":
-        raise UserError(f"the last message is of the role {last['role']!r}: it must be the answer")
-    return as_text(turns), last["content"]
-
-
-def last_value(row: dict) -> str:
-    """The last answer of a `conversations` row. Raises UserError if there is none, or if it is a label."""
-    kind, masked, turns = check_conversation(row)
-    if kind == "TEXT_TO_VALUE":
-        raise UserError("field 'type': the answers of TEXT_TO_VALUE rows are labels, which are not judged")
-    return turns[last_response(trained_turns(kind, masked, turns))][1]
+        raise UserError(f"the last message is of the role {last['role']!r}: it must be the response")
+    return question, last["content"]
 
 
 def judged(rows: list[dict], i: int, template: Template, rng: random.Random) -> dict:
-    """A chat in which the answer to row `i`, as it is or spoilt, is judged."""
-    question, answer = answered(rows[i])
-    words = answer.split(" ")
-    kinds = {"own": answer, "half": " ".join(words[: len(words) // 2])}
-    kinds["other"] = answered(other(rows, i, rng))[1]
-    kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), answer)
-    spoilt = [name for name, text in kinds.items() if text not in ("", answer)]
-    kind = rng.choice(["own", *spoilt])
-    asked = template.fill(prompt=question, response=kinds[kind])
+    """A chat in which the response of row `i`, as it is or spoilt, is judged."""
+    question, response = question_and_response(rows[i])
+    words = response.split(" ")
+    kinds = {"own": response, "half": " ".join(words[: len(words) // 2])}
+    number = rng.randrange(len(rows) - 1)
+    kinds["other"] = question_and_response(rows[number + (number >= i)])[1]  # of another row
+    kinds["numbers"] = re.sub(r"\d", lambda digit: rng.choice("0123456789".replace(digit[0], "")), response)
+    changed = [name for name, text in kinds.items() if text not in ("", response)]
+    kind = rng.choice(["own", *changed])
+    prompt = template.fill(prompt=question, response=kinds[kind])
     if "conversations" in rows[i]:
-        chat = turn_of(rows[i], asked)
+        chat = turn_of(rows[i], prompt)
         chat["conversations"][-1]["value"] = JUDGEMENTS[kind]
         return chat
-    messages = [("user", asked), ("assistant", JUDGEMENTS[kind])]
-    return {"messages": [{"role": role, "content": content} for role, content in messages]}
-
-
-def other(rows: list[dict], i: int, rng: random.Random) -> dict:
-    """Another row than row `i`."""
-    number = rng.randrange(len(rows) - 1)
-    return rows[number + (number >= i)]
+    return toy_task.chat(prompt, JUDGEMENTS[kind])
 
 
 def toy(
@@ -438,7 +422,7 @@ def toy(
     meta_rows: int = 3000,
     seed: int = 1234,
 ) -> None:
-    """The sorting task of the demo as {"messages"} rows, as comparisons and as judgements of answers.
+    """The sorting task of the demo as {"messages"} rows, as comparisons and as judgements of responses.
 
     No prompt occurs twice. judge.txt and meta_judge.txt are the templates of the judgements' questions.
 
@@ -446,11 +430,11 @@ def toy(
         output: directory for train.jsonl, val.jsonl, train_comparisons.jsonl, val_comparisons.jsonl,
             train_judge.jsonl, judge.txt and meta_judge.txt
         train_rows: rows of train.jsonl
-        val_rows: rows of val.jsonl, all answered right
-        mistakes: share of the answers in train.jsonl that have two neighbours swapped
-        train_comparisons: rows of train_comparisons.jsonl, each a right answer and one with such a mistake
+        val_rows: rows of val.jsonl, all with right responses
+        mistakes: share of the responses in train.jsonl that have two neighbours swapped
+        train_comparisons: rows of train_comparisons.jsonl, each a right response and one with such a mistake
         val_comparisons: rows of val_comparisons.jsonl
-        judge_rows: rows of train_judge.jsonl that give an answer a score
+        judge_rows: rows of train_judge.jsonl that give a response a score
         meta_rows: rows of train_judge.jsonl, between the others, that choose the right one of two judgements
         seed: of the prompts and the mistakes
     """
@@ -458,18 +442,13 @@ def toy(
     after = train_rows + val_rows
     pairs = comparisons(train_comparisons, val_comparisons, seed, after)
     after += train_comparisons + val_comparisons
-    judgements = toy_judgements(judge_rows, meta_rows, seed, after)
+    judgements = toy_task.judge_rows(judge_rows, seed, after)
+    judgements += toy_task.meta_rows(meta_rows, seed, after + judge_rows)
+    random.Random(seed).shuffle(judgements)
     write_split(output, *rows)
     write_split(output, *pairs, suffix="_comparisons")
     write_jsonl(output / "train_judge.jsonl", judgements)
     write_templates(output)
-
-
-def toy_judgements(num_judge: int, num_meta: int, seed: int, after: int) -> list[dict]:
-    """Rows of both kinds, shuffled, with prompts that follow the first `after`."""
-    rows = judge_rows(num_judge, seed, after) + meta_rows(num_meta, seed, after + num_judge)
-    random.Random(seed).shuffle(rows)
-    return rows
 
 
 def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[list, list]:
@@ -483,15 +462,14 @@ def split(items: list, fraction: float, flag: str = "--val-fraction") -> tuple[l
 def write_split(directory: Path, train: list[dict], val: list[dict], suffix: str = "") -> None:
     """Write train{suffix}.jsonl and val{suffix}.jsonl. Raises UserError if one would be empty."""
     if not train or not val:
-        raise UserError(
-            f"{directory}: {len(train)} rows to train on and {len(val)} to validate on: both need some"
-        )
+        counts = f"{len(train)} rows to train on and {len(val)} to validate on"
+        raise UserError(f"{directory}: {counts}: both need some")
     write_jsonl(directory / f"train{suffix}.jsonl", train)
     write_jsonl(directory / f"val{suffix}.jsonl", val)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write one object a line and say so."""
+    """Write one object a line, and print the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:

@@ -14,16 +14,16 @@ SFT; on their last responses only --first-iteration-sft trains: align/data/forma
 OUTPUT/hf is the result. Without arguments it runs on the built-in tiny model, which is random; demo.py shows
 one that learns.
 
-Self-rewarding: arXiv 2401.10020, here with the given prompts in place of new ones from the model.
+Self-rewarding: arXiv 2401.10020, here with the prompts of the data in place of new ones from the model.
 Meta-rewarding and length control: 2407.19594, here with a comparison counted where both orders agree.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -70,14 +70,8 @@ from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
 from align.training.session import Session, Tokenizer
 
-LOSSES = {  # --loss
-    "dpo": preference.dpo,
-    "scale": preference.scale,
-    "rpo_bwd_kl": preference.rpo_bwd_kl,
-    "rpo_fwd_kl": preference.rpo_fwd_kl,
-    "ipo": preference.ipo,
-    "rpo_sq": preference.rpo_sq,
-}
+Loss = Literal["dpo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "ipo", "rpo_sq"]
+LOSSES: dict[str, Callable[..., Tensor]] = {name: getattr(preference, name) for name in get_args(Loss)}
 WITH_GAP = ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")  # losses that take the gap of the scores
 TRAIN, VAL = 0, 1  # random streams of the samples
 BUFFER_BATCHES = 3  # batches of judgement pairs; while the buffer holds so many, no more are sampled
@@ -99,7 +93,7 @@ class Config(CommonConfig):
     length_control: tuple[float, ...] = (0.0,)
     """length control, one value or one for each iteration: among the responses whose scores are within this
     share of the spread from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
-    loss: Literal[tuple(LOSSES)] = "dpo"
+    loss: Loss = "dpo"
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: tuple[float, ...] = (0.1,)
     """beta of DPO, one value or one for each iteration: the implicit reward is beta log(pi / pi_ref)"""
@@ -149,12 +143,10 @@ class Config(CommonConfig):
             audit_start=BOUND,
         )
         check_model_logprobs(self.rollout, self.sampling)
-        for name in ("length_control", "beta"):
-            if len(values := getattr(self, name)) not in (1, self.iterations):
-                raise UserError(
-                    f"--{name.replace('_', '-')} has {len(values)} values: give one, or one for each of the "
-                    f"{self.iterations} --iterations"
-                )
+        for flag, values in (("--length-control", self.length_control), ("--beta", self.beta)):
+            if len(values) not in (1, self.iterations):
+                rule = f"give one, or one for each of the {self.iterations} --iterations"
+                raise UserError(f"{flag} has {len(values)} values: {rule}")
         if self.loss not in WITH_GAP:
             refuse_unused(self, Config, "reward_scale", f"with --loss {self.loss}")
         if not self.sft_weight:
@@ -162,22 +154,19 @@ class Config(CommonConfig):
         if self.steps_per_iteration:
             refuse_unused(self.loop, LoopConfig, "max_epochs", "with --steps-per-iteration")
         if self.first_iteration_sft and self.iterations == 1:
-            raise UserError(
-                "--first-iteration-sft with --iterations 1 is fine-tuning alone: use train_sft.py"
-            )
+            flags = "--first-iteration-sft with --iterations 1"
+            raise UserError(f"{flags} is fine-tuning alone: use train_sft.py")
         if self.true_reward_fn and self.train_data and not self.val_data:
             raise UserError("--true-reward-fn has no effect without --val-data: give both")
         size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
         if self.meta.meta_judge and fraction * size < 1:
-            raise UserError(
-                f"--meta-judge-fraction {fraction} of --global-batch-size {size} is no whole pair: raise one"
-            )
+            flags = f"--meta-judge-fraction {fraction} of --global-batch-size {size}"
+            raise UserError(f"{flags} is no whole pair: raise one")
         if self.meta.meta_judge and self.judge.judgements == 1:
             raise UserError("--meta-judge compares judgements of one response: give --judgements 2 or more")
-        own = {"judge_template": self.judge.judge_template != JudgeConfig.judge_template}
-        own["meta_judge_template"] = self.meta.meta_judge_template != MetaJudgeConfig.meta_judge_template
-        for name in [name for name in own if own[name] and not self.train_data]:
-            flag = f"--{name.replace('_', '-')}"
+        own = {"--judge-template": self.judge.judge_template != JudgeConfig.judge_template}
+        own["--meta-judge-template"] = self.meta.meta_judge_template != MetaJudgeConfig.meta_judge_template
+        for flag in [flag for flag in own if own[flag] and not self.train_data]:
             raise UserError(f"{flag} without --train-data: the toy task has a template of its own")
         if self.sampling.greedy:
             raise UserError("--greedy gives the same response every time: leave it out")
@@ -195,25 +184,21 @@ class Config(CommonConfig):
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def check_lengths(self, max_positions: int) -> None:
-        """Raises UserError if a prompt or judgement may find no room in the context, or a pair in a batch.
+        """Raise UserError if a prompt or judgement may not fit into the context, or a pair into a batch.
 
         Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
         prompt is shortened to what --max-new-tokens leaves.
         """
         prompt, response = self.format.max_seq_len, self.sampling.max_new_tokens
+        flag, context = f"--max-new-tokens {response}", f"the model's context of {max_positions}"
         if prompt > max_positions:
-            raise UserError(
-                f"--max-seq-len {prompt} is beyond the model's context of {max_positions} tokens: lower it"
-            )
+            raise UserError(f"--max-seq-len {prompt} is beyond {context} tokens: lower it")
         if response >= max_positions:
-            raise UserError(
-                f"--max-new-tokens {response} leaves a prompt no token of the model's context of "
-                f"{max_positions}: lower it"
-            )
+            raise UserError(f"{flag} leaves a prompt no token of {context}: lower it")
         if 2 * (longest := min(prompt + response, max_positions)) > self.batch.micro_batch_tokens:
             raise UserError(
-                f"--max-seq-len {prompt} and --max-new-tokens {response} make sequences of {longest} tokens, "
-                f"of which a pair has two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
+                f"--max-seq-len {prompt} and {flag} make sequences of {longest} tokens, of which a pair has "
+                f"two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
             )
 
 
@@ -232,16 +217,6 @@ class State:
     generator: Generator
     iteration: int = 0
 
-    @property
-    def length_control(self) -> float:
-        """--length-control of the iteration."""
-        return of_iteration(self.config.length_control, self.iteration)
-
-    @property
-    def beta(self) -> float:
-        """--beta of the iteration."""
-        return of_iteration(self.config.beta, self.iteration)
-
 
 class Training(NamedTuple):
     """Input of the update of a step."""
@@ -254,11 +229,11 @@ class Training(NamedTuple):
 
 
 def of_iteration(values: tuple[float, ...], iteration: int) -> float:
-    """The value that a flag has in an iteration."""
+    """The value of a flag in an iteration."""
     return values[iteration] if len(values) > 1 else values[0]
 
 
-# ---- losses ----------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def sft_loss(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -272,8 +247,8 @@ def preference_loss(
     """--loss of the pairs of a micro-batch, plus --sft-weight times the SFT loss of the chosen responses."""
 
     def sequence_logprobs(logprobs: Tensor, average: bool) -> Tensor:
-        sums = preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, average)
-        return sums.view(-1, 2)  # [P, 2] of chosen and rejected
+        """[P, 2] of chosen and rejected."""
+        return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, average).view(-1, 2)
 
     average, sft_average = config.average_logprobs, config.sft_average_logprobs
     ref_logprobs = torch.zeros_like(logprobs)
@@ -293,15 +268,13 @@ def preference_loss(
 def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.ndarray]) -> list[Batch]:
     """This rank's share of some pairs, in the micro-batches of `ReferenceModel.logprobs`."""
     of_pairs = zip(ref_logprobs[::2], ref_logprobs[1::2], strict=True)
-    values = {
-        "ref": [np.concatenate(pair) for pair in of_pairs],
-        "gap": [np.array([state.config.reward_scale * pair.gap]) for pair in pairs],
-    }
+    gaps = [np.array([state.config.reward_scale * pair.gap]) for pair in pairs]
+    values = {"ref": [np.concatenate(pair) for pair in of_pairs], "gap": gaps}
     examples = [pair.examples for pair in pairs]
     return batching.micro_batches(state.policy, examples, state.config.batch, values)
 
 
-# ---- steps -----------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 def sft_step(state: State, tasks: Sequence[Task]) -> Training:
@@ -330,11 +303,12 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     """Train on a pair of responses to each prompt of a step, and on pairs of judgements out of the buffer."""
     config, session = state.config, state.session
     session.samples(session.done, state.self_judge.tables("train_judgements", judged))
-    response_pairs, metrics = state.self_judge.pairs(judged, state.length_control)
+    length_control = of_iteration(config.length_control, state.iteration)
+    response_pairs, metrics = state.self_judge.pairs(judged, length_control)
     num_buffered = len(state.buffer)
     pairs = mix(response_pairs, state.buffer, config.meta.meta_judge_fraction)
     metrics["meta_samples_per_GBS"] = (num_buffered - len(state.buffer)) / config.batch.global_batch_size
-    loss_fn = partial(preference_loss, config, state.beta)
+    loss_fn = partial(preference_loss, config, of_iteration(config.beta, state.iteration))
     if not pairs:
         return Training([], loss_fn, 0, metrics)
 
@@ -371,11 +345,10 @@ def validate(
         with session.phase("validate", policy="weights"), engine.during("validation"):
             metrics |= with_std(engine.evaluate(state.policy, batches, loss_fn, len(pairs)))
     with session.phase("validate", policy="weights"), engine.during("validation"):
-        batches, loss_fn, num_tokens, *_ = sft_step(state, tasks)
-        metrics["data_loss"] = engine.evaluate(state.policy, batches, loss_fn, num_tokens)["loss"]
+        metrics["data_loss"] = engine.evaluate(state.policy, *sft_step(state, tasks)[:3])["loss"]
     if true_reward:
-        truth = true_reward([task.prompt for task in tasks], [answered.samples for answered in judged])
-        metrics |= judging.compare_with(truth, judged)
+        true_rewards = true_reward([task.prompt for task in tasks], [prompt.samples for prompt in judged])
+        metrics |= judging.compare_with(true_rewards, judged)
     session.samples(step, state.self_judge.tables("val_judgements", judged))
     texts = [pair.texts(state.tokenizer, state.self_judge.text_of) for pair in pairs[:4]]
     session.samples(step, [{"table": "val_pairs", **row} for row in texts])
@@ -421,14 +394,16 @@ def main(config: Config) -> None:
     session.say(f"judge prompts of more than {room} tokens are shortened, and counted in judge_shortened")
     judge = Judge(judge_config, tokenizer, config.format, room)
     meta_judge = MetaJudge(meta_config, tokenizer, config.format, room)
-    for template in [judge, meta_judge] if config.meta.meta_judge else [judge]:
-        template.check(rows["train"][0].prompt.row)
+    judge.check(rows["train"][0].prompt.row)
+    if config.meta.meta_judge:
+        meta_judge.check(rows["train"][0].prompt.row)
     self_judge = SelfJudge(judge, meta_judge, tokenizer, config.sampling.stop)
     cap = config.meta.meta_judge_class_cap if config.meta.meta_judge else math.inf
     buffer = Buffer(config.judge.judge_low, config.judge.judge_high, cap)
-    true_reward = config.true_reward_fn and sources.RewardFunction(
-        config.true_reward_fn, tokenizer, config.sampling.stop, "--true-reward-fn"
-    )
+    true_reward = None
+    if config.true_reward_fn:
+        stop = config.sampling.stop
+        true_reward = sources.RewardFunction(config.true_reward_fn, tokenizer, stop, "--true-reward-fn")
 
     # ---- model -----------------------------------------------------------------------------------
     phase, store = session.offload(config.offload)
@@ -459,11 +434,12 @@ def main(config: Config) -> None:
     # ---- loop ------------------------------------------------------------------------------------
     validation = partial(validate, state, true_reward, iteration_steps)
     session.resume({"policy": (policy, optimizer)}, validation if rows["val"] else None)
-    first_step, is_reference, judged = session.step, False, []
+    first_step, is_reference = session.step, False
+    judged: list[JudgedResponses] = []
     for step in session.steps():
         state.iteration = step // iteration_steps
         begin, end = state.iteration * iteration_steps, (state.iteration + 1) * iteration_steps
-        metrics = {
+        metrics: dict[str, float] = {
             "iteration": state.iteration,
             "epoch": step // epoch_steps,
             "consumed_samples": session.done * size,
@@ -480,7 +456,7 @@ def main(config: Config) -> None:
                 is_first = not judged
                 judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
                 if is_first:
-                    responses = [response for answered in judged for response in answered.samples]
+                    responses = [response for prompt in judged for response in prompt.samples]
                     warn_if_none_ended(responses, config.sampling.max_new_tokens, session.say)
             if step == start and config.meta.meta_judge and len(buffer) < BUFFER_BATCHES * size:
                 metrics |= meta_judge_step(state, judged, sample)
@@ -492,7 +468,8 @@ def main(config: Config) -> None:
             with phase("train", policy="all"), engine.during(f"step {session.done}"):
                 update = with_std(engine.forward_backward(policy, *training[:3]))
                 if is_reference and "preference_loss" in update:
-                    reference.check_start(update, config.loss, state.beta, start_bound)
+                    beta = of_iteration(config.beta, state.iteration)
+                    reference.check_start(update, config.loss, beta, start_bound)
                 is_reference = False
                 metrics |= update | optim.update(optimizer, config.optim, step, session.total_steps)
         else:

@@ -11,6 +11,7 @@ A field that changes what the model computes and is not implemented is refused b
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -81,13 +82,9 @@ WITHOUT_EFFECT_PREFIXES = (
 
 
 def read(path: Path, ignore: Collection[str] = ()) -> dict:
-    """The fields of a model_config.yaml, checked.
+    """The fields of a model_config.yaml, checked; `ignore`: names of unknown fields that are accepted.
 
-    Args:
-        ignore: names of unknown fields that are accepted.
-
-    Raises:
-        UserError: it cannot be read, or a field is unknown or means something that is not implemented.
+    Raises UserError if it cannot be read, or for a field that is unknown or not implemented.
     """
     try:
         fields = yaml.safe_load(path.read_bytes())
@@ -109,12 +106,9 @@ def check(fields: dict, ignore: Collection[str]) -> None:
             raise not_implemented(name, value, "it must be off")
         known = name in IMPLEMENTED | WITHOUT_EFFECT | OFF | set(VALUES) | set(ignore)
         if not known and not name.startswith(WITHOUT_EFFECT_PREFIXES):
-            raise UserError(
-                f"model_config.yaml: the field {name} = {value!r} is not known. If it does not change what "
-                f"the model computes, give --ignore {name}"
-            )
-    scheme = (fields.get("peft") or {}).get("peft_scheme")
-    if scheme not in (None, "none"):
+            advice = f"If it does not change what the model computes, give --ignore {name}"
+            raise UserError(f"model_config.yaml: the field {name} = {value!r} is not known. {advice}")
+    if (scheme := (fields.get("peft") or {}).get("peft_scheme")) not in (None, "none"):
         raise not_implemented("peft.peft_scheme", scheme, "merge the adapter in NeMo first")
 
 
@@ -140,10 +134,10 @@ def family(fields: dict) -> str:
 def huggingface_config(fields: dict) -> dict:
     """The config.json of a language model, without the size of its vocabulary and its special tokens.
 
-    Raises:
-        UserError: a field is missing or no number, or the sizes are none that the family can have.
+    Raises UserError if a field is missing or no number, or for sizes that the family cannot have.
     """
     kind, heads, hidden = family(fields), number(fields, "num_attention_heads"), number(fields, "hidden_size")
+    context = fields.get("encoder_seq_length")
     config = {
         "architectures": [f"{CLASSES[kind]}ForCausalLM"],
         "model_type": kind,
@@ -154,9 +148,7 @@ def huggingface_config(fields: dict) -> dict:
         "num_key_value_heads": number(fields, "num_query_groups", heads),
         "head_dim": number(fields, "kv_channels", hidden // heads),
         "hidden_act": "relu2" if kind == "nemotron" else "silu",
-        "max_position_embeddings": number(
-            fields, "max_position_embeddings", fields.get("encoder_seq_length")
-        ),
+        "max_position_embeddings": number(fields, "max_position_embeddings", context),
         "initializer_range": number(fields, "init_method_std", 0.02, float),
         EPSILON[kind]: number(fields, "layernorm_epsilon", 1e-5, float),
         "tie_word_embeddings": bool(fields.get("share_embeddings_and_output_weights", True)),
@@ -184,15 +176,14 @@ def rope(fields: dict, kind: str) -> dict:
     part = number(fields, "rotary_percentage", 1.0, float)
     if kind == "llama" and part != 1:
         raise not_implemented("rotary_percentage", part, "with rmsnorm it must be 1.0")
-    rotary = {"rope_theta": number(fields, "rotary_base", 10000.0, float)}
+    rotary: dict[str, Any] = {"rope_theta": number(fields, "rotary_base", 10000.0, float)}
     if kind != "llama":
         rotary["partial_rotary_factor"] = part
     factor = fields.get("seq_len_interpolation_factor")
     if fields.get("scale_positional_embedding"):
         if factor:
-            raise not_implemented(
-                "seq_len_interpolation_factor", factor, "not with scale_positional_embedding"
-            )
+            rule = "not with scale_positional_embedding"
+            raise not_implemented("seq_len_interpolation_factor", factor, rule)
         rotary["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": number(fields, "scale_factor", 8.0, float),

@@ -21,6 +21,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,14 +72,11 @@ INDEX_CLASSES = {  # module: names that the pickled index of a distributed check
 }
 ZARR_TYPES = {"bfloat16": torch.bfloat16, "<f4": torch.float32, "<f2": torch.float16}
 
-# ---- layouts ---------------------------------------------------------------------------------------
-
 
 def read(folder: Path, fields: dict) -> Weights:
-    """The weights of an extracted archive whose model_config.yaml has these fields.
+    """The weights of an extracted archive; `fields`: of its model_config.yaml.
 
-    Raises:
-        UserError: there are none, they are incomplete, cannot be read, or are more than data.
+    Raises UserError if they are missing, incomplete, unreadable, or more than data.
     """
     if (folder / "model_weights.ckpt").is_file():
         return from_ranks([[load_state(folder / "model_weights.ckpt")]], fields)
@@ -86,9 +84,8 @@ def read(folder: Path, fields: dict) -> Weights:
         return from_ranks([[load_state(path) for path in stage] for stage in complete(ranks, fields)], fields)
     if (folder / "model_weights").is_dir():
         return from_distributed(folder / "model_weights", fields)
-    raise UserError(
-        "no weights: model_weights.ckpt, mp_rank_00, tp_rank_00_pp_rank_000 or model_weights is missing"
-    )
+    names = "model_weights.ckpt, mp_rank_00, tp_rank_00_pp_rank_000 or model_weights"
+    raise UserError(f"no weights: {names} is missing")
 
 
 def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -99,16 +96,15 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 def complete(ranks: dict[tuple[int, int], Path], fields: dict) -> list[list[Path]]:
     """Files by stage and tensor parallel rank. Raises UserError if one is missing or too many."""
-    if (fields.get("virtual_pipeline_model_parallel_size") or 1) > 1:
-        raise UserError(
-            "model_config.yaml: virtual_pipeline_model_parallel_size = "
-            f"{fields['virtual_pipeline_model_parallel_size']} is not implemented for weights by rank"
-        )
+    name = "virtual_pipeline_model_parallel_size"
+    if (fields.get(name) or 1) > 1:
+        rule = "is not implemented for weights by rank"
+        raise UserError(f"model_config.yaml: {name} = {fields[name]} {rule}")
     tp, pp = (fields.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
-    wanted = set(itertools.product(range(pp), range(tp)))
-    if wrong := sorted(wanted ^ set(ranks)):
+    expected = set(itertools.product(range(pp), range(tp)))
+    if wrong := sorted(expected ^ set(ranks)):
         stage, rank = wrong[0]
-        state = "missing" if wrong[0] in wanted else "one too many"
+        state = "missing" if wrong[0] in expected else "one too many"
         raise UserError(
             f"the weights of tensor parallel rank {rank}, pipeline rank {stage} are {state}: "
             f"model_config.yaml has tensor_model_parallel_size {tp}, pipeline_model_parallel_size {pp}"
@@ -125,11 +121,10 @@ def load_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_tensors(source: Path | io.BytesIO, name: str, mmap: bool | None = None) -> object:
+def load_tensors(source: Path | io.BytesIO, name: str, mmap: bool | None = None) -> Any:
     """Load a torch pickle. Raises UserError with the `name` if it is broken or holds more than data."""
-    data_only = [io.BytesIO]  # Transformer Engine's extra state
     try:
-        with torch.serialization.safe_globals(data_only):
+        with torch.serialization.safe_globals([io.BytesIO]):  # Transformer Engine's extra state
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reference = re.search(r"GLOBAL (\S+)", str(error))
@@ -149,7 +144,8 @@ def rename(name: str) -> str | None:
 
 def from_ranks(stages: list[list[dict[str, Tensor]]], fields: dict) -> Weights:
     """The weights of ranks, by stage and tensor parallel rank; each stage counts its layers from 0."""
-    weights, first = {}, 0
+    weights: Weights = {}
+    first = 0
     gated = str(fields.get("activation")).endswith("glu")
     for ranks in stages:
         names = {old: new for old in ranks[0] if (new := rename(old))}
@@ -159,9 +155,8 @@ def from_ranks(stages: list[list[dict[str, Tensor]]], fields: dict) -> Weights:
         for old, new in names.items():
             parts = [rank[old] for rank in ranks]
             weights[shifted(new, first)] = functools.partial(merge, new, parts, gated and not split)
-        first += 1 + max(
-            (number for name in names.values() if (number := layer(name)) is not None), default=-1
-        )
+        numbers = [number for name in names.values() if (number := layer(name)) is not None]
+        first += 1 + max(numbers, default=-1)
     return weights
 
 
@@ -187,9 +182,6 @@ def merge(name: str, parts: list[Tensor], gated: bool) -> Tensor:
     return torch.cat(parts, 1 if name.endswith(BY_COLUMNS) else 0)
 
 
-# ---- distributed checkpoints -----------------------------------------------------------------------
-
-
 def from_distributed(folder: Path, fields: dict) -> Weights:
     """The weights of a distributed checkpoint, which mostly holds a stack [layers, ...] for each name."""
     path = folder / "metadata.json"
@@ -203,7 +195,7 @@ def from_distributed(folder: Path, fields: dict) -> Weights:
     else:
         raise UserError(f"model_weights/metadata.json: sharded_backend {backend!r} is not torch_dist or zarr")
     newest = functools.lru_cache(maxsize=1)(read_one)  # a stack is asked for layer by layer
-    weights = {}
+    weights: Weights = {}
     for key, shape in shapes.items():
         if (name := rename(key)) is None or not key.startswith("model."):
             continue
@@ -224,9 +216,8 @@ class IndexUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise UserError(
-            f"model_weights/.metadata holds code, {module}.{name}: it is refused, nothing of it ran"
-        )
+        code = f"{module}.{name}"
+        raise UserError(f"model_weights/.metadata holds code, {code}: it is refused, nothing of it ran")
 
 
 def torch_dist(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
@@ -240,15 +231,15 @@ def torch_dist(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str]
     tensors = {k: v for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
     def read_one(key: str) -> Tensor:
-        whole = torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)
+        tensor = torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)
         for chunk in tensors[key].chunks:
             place = index.storage_data[MetadataIndex(key, chunk.offsets)]
             file = Path(place.relative_path).name
             data = io.BytesIO(read_bytes(folder / file, place.offset, place.length))
             part = load_tensors(data, f"model_weights/{file}")
             ends = zip(chunk.offsets, chunk.sizes, strict=True)
-            whole[tuple(slice(start, start + size) for start, size in ends)] = part
-        return whole
+            tensor[tuple(slice(start, start + size) for start, size in ends)] = part
+        return tensor
 
     return {key: tuple(tensor.size) for key, tensor in tensors.items()}, read_one
 
@@ -280,23 +271,23 @@ def zarr(folder: Path, fields: dict) -> tuple[dict[str, tuple[int, ...]], Callab
     def read_one(key: str) -> Tensor:
         info, dtype = infos[key], ZARR_TYPES[infos[key]["dtype"]]
         shape, chunk = info["shape"], info["chunks"]
-        whole, size = torch.empty(shape, dtype=dtype), math.prod(chunk) * dtype.itemsize
+        tensor, size = torch.empty(shape, dtype=dtype), math.prod(chunk) * dtype.itemsize
         for place in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunk, strict=True))):
             name = info.get("dimension_separator", ".").join(map(str, place))
             data = read_bytes(folder / key / name, 0, size)
-            into = whole[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))]
+            into = tensor[tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunk, strict=True))]
             part = torch.frombuffer(bytearray(data), dtype=dtype).view(chunk)
             into.copy_(part[tuple(slice(n) for n in into.shape)])  # a last chunk reaches beyond the array
-        return in_halves(whole, shape[-2] // chunk[-2], fields) if key.endswith("fc1.weight") else whole
+        return in_halves(tensor, shape[-2] // chunk[-2], fields) if key.endswith("fc1.weight") else tensor
 
     return {key: tuple(info["shape"]) for key, info in infos.items()}, read_one
 
 
 def in_halves(fc1: Tensor, pieces: int, fields: dict) -> Tensor:
-    """[..., gate; up, H] of a matrix in so many pieces.
+    """[..., gate; up, H] of a matrix in `pieces`.
 
-    Before Megatron-Core 0.4 a distributed checkpoint had each tensor parallel rank's [gate; up] as one piece;
-    since then each of them is two, and those of the gates come first.
+    Before Megatron-Core 0.4 a distributed checkpoint had the [gate; up] of a tensor parallel rank as one
+    piece; since then it is two, and the gates of all ranks come first.
     """
     tp = fields.get("tensor_model_parallel_size") or 1
     if tp == 1 or pieces != tp or not str(fields.get("activation")).endswith("glu"):
@@ -304,28 +295,18 @@ def in_halves(fc1: Tensor, pieces: int, fields: dict) -> Tensor:
     return fc1.unflatten(-2, (tp, 2, -1)).transpose(-4, -3).flatten(-4, -2)
 
 
-# ---- Hugging Face's tensors ------------------------------------------------------------------------
-
-
 def tensors(weights: Weights, config: dict, add_one: bool) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the model of a config.json, kind by kind, each in memory of its own.
-
-    Args:
-        add_one: to the norms' weights.
-    """
+    """(name, tensor) of the model of a config.json, kind by kind; `add_one` to the norms' weights."""
     split = any("linear_fc1_up" in name for name in weights)  # gate and up are two matrices
     for name in sorted(weights, key=lambda name: (re.sub(r"\d+", "", name), layer(name) or 0)):
-        whole = weights[name]()
-        for hf_name, part in cut(name, whole, config, split):
+        tensor = weights[name]()
+        for hf_name, part in cut(name, tensor, config, split):
             part = part + 1 if add_one and hf_name.endswith("norm.weight") else part
             yield hf_name, part.clone(memory_format=torch.contiguous_format)
 
 
 def cut(name: str, tensor: Tensor, config: dict, split: bool) -> list[tuple[str, Tensor]]:
-    """A tensor of Megatron's as Hugging Face's; one that is unknown keeps its name.
-
-    `split`: gate and up are two matrices.
-    """
+    """A tensor of Megatron's as Hugging Face's, its name if unknown; `split`: gate and up are two."""
     match = re.fullmatch(r"(?:decoder\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
     if match is None:
         return [(name, tensor)]
@@ -337,14 +318,12 @@ def cut(name: str, tensor: Tensor, config: dict, split: bool) -> list[tuple[str,
             raise UserError(f"{name} has {len(tensor)} rows, no multiple of {groups} groups of {rows} heads")
         grouped = tensor.unflatten(0, (groups, rows, -1))
         parts = {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}
-        return [
-            (f"{prefix}self_attn.{x}_proj.{match[3]}", part.reshape(-1, tensor.shape[-1]))
-            for x, part in parts.items()
-        ]
+        flat = {x: part.reshape(-1, tensor.shape[-1]) for x, part in parts.items()}
+        return [(f"{prefix}self_attn.{x}_proj.{match[3]}", part) for x, part in flat.items()]
     if match[2] == "mlp.linear_fc1":
         names = ["up"] if config["hidden_act"] != "silu" else ["gate"] if split else ["gate", "up"]
-        parts = zip(names, tensor.chunk(len(names)), strict=True)
-        return [(f"{prefix}mlp.{x}_proj.{match[3]}", part) for x, part in parts]
+        matrices = zip(names, tensor.chunk(len(names)), strict=True)
+        return [(f"{prefix}mlp.{x}_proj.{match[3]}", matrix) for x, matrix in matrices]
     if match[2] in ("embedding.word_embeddings", "output_layer"):
         tensor = tensor[: config["vocab_size"]]
     return [(f"{prefix}{HUGGING_FACE.get(match[2], match[2])}.{match[3]}", tensor)]

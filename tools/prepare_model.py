@@ -7,7 +7,6 @@
 Nothing of the input is run, the output appears when it is complete, and weights keep their precision.
 """
 
-import json
 import os
 import shutil
 import tarfile
@@ -16,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import torch
 import tyro
@@ -26,7 +26,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from align import console
 from align.data import formats, jsonl, marker_chat, tokenizer_files
 from align.data.formats import FormatConfig
-from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.marker_chat import MarkerChat
 from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from align.data.sft import TrainedFormat
@@ -41,8 +40,9 @@ from align.training import checkpoint_files
 from tools import nemo_config, nemo_weights
 from tools.nemo_weights import Weights
 
+Shapes = dict[str, tuple[int, ...]]
 MARKERS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")  # --chat-tokens
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def main() -> None:
@@ -50,9 +50,6 @@ def main() -> None:
     console.adapt()
     with one_line():
         tyro.extras.subcommand_cli_from_dict({"nemo": nemo, "export": export})
-
-
-# ---- nemo ------------------------------------------------------------------------------------------
 
 
 def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple[str, ...] = ()) -> None:
@@ -85,13 +82,14 @@ def extract(path: Path, folder: Path) -> Path:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts or not (member.isfile() or member.isdir()):
-                    raise UserError(
-                        f"--input {path}: {member.name!r} is a link, or leaves the directory: refused"
-                    )
+                    refused = f"{member.name!r} is a link, or leaves the directory"
+                    raise UserError(f"--input {path}: {refused}: refused")
                 if member.isfile() and is_needed(place):
                     (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                    source = archive.extractfile(member)
+                    assert source is not None  # member.isfile()
                     with open(folder / place, "wb") as file:
-                        shutil.copyfileobj(archive.extractfile(member), file, 2**24)
+                        shutil.copyfileobj(source, file, 2**24)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(":")
         raise UserError(f"--input {path} is no tar, or is cut short: {reason}") from error
@@ -100,19 +98,18 @@ def extract(path: Path, folder: Path) -> Path:
 
 def is_needed(place: PurePosixPath) -> bool:
     """True for the configuration, the weights and a SentencePiece model."""
-    return place.name in ("model_config.yaml", "model_weights.ckpt") or (
-        place.suffix == ".model" or place.parts[0] == "model_weights"
-    )
+    is_file = place.name in ("model_config.yaml", "model_weights.ckpt") or place.suffix == ".model"
+    return is_file or place.parts[0] == "model_weights"
 
 
 def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tuple[str, ...]) -> None:
     """Write the Hugging Face directory of an extracted archive."""
     fields = nemo_config.read(archive / "model_config.yaml", ignore)
     config = nemo_config.huggingface_config(fields)
-    text = find_tokenizer(archive, fields.get("tokenizer") or {}, tokenizer_path)
+    tokenizer = find_tokenizer(archive, fields.get("tokenizer") or {}, tokenizer_path)
     weights = nemo_weights.read(archive, fields)
-    config |= {"vocab_size": vocab_size(weights, fields, text)}
-    config |= {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": None}
+    config |= {"vocab_size": vocab_size(weights, fields, tokenizer)}
+    config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     is_reward_model = "rm_head.weight" in weights
     if is_reward_model:
         config = nemo_config.as_reward_model(config, reward_head(weights, fields))
@@ -120,10 +117,10 @@ def convert(archive: Path, output: Path, tokenizer_path: Path | None, ignore: tu
         weights.pop("output_layer.weight", None)  # a reward model has one that it does not use
     trained_format = prompt_format(fields.get("data") or {})
     if trained_format and trained_format.chat:
-        text.follow(trained_format.chat)
-    ids = {"bos_token_id": text.bos_id, "eos_token_id": sorted(text.stop_ids)}
-    write_json(output / "generation_config.json", ids)
-    text.save(output)
+        tokenizer.follow(trained_format.chat)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
+    jsonl.write_object(output / "generation_config.json", ids)
+    tokenizer.save(output)
     write_weights(weights, fields, config, output)
     if trained_format:
         trained_format.save(output)
@@ -142,13 +139,11 @@ def find_tokenizer(archive: Path, fields: dict, path: Path | None) -> Tokenizer:
     if not inside.is_file():
         raise UserError(f"the tokenizer {inside.name} is missing: give --tokenizer FILE")
     if fields.get("sentencepiece_legacy") and fields.get("special_tokens"):
-        raise UserError(
-            "tokenizer.special_tokens are no part of the SentencePiece model: give --tokenizer DIR"
-        )
+        raise UserError("tokenizer.special_tokens are not in the SentencePiece model: give --tokenizer DIR")
     return SentencePieceTokenizer(inside)
 
 
-def vocab_size(weights: Weights, fields: dict, tokenizer: HuggingFaceTokenizer) -> int:
+def vocab_size(weights: Weights, fields: dict, tokenizer: Tokenizer) -> int:
     """Rows of the embedding without those that only make its size a multiple."""
     if "embedding.word_embeddings.weight" not in weights:
         raise UserError("the archive is incomplete: embedding.word_embeddings.weight is missing")
@@ -184,16 +179,14 @@ def write_weights(weights: Weights, fields: dict, config: dict, output: Path) ->
     """config.json and safetensors files, which must be what transformers expects of this configuration."""
     dtype = weights["embedding.word_embeddings.weight"]().dtype
     config |= {"dtype": str(dtype).removeprefix("torch.")}
-    write_json(output / "config.json", config)
+    jsonl.write_object(output / "config.json", config)
     # StableLM's norms have the factor w, Nemotron's w + 1.
     add_one = nemo_config.normalization(fields) == "layernorm1p" and config["model_type"] == "stablelm"
-    tensors = nemo_weights.tensors(weights, config, add_one)
-    huggingface.write_index(
-        output, huggingface.write_files(checked(tensors, expected_shapes(output)), output)
-    )
+    tensors = checked(nemo_weights.tensors(weights, config, add_one), expected_shapes(output))
+    huggingface.write_index(output, huggingface.write_files(tensors, output))
 
 
-def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+def expected_shapes(directory: Path) -> Shapes:
     """Names and shapes of the tensors that transformers has for the config.json of a directory."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     is_classifier = architecture.is_classifier(config.to_dict())
@@ -204,25 +197,23 @@ def expected_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
 
-def checked(
-    tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, which must be those of `shapes`. Raises UserError."""
-    left = dict(shapes)
+def checked(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors. Raises UserError unless their names and shapes are `shapes`."""
+    rest = dict(shapes)
     for name, tensor in tensors:
-        if name not in left:
+        if name not in rest:
             raise UserError(f"the archive holds {name}, which a model of this configuration does not have")
-        if (shape := left.pop(name)) != tuple(tensor.shape):
+        if (shape := rest.pop(name)) != tuple(tensor.shape):
             raise UserError(f"{name} is {tuple(tensor.shape)}, model_config.yaml means {shape}")
         yield name, tensor
-    if left:
-        raise UserError(f"the archive is incomplete: {min(left)} is the first of {len(left)} missing tensors")
+    if rest:
+        raise UserError(f"the archive is incomplete: {min(rest)} is the first of {len(rest)} missing tensors")
 
 
 def prompt_format(fields: dict) -> TrainedFormat | None:
     """The format that `data` of the configuration names, None if the model was not tuned on prompts."""
     rows = fields.get("train_ds") or {}
-    template = rows.get("prompt_template") or fields.get("prompt_template")
+    template = rows.get("prompt_template") or fields.get("prompt_template") or ""
     if not fields.get("chat") and not template:
         return None
     try:
@@ -232,8 +223,11 @@ def prompt_format(fields: dict) -> TrainedFormat | None:
         if fields.get("chat"):
             markers = fields.get("chat_prompt_tokens") or {}
             defaults = dict(zip(MARKERS, FormatConfig.chat_tokens, strict=True))
-            tokens = tuple(escape(markers[name]) if name in markers else defaults[name] for name in MARKERS)
-            FormatConfig(chat_tokens=tokens)
+            system, turn, label, end_of_turn, end_of_name = (
+                escape(markers[name]) if name in markers else defaults[name] for name in MARKERS
+            )
+            tokens = system, turn, label, end_of_turn, end_of_name
+            FormatConfig(chat_tokens=tokens)  # checks them
             chat = MarkerChat(tuple(map(formats.unescape, tokens)), bos=bool(add_bos))
             return TrainedFormat("conversations", FormatConfig.prompt_template, tokens, add_bos, chat)
         formats.template_pieces(escape(template))
@@ -246,13 +240,6 @@ def prompt_format(fields: dict) -> TrainedFormat | None:
 def escape(text: str) -> str:
     """Text as it is typed for a flag: `data.unescape` gives it back."""
     return text.encode("unicode_escape").decode()
-
-
-def write_json(path: Path, fields: dict) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-# ---- export ----------------------------------------------------------------------------------------
 
 
 def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
@@ -273,9 +260,8 @@ def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
     flags = checkpoints.run_flags(checkpoint)
     start = ModelConfig(model=flags["model"]).path
     if not (start / "config.json").is_file():
-        raise UserError(
-            f"the run began with --model {flags['model']}: start this command where it was started"
-        )
+        rule = "start this command where it was started"
+        raise UserError(f"the run began with --model {flags['model']}: {rule}")
     layout = ParallelConfig(tp=tp, pp=pp)
     with parallel.start(layout):
         checkpoint_files.verify(checkpoint)
@@ -293,18 +279,22 @@ def build(
     shapes = dist_checkpointing.load_tensors_metadata(str(path))
     precision = DTYPES[shapes["embedding.word_embeddings.weight"].dtype]
     config = ModelConfig(model=flags["model"], precision=precision)
-    arch, text = architecture.read_config(start), load_tokenizer(start)
+    arch, tokenizer = architecture.read_config(start), load_tokenizer(start)
     if "score.weight" in shapes:
         labels = shapes["score.weight"].global_shape[0]
         weights = flags.get("attribute_weights") or (1 / labels,) * labels
         scorer = gpt.build_scorer(replace(arch, labels=labels), config, layout, weights)
-        return scorer, [text.save, tokenizer_files.save_pad_token]
-    companions = [text.save]
+        return scorer, [tokenizer.save, tokenizer_files.save_pad_token]
+    companions: list[Callable[[Path], None]] = [tokenizer.save]
     run = path.parent.parent
     if (run / "prompt_format.json").is_file():  # its rows had a format of their own
         if chat := marker_chat.read(run):
-            text.follow(chat)
-        companions.append(lambda directory: shutil.copy(run / "prompt_format.json", directory))
+            tokenizer.follow(chat)
+
+        def copy_format(directory: Path) -> None:
+            shutil.copy(run / "prompt_format.json", directory)
+
+        companions.append(copy_format)
     return gpt.build_policy(arch, config, layout), companions
 
 

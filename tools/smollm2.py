@@ -59,12 +59,10 @@ NAMES = {
 def main(output: Path = Path("models/smollm2-135m-instruct")) -> None:
     """Download, convert, check, and only then let the directory appear.
 
-    Args:
-        output: the directory to write. If it holds a model already, nothing happens.
+    Raises UserError if it exists without a model, RuntimeError if the converted model fails a check.
 
-    Raises:
-        UserError: `output` exists and holds no model.
-        RuntimeError: the converted model failed a check (then nothing is written).
+    Args:
+        output: directory to write; a model in it is left as it is
     """
     if (output / "model.safetensors").exists():
         print(f"{output} is already there; remove it to convert again")
@@ -173,9 +171,8 @@ def check(folder: Path) -> None:
         raise RuntimeError(f"the tokenizer splits 12345 into {digits}, not into single digits")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template(question, **options)
     tokens = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     answer = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
     print(f"{question[0]['content']} {answer}")

@@ -1,7 +1,6 @@
-"""Common part of both tokenizers: special tokens in texts, chat templates, and the round-trip check."""
+"""Interface and common part of the tokenizers: special tokens, chat templates, round-trip check."""
 
 import datetime
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -10,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from align.data import chat_template, plain_text
+from align.data.jsonl import write_object
 from align.data.marker_chat import MarkerChat
-from align.data.tokenizer_files import generation_stop_ids
 from align.errors import UserError
-from align.files import read_object
+from align.files import read_object, shown
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers fills one from the others
 
 
-class BaseTokenizer(ABC):
-    """Common part of the two tokenizers."""
+class Tokenizer(ABC):
+    """A tokenizer; HuggingFaceTokenizer and SentencePieceTokenizer are the two kinds."""
 
     eos_id: int
     bos_id: int | None
-    pad_id: int | None
-    adds_bos: bool
-    vocab_size: int
-    stop_ids: set[int]
+    pad_id: int
+    adds_bos: bool  # by itself it puts BOS in front
+    vocab_size: int  # largest id + 1
+    stop_ids: set[int]  # they and `stop_strings` end a response
     special_tokens: dict[str, str]
     no_template: str  # message without a chat template
     plain: list  # tokenizers without special tokens; filled by `encode_plain`
@@ -36,7 +35,7 @@ class BaseTokenizer(ABC):
     variables: dict = {}  # of the chat template, for all rows
     control: frozenset[str] = frozenset()  # names of special tokens that `encode` would find in a text
     special: re.Pattern | None = None  # matches a name of `control`
-    markers: frozenset[str] = frozenset()  # markers of chats given to `hide_markers`
+    markers: frozenset[str] = frozenset()  # chat markers that `hide_markers` hides
     texts_with_special = 0  # counted by `hide`
     strings_with_special = 0  # counted by `as_it_stands`
     chat: MarkerChat | None = None
@@ -94,26 +93,19 @@ class BaseTokenizer(ABC):
     def hide(self, text: str) -> str:
         """Hide the special tokens in a value of a row, so that `encode` finds none.
 
-        Raises UserError for a special token if --special-tokens-in-text refuses them, and for characters of
-        the plane that hides them.
+        Raises UserError for one that --special-tokens-in-text refuses, and for the characters that hide.
         """
         if plain_text.HIDDEN.search(text):
-            raise UserError(
-                "a text has characters of Unicode's private plane 16, which are used to mark tokens"
-            )
-        if self.special is None or self.special_tokens_in_text == "allow":
-            return text
-        match = self.special.search(text)
-        if not match:
+            raise UserError("a text has characters of Unicode's private plane 16, which mark hidden tokens")
+        match = self.special and self.special.search(text)
+        if not match or self.special_tokens_in_text == "allow":
             return text
         if self.special_tokens_in_text == "refuse":
             raise UserError(f"special token {match[0]!r} in a text: see --special-tokens-in-text")
         if self.say and not self.texts_with_special:
-            self.say(
-                f"special token {match[0]!r} in {text[:80]!r}: such tokens in texts are encoded as plain text"
-            )
+            self.say(f"special token {match[0]!r} in {text[:80]!r}: all such are encoded as plain text")
         self.texts_with_special += 1
-        return plain_text.hide(text, self.special)
+        return plain_text.hide(text, match.re)
 
     def as_it_stands(self, text: str) -> str:
         """Return a whole prompt or text of a row, whose special tokens are control tokens, and count it."""
@@ -129,10 +121,7 @@ class BaseTokenizer(ABC):
         self.special, self.plain = plain_text.any_of(self.control), []
 
     def encode_hidden(self, text: str, continued: bool) -> list[int]:
-        """Encode a text whose hidden special tokens count as plain text.
-
-        The text is cut at the special tokens that are not hidden, as by the tokenizer itself.
-        """
+        """Encode hidden special tokens as plain text; the others cut the text, as in the tokenizer itself."""
         assert self.special is not None
         parts = re.split(f"({self.special.pattern})", text)
         ids: list[int] = []
@@ -145,10 +134,8 @@ class BaseTokenizer(ABC):
             is_first = not ids and not before
             plain = self.encode_plain(plain_text.reveal(part), is_first, continued)
             if control := self.control.intersection(map(self.decode, ([i] for i in plain))):
-                raise UserError(
-                    f"{min(control)!r} stands in a text, and this tokenizer has no other tokens for it: see "
-                    "--special-tokens-in-text"
-                )
+                special = f"{min(control)!r} in a text, for which this tokenizer has no other tokens"
+                raise UserError(f"{special}: see --special-tokens-in-text")
             ids, before = ids + plain, ""
         return ids + self.encode_part(before, ids, continued)
 
@@ -167,18 +154,13 @@ class BaseTokenizer(ABC):
         return value
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
-        """Render a chat as text by the chat template; `variables`: of the template ("tools", others).
-
-        Raises UserError if the model has no template, and if the template refuses the messages.
-        """
+        """Render a chat with variables of the template ("tools", others). Raises UserError."""
         template, messages, variables = self.template_input(messages, variables)
-        return chat_template.render(template, messages, add_generation_prompt, **variables)
+        variables |= {"add_generation_prompt": add_generation_prompt}
+        return chat_template.render(template, messages, **variables)
 
     def marked_responses(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None:
-        """Spans of the responses in the rendered chat, in characters, by {% generation %} of the template.
-
-        None for a template without such marks.
-        """
+        """Spans of the responses in the rendered chat, in characters; None without {% generation %}."""
         if not self.chat_template or not chat_template.marks_responses(self.template()):
             return None
         template, messages, variables = self.template_input(messages, variables)
@@ -191,10 +173,8 @@ class BaseTokenizer(ABC):
         names = [name for name, value in variables.items() if value is not None]
         names += ["tool_calls"] * any(message.get("tool_calls") for message in messages)
         if unread := [name for name in names if not chat_template.reads(template, name)]:
-            raise UserError(
-                f"the chat template does not read {unread[0]!r}: take a model, or a chat_template.jinja, "
-                "that does, or leave it out of the row"
-            )
+            rule = "take a model, or a chat_template.jinja, that does, or leave it out of the row"
+            raise UserError(f"the chat template does not read {unread[0]!r}: {rule}")
         return template, self.hide_in(messages), self.special_tokens | self.hide_in(variables)
 
     def template_reads(self, name: str) -> bool:
@@ -224,8 +204,7 @@ class BaseTokenizer(ABC):
     def follow(self, chat: MarkerChat) -> None:
         """Render chats by the template of `chat`, and end responses at its turn marker.
 
-        The marker is one of `stop_ids` if it is a single token after an end of turn, else one of
-        `stop_strings`.
+        The marker joins `stop_ids` if it is a single token after an end of turn, else it is a stop string.
         """
         self.chat, self.chat_template = chat, chat.template()
         self.hide_markers(chat.tokens)
@@ -237,11 +216,10 @@ class BaseTokenizer(ABC):
             self.stop_strings = (chat.turn_start,)
 
     def save_chat(self, directory: Path) -> None:
-        """Write chat_template.jinja with --chat-template-kwargs, and the turn marker of a marker chat.
+        """Write chat_template.jinja with --chat-template-kwargs, and a turn marker to generation_config.json.
 
-        The turn marker goes into generation_config.json. A marker of several tokens is a stop string:
-        `generate` of transformers then asks for `tokenizer=`, and other programs need it as their own stop
-        string.
+        A marker of several tokens is a stop string: `generate` of transformers then needs `tokenizer=`, and
+        other programs need it as their own stop string.
         """
         if self.chat_template and (self.chat or self.variables):
             assert isinstance(self.chat_template, str)  # several take no variables: load_tokenizer
@@ -251,8 +229,21 @@ class BaseTokenizer(ABC):
             return
         path = directory / "generation_config.json"
         config = read_object(path, required=False)
-        stops = generation_stop_ids(directory)
-        config["eos_token_id"] = sorted(stops | self.stop_ids, key=lambda i: (i != self.eos_id, i))
+        stops = generation_stop_ids(directory) | self.stop_ids
+        config["eos_token_id"] = sorted(stops, key=lambda i: (i != self.eos_id, i))
         if self.stop_strings:
             config["stop_strings"] = list(self.stop_strings)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_object(path, config)
+
+
+def generation_stop_ids(directory: Path) -> set[int]:
+    """Stop ids of transformers: `eos_token_id` of generation_config.json, else of config.json, or none."""
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        stop = read_object(path, required=False).get("eos_token_id")
+        if stop is None:
+            continue
+        ids = stop if isinstance(stop, list) else [stop]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
+        return set(ids)
+    return set()

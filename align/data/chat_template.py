@@ -11,11 +11,11 @@ import re
 import resource
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.errors import UserError
 
@@ -28,17 +28,12 @@ ERRORS = (  # of code in a template
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
     *(TypeError, ValueError),
 )
-watched: dict[str, int] = {}  # renderings of each template so far, up to WATCHED
+watched: Counter[str] = Counter()  # renderings of each template so far, up to WATCHED
 
 
-def render(
-    template: str, messages: list[dict], add_generation_prompt: bool = False, **variables: object
-) -> str:
-    """Render a chat. Raises UserError if the template refuses it or leaves the bounds."""
-    with bounded(template):
-        [text], _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **variables
-        )
+def render(template: str, messages: list[dict], **variables: object) -> str:
+    """Render a chat with variables of the template. Raises UserError if it refuses, or leaves the bounds."""
+    [text], _ = bounded_render(template, messages, **variables)
     if len(text) > LENGTH:
         raise UserError(f"the chat template makes {len(text):,} characters of one chat")
     return text
@@ -46,11 +41,16 @@ def render(
 
 def response_spans(template: str, messages: list[dict], **variables: object) -> list[tuple[int, int]]:
     """Spans [first, last) of the characters inside {% generation %}."""
-    with bounded(template):
-        _, [spans] = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
-        )
+    _, [spans] = bounded_render(template, messages, return_assistant_tokens_mask=True, **variables)
     return spans
+
+
+def bounded_render(template: str, messages: list[dict], **variables: object) -> tuple[list[str], list]:
+    """Texts and spans of one chat. Raises UserError as `render` does."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds to import
+
+    with bounded(template):
+        return render_jinja_template([messages], chat_template=template, **variables)
 
 
 @functools.lru_cache
@@ -65,9 +65,6 @@ def reads(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
-# ---- bounds --------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def bounded(template: str) -> Iterator[None]:
     """Convert errors of a template's code to UserError; bound its time, and at first its memory.
@@ -75,8 +72,9 @@ def bounded(template: str) -> Iterator[None]:
     Signals reach the main thread only: in another thread nothing is bounded.
     """
     limits = None
+    is_main = threading.current_thread() is threading.main_thread()
     try:
-        if threading.current_thread() is threading.main_thread():
+        if is_main:
             limits = limit_memory(template)
             handle_alarm()
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -88,7 +86,7 @@ def bounded(template: str) -> Iterator[None]:
     except ERRORS as error:
         raise UserError(f"the chat template refuses these messages: {error}") from error
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if is_main:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if limits:
             resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -96,46 +94,31 @@ def bounded(template: str) -> Iterator[None]:
 
 def limit_memory(template: str) -> tuple[int, int] | None:
     """Limit the process's growth to MEMORY for a template's first renderings. Returns the former limits."""
-    count = watched.get(template, 0)
-    if count == WATCHED:
+    if watched[template] == WATCHED:
         return None
-    watched[template] = count + 1
+    watched[template] += 1
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = address_space() + MEMORY
-    resource.setrlimit(
-        resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard)
-    )
+    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    lower = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
     return soft, hard
 
 
 @functools.cache
 def handle_alarm() -> None:
     """Have SIGALRM raise TimeoutError, from the first rendering on."""
+
+    def out_of_time(signum: int, frame: object) -> None:
+        raise TimeoutError
+
     signal.signal(signal.SIGALRM, out_of_time)
-
-
-def out_of_time(signum: int, frame: object) -> None:
-    """Signal handler: end the rendering."""
-    raise TimeoutError
-
-
-def address_space() -> int:
-    """Bytes of virtual memory of this process."""
-    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-    return pages * resource.getpagesize()
-
-
-# ---- changes -------------------------------------------------------------------------------------
 
 
 @functools.lru_cache
 def with_date(template: str, day: datetime.date) -> str:
     """Replace each strftime_now("...") by its text for `day`, so that a run has one date to its end."""
-
-    def text(call: re.Match) -> str:
-        return call[1] + day.strftime(call["format"]) + call[1]
-
-    return STRFTIME.sub(text, template)
+    return STRFTIME.sub(lambda call: call[1] + day.strftime(call["format"]) + call[1], template)
 
 
 def reads_clock(template: str) -> bool:

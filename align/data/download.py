@@ -27,13 +27,24 @@ GSM8K = (
 )
 HH = f"{HUB}/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 
+HH_SHA256 = {  # MIT; 79 MB in all. github.com/anthropics/hh-rlhf has the same files, helpful-* in Git LFS
+    "harmless-base/train": "bf3e1ecd3db61bf21d190f69351d26670c67aababa0fd282fa008c17a7202217",
+    "harmless-base/test": "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
+    "helpful-base/train": "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
+    "helpful-base/test": "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
+    "helpful-online/train": "0994d18b82083f5c084ce04071b683958a724df8c7215ab1d851986642d36a2a",
+    "helpful-online/test": "39a475cc7e0df972902f8e3a0972726fce826ac65369bda8c671de4330c60a10",
+    "helpful-rejection-sampled/train": "0cea2d2ab2187624ec1314e8cc6fb579f0fa987b3a33e8102b7556ed4d255f64",
+    "helpful-rejection-sampled/test": "abc35dbc56015db1dae0faa484514ccbc3eee0133bfcd557fc69250619b028bb",
+}
+
 PUBLIC: dict[str, tuple[str, str | None]] = {
     # CC BY-SA 3.0; 13,085,339 bytes, 15,011 rows
     "databricks-dolly-15k.jsonl": (
         f"{DOLLY}/databricks-dolly-15k.jsonl",
         "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
     ),
-    # Apache 2.0; 66,497 trees. No published sha256 was found: the program prints that of the download.
+    # Apache 2.0; 66,497 trees. No sha256 is published: the program prints that of the download.
     "2023-04-12_oasst_all.trees.jsonl.gz": (f"{OASST1}/2023-04-12_oasst_all.trees.jsonl.gz", None),
     # MIT; 7,473 and 1,319 rows
     "gsm8k_train.jsonl": (
@@ -44,41 +55,10 @@ PUBLIC: dict[str, tuple[str, str | None]] = {
         f"{GSM8K}/test.jsonl",
         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
     ),
-    # MIT; 79 MB in all. github.com/anthropics/hh-rlhf has the same files, those of helpful-* in Git LFS.
-    "hh_harmless-base_train.jsonl.gz": (
-        f"{HH}/harmless-base/train.jsonl.gz",
-        "bf3e1ecd3db61bf21d190f69351d26670c67aababa0fd282fa008c17a7202217",
-    ),
-    "hh_harmless-base_test.jsonl.gz": (
-        f"{HH}/harmless-base/test.jsonl.gz",
-        "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
-    ),
-    "hh_helpful-base_train.jsonl.gz": (
-        f"{HH}/helpful-base/train.jsonl.gz",
-        "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
-    ),
-    "hh_helpful-base_test.jsonl.gz": (
-        f"{HH}/helpful-base/test.jsonl.gz",
-        "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
-    ),
-    "hh_helpful-online_train.jsonl.gz": (
-        f"{HH}/helpful-online/train.jsonl.gz",
-        "0994d18b82083f5c084ce04071b683958a724df8c7215ab1d851986642d36a2a",
-    ),
-    "hh_helpful-online_test.jsonl.gz": (
-        f"{HH}/helpful-online/test.jsonl.gz",
-        "39a475cc7e0df972902f8e3a0972726fce826ac65369bda8c671de4330c60a10",
-    ),
-    "hh_helpful-rejection-sampled_train.jsonl.gz": (
-        f"{HH}/helpful-rejection-sampled/train.jsonl.gz",
-        "0cea2d2ab2187624ec1314e8cc6fb579f0fa987b3a33e8102b7556ed4d255f64",
-    ),
-    "hh_helpful-rejection-sampled_test.jsonl.gz": (
-        f"{HH}/helpful-rejection-sampled/test.jsonl.gz",
-        "abc35dbc56015db1dae0faa484514ccbc3eee0133bfcd557fc69250619b028bb",
-    ),
 }
 """File name in the download directory -> address and sha256, None if none is published."""
+for name, digest in HH_SHA256.items():
+    PUBLIC[f"hh_{name.replace('/', '_')}.jsonl.gz"] = f"{HH}/{name}.jsonl.gz", digest
 
 
 class DownloadError(UserError):
@@ -121,21 +101,12 @@ def fetch_new(url: str, expected: str | None, path: Path, flag: str) -> str:
 
 def check(path: Path, expected: str | None, source: str, advice: str) -> str:
     """Compare the sha256 of a file and return a phrase for the log. Raises DownloadError with `advice`."""
-    actual = sha256(path)
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if expected is None:
         return f"sha256 {actual} not checked: no published one is known"
     if actual != expected:
         raise DownloadError(f"{source}: sha256 {actual}, expected {expected}; {advice}")
     return "sha256 as expected"
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def download(url: str, part: Path) -> None:
@@ -152,9 +123,8 @@ def download(url: str, part: Path) -> None:
         with response:
             if receive(response, part):
                 return
-    raise DownloadError(
-        f"the connection broke {ATTEMPTS} times; run the command again to continue {part}, {megabytes(part)}"
-    )
+    advice = f"run the command again to continue {part}, {megabytes(part)}"
+    raise DownloadError(f"the connection broke {ATTEMPTS} times; {advice}")
 
 
 def receive(response: http.client.HTTPResponse, part: Path) -> bool:

@@ -22,7 +22,7 @@ from align.flags import COUNT_OR_0, LENGTH, check_ranges
 
 
 class BosChoice(Protocol):
-    """Fields of a row format that `add_bos` needs; `FormatConfig` is one."""
+    """A row format with the field that `add_bos` needs."""
 
     @property
     def add_bos(self) -> bool | None: ...
@@ -58,13 +58,10 @@ class FormatConfig:
         check_ranges(self, max_seq_len=LENGTH, skip_bad_rows=COUNT_OR_0)
         for field in self.truncation_fields():
             if field not in self.template_fields():
-                raise UserError(
-                    f"--truncation-field {field!r} is not in --prompt-template {self.prompt_template!r}"
-                )
+                template = f"--prompt-template {self.prompt_template!r}"
+                raise UserError(f"--truncation-field {field!r} is not in {template}")
         if not self.chat_tokens[1]:
-            raise UserError(
-                "--chat-tokens: the second, which starts a turn and ends a response, must not be empty"
-            )
+            raise UserError("--chat-tokens: the second, which starts a turn and ends a response, is empty")
 
     def template_fields(self) -> list[str]:
         """The fields of `prompt_template`, the response last."""
@@ -79,10 +76,7 @@ class FormatConfig:
 
 
 def format_parts(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> list[tuple[dict, Example, bool]]:
-    """Split a row by --turns and apply `format_sft` to each part, up to the first that is too long.
-
-    Raises UserError.
-    """
+    """Encode the parts of a row by --turns, up to the first that is too long. Raises UserError."""
     parts = []
     for part in rows.by_turns(row, fmt.turns):
         example, cut_prompt = format_normalised(part, tokenizer, fmt)
@@ -120,12 +114,8 @@ def encode_row(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list
     form = rows.form_of(row, fmt.template_fields())
     if form == "template":
         return format_template(row, tokenizer, fmt)
-    formats = {
-        "messages": format_messages,
-        "conversations": format_conversations,
-        "completion": format_completion,
-    }
-    return *formats[form](row, tokenizer, fmt), False
+    encoders = {"messages": format_messages, "conversations": format_conversations}
+    return *encoders.get(form, format_completion)(row, tokenizer, fmt), False
 
 
 def check_bos(ids: list[int], tokenizer: Tokenizer) -> None:
@@ -156,8 +146,8 @@ def add_bos(tokenizer: Tokenizer, fmt: BosChoice) -> bool:
 def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Tokenizer) -> int:
     """Number of `ids`, the tokens of `text`, in its beginning `prefix`.
 
-    Raises UserError if `prefix` does not begin the text, or if its tokens do not begin `ids`: the boundary
-    then lies inside a token, and sampling after `prefix` would start from ids that were never trained.
+    Raises UserError if `prefix` does not begin the text, or if its tokens do not begin `ids`: sampling after
+    it would then start inside a token, from ids that were never trained.
     """
     if prefix == text:
         return len(ids)
@@ -178,8 +168,8 @@ def count_prefix_tokens(prefix: str, text: str, ids: list[int], tokenizer: Token
 def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[list[int], list[bool]]:
     """Encode a {"messages": [{"role", "content"}, ...]} row: ids and mask of the trained ones.
 
-    Each assistant turn is trained, from the end of the template's generation prompt to the last stop token;
-    of turns beyond max_seq_len only the first is marked.
+    Assistant turns are trained, from the end of the template's generation prompt to the last stop token; of
+    turns beyond max_seq_len only the first is marked.
     """
     messages, variables = row["messages"], template_variables(row)
     check_messages(messages)
@@ -189,10 +179,8 @@ def format_messages(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple
     responses = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     marked = tokenizer.marked_responses(messages, **variables)
     if marked is not None and len(marked) != len(responses):
-        raise UserError(
-            f"the chat template marks {len(marked)} responses by {{% generation %}}, {len(responses)} "
-            "messages are the assistant's"
-        )
+        marks = f"the chat template marks {len(marked)} responses by {{% generation %}}"
+        raise UserError(f"{marks}, {len(responses)} messages are the assistant's")
     for k, i in enumerate(responses if fmt.loss_on == "answer" else []):
         if not rows.is_trained(messages[i]):
             continue
@@ -219,8 +207,7 @@ def response_span(
 ) -> tuple[int, int]:
     """Span [start, end) of message `i`, a response, in `ids`, the tokens of the rendered chat `text`.
 
-    From the end of the template's generation prompt to the last stop token, or to a stop string. Raises
-    UserError without either, and for a template that `count_prefix_tokens` refuses.
+    From the end of the template's generation prompt to the last stop token or a stop string (else UserError).
     """
     prompt = tokenizer.render(messages[:i], add_generation_prompt=True, **variables)
     through_response = tokenizer.render(messages[: i + 1], **variables)
@@ -228,15 +215,14 @@ def response_span(
     end = count_prefix_tokens(through_response, text, ids, tokenizer)
     check_end(i, ids[start:end], through_response, tokenizer)
     rows.check_calls(i, messages[i], through_response.removeprefix(prompt))
-    if tokenizer.stop_strings and through_response.endswith(tokenizer.stop_strings):
+    if through_response.endswith(tokenizer.stop_strings):
         return start, end
     return start, max(t for t in range(start, end) if ids[t] in tokenizer.stop_ids) + 1
 
 
 def check_end(i: int, ids: list[int], text: str, tokenizer: Tokenizer) -> None:
     """Raise UserError if message `i`, with the tokens `ids` at the end of `text`, has no end of turn."""
-    ends = tokenizer.stop_strings and text.endswith(tokenizer.stop_strings)
-    if not ends and not tokenizer.stop_ids.intersection(ids):
+    if not text.endswith(tokenizer.stop_strings) and not tokenizer.stop_ids.intersection(ids):
         raise UserError(
             f"end of turn not trained: the chat template ends message {i} without a stop token: "
             "add the id of its end-of-turn token to eos_token_id in generation_config.json"

@@ -8,40 +8,24 @@ import tokenizers
 import transformers
 
 from align.data import marker_chat, plain_text
-from align.data.base_tokenizer import BaseTokenizer
+from align.data.base_tokenizer import Tokenizer, generation_stop_ids
 from align.data.marker_chat import MarkerChat
 from align.data.sentencepiece_json import SPACE
-from align.data.tokenizer_files import (
-    JSON_FILES,
-    add_configured_tokens,
-    generation_stop_ids,
-    read_backend,
-    read_hugging_face,
-)
+from align.data.tokenizer_files import JSON_FILES, add_configured_tokens, read_backend, read_hugging_face
 from align.errors import UserError
 from align.files import read_object, shown
 
 HUGGING_FACE_FILES = (  # whatever of these a directory has makes up its tokenizer
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
 
 
-class HuggingFaceTokenizer(BaseTokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a Hugging Face directory.
 
     Ids are those of its tokenizer.json, whatever the class that the config names would make of that file;
     transformers gives the names of special tokens and renders the chat template.
-
-    Attributes: `eos_id`, `bos_id` (may be None), `pad_id`, `adds_bos` (the tokenizer by itself puts BOS in
-    front), `vocab_size` (largest id + 1), `stop_ids` and `stop_strings` (what ends a response), `chat`.
     """
 
     def __init__(self, directory: Path):
@@ -51,29 +35,26 @@ class HuggingFaceTokenizer(BaseTokenizer):
         config, *_ = [read_object(directory / name, required=False) for name in (*JSON_FILES, "config.json")]
         self.hf = read_hugging_face(directory)
         if not self.hf.is_fast:
-            raise UserError(
-                f"{directory}: {type(self.hf).__name__} has no fast version: add a tokenizer.json"
-            )
+            kind = type(self.hf).__name__
+            raise UserError(f"{directory}: {kind} has no fast version: add a tokenizer.json")
         self.backend = backend or self.hf.backend_tokenizer
         add_configured_tokens(self.backend, directory)
         eos_id = self.hf.eos_token and self.backend.token_to_id(self.hf.eos_token)
         if eos_id is None:
-            raise UserError(
-                f"{directory} names no end-of-text token: set eos_token in tokenizer_config.json, to a "
-                "token of the vocabulary"
-            )
-        self.eos_id: int = eos_id
-        self.bos_id: int | None = self.hf.bos_token and self.backend.token_to_id(self.hf.bos_token)
+            rule = "set eos_token in tokenizer_config.json, to a token of the vocabulary"
+            raise UserError(f"{directory} names no end-of-text token: {rule}")
+        self.eos_id = eos_id
+        self.bos_id = self.hf.bos_token and self.backend.token_to_id(self.hf.bos_token)
         pad_id = self.hf.pad_token and self.backend.token_to_id(self.hf.pad_token)
-        self.pad_id: int = self.eos_id if pad_id is None else pad_id
+        self.pad_id = self.eos_id if pad_id is None else pad_id
         adds_bos = config.get("add_bos_token")
         if adds_bos not in (None, True, False):
             raise UserError(f"{directory}/tokenizer_config.json: add_bos_token must be true or false")
         if adds_bos is None:
             adds_bos = self.backend.encode("x").ids[0] == self.bos_id
-        self.adds_bos: bool = self.bos_id is not None and bool(adds_bos)
-        self.vocab_size: int = max(self.ids_by_token.values()) + 1
-        self.stop_ids: set[int] = {self.eos_id} | generation_stop_ids(directory)
+        self.adds_bos = self.bos_id is not None and bool(adds_bos)
+        self.vocab_size = max(self.ids_by_token.values()) + 1
+        self.stop_ids = {self.eos_id} | generation_stop_ids(directory)
         self.chat_template = self.hf.chat_template
         if not isinstance(self.chat_template, str | dict | None):
             raise UserError(f"{directory}: the chat template must be text, not {shown(self.chat_template)}")
@@ -85,7 +66,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         added = self.backend.get_added_tokens_decoder().values()
         self.control = frozenset(token.content for token in added if token.special)
         self.special = plain_text.any_of(self.control)
-        self.plain: list[tokenizers.Tokenizer] = []  # without special tokens; filled by encode_plain
+        self.plain: list[tokenizers.Tokenizer] = []
         adds_space = (self.backend.id_to_token(self.encode("a")[0]) or "").startswith(SPACE)
         drops_space = self.encode(" a") == self.encode("a")
         self.inner = without_dummy_prefix(self.backend) if adds_space or drops_space else None
@@ -97,14 +78,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
 
     def differs_from_class(self) -> str:
         """A warning if transformers' class changes what tokenizer.json says, else ""."""
-        own, theirs = (json.loads(t.to_str()) for t in (self.backend, self.hf.backend_tokenizer))
-        changed = [part for part in ("normalizer", "pre_tokenizer", "decoder") if own[part] != theirs[part]]
-        if not changed:
-            return ""
-        return (
-            f"tokenizer.json of {self.directory} is used as it stands: {type(self.hf).__name__} of "
-            f"transformers {transformers.__version__} changes its {', '.join(changed)}"
-        )
+        spec, hf_spec = (json.loads(t.to_str()) for t in (self.backend, self.hf.backend_tokenizer))
+        changed = [part for part in ("normalizer", "pre_tokenizer", "decoder") if spec[part] != hf_spec[part]]
+        kind = f"{type(self.hf).__name__} of transformers {transformers.__version__}"
+        used = f"tokenizer.json of {self.directory} is used as it stands"
+        return f"{used}: {kind} changes its {', '.join(changed)}" if changed else ""
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         """Encode a text; a special token spelled out in it becomes that token, as chat templates need.
@@ -147,18 +125,18 @@ class HuggingFaceTokenizer(BaseTokenizer):
         return text
 
     def follow(self, chat: MarkerChat) -> None:
-        """As in BaseTokenizer; keeps a chat_template.jinja of the directory written for `chat`, or edited."""
+        """As in Tokenizer; keeps a chat_template.jinja of the directory written for `chat`, or edited."""
         super().follow(chat)
         if marker_chat.read(self.directory) == chat and self.hf.chat_template:
             self.chat_template = self.hf.chat_template
 
     def save(self, directory: Path) -> None:
         """Copy the tokenizer's files unchanged, and write the chat template."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         for name in HUGGING_FACE_FILES:
             if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, Path(directory) / name)
-        self.save_chat(Path(directory))
+                shutil.copyfile(self.directory / name, directory / name)
+        self.save_chat(directory)
 
 
 def without_dummy_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -19,8 +19,8 @@ DATA = re.compile(
     rf"(?P<name>{NAME}/{NAME})(/(?P<config>{NAME}))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]:%-]+))?"
 )
 FILES = re.compile(r"\.(json|jsonl|gz|parquet|model)(:|$)")  # file names, also mistyped, are never looked up
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-OTHERS = ("*/*", "consolidated*")  # other formats of the same weights
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+OTHERS = ["*/*", "consolidated*"]  # other formats of the same weights
 BATCH = 1000  # rows of a data set converted at a time
 
 
@@ -36,67 +36,51 @@ def is_local(path: Path) -> bool:
 
 def split_of(path: Path) -> str | None:
     """The split in a data set's name, or None."""
-    return DATA.fullmatch(str(path))["split"]
+    match = DATA.fullmatch(str(path))
+    return match and match["split"]
 
 
 @functools.cache
 def local_model(path: Path) -> Path:
-    """The directory of a model: `path`, or the cached snapshot of a model of the Hub.
-
-    Raises UserError if the Hub, or the cache without a network, has no such model.
-    """
+    """The directory of a model: `path`, or the cached snapshot of a model of the Hub (UserError)."""
     match = MODEL.fullmatch(str(path))
     if match is None or is_local(path):
         return path
     from huggingface_hub import snapshot_download  # only where it is needed
 
+    download = functools.partial(snapshot_download, allow_patterns=PATTERNS, ignore_patterns=OTHERS)
     try:
-        snapshot = snapshot_download(
-            match["name"],
-            revision=match["revision"],
-            allow_patterns=list(PATTERNS),
-            ignore_patterns=list(OTHERS),
-        )
+        return Path(download(match["name"], revision=match["revision"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        advice = f"`hf download {match['name']} --local-dir DIR` elsewhere and give DIR"
-        raise UserError(
-            f"{path} is no directory here, and no model of the Hub: {one_line(error)}{offline(error, advice)}"
-        ) from error
-    return Path(snapshot)
+        reason = reason_of(error, f"`hf download {match['name']} --local-dir DIR` elsewhere and give DIR")
+        raise UserError(f"{path} is no directory here, and no model of the Hub: {reason}") from error
 
 
 def data_rows(path: Path) -> Iterator[dict]:
     """Yield the rows of a data set of the Hub, by default of its split "train". Raises UserError."""
     match = DATA.fullmatch(str(path))
+    assert match is not None  # is_data(path)
     import datasets  # slow to import, and only needed here
 
+    split, revision = match["split"] or "train", match["revision"]
     try:
-        dataset = datasets.load_dataset(
-            match["name"], match["config"], split=match["split"] or "train", revision=match["revision"]
-        )
+        dataset = datasets.load_dataset(match["name"], match["config"], split=split, revision=revision)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        advice = (
-            f"`hf download --repo-type dataset {match['name']} --local-dir DIR` elsewhere and give its files"
-        )
-        raise UserError(
-            f"{path} is no file here, and no data set of the Hub: {one_line(error)}{offline(error, advice)}"
-        ) from error
+        command = f"`hf download --repo-type dataset {match['name']} --local-dir DIR`"
+        reason = reason_of(error, f"{command} elsewhere and give its files")
+        raise UserError(f"{path} is no file here, and no data set of the Hub: {reason}") from error
     for batch in dataset.with_format("arrow").iter(BATCH):  # as stored: no image is decoded
         yield from batch.to_pylist()
 
 
-def offline(error: Exception, advice: str) -> str:
-    """Advice for a machine without a network if the network caused the error, else ""."""
-    causes, cause = [], error
+def reason_of(error: Exception, advice: str) -> str:
+    """The first sentence of an error's message, and the `advice` if the network caused it."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
     while cause is not None:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if any(getattr(getattr(cause, "response", None), "status_code", None) for cause in causes):
-        return ""  # the Hub has responded
+    has_response = any(getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
     is_network = any(isinstance(cause, ConnectionError | LocalEntryNotFoundError) for cause in causes)
-    return f". Without a network run {advice}" if is_network else ""
-
-
-def one_line(error: Exception) -> str:
-    """The first sentence of an error's message."""
-    return re.split(r"(?<=\w)\.? *\n|(?<=\w)\. ", str(error).strip())[0].rstrip(".")
+    reason = re.split(r"(?<=\w)\.? *\n|(?<=\w)\. ", str(error).strip())[0].rstrip(".")
+    return f"{reason}. Without a network run {advice}" if is_network and not has_response else reason

@@ -44,10 +44,9 @@ def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]
     Raises UserError naming file and line for the others, and for a file without rows.
     """
     path, bad, rows = Path(path), bad or BadRows(0), []
-    for location, text in read_values(path):
+    for location, value in read_values(path):
         try:
-            row = text if isinstance(text, dict) else parse(location, text)
-            rows.append((location, row))
+            rows.append((location, parse(location, value)))
         except ValueError as error:
             bad.add(error)
     if not rows:
@@ -71,9 +70,9 @@ def read_values(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", line
 
 
-def parse(location: str, text: object) -> dict:
+def parse(location: str, value: object) -> dict:
     """Parse a line, or check an item of an array, as a row. Raises UserError."""
-    row = parse_json(location, text) if isinstance(text, bytes) else text
+    row = parse_json(location, value) if isinstance(value, bytes) else value
     if not isinstance(row, dict):
         raise UserError(f"{location}: a row must be a JSON object, this is a {type(row).__name__}")
     return row
@@ -102,9 +101,8 @@ def read_parquet(path: Path) -> Iterator[dict]:
 def without_nulls(value: Any) -> Any:
     """Drop null fields of objects, except the content of a message."""
     if isinstance(value, dict):
-        return {
-            name: without_nulls(item) for name, item in value.items() if item is not None or name == "content"
-        }
+        fields = [(name, item) for name, item in value.items() if item is not None or name == "content"]
+        return {name: without_nulls(item) for name, item in fields}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -117,6 +115,11 @@ def read_lines(path: Path) -> Iterator[bytes]:
             yield from file
     except (OSError, EOFError, zlib.error) as error:  # missing, a directory, not gzip, or cut short
         raise UserError(f"{path}: cannot be read: {error.args[-1] if error.args else error}") from error
+
+
+def write_object(path: Path, value: dict) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def located(location: str, make: Callable, *args: object) -> Any:

@@ -35,7 +35,7 @@ class MarkerChat:
     """system text of a chat without a system message"""
     kind: Kind = None
     label: str | None = None
-    """VALUE_TO_TEXT: label of the response to sample, unless another is given; None for no label"""
+    """VALUE_TO_TEXT: label of the response to sample by default; None for no label"""
     bos: bool = False
     """the text starts with BOS"""
 
@@ -69,32 +69,31 @@ class MarkerChat:
         label = f"({label_start} ~ own_label ~ {end_of_name} if own_label is string else '')"
         prompt = quote(self.tokens[1] + self.assistant + self.tokens[4])
         default = quote(self.label) if self.label else "none"
+        has_labels = self.kind == "VALUE_TO_TEXT"
         has_own = "message.label is defined or message.role != 'assistant'"
         to_come = f"({label_start} ~ next_label ~ {end_of_name} if next_label is string else '')"
-        turns = {
-            None: [name, value],
-            "VALUE_TO_TEXT": [name, label, value],
-            "TEXT_TO_VALUE": [name, value, label],
-        }
-        prompts = {None: [prompt], "VALUE_TO_TEXT": [prompt, to_come], "TEXT_TO_VALUE": [label_start]}
+        turn, next_turn = {
+            None: ([name, value], [prompt]),
+            "VALUE_TO_TEXT": ([name, label, value], [prompt, to_come]),
+            "TEXT_TO_VALUE": ([name, value, label], [label_start]),
+        }[self.kind]
         header = [system_start, quote(SYSTEM_ROLE), end_of_name, "system", end_of_turn]
         lines = [
             f'{{%- set names = {{"user": {quote(self.user)}, "assistant": {quote(self.assistant)}}} -%}}',
             "{%- set has_system = messages and messages[0].role == 'system' -%}",
             f"{{%- set system = messages[0].content if has_system else {quote(self.system)} -%}}",
             "{%- set turns = messages[1:] if has_system else messages -%}",
-            *[f"{{%- set next_label = label if label is defined else {default} -%}}"]
-            * (self.kind == "VALUE_TO_TEXT"),
+            *[f"{{%- set next_label = label if label is defined else {default} -%}}"] * has_labels,
             output(["bos_token"] * self.bos + header),
             "{%- for message in turns -%}",
             "{%- if message.role not in names -%}",
             "{{- raise_exception('roles are user and assistant, system first only, not ' ~ message.role) -}}",
             "{%- endif -%}",
             f"{{%- set own_label = message.label if {has_own} else {default} -%}}",
-            output(turns[self.kind]),
+            output(turn),
             "{%- endfor -%}",
             "{%- if add_generation_prompt -%}",
-            output(prompts[self.kind]),
+            output(next_turn),
             "{%- elif turns and turns[-1].role == 'assistant' -%}",
             output([turn_start]),
             "{%- endif -%}",
@@ -113,10 +112,7 @@ def output(expressions: Sequence[str]) -> str:
 
 
 def read(directory: Path) -> MarkerChat | None:
-    """The chat in a directory's prompt_format.json; None if its model was trained on other rows.
-
-    Raises UserError for a file of another form.
-    """
+    """The chat in a directory's prompt_format.json, None without one. Raises UserError for another form."""
     path = Path(directory) / "prompt_format.json"
     fields = read_object(path, required=False).get("chat")
     if fields is None:
@@ -131,9 +127,6 @@ def read(directory: Path) -> MarkerChat | None:
     if chat.kind not in get_args(Kind) or not isinstance(chat.bos, bool):
         raise UserError(f"{path}: kind {chat.kind!r} or bos {chat.bos!r} of the chat is unknown")
     return chat
-
-
-# ---- rows ----------------------------------------------------------------------------------------
 
 
 def conversation_text(row: dict, chat_tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
@@ -170,10 +163,7 @@ def trained_turns(kind: str | None, masked: set[str], turns: list[tuple[str, str
 
 
 def check_conversation(row: dict) -> tuple[str | None, set[str], list[tuple[str, str, str | None]]]:
-    """Read `type`, the roles in `mask`, and the turns (role, value, label) of a `conversations` row.
-
-    Raises UserError if one of them is invalid, or if no turn is by a masked role.
-    """
+    """Read `type`, roles in `mask`, and turns (role, value, label) of a `conversations` row (UserError)."""
     kind, mask = row.get("type"), row.get("mask", "User")
     if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
         raise UserError(f"field 'type' must be VALUE_TO_TEXT, TEXT_TO_VALUE or null, not {kind!r}")
@@ -211,9 +201,6 @@ def prompt_text(row: dict, chat: MarkerChat) -> str:
     if not spans or (kind == "TEXT_TO_VALUE" and role in masked):
         raise UserError("no prompt: the last turn is no response and asks for none")
     return text[: spans[-1][0]]
-
-
-# ---- training sets -------------------------------------------------------------------------------
 
 
 USED_BY = {  # form of a row: its fields, and the flags that change the tokens of this form only
@@ -260,39 +247,28 @@ class RowFormats:
         """Infer the chat of the `conversations` rows; None without such rows.
 
         The system text of more than half of the rows is the default; so is the most frequent label, if more
-        than half of the responses have a label in front.
-
-        Args:
-            tokens: the markers, without escapes.
-            bos: rows start with BOS.
-
-        Raises:
-            UserError: there are `messages` rows too, and a model has one chat format.
+        than half of the responses have a label in front. `tokens`: the markers, without escapes; `bos`: rows
+        start with BOS. Raises UserError if there are `messages` rows too.
         """
         if not self.rows["conversations"]:
             return None
         if self.rows["messages"]:
-            raise UserError(
-                f"--train-data has {self.rows['conversations']:,} rows of 'conversations' and "
-                f"{self.rows['messages']:,} of 'messages', and a model has one chat format: convert the rows "
-                "of the other"
-            )
+            counts = f"{self.rows['conversations']:,} rows of 'conversations' and {self.rows['messages']:,}"
+            rule = "a model has one chat format: convert the rows of the other"
+            raise UserError(f"--train-data has {counts} of 'messages', and {rule}")
+        kind = most_common(self.kinds, None)
+        [(system, count)] = self.systems.most_common(1)
+        labels = Counter({label: number for label, number in self.labels.items() if label})
+        has_label = 2 * labels.total() > self.labels.total() and kind == "VALUE_TO_TEXT"
         return MarkerChat(
             tokens=tuple(tokens),
             user=most_common(self.users, MarkerChat.user),
             assistant=most_common(self.assistants, MarkerChat.assistant),
-            system=majority(self.systems) or "",
-            kind=most_common(self.kinds, None),
-            label=self.default_label(),
+            system=system if 2 * count > self.systems.total() else "",
+            kind=kind,
+            label=most_common(labels, None) if has_label else None,
             bos=bos,
         )
-
-    def default_label(self) -> str | None:
-        """The most frequent label, if more than half of the responses have one in front."""
-        labels = Counter({label: count for label, count in self.labels.items() if label})
-        labelled = 2 * labels.total() > self.labels.total()
-        in_front = most_common(self.kinds, None) == "VALUE_TO_TEXT"
-        return most_common(labels, None) if labelled and in_front else None
 
     def differences(self) -> list[str]:
         """Lines for the log: properties with several values, of which a model's chat has one."""
@@ -313,9 +289,3 @@ class RowFormats:
 def most_common(counter: Counter, default: Any) -> Any:
     """The most frequent value, or `default` of an empty counter."""
     return counter.most_common(1)[0][0] if counter else default
-
-
-def majority(counter: Counter) -> str | None:
-    """The value of more than half of the entries, or None."""
-    value, count = counter.most_common(1)[0]
-    return value if 2 * count > counter.total() else None

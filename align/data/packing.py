@@ -7,7 +7,7 @@ import functools
 import heapq
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -53,41 +53,34 @@ def num_trained(examples: Sequence[Example]) -> int:
 
 def check_budget(max_seq_len: int, config: BatchConfig, max_positions: int, per_row: int = 1) -> None:
     """Raise UserError if a row (of `per_row` sequences) may exceed a micro-batch or the model's context."""
+    flag, budget = f"--max-seq-len {max_seq_len}", f"--micro-batch-tokens {config.micro_batch_tokens}"
     if max_seq_len > max_positions:
-        raise UserError(
-            f"--max-seq-len {max_seq_len} is beyond the model's context of {max_positions} tokens"
-        )
+        raise UserError(f"{flag} is beyond the model's context of {max_positions} tokens")
     if per_row * max_seq_len > config.micro_batch_tokens:
         times = "" if per_row == 1 else f", of which a row has {per_row},"
-        raise UserError(
-            f"--max-seq-len {max_seq_len}{times} is above --micro-batch-tokens {config.micro_batch_tokens}: "
-            "raise that"
-        )
+        raise UserError(f"{flag}{times} is above {budget}: raise that")
 
 
 class HasIds(Protocol):
     """An Example or a Prompt."""
 
-    ids: np.ndarray
+    @property
+    def ids(self) -> np.ndarray: ...
 
 
 def check_ids(sequences: Iterable[HasIds], vocab_size: int) -> None:
     """Raise UserError if a token id is beyond the model's vocabulary: the tokenizer is another model's."""
     largest = max(int(sequence.ids.max()) for sequence in sequences)
     if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {largest}, the model has {vocab_size}: --model holds the tokenizer "
-            "of another model"
-        )
+        sizes = f"the tokenizer gives token {largest}, the model has {vocab_size}"
+        raise UserError(f"{sizes}: --model holds the tokenizer of another model")
 
 
 def check_size(num_rows: int, needed: int, flag: str, needed_flag: str = "--global-batch-size") -> None:
     """Raise UserError if the data of `flag` (such as --train-data) has fewer rows than one step takes."""
     if num_rows < needed:
-        raise UserError(
-            f"{flag} has {num_rows} usable rows, fewer than one step takes: "
-            f"give more rows or lower {needed_flag} {needed}"
-        )
+        rule = f"give more rows or lower {needed_flag} {needed}"
+        raise UserError(f"{flag} has {num_rows} usable rows, fewer than one step takes: {rule}")
 
 
 def global_batch(num_rows: int, size: int, seed: int, step: int) -> list[int]:
@@ -124,27 +117,25 @@ def plan_micro_batches(
     """Deal rows to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
 
     `lengths`: places of each row (`num_places`). A micro-batch holds at most `max_tokens` places and
-    `max_rows` rows. All ranks get the same number of micro-batches, the fewest of the longest-first rule, of
-    about equal load; some are empty if there are fewer rows than micro-batches. Deterministic.
-    Raises UserError if one row alone is above `max_tokens`.
+    `max_rows` rows; UserError for a row above. All ranks get the same number of micro-batches, the fewest of
+    the longest-first rule, of about equal load; some are empty if rows are fewer. Deterministic.
     """
-    if max(lengths, default=0) > max_tokens:
-        raise UserError(
-            f"--micro-batch-tokens {max_tokens} is too few for a row of {max(lengths)}: "
-            "raise it or lower --max-seq-len"
-        )
+    if (longest := max(lengths, default=0)) > max_tokens:
+        flag = f"--micro-batch-tokens {max_tokens}"
+        raise UserError(f"{flag} is too few for a row of {longest}: raise it or lower --max-seq-len")
     max_rows = max_rows or len(lengths)
     count = max(1, -(-sum(lengths) // (ranks * max_tokens)), -(-len(lengths) // max(1, ranks * max_rows)))
     while (bins := fill_bins(lengths, ranks * count, max_tokens, max_rows)) is None:
         count += 1
     loads = [sum(lengths[row] for row in rows) for rows in bins]
     dealt = fill_bins(loads, ranks, sum(loads), count)
+    assert dealt is not None  # there is room for all in one bin
     return [[sorted(bins[b]) for b in rank] for rank in dealt]
 
 
 def fill_bins(sizes: list[int], num_bins: int, max_size: int, max_items: int) -> list[list[int]] | None:
     """Place items, largest first, each into the emptiest bin with room for one; None if one does not fit."""
-    bins = [[] for _ in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0, b) for b in range(num_bins)]
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         load, b = heapq.heappop(heap)
@@ -186,23 +177,15 @@ class Batch:
     positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
     cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
     lengths: list[int]  # [N], the lengths of the sequences, on the host
-    prefixes: list[
-        tuple[int, int]
-    ]  # [N], (start, size) of the places that a sequence continues; size 0: none
+    # [N], (start, size) of the places that a sequence continues; size 0: none
+    prefixes: list[tuple[int, int]]
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # other inputs of the loss, by name
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(
-            self.tokens.to(device),
-            self.targets.to(device),
-            self.mask.to(device),
-            self.positions.to(device),
-            self.cu_seqlens.to(device),
-            self.lengths,
-            self.prefixes,
-            {name: tensor.to(device) for name, tensor in self.extra.items()},
-        )
+        names = ("tokens", "targets", "mask", "positions", "cu_seqlens")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, extra={name: x.to(device) for name, x in self.extra.items()}, **moved)
 
 
 def shared_places(row: Sequence[Example]) -> list[int]:
@@ -228,8 +211,7 @@ def num_places(row: Sequence[Example]) -> int:
 def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
     """Shift and pack rows of examples; those of a row share their beginning. T is a multiple of `multiple`.
 
-    Without examples the batch is `multiple` padding tokens: a rank without rows still takes part in
-    collectives.
+    Without examples T padding tokens: a rank without rows still takes part in collectives.
     """
     examples = [example for row in rows for example in row]
     skipped = [size for row in rows for size in shared_places(row)]
@@ -245,7 +227,14 @@ def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
         mask[start:end] = example.trained[skip + 1 :]
         positions[start:end] = np.arange(skip, skip + end - start)
     positions[total:] = np.arange(padded - total)
-    arrays = (tokens, targets, mask, positions, ends.astype(np.int32))
     firsts = np.cumsum([0, *map(len, rows)])[:-1].repeat([len(row) for row in rows])  # of each example's row
     prefixes = [(int(ends[first]), size) for first, size in zip(firsts, skipped, strict=True)]
-    return Batch(*map(torch.from_numpy, arrays), lengths, prefixes)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        mask=torch.from_numpy(mask),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        lengths=lengths,
+        prefixes=prefixes,
+    )

@@ -30,7 +30,7 @@ def reveal(text: str) -> str:
 def any_of(names: Collection[str]) -> re.Pattern | None:
     """A pattern that matches the longest of some names; None without names."""
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    return re.compile("|".join(longest_first)) if longest_first else None
+    return re.compile("|".join(longest_first)) if names else None
 
 
 def without_tokens(tokenizer: tokenizers.Tokenizer, names: Collection[str]) -> tokenizers.Tokenizer:
@@ -49,9 +49,8 @@ def without_tokens(tokenizer: tokenizers.Tokenizer, names: Collection[str]) -> t
 def without_first_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A tokenizer for text after a special token, where Metaspace's scheme "first" adds no space."""
     text = json.dumps(json.loads(tokenizer.to_str()))
-    return tokenizers.Tokenizer.from_str(
-        text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    )
+    never = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    return tokenizers.Tokenizer.from_str(never)
 
 
 def without_pieces(model: ModelProto, names: Collection[str]) -> ModelProto:

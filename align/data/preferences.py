@@ -8,6 +8,7 @@ it. Nothing is ever truncated: a side that is too long drops its pair.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from align.flags import COUNT_OR_0, LENGTH, check_ranges
 from align.losses.supervised import MISSING
 
 REWARDS = ("chosen_reward", "rejected_reward")
+Lines = Iterator[tuple[str, dict]] | None  # ("file:line", row) of a file with {"text"} lines
 RESPONSES = ("chosen", "rejected", "chosen_response", "rejected_response")
 USED = {  # fields of pairs and labelled texts
     *("prompt", "instruction", "input", "conversations", "messages", "text", "system", "margin", "label"),
@@ -46,7 +48,6 @@ class PreferenceFormat:
     append_eos: bool = True
     """end plain text with EOS, or as turns end in a model that was trained on 'conversations' rows, unless it
     ends with a stop token; messages end as the template ends them"""
-
     skip_bad_rows: int = 0
     """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
@@ -75,10 +76,6 @@ class Pair:
         return self.chosen.num_inputs + self.rejected.num_inputs
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows to pairs
-
-
 def load_pairs(
     paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool = False
 ) -> tuple[list[Pair], dict[str, int]]:
@@ -90,24 +87,33 @@ def load_pairs(
     Raises UserError naming file and line for a wrong row, and if no pair is left.
     """
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
-    counts = dict.fromkeys(names, 0)
-    pairs = []
-    bad = BadRows(fmt.skip_bad_rows)
-    for pair in (p for path in paths for p in read_pairs(path, tokenizer, fmt, text_lines, counts, bad)):
-        counts["pairs"] += 1
-        counts["with_rewards"] += pair.has_rewards
-        if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
-            counts["dropped_too_long"] += 1
-        elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
-            counts["dropped_identical"] += 1
-        else:
-            pairs.append(pair)
-    for pair in pairs:
-        for side in pair.examples:
-            row_counts.count_empty(side, tokenizer, counts)
+    counts, pairs, bad = dict.fromkeys(names, 0), [], BadRows(fmt.skip_bad_rows)
+    for lines in (iter(jsonl.read_jsonl(path, bad)) for path in paths):
+        for location, row in lines:
+            special_before = row_counts.special_counts(tokenizer)
+            try:
+                pair = make_pair(location, row, lines if text_lines else None, tokenizer, fmt)
+            except ValueError as error:
+                if "text" in row:  # else the lines after it would be paired wrongly
+                    raise
+                bad.add(error)
+                continue
+            row_counts.count_unused(row, used_fields(row), counts)
+            row_counts.count_special(special_before, tokenizer, counts)
+            count_unchanged(row, fmt, counts)
+            counts["pairs"] += 1
+            counts["with_rewards"] += pair.has_rewards
+            if max(len(side.ids) for side in pair.examples) > fmt.max_seq_len:
+                counts["dropped_too_long"] += 1
+            elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
+                counts["dropped_identical"] += 1
+            else:
+                pairs.append(pair)
+    sides = [side for pair in pairs for side in pair.examples]
+    for side in sides:
+        row_counts.count_empty(side, tokenizer, counts)
     counts |= bad.counts()
     check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
-    sides = [side for pair in pairs for side in pair.examples]
     counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
     return pairs, counts
 
@@ -115,43 +121,15 @@ def load_pairs(
 def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
     """Raise UserError if no pair of the data of `flag` states rewards, which the loss needs."""
     if not counts["with_rewards"]:
-        raise UserError(
-            f"--loss {loss} needs pairs with 'chosen_reward' and 'rejected_reward': {flag} has none"
-        )
+        raise UserError(f"--loss {loss} needs pairs with {' and '.join(map(repr, REWARDS))}: {flag} has none")
 
 
 def check_left(left: int, read: int, too_long: int, paths: list[Path], fmt: PreferenceFormat) -> None:
     """Raise UserError, with the reason, if no row of `paths` is left."""
-    if left:
-        return
     reason = f"{too_long} of {read} are longer than --max-seq-len {fmt.max_seq_len}"
     rest = ": raise it" if too_long == read else f", the sides of the other {read - too_long} are identical"
-    raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {reason}{rest}")
-
-
-def read_pairs(
-    path: Path,
-    tokenizer: Tokenizer,
-    fmt: PreferenceFormat,
-    text_lines: bool,
-    counts: dict[str, int],
-    bad: BadRows,
-) -> Iterator[Pair]:
-    """Yield the pairs of a file, of any length; counts unused fields. Raises UserError with file and line."""
-    lines = iter(jsonl.read_jsonl(path, bad))
-    for location, row in lines:
-        special_before = row_counts.special_counts(tokenizer)
-        try:
-            pair = make_pair(location, row, lines, tokenizer, fmt, text_lines)
-        except ValueError as error:
-            if "text" in row:  # else the lines after it would be paired wrongly
-                raise
-            bad.add(error)
-            continue
-        row_counts.count_unused(row, used_fields(row), counts)
-        row_counts.count_special(special_before, tokenizer, counts)
-        count_unchanged(row, fmt, counts)
-        yield pair
+    if not left:
+        raise UserError(f"{', '.join(map(str, paths))}: nothing is left, {reason}{rest}")
 
 
 def count_unchanged(row: dict, fmt: PreferenceFormat, counts: dict[str, int]) -> None:
@@ -171,39 +149,28 @@ def used_fields(row: dict) -> set[str]:
     return USED - {"messages"} - ignored
 
 
-def make_pair(
-    location: str,
-    row: dict,
-    lines: Iterator[tuple[str, dict]],
-    tokenizer: Tokenizer,
-    fmt: PreferenceFormat,
-    text_lines: bool,
-) -> Pair:
+def make_pair(location: str, row: dict, lines: Lines, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Pair:
     """Format a row, or a {"text"} line and the next of `lines`, as a pair. Raises UserError."""
     if "label" in row:
         raise UserError(f"{location}: a labelled text is no side of a pair: use --loss regression")
     if "text" not in row:
         sides = jsonl.located(location, format_pair, row, tokenizer, fmt)
-    elif text_lines:
+    elif lines is not None:
         chosen = jsonl.located(location, format_text, row, tokenizer, fmt)
         below, rejected_row = next(lines, ("the end of the file", {}))
         check_rejected_line(location, below, rejected_row)
         sides = chosen, jsonl.located(below, format_text, rejected_row, tokenizer, fmt)
     else:
-        raise UserError(
-            f"{location}: 'text' does not say where the response begins: give 'prompt', 'chosen' and "
-            "'rejected' instead"
-        )
+        advice = "give 'prompt', 'chosen' and 'rejected' instead"
+        raise UserError(f"{location}: 'text' does not say where the response begins: {advice}")
     return Pair(*sides, *jsonl.located(location, pair_numbers, row))
 
 
 def check_rejected_line(location: str, below: str, row: dict) -> None:
     """Raise UserError if `row`, at `below`, is not the rejected line of the chosen one at `location`."""
     if "text" not in row:
-        raise UserError(
-            f"{location}: a chosen 'text' line must be followed by its rejected one, which {below} is not "
-            "(lines are chosen, rejected, chosen, rejected, ...)"
-        )
+        rule = f"must be followed by its rejected one, which {below} is not"
+        raise UserError(f"{location}: a chosen 'text' line {rule} (lines are chosen, rejected, chosen, ...)")
     if misplaced := [field for field in ("margin", *REWARDS) if field in row]:
         raise UserError(f"{below}: a rejected 'text' line: field {misplaced[0]!r} belongs to the chosen one")
 
@@ -229,10 +196,6 @@ def number(value: object, name: str) -> float:
     if not abs(value) <= float(np.finfo(np.float32).max):  # false for NaN too
         raise UserError(f"{name} must be a finite number of single precision, not {value}")
     return float(value)
-
-
-# --------------------------------------------------------------------------------------------------
-# One side
 
 
 def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[Example]:
@@ -263,16 +226,13 @@ def format_pair(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> list[
 
 
 def with_prompt(row: dict) -> dict:
-    """Fill "prompt" from its names in other files: instruction and input, conversations.
-
-    Strings beside a system text become messages.
-    """
+    """Fill "prompt" from its other names; strings beside a system text become messages."""
     if "prompt" not in row and "instruction" in row:
         row = row | {"prompt": rows.alpaca_prompt(row)}
     if "prompt" not in row and "conversations" in row:
         row = row | {"prompt": row["conversations"]}
     if row.get("system") and isinstance(row.get("prompt"), str):
-        changed = {"prompt": [{"role": "user", "content": jsonl.text_field(row, "prompt")}]}
+        changed: dict[str, Any] = {"prompt": [{"role": "user", "content": jsonl.text_field(row, "prompt")}]}
         for name in RESPONSES:
             if isinstance(row.get(name), str):
                 changed[name] = {"role": "assistant", "content": jsonl.text_field(row, name)}
@@ -292,17 +252,14 @@ def response_field(row: dict, name: str) -> str:
 
 def response_message(row: dict, field: str) -> list[dict]:
     """The one message of a response to a list of messages, in a list. Raises UserError."""
-    messages = [row[field]] if isinstance(row[field], dict) else turns_field(row, field)
+    messages = rows.one_or_more(row, field)
     if len(messages) != 1:
         raise UserError(f"field {field!r} must be one message, the response to 'prompt', not {len(messages)}")
     return messages
 
 
 def format_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:
-    """Format a conversation, trained on its last message.
-
-    It ends where generation does, at that message's last stop token; what the template adds is dropped.
-    """
+    """Format a conversation, trained on its last message up to the last stop token, as in generation."""
     messages, variables = chat["messages"], formats.template_variables(chat)
     jsonl.located(f"field {field!r}", formats.check_messages, messages)
     if messages[-1]["role"] != "assistant":
@@ -355,10 +312,6 @@ def make_example(context: list[int], response: list[int], tokenizer: Tokenizer) 
     formats.check_bos(context + response, tokenizer)
     trained = [False] * len(context) + [True] * len(response)
     return Example(np.array(context + response, np.int32), np.array(trained, bool))
-
-
-# --------------------------------------------------------------------------------------------------
-# Texts to be scored
 
 
 def as_scored(example: Example) -> Example:
@@ -426,10 +379,6 @@ def label_field(row: dict, num_attributes: int) -> list[float]:
     if all(value == MISSING for value in numbers):
         raise UserError(f"field 'label': all {num_attributes} attributes are missing ({MISSING})")
     return numbers
-
-
-# --------------------------------------------------------------------------------------------------
-# Text for the log
 
 
 def texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:

@@ -8,7 +8,7 @@ A prompt is never truncated: one that is too long is dropped.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,6 @@ class PromptFormat:
     """most tokens of a prompt; a longer one is dropped and counted"""
     add_bos: bool | None = None
     """put BOS in front of each row; None: as the tokenizer does by itself (messages: as the template does)"""
-
     skip_bad_rows: int = 0
     """most rows that are wrong in any way to leave out, with a line in the log, before the run ends"""
 
@@ -62,10 +61,7 @@ def load_sets(
     vocab_size: int,
     say: Callable[[str], None],
 ) -> dict[str, list[Prompt]]:
-    """Load the prompts of data sets, by name; `say` logs their number and the first prompt.
-
-    Raises UserError as load_prompts and packing.check_ids do.
-    """
+    """Load and check the prompts of data sets, by name; `say` logs their number and the first prompt."""
     sets = load_each(files, lambda paths: load_prompts(paths, tokenizer, fmt), say)
     packing.check_ids([prompt for prompts in sets.values() for prompt in prompts], vocab_size)
     first = next(prompts[0] for prompts in sets.values() if prompts)
@@ -98,12 +94,11 @@ def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, m
 
 
 def load_prompts(
-    paths: list[Path], tokenizer: Tokenizer, fmt: PromptFormat
+    paths: Sequence[Path], tokenizer: Tokenizer, fmt: PromptFormat
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Load all prompts of these files, and counts for the log.
 
-    Counts: prompts read; dropped_too_long (above max_prompt_len); tokens of the others, and of the longest of
-    them (longest).
+    Counts: prompts read; dropped_too_long (above max_prompt_len); of the others tokens, and of the longest.
     Raises UserError naming file and line for a wrong row, and if no prompt is left.
     """
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
@@ -118,7 +113,7 @@ def load_prompts(
         row_counts.count_special(special_before, tokenizer, counts)
         counts["prompts"] += 1
         row_counts.count_unused(row, used_fields(row), counts, "for reward functions")
-        if fmt.add_bos is False and is_chat(row):
+        if fmt.add_bos is False and form_of(row)[0] == "chat":
             row_counts.count(counts, row_counts.UNCHANGED.format("--add-bos False"))
         if len(ids) > fmt.max_prompt_len:
             counts["dropped_too_long"] += 1
@@ -126,10 +121,8 @@ def load_prompts(
             prompts.append(Prompt(ids, row))
     counts |= bad.counts()
     if not prompts:
-        raise UserError(
-            f"{', '.join(map(str, paths))}: no prompt is left, all {counts['prompts']} are longer than "
-            f"--max-prompt-len {fmt.max_prompt_len}: raise it"
-        )
+        reason = f"all {counts['prompts']} are longer than --max-prompt-len {fmt.max_prompt_len}: raise it"
+        raise UserError(f"{', '.join(map(str, paths))}: no prompt is left, {reason}")
     lengths = [len(prompt.ids) for prompt in prompts]
     counts["tokens"], counts["longest"] = sum(lengths), max(lengths)
     return prompts, counts
@@ -138,21 +131,17 @@ def load_prompts(
 def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray:
     """Encode a row as prompt ids, [n] int32, of any length but never empty. Raises UserError."""
     rows.refuse(row, set())
-    if is_alpaca(row):
-        rows.check_no_system(row, "'instruction'", ())
-        ids = formats.encode_prompt(rows.alpaca_prompt(row), "instruction", tokenizer, fmt)
-        formats.check_bos(ids, tokenizer)
-        return np.array(ids, np.int32)
-    field = prompt_field(row)
-    if isinstance(row[field], str) and (field == "text" or not row.get("system")):
-        rows.check_no_system(row, "'text'", ())
-        check_responses(row, field)
-        ids = formats.encode_prompt(jsonl.text_field(row, field), field, tokenizer, fmt)
-    elif field == "conversations" and rows.is_marker_row(row):
+    form, field = form_of(row)
+    if form == "text":
+        rows.check_no_system(row, repr(field), ())
+        if field != "instruction":
+            check_responses(row, field)
+        text = rows.alpaca_prompt(row) if field == "instruction" else jsonl.text_field(row, field)
+        ids = formats.encode_prompt(text, field, tokenizer, fmt)
+    elif form == "conversation":
         ids = encode_conversation(row, tokenizer, fmt)
     else:
-        chat = chat_before_response(row, field)
-        ids = encode_chat(chat, field, tokenizer, fmt)
+        ids = encode_chat(row, field, tokenizer, fmt)
     formats.check_bos(ids, tokenizer)
     return np.array(ids, np.int32)
 
@@ -162,14 +151,12 @@ def is_alpaca(row: dict) -> bool:
     return "instruction" in row and not {"prompt", "messages", "conversations"} & set(row)
 
 
-def is_chat(row: dict) -> bool:
-    """True for a row that the chat template renders."""
-    if is_alpaca(row):
-        return False
-    field = prompt_field(row)
-    if isinstance(row[field], str):
-        return field == "prompt" and bool(row.get("system"))
-    return field != "conversations" or not rows.is_marker_row(row)
+def form_of(row: dict) -> tuple[Literal["text", "conversation", "chat"], str]:
+    """The form of a prompt, and its field; the chat template renders a chat. Raises UserError."""
+    field = "instruction" if is_alpaca(row) else prompt_field(row)
+    if isinstance(row[field], str) and (field != "prompt" or not row.get("system")):
+        return "text", field
+    return "conversation" if field == "conversations" and rows.is_marker_row(row) else "chat", field
 
 
 def used_fields(row: dict) -> set[str]:
@@ -198,16 +185,14 @@ def prompt_field(row: dict) -> str:
 def is_copy(prompt: object, messages: object) -> bool:
     """True if a string is the content of a message, as beside the conversations of UltraFeedback."""
     turns = messages if isinstance(messages, list) else []
-    return isinstance(prompt, str) and prompt in [
-        turn.get("content") for turn in turns if isinstance(turn, dict)
-    ]
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    return isinstance(prompt, str) and prompt in contents
 
 
 def check_responses(row: dict, field: str) -> None:
     """Raise UserError for a string beside whole conversations, as some sets of pairs have them.
 
-    `preferences.format_pair` reads their messages and not the string, so the string would give other ids than
-    training on the pairs.
+    `preferences.format_pair` reads the messages, so the string would give other ids than training on pairs.
     """
     responses = [f"{side}{suffix}" for side in ("chosen", "rejected") for suffix in ("", "_response")]
     if chats := [name for name in responses if isinstance(row.get(name), list)]:
@@ -217,8 +202,8 @@ def check_responses(row: dict, field: str) -> None:
         )
 
 
-def chat_before_response(row: dict, field: str) -> dict:
-    """The messages of a row before its response, and the template's variables. Raises UserError."""
+def encode_chat(row: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
+    """Encode the messages of a row up to the start of its response. Raises UserError."""
     if isinstance(row[field], str):
         turns = [{"role": "user", "content": jsonl.text_field(row, field)}]
     else:
@@ -230,25 +215,18 @@ def chat_before_response(row: dict, field: str) -> dict:
         messages = messages[:-1]
     if messages[-1]["role"] == "assistant":
         raise UserError(f"field {field!r}: the message before the response must not be the assistant's")
-    return chat | {"messages": messages}
+    variables = formats.template_variables(chat)
+    ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True, **variables))
+    if not ids:
+        raise UserError(f"field {field!r}: the chat template renders it as nothing")
+    return formats.bos_before_chat(tokenizer, fmt) + ids
 
 
 def encode_conversation(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
     """Encode a `conversations` row up to its last response, in the model's markers. Raises UserError."""
     if not tokenizer.chat:
-        raise UserError(
-            "field 'conversations': the model was not trained on such rows (its prompt_format.json has no "
-            "\"chat\"): train it with train_sft.py first, or give 'messages'"
-        )
+        reason = 'the model was not trained on such rows (its prompt_format.json has no "chat")'
+        raise UserError(f"field 'conversations': {reason}: train it with train_sft.py, or give 'messages'")
     row = formats.hide_values(row, tokenizer, tokenizer.chat.tokens)
     ids = tokenizer.encode(marker_chat.prompt_text(row, tokenizer.chat))
     return formats.bos_prefix(tokenizer, tokenizer.chat.bos if fmt.add_bos is None else fmt.add_bos) + ids
-
-
-def encode_chat(chat: dict, field: str, tokenizer: Tokenizer, fmt: BosChoice) -> list[int]:
-    """Encode a chat up to the start of its response. Raises UserError without ids."""
-    variables = formats.template_variables(chat)
-    ids = tokenizer.encode(tokenizer.render(chat["messages"], add_generation_prompt=True, **variables))
-    if not ids:
-        raise UserError(f"field {field!r}: the chat template renders it as nothing")
-    return formats.bos_before_chat(tokenizer, fmt) + ids

@@ -7,15 +7,9 @@ from align.data.packing import Example, num_trained
 from align.data.tokenizer import Tokenizer
 
 UNCHANGED = "rows of messages, on which {} has no effect"
-
-
 MESSAGE_FIELDS = {"role", "content", "tool_calls", *rows.WEIGHTS}
-
-
-SPECIAL = (
-    "rows with special tokens in their text",
-    "rows with special tokens in a string, continued as it stands",
-)
+IN_TEXT = "rows with special tokens in their text"
+SPECIAL = (IN_TEXT, "rows with special tokens in a string, continued as it stands")
 
 
 def count(counts: dict[str, int], name: str) -> None:
@@ -64,7 +58,6 @@ def count_tokens(examples: list[Example]) -> dict[str, int]:
 def describe(counts: dict[str, int]) -> str:
     """Format nonzero counts for the log."""
     words = {name: name if "'" in name else name.replace("_", " ") for name in counts}  # no field's own name
-    words |= {
-        name: f"{words[name]} (--max-seq-len)" for name in ("cut_prompts", "cut_answers") if name in words
-    }
+    cut = [name for name in ("cut_prompts", "cut_answers") if name in words]
+    words |= {name: f"{words[name]} (--max-seq-len)" for name in cut}
     return ", ".join(f"{value:,} {words[name]}" for name, value in counts.items() if value)

@@ -43,24 +43,21 @@ REFUSED = {  # fields that would change training and are not implemented
 
 
 def sft_row(row: dict, template_fields: Sequence[str]) -> tuple[dict, set[str]]:
-    """Normalise a training row; also returns the names of the fields that were read.
-
-    `template_fields`: of --prompt-template. Raises UserError.
-    """
+    """Normalise a training row, beside the names of the fields that are read. Raises UserError."""
     refuse(row, set(template_fields))
     if "messages" in row:
         return chat_row(row, turns_field(row, "messages"), {"messages"})
+    if "conversations" in row and is_marker_row(row):
+        return row, {"system", "conversations", "mask", "type"}  # NeMo-Aligner's
     if "conversations" in row:
-        return conversations_row(row)
+        return chat_row(row, turns_field(row, "conversations"), {"conversations"})
     if set(template_fields) <= set(row) and ("instruction" not in row or "instruction" in template_fields):
         check_no_system(row, "the fields of --prompt-template", template_fields)
         return row, set(template_fields)
     if "prompt" in row and "completion" in row:
         if "label" in row:
-            raise UserError(
-                "fields 'prompt', 'completion', 'label': rows of KTO without pairs are not implemented; "
-                "--loss kto_pair of train_dpo.py takes 'prompt', 'chosen', 'rejected'"
-            )
+            advice = "--loss kto_pair of train_dpo.py takes 'prompt', 'chosen', 'rejected'"
+            raise UserError(f"field 'label': rows of KTO without pairs are not implemented; {advice}")
         return completion_row(row)
     if "instruction" in row and set(template_fields) == {"input", "output"}:
         check_no_system(row, "'instruction'", ())
@@ -106,10 +103,9 @@ def completion_row(row: dict) -> tuple[dict, set[str]]:
     elif kinds[0] is list and kinds[1] in (list, dict):
         before, after = turns_field(row, "prompt"), one_or_more(row, "completion")
     else:
-        raise UserError(
-            "fields 'prompt' and 'completion' must be two strings or two lists of messages, not "
-            f"{kinds[0].__name__} and {kinds[1].__name__}"
-        )
+        names = " and ".join(kind.__name__ for kind in kinds)
+        rule = "must be two strings or two lists of messages"
+        raise UserError(f"fields 'prompt' and 'completion' {rule}, not {names}")
     untrained = [turn | {"weight": 0} if is_response(turn) else turn for turn in before]
     return chat_row(row, untrained + after, used)
 
@@ -122,13 +118,6 @@ def one_or_more(row: dict, field: str) -> list[dict]:
 def is_response(turn: dict) -> bool:
     """True if a turn, of messages or of ShareGPT, is the assistant's."""
     return SHAREGPT.get(turn.get("role", turn.get("from", ""))) == "assistant"
-
-
-def conversations_row(row: dict) -> tuple[dict, set[str]]:
-    """Normalise a `conversations` row: NeMo-Aligner's stays, ShareGPT's becomes messages."""
-    if is_marker_row(row):
-        return row, {"system", "conversations", "mask", "type"}
-    return chat_row(row, turns_field(row, "conversations"), {"conversations"})
 
 
 def is_marker_row(row: dict) -> bool:
@@ -201,14 +190,9 @@ def message(turn: dict, i: int) -> dict:
 
 
 def tool_calls(message: dict) -> list[dict] | None:
-    """The tool calls of a message, their arguments as objects: chat templates write them as JSON again.
-
-    OpenAI's form has them as JSON text. Raises UserError for other text.
-    """
+    """Tool calls, their arguments as objects and not OpenAI's JSON text: templates write JSON (UserError)."""
     calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return calls
-    return [with_arguments(call) for call in calls]
+    return [with_arguments(call) for call in calls] if isinstance(calls, list) else calls
 
 
 def with_arguments(call: Any) -> Any:
@@ -244,10 +228,9 @@ def check_calls(i: int, message: dict, rendered: str) -> None:
         function = call.get("function", call) if isinstance(call, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name not in rendered and json.dumps(name)[1:-1] not in rendered:
-            raise UserError(
-                f"message {i}: the chat template leaves out its call of the tool {name!r}: take a model, or "
-                "a chat_template.jinja, that writes tool calls"
-            )
+            reason = f"the chat template leaves out its call of the tool {name!r}"
+            rule = "take a model, or a chat_template.jinja, that writes tool calls"
+            raise UserError(f"message {i}: {reason}: {rule}")
 
 
 def sharegpt_message(turn: dict) -> dict:
@@ -275,10 +258,7 @@ def text_of(message: dict) -> str | None:
 
 
 def by_turns(row: dict, turns: str) -> Iterator[dict]:
-    """Split a `messages` row by --turns: itself (whole), or a chat for each response or the last.
-
-    Such a chat ends with its response, the only trained one.
-    """
+    """Split a `messages` row by --turns: itself, or chats that end with their only trained response."""
     if "messages" not in row or turns == "whole":
         yield row
         return

@@ -17,7 +17,9 @@ def translate(proto: ModelProto) -> tokenizers.Tokenizer:
     (There `</s>` becomes the token, as in every Hugging Face tokenizer and not in SentencePiece.)
     """
     spec = proto.normalizer_spec
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
     if spec.add_dummy_prefix:
@@ -64,14 +66,10 @@ def bpe_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
 def unigram_tokenizer(proto: ModelProto) -> tokenizers.Tokenizer:
     """Unigram pieces with their scores; user-defined ones with SentencePiece's bonus."""
     best = max(piece.score for piece in proto.pieces if piece.type == NORMAL)
+    never = -1e9  # control pieces and bytes are not cut from text
     vocab = []
     for piece in proto.pieces:
         bonus = best * len(piece.piece.encode()) - 0.1
-        never = -1e9  # control pieces and bytes are not cut from text
-        score = {NORMAL: piece.score, USER_DEFINED: bonus}.get(piece.type, never)
-        vocab.append((piece.piece, score))
-    return tokenizers.Tokenizer(
-        models.Unigram(
-            vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback
-        )
-    )
+        vocab.append((piece.piece, {NORMAL: piece.score, USER_DEFINED: bonus}.get(piece.type, never)))
+    spec = proto.trainer_spec
+    return tokenizers.Tokenizer(models.Unigram(vocab, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback))

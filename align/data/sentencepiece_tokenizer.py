@@ -1,6 +1,5 @@
 """The tokenizer of a SentencePiece `.model` file."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,15 +7,15 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from align.data import plain_text, sentencepiece_json
-from align.data.base_tokenizer import BaseTokenizer
-from align.data.tokenizer_files import generation_stop_ids
+from align.data.base_tokenizer import Tokenizer, generation_stop_ids
+from align.data.jsonl import write_object
 from align.errors import UserError
 
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
 
 
-class SentencePieceTokenizer(BaseTokenizer):
-    """A bare SentencePiece model (GPT-2B, Llama 2); methods and attributes as in HuggingFaceTokenizer."""
+class SentencePieceTokenizer(Tokenizer):
+    """A bare SentencePiece model (GPT-2B, Llama 2)."""
 
     adds_bos = False
     is_continued = True  # text after a marker is inside the text
@@ -30,9 +29,7 @@ class SentencePieceTokenizer(BaseTokenizer):
         self.model = ModelProto.FromString(self.sp.serialized_model_proto())
         self.inner = processor(inside(self.model))
         if self.sp.eos_id() < 0:
-            raise UserError(
-                f"{path}: the model has no end-of-text piece, which training needs to end responses"
-            )
+            raise UserError(f"{path}: the model has no end-of-text piece, with which training ends responses")
         self.eos_id: int = self.sp.eos_id()
         self.bos_id: int | None = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
         self.pad_id: int = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos_id
@@ -97,9 +94,9 @@ class SentencePieceTokenizer(BaseTokenizer):
 
     def save(self, directory: Path) -> None:
         """Write the model, and its translation for transformers.AutoTokenizer (same ids)."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
-        sentencepiece_json.translate(self.model).save(str(Path(directory) / "tokenizer.json"))
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, directory / "tokenizer.model")
+        sentencepiece_json.translate(self.model).save(str(directory / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.sp.id_to_piece(self.eos_id),
@@ -109,10 +106,8 @@ class SentencePieceTokenizer(BaseTokenizer):
         }
         if self.bos_id is not None:
             config["bos_token"] = self.sp.id_to_piece(self.bos_id)
-        (Path(directory) / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2) + "\n", encoding="utf-8"
-        )
-        self.save_chat(Path(directory))
+        write_object(directory / "tokenizer_config.json", config)
+        self.save_chat(directory)
 
 
 def processor(model: ModelProto) -> sentencepiece.SentencePieceProcessor:

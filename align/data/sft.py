@@ -1,6 +1,5 @@
 """SFT files to examples, and the formats that a model was trained in."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Literal
 
 from align.data import row_counts, rows
 from align.data.formats import FormatConfig, add_bos, cut_end, format_parts, unescape
-from align.data.jsonl import BadRows, located, read_jsonl
+from align.data.jsonl import BadRows, located, read_jsonl, write_object
 from align.data.marker_chat import MarkerChat, RowFormats
 from align.data.packing import Example
 from align.data.tokenizer import Tokenizer
@@ -29,9 +28,7 @@ class TrainedFormat:
 
     def save(self, directory: Path) -> None:
         """Write prompt_format.json."""
-        (directory / "prompt_format.json").write_text(
-            json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8"
-        )
+        write_object(directory / "prompt_format.json", asdict(self))
 
 
 def adopt(
@@ -60,10 +57,6 @@ def adopt(
         )
     rows = formats.rows.most_common(1)[0][0]
     return TrainedFormat(rows, fmt.prompt_template, fmt.chat_tokens, fmt.add_bos, tokenizer.chat)
-
-
-# --------------------------------------------------------------------------------------------------
-# SFT rows to examples
 
 
 def load_sft(
@@ -120,7 +113,6 @@ def read_sft(
         row_counts.count_special(special_before, tokenizer, counts)
     counts.update(bad.counts())
     if not kept:
-        raise UserError(
-            f"{', '.join(map(str, paths))}: no row is left, all {counts['rows']} have their responses beyond "
-            f"--max-seq-len {fmt.max_seq_len}: raise it"
-        )
+        reason = f"have their responses beyond --max-seq-len {fmt.max_seq_len}: raise it"
+        files = ", ".join(map(str, paths))
+        raise UserError(f"{files}: no row is left, all {counts['rows']} {reason}")

@@ -33,9 +33,7 @@ def load_sft_sets(
 ) -> dict[str, list[Task]]:
     """Load the tasks of data sets, by name; `say` logs their number and the first prompt.
 
-    `row_formats` counts the formats of their rows.
-
-    Raises UserError as load_tasks and packing.check_ids do.
+    `row_formats` counts formats of rows. Raises UserError as load_tasks and packing.check_ids do.
     """
     sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, row_formats), say)
     packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
@@ -49,9 +47,8 @@ def load_tasks(
 ) -> tuple[list[Task], dict[str, int]]:
     """Load all tasks of these files, and counts for the log.
 
-    Counts: those of `sft.load_sft`, with tokens and trained_tokens of the tasks; dropped_without_prompt (rows
-    that SFT keeps, with nothing before the last response, or with its start beyond max_seq_len); tokens of
-    the longest prompt (longest_prompt).
+    Counts: as in `sft.load_sft`, and dropped_without_prompt (rows that SFT keeps, with nothing before the
+    last response, or with its start beyond max_seq_len), and longest_prompt in tokens.
     Raises UserError naming file and line for a wrong row, and if no task is left.
     """
     names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")
@@ -64,10 +61,11 @@ def load_tasks(
         else:
             counts["dropped_without_prompt"] += 1
     if not tasks:
-        raise UserError(
-            f"{', '.join(map(str, paths))}: no prompt is left, in all {counts['rows']} rows the last "
-            f"response begins beyond --max-seq-len {fmt.max_seq_len}, or nothing comes before it"
+        reason = (
+            f"in all {counts['rows']} rows the last response begins beyond --max-seq-len {fmt.max_seq_len}"
         )
+        files = ", ".join(map(str, paths))
+        raise UserError(f"{files}: no prompt is left, {reason}, or nothing comes before it")
     longest = max(len(task.prompt.ids) for task in tasks)
     counts |= row_counts.count_tokens([task.example for task in tasks])
     return tasks, counts | {"longest_prompt": longest}
@@ -79,8 +77,8 @@ def response_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatC
     # with loss_on "all", or with a response from token 0 on, which is never trained
     if trained[1]:
         normalised, _ = rows.sft_row(row, fmt.template_fields())
-        trained = formats.encode_row(normalised, tokenizer, replace(fmt, loss_on="answer"))[1]
-    starts = np.flatnonzero(np.diff(np.array(trained, np.int8), prepend=0) == 1)
+        trained = np.array(formats.encode_row(normalised, tokenizer, replace(fmt, loss_on="answer"))[1])
+    starts = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)
     if not len(starts):
         raise UserError("no prompt: the row has no response")
     return int(starts[-1])

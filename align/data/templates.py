@@ -13,10 +13,7 @@ class Template:
     """Text with variables {{ name }}, the spaces optional."""
 
     def __init__(self, path: Path, flag: str, names: Sequence[str]):
-        """Read the file, to the last line end.
-
-        Raises UserError, naming `flag`: it cannot be read, lacks one of `names`, or has another variable.
-        """
+        """Read a file, the value of `flag`. Raises UserError unless its variables are `names`."""
         try:
             self.text = Path(path).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -25,9 +22,8 @@ class Template:
         if missing := [name for name in names if name not in variables]:
             raise UserError(f"{flag} {path} lacks the variable {{{{ {missing[0]} }}}}")
         if unknown := [name for name in variables if name not in names]:
-            raise UserError(
-                f"{flag} {path} has the variable {{{{ {unknown[0]} }}}}: it may have {', '.join(names)}"
-            )
+            rule = f"it may have {', '.join(names)}"
+            raise UserError(f"{flag} {path} has the variable {{{{ {unknown[0]} }}}}: {rule}")
 
     def fill(self, **texts: str) -> str:
         """`fill` of the text."""

@@ -1,4 +1,4 @@
-"""Interface, flags and loading of a model's tokenizer.
+"""Flags and loading of a model's tokenizer.
 
 Two rules hold for every tokenizer. `encode` never adds a special token: the code that builds a sequence adds
 BOS and EOS. And pad may be the same id as end of text (GPT-2B, SmolLM2), so padding is never found by
@@ -7,50 +7,16 @@ BOS and EOS. And pad may be the same id as end of text (GPT-2B, SmolLM2), so pad
 
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal
 
 from align.data import marker_chat
-from align.data.marker_chat import MarkerChat
+from align.data.base_tokenizer import Tokenizer
 from align.errors import UserError
 
-if TYPE_CHECKING:
-    from align.data.base_tokenizer import BaseTokenizer
-
 CHECKED_TEXTS = 200  # the first texts of a run, whose ids must decode to them
-
-
-class Tokenizer(Protocol):
-    """Interface of HuggingFaceTokenizer and SentencePieceTokenizer."""
-
-    eos_id: int
-    bos_id: int | None
-    adds_bos: bool
-    vocab_size: int
-    stop_ids: set[int]
-    stop_strings: tuple[str, ...]
-    chat: MarkerChat | None
-    chat_template: str | dict[str, str] | None
-    texts_with_special: int
-    strings_with_special: int
-
-    @property
-    def ids_by_token(self) -> dict[str, int]: ...
-    def follow(self, chat: MarkerChat) -> None: ...
-    def hide(self, text: str) -> str: ...
-    def hide_in(self, value: Any) -> Any: ...
-    def hide_markers(self, markers: Sequence[str]) -> None: ...
-    def as_it_stands(self, text: str) -> str: ...
-    def template_reads(self, name: str) -> bool: ...
-    def encode(self, text: str, continued: bool = False) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def marked_responses(self, messages: list[dict], **variables: object) -> list[tuple[int, int]] | None: ...
-    def render(
-        self, messages: list[dict], add_generation_prompt: bool = False, **variables: object
-    ) -> str: ...
-    def save(self, directory: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -96,32 +62,27 @@ def load_tokenizer(
     say: Callable[[str], None] | None = None,
     config: TextConfig = TextConfig(),
     day: datetime.date | None = None,
-) -> "BaseTokenizer":
+) -> Tokenizer:
     """Load the tokenizer of a model directory or of a SentencePiece `.model` file; no code of it runs.
 
-    It renders the marker chat of the directory's prompt_format.json, if there is one. Raises UserError if
-    there is no tokenizer at `path`.
-
-    Args:
-        say: logs the date that the chat template writes, ids that differ from transformers', the first of
-            CHECKED_TEXTS texts that its ids do not decode to, and the first special token in a text.
-        day: the day on which the run began (default: today).
+    It renders the marker chat of the directory's prompt_format.json. `say` logs the date that the chat
+    template writes, ids that differ from transformers', the first of CHECKED_TEXTS texts that its ids do not
+    decode to, and the first special token in a text; `day`: on which the run began, today by default. Raises
+    UserError without a tokenizer.
     """
     from align.data.hf_tokenizer import HuggingFaceTokenizer  # here: transformers takes seconds to import
     from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
     path = Path(path)
     if path.suffix == ".model" and path.is_file():
-        tokenizer = SentencePieceTokenizer(path)
+        tokenizer: Tokenizer = SentencePieceTokenizer(path)
     elif any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = HuggingFaceTokenizer(path)
     elif (path / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
     else:
-        raise UserError(
-            f"{path} holds no tokenizer: name a directory with a tokenizer.json, or a SentencePiece .model "
-            "file"
-        )
+        rule = "name a directory with a tokenizer.json, or a SentencePiece .model file"
+        raise UserError(f"{path} holds no tokenizer: {rule}")
     if chat := path.is_dir() and marker_chat.read(path):
         tokenizer.follow(chat)
     tokenizer.special_tokens_in_text, tokenizer.variables = config.special_tokens_in_text, config.variables()

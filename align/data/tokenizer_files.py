@@ -8,31 +8,14 @@ import transformers
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from align.data.base_tokenizer import generation_stop_ids
+from align.data.jsonl import write_object
 from align.errors import UserError
-from align.files import read_object, shown
+from align.files import read_object
 
 JSON_FILES = (  # read by transformers, which refuses damaged ones with errors of its own
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
-
-
-def generation_stop_ids(directory: Path) -> set[int]:
-    """Stop ids of transformers: `eos_token_id`, one or several, of generation_config.json or config.json.
-
-    The second is read where the first is missing or names none; empty if both name none.
-    """
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        stop = read_object(path, required=False).get("eos_token_id")
-        if stop is None:
-            continue
-        ids = stop if isinstance(stop, list) else [stop]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(f"{path}: eos_token_id = {shown(stop)} must be a token id, or a list of them")
-        return set(ids)
-    return set()
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -48,23 +31,17 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 def read_hugging_face(directory: Path) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a directory by transformers."""
+    options = {"use_fast": True, "local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, use_fast=True, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(directory, **options)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{directory}: transformers cannot load its tokenizer: {error}") from error
 
 
 def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
-    """Add the tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks.
-
-    Raises UserError for a token whose id differs between the files.
-    """
-    config, added = (
-        read_object(directory / name, required=False)
-        for name in ("tokenizer_config.json", "added_tokens.json")
-    )
+    """Add tokens of tokenizer_config.json and added_tokens.json; UserError if an id differs between files."""
+    names = ("tokenizer_config.json", "added_tokens.json")
+    config, added = (read_object(directory / name, required=False) for name in names)
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     listed |= {i: {"content": token} for token, i in added.items() if i not in listed}
     for i, token in listed.items():
@@ -76,11 +53,9 @@ def add_configured_tokens(backend: tokenizers.Tokenizer, directory: Path) -> Non
             continue
         fields = {name: value for name, value in token.items() if name not in ("content", "__type")}
         backend.add_tokens([AddedToken(token["content"], **fields)])
-        if backend.token_to_id(token["content"]) != i:
-            raise UserError(
-                f"{directory}: token {token['content']!r} has the id {i} in tokenizer_config.json, and "
-                f"{backend.token_to_id(token['content'])} in tokenizer.json"
-            )
+        if (other := backend.token_to_id(token["content"])) != i:
+            ids = f"the id {i} in tokenizer_config.json, and {other} in tokenizer.json"
+            raise UserError(f"{directory}: token {token['content']!r} has {ids}")
 
 
 def save_pad_token(directory: Path) -> None:
@@ -96,11 +71,10 @@ def save_pad_token(directory: Path) -> None:
     spare = [i for i in (hf.pad_token_id, hf.unk_token_id, *special) if i not in {None, *ends}]
     pad_id = spare[0] if spare else None
     config = read_object(directory / "config.json") | {"pad_token_id": pad_id}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_object(directory / "config.json", config)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).is_file():
             fields = read_object(directory / name)
             fields["pad_token"] = None if pad_id is None else hf.convert_ids_to_tokens(pad_id)
-            (directory / name).write_text(
-                json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+            (directory / name).write_text(text, encoding="utf-8")

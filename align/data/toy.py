@@ -27,6 +27,7 @@ from align.data.templates import fill
 from align.errors import UserError
 from align.files import write_own
 
+Paths = tuple[tuple[Path, ...], tuple[Path, ...]]  # of --train-data and of --val-data
 LETTERS = "abcdefghij"
 SIZES = (3, 4, 5, 6)  # letters in one prompt
 NUM_PROMPTS = 720 + 5040 + 30240 + 151200  # ordered choices of 3, 4, 5, 6 out of 10
@@ -35,31 +36,23 @@ JUDGE_TEMPLATE = "judge: {{ prompt }} -> {{ response }}"
 META_TEMPLATE = "compare: {{ prompt }} -> {{ response }}\nA: {{ judgement_a }}\nB: {{ judgement_b }}"
 MISSING = "-"  # the letter in a judgement where the response is too short or too long
 # kinds of mistakes in a judgement, with their frequencies: those of the model are mostly of the first two
-MISTAKES = {"wanted": 50, "given": 25, "order": 15, "mark": 10}
+MISTAKES = {"right": 50, "response": 25, "order": 15, "mark": 10}
 # kinds of responses to judge, with their frequencies: the model's own are mostly right or one swap away, and
 # shuffled ones make it read the response
 FLAWS = {
-    "none": 20,
-    "swap": 25,
-    "swaps": 10,
-    "shuffled": 25,
-    "turned": 5,
-    "short": 4,
-    "long": 4,
-    "replaced": 7,
+    **{"none": 20, "swap": 25, "swaps": 10, "shuffled": 25},
+    **{"turned": 5, "short": 4, "long": 4, "replaced": 7},
 }
 
 
 def write(
     directory: Path, num_train: int = 4000, num_val: int = 200, mistakes: float = 0.4, seed: int = 1234
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+) -> Paths:
     """Write train.jsonl and val.jsonl, and return their paths for --train-data and --val-data."""
     return write_parts(directory, "", toy_rows(num_train, num_val, mistakes, seed))
 
 
-def write_comparisons(
-    directory: Path, num_train: int = 2000, num_val: int = 200, seed: int = 1234
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def write_comparisons(directory: Path, num_train: int = 2000, num_val: int = 200, seed: int = 1234) -> Paths:
     """Write train_comparisons.jsonl and val_comparisons.jsonl, and return their paths like `write`."""
     return write_parts(directory, "_comparisons", comparisons(num_train, num_val, seed))
 
@@ -72,9 +65,7 @@ def write_templates(directory: Path) -> tuple[Path, Path]:
     return paths
 
 
-def write_parts(
-    directory: Path, suffix: str, parts: tuple[list[dict], list[dict]]
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def write_parts(directory: Path, suffix: str, parts: tuple[list[dict], list[dict]]) -> Paths:
     """Write train{suffix}.jsonl and val{suffix}.jsonl, and return their paths."""
     paths = directory / f"train{suffix}.jsonl", directory / f"val{suffix}.jsonl"
     for path, rows in zip(paths, parts, strict=True):
@@ -96,8 +87,7 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
     wrong = set(rng.sample(range(num_train), round(mistakes * num_train)))
     rows = []
     for i, letters in enumerate(prompts):
-        right = sorted(letters)
-        response = swapped(right, rng) if i in wrong else right
+        response = swapped(sorted(letters), rng) if i in wrong else sorted(letters)
         rows.append({"messages": [question(letters), reply(response)]})
     return rows[:num_train], rows[num_train:]
 
@@ -105,17 +95,16 @@ def toy_rows(num_train: int, num_val: int, mistakes: float, seed: int) -> tuple[
 def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> tuple[list[dict], list[dict]]:
     """Pairs for training and validation: the right response over one with two neighbours swapped.
 
-    All prompts differ, also from the first `after` prompts of `toy_rows` with this seed (4200: those of
-    `write` with its defaults). Raises UserError if the task has too few prompts.
+    All prompts differ, also from the first `after` of `toy_rows` with this seed (4200: of `write` with its
+    defaults). Raises UserError if the task has too few prompts.
     """
     flags = f"--train-comparisons {num_train} and --val-comparisons {num_val} after {after} rows"
     check_count(after + num_train + num_val, flags)
     rng = random.Random(seed)
     rows = []
     for letters in draw_prompts(after + num_train + num_val, rng)[after:]:
-        right = sorted(letters)
+        task, right = question(letters), sorted(letters)
         wrong = swapped(right, rng)
-        task = question(letters)
         rewards = {"chosen_reward": 1.0, "rejected_reward": toy_score(task["content"], " ".join(wrong))}
         rows.append({"prompt": [task], "chosen": [reply(right)], "rejected": [reply(wrong)], **rewards})
     return rows[:num_train], rows[num_train:]
@@ -124,9 +113,8 @@ def comparisons(num_train: int, num_val: int, seed: int, after: int = 4200) -> t
 def judge_rows(num: int, seed: int, after: int = 6400) -> list[dict]:
     """Chats in which the assistant judges a response: JUDGE_TEMPLATE, then reasons and a score.
 
-    All prompts differ, also from the first `after` prompts of `toy_rows` and `comparisons` with this seed
-    (6400: those of `write` and `write_comparisons` with their defaults). Raises UserError if there are too
-    few.
+    All prompts differ, also from the first `after` of `toy_rows` and `comparisons` with this seed (6400: of
+    `write` and `write_comparisons` with their defaults). Raises UserError if there are too few.
     """
     rows = []
     for task, right, rng in tasks_to_judge(num, seed, after, f"--judge-rows {num}"):
@@ -189,14 +177,11 @@ def flawed(right: list[str], rng: random.Random) -> list[str]:
 def reasons(right: list[str], response: list[str]) -> str:
     """The judgement without its score: "Aa= Bc/ Cb/". Capitals are the right letters, in sorted order."""
     places = zip_longest(right, response, fillvalue=MISSING)
-    return " ".join(
-        f"{right_letter.upper()}{letter}{'=' if right_letter == letter else '/'}"
-        for right_letter, letter in places
-    )
+    return " ".join(f"{a.upper()}{b}{'=' if a == b else '/'}" for a, b in places)
 
 
 def judge_score(right: list[str], response: list[str]) -> int:
-    """The score of a judgement, from 0 to MAX_SCORE: `toy_score`, rounded."""
+    """The score of a judgement, from 0 to MAX_SCORE: `toy_score`, scaled and rounded."""
     return round(MAX_SCORE * toy_score("sort: " + " ".join(right), " ".join(response)))
 
 
@@ -204,9 +189,9 @@ def wrong_reasons(right: list[str], response: list[str], rng: random.Random) -> 
     """A judgement with one mistake: a letter in neither prompt nor response, a wrong order or mark."""
     [kind] = rng.choices(list(MISTAKES), list(MISTAKES.values()))
     i = rng.randrange(len(right))
-    if kind == "wanted":
+    if kind == "right":
         return reasons(sorted([*right[:i], other_letter(right, rng), *right[i + 1 :]]), response)
-    if kind == "given" and response:
+    if kind == "response" and response:
         i = rng.randrange(len(response))
         return reasons(right, [*response[:i], other_letter(response[i], rng), *response[i + 1 :]])
     if kind == "order":
@@ -229,8 +214,7 @@ def marked(judgement: str, wrong: str, winner: str) -> str:
 
 def chat(prompt: str, response: str) -> dict:
     """A row of one prompt and one response."""
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return {"messages": messages}
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
 
 
 def check_count(count: int, flags: str) -> None:

@@ -84,9 +84,6 @@ class JudgeConfig:
             raise UserError(f"--judge-low {self.judge_low} must be below --judge-high {self.judge_high}")
 
 
-# Prompts
-
-
 class Judge:
     """Judge prompts, and the scores in judgements."""
 
@@ -96,14 +93,11 @@ class Judge:
         self.template = Template(config.judge_template, "--judge-template", ("prompt", "response"))
 
     def prompt(self, row: dict, response: str) -> tuple[np.ndarray | None, bool]:
-        """The judge prompt of a response to an SFT row; True if the original was too long.
+        """The judge prompt of a response to an SFT row, [n] int32, n <= room; True if the whole is too long.
 
         A prompt that is too long has the last turn in place of the whole conversation, then a truncated
-        response.
-
-        Returns:
-            ids [n] int32, n <= room; None if not even a character of the response fits. That response is not
-            judged (NeMo-Aligner had a dummy question judged in its place, and the score counted).
+        response. None if not even a character of the response fits: that response is not judged (NeMo-Aligner
+        had a dummy question judged in its place, and the score counted).
         """
         conversation, turn = render.question(row, self.tokenizer, self.fmt)
         ids = self.encode(row, conversation, response)
@@ -121,11 +115,10 @@ class Judge:
     def check(self, row: dict) -> None:
         """Raise UserError if the template alone is too long, in the format of `row`."""
         if len(self.encode(row, "x", "x")) > self.room:
-            raise UserError(
-                f"--judge-template {self.config.judge_template} alone is longer than the {self.room} tokens "
-                "that --max-new-tokens leaves of the model's context (with --meta-judge, of half of "
-                "--micro-batch-tokens as well: judge prompts are trained on, in pairs)"
-            )
+            room = f"the {self.room} tokens that --max-new-tokens leaves of the model's context"
+            trained = "with --meta-judge, of half of --micro-batch-tokens as well: trained on in pairs"
+            flag = f"--judge-template {self.config.judge_template}"
+            raise UserError(f"{flag} alone is longer than {room} ({trained})")
 
     def encode(self, row: dict, question: str, response: str) -> np.ndarray:
         """Ids [n] int32 of a judge prompt of any length, in the format of `row`."""
@@ -135,17 +128,13 @@ class Judge:
     def scores(self, texts: Sequence[str | None], response: str) -> tuple[float | None, ...]:
         """Read the scores of judgements of a response; None for a judgement without one in range.
 
-        A judgement may quote a response that states a score. If the deciding statement of a judgement is in
-        the response, no judgement of it counts: the response can neither raise its score nor select its
-        judgements.
+        If the deciding statement of a judgement is in the response, as in a quotation, no judgement counts:
+        the response can neither raise its score nor select its judgements.
         """
         if any(text is not None and quotes(text, response) for text in texts):
             return (None,) * len(texts)
         low, high = self.config.judge_low, self.config.judge_high
         return tuple(None if text is None else parse_score(text, low, high) for text in texts)
-
-
-# Judgements
 
 
 def statements(text: str) -> list[re.Match]:
@@ -239,9 +228,6 @@ def statistics(judged: Iterable[Judged]) -> dict[str, float]:
     return {name: float(np.mean(numbers)) for name, numbers in values.items() if numbers}
 
 
-# The pair
-
-
 @dataclass(frozen=True)
 class Choice:
     """Numbers of the two responses to train on, or the reason for none."""
@@ -263,12 +249,8 @@ def choose(samples: Sequence[Sample], judged: Sequence[Judged], length_control: 
     the same response or have the same tokens ("identical"), and if the chosen one has the lower mean
     ("overlap"). The same response on both sides, or the lower mean chosen, is possible for rho >= 0.5 only.
     """
-    responses = enumerate(zip(samples, judged, strict=True))
-    means = {
-        k: scores.mean
-        for k, (sample, scores) in responses
-        if sample.finish == "stop" and scores.mean is not None
-    }
+    pairs = enumerate(zip(samples, judged, strict=True))
+    means = {k: j.mean for k, (sample, j) in pairs if sample.finish == "stop" and j.mean is not None}
     if len(means) < 2:
         return Choice(why="few")
     low, high = min(means.values()), max(means.values())

@@ -23,6 +23,7 @@ from align.flags import above, between, check_ranges, refuse_unused
 from align.judging import render
 from align.judging.judge import Judged
 
+Order = tuple[int, int]  # numbers of the judgements shown as A and as B
 NAMES = ("prompt", "response", "judgement_a", "judgement_b")  # variables of the template
 SAME = 1e-9  # nats; strengths that differ by less are equal: the solver's rounding is far below
 # "Winner:", "**Winner:**", "winner is"; an underscore may be markup, so \b would not do
@@ -61,9 +62,6 @@ class MetaJudgeConfig:
             refuse_unused(self, MetaJudgeConfig, names, "without --meta-judge")
 
 
-# Comparisons
-
-
 def usable(scores: Sequence[float | None], ended: Sequence[bool]) -> list[int]:
     """Numbers of the judgements of one response with a score and an end. Both arguments [judgements]."""
     pairs = enumerate(zip(scores, ended, strict=True))
@@ -71,14 +69,9 @@ def usable(scores: Sequence[float | None], ended: Sequence[bool]) -> list[int]:
 
 
 def candidate(judged: Sequence[Judged], ended: Sequence[Sequence[bool]]) -> int | None:
-    """Index of the response to meta-judge: the one whose scores have the highest variance.
+    """Index of the response to meta-judge: the first with the highest variance of usable scores.
 
-    Args:
-        judged: [responses]; no scores if not judged.
-        ended: [responses][judgements] True for a judgement that is not truncated.
-
-    Returns:
-        The first response with the highest variance of usable scores; None without a variance above 0.
+    None without a variance above 0. `judged`: [responses]; `ended`: [responses][judgements], not truncated.
     """
     variances = [  # exact but for one last rounding: equal scores give 0, and equal spreads a tie
         Judged(tuple(response.scores[i] for i in usable(response.scores, ends))).variance
@@ -88,15 +81,11 @@ def candidate(judged: Sequence[Judged], ended: Sequence[Sequence[bool]]) -> int 
     return variances.index(highest) if highest > 0 else None
 
 
-def comparisons(texts: Sequence[str | None]) -> list[tuple[int, int]]:
-    """Pairs of judgements to compare, as (shown as A, shown as B), the two orders of a pair side by side.
+def comparisons(texts: Sequence[str | None]) -> list[Order]:
+    """Pairs of judgements to compare, in both orders: (0, 1), (1, 0), (0, 2), (2, 0), ...
 
-    Args:
-        texts: [judgements] without their scores, which the comparison must not show; None: not usable.
-
-    Returns:
-        (0, 1), (1, 0), (0, 2), (2, 0), ... without pairs of equal texts and without empty texts, which were
-        scores only.
+    Without pairs of equal texts, and without empty ones, which were scores only. `texts`: [judgements]
+    without their scores, which the comparison must not show; None: not usable.
     """
     return [
         order
@@ -118,19 +107,15 @@ class MetaJudge:
         """Raise UserError if the template alone is too long, in the format of `row`."""
         text = self.template.fill(**dict.fromkeys(NAMES, "x"))
         if len(render.one_turn(row, text, self.tokenizer, self.fmt)) > self.room:
-            raise UserError(
-                f"--meta-judge-template {self.config.meta_judge_template} alone is longer than the "
-                f"{self.room} tokens that --max-new-tokens leaves of the model's context and of half of "
-                "--micro-batch-tokens"
-            )
+            room = f"the {self.room} tokens that --max-new-tokens leaves of the model's context"
+            flag = f"--meta-judge-template {self.config.meta_judge_template}"
+            raise UserError(f"{flag} alone is longer than {room} and of half of --micro-batch-tokens")
 
-    def prompts(
-        self, row: dict, response: str, texts: Sequence[str | None]
-    ) -> dict[tuple[int, int], np.ndarray]:
-        """Prompts of all comparisons of a response's judgements, [n] int32, by (shown as A, shown as B).
+    def prompts(self, row: dict, response: str, texts: Sequence[str | None]) -> dict[Order, np.ndarray]:
+        """Prompts of all comparisons of a response's judgements, [n] int32.
 
-        A pair is left out if one of its orders is too long, or if a text states a winner, which the verdict
-        could quote. `row`: of SFT data, the prompt of `response`; `texts`: as in `comparisons`.
+        Without pairs of which an order is too long, or a text states a winner, which the verdict could quote.
+        `row`: of SFT data, the prompt of `response`; `texts`: as in `comparisons`.
         """
         if STATEMENT.search(response):
             return {}
@@ -142,12 +127,8 @@ class MetaJudge:
             assert a is not None and b is not None
             text = self.template.fill(prompt=question, response=response, judgement_a=a, judgement_b=b)
             prompts[i, j] = render.one_turn(row, text, self.tokenizer, self.fmt)
-        return {
-            (i, j): ids for (i, j), ids in prompts.items() if max(len(ids), len(prompts[j, i])) <= self.room
-        }
-
-
-# Verdicts
+        fitting = {order for order, ids in prompts.items() if len(ids) <= self.room}
+        return {(i, j): prompts[i, j] for i, j in prompts if {(i, j), (j, i)} <= fitting}
 
 
 def parse_winner(text: str) -> str | None:
@@ -166,18 +147,11 @@ def parse_winner(text: str) -> str | None:
     return letters.pop() if len(letters) == 1 else None
 
 
-def tally(number: int, verdicts: Mapping[tuple[int, int], str | None]) -> np.ndarray:
-    """Count the wins of each judgement over each other.
+def tally(number: int, verdicts: Mapping[Order, str | None]) -> np.ndarray:
+    """Count the wins of each of n = `number` judgements: [n, n] float64, W[a, b] = wins of a over b.
 
-    A judgement wins if both orders prefer it. The same letter twice is a position bias: a tie. An order
-    without a clear verdict makes the comparison void.
-
-    Args:
-        number: n, of judgements.
-        verdicts: by (shown as A, shown as B) the winner's letter, None if unclear.
-
-    Returns:
-        [n, n] float64, W[a, b] = wins of a over b; of a tie each of the two has half.
+    A judgement wins if both orders prefer it. The same letter twice is a position bias: a tie, half a win for
+    each. An order without a clear verdict (None in `verdicts`) makes the comparison void.
     """
     wins = np.zeros((number, number))
     for (i, j), verdict in verdicts.items():
@@ -194,13 +168,8 @@ def bradley_terry(wins: np.ndarray, prior: float = 1.0) -> np.ndarray:
 
     The Gaussian prior keeps the strength of an undefeated player finite, and the maximum unique. Newton's
     method, in float64, until no part of the gradient is above 1e-12 of the number of games (or of 1).
-
-    Args:
-        wins: [n, n] W, wins of a over b, 0 or more.
-        prior: inverse variance of a strength, above 0.
-
-    Returns:
-        [n] t in nats, their mean 0; NaN for a player without any comparison.
+    `wins`: [n, n] W, 0 or more; `prior`: inverse variance of a strength, above 0. Returns [n] t in nats, of
+    mean 0; NaN for a player without any comparison.
     """
 
     def objective(t: np.ndarray) -> float:

@@ -4,7 +4,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,29 +51,15 @@ class SampledPair:
             "rejected_reward": self.rejected_reward,
         }
 
-    def record(self) -> dict:
-        """The pair as a JSON object."""
-        return {
-            **{name: getattr(self, name) for name in ("row", "chosen_reward", "rejected_reward", "gap")},
-            "ids": self.ids.tolist(),
-            **{name: sample_record(getattr(self, name)) for name in ("chosen", "rejected")},
-        }
-
 
 def pair_of(record: Mapping) -> SampledPair:
-    """The inverse of SampledPair.record."""
+    """A pair that `Buffer.save` has written."""
     samples = {name: sample_of(record[name]) for name in ("chosen", "rejected")}
     return SampledPair(**{**record, **samples, "ids": np.array(record["ids"], np.int32)})
 
 
-def sample_record(sample: Sample) -> dict:
-    """A sample as a JSON object; a float32 survives being written as a float64."""
-    arrays = {name: getattr(sample, name).tolist() for name in ("ids", "logprobs", "model_logprobs")}
-    return {**arrays, "finish": sample.finish}
-
-
 def sample_of(record: Mapping) -> Sample:
-    """The inverse of sample_record."""
+    """A sample that `Buffer.save` has written."""
     logprobs, model_logprobs = (np.array(record[x], np.float32) for x in ("logprobs", "model_logprobs"))
     return Sample(np.array(record["ids"], np.int32), logprobs, model_logprobs, record["finish"])
 
@@ -88,10 +74,9 @@ class Buffer:
         """
         self.classes, self.cap = range(math.floor(low), math.floor(high) + 1), cap
         if 1 / len(self.classes) >= cap:
-            raise UserError(
-                f"--meta-judge-class-cap {cap} must be above 1/{len(self.classes)}: --judge-low {low} to "
-                f"--judge-high {high} has {len(self.classes)} classes of scores"
-            )
+            number, scores = len(self.classes), f"--judge-low {low} to --judge-high {high}"
+            rule = f"must be above 1/{number}: {scores} has {number} classes of scores"
+            raise UserError(f"--meta-judge-class-cap {cap} {rule}")
         self.clear()
 
     def clear(self) -> None:
@@ -120,20 +105,17 @@ class Buffer:
         record = {
             "flags": dict(flags),
             "counts": {str(score): count for score, count in self.counts.items()},
-            "waiting": [pair.record() for pair in self.pairs],
+            "waiting": [asdict(pair) for pair in self.pairs],
         }
-        (checkpoint / STATE).write_text(json.dumps(record), encoding="utf-8")
+        # a float32 survives being written as a float64
+        (checkpoint / STATE).write_text(json.dumps(record, default=np.ndarray.tolist), encoding="utf-8")
 
     def load(self, checkpoint: Path, flags: Mapping[str, int]) -> None:
-        """Set a new buffer to the state of a checkpoint.
-
-        Raises UserError if it is of another script, or if `flags` differ from those of `save`.
-        """
+        """Read the state of a checkpoint. Raises UserError for another script's, or for other `flags`."""
         path = checkpoint / STATE
         if not path.is_file():
-            raise UserError(
-                f"{checkpoint} is none of train_self_reward.py: give another --output, or --no-resume"
-            )
+            rule = "give another --output, or --no-resume"
+            raise UserError(f"{checkpoint} is none of train_self_reward.py: {rule}")
         record = read_object(path)
         for name, value in flags.items():
             if value != record["flags"][name]:
@@ -149,12 +131,7 @@ def num_judgement_pairs(good: int, available: int, size: int, fraction: float) -
     """Number of judgement pairs in a batch: the largest m with m <= fraction min(size, good + m).
 
     They replace bad response pairs first, then good ones; the minimum is the number of trained pairs.
-
-    Args:
-        good: response pairs that can be trained.
-        available: judgement pairs in the buffer.
-        size: places in the batch.
-        fraction: --meta-judge-fraction.
+    `good`: trainable response pairs; `available`: judgement pairs in the buffer; `size`: pairs in a batch.
     """
     numbers = range(min(available, size) + 1)
     return max(m for m in numbers if m <= fraction * min(size, good + m) + 1e-9)  # 0.29 * 100 is below 29

@@ -33,11 +33,7 @@ class ReferenceModel:
         directory: Path,
         settings: tuple,
     ):
-        """
-        Args:
-            directory: of the samples, which outlive a crash.
-            settings: what samples depend on beside weights, prompts, streams and their number.
-        """
+        """`settings`: what samples, kept in `directory`, depend on beside weights, prompts and streams."""
         self.weights, self.policy, self.generator, self.phase = weights, policy, generator, phase
         self.directory, self.settings = directory, settings
         self.digest = rollout_cache.weights_digest(weights)
@@ -54,11 +50,9 @@ class ReferenceModel:
             with self.phase(kind), self.weights.swapped_into(self.policy.module):
                 return self.generator.generate(ids, streams, number)
 
-        settings = (*self.settings, number)
-        fingerprint = rollout_cache.fingerprint(self.digest, settings, ids, streams)
-        return rollout_cache.cached(
-            self.directory / f"step_{first:08d}_{kind}.safetensors", fingerprint, generate
-        )
+        fingerprint = rollout_cache.fingerprint(self.digest, (*self.settings, number), ids, streams)
+        path = self.directory / f"step_{first:08d}_{kind}.safetensors"
+        return rollout_cache.cached(path, fingerprint, generate)
 
     def logprobs(self, pairs: Sequence[SampledPair], config: BatchConfig) -> list[np.ndarray]:
         """Log-probs of each sample's tokens, by training's forward pass: chosen, rejected, chosen, ..."""

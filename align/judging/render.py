@@ -24,7 +24,8 @@ def one_turn(row: dict, text: str, tokenizer: Tokenizer, fmt: FormatConfig) -> n
     if "conversations" in row:
         markers = [formats.unescape(token) for token in fmt.chat_tokens]
         row = formats.hide_values(turn_of(row, text), tokenizer, markers)
-        ids = tokenizer.encode(text_before_response(row, fmt))
+        conversation, [(start, _)] = marker_chat.conversation_text(row, markers)
+        ids = tokenizer.encode(conversation[:start])
     else:
         pieces = formats.template_pieces(fmt.prompt_template)
         values = template_values(pieces, tokenizer.hide(text), fmt)
@@ -45,14 +46,6 @@ def turn_of(row: dict, text: str) -> dict:
     return {"system": "", "conversations": conversation, "mask": sorted(masked)}
 
 
-def text_before_response(row: dict, fmt: FormatConfig) -> str:
-    """The text of a `conversations` row up to the start of its only response."""
-    text, [(start, _)] = marker_chat.conversation_text(
-        row, [formats.unescape(token) for token in fmt.chat_tokens]
-    )
-    return text[:start]
-
-
 def last_response(turns: Sequence[int]) -> int:
     """The last of the numbers of response turns. Raises UserError without one."""
     if not turns:
@@ -63,11 +56,10 @@ def last_response(turns: Sequence[int]) -> int:
 def template_values(pieces: list[tuple[str, str]], text: str, fmt: FormatConfig) -> dict[str, str]:
     """`text` as the value of the one field before the response, which is empty. Raises UserError."""
     *prompt_fields, response_field = [field for _, field in pieces]
-    if len(set(prompt_fields)) != 1:
-        raise UserError(
-            f"--prompt-template {fmt.prompt_template!r} has {len(set(prompt_fields))} fields before the "
-            f"response {response_field!r}: a prompt of one text needs just one"
-        )
+    if (number := len(set(prompt_fields))) != 1:
+        flag = f"--prompt-template {fmt.prompt_template!r}"
+        before = f"{number} fields before the response {response_field!r}"
+        raise UserError(f"{flag} has {before}: a prompt of one text needs just one")
     return {response_field: "", prompt_fields[0]: text.strip(" ")}
 
 
@@ -84,7 +76,9 @@ def question(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> tuple[str, s
     elif "conversations" in row:
         turns = conversations_turns(row)
     else:
-        turns = [("", text_before_field(row, tokenizer, fmt))]
+        ids, trained, _ = formats.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
+        bos = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt))
+        turns = [("", tokenizer.decode(ids[len(bos) : trained.index(True)]).strip())]
     return as_text(turns), turns[-1][1]
 
 
@@ -112,10 +106,3 @@ def conversations_turns(row: dict) -> list[tuple[str, str]]:
     is_label = kind == "TEXT_TO_VALUE" and turns[end][2] is not None
     before = [(name, text) for name, text, _ in turns[: end + is_label]]
     return before or [(marker_chat.SYSTEM_ROLE, jsonl.text_field(row, "system"))]
-
-
-def text_before_field(row: dict, tokenizer: Tokenizer, fmt: FormatConfig) -> str:
-    """The text before the response of a --prompt-template row, without BOS."""
-    ids, trained, _ = formats.encode_row(row, tokenizer, replace(fmt, loss_on="answer"))
-    bos = formats.bos_prefix(tokenizer, formats.add_bos(tokenizer, fmt))
-    return tokenizer.decode(ids[len(bos) : trained.index(True)]).strip()

@@ -1,8 +1,8 @@
 """Self-rewarding: sample responses, judge them, compare the judgements, and build preference pairs.
 
 K responses to each prompt are sampled; each that ended is judged N times, and two of them become a pair to
-train on. The judgements of one response to a prompt are compared with one another, which gives a pair of
-judgements. The script samples, with the weights of its choice:
+train on. The judgements of one response to a prompt are compared, which gives a pair of judgements. The
+script samples, with the weights of its choice:
 
     sample(kind, ids, streams, number) -> samples by prompt
 
@@ -20,7 +20,7 @@ from align.data.tokenizer import Tokenizer
 from align.generation.rollout import Sample
 from align.judging import judge, meta_judge
 from align.judging.judge import Choice, Judge, Judged
-from align.judging.meta_judge import MetaJudge
+from align.judging.meta_judge import MetaJudge, Order
 from align.judging.pairs import SampledPair
 
 RESPONSE, JUDGEMENT, META_JUDGEMENT = 0, 1, 2  # stream ids of random numbers
@@ -48,15 +48,8 @@ class JudgedResponses:
             return None
         chosen, rejected = self.judged[choice.chosen].mean, self.judged[choice.rejected].mean
         assert chosen is not None and rejected is not None
-        return SampledPair(
-            row=self.row,
-            ids=self.task.prompt.ids,
-            chosen=self.samples[choice.chosen],
-            rejected=self.samples[choice.rejected],
-            chosen_reward=chosen,
-            rejected_reward=rejected,
-            gap=chosen - rejected,
-        )
+        samples = self.samples[choice.chosen], self.samples[choice.rejected]
+        return SampledPair(self.row, self.task.prompt.ids, *samples, chosen, rejected, gap=chosen - rejected)
 
     @property
     def row(self) -> int:
@@ -99,10 +92,7 @@ class SelfJudge:
     def responses(
         self, tasks: Sequence[Task], places: Sequence[tuple[int, ...]], number: int, sample: Sampler
     ) -> list[JudgedResponses]:
-        """Sample `number` responses to each task, and judge those that ended.
-
-        `places`: the stream id of each task; its last number is the row.
-        """
+        """Sample `number` responses to each task, and judge those that ended; `places`: stream ids."""
         streams: Streams = [(*place, RESPONSE, 0) for place in places]
         samples = sample("generate", [task.prompt.ids for task in tasks], streams, number)
         judge_prompts = {
@@ -114,21 +104,19 @@ class SelfJudge:
         ids = {key: prompt for key, (prompt, _) in judge_prompts.items() if prompt is not None}
         streams = [(*places[i], JUDGEMENT, k) for i, k in ids]
         judgements = dict(zip(ids, sample("judge", list(ids.values()), streams, self.number), strict=True))
-        results = []
-        for i, (task, place) in enumerate(zip(tasks, places, strict=True)):
-            keys = [(i, k) for k in range(number)]
-            results.append(
-                JudgedResponses(
-                    place=place,
-                    task=task,
-                    samples=samples[i],
-                    judge_prompts=[ids.get(key) for key in keys],
-                    shortened=[key in judge_prompts and judge_prompts[key][1] for key in keys],
-                    judgements=[judgements.get(key, []) for key in keys],
-                    judged=[self.judged(judgements.get(key, []), samples[i][key[1]]) for key in keys],
-                )
+        keys = [[(i, k) for k in range(number)] for i in range(len(tasks))]
+        return [
+            JudgedResponses(
+                place=places[i],
+                task=task,
+                samples=samples[i],
+                judge_prompts=[ids.get(key) for key in keys[i]],
+                shortened=[key in judge_prompts and judge_prompts[key][1] for key in keys[i]],
+                judgements=[judgements.get(key, []) for key in keys[i]],
+                judged=[self.judged(judgements.get(key, []), samples[i][key[1]]) for key in keys[i]],
             )
-        return results
+            for i, task in enumerate(tasks)
+        ]
 
     def judged(self, judgements: Sequence[Sample], response: Sample) -> Judged:
         """The scores of a response; a truncated judgement gives none."""
@@ -166,7 +154,7 @@ class SelfJudge:
             prompts |= {(i, *order): ids for order, ids in orders.items()}
         streams = [(*rollout[i].place, META_JUDGEMENT, a * self.number + b) for i, a, b in prompts]
         samples = sample("meta_judge", list(prompts.values()), streams, 1)
-        verdicts: dict[int, dict[tuple[int, int], str]] = {i: {} for i in candidates}
+        verdicts: dict[int, dict[Order, str]] = {i: {} for i in candidates}
         for (i, a, b), [verdict] in zip(prompts, samples, strict=True):
             verdicts[i][a, b] = self.text_of(verdict)
         return [ComparedJudgements(rollout[i], k, verdicts[i]) for i, k in candidates.items()]
@@ -178,10 +166,10 @@ class ComparedJudgements:
 
     responses: JudgedResponses
     response: int  # its number, k
-    verdicts: dict[tuple[int, int], str]  # by the judgements shown as A and as B
+    verdicts: dict[Order, str]
 
     @property
-    def winners(self) -> dict[tuple[int, int], str | None]:
+    def winners(self) -> dict[Order, str | None]:
         """The letter of each verdict."""
         return {order: meta_judge.parse_winner(text) for order, text in self.verdicts.items()}
 
@@ -199,17 +187,10 @@ class ComparedJudgements:
         if picked is None:
             return None
         best, worst = picked
-        ids, chosen_score, rejected_score = self.responses.judge_prompts[k], scores[best], scores[worst]
-        assert ids is not None and chosen_score is not None and rejected_score is not None
-        return SampledPair(
-            row=self.responses.row,
-            ids=ids,
-            chosen=judgements[best],
-            rejected=judgements[worst],
-            chosen_reward=chosen_score,
-            rejected_reward=rejected_score,
-            gap=float(strengths[best] - strengths[worst]),
-        )
+        ids, chosen, rejected = self.responses.judge_prompts[k], scores[best], scores[worst]
+        assert ids is not None and chosen is not None and rejected is not None
+        samples, gap = (judgements[best], judgements[worst]), float(strengths[best] - strengths[worst])
+        return SampledPair(self.responses.row, ids, *samples, chosen, rejected, gap)
 
     def table(self, name: str, text_of: Callable[[Sample], str]) -> list[dict]:
         """Every verdict, its winner, and the Elo ratings of the two judgements by all verdicts."""
@@ -231,9 +212,6 @@ class ComparedJudgements:
         ]
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------
-
-
 def statistics(
     rollout: Sequence[JudgedResponses], choices: Sequence[Choice], pairs: Sequence[SampledPair | None]
 ) -> dict[str, float]:
@@ -245,9 +223,7 @@ def statistics(
         "bad_ends_per_GBS": float(np.mean([sample.finish == "length" for sample in responses])),
         "bad_samples_per_GBS": float(np.mean([reason is not None for reason in reasons])),
         **{f"bad_{name}": float(np.mean([reason == name for reason in reasons])) for name in judge.REASONS},
-        "judge_asked": float(
-            np.mean([ids is not None for prompt in rollout for ids in prompt.judge_prompts])
-        ),
+        "judge_asked": float(np.mean([p is not None for prompt in rollout for p in prompt.judge_prompts])),
         "judge_shortened": float(np.mean([short for prompt in rollout for short in prompt.shortened])),
         **judge.statistics(judged for prompt in rollout for judged in prompt.judged),
         **pair_statistics([pair for pair in pairs if pair is not None]),

@@ -21,9 +21,8 @@ def reward(prompt: str, response: str, row: dict) -> float:
 
     limit = TIME_LIMIT_S if threading.current_thread() is threading.main_thread() else None
     kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    right, answer = (
-        parse(plain(text), kinds, parsing_timeout=limit) for text in (str(row["answer"]), response)
-    )
+    texts = (str(row["answer"]), response)
+    right, answer = (parse(plain(text), kinds, parsing_timeout=limit) for text in texts)
     return float(bool(answer) and verify(right, answer, timeout_seconds=limit))
 
 

@@ -6,6 +6,7 @@ Each is called with responses by prompt and returns rewards [prompts, responses]
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align.data import hub
+from align.data.jsonl import write_object
 from align.data.packing import BatchConfig
 from align.data.preferences import as_scored
 from align.data.prompts import Prompt
@@ -101,19 +103,19 @@ class RewardConfig:
         if self.reward_standardise == "off":
             return self
         path = hub.local_model(self.reward_model) / STATISTICS
+        flag = "--reward-standardise auto"
         if not path.is_file():
             raise UserError(
-                f"--reward-standardise auto: there is no {path}, which train_rm.py writes with each reward "
-                "model. Give --reward-mean and --reward-std instead: rewards_all_mean and rewards_all_std of "
-                "its validation, or what the reward model gives to responses of --model"
+                f"{flag}: there is no {path}, which train_rm.py writes with each reward model. Give "
+                "--reward-mean and --reward-std instead: rewards_all_mean and rewards_all_std of its "
+                "validation, or what the reward model gives to responses of --model"
             )
         try:
             mean, std = (float(json.loads(path.read_bytes())[name]) for name in ("mean", "std"))
             return replace(self, reward_standardise="off", reward_mean=mean, reward_std=std)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'--reward-standardise auto: {path} must hold numbers "mean" and "std", std above 0: {error}'
-            ) from error
+            rule = 'must hold numbers "mean" and "std", std above 0'
+            raise UserError(f"{flag}: {path} {rule}: {error}") from error
 
     def describe(self) -> str:
         """The parts of a reward, for the log."""
@@ -132,18 +134,15 @@ def load_scorer(
 ) -> Scorer:
     """Load a reward model or critic, one value per token; a language model gets a head of zeros.
 
-    Raises UserError, naming `flag`: several labels, or another tokenizer than the policy's, whose token ids
-    are its input.
+    Raises UserError, naming `flag`, for several labels or another tokenizer than the policy's.
     """
     config = replace(config, model=str(directory))
     start = architecture.read_config(config.path)
     if start.labels > 1:
         raise UserError(f"{flag} {directory} has {start.labels} labels: give a model with one")
     if load_tokenizer(config.path).ids_by_token != tokenizer.ids_by_token:
-        raise UserError(
-            f"{flag} {directory} has another tokenizer than --model: the sampled token ids would mean other "
-            "texts to it"
-        )
+        reason = "has another tokenizer than --model: the sampled token ids would mean other texts to it"
+        raise UserError(f"{flag} {directory} {reason}")
     arch = replace(start, labels=1)
     scorer = gpt.build_scorer(arch, config, layout)
     source = huggingface.open_source(config.path, arch if start.labels else start, layout.seed)
@@ -183,10 +182,9 @@ def warn_of_other_ends(reward: RewardConfig, tokenizer: Tokenizer, say: Callable
 def save_statistics(statistics: dict, directory: Path) -> None:
     """Write mean and standard deviation of a reward model's scores for `RewardConfig.with_statistics`.
 
-    A file of its own, since transformers would copy a field of config.json to every model derived from this
-    one, with other scores.
+    A file of its own: transformers would copy fields of config.json to models derived from this one.
     """
-    (directory / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    write_object(directory / STATISTICS, statistics)
 
 
 def reward_sources(
@@ -219,12 +217,7 @@ class RewardModel:
         tokenizer: Tokenizer,
         store: HostStore | None = None,
     ):
-        """
-        Args:
-            config: the policy's, for its precision and kernels.
-            tokenizer: the policy's.
-            store: destination of the offloaded weights.
-        """
+        """`config`, `tokenizer`: the policy's; `store`: destination of the offloaded weights."""
         assert reward.reward_model is not None
         self.reward, self.batch = reward, batch
         if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
@@ -243,10 +236,8 @@ class RewardModel:
         ]
         longest = max(example.num_inputs for responses in examples for example in responses)
         if longest > (context := self.scorer.arch.max_positions):
-            raise UserError(
-                f"--reward-model has a context of {context} tokens, prompt and response have {longest}: "
-                "lower --max-prompt-len or --max-new-tokens"
-            )
+            sizes = f"a context of {context} tokens, prompt and response have {longest}"
+            raise UserError(f"--reward-model has {sizes}: lower --max-prompt-len or --max-new-tokens")
         rows = batching.pack_responses(self.scorer, examples, self.batch)
         with self.weights.swapped_into(self.scorer):
             scores = batching.per_example_outputs(self.scorer, rows, self.batch)
@@ -260,19 +251,22 @@ class RewardFunction:
     """A function of the user's. Each response is scored once, by one of the ranks.
 
     Settings and random states of the training are restored after it. Its own random numbers are seeded by the
-    response and its place, in every layout.
+    response and its place, equal in every layout.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, stop: tuple[str, ...], flag: str = "--reward-fn"):
         """`name`: module:function, the module in the current directory or installed; `stop`: --stop."""
         self.flag, self.function = f"{flag} {name}", import_function(name, flag)
-        self.text, self.stop = tokenizer, stop
+        self.tokenizer, self.stop = tokenizer, stop
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
         """Rewards [prompts, responses]. Collective. Raises UserError for anything but a finite number."""
         with isolated(self.flag, RANDOM_STATES):  # once for all, since numpy's takes 0.2 ms
             part = self.part(prompts, samples)
-        return table(parallel.gather(part), samples)
+        rewards = np.full((len(samples), len(samples[0])), np.nan)
+        for i, k, reward in itertools.chain(*parallel.gather(part)):
+            rewards[i, k] = reward
+        return rewards
 
     def part(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[tuple]:
         """(prompt, response, reward) of this rank's share."""
@@ -280,16 +274,17 @@ class RewardFunction:
         rewards = []
         for i, k in places[dist.get_rank() :: dist.get_world_size()]:
             watchdog.tick(self.flag)
-            prompt, response = prompts[i], samples[i][k].text(self.text, self.stop)
+            prompt, response = prompts[i], samples[i][k].text(self.tokenizer, self.stop)
             row = copy.deepcopy(prompt.row)  # the function may change it
-            seed(zlib.crc32(samples[i][k].ids.tobytes(), i * len(samples[i]) + k))
+            seed = zlib.crc32(samples[i][k].ids.tobytes(), i * len(samples[i]) + k)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
             with isolated(self.flag, SETTINGS):
-                value = self.function(self.text.decode(prompt.ids.tolist()), response, row)
+                value = self.function(self.tokenizer.decode(prompt.ids.tolist()), response, row)
             if not isinstance(value, int | float | np.number) or not math.isfinite(value):
-                raise UserError(
-                    f"{self.flag} returned {value!r} for the response {response!r}: a reward is a finite "
-                    "number"
-                )
+                returned = f"returned {value!r} for the response {response!r}"
+                raise UserError(f"{self.flag} {returned}: a reward is a finite number")
             rewards.append((i, k, float(value)))
         return rewards
 
@@ -308,13 +303,6 @@ def isolated(flag: str, settings: Sequence[Setting]) -> Iterator[None]:
                 restore(value)
 
 
-def seed(number: int) -> None:
-    """Seed Python's, numpy's and torch's random numbers on the CPU."""
-    random.seed(number)
-    np.random.seed(number)
-    torch.default_generator.manual_seed(number)
-
-
 def import_function(name: str, flag: str = "--reward-fn") -> Function:
     """Import module:function, the value of `flag`. Raises UserError if it does not exist."""
     module, _, function = name.partition(":")
@@ -329,12 +317,3 @@ def import_function(name: str, flag: str = "--reward-fn") -> Function:
     if not callable(attribute):
         raise UserError(f"{flag} {name}: module {module!r} has no function {function!r}")
     return attribute
-
-
-def table(parts: Sequence[Sequence[tuple[int, int, float]]], samples: Sequence[Sequence]) -> np.ndarray:
-    """Arrange (prompt, response, reward) of all ranks as an array [prompts, responses]."""
-    rewards = np.full((len(samples), len(samples[0])), np.nan)
-    for part in parts:
-        for i, k, reward in part:
-            rewards[i, k] = reward
-    return rewards

@@ -864,5 +864,5 @@ def test_judge_refuses(tmp_path: Path):
     with pytest.raises(UserError, match=r"raw.jsonl:1: a row must have 'messages'"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")
     raw = write_rows(raw, [{"messages": [*asked["messages"], {"role": "assistant", "content": "y"}]}])
-    with pytest.raises(UserError, match="has 1 rows: an answer is judged beside another row's"):
+    with pytest.raises(UserError, match="has 1 rows: a response is judged beside another row's"):
         prepare_data.judge(raw, tmp_path / "out.jsonl")

@@ -38,7 +38,7 @@ def compiles(x: Tensor) -> bool:
 
 def compiled(function: Callable[..., T], backend: str | Callable = "inductor") -> Callable[..., T]:
     """Compile a function for any number of rows; `backend` is for tests."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    configure()
     # dynamic=False: kernels with fixed widths are faster; only the sizes marked below vary.
     kernel = torch.compile(function, dynamic=False, backend=backend)
 
@@ -51,3 +51,12 @@ def compiled(function: Callable[..., T], backend: str | Callable = "inductor") -
         return kernel(*arguments)
 
     return run
+
+
+def configure() -> None:
+    """Settings of torch.compile for functions of few shapes and any number of rows."""
+    import torch._inductor.config  # here: it takes a second, and CPU runs compile nothing
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    # Else the sums over rows and over columns of a norm's gradient are one kernel from 4,096 rows on only.
+    torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from align.kernels import fused
 from align.model import layers, logprobs
 from tests.support.lowering import lower
 
@@ -18,6 +19,16 @@ def test_norm_is_one_kernel():
     done = lower(layers.norm_and_scale.__wrapped__, X, ((H,), BF16), 1e-6)
     assert len(done.kernels) == 1
     assert sorted(done.buffers) == sorted([((T, H), BF16), ((T, 1), FP32)])
+
+
+@pytest.mark.parametrize("tokens", [1000, 4095, 8192])
+def test_the_gradient_of_a_norm_reads_its_inputs_once(tokens):
+    """One kernel and the sum of its parts, for a micro-batch of any size."""
+    fused.configure()
+    x = ((tokens, H), BF16)
+    done = lower(layers.norm_gradient.__wrapped__, x, x, ((H,), BF16), ((tokens, 1), FP32))
+    assert len(done.kernels) == 2
+    assert [buffer for buffer in done.buffers if buffer[0] == (tokens, H)] == [x]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def traced(function: Callable, *arguments: object) -> torch.fx.GraphModule:
         return lambda *inputs: [None] * len(graph.graph.output_node().args[0])
 
     backend = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table())
+    torch._dynamo.reset()
     torch.compile(function, dynamic=False, backend=backend)(*arguments)
     return graphs[0]
 

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -200,14 +201,6 @@ class Config(CommonConfig):
         epochs = range(self.ppo_epochs)
         return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
 
-    def scores_and_counted(self, sampled: Rollout) -> tuple[Tensor, Tensor]:
-        """Scores [A] less --truncated-penalty, and [A] bool, responses that the policy learns from."""
-        scores = torch.from_numpy(sampled.rewards).view(-1)
-        is_truncated = torch.tensor([sample.finish != "stop" for sample in sampled.responses])
-        if self.truncated == "penalise":
-            scores = scores - self.truncated_penalty * is_truncated.double()
-        return scores, ~is_truncated if self.truncated == "mask" else torch.ones_like(is_truncated)
-
     def estimate_advantages(self, rewards: Tensor, lengths: list[int], counted: Tensor) -> Tensor:
         """Advantages [N], not whitened.
 
@@ -267,7 +260,7 @@ def main(config: Config) -> None:
         with phase("generate", policy="weights"):
             samples = generator.generate([prompt.ids for prompt in chosen], streams, num_samples)
         with phase("score"):
-            scores = sum(judge(chosen, samples) for judge in judges)
+            scores = np.asarray(sum(judge(chosen, samples) for judge in judges))
         return Rollout(numbers, chosen, samples, scores)
 
     def validate(step: int) -> dict[str, float]:
@@ -291,7 +284,7 @@ def main(config: Config) -> None:
         return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
     def update(
-        loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: list[float], lr: float
+        loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: Sequence[float], lr: float
     ) -> list[dict[str, float]]:
         """One update for each minibatch that has a gradient."""
         updates = []
@@ -331,11 +324,12 @@ def main(config: Config) -> None:
         metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
 
         # rewards and advantages, [N]
-        scores, counted = config.scores_and_counted(sampled)  # [A]
+        scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages = config.estimate_advantages(rewards, lengths, counted)
-        statistics = sampled.statistics() | {
+        statistics: dict[str, float | Tensor] = {
+            **sampled.statistics(),
             "rollout_size": len(lengths),
             "rewards_with_kl": per_response(rewards, lengths).mean(),
             **moments("advantages", advantages),

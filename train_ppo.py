@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
+import numpy as np
 import tyro
 from torch import Tensor
 
@@ -204,14 +204,6 @@ class Config(CommonConfig):
         epochs = range(self.ppo_epochs)
         return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
 
-    def scores_and_counted(self, sampled: Rollout) -> tuple[Tensor, Tensor]:
-        """Scores [A] less --truncated-penalty, and [A] bool, responses that the policy learns from."""
-        scores = torch.from_numpy(sampled.rewards).view(-1)
-        is_truncated = torch.tensor([sample.finish != "stop" for sample in sampled.responses])
-        if self.truncated == "penalise":
-            scores = scores - self.truncated_penalty * is_truncated.double()
-        return scores, ~is_truncated if self.truncated == "mask" else torch.ones_like(is_truncated)
-
 
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
@@ -273,7 +265,7 @@ def main(config: Config) -> None:
         with phase("generate", policy="weights"):
             samples = generator.generate([prompt.ids for prompt in chosen], streams, num_samples)
         with phase("score"):
-            scores = sum(judge(chosen, samples) for judge in judges)
+            scores = np.asarray(sum(judge(chosen, samples) for judge in judges))
         return Rollout(numbers, chosen, samples, scores)
 
     def validate(step: int) -> dict[str, float]:
@@ -301,7 +293,7 @@ def main(config: Config) -> None:
         return rl.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
 
     def update(
-        name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: list[float], lr: float
+        name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: Sequence[float], lr: float
     ) -> list[dict[str, float]]:
         """One update of a model for each minibatch that has a gradient."""
         model, its_optimizer = trained[name]
@@ -344,11 +336,12 @@ def main(config: Config) -> None:
         metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
 
         # rewards, advantages and returns, [N]
-        scores, counted = config.scores_and_counted(sampled)  # [A]
+        scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages, returns = rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
-        statistics = sampled.statistics() | {
+        statistics: dict[str, float | Tensor] = {
+            **sampled.statistics(),
             "rollout_size": len(lengths),
             "rewards_with_kl": per_response(rewards, lengths).mean(),
             **moments("advantages", advantages),

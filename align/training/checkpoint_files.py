@@ -19,7 +19,7 @@ import xxhash
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from align.distributed import parallel
-from align.errors import UserError
+from align.errors import UserError, summary
 from align.files import read_object
 
 METADATA = "torch.distributed.checkpoint"
@@ -73,18 +73,13 @@ def check_pickles(folder: Path) -> None:
                     content = file.read(place.length)
                 torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except ERRORS as error:
-        raise UserError(f"{path} is damaged, or not of a checkpoint: {one_line(error)}") from error
+        raise UserError(f"{path} is damaged, or not of a checkpoint: {summary(error)}") from error
 
 
 ERRORS = (  # of pickles that are truncated, or of another kind
     *(OSError, EOFError, pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile),
     *(AttributeError, IndexError, KeyError, TypeError, ValueError, MemoryError),
 )
-
-
-def one_line(error: Exception) -> str:
-    """The first sentence of an error's message."""
-    return re.split(r"\n|(?<=\.) ", str(error).strip() or type(error).__name__)[0]
 
 
 # ---- state.json ----------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def main() -> None:
     answers = {stage: generate(OUTPUT / stage, val, OUTPUT / stage / "answers.jsonl", 1) for stage in stages}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
     to_judge = generate(SFT, val, SFT / "four_answers.jsonl", 4)
-    questions, judged = [prompt for prompt in prompts for _ in range(4)], sum(to_judge, [])
+    questions = [prompt for prompt in prompts for _ in range(4)]
+    judged = [response for responses in to_judge for response in responses]
     agreement = {stage: judge(OUTPUT / stage, questions, judged) for stage in JUDGES}
 
     print("\nstage        seconds  validation                    score of responses (1: all right)")
@@ -110,10 +111,10 @@ def main() -> None:
 
 def command(*words: object) -> float:
     """Print a command, run it, and return how many seconds it took; stop if it fails."""
-    words = [str(word) for word in words]
-    print("\n$ " + " ".join(words).replace(sys.executable, "python"), flush=True)
+    arguments = [str(word) for word in words]
+    print("\n$ " + " ".join(arguments).replace(sys.executable, "python"), flush=True)
     start = time.monotonic()
-    if status := subprocess.run(words).returncode:
+    if status := subprocess.run(arguments).returncode:
         sys.exit(status)
     return time.monotonic() - start
 
@@ -121,8 +122,8 @@ def command(*words: object) -> float:
 def first_and_last(directory: Path) -> str:
     """Main metric of a stage's first and last validation."""
     metric = METRICS.get(directory.name, "val_rollouts/rewards")
-    found = curve(directory, metric)
-    return f"{metric.split('/')[1]} {found[0]:.3f} -> {found[-1]:.3f}"
+    values = curve(directory, metric)
+    return f"{metric.split('/')[1]} {values[0]:.3f} -> {values[-1]:.3f}"
 
 
 def curve(directory: Path, metric: str) -> list[float]:
@@ -133,24 +134,16 @@ def curve(directory: Path, metric: str) -> list[float]:
 
 def judge(directory: Path, questions: list[str], answers: list[str]) -> float:
     """Pearson correlation of a stage's judgements, three of each response, with the true scores."""
-    asked = [
-        fill(JUDGE_TEMPLATE, {"prompt": question, "response": answer})
-        for question, answer in zip(questions, answers, strict=True)
-    ]
     path = directory / "to_judge.jsonl"
-    path.write_text(
-        "".join(json.dumps({"messages": [question_of(text)]}) + "\n" for text in asked), encoding="utf-8"
-    )
-    said = generate(directory, path, directory / "judgements.jsonl", 3)
-    judged = [Judged(tuple(parse_score(text, 0, MAX_SCORE) for text in texts)) for texts in said]
-    true = [toy_score(question, answer) for question, answer in zip(questions, answers, strict=True)]
-    known = [i for i, each in enumerate(judged) if each.valid]
-    return np.corrcoef([judged[i].mean for i in known], [true[i] for i in known])[0, 1]
-
-
-def question_of(text: str) -> dict[str, str]:
-    """The user's message."""
-    return {"role": "user", "content": text}
+    with open(path, "w", encoding="utf-8") as file:
+        for question, answer in zip(questions, answers, strict=True):
+            text = fill(JUDGE_TEMPLATE, {"prompt": question, "response": answer})
+            file.write(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n")
+    judgements = generate(directory, path, directory / "judgements.jsonl", 3)
+    judged = [Judged(tuple(parse_score(text, 0, MAX_SCORE) for text in texts)) for texts in judgements]
+    pairs = zip(judged, score(questions, answers), strict=True)
+    known = [(judgement.mean, true) for judgement, true in pairs if judgement.mean is not None]
+    return np.corrcoef(known, rowvar=False)[0, 1]
 
 
 def generate(directory: Path, prompts: Path, output: Path, number: int) -> list:

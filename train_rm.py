@@ -118,7 +118,7 @@ def main(config: Config) -> None:
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
 
-    def load(files: Sequence[Path], name: str) -> Rows:
+    def load(files: list[Path], name: str) -> Rows:
         if config.loss == "ranking":
             pairs, counts = preferences.load_pairs(files, tokenizer, config.format, text_lines=True)
             examples = [tuple(map(preferences.as_scored, pair.examples)) for pair in pairs]
@@ -185,7 +185,7 @@ def main(config: Config) -> None:
 
     def evaluate(sets: dict[str, Rows]) -> dict[str, float]:
         """Metrics of some data sets, `name/metric`."""
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, data in sets.items():
             rows = range(len(data.examples))[slice(None) if name in test else config.val_rows()]
             metrics |= {f"{name}/{metric}": value for metric, value in metrics_of(name, data, rows).items()}

@@ -192,9 +192,9 @@ def main(config: Config) -> None:
         streams = [(*stream, number) for number in numbers]
         samples = generator.generate([prompt.ids for prompt in chosen], streams, num_samples)
         clock.lap("generate")
-        sampled = Rollout(numbers, chosen, samples, sum(judge(chosen, samples) for judge in judges))
+        scores = np.asarray(sum(judge(chosen, samples) for judge in judges))
         clock.lap("score")
-        return sampled
+        return Rollout(numbers, chosen, samples, scores)
 
     def validate(step: int) -> dict[str, float]:
         """Rewards of one response to each validation prompt, each time with the same random numbers."""

@@ -84,9 +84,10 @@ def field_docstrings(config_class: type) -> dict[str, str]:
     texts = {}
     for base in reversed(config_class.__mro__[:-1]):
         [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
         for above, node in zip(definition.body, definition.body[1:], strict=False):
             if isinstance(above, ast.AnnAssign) and isinstance(node, ast.Expr):
-                texts[above.target.id] = " ".join(ast.literal_eval(node.value).split())
+                texts[ast.unparse(above.target)] = " ".join(ast.literal_eval(node.value).split())
     return texts
 
 

@@ -19,7 +19,7 @@ def micro_batches(
     model: DistributedDataParallel,
     rows: Sequence[Sequence[Example]],
     config: BatchConfig,
-    values: Mapping[str, Sequence[np.ndarray]] | None = None,
+    values: Mapping[str, Sequence[np.ndarray] | np.ndarray] | None = None,
 ) -> list[Batch]:
     """Pack this data parallel rank's share of some rows, on its device.
 
@@ -51,7 +51,8 @@ def pack_responses(
     model: DistributedDataParallel, prompts: Sequence[Sequence[Example]], config: BatchConfig
 ) -> list[list[Example]]:
     """Group the responses to each prompt, in their order, in rows that fill a micro-batch."""
-    shares, rows = not unwrap_model(model).te, []
+    shares = not unwrap_model(model).te
+    rows: list[list[Example]] = []
     for responses in prompts:
         room = 0
         for example in responses:
@@ -79,8 +80,9 @@ def per_example_outputs(
         "number": [np.arange(*span) for span in zip(ends, ends[1:], strict=False)],
         "trained": [np.array([example.trained.sum() for example in row]) for row in rows],
     }
-    batches, own_outputs = micro_batches(model, rows, config, values), {}
+    batches = micro_batches(model, rows, config, values)
     outputs = engine.outputs(model, batches, lambda batch, output: output[batch.mask.bool()])
+    own_outputs: dict[int, np.ndarray] = {}
     for batch, output in zip(batches, outputs, strict=True):
         parts = [part.numpy() for part in output.cpu().split(batch.extra["trained"].tolist())]
         own_outputs |= dict(zip(batch.extra["number"].tolist(), parts, strict=True))

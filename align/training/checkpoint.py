@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
 
 from align.distributed import megatron_patches, parallel, watchdog
 from align.errors import UserError
@@ -179,7 +179,7 @@ def write(path: Path, step: int, model: DistributedDataParallel, optimizer: Mega
     write_state(path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step})
 
 
-def write_weights(path: Path, model: nn.Module) -> None:
+def write_weights(path: Path, model: MegatronModule) -> None:
     """Write a model's weights only, for `load_weights`. Collective."""
     write_state(path, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
 
@@ -229,7 +229,7 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
         set_rng_state(state["rng"])
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: Path, model: MegatronModule) -> None:
     """Load the weights of a model that is not trained, from any layout and precision. Collective.
 
     Raises:
@@ -239,7 +239,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     fill(model, dist_checkpointing.load(template, str(path))["model"])
 
 
-def fill(model: nn.Module, state: dict) -> None:
+def fill(model: MegatronModule, state: dict) -> None:
     """Copy loaded tensors to a model; every weight must be among them."""
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert not [name for name in missing if "_extra_state" not in name], missing
@@ -298,10 +298,10 @@ def sharding_metadata() -> dict:
 
 def rng_state() -> ShardedObject:
     """Random states of this rank, of every kind."""
-    numpy_kind, numpy_keys, *numpy_rest = np.random.get_state()
+    numpy_state = np.random.get_state()  # kind, keys, ...
     state = {
         "python": random.getstate(),
-        "numpy": (numpy_kind, numpy_keys.tolist(), *numpy_rest),
+        "numpy": tuple(part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": get_cuda_rng_tracker().get_states(),
@@ -322,13 +322,10 @@ def set_rng_state(state: dict) -> None:
 def prune(directory: Path, config: CheckpointConfig) -> None:
     """Delete all checkpoints but the newest and the best --save-top-k; of equal ones the oldest is best."""
     states = {path: read_state(path) for path in complete_checkpoints(directory) if is_checkpoint(path)}
-    last = newest(directory)
-    check_monitor(config, states[last]["metrics"])
-    values = {
-        path: state["metrics"][config.metric]
-        for path, state in states.items()
-        if config.metric in state["metrics"]
-    }
-    best = sorted(values, key=values.get, reverse="loss" not in config.metric)[: config.save_top_k]
-    for path in set(states) - set(best) - {last}:
+    metrics = {path: state["metrics"] for path, state in states.items()}
+    last = max(metrics)
+    check_monitor(config, metrics[last])
+    ranked = [path for path in metrics if config.metric in metrics[path]]
+    ranked.sort(key=lambda path: metrics[path][config.metric], reverse="loss" not in config.metric)
+    for path in set(metrics) - set(ranked[: config.save_top_k]) - {last}:
         delete_checkpoint(path)

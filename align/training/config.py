@@ -1,6 +1,6 @@
 """Flags that every script has, the number of steps, and the steps that validate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,12 @@ class CommonConfig:
 
     def files(
         self, write_toy: Callable[[Path], tuple[tuple[Path, ...], tuple[Path, ...]]]
-    ) -> dict[str, Sequence[Path]]:
+    ) -> dict[str, list[Path]]:
         """Files of "train" and "val"; without --train-data a toy task's, in OUTPUT/data. Collective."""
         train, val = self.train_data, self.val_data
         if not train:
             train, val = parallel.on_main(lambda: write_toy(self.run.output / "data"))
-        return {"train": train, "val": val}
+        return {"train": list(train), "val": list(val)}
 
     @property
     def rows_per_step(self) -> int:

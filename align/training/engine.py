@@ -159,7 +159,7 @@ def whole_sequence(output: Tensor) -> Tensor:
 
 def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[str, float]:
     """Sum over micro-batches and data parallel ranks, divide, and broadcast to every stage."""
-    result: list[dict[str, float] | None] = [None]
+    result: list[dict[str, float]] = [{}]
     local_loss = 0.0
     if mpu.is_pipeline_last_stage():
         names = list(parts[0])

@@ -68,7 +68,8 @@ class Minibatches:
 
         Computed in the micro-batches of the first epoch: with the same bits as in its first update.
         """
-        parts, rows = [], iter(self.rows)
+        parts: list[np.ndarray] = []
+        rows = iter(self.rows)
         while len(parts) < len(self.lengths):
             parts += batching.per_example_outputs(model, next(rows), self.config)
         return torch.from_numpy(np.concatenate(parts)).double()

@@ -20,7 +20,8 @@ class HostStore:
 
     def __init__(self, directory: Path | None = None):
         """`directory`: for the files, which have no names; None: tensors of a CPU are copied in memory."""
-        self.directory, self.mapped = directory, []
+        self.directory = directory
+        self.mapped: list[Tensor] = []
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.distributed import DistributedDataParallel
 
-from align.data.hf_tokenizer import HuggingFaceTokenizer
-from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from align.data.base_tokenizer import BaseTokenizer as Tokenizer
 from align.data.tokenizer import load_tokenizer
 from align.distributed import parallel
 from align.model import huggingface
@@ -31,11 +30,9 @@ from align.training.config import CommonConfig
 from align.training.offload import HostStore
 from align.training.phases import OffloadConfig, Phases
 
-Tokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
-
 
 class Session:
-    """One run of a script, from the check of its flags to OUTPUT/hf. Every method is collective.
+    """One run of a script, from the check of its flags to OUTPUT/hf. Collective but for `say`, `samples`.
 
     Attributes:
         step: the step under way, from 0; before the first one, the number of finished steps.
@@ -49,7 +46,8 @@ class Session:
         self.stop = parallel.Stop(config.loop.max_time)
         self.run = Run(config.run, asdict(config), script, parallel.is_main())
         self.say, self.samples = self.run.say, self.run.samples
-        self.clock, self.phases = Clock(), None
+        self.clock = Clock()
+        self.phases: Phases | None = None
         self.step = self.total_steps = 0
         self.latest: dict[str, float] = {}
         self.reason: str | None = None  # to end before the last step
@@ -57,8 +55,8 @@ class Session:
     def offload(self, config: OffloadConfig) -> tuple[Phases, HostStore]:
         """Measure the run by phases, which offload what they do not need; for scripts of several models."""
         store = config.store(self.config.run.output)
-        self.phases = Phases(self.clock, self.say, store, config.enabled)
-        return self.phases, store
+        phases = self.phases = Phases(self.clock, self.say, store, config.enabled)
+        return phases, store
 
     def phase(self, name: str, **needs: str) -> AbstractContextManager:
         """A phase of `offload`; without it nothing."""

@@ -34,6 +34,7 @@ from align.files import read_object
 from align.flags import COUNT_OR_0, check_ranges
 from align.tracking.output import complete_checkpoints, delete_checkpoint
 from align.training import checkpoint_files, optim
+from align.training.checkpoint_files import read_state
 
 Trained = dict[str, tuple[DistributedDataParallel, MegatronOptimizer]]  # models in training, by name
 
@@ -87,17 +88,10 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 def resume(
     path: Path | None, trained: Trained, phase: Callable[..., AbstractContextManager]
 ) -> tuple[int, dict[str, float]]:
-    """Load a checkpoint, or start at step 0 without one. Collective.
+    """Load a checkpoint, or start at step 0 without one: finished steps, and the metrics then. Collective.
 
-    Args:
-        trained: models in training, by name.
-        phase: makes a context for the loading of each, as `Session.phase` does.
-
-    Returns:
-        The number of finished steps, and the metrics known then.
-
-    Raises:
-        UserError: the checkpoint does not hold one of the models.
+    `phase`: makes a context for the loading of each model, as `Session.phase` does. Raises UserError if the
+    checkpoint lacks a model.
     """
     if path is None:
         return 0, {}
@@ -117,16 +111,8 @@ def folder_of(name: str, trained: Trained, directory: Path) -> Path:
     return directory if name == next(iter(trained)) else directory / name
 
 
-def read_state(path: Path) -> dict:
-    """Read the state.json of a checkpoint. Raises UserError if it is damaged."""
-    return checkpoint_files.read_state(path / "state.json")
-
-
 def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
-    """Checkpoint that a run continues from. Collective.
-
-    Raises UserError if --resume-from is none of this run's.
-    """
+    """Checkpoint that a run continues from. Raises UserError for --resume-from another run's. Collective."""
     paths = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
     if config.resume_from is None:
         return paths[-1] if paths and config.resume else None
@@ -167,7 +153,7 @@ def saving(
     files = checkpoint_files.checksums(unfinished)
     if parallel.is_main():
         state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": metrics}
-        checkpoint_files.write_state(unfinished / "state.json", state | {"files": files})
+        checkpoint_files.write_state(unfinished, state | {"files": files})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(unfinished, path)
         prune(path.parent, config)
@@ -200,11 +186,8 @@ def write_state(path: Path, state: dict) -> None:
 def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> None:
     """Load model and optimizer from `write`'s directory, of any layout. Collective.
 
-    Args:
-        same_layout: the layout is the present one, so that the random states apply.
-
-    Raises:
-        an error of Megatron's with the name of an item that the checkpoint lacks.
+    `same_layout`: the layout is the present one, so that the random states apply. An item that the checkpoint
+    lacks is an error of Megatron's with its name.
     """
     for adam in optim.adams(optimizer):
         # torch's AdamW has no state to load into before its first step
@@ -230,11 +213,7 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
 
 
 def load_weights(path: Path, model: MegatronModule) -> None:
-    """Load the weights of a model that is not trained, from any layout and precision. Collective.
-
-    Raises:
-        an error of Megatron's with the name of an item that the checkpoint lacks.
-    """
+    """Load the weights of a model that is not trained, from any layout and precision. Collective."""
     template = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
     fill(model, dist_checkpointing.load(template, str(path))["model"])
 
@@ -259,9 +238,7 @@ def run_flags(path: Path) -> dict:
     """Flags of a checkpoint's run. Raises UserError without its config.json."""
     config = path.resolve().parent.parent / "config.json"  # OUTPUT/config.json
     if not config.is_file():
-        raise UserError(
-            f"--model {path}: {config}, which says what model this is a checkpoint of, is missing"
-        )
+        raise UserError(f"--model {path}: {config}, which names the model of the checkpoint, is missing")
     return read_object(config).get("flags", {})
 
 
@@ -270,20 +247,13 @@ def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, 
     metadata = sharding_metadata()
     model_state = model.module.sharded_state_dict(metadata=metadata)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    drop_absent_state(optimizer_state)
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
-def drop_absent_state(optimizer_state: dict) -> None:
-    """Delete Megatron's None for main weights and moments on ranks that do not save them.
-
-    The first data parallel rank saves them. Megatron treats the None of the others as a value of all ranks,
-    and warns at each save that rank 0 has none.
-    """
+    # The first data parallel rank saves main weights and moments. Megatron treats the None of the others as a
+    # value of all ranks, and warns at each save that rank 0 has none.
     chained = [part for part in optimizer_state.values() if isinstance(part, dict)]
     for part in (optimizer_state, *chained):
         if part.get("param_state", part) is None:
             del part["param_state"]
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def sharding_metadata() -> dict:

@@ -15,6 +15,7 @@ import numpy as np
 
 from align.data.packing import data_order, global_batch
 from align.errors import UserError
+from align.flags import flag_of
 from align.tracking.output import complete_checkpoints
 from align.tracking.run import flatten
 from align.training import checkpoint, checkpoint_files
@@ -69,7 +70,7 @@ class Continuation:
 
 
 def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
-    """Identity of a run: script, flags and rows; `rows`: token ids of each row's sequences."""
+    """Identity of a run: script (its `__file__`), flags and rows (the token ids of each row's sequences)."""
     flags = json.loads(json.dumps(flatten(asdict(config)), default=str))  # as they read back
     return {
         "script": Path(script).name,
@@ -83,15 +84,9 @@ def find(
 ) -> Continuation:
     """Find the checkpoint that a run continues from, and compare its identity. Collective.
 
-    After a change of the data with --resume-with-changes a new pass over the rows begins.
-
-    Args:
-        script: the script's `__file__`.
-        rows: the token ids of each training row's sequences.
-
-    Raises:
-        UserError: something has changed without --resume-with-changes; the script has; more steps are
-            finished than the flags ask for.
+    After a change of the data with --resume-with-changes a new pass over the rows begins. `rows`: as in
+    `identity`. Raises UserError for another script, for a change without that flag, and if more steps are
+    finished than the flags ask for.
     """
     now = identity(config, script, rows)
     path = checkpoint.to_resume(config.checkpoint, config.run.output)
@@ -136,13 +131,6 @@ def naming_the_one_before(path: Path) -> Iterator[None]:
 
 def differences(before: dict, now: dict) -> list[str]:
     """Changed flags and data, with old and new values."""
-    kinds = {name: f"--{name.replace('_', '-')}" for name in now["flags"]}
-    changes = []
-    for part, words in (("flags", kinds), ("data", DATA)):
-        old, new = before[part], now[part]
-        changes += [
-            f"{words[name]} {old[name]} -> {new[name]}"
-            for name in words
-            if name in old and old[name] != new[name]
-        ]
-    return changes
+    names = {name: flag_of(name) for name in now["flags"]} | DATA
+    old, new = before["flags"] | before["data"], now["flags"] | now["data"]
+    return [f"{names[key]} {old[key]} -> {new[key]}" for key in names if key in old and old[key] != new[key]]

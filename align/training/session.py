@@ -65,35 +65,26 @@ class Session:
     def find_checkpoint(self, rows: Iterable[Sequence[np.ndarray]]) -> None:
         """Compare the run with the checkpoint that it continues, and count its steps.
 
-        Args:
-            rows: the token ids of each training row's sequences.
-
-        Raises:
-            UserError: the checkpoint belongs to another run, or the schedule does not fit.
+        `rows`: the token ids of each training row's sequences. Raises UserError if the checkpoint belongs to
+        another run, or the schedule does not fit.
         """
         self.continued = continuation.find(self.config, self.script, rows, self.say)
+        self.rows_of_step = self.continued.rows_of_step
+        self.verified_checkpoint = self.continued.verified_checkpoint
         self.run.total_steps = self.total_steps = self.continued.total_steps
         optim.check_optim(self.config.optim, self.total_steps)
-
-    def verified_checkpoint(self) -> Path | None:
-        """The checkpoint to continue from, None for a new run. Raises UserError if it is damaged."""
-        return self.continued.verified_checkpoint()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer of --model. A continued run renders the day on which it began in chat templates."""
         first_day = parallel.on_main(self.run.first_day)
         return load_tokenizer(self.config.model.path, self.say, self.config.text, first_day)
 
-    def rows_of_step(self, step: int) -> list[int]:
-        """Numbers of the training rows that a step takes (from 0)."""
-        return self.continued.rows_of_step(step)
-
     def resume(self, trained: Trained, validate: Callable[[int], dict[str, float]] | None) -> None:
         """Load the checkpoint; a new run validates before its first step.
 
         Args:
-            trained: models in training, by name; the first one's checkpoint holds the others' as folders.
-            validate: takes the number of finished steps, and returns metrics; None without validation rows.
+            trained: models in training; the first one's checkpoint holds the others' as folders.
+            validate: metrics after so many steps; None without validation rows.
         """
         self.trained = trained
         self.step, self.latest = checkpoint.resume(self.verified_checkpoint(), trained, self.phase)
@@ -126,14 +117,11 @@ class Session:
     def end_step(
         self, metrics: dict[str, float], save: Callable[[Path], None] = lambda directory: None
     ) -> bool:
-        """Log the metrics of a step, then save a checkpoint if one is due.
+        """Log the metrics of a step, then save a checkpoint if one is due; returns whether it was.
 
         Args:
             metrics: time/... and timers/... are logged, but no part of a checkpoint.
             save: writes further state of the script into the checkpoint's directory.
-
-        Returns:
-            True if a checkpoint was saved.
         """
         self.reason = self.stop.reason()
         self.latest |= {name: value for name, value in metrics.items() if not name.startswith("time")}
@@ -172,9 +160,7 @@ class Session:
     ) -> None:
         """Write the model of a complete run to OUTPUT/hf, and close the record.
 
-        Args:
-            companions: each writes files of its own into that directory, such as the tokenizer's.
-            name: of the model in the log.
+        `companions` write further files into that directory, such as the tokenizer's. `name`: in the log.
         """
         if self.is_complete:
             with self.phase("export", **dict.fromkeys(list(self.trained)[:1], "weights")):

@@ -10,8 +10,6 @@ from align.errors import UserError
 ROOT = Path(__file__).parent.parent  # of the repository
 ASSETS = ROOT / "assets"
 
-# ---- checks --------------------------------------------------------------------------------------
-
 
 def read_object(path: Path, required: bool = True) -> dict:
     """Read the object in a JSON file; {} if the file is missing and not `required`.

@@ -48,8 +48,6 @@ REMEDIES = {  # item of a refusal: flags that make it smaller
     "pinned copies": ("--tp", "--pp", "more nodes", "--offload off"),
 }
 
-# ---- from flags to a job ---------------------------------------------------------------------------------
-
 
 def split(arguments: Sequence[str]) -> tuple[list[str], Path, list[str]]:
     """The flags of tools.plan, the script, the script's flags. Raises UserError if no script is named."""
@@ -82,9 +80,6 @@ def process_bytes() -> float:
     resident = re.search(rb"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_bytes())
     assert resident
     return int(resident[1]) * 1024.0 + FIRST_STEP
-
-
-# ---- report ----------------------------------------------------------------------------------------------
 
 
 def report(job: Job, name: str) -> str | None:

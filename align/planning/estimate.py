@@ -19,8 +19,6 @@ from align.model.config import check_model
 from align.planning.memory import RankShape
 from align.planning.phases import Cluster, Job, Phase, build, forward, frozen_forward, generate, save, train
 
-# ---- scripts ---------------------------------------------------------------------------------------------
-
 
 def sft(config: Any, cluster: Cluster) -> Job:
     """train_sft.py."""
@@ -67,9 +65,6 @@ def self_rewarding(config: Any, cluster: Cluster) -> Job:
     config.check_lengths(policy.max_positions)
     models = {"policy": policy}, {"reference": policy}
     return checked(Job(config, cluster, *models, self_rewarding_phases, config.offload.offload))
-
-
-# ---- models and checks -----------------------------------------------------------------------------------
 
 
 def read_policy(config: Any) -> Architecture:
@@ -135,9 +130,6 @@ def check_sampling(config: Any, cluster: Cluster, policy: Architecture) -> None:
         raise UserError("--generate-with trtllm: tools.plan has no figures of TensorRT-LLM's engines")
     if config.rollout.reshards(config.parallel):
         check_rollout_tp(config.rollout.rollout_tp, policy, cluster.world)
-
-
-# ---- phases ----------------------------------------------------------------------------------------------
 
 
 def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:

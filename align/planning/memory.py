@@ -58,9 +58,6 @@ class MicroBatchLoad:
     entropy: bool = False  # True if the entropy is computed, as in PPO
 
 
-# ---- weights ---------------------------------------------------------------------------------------------
-
-
 def vocabulary(arch: Architecture, tp: int) -> int:
     """Rows of the embedding on one rank: model.padded_vocab_size / tp."""
     multiple = math.lcm(64, tp)
@@ -180,9 +177,6 @@ def pinned_model(arch: Architecture, s: RankShape) -> float:
     return pinned(s.item * weights(arch, s)) + states
 
 
-# ---- activations saved for the backward pass -------------------------------------------------------------
-
-
 def widths(arch: Architecture, s: RankShape) -> tuple[int, int, int]:
     """Numbers per token on one rank: queries; keys (or values); the product for all three.
 
@@ -260,9 +254,6 @@ def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
     else:
         total += s.item * h / split * places  # the output, until its gradient is received
     return total * min(s.pp - s.stage, work.count)
-
-
-# ---- temporary tensors -----------------------------------------------------------------------------------
 
 
 def chunk(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> int:
@@ -372,12 +363,6 @@ def forward_only(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict
         moments.append((2 * s.item * h * places, output_forward(arch, s, work)))
     activations, logits = max(moments, key=sum)
     return {"activations": activations, "logits": logits}
-
-
-# ---- sampling --------------------------------------------------------------------------------------------
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------
 
 
 def saving(arch: Architecture, s: RankShape) -> float:

@@ -134,9 +134,6 @@ class Job:
         return kind if self.offload is None else f"{kind} {name}"
 
 
-# ---- phases ----------------------------------------------------------------------------------------------
-
-
 def build(job: Job, s: RankShape) -> Phase:
     """Megatron's buffers for the last model in training: its weights are there twice then."""
     name = list(job.trained)[-1]
@@ -205,9 +202,6 @@ def save(job: Job, s: RankShape, name: str) -> Phase:
     """A checkpoint, of which a GPU's copies are made in its host's memory."""
     items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s)}
     return Phase(job.label("save", name), {name: "all"}, (), items)
-
-
-# ---- sums ------------------------------------------------------------------------------------------------
 
 
 def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str, float]:

@@ -102,10 +102,9 @@ def run(
 def schedule(
     model: DistributedDataParallel, batches: list[Batch], finish: Callable, forward_only: bool
 ) -> list:
-    """Run Megatron's schedule over the micro-batches.
+    """Run Megatron's schedule; returns a result per micro-batch on the last stage, none on the others.
 
     `finish(batch, output)` runs on the last stage and returns the loss, "0 tokens", and a result.
-    Returns the results, one per micro-batch; none on the other stages.
     """
     return get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, finish=finish),
@@ -170,16 +169,11 @@ def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[s
         group = mpu.get_pipeline_model_parallel_group()
         dist.broadcast_object_list(result, mpu.get_pipeline_model_parallel_last_rank(), group=group)
     if not math.isfinite(result[0]["loss"]):
-        raise FloatingPointError(
-            f"the loss is {result[0]['loss']}, from the data of rank {ranks_where(local_loss)}"
-        )
+        losses = parallel.gather(local_loss)
+        ranks = ", ".join(str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss))
+        source = ranks or "none (only the sum overflows)"
+        raise FloatingPointError(f"the loss is {result[0]['loss']}, from the data of rank {source}")
     return result[0]
-
-
-def ranks_where(value: float) -> str:
-    """Global ranks on which a value is not finite, for an error message. Collective."""
-    flags = parallel.gather(not math.isfinite(value))
-    return ", ".join(str(rank) for rank, bad in enumerate(flags) if bad) or "none (only the sum overflows)"
 
 
 @contextlib.contextmanager

@@ -36,8 +36,7 @@ class OptimConfig:
     adam_beta2: float = 0.98
     """Adam beta2: decay of the second moment of the gradient"""
     clip_grad: float = 1.0
-    """gradient clipping: largest norm over all weights; a longer gradient is scaled down to it; 0: no
-    limit"""
+    """gradient clipping: largest norm over all weights, to which a longer gradient is scaled; 0: no limit"""
 
     def __post_init__(self):
         check_ranges(

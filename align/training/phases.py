@@ -29,12 +29,7 @@ from align.tracking.metrics import Clock
 from align.training import optim
 from align.training.offload import HostStore, as_bytes, release, restore, storages
 
-NEEDS = {
-    "weights": ("weights",),
-    "all": ("weights", "gradients", "optimizer"),
-}  # need of a phase: kinds of parts
-
-
+NEEDS = {"weights": ("weights",), "all": ("weights", "gradients", "optimizer")}  # of a phase: kinds of parts
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -213,11 +208,11 @@ class Phases:
             state = "resident" if (model, kind) in kept else "offloaded"
             dropped = " (dropped)" if state == "offloaded" and part.store is None else ""
             sizes[state][model if is_whole else f"{model} {kind}{dropped}"] += part.nbytes
-        lists = {
-            state: ", ".join(f"{name} {size / 1e9:.2f}" for name, size in of_state.items())
-            for state, of_state in sizes.items()
-        }
-        return "; ".join(f"{state} {f'{names} GB' if names else 'nothing'}" for state, names in lists.items())
+        texts = []
+        for state, of_state in sizes.items():
+            names = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in of_state.items())
+            texts.append(f"{state} {names} GB" if names else f"{state} nothing")
+        return "; ".join(texts)
 
     def memory(self) -> dict[str, float]:
         """`memory/<phase>_<models>`: peak GB since the last call, the highest of all ranks. Collective.

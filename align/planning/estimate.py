@@ -19,16 +19,18 @@ from align.model.config import check_model
 from align.planning.memory import RankShape
 from align.planning.phases import Cluster, Job, Phase, build, forward, frozen_forward, generate, save, train
 
+Models = Mapping[str, Architecture]
+
 
 def sft(config: Any, cluster: Cluster) -> Job:
     """train_sft.py."""
-    return from_rows(config, cluster, 1, read_policy(config), {})
+    return from_rows(config, cluster, 1, read_policy(config))
 
 
 def reward_model(config: Any, cluster: Cluster) -> Job:
     """train_rm.py."""
     scorer = replace(read_policy(config), labels=config.num_attributes)
-    return from_rows(config, cluster, 2 if config.loss == "ranking" else 1, scorer, {})
+    return from_rows(config, cluster, 2 if config.loss == "ranking" else 1, scorer)
 
 
 def dpo(config: Any, cluster: Cluster) -> Job:
@@ -51,11 +53,8 @@ def grpo(config: Any, cluster: Cluster) -> Job:
 
 def rejection_sampling(config: Any, cluster: Cluster) -> Job:
     """train_rs.py, which offloads no model in training."""
-    policy = read_policy(config)
-    check_sampling(config, cluster, policy)
-    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, policy.max_positions)
-    models = {"policy": policy}, read_reward_model(config)
-    return checked(Job(config, cluster, *models, rejection_sampling_phases))
+    models = {"policy": read_policy(config)}, read_reward_model(config)
+    return from_prompts(Job(config, cluster, *models, rejection_sampling_phases))
 
 
 def self_rewarding(config: Any, cluster: Cluster) -> Job:
@@ -79,7 +78,7 @@ def read_reward_model(config: Any) -> dict[str, Architecture]:
 
 
 def from_rows(
-    config: Any, cluster: Cluster, per_row: int, policy: Architecture, frozen: Mapping[str, Architecture]
+    config: Any, cluster: Cluster, per_row: int, policy: Architecture, frozen: Models | None = None
 ) -> Job:
     """A script that samples nothing. `per_row`: sequences of a row."""
     packing.check_budget(config.format.max_seq_len, config.batch, policy.max_positions, per_row)
@@ -91,17 +90,23 @@ def from_rows(
         reference = [frozen_forward(job, s, name, name, work) for name in job.frozen]
         return [build(job, s), *reference, train(job, s, "policy", work), save(job, s, "policy")]
 
-    return checked(Job(config, cluster, {"policy": policy}, frozen, phases))
+    return checked(Job(config, cluster, {"policy": policy}, frozen or {}, phases))
 
 
-def policy_gradient(config: Any, cluster: Cluster, trained: Mapping[str, Architecture]) -> Job:
+def policy_gradient(config: Any, cluster: Cluster, trained: Models) -> Job:
     """PPO and GRPO."""
-    policy, frozen = trained["policy"], read_reward_model(config)
-    check_sampling(config, cluster, policy)
-    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, policy.max_positions)
+    frozen = read_reward_model(config)
     if config.kl_coef > 0:
-        frozen["reference"] = policy
-    return checked(Job(config, cluster, trained, frozen, policy_gradient_phases, config.offload.offload))
+        frozen["reference"] = trained["policy"]
+    return from_prompts(Job(config, cluster, trained, frozen, policy_gradient_phases, config.offload.offload))
+
+
+def from_prompts(job: Job) -> Job:
+    """A script that samples, checked."""
+    config, policy = job.config, job.trained["policy"]
+    check_sampling(config, job.cluster, policy)
+    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, policy.max_positions)
+    return checked(job)
 
 
 def checked(job: Job) -> Job:
@@ -133,20 +138,15 @@ def check_sampling(config: Any, cluster: Cluster, policy: Architecture) -> None:
 
 
 def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
-    config, prompt, response = (
-        job.config,
-        job.config.format.max_prompt_len,
-        job.config.sampling.max_new_tokens,
-    )
+    config = job.config
+    prompt, response = config.format.max_prompt_len, config.sampling.max_new_tokens
     together = responses_together(config, prompt, response)
     size = -(-config.batch.global_batch_size // together)
     work = training = job.work(size, together, prompt + response, prompt, entropy=True)
     if config.ppo_epochs > 1:  # a later epoch may draw an update whose responses are all to different prompts
         training = job.work(config.batch.global_batch_size, 1, prompt + response, 0, entropy=True)
-    phases = [
-        build(job, s),
-        generate(job, s, "generate", config.prompts_per_step, config.samples_per_prompt, prompt),
-    ]
+    counts = config.prompts_per_step, config.samples_per_prompt, prompt
+    phases = [build(job, s), generate(job, s, "generate", *counts)]
     if "reward model" in job.frozen:
         phases.append(frozen_forward(job, s, "score", "reward model", work))
     phases.append(forward(job, s, "logprobs", "policy", work))
@@ -159,11 +159,8 @@ def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
 
 
 def rejection_sampling_phases(job: Job, s: RankShape) -> list[Phase]:
-    config, prompt, response = (
-        job.config,
-        job.config.format.max_prompt_len,
-        job.config.sampling.max_new_tokens,
-    )
+    config = job.config
+    prompt, response = config.format.max_prompt_len, config.sampling.max_new_tokens
     together, rows = responses_together(config, prompt, response), config.prompts_per_step
     training = job.work(config.batch.global_batch_size, 1, prompt + response, 0)
     phases = [build(job, s), generate(job, s, "generate", rows, config.samples_per_prompt, prompt)]

@@ -149,22 +149,14 @@ def pinned_weights(arch: Architecture, s: RankShape) -> int:
     """Pinned memory of offload.Weights beside a GPU, a tensor for each parameter of this rank."""
     h, d = arch.hidden_size, arch.head_dim
     qkv, matrix = (arch.heads + 2 * arch.kv_heads) * d // s.tp, vocabulary(arch, s.tp) * h
-    layer = [
-        qkv * h,
-        arch.heads * d // s.tp * h,
-        len(arch.mlp_inputs) * arch.ffn_size // s.tp * h,
-        arch.ffn_size // s.tp * h,
-        *(2 * norm_sizes(arch)),
-    ]
-    layer += layer_biases(arch, s.tp) + ([d, d] if arch.qk_norm else [])
+    layer = [qkv * h, arch.heads * d // s.tp * h]
+    layer += [len(arch.mlp_inputs) * arch.ffn_size // s.tp * h, arch.ffn_size // s.tp * h]
+    layer += 2 * norm_sizes(arch) + layer_biases(arch, s.tp) + ([d, d] if arch.qk_norm else [])
     ends = [matrix] if s.first else []
     if s.last:
-        ends += norm_sizes(arch) + (
-            [arch.labels * h] if arch.labels else [] if shares_matrix(arch, s) else [matrix]
-        )
-    return sum(pinned(s.item * n) for n in layer) * (arch.layers // s.pp) + sum(
-        pinned(s.item * n) for n in ends
-    )
+        head = [arch.labels * h] if arch.labels else [] if shares_matrix(arch, s) else [matrix]
+        ends += norm_sizes(arch) + head
+    return sum(pinned(s.item * n) for n in layer * (arch.layers // s.pp) + ends)
 
 
 def pinned_model(arch: Architecture, s: RankShape) -> float:
@@ -230,9 +222,8 @@ def norm_saves(arch: Architecture, s: RankShape) -> float:
 
     torch's LayerNorm saves these two in bf16 on a CPU, in fp32 on a GPU.
     """
-    if arch.norm == "rms":
-        return s.item * arch.hidden_size + FP32
-    return s.item * arch.hidden_size + 2 * (FP32 if s.gpu else s.item)
+    statistics = FP32 if arch.norm == "rms" else 2 * (FP32 if s.gpu else s.item)
+    return s.item * arch.hidden_size + statistics
 
 
 def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
@@ -242,10 +233,7 @@ def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
     """
     h, places = arch.hidden_size, work.tokens / s.cp
     split = s.tp if s.sequence_parallel else 1
-    if s.recompute == "full":
-        layer = s.item * h / split  # the layer's input
-    else:
-        layer = layer_saves(arch, s, work)
+    layer = s.item * h / split if s.recompute == "full" else layer_saves(arch, s, work)  # full: its input
     total = arch.layers // s.pp * layer * places
     if s.last:
         # the last norm; the input of the output layer (a reward model: a copy in fp32)
@@ -324,9 +312,7 @@ def reduction(arch: Architecture, s: RankShape) -> float:
 
     An upper bound: the first buckets may be reduced before the last is ready.
     """
-    if s.copies == 1 or s.gpu:
-        return 0.0
-    return gradients(arch, s)
+    return 0.0 if s.copies == 1 or s.gpu else gradients(arch, s)
 
 
 def training(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict[str, float]:

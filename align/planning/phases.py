@@ -115,11 +115,9 @@ class Job:
     def work(
         self, rows: int, sequences: int, length: int, prompt: int, entropy: bool = False
     ) -> MicroBatchLoad:
-        """The largest micro-batch of an update.
+        """The largest micro-batch of an update of `rows` rows over all ranks.
 
-        Args:
-            rows: of the update, over all ranks.
-            sequences: in each, of `length` tokens, of which the first `prompt` are places that they share.
+        A row has `sequences` sequences of `length` tokens, of which they share the first `prompt`.
         """
         batch, s = self.config.batch, self.layout
         places = prompt + sequences * (length - prompt)
@@ -171,28 +169,19 @@ def generate(
         by: the model whose weights sample.
     """
     config, arch, rollout = job.config, job.trained["policy"], job.config.rollout
-    copy = None
-    if rollout.reshards(config.parallel):
-        copy = RankShape(s.item, s.gpu, tp=rollout.rollout_tp)
+    reshards = rollout.reshards(config.parallel)
+    copy = RankShape(s.item, s.gpu, tp=rollout.rollout_tp) if reshards else None
     draws = [(prompts, per_prompt)]
     if config.val_data and by == "policy":  # a validation samples one response to each prompt
         batches = config.loop.val_batches
         draws.append((rollout.rollout_slots if batches is None else batches * config.rows_per_step, 1))
     replicas = job.cluster.world // rollout.rollout_tp if copy else s.copies
-    loads = [
-        RolloutLoad(
-            slots=min(rollout.rollout_slots, count * responses),
-            prompts=-(-count // replicas),
-            per_prompt=responses,
-            prompt=prompt,
-            response=config.sampling.max_new_tokens,
-        )
-        for count, responses in draws
-    ]
-    items = max(
-        (rollout_memory.sampling(arch, s, load, copy) for load in loads),
-        key=lambda sizes: sum(sizes.values()),
-    )
+    loads = []
+    for count, responses in draws:
+        slots, share = min(rollout.rollout_slots, count * responses), -(-count // replicas)
+        loads.append(RolloutLoad(slots, share, responses, prompt, config.sampling.max_new_tokens))
+    sizes = [rollout_memory.sampling(arch, s, load, copy) for load in loads]
+    items = max(sizes, key=lambda items: sum(items.values()))
     if by != "policy":
         return Phase(kind, {}, (by,), items)
     return Phase(job.label(kind, by), {by: "weights"}, (), items)
@@ -241,9 +230,7 @@ def ranks(job: Job) -> list[tuple[int, bool]]:
     Ranks are numbered by tp, then cp, dp, pp; those that are the first of their dp and cp write checkpoints.
     """
     s = job.layout
-    return [
-        (rank // (s.tp * s.cp * s.dp), rank // s.tp % (s.cp * s.dp) == 0) for rank in range(job.cluster.world)
-    ]
+    return [(i // (s.tp * s.copies), i // s.tp % s.copies == 0) for i in range(job.cluster.world)]
 
 
 def fullest_node(job: Job, process: float) -> dict[str, float]:

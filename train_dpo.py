@@ -85,15 +85,9 @@ class Config(CommonConfig):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(
-            self,
-            beta=SCALE,
-            sft_weight=COEFFICIENT,
-            label_smoothing=below(0, 0.5),
-            simpo_gamma=COEFFICIENT,
-            dpop_lambda=COEFFICIENT,
-            reward_scale=SCALE,
-            audit_start=BOUND,
+            self, beta=SCALE, sft_weight=COEFFICIENT, label_smoothing=below(0, 0.5), audit_start=BOUND
         )
+        check_ranges(self, simpo_gamma=COEFFICIENT, dpop_lambda=COEFFICIENT, reward_scale=SCALE)
         for flag in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
             if flag.replace("reward_scale", "gap") not in self.loss_inputs:
                 refuse_unused(self, Config, flag, f"with --loss {self.loss}")
@@ -168,14 +162,12 @@ def main(config: Config) -> None:
     if config.reference == "swap":
         ref = reference.Swapped(policy, sequence_logprobs)
     elif config.loss not in REFERENCE_FREE:
-        session.say(
-            "reference log-probs: read from OUTPUT/reference.safetensors, or computed for all pairs now"
-        )
+        path = config.run.output / "reference.safetensors"
+        session.say(f"reference log-probs: read from {path}, or computed for all pairs now")
         steps = range(session.continued.pass_start, session.total_steps)
         uses = {"train": map(session.rows_of_step, steps), "val": [range(len(pairs["val"]))]}
         settings = (config.batch, config.parallel, session.total_steps, average)
         fingerprint = reference.fingerprint(config.model, pairs, *settings)
-        path = config.run.output / "reference.safetensors"
         ref = reference.Precomputed(policy, sequence_logprobs, micro_batches, uses, path, fingerprint)
 
     # ---- loss ------------------------------------------------------------------------------------
@@ -203,7 +195,7 @@ def main(config: Config) -> None:
         return loss + sft_weight * nll, {"preference_loss": loss, "sft_loss": nll, **statistics}
 
     def add_inputs(batches: list[Batch], name: str, num_pairs: int) -> None:
-        """Give micro-batches of a data set the inputs of the loss that the policy's log-probs lack."""
+        """Set the inputs of the loss beside the policy's log-probs in micro-batches of a data set."""
         if ref is not None and "ref" not in batches[0].extra:
             ref.attach(batches, name)
         if "kl_chosen" in config.loss_inputs:

@@ -108,14 +108,9 @@ class Config(CommonConfig):
 def select(
     samples: list[Sample], rewards: np.ndarray, keep_top: int, truncated: str, duplicates: str
 ) -> tuple[list[int], int, int]:
-    """Numbers of the best responses to one prompt, best first.
+    """Numbers of the best responses to one prompt, at most keep_top, best first; `rewards`: [n].
 
-    Args:
-        rewards: [n] of the samples.
-
-    Returns:
-        At most keep_top numbers; the number of responses dropped because they were truncated, and of those
-        dropped because they have the tokens of an earlier one.
+    Then the numbers of truncated responses dropped, and of others dropped for the tokens of an earlier one.
     """
     whole = [k for k, sample in enumerate(samples) if truncated == "keep" or sample.finish == "stop"]
     first = {samples[k].ids.tobytes(): k for k in reversed(whole)}
@@ -138,10 +133,9 @@ def select_step(config: Config, sampled: Rollout) -> tuple[list[Selected], dict[
     """The responses of a rollout that are trained on, and statistics of the rollout and of the selection."""
     least = -math.inf if config.min_reward is None else config.min_reward
     selected, num_truncated, num_duplicates = [], 0, 0
+    rules = config.keep_top, config.truncated, config.duplicates
     for row, samples, rewards in zip(sampled.rows, sampled.samples, sampled.rewards, strict=True):
-        best, truncated, duplicates = select(
-            samples, rewards, config.keep_top, config.truncated, config.duplicates
-        )
+        best, truncated, duplicates = select(samples, rewards, *rules)
         selected += [Selected(row, k, samples[k], float(rewards[k])) for k in best if rewards[k] >= least]
         num_truncated, num_duplicates = num_truncated + truncated, num_duplicates + duplicates
     statistics = sampled.statistics() | {
@@ -234,9 +228,8 @@ def main(config: Config) -> None:
                 trained = batching.per_example_outputs(policy, examples, config.batch)
                 places = [(one.row, one.number) for one in responses]
                 sampled_logprobs = [one.sample.model_logprobs for one in responses]
-                metrics |= audit.compare(
-                    places, sampled_logprobs, trained, config.model.dtype, config=config.audit
-                )
+                dtype = config.model.dtype
+                metrics |= audit.compare(places, sampled_logprobs, trained, dtype, config=config.audit)
                 clock.lap("audit")
             with engine.during(f"step {session.done}"):
                 batches = batching.micro_batches(policy, examples, config.batch)

@@ -16,9 +16,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from align.files import ROOT
+from align.flags import flag_of
+
 INDENT = 26  # columns of a flag's text
 MAX_WIDTH = 110
-ROOT = Path(__file__).parent.parent
 
 
 def help_text(config_class: type, prog: str, order: Sequence[str], doc: str | None = None) -> str:
@@ -93,11 +95,8 @@ def field_docstrings(config_class: type) -> dict[str, str]:
 
 def entry(name: str, hint: Any, default: Any, text: str, width: int) -> str:
     """A flag, the form of its value, its text and its default."""
-    flag = f"--{name.replace('_', '-')}"
-    if hint is bool:
-        head = f"  {flag}, --no-{flag[2:]}"
-    else:
-        head = f"  {flag} {form(hint)}"
+    flag = flag_of(name)
+    head = f"  {flag}, --no-{flag[2:]}" if hint is bool else f"  {flag} {form(hint)}"
     if len(head) > width:  # many choices
         head = textwrap.fill(head.replace(",", ", "), width, subsequent_indent=" " * 6)
     lines = textwrap.wrap(

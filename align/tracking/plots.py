@@ -18,8 +18,7 @@ TOGETHER = {"memory": "memory/..., GB", "time": "time/..., shares of a step"}  #
 ALONE = ("time/step", "time/tokens_per_s", "time/tflops_per_s")  # in another unit than their group
 EXACT = ("train/lr",)  # without noise, not smoothed
 OTHER_COLOR = "#3c6e47"
-# groups drawn like others
-SAME_AS = {"train_rollouts": "train", "train_optim": "train", "val_rollouts": "val"}
+SAME_AS = {"train_rollouts": "train", "train_optim": "train", "val_rollouts": "val"}  # drawn like others
 
 Curve = tuple[list[int], list[float]]  # steps, values
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from align import console
 from align.errors import UserError
 from align.files import read_object, write_atomically
+from align.flags import flag_of
 from align.tracking.output import check_run, complete_checkpoints, delete_checkpoint, lock
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
@@ -75,13 +76,11 @@ class Run:
 
     def __init__(self, config: RunConfig, flags: dict, script: str, main: bool, total_steps: int = 0):
         """`flags`: the script's resolved configuration (`dataclasses.asdict`); `script`: its `__file__`."""
-        self.main = main
-        self.config = config
-        self.total_steps = total_steps
+        self.main, self.config, self.total_steps = main, config, total_steps
         self.wandb_run = None
         self.bar = ""  # the last line of a terminal
         self.first_log: tuple[int, float] | None = None  # step and time at the start of the ETA
-        self.flags = json.loads(json.dumps(flatten(flags), default=str))  # as read from JSON: paths are text
+        self.flags = as_json(flags)
         self.script, self.began = Path(script), datetime.date.today().isoformat()
         check_run(config.output, flatten(flags), self.script)
         if main:
@@ -98,7 +97,7 @@ class Run:
         before, self.began = record.get("flags", {}), record.get("began", self.began)
         for name, value in self.flags.items():
             if value != before.get(name):
-                self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
+                self.say(f"{flag_of(name)} {value} (was {before.get(name)})")
 
     def _write_config(self) -> None:
         """Write flags, versions and commit, and copy the script."""
@@ -114,9 +113,8 @@ class Run:
             raise UserError(f"{self.config.output / 'config.json'}: began: {error}") from error
 
     def resume_at(self, step: int) -> None:
-        """Continue the record after `step` finished steps; 0 starts a new one.
+        """Continue the record after `step` finished steps, without later steps and checkpoints; 0: a new one.
 
-        Steps beyond the checkpoint, written by a killed run, are dropped, and so are later checkpoints.
         Raises UserError if the record does not reach that step, or has another line.
         """
         if not self.main:
@@ -125,8 +123,8 @@ class Run:
             last = drop_after(self.config.output / name, step)
             if name == "metrics.jsonl" and last != step:
                 raise UserError(
-                    f"{self.config.output / name}: it must reach step {step}, after which the run continues, "
-                    f"and ends at step {last}: restore the file, or start over with --no-resume"
+                    f"{self.config.output / name}: it must reach step {step}, and ends at step {last}: restore "
+                    "it, or start over with --no-resume"
                 )
         # Only now: a refused run changes nothing.
         for path in complete_checkpoints(self.config.output / "checkpoints"):
@@ -188,8 +186,7 @@ class Run:
             self.bar = ""
             self._print("")
         if plots:
-            # here: matplotlib is slow to import, and only one rank needs it
-            from align.tracking.plots import draw
+            from align.tracking.plots import draw  # here: slow to import, and only one rank needs it
 
             for path in draw(self.config.output):
                 self.say(f"curves: {path}")
@@ -230,10 +227,13 @@ def columns(metrics: dict[str, float]) -> str:
 
 def flatten(flags: dict) -> dict:
     """Flatten a nested configuration to flags: {"run": {"output": 1}} is {"output": 1}."""
-    flat = {}
-    for name, value in flags.items():
-        flat.update(flatten(value) if isinstance(value, dict) else {name: value})
-    return flat
+    parts = [flatten(x) if isinstance(x, dict) else {name: x} for name, x in flags.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def as_json(flags: dict) -> dict:
+    """The flags of a nested configuration as JSON has them: paths are text."""
+    return json.loads(json.dumps(flatten(flags), default=str))
 
 
 def environment(script: Path) -> dict:
@@ -261,9 +261,8 @@ def git(folder: Path, *command: str) -> str | None:
     """Output of a git command in `folder`; None without git or a repository."""
     if shutil.which("git") is None:
         return None
-    result = subprocess.run(
-        ["git", "-C", str(folder), *command], capture_output=True, text=True, errors="replace"
-    )
+    words = ["git", "-C", str(folder), *command]
+    result = subprocess.run(words, capture_output=True, text=True, errors="replace")
     return result.stdout.strip() if result.returncode == 0 else None
 
 

@@ -5,7 +5,6 @@ directories, intervals of saving, validation and stopping, and the layout of the
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from align.data.packing import data_order, global_batch
 from align.errors import UserError
 from align.flags import flag_of
 from align.tracking.output import complete_checkpoints
-from align.tracking.run import flatten
+from align.tracking.run import as_json
 from align.training import checkpoint, checkpoint_files
 from align.training.config import CommonConfig
 
@@ -71,10 +70,9 @@ class Continuation:
 
 def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
     """Identity of a run: script (its `__file__`), flags and rows (the token ids of each row's sequences)."""
-    flags = json.loads(json.dumps(flatten(asdict(config)), default=str))  # as they read back
     return {
         "script": Path(script).name,
-        "flags": {name: value for name, value in flags.items() if name not in FREE},
+        "flags": {name: value for name, value in as_json(asdict(config)).items() if name not in FREE},
         "data": data_order(rows, config.rows_per_step, config.parallel.seed),
     }
 

@@ -16,10 +16,7 @@ def adapt() -> None:
 
 
 def write(text: str, end: str = "\n", to: Literal["stdout", "stderr"] = "stdout") -> str | None:
-    """Print and flush. Returns the error's text, or None.
-
-    A stream that fails is replaced by the null device, for libraries and the interpreter's exit as well.
-    """
+    """Print and flush; returns the error's text or None. The null device replaces a stream that fails."""
     stream = getattr(sys, to)
     try:
         stream.write(text + end)

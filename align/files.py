@@ -12,10 +12,7 @@ ASSETS = ROOT / "assets"
 
 
 def read_object(path: Path, required: bool = True) -> dict:
-    """Read the object in a JSON file; {} if the file is missing and not `required`.
-
-    Raises UserError with the file's name for anything else.
-    """
+    """Read the object in a JSON file, {} if missing and not `required`. Raises UserError for all else."""
     if not required and not Path(path).is_file():
         return {}
     try:

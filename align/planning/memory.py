@@ -124,11 +124,7 @@ def optimizer(arch: Architecture, s: RankShape) -> float:
 
 
 def update(arch: Architecture, s: RankShape) -> float:
-    """Memory of one optimizer step beside its state.
-
-    The norm of the gradient copies one parameter's gradient. On a CPU gloo copies the gathered weights, a
-    bucket at a time.
-    """
+    """Memory of an optimizer step: one parameter's gradient for the norm, on a CPU gloo's of a bucket."""
     gathered = s.item * bucket(arch, s) if s.copies > 1 and not s.gpu else 0
     return max(FP32 * min(largest_weight(arch, s), weights(arch, s) / s.copies), gathered)
 
@@ -308,10 +304,7 @@ def end_of_backward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> f
 
 
 def reduction(arch: Architecture, s: RankShape) -> float:
-    """gloo's copies of the gradients at the end of the backward pass; NCCL reduces in place.
-
-    An upper bound: the first buckets may be reduced before the last is ready.
-    """
+    """gloo's copies of the gradients after the backward pass, an upper bound; NCCL reduces in place."""
     return 0.0 if s.copies == 1 or s.gpu else gradients(arch, s)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from align.errors import UserError
-from align.flags import flag_of
+from align.flags import COUNT, above, below, check_ranges
 from align.model.architecture import Architecture
 from align.planning import memory, rollout_memory
 from align.planning.memory import MicroBatchLoad, RankShape
@@ -48,12 +48,8 @@ class Cluster:
     fifth of what a training step takes and up to 0.43 while a checkpoint is written (bench/plan.py)"""
 
     def __post_init__(self):
-        for name in ("nodes", "gpus_per_node", "gpu_memory", "host_memory"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{flag_of(name)} {value} must be above 0")
-        if self.allowance is not None and not 0 <= self.allowance < 1:
-            raise UserError(f"--allowance {self.allowance} must be from 0 to below 1")
+        check_ranges(self, nodes=COUNT, gpus_per_node=COUNT, allowance=below(0, 1))
+        check_ranges(self, gpu_memory=above(0, 1e6), host_memory=above(0, 1e6))
         if self.device == "cpu" and self.host_memory is None:
             raise UserError("--device cpu needs --host-memory, the memory of one node in GB")
 

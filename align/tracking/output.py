@@ -19,10 +19,7 @@ WRITTEN = (  # names of a run's files in OUTPUT, beside the script; weights: OUT
 
 
 def check_run(output: Path, flags: dict, script: Path) -> None:
-    """Refuse an OUTPUT in which a run would overwrite or delete files of others.
-
-    Data directly in OUTPUT are refused, and models in it, which the export may replace.
-    """
+    """Refuse an OUTPUT in which a run, or its export, would overwrite or delete files of others."""
     check_path(output)
     if not output.exists():
         return
@@ -45,10 +42,7 @@ def check_run(output: Path, flags: dict, script: Path) -> None:
 
 
 def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
-    """Lock OUTPUT until the file is closed or the process ends; a file system without locks is logged.
-
-    Raises UserError if another process holds the lock.
-    """
+    """Lock OUTPUT until the file is closed. Raises UserError if it is in use; logs that locks are missing."""
     file = open(output / ".lock", "a+", encoding="utf-8")
     try:
         # unlike flock's, the lock is not inherited by a fork of this process

@@ -59,10 +59,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def arrange(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """Arrange {panel: {metric: curve}}: train, val and test share panels and are first, time is last.
-
-    The memory, and the time, of all phases of a step share a panel.
-    """
+    """Arrange {panel: {metric: curve}}: train, val and test share panels and are first, time is last."""
     seen = [group for group in map(group_of, curves) if group not in (*SHARED, "time")]
     groups = [*SHARED, *seen, "time"]
     panels: dict[str, dict[str, Curve]] = {}

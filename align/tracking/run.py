@@ -113,18 +113,15 @@ class Run:
             raise UserError(f"{self.config.output / 'config.json'}: began: {error}") from error
 
     def resume_at(self, step: int) -> None:
-        """Continue the record after `step` finished steps, without later steps and checkpoints; 0: a new one.
-
-        Raises UserError if the record does not reach that step, or has another line.
-        """
+        """Continue the record after `step` steps, without later ones. Raises UserError if it ends before."""
         if not self.main:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             last = drop_after(self.config.output / name, step)
             if name == "metrics.jsonl" and last != step:
                 raise UserError(
-                    f"{self.config.output / name}: it must reach step {step}, and ends at step {last}: restore "
-                    "it, or start over with --no-resume"
+                    f"{self.config.output / name}: it must reach step {step}, and ends at step {last}: "
+                    "restore it, or start over with --no-resume"
                 )
         # Only now: a refused run changes nothing.
         for path in complete_checkpoints(self.config.output / "checkpoints"):
@@ -292,10 +289,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Keep the rows of a jsonl file up to `step`, without a torn last line; 0 empties the file.
-
-    Returns the last remaining step. Raises UserError for a line that is no row.
-    """
+    """Keep the rows of a jsonl file up to `step`, without a torn last line; returns the last step, or 0."""
     unfinished, last = path.with_suffix(".tmp"), 0
     with contextlib.ExitStack() as files:
         target = files.enter_context(open(unfinished, "wb"))

@@ -141,9 +141,9 @@ def damage(file: Path, expected: list) -> str:
 
 
 def start_hashing(path: Path) -> Future[list[str]]:
-    """Compare this rank's share of a checkpoint's files with their checksums, in a thread.
+    """Compare this rank's share of a checkpoint's files with their checksums, in a thread without the GIL.
 
-    The future has a line for each file, "" for a whole one. Hashing leaves the GIL to the other threads.
+    The future has a line for each file, "" for a whole one.
     """
     expected = read_state(path).get("files", {})  # an earlier version did not store them
     names = share(sorted(expected))

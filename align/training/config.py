@@ -86,10 +86,7 @@ class CommonConfig:
         return self.batch.global_batch_size
 
     def total_steps(self, num_rows: int, pass_start: int = 0) -> int:
-        """Steps of the whole run; an epoch leaves out rows that do not fill a step.
-
-        `pass_start`: the step before which the first epoch began.
-        """
+        """Steps of the run, whose first epoch begins at `pass_start`; rows that fill no step are left out."""
         steps = pass_start + num_rows // self.rows_per_step * self.loop.max_epochs
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 

@@ -44,8 +44,7 @@ def forward_backward(
     Returns:
         "loss" and the loss function's metrics: sums over all micro-batches and ranks, divided by denominator.
 
-    Raises:
-        FloatingPointError: the loss is not finite; the message names the ranks whose data made it so.
+    Raises FloatingPointError with the ranks whose data make the loss infinite or NaN.
     """
     model.zero_grad_buffer()
     return run(model, batches, loss_fn, denominator, forward_only=False)
@@ -68,8 +67,7 @@ def outputs(
 ) -> list[Tensor]:
     """Compute `compute(batch, output)` of each micro-batch, without a gradient, on every stage.
 
-    The output is that of a loss function, from the same forward pass: for the same micro-batch it has the
-    same bits as in training.
+    The output is a loss function's: for the same micro-batch it has the same bits as in training.
     """
 
     def finish(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,10 +143,7 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
 
 
 def whole_sequence(output: Tensor) -> Tensor:
-    """Gather [T/cp, ...] of each context parallel rank to [T, ...]; the gradient of a rank is its own part.
-
-    So a loss function does not depend on context parallelism.
-    """
+    """Gather [T/cp, ...] of context parallel ranks to [T, ...]; the gradient of a rank is its own part."""
     if mpu.get_context_parallel_world_size() == 1:
         return output
     return gather_from_sequence_parallel_region(

@@ -116,8 +116,7 @@ def update(
 def step(optimizer: MegatronOptimizer, lr: float) -> float:
     """Clip the gradient, update the weights, and return the gradient's norm before clipping.
 
-    Raises:
-        FloatingPointError: the gradient is not finite. The weights are lost; the last checkpoint remains.
+    Raises FloatingPointError if that is not finite: the weights are lost, the last checkpoint remains.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -136,10 +136,7 @@ def weights_id(directory: Path) -> str:
 
 
 def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
-    """Record the reference model in OUTPUT/reference.txt; refuse to continue with another one.
-
-    Raises UserError: the policy of the newest checkpoint did not start from the model in `directory`.
-    """
+    """Record the reference model in OUTPUT/reference.txt. Raises UserError if the run began with another."""
     if not parallel.is_main():
         return
     path, model_id = output / "reference.txt", weights_id(directory)

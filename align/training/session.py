@@ -65,8 +65,7 @@ class Session:
     def find_checkpoint(self, rows: Iterable[Sequence[np.ndarray]]) -> None:
         """Compare the run with the checkpoint that it continues, and count its steps.
 
-        `rows`: the token ids of each training row's sequences. Raises UserError if the checkpoint belongs to
-        another run, or the schedule does not fit.
+        `rows`: the token ids of each row's sequences. Raises UserError for another run, or a wrong schedule.
         """
         self.continued = continuation.find(self.config, self.script, rows, self.say)
         self.rows_of_step = self.continued.rows_of_step
@@ -158,10 +157,7 @@ class Session:
         companions: Sequence[Callable[[Path], None]],
         name: str = "model",
     ) -> None:
-        """Write the model of a complete run to OUTPUT/hf, and close the record.
-
-        `companions` write further files into that directory, such as the tokenizer's. `name`: in the log.
-        """
+        """Write the model of a complete run and its `companions`' files to OUTPUT/hf; close the record."""
         if self.is_complete:
             with self.phase("export", **dict.fromkeys(list(self.trained)[:1], "weights")):
                 directory = self.config.run.output / "hf"

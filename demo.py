@@ -2,14 +2,11 @@
 
     python demo.py
 
-The toy task is to sort letters. 40 % of the training answers have two neighbours swapped, so supervised
-fine-tuning learns the task and the mistakes, and leaves something to do for the stages that come after
-it: a reward model that tells right answers from wrong ones, DPO, which learns to prefer them, rejection
-sampling, which trains on those of its own answers that score best, PPO, with a critic and as GRPO, which
-makes answers likelier that score better than others, and self-rewarding. For that one the training data also
-has right judgements of answers, and of judgements. Each stage is a command that one could type; the table at
-the end compares what the stages sample, the lines below it how well the model judges before and after
-self-rewarding.
+The toy task is to sort letters. 40 % of the training responses have two neighbours swapped, so supervised
+fine-tuning learns the task and the mistakes. The stages after it are a reward model, DPO, rejection sampling,
+PPO with a critic, GRPO, and self-rewarding, for which the training data also has right judgements of
+responses, and of judgements. Each stage is a command that one could type. The table at the end compares what
+the stages sample, the lines below it how well the model judges before and after self-rewarding.
 """
 
 import json
@@ -27,17 +24,34 @@ from align.data.toy import JUDGE_TEMPLATE, MAX_SCORE, toy_score
 from align.judging.judge import Judged, parse_score
 
 OUTPUT = Path("runs/demo")
-DATA, SFT, RM, DPO, RS, PPO, GRPO, SELF = (
-    OUTPUT / name for name in ("data", "sft", "rm", "dpo", "rs", "ppo", "grpo", "self_reward")
+DATA, SFT, SELF = OUTPUT / "data", OUTPUT / "sft", OUTPUT / "self_reward"
+TORCHRUN = (sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split())
+ROWS = f"--train-data {DATA}/train.jsonl --val-data {DATA}/val.jsonl"
+PAIRS = (
+    f"--model {SFT}/hf --max-seq-len 64 --train-data {DATA}/train_comparisons.jsonl "
+    f"--val-data {DATA}/val_comparisons.jsonl"
 )
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROMPTS = (
-    f"--model {SFT}/hf --train-data {DATA}/train.jsonl --val-data {DATA}/val.jsonl --max-prompt-len 64 "
-    "--max-new-tokens 16 --reward-fn align.data.toy:reward --max-steps 30 --val-interval 10 --val-batches 7"
+    f"--model {SFT}/hf {ROWS} --max-prompt-len 64 --max-new-tokens 16 --reward-fn align.data.toy:reward "
+    "--max-steps 30 --val-interval 10 --val-batches 7"
 )
+STAGES = {  # train_NAME.py with these flags writes OUTPUT/NAME
+    "sft": f"--max-seq-len 192 --train-data {DATA}/train.jsonl {DATA}/train_judge.jsonl --val-data "
+    f"{DATA}/val.jsonl --global-batch-size 16 --max-epochs 2 --lr 3e-3 --min-lr 1e-4 --val-interval 150",
+    "rm": f"{PAIRS} --max-epochs 2 --lr 5e-4 --min-lr 5e-5 --val-interval 20",
+    "dpo": f"{PAIRS} --tp 2 --sft-weight 0.5 --lr 2e-4 --min-lr 1e-5 --val-interval 20",
+    "rs": f"{PROMPTS} --lr 5e-4 --min-lr 5e-4",
+    "ppo": f"{PROMPTS} --samples-per-prompt 4 --global-batch-size 64 --lr 5e-4 --min-lr 1e-4 "
+    "--critic-lr 1e-3 --critic-min-lr 1e-3 --kl-coef 0.05",
+    "grpo": f"{PROMPTS} --prompts-per-step 32 --samples-per-prompt 8 --global-batch-size 64 --lr 5e-4 "
+    "--min-lr 1e-4 --kl-coef 0.05",
+    "self_reward": f"--model {SFT}/hf {ROWS} --judge-template {DATA}/judge.txt --meta-judge "
+    f"--meta-judge-template {DATA}/meta_judge.txt --true-reward-fn align.data.toy:reward --max-seq-len 64 "
+    "--max-new-tokens 64 --steps-per-iteration 10 --sft-weight 0.5 --lr 5e-5 --min-lr 5e-5 --beta 0.3 "
+    "--warmup-steps 2 --val-batches 3",
+}
 JUDGES = ("sft", "self_reward")
 METRICS = {"sft": "val/loss", "rm": "val/acc", "dpo": "val/acc", "self_reward": "val/true_rewards"}
-PAIRS = f"--train-data {DATA}/train_comparisons.jsonl --val-data {DATA}/val_comparisons.jsonl"
 
 
 def main() -> None:
@@ -45,48 +59,13 @@ def main() -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     command(sys.executable, "prepare_data.py", "toy", "--output", DATA)
     seconds = {
-        "sft": command(
-            *(*TORCHRUN, "train_sft.py", "--output", SFT, "--max-seq-len", "192"),
-            *("--train-data", DATA / "train.jsonl", DATA / "train_judge.jsonl"),
-            *("--val-data", DATA / "val.jsonl"),
-            *"--global-batch-size 16 --max-epochs 2 --lr 3e-3 --min-lr 1e-4 --val-interval 150".split(),
-        ),
-        "rm": command(
-            *(*TORCHRUN, "train_rm.py", "--model", SFT / "hf", "--output", RM, "--max-seq-len", "64"),
-            *PAIRS.split(),
-            *"--max-epochs 2 --lr 5e-4 --min-lr 5e-5 --val-interval 20".split(),
-        ),
-        "dpo": command(
-            *(*TORCHRUN, "train_dpo.py", "--tp", "2", "--model", SFT / "hf", "--output", DPO),
-            *("--max-seq-len", "64", *PAIRS.split()),
-            *"--sft-weight 0.5 --lr 2e-4 --min-lr 1e-5 --val-interval 20".split(),
-        ),
-        "rs": command(
-            *(*TORCHRUN, "train_rs.py", "--output", RS, *PROMPTS.split(), "--lr", "5e-4", "--min-lr", "5e-4")
-        ),
-        "ppo": command(
-            *(*TORCHRUN, "train_ppo.py", "--output", PPO, *PROMPTS.split()),
-            *"--samples-per-prompt 4 --global-batch-size 64 --lr 5e-4 --min-lr 1e-4 --critic-lr 1e-3".split(),
-            *"--critic-min-lr 1e-3 --kl-coef 0.05".split(),
-        ),
-        "grpo": command(
-            *(*TORCHRUN, "train_grpo.py", "--output", GRPO, *PROMPTS.split()),
-            *"--prompts-per-step 32 --samples-per-prompt 8 --global-batch-size 64".split(),
-            *"--lr 5e-4 --min-lr 1e-4 --kl-coef 0.05".split(),
-        ),
-        "self_reward": command(
-            *(*TORCHRUN, "train_self_reward.py", "--model", SFT / "hf", "--output", SELF),
-            *("--train-data", DATA / "train.jsonl", "--val-data", DATA / "val.jsonl"),
-            *("--judge-template", DATA / "judge.txt", "--meta-judge"),
-            *("--meta-judge-template", DATA / "meta_judge.txt", "--true-reward-fn", "align.data.toy:reward"),
-            *"--max-seq-len 64 --max-new-tokens 64 --steps-per-iteration 10 --sft-weight 0.5".split(),
-            *"--lr 5e-5 --min-lr 5e-5 --beta 0.3 --warmup-steps 2 --val-batches 3".split(),
-        ),
+        name: command(*TORCHRUN, f"train_{name}.py", "--output", OUTPUT / name, *flags.split())
+        for name, flags in STAGES.items()
     }
 
     val = DATA / "val.jsonl"
     prompts = [json.loads(line)["messages"][0]["content"] for line in val.read_bytes().splitlines()]
-    stages = ("sft", "dpo", "rs", "ppo", "grpo", "self_reward")
+    stages = [name for name in STAGES if name != "rm"]
     answers = {stage: generate(OUTPUT / stage, val, OUTPUT / stage / "answers.jsonl", 1) for stage in stages}
     scores = {stage: score(prompts, answers[stage]) for stage in answers}
     to_judge = generate(SFT, val, SFT / "four_answers.jsonl", 4)

@@ -32,11 +32,6 @@ def write(text: str, end: str = "\n", to: Literal["stdout", "stderr"] = "stdout"
         return getattr(error, "strerror", None) or str(error)
 
 
-def flush() -> None:
-    """Write what is buffered, such as the help that tyro prints, also to a pipe without a reader."""
-    write("", end="")
-
-
 def is_terminal() -> bool:
     """True if stdout is a UTF-8 terminal."""
     try:

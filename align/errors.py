@@ -43,4 +43,4 @@ def one_line() -> Iterator[None]:
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
-        console.flush()
+        console.write("", end="")  # flushes what is buffered, also to a pipe without a reader

@@ -17,7 +17,7 @@ from align.model import architecture
 from align.model.architecture import Architecture
 from align.model.config import check_model
 from align.planning.memory import RankShape
-from align.planning.phases import Cluster, Job, Phase, build, forward, frozen_forward, generate, save, train
+from align.planning.phases import Cluster, Job, Phase, build, forward, generate, save, train
 
 Models = Mapping[str, Architecture]
 
@@ -87,7 +87,7 @@ def from_rows(
         length = config.format.max_seq_len
         prompt = length // 2 if per_row == 2 else 0  # half of a pair is taken to be the prompt
         work = job.work(config.batch.global_batch_size, per_row, length, prompt)
-        reference = [frozen_forward(job, s, name, name, work) for name in job.frozen]
+        reference = [forward(job, s, name, name, work) for name in job.frozen]
         return [build(job, s), *reference, train(job, s, "policy", work), save(job, s, "policy")]
 
     return checked(Job(config, cluster, {"policy": policy}, frozen or {}, phases))
@@ -148,10 +148,10 @@ def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
     counts = config.prompts_per_step, config.samples_per_prompt, prompt
     phases = [build(job, s), generate(job, s, "generate", *counts)]
     if "reward model" in job.frozen:
-        phases.append(frozen_forward(job, s, "score", "reward model", work))
+        phases.append(forward(job, s, "score", "reward model", work))
     phases.append(forward(job, s, "logprobs", "policy", work))
     if "reference" in job.frozen:
-        phases.append(frozen_forward(job, s, "reference", "reference", work))
+        phases.append(forward(job, s, "reference", "reference", work))
     if "critic" in job.trained:
         phases += [forward(job, s, "values", "critic", work), train(job, s, "critic", training)]
     phases.append(train(job, s, "policy", training))
@@ -167,7 +167,7 @@ def rejection_sampling_phases(job: Job, s: RankShape) -> list[Phase]:
     if "reward model" in job.frozen:
         groups = -(-rows * config.samples_per_prompt // together)
         scoring = job.work(groups, together, prompt + response, prompt)
-        phases.append(frozen_forward(job, s, "score", "reward model", scoring))
+        phases.append(forward(job, s, "score", "reward model", scoring))
     phases.append(forward(job, s, "audit", "policy", training))
     return [*phases, train(job, s, "policy", training), save(job, s, "policy")]
 
@@ -191,7 +191,7 @@ def self_rewarding_phases(job: Job, s: RankShape) -> list[Phase]:
         meta_prompt, pairs = min(prompt + 3 * response + template, room), judgements * (judgements - 1)
         phases.append(generate(job, s, "meta_judge", rows * pairs, 1, meta_prompt, "reference"))
     work = job.work(config.batch.global_batch_size, 2, prompt + response, prompt)
-    phases.append(frozen_forward(job, s, "reference", "reference", work))
+    phases.append(forward(job, s, "reference", "reference", work))
     return [*phases, train(job, s, "policy", work), save(job, s, "policy")]
 
 

@@ -144,15 +144,16 @@ def train(job: Job, s: RankShape, name: str, work: MicroBatchLoad) -> Phase:
     return Phase(job.label("train", name), {name: "all"}, (), items)
 
 
-def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
-    """A pass of a model in training without a gradient."""
-    items = memory.forward_only(job.trained[name], s, work)
+def computing(job: Job, kind: str, name: str, items: Mapping[str, float]) -> Phase:
+    """A phase in which a model computes, in training or frozen."""
+    if name in job.frozen:
+        return Phase(kind, {}, (name,), items)
     return Phase(job.label(kind, name), {name: "weights"}, (), items)
 
 
-def frozen_forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
-    """A pass of a frozen model."""
-    return Phase(kind, {}, (name,), memory.forward_only(job.frozen[name], s, work))
+def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
+    """A pass of a model without a gradient."""
+    return computing(job, kind, name, memory.forward_only({**job.trained, **job.frozen}[name], s, work))
 
 
 def generate(
@@ -178,9 +179,7 @@ def generate(
         loads.append(RolloutLoad(slots, share, responses, prompt, config.sampling.max_new_tokens))
     sizes = [rollout_memory.sampling(arch, s, load, copy) for load in loads]
     items = max(sizes, key=lambda items: sum(items.values()))
-    if by != "policy":
-        return Phase(kind, {}, (by,), items)
-    return Phase(job.label(kind, by), {by: "weights"}, (), items)
+    return computing(job, kind, by, items)
 
 
 def save(job: Job, s: RankShape, name: str) -> Phase:

@@ -61,12 +61,6 @@ class Continuation:
         """Fields of a checkpoint's state.json."""
         return {"identity": self.identity, "pass_start": self.pass_start}
 
-    def describe(self) -> str:
-        """A line for the log of a continued run."""
-        if self.step == self.total_steps:
-            return f"the run is complete: all {self.step} steps are done"
-        return f"continuing after step {self.step}"
-
 
 def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
     """Identity of a run: script (its `__file__`), flags and rows (the token ids of each row's sequences)."""

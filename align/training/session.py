@@ -89,7 +89,9 @@ class Session:
         self.step, self.latest = checkpoint.resume(self.verified_checkpoint(), trained, self.phase)
         self.run.resume_at(self.step)
         if self.step:
-            self.say(self.continued.describe())
+            is_complete = self.step == self.total_steps
+            complete = f"the run is complete: all {self.step} steps are done"
+            self.say(complete if is_complete else f"continuing after step {self.step}")
         elif validate:
             self.latest = validate(0)
             self.run.log(0, self.latest)

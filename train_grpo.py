@@ -27,22 +27,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from align import flags
 from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
-from align.flags import (
-    BOUND,
-    COEFFICIENT,
-    COUNT,
-    REPEATS,
-    SAMPLES,
-    above,
-    check_ranges,
-    number,
-    refuse_unused,
-)
 from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
@@ -125,19 +115,19 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
+        flags.check_ranges(
             self,
-            prompts_per_step=COUNT,
-            samples_per_prompt=SAMPLES,
-            ppo_epochs=REPEATS,
-            clip=COEFFICIENT,
-            gamma=number(0, 1),
-            entropy_coef=COEFFICIENT,
-            truncated_penalty=COEFFICIENT,
-            kl_coef=COEFFICIENT,
-            kl_target=above(0, 1e6),
-            kl_horizon=above(0, 1e12),
-            audit_ratio=BOUND,
+            prompts_per_step=flags.COUNT,
+            samples_per_prompt=flags.SAMPLES,
+            ppo_epochs=flags.REPEATS,
+            clip=flags.COEFFICIENT,
+            gamma=flags.number(0, 1),
+            entropy_coef=flags.COEFFICIENT,
+            truncated_penalty=flags.COEFFICIENT,
+            kl_coef=flags.COEFFICIENT,
+            kl_target=flags.above(0, 1e6),
+            kl_horizon=flags.above(0, 1e12),
+            audit_ratio=flags.BOUND,
         )
         responses, size = self.responses_per_step, self.batch.global_batch_size
         if responses % size:
@@ -161,13 +151,13 @@ class Config(CommonConfig):
             raise UserError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
         if self.advantages != "reinforce":
             why = f"with --advantages {self.advantages}, which takes whole responses"
-            refuse_unused(self, Config, "gamma whiten_advantages", why)
+            flags.refuse_unused(self, Config, "gamma whiten_advantages", why)
         if self.kl_coef == 0:
-            refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
+            flags.refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
         if self.kl_target is None:
-            refuse_unused(self, Config, "kl_horizon", "without --kl-target")
+            flags.refuse_unused(self, Config, "kl_horizon", "without --kl-target")
         if self.truncated != "penalise":
-            refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
+            flags.refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
         audit.check_whole_distribution(self.sampling)
 
     @property

@@ -25,24 +25,12 @@ import numpy as np
 import tyro
 from torch import Tensor
 
+from align import flags
 from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
-from align.flags import (
-    BOUND,
-    COEFFICIENT,
-    COUNT,
-    COUNT_OR_0,
-    LEARNING_RATE,
-    REPEATS,
-    SAMPLES,
-    above,
-    check_ranges,
-    number,
-    refuse_unused,
-)
 from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
@@ -134,24 +122,24 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
+        flags.check_ranges(
             self,
-            prompts_per_step=COUNT,
-            samples_per_prompt=SAMPLES,
-            ppo_epochs=REPEATS,
-            clip=COEFFICIENT,
-            gamma=number(0, 1),
-            gae_lambda=number(0, 1),
-            entropy_coef=COEFFICIENT,
-            truncated_penalty=COEFFICIENT,
-            kl_coef=COEFFICIENT,
-            kl_target=above(0, 1e6),
-            kl_horizon=above(0, 1e12),
-            critic_lr=LEARNING_RATE,
-            critic_min_lr=LEARNING_RATE,
-            critic_warmup_steps=COUNT_OR_0,
-            value_clip=COEFFICIENT,
-            audit_ratio=BOUND,
+            prompts_per_step=flags.COUNT,
+            samples_per_prompt=flags.SAMPLES,
+            ppo_epochs=flags.REPEATS,
+            clip=flags.COEFFICIENT,
+            gamma=flags.number(0, 1),
+            gae_lambda=flags.number(0, 1),
+            entropy_coef=flags.COEFFICIENT,
+            truncated_penalty=flags.COEFFICIENT,
+            kl_coef=flags.COEFFICIENT,
+            kl_target=flags.above(0, 1e6),
+            kl_horizon=flags.above(0, 1e12),
+            critic_lr=flags.LEARNING_RATE,
+            critic_min_lr=flags.LEARNING_RATE,
+            critic_warmup_steps=flags.COUNT_OR_0,
+            value_clip=flags.COEFFICIENT,
+            audit_ratio=flags.BOUND,
         )
         responses, size = self.responses_per_step, self.batch.global_batch_size
         if responses % size:
@@ -171,11 +159,11 @@ class Config(CommonConfig):
         if self.critic_min_lr > self.critic_lr:
             raise UserError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
         if self.kl_coef == 0:
-            refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
+            flags.refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
         if self.kl_target is None:
-            refuse_unused(self, Config, "kl_horizon", "without --kl-target")
+            flags.refuse_unused(self, Config, "kl_horizon", "without --kl-target")
         if self.truncated != "penalise":
-            refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
+            flags.refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
         audit.check_whole_distribution(self.sampling)
 
     @property

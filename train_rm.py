@@ -1,4 +1,4 @@
-"""Reward model: a score for each text, trained on pairs of which one is preferred, or on labels.
+"""Reward model: a score for each text, trained on pairs of a chosen and a rejected text, or on labels.
 
     torchrun --nproc_per_node 2 train_rm.py --model runs/sft/hf --train-data train_comparisons.jsonl \
         --val-data test_comparisons.jsonl --output runs/rm
@@ -107,7 +107,7 @@ def main(config: Config) -> None:
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
     session = Session(config, __file__)
     session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
-    session.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
+    session.say("the head starts at random" if start.labels == 0 else "the head is the model's")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()

@@ -145,7 +145,7 @@ def select_step(config: Config, sampled: Rollout) -> tuple[list[Selected], dict[
         "dropped_duplicates": num_duplicates,
     }
     if selected:
-        statistics["rewards_selected"] = float(np.mean([one.reward for one in selected]))
+        statistics["rewards_selected"] = float(np.mean([response.reward for response in selected]))
     return selected, statistics
 
 
@@ -222,12 +222,14 @@ def main(config: Config) -> None:
         updates, lr = [], optim.learning_rate(config.optim, step, session.total_steps)
         for first in range(0, len(selected), config.batch.global_batch_size):
             responses = selected[first : first + config.batch.global_batch_size]
-            examples = [[response_example(rows["train"][one.row], one.sample)] for one in responses]
-            tokens = sum(len(one.sample.ids) for one in responses)
+            examples = [
+                [response_example(rows["train"][response.row], response.sample)] for response in responses
+            ]
+            tokens = sum(len(response.sample.ids) for response in responses)
             if first == 0:
                 trained = batching.per_example_outputs(policy, examples, config.batch)
-                places = [(one.row, one.number) for one in responses]
-                sampled_logprobs = [one.sample.model_logprobs for one in responses]
+                places = [(response.row, response.number) for response in responses]
+                sampled_logprobs = [response.sample.model_logprobs for response in responses]
                 dtype = config.model.dtype
                 metrics |= audit.compare(places, sampled_logprobs, trained, dtype, config=config.audit)
                 clock.lap("audit")

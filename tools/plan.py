@@ -75,8 +75,7 @@ def load_script(path: Path) -> ModuleType:
 
 
 def process_bytes() -> float:
-    """Memory of a run's process beside its tensors: that of this process, which has imported the same, and
-    FIRST_STEP. Elsewhere than on Linux that of one on Linux."""
+    """Memory of a run's process beside its tensors: of this one, as on Linux, and FIRST_STEP."""
     return (psutil.Process().memory_info().rss if sys.platform == "linux" else 0.5e9) + FIRST_STEP
 
 

@@ -178,7 +178,7 @@ def self_rewarding_phases(job: Job, s: RankShape) -> list[Phase]:
     prompt = min(config.format.max_seq_len, context)
     samples, judgements = config.samples_per_prompt, config.judge.judgements
     rows = config.batch.global_batch_size * config.rollout_ahead
-    # A judge prompt holds prompt, response and template, of which a token has a byte at least.
+    # A judge prompt holds prompt, response and template. A token has a byte at least.
     judge_prompt = min(prompt + response + config.judge.judge_template.stat().st_size, context)
     phases = [
         build(job, s),

@@ -119,7 +119,7 @@ def gradients(arch: Architecture, s: RankShape) -> int:
 
 
 def optimizer(arch: Architecture, s: RankShape) -> float:
-    """Both moments in fp32, and fp32 main weights of bf16 ones (those of fp32 are the weights themselves)."""
+    """Both moments in fp32, and fp32 main weights of bf16 ones; fp32 weights are their own main weights."""
     return (2 if s.item == FP32 else 3) * FP32 * weights(arch, s) / s.copies
 
 
@@ -296,7 +296,7 @@ def layer_backward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> fl
 
 
 def end_of_backward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
-    """After all activations are freed: the embedding's gradient, and if tied that of the output layer."""
+    """With all activations freed: the gradient of the embedding, and of a tied output layer."""
     if not s.first:
         return 0.0
     matrix = s.item * vocabulary(arch, s.tp) * arch.hidden_size

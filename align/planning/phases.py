@@ -183,7 +183,7 @@ def generate(
 
 
 def save(job: Job, s: RankShape, name: str) -> Phase:
-    """A checkpoint, of which a GPU's copies are made in its host's memory."""
+    """A checkpoint; a GPU's is copied in its host's memory."""
     items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s)}
     return Phase(job.label("save", name), {name: "all"}, (), items)
 

@@ -44,7 +44,7 @@ class CheckpointConfig:
     """Checkpoints and resume."""
 
     save_interval: int = 500
-    """steps between checkpoints; one more comes at the end, and when a run is told to stop; 0: only those"""
+    """steps between checkpoints; and one at the end, or when the run is stopped; 0: only that one"""
     save_top_k: int = 1
     """checkpoints to keep, the best by --monitor; the newest is always kept as well"""
     monitor: str = "val/loss"

@@ -99,7 +99,7 @@ class Session:
         self.times()  # the time before the first step is not the step's
 
     def steps(self) -> Iterator[int]:
-        """Steps from 0 that are not finished, until the run is told to stop."""
+        """Steps from 0 that are not finished, until a signal or --max-time stops the run."""
         for step in range(self.step, self.total_steps):
             self.step = step
             yield step

@@ -107,7 +107,7 @@ def main(config: Config) -> None:
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
     session = Session(config, __file__)
     session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
-    session.say("the head starts at random" if start.labels == 0 else "the head is the model's")
+    session.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()

@@ -119,24 +119,14 @@ def select(
     return best, len(samples) - len(whole), len(whole) - len(distinct)
 
 
-@dataclass(frozen=True)
-class Selected:
-    """A response that is trained on."""
-
-    row: int  # of its prompt
-    number: int  # among the responses to it
-    sample: Sample
-    reward: float
-
-
-def select_step(config: Config, sampled: Rollout) -> tuple[list[Selected], dict[str, float]]:
-    """The responses of a rollout that are trained on, and statistics of the rollout and of the selection."""
+def select_step(config: Config, sampled: Rollout) -> tuple[list[tuple[int, int]], dict[str, float]]:
+    """(prompt, response) of a rollout to train on, by number, and statistics of rollout and selection."""
     least = -math.inf if config.min_reward is None else config.min_reward
     selected, num_truncated, num_duplicates = [], 0, 0
     rules = config.keep_top, config.truncated, config.duplicates
-    for row, samples, rewards in zip(sampled.rows, sampled.samples, sampled.rewards, strict=True):
+    for i, (samples, rewards) in enumerate(zip(sampled.samples, sampled.rewards, strict=True)):
         best, truncated, duplicates = select(samples, rewards, *rules)
-        selected += [Selected(row, k, samples[k], float(rewards[k])) for k in best if rewards[k] >= least]
+        selected += [(i, k) for k in best if rewards[k] >= least]
         num_truncated, num_duplicates = num_truncated + truncated, num_duplicates + duplicates
     statistics = sampled.statistics() | {
         "selected": len(selected),
@@ -145,7 +135,7 @@ def select_step(config: Config, sampled: Rollout) -> tuple[list[Selected], dict[
         "dropped_duplicates": num_duplicates,
     }
     if selected:
-        statistics["rewards_selected"] = float(np.mean([response.reward for response in selected]))
+        statistics["rewards_selected"] = float(np.mean([float(sampled.rewards[i, k]) for i, k in selected]))
     return selected, statistics
 
 
@@ -221,17 +211,15 @@ def main(config: Config) -> None:
         # update
         updates, lr = [], optim.learning_rate(config.optim, step, session.total_steps)
         for first in range(0, len(selected), config.batch.global_batch_size):
-            responses = selected[first : first + config.batch.global_batch_size]
-            examples = [
-                [response_example(rows["train"][response.row], response.sample)] for response in responses
-            ]
-            tokens = sum(len(response.sample.ids) for response in responses)
+            chosen = selected[first : first + config.batch.global_batch_size]
+            samples = [sampled.samples[i][k] for i, k in chosen]
+            examples = [[response_example(sampled.prompts[i], sampled.samples[i][k])] for i, k in chosen]
+            tokens = sum(len(sample.ids) for sample in samples)
             if first == 0:
                 trained = batching.per_example_outputs(policy, examples, config.batch)
-                places = [(response.row, response.number) for response in responses]
-                sampled_logprobs = [response.sample.model_logprobs for response in responses]
-                dtype = config.model.dtype
-                metrics |= audit.compare(places, sampled_logprobs, trained, dtype, config=config.audit)
+                places = [(sampled.rows[i], k) for i, k in chosen]
+                logprobs = [sample.model_logprobs for sample in samples]
+                metrics |= audit.compare(places, logprobs, trained, config.model.dtype, config=config.audit)
                 clock.lap("audit")
             with engine.during(f"step {session.done}"):
                 batches = batching.micro_batches(policy, examples, config.batch)

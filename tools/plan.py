@@ -14,13 +14,12 @@ Transformer Engine, --fp8 or not, activations are counted as with torch's kernel
 
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-
-import psutil
 
 from align import console
 from align.command_line import parse
@@ -76,7 +75,10 @@ def load_script(path: Path) -> ModuleType:
 
 def process_bytes() -> float:
     """Memory of a run's process beside its tensors: of this one, as on Linux, and FIRST_STEP."""
-    return (psutil.Process().memory_info().rss if sys.platform == "linux" else 0.5e9) + FIRST_STEP
+    if sys.platform != "linux":
+        return 0.5e9 + FIRST_STEP
+    [resident] = re.findall(rb"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_bytes())
+    return int(resident) * 1024.0 + FIRST_STEP
 
 
 def report(job: Job, name: str) -> str | None:

@@ -25,14 +25,8 @@ from align.files import read_object
 METADATA = "torch.distributed.checkpoint"
 CLASSES = {  # of `.metadata`
     f"{METADATA}.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
+        *"BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta".split(),
+        *"TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING".split(),
     },
     f"{METADATA}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     f"{METADATA}.filesystem": {"_StorageInfo"},

@@ -192,12 +192,7 @@ class Config(CommonConfig):
         return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
 
     def estimate_advantages(self, rewards: Tensor, lengths: list[int], counted: Tensor) -> Tensor:
-        """Advantages [N], not whitened.
-
-        Args:
-            rewards: [N] of the tokens, the responses end to end, of `lengths` tokens each.
-            counted: [A] bool, responses that the policy learns from.
-        """
+        """Advantages [N], not whitened, of rewards [N]; `counted`: [A] bool, responses to learn from."""
         if self.advantages == "reinforce":  # rewards to go
             return rl.gae(rewards, torch.zeros_like(rewards), lengths, self.gamma, 1.0)[0]
         returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]

@@ -9,7 +9,7 @@ from align import console
 
 
 class UserError(ValueError):
-    """An unusable flag, file, row or directory: one line with its name, its value and the rule.
+    """An unusable flag, file, row or directory, in one line with its name, its value and the rule.
 
     A script ends with this line and status 2. Any other error is a bug and keeps its traceback.
     """

@@ -44,8 +44,7 @@ def help_text(config_class: type, prog: str, order: Sequence[str], doc: str | No
 
 
 def wrap(paragraph: str, width: int) -> str:
-    """A paragraph in lines of at most `width` columns; of one with indented lines, such as commands, only
-    those are cut that a backslash joins in the source."""
+    """A paragraph in lines of `width`; with indented lines, such as commands, cut at joins only."""
     if any(line.startswith(" ") for line in paragraph.splitlines()):
         return re.sub(r"(?<=\S)   +", " \\\\\n        ", paragraph)
     return textwrap.fill(paragraph, width, break_on_hyphens=False)

@@ -157,8 +157,7 @@ def cpu_verdict(
 ) -> str | None:
     """Check on CPUs that all ranks of a node together fit into its memory; returns as `report`.
 
-    `peaks`: of each stage, of a rank that gathers a checkpoint; `without_save`: of one that does not. `phase`
-    and `items`: of the highest peak.
+    `peaks`, `without_save`: of each stage, with and without a save; `phase`, `items`: of the highest peak.
     """
     cluster = job.cluster
     assert cluster.host_memory is not None

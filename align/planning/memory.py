@@ -319,10 +319,8 @@ def training(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict[str
         (end_of_backward(arch, s, work) + reduction(arch, s), 0.0),
     ]
     if s.last:
-        moments.append((activations, output_forward(arch, s, work)))
-        moments.append((activations, output_backward(arch, s, work)))
-    activations, logits = max(moments, key=sum)
-    return {"activations": activations, "logits": logits}
+        moments += [(activations, of(arch, s, work)) for of in (output_forward, output_backward)]
+    return dict(zip(("activations", "logits"), max(moments, key=sum), strict=True))
 
 
 def forward_only(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict[str, float]:
@@ -340,8 +338,7 @@ def forward_only(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict
     moments = [(places * max(mlp, attention), 0.0)]
     if s.last:
         moments.append((2 * s.item * h * places, output_forward(arch, s, work)))
-    activations, logits = max(moments, key=sum)
-    return {"activations": activations, "logits": logits}
+    return dict(zip(("activations", "logits"), max(moments, key=sum), strict=True))
 
 
 def saving(arch: Architecture, s: RankShape) -> float:

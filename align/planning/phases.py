@@ -159,11 +159,9 @@ def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) 
 def generate(
     job: Job, s: RankShape, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
 ) -> Phase:
-    """Sampling, in steps and in validations, whichever takes more.
+    """Sampling `per_prompt` responses by a model, in steps and in validations, whichever takes more.
 
-    Args:
-        prompts: of a step, over all ranks, of `prompt` tokens.
-        by: the model whose weights sample.
+    `prompts`: of a step, over all ranks, of `prompt` tokens.
     """
     config, arch, rollout = job.config, job.trained["policy"], job.config.rollout
     reshards = rollout.reshards(config.parallel)

@@ -70,8 +70,7 @@ class RunConfig:
 class Run:
     """Record of one run. Rank 0 (`main`) writes it; on the other ranks every method does nothing.
 
-    Use: `Run(...)` once the flags are checked, `resume_at` once the first step is known, `log` after each
-    step, `close` at the end. `total_steps` is shown on the console and may be set later.
+    `resume_at` comes before the first `log`. `total_steps` is shown on the console and may be set later.
     """
 
     def __init__(self, config: RunConfig, flags: dict, script: str, main: bool, total_steps: int = 0):

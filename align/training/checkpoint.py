@@ -137,11 +137,8 @@ def saving(
 ) -> Iterator[Path]:
     """Make OUTPUT/checkpoints/step_XXXXXXXX, then delete checkpoints beyond --save-top-k. Collective.
 
-    The block `write`s the models into the yielded directory, or into folders of it.
-
-    Args:
-        metrics: the newest value of each metric, for ranking checkpoints.
-        run_state: the identity of the run (`Continuation.state`), checked when it is continued.
+    The block `write`s the models into the yielded directory, or into folders of it. Checkpoints are ranked by
+    `metrics`, the newest values. `run_state`: the identity of the run (`Continuation.state`).
     """
     path = output / "checkpoints" / f"step_{step:08d}"
     unfinished = path.with_suffix(".tmp")

@@ -22,12 +22,8 @@ def draw(
     """Minibatches of one PPO epoch: [minibatch][prompt][response], responses by number in the rollout.
 
     Epoch 0 goes through the rollout in its order, in the micro-batches in which old log-probs and values are
-    computed: so the ratio of the first update is 1 to the last bit. Each later epoch has a permutation of its
-    own, the same in every layout.
-
-    Args:
-        group_size: responses per prompt; those to one prompt follow one another in the rollout.
-        place: seed, step and epoch, from which the permutation follows.
+    computed: so the ratio of the first update is 1 to the last bit. Each later epoch has its own permutation,
+    by `place` (seed, step, epoch), equal in every layout. `group_size`: responses per prompt.
     """
     numbers = np.arange(num_responses)
     if place[-1] > 0:

@@ -84,10 +84,8 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
-            self, beta=SCALE, sft_weight=COEFFICIENT, label_smoothing=below(0, 0.5), audit_start=BOUND
-        )
-        check_ranges(self, simpo_gamma=COEFFICIENT, dpop_lambda=COEFFICIENT, reward_scale=SCALE)
+        check_ranges(self, beta=SCALE, label_smoothing=below(0, 0.5), reward_scale=SCALE, audit_start=BOUND)
+        check_ranges(self, sft_weight=COEFFICIENT, simpo_gamma=COEFFICIENT, dpop_lambda=COEFFICIENT)
         for flag in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
             if flag.replace("reward_scale", "gap") not in self.loss_inputs:
                 refuse_unused(self, Config, flag, f"with --loss {self.loss}")

@@ -294,15 +294,15 @@ def main(config: Config) -> None:
         audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, stop_texts)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         examples = [example for group in sampled.examples() for example in group]
-        dealt = Minibatches(policy, examples, config.draws(step), config.batch)
-        lengths = dealt.lengths
+        packed = Minibatches(policy, examples, config.draws(step), config.batch)
+        lengths = packed.lengths
 
         # log-probs of policy and reference, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = dealt.outputs(policy)[:, 0]
+            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
-                ref_logprobs = dealt.outputs(policy)[:, 0]
+                ref_logprobs = packed.outputs(policy)[:, 0]
         computed = [part.numpy() for part in old_logprobs.split(lengths)]
         logprobs = [sample.logprobs for sample in sampled.responses]
         precision = config.model.dtype, config.sampling.temperature
@@ -327,12 +327,12 @@ def main(config: Config) -> None:
             advantages = rl.whiten(advantages)
 
         # update
-        learns = rl.per_token(counted.double(), lengths)  # [N]
-        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": learns}
-        batches = dealt.micro_batches(**tokens)
+        mask = rl.per_token(counted.double(), lengths)  # [N]
+        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        batches = packed.micro_batches(**tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
-        signal = advantages if kl_in_loss == config.entropy_coef == 0 else learns
-        num_tokens = dealt.tokens_with_gradient(learns, signal)
+        signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
+        num_tokens = packed.tokens_with_gradient(mask, signal)
         updates = update(partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:

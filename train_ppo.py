@@ -284,13 +284,13 @@ def main(config: Config) -> None:
         name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: Sequence[float], lr: float
     ) -> list[dict[str, float]]:
         """One update of a model for each minibatch that has a gradient."""
-        model, its_optimizer = trained[name]
+        model, model_optimizer = trained[name]
         updates = []
         with phase("train", **{name: "all"}), engine.during(f"step {session.done}, {name}"):
             for minibatch, count in zip(batches, num_tokens, strict=True):
                 if count:
                     metrics = engine.forward_backward(model, minibatch, loss_fn, count)
-                    updates.append(metrics | {"grad_norm": optim.step(its_optimizer, lr), "lr": lr})
+                    updates.append(metrics | {"grad_norm": optim.step(model_optimizer, lr), "lr": lr})
         return updates
 
     # ---- loop ------------------------------------------------------------------------------------
@@ -307,17 +307,17 @@ def main(config: Config) -> None:
         audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, stop_texts)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         examples = [example for group in sampled.examples() for example in group]
-        dealt = Minibatches(policy, examples, config.draws(step), config.batch)
-        lengths = dealt.lengths
+        packed = Minibatches(policy, examples, config.draws(step), config.batch)
+        lengths = packed.lengths
 
         # log-probs of policy and reference, and values, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = dealt.outputs(policy)[:, 0]
+            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
-                ref_logprobs = dealt.outputs(policy)[:, 0]
+                ref_logprobs = packed.outputs(policy)[:, 0]
         with phase("values", critic="weights"):
-            values = values_as.standardised(dealt.outputs(critic)[:, 0])
+            values = values_as.standardised(packed.outputs(critic)[:, 0])
         computed = [part.numpy() for part in old_logprobs.split(lengths)]
         logprobs = [sample.logprobs for sample in sampled.responses]
         precision = config.model.dtype, config.sampling.temperature
@@ -345,16 +345,16 @@ def main(config: Config) -> None:
             advantages = rl.whiten(advantages)
 
         # update
-        learns = rl.per_token(counted.double(), lengths)  # [N]
-        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": learns}
-        batches = dealt.micro_batches(**tokens, values=values, returns=returns)
+        mask = rl.per_token(counted.double(), lengths)  # [N]
+        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        batches = packed.micro_batches(**tokens, values=values, returns=returns)
         lr = optim.learning_rate(critic_optim, step, session.total_steps)
-        updates = update("critic", value_loss, batches, dealt.num_tokens, lr)
+        updates = update("critic", value_loss, batches, packed.num_tokens, lr)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
         if (policy_step := step - config.critic_warmup_steps) >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
-            signal = advantages if kl_in_loss == config.entropy_coef == 0 else learns
-            num_tokens = dealt.tokens_with_gradient(learns, signal)
+            signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
+            num_tokens = packed.tokens_with_gradient(mask, signal)
             updates = update("policy", partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:

@@ -93,7 +93,7 @@ class Config(CommonConfig):
             refuse_unused(self, Config, "duplicates", "with --samples-per-prompt 1")
         if self.keep_top > self.samples_per_prompt:
             raise UserError(
-                f"--keep-top {self.keep_top} of --samples-per-prompt {self.samples_per_prompt}: raise that"
+                f"--keep-top {self.keep_top} is above --samples-per-prompt {self.samples_per_prompt}"
             )
         if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
             raise UserError("no reward: give --reward-model DIR or --reward-fn module:function")

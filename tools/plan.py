@@ -105,10 +105,8 @@ def report(job: Job, name: str) -> str | None:
     print(f"host memory of the fullest node in GB, all its ranks: {by_item}; sum {total:.1f}")
     if sum(items.values()) / 1e9 > limit:
         return refusal(job, f'the phase "{phase}" takes', items, limit, "a GPU has")
-    host_limit = (cluster.host_memory or math.inf) * cluster.usable
-    return (
-        refusal(job, "a node's ranks take", node, host_limit, "its host has") if total > host_limit else None
-    )
+    room = (cluster.host_memory or math.inf) * cluster.usable
+    return refusal(job, "a node's ranks take", node, room, "its host has") if total > room else None
 
 
 def print_models(job: Job, name: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from align.errors import UserError, summary
+from align.errors import UserError
 
 NAME = r"[A-Za-z0-9][\w.-]*"
 MODEL = re.compile(rf"(?P<name>{NAME}/{NAME})(@(?P<revision>[\w./-]+))?")
@@ -60,7 +60,7 @@ def local_model(path: Path) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         advice = f"`hf download {match['name']} --local-dir DIR` elsewhere and give DIR"
         raise UserError(
-            f"{path} is no directory here, and no model of the Hub: {summary(error)}{offline(error, advice)}"
+            f"{path} is no directory here, and no model of the Hub: {one_line(error)}{offline(error, advice)}"
         ) from error
     return Path(snapshot)
 
@@ -79,7 +79,7 @@ def data_rows(path: Path) -> Iterator[dict]:
             f"`hf download --repo-type dataset {match['name']} --local-dir DIR` elsewhere and give its files"
         )
         raise UserError(
-            f"{path} is no file here, and no data set of the Hub: {summary(error)}{offline(error, advice)}"
+            f"{path} is no file here, and no data set of the Hub: {one_line(error)}{offline(error, advice)}"
         ) from error
     for batch in dataset.with_format("arrow").iter(BATCH):  # as stored: no image is decoded
         yield from batch.to_pylist()
@@ -95,3 +95,8 @@ def offline(error: Exception, advice: str) -> str:
         return ""  # the Hub has responded
     is_network = any(isinstance(cause, ConnectionError | LocalEntryNotFoundError) for cause in causes)
     return f". Without a network run {advice}" if is_network else ""
+
+
+def one_line(error: Exception) -> str:
+    """The first sentence of an error's message."""
+    return re.split(r"(?<=\w)\.? *\n|(?<=\w)\. ", str(error).strip())[0].rstrip(".")

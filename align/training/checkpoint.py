@@ -138,7 +138,7 @@ def saving(
     """Make OUTPUT/checkpoints/step_XXXXXXXX, then delete checkpoints beyond --save-top-k. Collective.
 
     The block `write`s the models into the yielded directory, or into folders of it. Checkpoints are ranked by
-    `metrics`, the newest values. `run_state`: the identity of the run (`Continuation.state`).
+    `metrics`, the newest values. `run_state`: identity of the run, checked when it continues.
     """
     path = output / "checkpoints" / f"step_{step:08d}"
     unfinished = path.with_suffix(".tmp")

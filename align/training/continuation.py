@@ -56,11 +56,6 @@ class Continuation:
         data = self.identity["data"]
         return global_batch(data["rows"], data["rows_per_step"], data["seed"], step - self.pass_start)
 
-    @property
-    def state(self) -> dict:
-        """Fields of a checkpoint's state.json."""
-        return {"identity": self.identity, "pass_start": self.pass_start}
-
 
 def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
     """Identity of a run: script (its `__file__`), flags and rows (the token ids of each row's sequences)."""

@@ -140,7 +140,8 @@ class Session:
     def _save(self, save: Callable[[Path], None]) -> None:
         """Write a checkpoint; its time counts in the next step's line."""
         config, output = self.config.checkpoint, self.config.run.output
-        with checkpoint.saving(config, output, self.done, self.latest, self.continued.state) as directory:
+        state = {"identity": self.continued.identity, "pass_start": self.continued.pass_start}
+        with checkpoint.saving(config, output, self.done, self.latest, state) as directory:
             for name, (model, optimizer) in self.trained.items():
                 with self.phase("save", **{name: "all"}):
                     folder = checkpoint.folder_of(name, self.trained, directory)

@@ -66,24 +66,24 @@ def main() -> None:
     val = DATA / "val.jsonl"
     prompts = [json.loads(line)["messages"][0]["content"] for line in val.read_bytes().splitlines()]
     stages = [name for name in STAGES if name != "rm"]
-    answers = {stage: generate(OUTPUT / stage, val, OUTPUT / stage / "answers.jsonl", 1) for stage in stages}
-    scores = {stage: score(prompts, answers[stage]) for stage in answers}
+    responses = {name: generate(OUTPUT / name, val, OUTPUT / name / "answers.jsonl", 1) for name in stages}
+    scores = {stage: score(prompts, responses[stage]) for stage in responses}
     to_judge = generate(SFT, val, SFT / "four_answers.jsonl", 4)
-    questions = [prompt for prompt in prompts for _ in range(4)]
-    judged = [response for responses in to_judge for response in responses]
-    agreement = {stage: judge(OUTPUT / stage, questions, judged) for stage in JUDGES}
+    judged_prompts = [prompt for prompt in prompts for _ in range(4)]
+    judged = [response for group in to_judge for response in group]
+    agreement = {stage: judge(OUTPUT / stage, judged_prompts, judged) for stage in JUDGES}
 
     print("\nstage        seconds  validation                    score of responses (1: all right)")
     for stage in seconds:
         sampled = f"{sum(scores[stage]) / len(prompts):.3f}" if stage in scores else "-"
         print(f"{stage:11}  {seconds[stage]:7.0f}  {first_and_last(OUTPUT / stage):28}  {sampled}")
-    print("\nself-rewarding, true score of the answers to validation prompts after each iteration:")
+    print("\nself-rewarding, true score of the responses to validation prompts after each iteration:")
     print("  " + " -> ".join(f"{value:.3f}" for value in curve(SELF, "val/true_rewards")))
-    print("the judge's scores of the SFT model's answers, correlation with the true ones:")
+    print("the judge's scores of the SFT model's responses, correlation with the true ones:")
     print("  " + " -> ".join(f"{agreement[stage]:.3f}" for stage in JUDGES))
     print("\nsamples of held-out prompts, with their scores:")
     for i, prompt in enumerate(prompts[:5]):
-        shown = [f"{stage}: {answers[stage][i]:12} {scores[stage][i]:.2f}" for stage in answers]
+        shown = [f"{stage}: {responses[stage][i]:12} {scores[stage][i]:.2f}" for stage in responses]
         print(f"  {prompt:20}  ->  {'   '.join(shown)}")
     print(f"\ncurves: {OUTPUT}/*/plots/curves.png\nmodels: {OUTPUT}/*/hf")
 
@@ -111,16 +111,16 @@ def curve(directory: Path, metric: str) -> list[float]:
     return [row[metric] for row in rows if metric in row]
 
 
-def judge(directory: Path, questions: list[str], answers: list[str]) -> float:
+def judge(directory: Path, prompts: list[str], responses: list[str]) -> float:
     """Pearson correlation of a stage's judgements, three of each response, with the true scores."""
     path = directory / "to_judge.jsonl"
     with open(path, "w", encoding="utf-8") as file:
-        for question, answer in zip(questions, answers, strict=True):
-            text = fill(JUDGE_TEMPLATE, {"prompt": question, "response": answer})
+        for prompt, response in zip(prompts, responses, strict=True):
+            text = fill(JUDGE_TEMPLATE, {"prompt": prompt, "response": response})
             file.write(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n")
     judgements = generate(directory, path, directory / "judgements.jsonl", 3)
     judged = [Judged(tuple(parse_score(text, 0, MAX_SCORE) for text in texts)) for texts in judgements]
-    pairs = zip(judged, score(questions, answers), strict=True)
+    pairs = zip(judged, score(prompts, responses), strict=True)
     known = [(judgement.mean, true) for judgement, true in pairs if judgement.mean is not None]
     return np.corrcoef(known, rowvar=False)[0, 1]
 
@@ -134,9 +134,9 @@ def generate(directory: Path, prompts: Path, output: Path, number: int) -> list:
     return [json.loads(line)["response"] for line in output.read_bytes().splitlines()]
 
 
-def score(prompts: list[str], answers: list[str]) -> list[float]:
-    """The score of each answer."""
-    return [toy_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    """The score of each response."""
+    return [toy_score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Direct preference optimization and its family: preferred answers become likelier than rejected ones.
+"""Direct preference optimization and its family: preferred responses become likelier than rejected ones.
 
     torchrun --nproc_per_node 2 train_dpo.py --model runs/sft/hf --loss dpo --beta 0.1 \
         --train-data train_comparisons.jsonl --val-data test_comparisons.jsonl --output runs/dpo

@@ -74,9 +74,9 @@ def load_script(path: Path) -> ModuleType:
 
 
 def process_bytes() -> float:
-    """Memory of a run's process beside its tensors: of this one, as on Linux, and FIRST_STEP."""
+    """Memory of a run's process beside its tensors: this one's, with the same imports, and FIRST_STEP."""
     if sys.platform != "linux":
-        return 0.5e9 + FIRST_STEP
+        return 0.5e9 + FIRST_STEP  # as on Linux
     [resident] = re.findall(rb"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_bytes())
     return int(resident) * 1024.0 + FIRST_STEP
 

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.distributed import DistributedDataParallel
 
-from align.data.base_tokenizer import BaseTokenizer as Tokenizer
-from align.data.tokenizer import load_tokenizer
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.model import huggingface
 from align.tracking.metrics import Clock

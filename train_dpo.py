@@ -1,4 +1,4 @@
-"""Direct preference optimization and its family: preferred answers become likelier than rejected ones.
+"""Direct preference optimization and its family: preferred responses become likelier than rejected ones.
 
     torchrun --nproc_per_node 2 train_dpo.py --model runs/sft/hf --loss dpo --beta 0.1 \
         --train-data train_comparisons.jsonl --val-data test_comparisons.jsonl --output runs/dpo
@@ -9,11 +9,12 @@ the model that training starts from. OUTPUT/hf is the result. Without arguments 
 a toy task.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from align.data import packing, preferences, row_counts, toy
 from align.data.packing import Batch
-from align.data.preferences import PreferenceFormat
+from align.data.preferences import Pair, PreferenceFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
@@ -37,25 +38,13 @@ from align.training.config import CommonConfig
 from align.training.optim import OptimConfig
 from align.training.session import Session
 
-LOSSES = {  # --loss: the function, and what it takes beside the log-probs and beta
-    "dpo": (preference.dpo, ""),
-    "ipo": (preference.ipo, ""),
-    "scale": (preference.scale, "gap"),
-    "rpo_bwd_kl": (preference.rpo_bwd_kl, "gap"),
-    "rpo_fwd_kl": (preference.rpo_fwd_kl, "gap"),
-    "rpo_sq": (preference.rpo_sq, "gap"),
-    "cdpo": (preference.cdpo, "label_smoothing"),
-    "robust": (preference.robust, "label_smoothing"),
-    "hinge": (preference.hinge, ""),
-    "kto_pair": (preference.kto_pair, "kl_chosen kl_rejected"),
-    "simpo": (preference.simpo, "simpo_gamma"),
-    "orpo": (preference.orpo, ""),
-    "dpop": (preference.dpop, "dpop_lambda"),
-    "apo_zero": (preference.apo_zero, ""),
-    "sppo_hard": (preference.sppo_hard, ""),
-    "exo_pair": (preference.exo_pair, "label_smoothing"),
-    "nca_pair": (preference.nca_pair, ""),
-}
+# fmt: off
+Loss = Literal[  # functions of align/losses/preference.py
+    "dpo", "ipo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq", "cdpo", "robust", "hinge", "kto_pair",
+    "simpo", "orpo", "dpop", "apo_zero", "sppo_hard", "exo_pair", "nca_pair",
+]
+# fmt: on
+LOSSES = {name: getattr(preference, name) for name in get_args(Loss)}
 REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -63,7 +52,7 @@ REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
 
 @dataclass(frozen=True)
 class Config(CommonConfig):
-    loss: Literal[tuple(LOSSES)] = "dpo"
+    loss: Loss = "dpo"
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: float | None = None
     """beta of DPO: the implicit reward is beta log(pi / pi_ref) (default: 0.1; simpo: 2)"""
@@ -95,16 +84,8 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
-            self,
-            beta=SCALE,
-            sft_weight=COEFFICIENT,
-            label_smoothing=below(0, 0.5),
-            simpo_gamma=COEFFICIENT,
-            dpop_lambda=COEFFICIENT,
-            reward_scale=SCALE,
-            audit_start=BOUND,
-        )
+        check_ranges(self, beta=SCALE, label_smoothing=below(0, 0.5), reward_scale=SCALE, audit_start=BOUND)
+        check_ranges(self, sft_weight=COEFFICIENT, simpo_gamma=COEFFICIENT, dpop_lambda=COEFFICIENT)
         for flag in ("label_smoothing", "simpo_gamma", "dpop_lambda", "reward_scale"):
             if flag.replace("reward_scale", "gap") not in self.loss_inputs:
                 refuse_unused(self, Config, flag, f"with --loss {self.loss}")
@@ -122,8 +103,8 @@ class Config(CommonConfig):
 
     @property
     def loss_inputs(self) -> list[str]:
-        """Inputs of the loss beside the log-probs and beta."""
-        return LOSSES[self.loss][1].split()
+        """Inputs of the loss beside the log-probs and beta: flags, and items of a micro-batch."""
+        return list(inspect.signature(LOSSES[self.loss]).parameters)[5:]
 
 
 def main(config: Config) -> None:
@@ -136,7 +117,7 @@ def main(config: Config) -> None:
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
-    pairs = {"train": [], "val": []}
+    pairs: dict[str, list[Pair]] = {"train": [], "val": []}
     for name in (name for name in files if files[name]):
         pairs[name], counts = preferences.load_pairs(files[name], tokenizer, config.format)
         packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
@@ -171,7 +152,7 @@ def main(config: Config) -> None:
         }
         return batching.micro_batches(policy, [pair.examples for pair in chosen_pairs], config.batch, values)
 
-    ref = None
+    ref: reference.Swapped | reference.Precomputed | None = None
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
     if config.loss not in REFERENCE_FREE:
@@ -179,14 +160,12 @@ def main(config: Config) -> None:
     if config.reference == "swap":
         ref = reference.Swapped(policy, sequence_logprobs)
     elif config.loss not in REFERENCE_FREE:
-        session.say(
-            "reference log-probs: read from OUTPUT/reference.safetensors, or computed for all pairs now"
-        )
+        path = config.run.output / "reference.safetensors"
+        session.say(f"reference log-probs: read from {path}, or computed for all pairs now")
         steps = range(session.continued.pass_start, session.total_steps)
         uses = {"train": map(session.rows_of_step, steps), "val": [range(len(pairs["val"]))]}
         settings = (config.batch, config.parallel, session.total_steps, average)
         fingerprint = reference.fingerprint(config.model, pairs, *settings)
-        path = config.run.output / "reference.safetensors"
         ref = reference.Precomputed(policy, sequence_logprobs, micro_batches, uses, path, fingerprint)
 
     # ---- loss ------------------------------------------------------------------------------------
@@ -194,7 +173,7 @@ def main(config: Config) -> None:
     sft_weight = float(config.loss == "orpo") if config.sft_weight is None else config.sft_weight
     sft_average = average if config.sft_average_logprobs is None else config.sft_average_logprobs
     flags = {name: vars(config).get(name) for name in config.loss_inputs}
-    preference_loss = partial(LOSSES[config.loss][0], **{k: v for k, v in flags.items() if v is not None})
+    preference_loss = partial(LOSSES[config.loss], **{k: v for k, v in flags.items() if v is not None})
 
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         policy_logprobs = sequence_logprobs(batch, logprobs)  # [2P]
@@ -214,7 +193,7 @@ def main(config: Config) -> None:
         return loss + sft_weight * nll, {"preference_loss": loss, "sft_loss": nll, **statistics}
 
     def add_inputs(batches: list[Batch], name: str, num_pairs: int) -> None:
-        """Give micro-batches of a data set the inputs of the loss that the policy's log-probs lack."""
+        """Set the inputs of the loss beside the policy's log-probs in micro-batches of a data set."""
         if ref is not None and "ref" not in batches[0].extra:
             ref.attach(batches, name)
         if "kl_chosen" in config.loss_inputs:

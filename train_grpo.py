@@ -22,26 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
+from align import flags
 from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
-from align.flags import (
-    BOUND,
-    COEFFICIENT,
-    COUNT,
-    REPEATS,
-    SAMPLES,
-    above,
-    check_ranges,
-    number,
-    refuse_unused,
-)
 from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
@@ -124,19 +115,19 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
+        flags.check_ranges(
             self,
-            prompts_per_step=COUNT,
-            samples_per_prompt=SAMPLES,
-            ppo_epochs=REPEATS,
-            clip=COEFFICIENT,
-            gamma=number(0, 1),
-            entropy_coef=COEFFICIENT,
-            truncated_penalty=COEFFICIENT,
-            kl_coef=COEFFICIENT,
-            kl_target=above(0, 1e6),
-            kl_horizon=above(0, 1e12),
-            audit_ratio=BOUND,
+            prompts_per_step=flags.COUNT,
+            samples_per_prompt=flags.SAMPLES,
+            ppo_epochs=flags.REPEATS,
+            clip=flags.COEFFICIENT,
+            gamma=flags.number(0, 1),
+            entropy_coef=flags.COEFFICIENT,
+            truncated_penalty=flags.COEFFICIENT,
+            kl_coef=flags.COEFFICIENT,
+            kl_target=flags.above(0, 1e6),
+            kl_horizon=flags.above(0, 1e12),
+            audit_ratio=flags.BOUND,
         )
         responses, size = self.responses_per_step, self.batch.global_batch_size
         if responses % size:
@@ -160,13 +151,13 @@ class Config(CommonConfig):
             raise UserError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
         if self.advantages != "reinforce":
             why = f"with --advantages {self.advantages}, which takes whole responses"
-            refuse_unused(self, Config, "gamma whiten_advantages", why)
+            flags.refuse_unused(self, Config, "gamma whiten_advantages", why)
         if self.kl_coef == 0:
-            refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
+            flags.refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
         if self.kl_target is None:
-            refuse_unused(self, Config, "kl_horizon", "without --kl-target")
+            flags.refuse_unused(self, Config, "kl_horizon", "without --kl-target")
         if self.truncated != "penalise":
-            refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
+            flags.refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
         audit.check_whole_distribution(self.sampling)
 
     @property
@@ -200,21 +191,8 @@ class Config(CommonConfig):
         epochs = range(self.ppo_epochs)
         return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
 
-    def scores_and_counted(self, sampled: Rollout) -> tuple[Tensor, Tensor]:
-        """Scores [A] less --truncated-penalty, and [A] bool, responses that the policy learns from."""
-        scores = torch.from_numpy(sampled.rewards).view(-1)
-        is_truncated = torch.tensor([sample.finish != "stop" for sample in sampled.responses])
-        if self.truncated == "penalise":
-            scores = scores - self.truncated_penalty * is_truncated.double()
-        return scores, ~is_truncated if self.truncated == "mask" else torch.ones_like(is_truncated)
-
     def estimate_advantages(self, rewards: Tensor, lengths: list[int], counted: Tensor) -> Tensor:
-        """Advantages [N], not whitened.
-
-        Args:
-            rewards: [N] of the tokens, the responses end to end, of `lengths` tokens each.
-            counted: [A] bool, responses that the policy learns from.
-        """
+        """Advantages [N], not whitened, of rewards [N]; `counted`: [A] bool, responses to learn from."""
         if self.advantages == "reinforce":  # rewards to go
             return rl.gae(rewards, torch.zeros_like(rewards), lengths, self.gamma, 1.0)[0]
         returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]
@@ -267,7 +245,7 @@ def main(config: Config) -> None:
         with phase("generate", policy="weights"):
             samples = generator.generate([prompt.ids for prompt in chosen], streams, num_samples)
         with phase("score"):
-            scores = sum(judge(chosen, samples) for judge in judges)
+            scores = np.asarray(sum(judge(chosen, samples) for judge in judges))
         return Rollout(numbers, chosen, samples, scores)
 
     def validate(step: int) -> dict[str, float]:
@@ -291,7 +269,7 @@ def main(config: Config) -> None:
         return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
     def update(
-        loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: list[float], lr: float
+        loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: Sequence[float], lr: float
     ) -> list[dict[str, float]]:
         """One update for each minibatch that has a gradient."""
         updates = []
@@ -316,26 +294,27 @@ def main(config: Config) -> None:
         audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, stop_texts)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         examples = [example for group in sampled.examples() for example in group]
-        dealt = Minibatches(policy, examples, config.draws(step), config.batch)
-        lengths = dealt.lengths
+        packed = Minibatches(policy, examples, config.draws(step), config.batch)
+        lengths = packed.lengths
 
         # log-probs of policy and reference, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = dealt.outputs(policy)[:, 0]
+            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
-                ref_logprobs = dealt.outputs(policy)[:, 0]
+                ref_logprobs = packed.outputs(policy)[:, 0]
         computed = [part.numpy() for part in old_logprobs.split(lengths)]
         logprobs = [sample.logprobs for sample in sampled.responses]
         precision = config.model.dtype, config.sampling.temperature
         metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
 
         # rewards and advantages, [N]
-        scores, counted = config.scores_and_counted(sampled)  # [A]
+        scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages = config.estimate_advantages(rewards, lengths, counted)
-        statistics = sampled.statistics() | {
+        statistics: dict[str, float | Tensor] = {
+            **sampled.statistics(),
             "rollout_size": len(lengths),
             "rewards_with_kl": per_response(rewards, lengths).mean(),
             **moments("advantages", advantages),
@@ -348,12 +327,12 @@ def main(config: Config) -> None:
             advantages = rl.whiten(advantages)
 
         # update
-        learns = rl.per_token(counted.double(), lengths)  # [N]
-        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": learns}
-        batches = dealt.micro_batches(**tokens)
+        mask = rl.per_token(counted.double(), lengths)  # [N]
+        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        batches = packed.micro_batches(**tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
-        signal = advantages if kl_in_loss == config.entropy_coef == 0 else learns
-        num_tokens = dealt.tokens_with_gradient(learns, signal)
+        signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
+        num_tokens = packed.tokens_with_gradient(mask, signal)
         updates = update(partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:

@@ -21,28 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
+import numpy as np
 import tyro
 from torch import Tensor
 
+from align import flags
 from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
 from align.distributed import launch, parallel
 from align.errors import UserError
-from align.flags import (
-    BOUND,
-    COEFFICIENT,
-    COUNT,
-    COUNT_OR_0,
-    LEARNING_RATE,
-    REPEATS,
-    SAMPLES,
-    above,
-    check_ranges,
-    number,
-    refuse_unused,
-)
 from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
@@ -134,24 +122,24 @@ class Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
+        flags.check_ranges(
             self,
-            prompts_per_step=COUNT,
-            samples_per_prompt=SAMPLES,
-            ppo_epochs=REPEATS,
-            clip=COEFFICIENT,
-            gamma=number(0, 1),
-            gae_lambda=number(0, 1),
-            entropy_coef=COEFFICIENT,
-            truncated_penalty=COEFFICIENT,
-            kl_coef=COEFFICIENT,
-            kl_target=above(0, 1e6),
-            kl_horizon=above(0, 1e12),
-            critic_lr=LEARNING_RATE,
-            critic_min_lr=LEARNING_RATE,
-            critic_warmup_steps=COUNT_OR_0,
-            value_clip=COEFFICIENT,
-            audit_ratio=BOUND,
+            prompts_per_step=flags.COUNT,
+            samples_per_prompt=flags.SAMPLES,
+            ppo_epochs=flags.REPEATS,
+            clip=flags.COEFFICIENT,
+            gamma=flags.number(0, 1),
+            gae_lambda=flags.number(0, 1),
+            entropy_coef=flags.COEFFICIENT,
+            truncated_penalty=flags.COEFFICIENT,
+            kl_coef=flags.COEFFICIENT,
+            kl_target=flags.above(0, 1e6),
+            kl_horizon=flags.above(0, 1e12),
+            critic_lr=flags.LEARNING_RATE,
+            critic_min_lr=flags.LEARNING_RATE,
+            critic_warmup_steps=flags.COUNT_OR_0,
+            value_clip=flags.COEFFICIENT,
+            audit_ratio=flags.BOUND,
         )
         responses, size = self.responses_per_step, self.batch.global_batch_size
         if responses % size:
@@ -171,11 +159,11 @@ class Config(CommonConfig):
         if self.critic_min_lr > self.critic_lr:
             raise UserError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
         if self.kl_coef == 0:
-            refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
+            flags.refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
         if self.kl_target is None:
-            refuse_unused(self, Config, "kl_horizon", "without --kl-target")
+            flags.refuse_unused(self, Config, "kl_horizon", "without --kl-target")
         if self.truncated != "penalise":
-            refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
+            flags.refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
         audit.check_whole_distribution(self.sampling)
 
     @property
@@ -203,14 +191,6 @@ class Config(CommonConfig):
         sizes = self.responses_per_step, self.samples_per_prompt, self.batch.global_batch_size
         epochs = range(self.ppo_epochs)
         return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
-
-    def scores_and_counted(self, sampled: Rollout) -> tuple[Tensor, Tensor]:
-        """Scores [A] less --truncated-penalty, and [A] bool, responses that the policy learns from."""
-        scores = torch.from_numpy(sampled.rewards).view(-1)
-        is_truncated = torch.tensor([sample.finish != "stop" for sample in sampled.responses])
-        if self.truncated == "penalise":
-            scores = scores - self.truncated_penalty * is_truncated.double()
-        return scores, ~is_truncated if self.truncated == "mask" else torch.ones_like(is_truncated)
 
 
 def main(config: Config) -> None:
@@ -273,7 +253,7 @@ def main(config: Config) -> None:
         with phase("generate", policy="weights"):
             samples = generator.generate([prompt.ids for prompt in chosen], streams, num_samples)
         with phase("score"):
-            scores = sum(judge(chosen, samples) for judge in judges)
+            scores = np.asarray(sum(judge(chosen, samples) for judge in judges))
         return Rollout(numbers, chosen, samples, scores)
 
     def validate(step: int) -> dict[str, float]:
@@ -301,16 +281,16 @@ def main(config: Config) -> None:
         return rl.value_loss(values, batch.extra["values"], batch.extra["returns"], config.value_clip)
 
     def update(
-        name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: list[float], lr: float
+        name: str, loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: Sequence[float], lr: float
     ) -> list[dict[str, float]]:
         """One update of a model for each minibatch that has a gradient."""
-        model, its_optimizer = trained[name]
+        model, model_optimizer = trained[name]
         updates = []
         with phase("train", **{name: "all"}), engine.during(f"step {session.done}, {name}"):
             for minibatch, count in zip(batches, num_tokens, strict=True):
                 if count:
                     metrics = engine.forward_backward(model, minibatch, loss_fn, count)
-                    updates.append(metrics | {"grad_norm": optim.step(its_optimizer, lr), "lr": lr})
+                    updates.append(metrics | {"grad_norm": optim.step(model_optimizer, lr), "lr": lr})
         return updates
 
     # ---- loop ------------------------------------------------------------------------------------
@@ -327,28 +307,29 @@ def main(config: Config) -> None:
         audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, stop_texts)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         examples = [example for group in sampled.examples() for example in group]
-        dealt = Minibatches(policy, examples, config.draws(step), config.batch)
-        lengths = dealt.lengths
+        packed = Minibatches(policy, examples, config.draws(step), config.batch)
+        lengths = packed.lengths
 
         # log-probs of policy and reference, and values, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = dealt.outputs(policy)[:, 0]
+            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
-                ref_logprobs = dealt.outputs(policy)[:, 0]
+                ref_logprobs = packed.outputs(policy)[:, 0]
         with phase("values", critic="weights"):
-            values = values_as.standardised(dealt.outputs(critic)[:, 0])
+            values = values_as.standardised(packed.outputs(critic)[:, 0])
         computed = [part.numpy() for part in old_logprobs.split(lengths)]
         logprobs = [sample.logprobs for sample in sampled.responses]
         precision = config.model.dtype, config.sampling.temperature
         metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
 
         # rewards, advantages and returns, [N]
-        scores, counted = config.scores_and_counted(sampled)  # [A]
+        scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages, returns = rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
-        statistics = sampled.statistics() | {
+        statistics: dict[str, float | Tensor] = {
+            **sampled.statistics(),
             "rollout_size": len(lengths),
             "rewards_with_kl": per_response(rewards, lengths).mean(),
             **moments("advantages", advantages),
@@ -364,16 +345,16 @@ def main(config: Config) -> None:
             advantages = rl.whiten(advantages)
 
         # update
-        learns = rl.per_token(counted.double(), lengths)  # [N]
-        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": learns}
-        batches = dealt.micro_batches(**tokens, values=values, returns=returns)
+        mask = rl.per_token(counted.double(), lengths)  # [N]
+        tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        batches = packed.micro_batches(**tokens, values=values, returns=returns)
         lr = optim.learning_rate(critic_optim, step, session.total_steps)
-        updates = update("critic", value_loss, batches, dealt.num_tokens, lr)
+        updates = update("critic", value_loss, batches, packed.num_tokens, lr)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
         if (policy_step := step - config.critic_warmup_steps) >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
-            signal = advantages if kl_in_loss == config.entropy_coef == 0 else learns
-            num_tokens = dealt.tokens_with_gradient(learns, signal)
+            signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
+            num_tokens = packed.tokens_with_gradient(mask, signal)
             updates = update("policy", partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:

@@ -1,4 +1,4 @@
-"""Reward model: a score for each text, trained on pairs of which one is preferred, or on labels.
+"""Reward model: a score for each text, trained on pairs of a chosen and a rejected text, or on labels.
 
     torchrun --nproc_per_node 2 train_rm.py --model runs/sft/hf --train-data train_comparisons.jsonl \
         --val-data test_comparisons.jsonl --output runs/rm
@@ -67,17 +67,13 @@ class Config(CommonConfig):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(
-            self,
-            center_rewards_coef=COEFFICIENT,
-            num_attributes=whole(1, 10**4),
-            attribute_weights=SCORE,
+            self, center_rewards_coef=COEFFICIENT, num_attributes=whole(1, 10**4), attribute_weights=SCORE
         )
         unused = {"ranking": "num_attributes attribute_weights", "regression": "center_rewards_coef"}
         refuse_unused(self, Config, unused[self.loss], f"with --loss {self.loss}")
-        if self.attribute_weights and len(self.attribute_weights) != self.num_attributes:
+        if (count := len(self.attribute_weights)) not in (0, self.num_attributes):
             raise UserError(
-                f"--attribute-weights has {len(self.attribute_weights)} numbers for --num-attributes "
-                f"{self.num_attributes}"
+                f"--attribute-weights has {count} numbers for --num-attributes {self.num_attributes}"
             )
         if self.attribute_weights and not any(self.attribute_weights):
             raise UserError("--attribute-weights 0: one weight must be other than 0, else all scores are 0")
@@ -103,10 +99,8 @@ def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     start = architecture.read_config(config.model.path)
     if start.labels not in (0, config.num_attributes):
-        raise UserError(
-            f"--model {config.model.model} has {start.labels} labels, --num-attributes says "
-            f"{config.num_attributes}"
-        )
+        labels = f"{start.labels} labels, --num-attributes says {config.num_attributes}"
+        raise UserError(f"--model {config.model.model} has {labels}")
     arch = replace(start, labels=config.num_attributes)
     check_model(arch, config.model, config.parallel)
     per_row = 2 if config.loss == "ranking" else 1
@@ -118,15 +112,14 @@ def main(config: Config) -> None:
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
 
-    def load(files: Sequence[Path], name: str) -> Rows:
+    def load(files: list[Path], name: str) -> Rows:
         if config.loss == "ranking":
             pairs, counts = preferences.load_pairs(files, tokenizer, config.format, text_lines=True)
             examples = [tuple(map(preferences.as_scored, pair.examples)) for pair in pairs]
             rows = Rows(examples, np.array([[pair.margin] for pair in pairs]))
         else:
-            texts, labels, counts = preferences.load_labelled(
-                files, tokenizer, config.format, config.num_attributes
-            )
+            settings = config.format, config.num_attributes
+            texts, labels, counts = preferences.load_labelled(files, tokenizer, *settings)
             rows = Rows([(example,) for example in texts], labels[:, None])
         packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
         session.say(f"{name} data: {row_counts.describe(counts)}")
@@ -139,8 +132,7 @@ def main(config: Config) -> None:
     session.say(f"first row, its score is read at the token in brackets:\n{display.show(shown, tokenizer)}")
     val = {name: load([file], name) for name, file in named_sets("val", files["val"]).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
-    sequences = ([example.ids for example in row] for row in train.examples)
-    session.find_checkpoint(sequences)
+    session.find_checkpoint([example.ids for example in row] for row in train.examples)
 
     def micro_batches(data: Rows, rows: Sequence[int]) -> list[Batch]:
         """This rank's share of some rows, packed."""
@@ -185,7 +177,7 @@ def main(config: Config) -> None:
 
     def evaluate(sets: dict[str, Rows]) -> dict[str, float]:
         """Metrics of some data sets, `name/metric`."""
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, data in sets.items():
             rows = range(len(data.examples))[slice(None) if name in test else config.val_rows()]
             metrics |= {f"{name}/{metric}": value for metric, value in metrics_of(name, data, rows).items()}
@@ -197,15 +189,9 @@ def main(config: Config) -> None:
         order = packing.epoch_order(len(data.examples), config.parallel.seed, 0)
         rows = order[:STATISTICS_ROWS].tolist()
         metrics = metrics_of(name, data, rows)
-        last_tokens = (int(example.ids[-2]) for row in rows for example in data.examples[row])  # -1: padding
-        ends = Counter(last_tokens)
-        return {
-            "mean": metrics["rewards_all_mean"],
-            "std": metrics["rewards_all_std"],
-            "texts": ends.total(),
-            "data": name,
-            "ends": dict(ends.most_common(8)),
-        }
+        ends = Counter(int(example.ids[-2]) for row in rows for example in data.examples[row])  # -1: padding
+        moments = {"mean": metrics["rewards_all_mean"], "std": metrics["rewards_all_std"]}
+        return {**moments, "texts": ends.total(), "data": name, "ends": dict(ends.most_common(8))}
 
     # ---- loop ------------------------------------------------------------------------------------
     session.resume({"policy": (scorer, optimizer)}, (lambda step: evaluate(val)) if val else None)
@@ -220,9 +206,8 @@ def main(config: Config) -> None:
         with engine.during(f"step {session.done}"):
             update = engine.forward_backward(scorer, batches, loss_fn, train.count(rows))
             clock.lap("forward_backward")
-            update = statistics(update, train, rows) | optim.update(
-                optimizer, config.optim, step, session.total_steps
-            )
+            update = statistics(update, train, rows)
+            update |= optim.update(optimizer, config.optim, step, session.total_steps)
             clock.lap("optimizer")
         metrics = {f"train/{name}": value for name, value in update.items()}
         tokens = sum(example.num_inputs for row in rows for example in train.examples[row])
@@ -239,15 +224,13 @@ def main(config: Config) -> None:
     # ---- test ------------------------------------------------------------------------------------
     companions = [tokenizer.save, tokenizer_files.save_pad_token]
     if session.is_complete:
-        if test:
-            metrics = evaluate(test)
+        if metrics := evaluate(test):
             session.run.log(session.total_steps, metrics)
         for name, data in test.items() if config.loss == "ranking" else ():
             acc, count = metrics[f"{name}/acc"], len(data.examples)
             low, high = wilson_interval(acc, count)
-            session.say(
-                f"{name}: accuracy {acc:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count} pairs"
-            )
+            interval = f"95 % interval {low:.3f} to {high:.3f}"
+            session.say(f"{name}: accuracy {acc:.3f} ({interval}) on {count} pairs")
         companions.append(partial(save_statistics, reward_statistics()))
     session.export(scorer, companions, "reward model")
 

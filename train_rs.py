@@ -93,7 +93,7 @@ class Config(CommonConfig):
             refuse_unused(self, Config, "duplicates", "with --samples-per-prompt 1")
         if self.keep_top > self.samples_per_prompt:
             raise UserError(
-                f"--keep-top {self.keep_top} of --samples-per-prompt {self.samples_per_prompt}: raise that"
+                f"--keep-top {self.keep_top} is above --samples-per-prompt {self.samples_per_prompt}"
             )
         if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
             raise UserError("no reward: give --reward-model DIR or --reward-fn module:function")
@@ -108,14 +108,9 @@ class Config(CommonConfig):
 def select(
     samples: list[Sample], rewards: np.ndarray, keep_top: int, truncated: str, duplicates: str
 ) -> tuple[list[int], int, int]:
-    """Numbers of the best responses to one prompt, best first.
+    """Numbers of the best responses to one prompt, at most keep_top, best first; `rewards`: [n].
 
-    Args:
-        rewards: [n] of the samples.
-
-    Returns:
-        At most keep_top numbers; the number of responses dropped because they were truncated, and of those
-        dropped because they have the tokens of an earlier one.
+    Then the numbers of truncated responses dropped, and of others dropped for the tokens of an earlier one.
     """
     whole = [k for k, sample in enumerate(samples) if truncated == "keep" or sample.finish == "stop"]
     first = {samples[k].ids.tobytes(): k for k in reversed(whole)}
@@ -124,25 +119,14 @@ def select(
     return best, len(samples) - len(whole), len(whole) - len(distinct)
 
 
-@dataclass(frozen=True)
-class Selected:
-    """A response that is trained on."""
-
-    row: int  # of its prompt
-    number: int  # among the responses to it
-    sample: Sample
-    reward: float
-
-
-def select_step(config: Config, sampled: Rollout) -> tuple[list[Selected], dict[str, float]]:
-    """The responses of a rollout that are trained on, and statistics of the rollout and of the selection."""
+def select_step(config: Config, sampled: Rollout) -> tuple[list[tuple[int, int]], dict[str, float]]:
+    """(prompt, response) of a rollout to train on, by number, and statistics of rollout and selection."""
     least = -math.inf if config.min_reward is None else config.min_reward
     selected, num_truncated, num_duplicates = [], 0, 0
-    for row, samples, rewards in zip(sampled.rows, sampled.samples, sampled.rewards, strict=True):
-        best, truncated, duplicates = select(
-            samples, rewards, config.keep_top, config.truncated, config.duplicates
-        )
-        selected += [Selected(row, k, samples[k], float(rewards[k])) for k in best if rewards[k] >= least]
+    rules = config.keep_top, config.truncated, config.duplicates
+    for i, (samples, rewards) in enumerate(zip(sampled.samples, sampled.rewards, strict=True)):
+        best, truncated, duplicates = select(samples, rewards, *rules)
+        selected += [(i, k) for k in best if rewards[k] >= least]
         num_truncated, num_duplicates = num_truncated + truncated, num_duplicates + duplicates
     statistics = sampled.statistics() | {
         "selected": len(selected),
@@ -151,7 +135,7 @@ def select_step(config: Config, sampled: Rollout) -> tuple[list[Selected], dict[
         "dropped_duplicates": num_duplicates,
     }
     if selected:
-        statistics["rewards_selected"] = float(np.mean([one.reward for one in selected]))
+        statistics["rewards_selected"] = float(np.mean([float(sampled.rewards[i, k]) for i, k in selected]))
     return selected, statistics
 
 
@@ -192,9 +176,9 @@ def main(config: Config) -> None:
         streams = [(*stream, number) for number in numbers]
         samples = generator.generate([prompt.ids for prompt in chosen], streams, num_samples)
         clock.lap("generate")
-        sampled = Rollout(numbers, chosen, samples, sum(judge(chosen, samples) for judge in judges))
+        scores = np.asarray(sum(judge(chosen, samples) for judge in judges))
         clock.lap("score")
-        return sampled
+        return Rollout(numbers, chosen, samples, scores)
 
     def validate(step: int) -> dict[str, float]:
         """Rewards of one response to each validation prompt, each time with the same random numbers."""
@@ -227,16 +211,15 @@ def main(config: Config) -> None:
         # update
         updates, lr = [], optim.learning_rate(config.optim, step, session.total_steps)
         for first in range(0, len(selected), config.batch.global_batch_size):
-            responses = selected[first : first + config.batch.global_batch_size]
-            examples = [[response_example(rows["train"][one.row], one.sample)] for one in responses]
-            tokens = sum(len(one.sample.ids) for one in responses)
+            chosen = selected[first : first + config.batch.global_batch_size]
+            samples = [sampled.samples[i][k] for i, k in chosen]
+            examples = [[response_example(sampled.prompts[i], sampled.samples[i][k])] for i, k in chosen]
+            tokens = sum(len(sample.ids) for sample in samples)
             if first == 0:
                 trained = batching.per_example_outputs(policy, examples, config.batch)
-                places = [(one.row, one.number) for one in responses]
-                sampled_logprobs = [one.sample.model_logprobs for one in responses]
-                metrics |= audit.compare(
-                    places, sampled_logprobs, trained, config.model.dtype, config=config.audit
-                )
+                places = [(sampled.rows[i], k) for i, k in chosen]
+                logprobs = [sample.model_logprobs for sample in samples]
+                metrics |= audit.compare(places, logprobs, trained, config.model.dtype, config=config.audit)
                 clock.lap("audit")
             with engine.during(f"step {session.done}"):
                 batches = batching.micro_batches(policy, examples, config.batch)

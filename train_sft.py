@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
     session.say(f"training data: {row_counts.describe(counts)}")
     session.say(f"first example, trained tokens in brackets:\n{display.show(train[0], tokenizer)}")
-    val = []
+    val: list[Example] = []
     if files["val"]:
         val, counts = sft.load_sft(files["val"], tokenizer, config.format)
         session.say(f"validation data: {row_counts.describe(counts)}")

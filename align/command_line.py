@@ -52,7 +52,7 @@ def parse(
 
 @FLAG_TYPES.primitive_rule
 def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Values of a flag that may be None: those of its type, and that word."""
+    """Values of a flag that may be None: the values of its type, and that word."""
     kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
     if get_origin(info.type) not in (Union, UnionType) or len(kinds) != 1:
         return None

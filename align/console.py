@@ -16,10 +16,7 @@ def adapt() -> None:
 
 
 def write(text: str, end: str = "\n", to: Literal["stdout", "stderr"] = "stdout") -> str | None:
-    """Print and flush. Returns the error's text, or None.
-
-    A stream that fails is replaced by the null device, for libraries and the interpreter's exit as well.
-    """
+    """Print and flush; returns the error's text or None. The null device replaces a stream that fails."""
     stream = getattr(sys, to)
     try:
         stream.write(text + end)
@@ -33,11 +30,6 @@ def write(text: str, end: str = "\n", to: Literal["stdout", "stderr"] = "stdout"
             pass  # no descriptor to redirect
         setattr(sys, to, null)
         return getattr(error, "strerror", None) or str(error)
-
-
-def flush() -> None:
-    """Write what is buffered, such as the help that tyro prints, also to a pipe without a reader."""
-    write("", end="")
 
 
 def is_terminal() -> bool:

@@ -1,6 +1,7 @@
 """Errors of users, reported as one line."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ from align import console
 
 
 class UserError(ValueError):
-    """An unusable flag, file, row or directory: one line with its name, its value and the rule.
+    """An unusable flag, file, row or directory, in one line with its name, its value and the rule.
 
     A script ends with this line and status 2. Any other error is a bug and keeps its traceback.
     """
@@ -23,6 +24,12 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
+def summary(error: Exception) -> str:
+    """The start of an error's message without its dot, or the name of the error's class."""
+    text = str(error).strip() or type(error).__name__
+    return re.split(r"(?<=\w)\.? *\n|(?<=\w)\. ", text)[0].rstrip(".")
+
+
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """End the process after a user's error in the body: one line on stderr, status 2, no traceback."""
@@ -30,10 +37,10 @@ def one_line() -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
         raise SystemExit(1) from None
-    except Exception as error:
+    except (UserError, OSError) as error:
         if (message := user_message(error)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
-        console.flush()
+        console.write("", end="")  # flushes what is buffered, also to a pipe without a reader

@@ -10,14 +10,9 @@ from align.errors import UserError
 ROOT = Path(__file__).parent.parent  # of the repository
 ASSETS = ROOT / "assets"
 
-# ---- checks --------------------------------------------------------------------------------------
-
 
 def read_object(path: Path, required: bool = True) -> dict:
-    """Read the object in a JSON file; {} if the file is missing and not `required`.
-
-    Raises UserError with the file's name for anything else.
-    """
+    """Read the object in a JSON file, {} if missing and not `required`. Raises UserError for all else."""
     if not required and not Path(path).is_file():
         return {}
     try:

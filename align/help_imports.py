@@ -44,7 +44,7 @@ class Library(types.ModuleType):
     __path__: list[str] = []
 
     def __getattr__(self, name: str) -> StandIn:
-        return StandIn.__getattr__(StandIn, name)
+        return StandIn("", (), {}).__getattr__(name)
 
 
 class Finder(MetaPathFinder, Loader):

@@ -16,9 +16,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from align.files import ROOT
+from align.flags import flag_of
+
 INDENT = 26  # columns of a flag's text
 MAX_WIDTH = 110
-ROOT = Path(__file__).parent.parent
 
 
 def help_text(config_class: type, prog: str, order: Sequence[str], doc: str | None = None) -> str:
@@ -42,8 +44,7 @@ def help_text(config_class: type, prog: str, order: Sequence[str], doc: str | No
 
 
 def wrap(paragraph: str, width: int) -> str:
-    """A paragraph in lines of at most `width` columns; of one with indented lines, such as commands, only
-    those are cut that a backslash joins in the source."""
+    """A paragraph in lines of `width`; with indented lines, such as commands, cut at joins only."""
     if any(line.startswith(" ") for line in paragraph.splitlines()):
         return re.sub(r"(?<=\S)   +", " \\\\\n        ", paragraph)
     return textwrap.fill(paragraph, width, break_on_hyphens=False)
@@ -84,19 +85,17 @@ def field_docstrings(config_class: type) -> dict[str, str]:
     texts = {}
     for base in reversed(config_class.__mro__[:-1]):
         [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
         for above, node in zip(definition.body, definition.body[1:], strict=False):
             if isinstance(above, ast.AnnAssign) and isinstance(node, ast.Expr):
-                texts[above.target.id] = " ".join(ast.literal_eval(node.value).split())
+                texts[ast.unparse(above.target)] = " ".join(ast.literal_eval(node.value).split())
     return texts
 
 
 def entry(name: str, hint: Any, default: Any, text: str, width: int) -> str:
     """A flag, the form of its value, its text and its default."""
-    flag = f"--{name.replace('_', '-')}"
-    if hint is bool:
-        head = f"  {flag}, --no-{flag[2:]}"
-    else:
-        head = f"  {flag} {form(hint)}"
+    flag = flag_of(name)
+    head = f"  {flag}, --no-{flag[2:]}" if hint is bool else f"  {flag} {form(hint)}"
     if len(head) > width:  # many choices
         head = textwrap.fill(head.replace(",", ", "), width, subsequent_indent=" " * 6)
     lines = textwrap.wrap(

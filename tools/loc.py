@@ -39,20 +39,18 @@ def python_files() -> list[Path]:
 
 def measure(source: str) -> Size:
     """Count one file; a function is as long as it is with its docstring."""
-    nodes = list(ast.walk(ast.parse(source)))
-    functions = [node.end_lineno - node.lineno + 1 for node in nodes if isinstance(node, ast.FunctionDef)]
-    docstrings = {
-        line
-        for node in nodes
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for line in range(node.lineno, node.end_lineno + 1)
-    }
+    functions: list[int] = []
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.Expr):
+            numbers = range(node.lineno, (node.end_lineno or 0) + 1)
+            if isinstance(node, ast.FunctionDef):
+                functions.append(len(numbers))
+            elif isinstance(node.value, ast.Constant):
+                docstrings.update(numbers)
     lines = [line.strip() for line in source.splitlines()]
-    code = [
-        line
-        for number, line in enumerate(lines, start=1)
-        if line and not line.startswith("#") and number not in docstrings
-    ]
+    numbered = enumerate(lines, start=1)
+    code = [line for number, line in numbered if line and line[0] != "#" and number not in docstrings]
     return len(lines), len(code), functions
 
 

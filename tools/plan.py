@@ -13,6 +13,7 @@ Transformer Engine, --fp8 or not, activations are counted as with torch's kernel
 """
 
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,8 +49,6 @@ REMEDIES = {  # item of a refusal: flags that make it smaller
     "pinned copies": ("--tp", "--pp", "more nodes", "--offload off"),
 }
 
-# ---- from flags to a job ---------------------------------------------------------------------------------
-
 
 def split(arguments: Sequence[str]) -> tuple[list[str], Path, list[str]]:
     """The flags of tools.plan, the script, the script's flags. Raises UserError if no script is named."""
@@ -75,16 +74,11 @@ def load_script(path: Path) -> ModuleType:
 
 
 def process_bytes() -> float:
-    """Memory of a run's process beside its tensors: of this one now, which has imported the same, and what
-    comes with the first step."""
+    """Memory of a run's process beside its tensors: this one's, with the same imports, and FIRST_STEP."""
     if sys.platform != "linux":
         return 0.5e9 + FIRST_STEP  # as on Linux
-    resident = re.search(rb"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_bytes())
-    assert resident
-    return int(resident[1]) * 1024.0 + FIRST_STEP
-
-
-# ---- report ----------------------------------------------------------------------------------------------
+    [resident] = re.findall(rb"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_bytes())
+    return int(resident) * 1024.0 + FIRST_STEP
 
 
 def report(job: Job, name: str) -> str | None:
@@ -111,9 +105,8 @@ def report(job: Job, name: str) -> str | None:
     print(f"host memory of the fullest node in GB, all its ranks: {by_item}; sum {total:.1f}")
     if sum(items.values()) / 1e9 > limit:
         return refusal(job, f'the phase "{phase}" takes', items, limit, "a GPU has")
-    if cluster.host_memory and total > cluster.host_memory * cluster.usable:
-        return refusal(job, "a node's ranks take", node, cluster.host_memory * cluster.usable, "its host has")
-    return None
+    room = (cluster.host_memory or math.inf) * cluster.usable
+    return refusal(job, "a node's ranks take", node, room, "its host has") if total > room else None
 
 
 def print_models(job: Job, name: str) -> None:
@@ -147,11 +140,8 @@ def refusal(job: Job, subject: str, items: Mapping[str, float], limit: float, ow
     useless = {"--offload on"} if job.offloads or job.offload is None else {"--offload off"}
     if job.config.model.recompute == "full":
         useless.add("--recompute full")
-    flags = {
-        item: [flag for flag in REMEDIES[item] if flag not in useless]
-        for item in by_size
-        if items[item] > total / 10
-    }
+    large = [item for item in by_size if items[item] > total / 10]
+    flags = {item: [flag for flag in REMEDIES[item] if flag not in useless] for item in large}
     remedies = "; ".join(f"{item}: {', '.join(names)}" for item, names in flags.items() if names)
     largest = by_size[0]
     return (
@@ -161,17 +151,11 @@ def refusal(job: Job, subject: str, items: Mapping[str, float], limit: float, ow
 
 
 def cpu_verdict(
-    job: Job,
-    peaks: Sequence[float],
-    without_save: Sequence[float],
-    phase: str,
-    items: Mapping[str, float],
+    job: Job, peaks: Sequence[float], without_save: Sequence[float], phase: str, items: Mapping[str, float]
 ) -> str | None:
     """Check on CPUs that all ranks of a node together fit into its memory; returns as `report`.
 
-    Args:
-        peaks: of each stage, of a rank that gathers a checkpoint; `without_save`: of one that does not.
-        phase, items: of the highest peak.
+    `peaks`, `without_save`: of each stage, with and without a save; `phase`, `items`: of the highest peak.
     """
     cluster = job.cluster
     assert cluster.host_memory is not None
@@ -179,10 +163,8 @@ def cpu_verdict(
     node = cluster.gpus_per_node
     fullest = max(sum(sizes[i : i + node]) for i in range(0, cluster.world, node))
     limit = cluster.host_memory * cluster.usable
-    print(
-        f"\na node has {cluster.host_memory:.1f} GB, {limit:.1f} of them without the allowance; its processes"
-    )
-    print(f"take {fullest / 1e9:.1f} GB together at most")
+    print(f"\na node has {cluster.host_memory:.1f} GB, {limit:.1f} of them without the allowance;")
+    print(f"its processes take {fullest / 1e9:.1f} GB together at most")
     if fullest / 1e9 <= limit:
         return None
     return refusal(job, f'the phase "{phase}" takes', items, limit / node, "each process of a node has")

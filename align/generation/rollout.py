@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from align.data.packing import Example
 from align.data.prompts import Prompt
@@ -74,6 +76,17 @@ class Rollout:
             [response_example(prompt, sample) for sample in samples]
             for prompt, samples in zip(self.prompts, self.samples, strict=True)
         ]
+
+    def scores_and_counted(self, truncated: str, penalty: float) -> tuple[Tensor, Tensor]:
+        """Scores [A], and [A] bool, responses that the policy learns from.
+
+        `truncated`: mask leaves truncated responses out, penalise subtracts `penalty` from their scores.
+        """
+        scores = torch.from_numpy(self.rewards).view(-1)
+        is_truncated = torch.tensor([sample.finish != "stop" for sample in self.responses])
+        if truncated == "penalise":
+            scores = scores - penalty * is_truncated.double()
+        return scores, ~is_truncated if truncated == "mask" else torch.ones_like(is_truncated)
 
     def statistics(self) -> dict[str, float]:
         """Means over all responses; with several to a prompt, the share of prompts with equal rewards only.

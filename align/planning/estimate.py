@@ -17,20 +17,20 @@ from align.model import architecture
 from align.model.architecture import Architecture
 from align.model.config import check_model
 from align.planning.memory import RankShape
-from align.planning.phases import Cluster, Job, Phase, build, forward, frozen_forward, generate, save, train
+from align.planning.phases import Cluster, Job, Phase, build, forward, generate, save, train
 
-# ---- scripts ---------------------------------------------------------------------------------------------
+Models = Mapping[str, Architecture]
 
 
 def sft(config: Any, cluster: Cluster) -> Job:
     """train_sft.py."""
-    return from_rows(config, cluster, 1, read_policy(config), {})
+    return from_rows(config, cluster, 1, read_policy(config))
 
 
 def reward_model(config: Any, cluster: Cluster) -> Job:
     """train_rm.py."""
     scorer = replace(read_policy(config), labels=config.num_attributes)
-    return from_rows(config, cluster, 2 if config.loss == "ranking" else 1, scorer, {})
+    return from_rows(config, cluster, 2 if config.loss == "ranking" else 1, scorer)
 
 
 def dpo(config: Any, cluster: Cluster) -> Job:
@@ -53,11 +53,8 @@ def grpo(config: Any, cluster: Cluster) -> Job:
 
 def rejection_sampling(config: Any, cluster: Cluster) -> Job:
     """train_rs.py, which offloads no model in training."""
-    policy = read_policy(config)
-    check_sampling(config, cluster, policy)
-    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, policy.max_positions)
-    models = {"policy": policy}, read_reward_model(config)
-    return checked(Job(config, cluster, *models, rejection_sampling_phases))
+    models = {"policy": read_policy(config)}, read_reward_model(config)
+    return from_prompts(Job(config, cluster, *models, rejection_sampling_phases))
 
 
 def self_rewarding(config: Any, cluster: Cluster) -> Job:
@@ -67,9 +64,6 @@ def self_rewarding(config: Any, cluster: Cluster) -> Job:
     config.check_lengths(policy.max_positions)
     models = {"policy": policy}, {"reference": policy}
     return checked(Job(config, cluster, *models, self_rewarding_phases, config.offload.offload))
-
-
-# ---- models and checks -----------------------------------------------------------------------------------
 
 
 def read_policy(config: Any) -> Architecture:
@@ -84,7 +78,7 @@ def read_reward_model(config: Any) -> dict[str, Architecture]:
 
 
 def from_rows(
-    config: Any, cluster: Cluster, per_row: int, policy: Architecture, frozen: Mapping[str, Architecture]
+    config: Any, cluster: Cluster, per_row: int, policy: Architecture, frozen: Models | None = None
 ) -> Job:
     """A script that samples nothing. `per_row`: sequences of a row."""
     packing.check_budget(config.format.max_seq_len, config.batch, policy.max_positions, per_row)
@@ -93,20 +87,26 @@ def from_rows(
         length = config.format.max_seq_len
         prompt = length // 2 if per_row == 2 else 0  # half of a pair is taken to be the prompt
         work = job.work(config.batch.global_batch_size, per_row, length, prompt)
-        reference = [frozen_forward(job, s, name, name, work) for name in job.frozen]
+        reference = [forward(job, s, name, name, work) for name in job.frozen]
         return [build(job, s), *reference, train(job, s, "policy", work), save(job, s, "policy")]
 
-    return checked(Job(config, cluster, {"policy": policy}, frozen, phases))
+    return checked(Job(config, cluster, {"policy": policy}, frozen or {}, phases))
 
 
-def policy_gradient(config: Any, cluster: Cluster, trained: Mapping[str, Architecture]) -> Job:
+def policy_gradient(config: Any, cluster: Cluster, trained: Models) -> Job:
     """PPO and GRPO."""
-    policy, frozen = trained["policy"], read_reward_model(config)
-    check_sampling(config, cluster, policy)
-    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, policy.max_positions)
+    frozen = read_reward_model(config)
     if config.kl_coef > 0:
-        frozen["reference"] = policy
-    return checked(Job(config, cluster, trained, frozen, policy_gradient_phases, config.offload.offload))
+        frozen["reference"] = trained["policy"]
+    return from_prompts(Job(config, cluster, trained, frozen, policy_gradient_phases, config.offload.offload))
+
+
+def from_prompts(job: Job) -> Job:
+    """A script that samples, checked."""
+    config, policy = job.config, job.trained["policy"]
+    check_sampling(config, job.cluster, policy)
+    prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, policy.max_positions)
+    return checked(job)
 
 
 def checked(job: Job) -> Job:
@@ -137,29 +137,21 @@ def check_sampling(config: Any, cluster: Cluster, policy: Architecture) -> None:
         check_rollout_tp(config.rollout.rollout_tp, policy, cluster.world)
 
 
-# ---- phases ----------------------------------------------------------------------------------------------
-
-
 def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
-    config, prompt, response = (
-        job.config,
-        job.config.format.max_prompt_len,
-        job.config.sampling.max_new_tokens,
-    )
+    config = job.config
+    prompt, response = config.format.max_prompt_len, config.sampling.max_new_tokens
     together = responses_together(config, prompt, response)
     size = -(-config.batch.global_batch_size // together)
     work = training = job.work(size, together, prompt + response, prompt, entropy=True)
     if config.ppo_epochs > 1:  # a later epoch may draw an update whose responses are all to different prompts
         training = job.work(config.batch.global_batch_size, 1, prompt + response, 0, entropy=True)
-    phases = [
-        build(job, s),
-        generate(job, s, "generate", config.prompts_per_step, config.samples_per_prompt, prompt),
-    ]
+    counts = config.prompts_per_step, config.samples_per_prompt, prompt
+    phases = [build(job, s), generate(job, s, "generate", *counts)]
     if "reward model" in job.frozen:
-        phases.append(frozen_forward(job, s, "score", "reward model", work))
+        phases.append(forward(job, s, "score", "reward model", work))
     phases.append(forward(job, s, "logprobs", "policy", work))
     if "reference" in job.frozen:
-        phases.append(frozen_forward(job, s, "reference", "reference", work))
+        phases.append(forward(job, s, "reference", "reference", work))
     if "critic" in job.trained:
         phases += [forward(job, s, "values", "critic", work), train(job, s, "critic", training)]
     phases.append(train(job, s, "policy", training))
@@ -167,18 +159,15 @@ def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
 
 
 def rejection_sampling_phases(job: Job, s: RankShape) -> list[Phase]:
-    config, prompt, response = (
-        job.config,
-        job.config.format.max_prompt_len,
-        job.config.sampling.max_new_tokens,
-    )
+    config = job.config
+    prompt, response = config.format.max_prompt_len, config.sampling.max_new_tokens
     together, rows = responses_together(config, prompt, response), config.prompts_per_step
     training = job.work(config.batch.global_batch_size, 1, prompt + response, 0)
     phases = [build(job, s), generate(job, s, "generate", rows, config.samples_per_prompt, prompt)]
     if "reward model" in job.frozen:
         groups = -(-rows * config.samples_per_prompt // together)
         scoring = job.work(groups, together, prompt + response, prompt)
-        phases.append(frozen_forward(job, s, "score", "reward model", scoring))
+        phases.append(forward(job, s, "score", "reward model", scoring))
     phases.append(forward(job, s, "audit", "policy", training))
     return [*phases, train(job, s, "policy", training), save(job, s, "policy")]
 
@@ -189,7 +178,7 @@ def self_rewarding_phases(job: Job, s: RankShape) -> list[Phase]:
     prompt = min(config.format.max_seq_len, context)
     samples, judgements = config.samples_per_prompt, config.judge.judgements
     rows = config.batch.global_batch_size * config.rollout_ahead
-    # A judge prompt holds prompt, response and template, of which a token has a byte at least.
+    # A judge prompt holds prompt, response and template. A token has a byte at least.
     judge_prompt = min(prompt + response + config.judge.judge_template.stat().st_size, context)
     phases = [
         build(job, s),
@@ -202,7 +191,7 @@ def self_rewarding_phases(job: Job, s: RankShape) -> list[Phase]:
         meta_prompt, pairs = min(prompt + 3 * response + template, room), judgements * (judgements - 1)
         phases.append(generate(job, s, "meta_judge", rows * pairs, 1, meta_prompt, "reference"))
     work = job.work(config.batch.global_batch_size, 2, prompt + response, prompt)
-    phases.append(frozen_forward(job, s, "reference", "reference", work))
+    phases.append(forward(job, s, "reference", "reference", work))
     return [*phases, train(job, s, "policy", work), save(job, s, "policy")]
 
 

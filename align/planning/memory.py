@@ -58,9 +58,6 @@ class MicroBatchLoad:
     entropy: bool = False  # True if the entropy is computed, as in PPO
 
 
-# ---- weights ---------------------------------------------------------------------------------------------
-
-
 def vocabulary(arch: Architecture, tp: int) -> int:
     """Rows of the embedding on one rank: model.padded_vocab_size / tp."""
     multiple = math.lcm(64, tp)
@@ -122,16 +119,12 @@ def gradients(arch: Architecture, s: RankShape) -> int:
 
 
 def optimizer(arch: Architecture, s: RankShape) -> float:
-    """Both moments in fp32, and fp32 main weights of bf16 ones (those of fp32 are the weights themselves)."""
+    """Both moments in fp32, and fp32 main weights of bf16 ones; fp32 weights are their own main weights."""
     return (2 if s.item == FP32 else 3) * FP32 * weights(arch, s) / s.copies
 
 
 def update(arch: Architecture, s: RankShape) -> float:
-    """Memory of one optimizer step beside its state.
-
-    The norm of the gradient copies one parameter's gradient. On a CPU gloo copies the gathered weights, a
-    bucket at a time.
-    """
+    """Memory of an optimizer step: one parameter's gradient for the norm, on a CPU gloo's of a bucket."""
     gathered = s.item * bucket(arch, s) if s.copies > 1 and not s.gpu else 0
     return max(FP32 * min(largest_weight(arch, s), weights(arch, s) / s.copies), gathered)
 
@@ -152,22 +145,14 @@ def pinned_weights(arch: Architecture, s: RankShape) -> int:
     """Pinned memory of offload.Weights beside a GPU, a tensor for each parameter of this rank."""
     h, d = arch.hidden_size, arch.head_dim
     qkv, matrix = (arch.heads + 2 * arch.kv_heads) * d // s.tp, vocabulary(arch, s.tp) * h
-    layer = [
-        qkv * h,
-        arch.heads * d // s.tp * h,
-        len(arch.mlp_inputs) * arch.ffn_size // s.tp * h,
-        arch.ffn_size // s.tp * h,
-        *(2 * norm_sizes(arch)),
-    ]
-    layer += layer_biases(arch, s.tp) + ([d, d] if arch.qk_norm else [])
+    layer = [qkv * h, arch.heads * d // s.tp * h]
+    layer += [len(arch.mlp_inputs) * arch.ffn_size // s.tp * h, arch.ffn_size // s.tp * h]
+    layer += 2 * norm_sizes(arch) + layer_biases(arch, s.tp) + ([d, d] if arch.qk_norm else [])
     ends = [matrix] if s.first else []
     if s.last:
-        ends += norm_sizes(arch) + (
-            [arch.labels * h] if arch.labels else [] if shares_matrix(arch, s) else [matrix]
-        )
-    return sum(pinned(s.item * n) for n in layer) * (arch.layers // s.pp) + sum(
-        pinned(s.item * n) for n in ends
-    )
+        head = [arch.labels * h] if arch.labels else [] if shares_matrix(arch, s) else [matrix]
+        ends += norm_sizes(arch) + head
+    return sum(pinned(s.item * n) for n in layer * (arch.layers // s.pp) + ends)
 
 
 def pinned_model(arch: Architecture, s: RankShape) -> float:
@@ -178,9 +163,6 @@ def pinned_model(arch: Architecture, s: RankShape) -> float:
     """
     states = pinned_weights(arch, replace(s, item=FP32)) * (2 if s.item == FP32 else 3) / s.copies
     return pinned(s.item * weights(arch, s)) + states
-
-
-# ---- activations saved for the backward pass -------------------------------------------------------------
 
 
 def widths(arch: Architecture, s: RankShape) -> tuple[int, int, int]:
@@ -236,9 +218,8 @@ def norm_saves(arch: Architecture, s: RankShape) -> float:
 
     torch's LayerNorm saves these two in bf16 on a CPU, in fp32 on a GPU.
     """
-    if arch.norm == "rms":
-        return s.item * arch.hidden_size + FP32
-    return s.item * arch.hidden_size + 2 * (FP32 if s.gpu else s.item)
+    statistics = FP32 if arch.norm == "rms" else 2 * (FP32 if s.gpu else s.item)
+    return s.item * arch.hidden_size + statistics
 
 
 def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
@@ -248,10 +229,7 @@ def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
     """
     h, places = arch.hidden_size, work.tokens / s.cp
     split = s.tp if s.sequence_parallel else 1
-    if s.recompute == "full":
-        layer = s.item * h / split  # the layer's input
-    else:
-        layer = layer_saves(arch, s, work)
+    layer = s.item * h / split if s.recompute == "full" else layer_saves(arch, s, work)  # full: its input
     total = arch.layers // s.pp * layer * places
     if s.last:
         # the last norm; the input of the output layer (a reward model: a copy in fp32)
@@ -260,9 +238,6 @@ def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
     else:
         total += s.item * h / split * places  # the output, until its gradient is received
     return total * min(s.pp - s.stage, work.count)
-
-
-# ---- temporary tensors -----------------------------------------------------------------------------------
 
 
 def chunk(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> int:
@@ -321,7 +296,7 @@ def layer_backward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> fl
 
 
 def end_of_backward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
-    """After all activations are freed: the embedding's gradient, and if tied that of the output layer."""
+    """With all activations freed: the gradient of the embedding, and of a tied output layer."""
     if not s.first:
         return 0.0
     matrix = s.item * vocabulary(arch, s.tp) * arch.hidden_size
@@ -329,13 +304,8 @@ def end_of_backward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> f
 
 
 def reduction(arch: Architecture, s: RankShape) -> float:
-    """gloo's copies of the gradients at the end of the backward pass; NCCL reduces in place.
-
-    An upper bound: the first buckets may be reduced before the last is ready.
-    """
-    if s.copies == 1 or s.gpu:
-        return 0.0
-    return gradients(arch, s)
+    """gloo's copies of the gradients after the backward pass, an upper bound; NCCL reduces in place."""
+    return 0.0 if s.copies == 1 or s.gpu else gradients(arch, s)
 
 
 def training(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict[str, float]:
@@ -349,10 +319,8 @@ def training(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict[str
         (end_of_backward(arch, s, work) + reduction(arch, s), 0.0),
     ]
     if s.last:
-        moments.append((activations, output_forward(arch, s, work)))
-        moments.append((activations, output_backward(arch, s, work)))
-    activations, logits = max(moments, key=sum)
-    return {"activations": activations, "logits": logits}
+        moments += [(activations, of(arch, s, work)) for of in (output_forward, output_backward)]
+    return dict(zip(("activations", "logits"), max(moments, key=sum), strict=True))
 
 
 def forward_only(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict[str, float]:
@@ -370,14 +338,7 @@ def forward_only(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> dict
     moments = [(places * max(mlp, attention), 0.0)]
     if s.last:
         moments.append((2 * s.item * h * places, output_forward(arch, s, work)))
-    activations, logits = max(moments, key=sum)
-    return {"activations": activations, "logits": logits}
-
-
-# ---- sampling --------------------------------------------------------------------------------------------
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------
+    return dict(zip(("activations", "logits"), max(moments, key=sum), strict=True))
 
 
 def saving(arch: Architecture, s: RankShape) -> float:

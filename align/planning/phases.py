@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from align.errors import UserError
-from align.flags import flag_of
+from align.flags import COUNT, above, below, check_ranges
 from align.model.architecture import Architecture
 from align.planning import memory, rollout_memory
 from align.planning.memory import MicroBatchLoad, RankShape
@@ -48,12 +48,8 @@ class Cluster:
     fifth of what a training step takes and up to 0.43 while a checkpoint is written (bench/plan.py)"""
 
     def __post_init__(self):
-        for name in ("nodes", "gpus_per_node", "gpu_memory", "host_memory"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{flag_of(name)} {value} must be above 0")
-        if self.allowance is not None and not 0 <= self.allowance < 1:
-            raise UserError(f"--allowance {self.allowance} must be from 0 to below 1")
+        check_ranges(self, nodes=COUNT, gpus_per_node=COUNT, allowance=below(0, 1))
+        check_ranges(self, gpu_memory=above(0, 1e6), host_memory=above(0, 1e6))
         if self.device == "cpu" and self.host_memory is None:
             raise UserError("--device cpu needs --host-memory, the memory of one node in GB")
 
@@ -115,11 +111,9 @@ class Job:
     def work(
         self, rows: int, sequences: int, length: int, prompt: int, entropy: bool = False
     ) -> MicroBatchLoad:
-        """The largest micro-batch of an update.
+        """The largest micro-batch of an update of `rows` rows over all ranks.
 
-        Args:
-            rows: of the update, over all ranks.
-            sequences: in each, of `length` tokens, of which the first `prompt` are places that they share.
+        A row has `sequences` sequences of `length` tokens, of which they share the first `prompt`.
         """
         batch, s = self.config.batch, self.layout
         places = prompt + sequences * (length - prompt)
@@ -132,9 +126,6 @@ class Job:
     def label(self, kind: str, name: str) -> str:
         """The name of a phase that needs a model in training, as the run's memory/... metrics spell it."""
         return kind if self.offload is None else f"{kind} {name}"
-
-
-# ---- phases ----------------------------------------------------------------------------------------------
 
 
 def build(job: Job, s: RankShape) -> Phase:
@@ -153,61 +144,46 @@ def train(job: Job, s: RankShape, name: str, work: MicroBatchLoad) -> Phase:
     return Phase(job.label("train", name), {name: "all"}, (), items)
 
 
-def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
-    """A pass of a model in training without a gradient."""
-    items = memory.forward_only(job.trained[name], s, work)
+def computing(job: Job, kind: str, name: str, items: Mapping[str, float]) -> Phase:
+    """A phase in which a model computes, in training or frozen."""
+    if name in job.frozen:
+        return Phase(kind, {}, (name,), items)
     return Phase(job.label(kind, name), {name: "weights"}, (), items)
 
 
-def frozen_forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
-    """A pass of a frozen model."""
-    return Phase(kind, {}, (name,), memory.forward_only(job.frozen[name], s, work))
+def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
+    """A pass of a model without a gradient."""
+    return computing(job, kind, name, memory.forward_only({**job.trained, **job.frozen}[name], s, work))
 
 
 def generate(
     job: Job, s: RankShape, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
 ) -> Phase:
-    """Sampling, in steps and in validations, whichever takes more.
+    """Sampling `per_prompt` responses by a model, in steps and in validations, whichever takes more.
 
-    Args:
-        prompts: of a step, over all ranks, of `prompt` tokens.
-        by: the model whose weights sample.
+    `prompts`: of a step, over all ranks, of `prompt` tokens.
     """
     config, arch, rollout = job.config, job.trained["policy"], job.config.rollout
-    copy = None
-    if rollout.reshards(config.parallel):
-        copy = RankShape(s.item, s.gpu, tp=rollout.rollout_tp)
+    reshards = rollout.reshards(config.parallel)
+    copy = RankShape(s.item, s.gpu, tp=rollout.rollout_tp) if reshards else None
     draws = [(prompts, per_prompt)]
     if config.val_data and by == "policy":  # a validation samples one response to each prompt
         batches = config.loop.val_batches
         draws.append((rollout.rollout_slots if batches is None else batches * config.rows_per_step, 1))
     replicas = job.cluster.world // rollout.rollout_tp if copy else s.copies
-    loads = [
-        RolloutLoad(
-            slots=min(rollout.rollout_slots, count * responses),
-            prompts=-(-count // replicas),
-            per_prompt=responses,
-            prompt=prompt,
-            response=config.sampling.max_new_tokens,
-        )
-        for count, responses in draws
-    ]
-    items = max(
-        (rollout_memory.sampling(arch, s, load, copy) for load in loads),
-        key=lambda sizes: sum(sizes.values()),
-    )
-    if by != "policy":
-        return Phase(kind, {}, (by,), items)
-    return Phase(job.label(kind, by), {by: "weights"}, (), items)
+    loads = []
+    for count, responses in draws:
+        slots, share = min(rollout.rollout_slots, count * responses), -(-count // replicas)
+        loads.append(RolloutLoad(slots, share, responses, prompt, config.sampling.max_new_tokens))
+    sizes = [rollout_memory.sampling(arch, s, load, copy) for load in loads]
+    items = max(sizes, key=lambda items: sum(items.values()))
+    return computing(job, kind, by, items)
 
 
 def save(job: Job, s: RankShape, name: str) -> Phase:
-    """A checkpoint, of which a GPU's copies are made in its host's memory."""
+    """A checkpoint; a GPU's is copied in its host's memory."""
     items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s)}
     return Phase(job.label("save", name), {name: "all"}, (), items)
-
-
-# ---- sums ------------------------------------------------------------------------------------------------
 
 
 def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str, float]:
@@ -247,9 +223,7 @@ def ranks(job: Job) -> list[tuple[int, bool]]:
     Ranks are numbered by tp, then cp, dp, pp; those that are the first of their dp and cp write checkpoints.
     """
     s = job.layout
-    return [
-        (rank // (s.tp * s.cp * s.dp), rank // s.tp % (s.cp * s.dp) == 0) for rank in range(job.cluster.world)
-    ]
+    return [(i // (s.tp * s.copies), i // s.tp % s.copies == 0) for i in range(job.cluster.world)]
 
 
 def fullest_node(job: Job, process: float) -> dict[str, float]:

@@ -26,10 +26,7 @@ def cache_per_token(arch: Architecture, s: RankShape) -> int:
 
 
 def kv_cache(arch: Architecture, s: RankShape, r: RolloutLoad) -> float:
-    """InferenceModel's cache for all slots, and the prompts prefilled ahead of a free slot.
-
-    It grows in steps, a layer at a time, which then exists twice.
-    """
+    """InferenceModel's cache for all slots, which grows layer by layer, and prompts prefilled ahead."""
     growth, token = GROWTH_GPU if s.gpu else GROWTH, cache_per_token(arch, s)
     room = math.ceil((r.prompt + r.response) / growth) * growth
     growing = r.slots * room * token / (arch.layers // s.pp)
@@ -41,10 +38,7 @@ def kv_cache(arch: Architecture, s: RankShape, r: RolloutLoad) -> float:
 
 
 def prefill(arch: Architecture, s: RankShape, r: RolloutLoad) -> float:
-    """One prefill pass: keys and values of all layers, and the activations of one layer.
-
-    At the end they are stacked and then split by prompt, each time into new memory.
-    """
+    """One prefill pass: a layer's activations; all keys and values, at the end stacked, then split."""
     total = min(math.ceil(r.slots / r.per_prompt), r.prompts) * r.prompt
     tokens = max(min(total, PREFILL_TOKENS), r.prompt)
     layer = s.item * (3 * arch.hidden_size + (len(arch.mlp_inputs) + 1) * arch.ffn_size / s.tp)
@@ -52,7 +46,7 @@ def prefill(arch: Architecture, s: RankShape, r: RolloutLoad) -> float:
     return tokens * max(cache + layer, 3 * cache)
 
 
-def drawing(arch: Architecture, s: RankShape, r: RolloutLoad) -> float:
+def drawing(arch: Architecture, r: RolloutLoad) -> float:
     """Logits of all slots in fp32, the intermediates of sampling.pick, and logits of prefilled prompts."""
     copies = 4  # logits, weights, and two intermediates
     prefilled = min(math.ceil(r.slots / r.per_prompt), r.prompts)
@@ -76,7 +70,7 @@ def sampling(arch: Architecture, s: RankShape, r: RolloutLoad, copy: RankShape |
     layout = copy or s
     whole = layout.item * weights(arch, layout) if copy else 0
     transfer = whole * (1 if s.gpu else 2 - 1 / (s.tp * s.pp))
-    cache, rest = kv_cache(arch, layout, r), max(prefill(arch, layout, r), drawing(arch, layout, r))
+    cache, rest = kv_cache(arch, layout, r), max(prefill(arch, layout, r), drawing(arch, r))
     decoding = cache + rest + packed(arch, layout)
     copies = whole + (transfer if transfer > decoding else packed(arch, layout))
     if transfer > decoding:

@@ -10,6 +10,7 @@ from typing import IO
 
 from align.errors import UserError
 from align.files import ROOT, check_path, read_object
+from align.flags import flag_of
 
 WRITTEN = (  # names of a run's files in OUTPUT, beside the script; weights: OUTPUT is a model
     "config.json log.txt metrics.jsonl samples.jsonl metrics.tmp samples.tmp prompt_format.json "
@@ -18,15 +19,7 @@ WRITTEN = (  # names of a run's files in OUTPUT, beside the script; weights: OUT
 
 
 def check_run(output: Path, flags: dict, script: Path) -> None:
-    """Refuse an OUTPUT in which a run would overwrite or delete files of others.
-
-    Args:
-        flags: name and value of each flag.
-        script: copied to OUTPUT.
-
-    Raises:
-        UserError: also for data directly in OUTPUT, and for models in it, which the export may replace.
-    """
+    """Refuse an OUTPUT in which a run, or its export, would overwrite or delete files of others."""
     check_path(output)
     if not output.exists():
         return
@@ -40,9 +33,7 @@ def check_run(output: Path, flags: dict, script: Path) -> None:
     for flag, path in inputs(flags):
         folders = [path, *path.resolve().parents] if path.is_dir() else {path.parent, path.resolve().parent}
         if any(folder.samefile(output) for folder in folders):
-            raise UserError(
-                f"{flag} {path} is in --output {output}, where a run writes: give another --output"
-            )
+            raise UserError(f"{flag} {path} is in --output {output}, where a run writes: give another")
     if (output / "hf").is_symlink():
         raise UserError(f"--output {output}: hf in it is a link, which the export cannot replace: remove it")
     names = [path.name for name in (*WRITTEN, script.name) for path in output.glob(name)]
@@ -51,10 +42,7 @@ def check_run(output: Path, flags: dict, script: Path) -> None:
 
 
 def lock(output: Path, say: Callable[[str], None]) -> IO[str]:
-    """Lock OUTPUT for this process until the file is closed or the process ends.
-
-    Raises UserError if another process holds the lock. A file system without locks is logged.
-    """
+    """Lock OUTPUT until the file is closed. Raises UserError if it is in use; logs that locks are missing."""
     file = open(output / ".lock", "a+", encoding="utf-8")
     try:
         # unlike flock's, the lock is not inherited by a fork of this process
@@ -94,4 +82,4 @@ def inputs(flags: dict) -> Iterator[tuple[str, Path]]:
         if name in ("model", "reward_model", "critic") or name.endswith("_data"):
             for path in value if isinstance(value, tuple | list) else [value]:
                 if path and Path(path).exists():
-                    yield f"--{name.replace('_', '-')}", Path(path)
+                    yield flag_of(name), Path(path)

@@ -18,8 +18,7 @@ TOGETHER = {"memory": "memory/..., GB", "time": "time/..., shares of a step"}  #
 ALONE = ("time/step", "time/tokens_per_s", "time/tflops_per_s")  # in another unit than their group
 EXACT = ("train/lr",)  # without noise, not smoothed
 OTHER_COLOR = "#3c6e47"
-# groups drawn like others
-SAME_AS = {"train_rollouts": "train", "train_optim": "train", "val_rollouts": "val"}
+SAME_AS = {"train_rollouts": "train", "train_optim": "train", "val_rollouts": "val"}  # drawn like others
 
 Curve = tuple[list[int], list[float]]  # steps, values
 
@@ -60,10 +59,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def arrange(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """Arrange {panel: {metric: curve}}: train, val and test share panels and are first, time is last.
-
-    The memory, and the time, of all phases of a step share a panel.
-    """
+    """Arrange {panel: {metric: curve}}: train, val and test share panels and are first, time is last."""
     seen = [group for group in map(group_of, curves) if group not in (*SHARED, "time")]
     groups = [*SHARED, *seen, "time"]
     panels: dict[str, dict[str, Curve]] = {}
@@ -92,7 +88,7 @@ def draw_panel(axis: Axes, panel: str, curves: dict[str, Curve]) -> None:
         marker = "o" if group in ("val", "test") or len(steps) == 1 else ""
         if len(steps) > SMOOTH_ABOVE and not marker and name not in EXACT:
             axis.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-            values = moving_average(values, len(values) // 20)
+            values = moving_average(values, len(values) // 20).tolist()
         axis.plot(steps, values, color=color, linewidth=1.1, marker=marker, markersize=2.5, label=label)
     if len(curves) > 1:
         axis.legend(fontsize=5.5 if together else 7, frameon=False, ncols=2 if together else 1)
@@ -108,7 +104,7 @@ def clean(axis: Axes) -> None:
     axis.tick_params(labelsize=6.5, length=2, color="#8a8a8a")
     axis.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
     axis.yaxis.get_offset_text().set_fontsize(6.5)
-    axis.xaxis.get_major_locator().set_params(integer=True, nbins=5, min_n_ticks=1)
+    axis.locator_params("x", integer=True, nbins=5, min_n_ticks=1)
 
 
 def moving_average(values: list[float], window: int) -> np.ndarray:

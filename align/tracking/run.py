@@ -23,6 +23,7 @@ from pathlib import Path
 from align import console
 from align.errors import UserError
 from align.files import read_object, write_atomically
+from align.flags import flag_of
 from align.tracking.output import check_run, complete_checkpoints, delete_checkpoint, lock
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
@@ -39,6 +40,8 @@ COLUMNS = {  # metric: (label, format); the console shows those that a step has,
     "time/tokens_per_s": ("tokens/s", "9,.0f"),
     "val/loss": ("val_loss", "7.4f"),
     "val/acc": ("val_acc", "5.3f"),
+    "test/loss": ("test_loss", "7.4f"),
+    "test/acc": ("test_acc", "5.3f"),
     "val_rollouts/rewards": ("val_reward", "6.3f"),
     "val/judge_mean": ("val_judge", "5.2f"),
     "val/true_rewards": ("val_true", "5.3f"),
@@ -67,19 +70,16 @@ class RunConfig:
 class Run:
     """Record of one run. Rank 0 (`main`) writes it; on the other ranks every method does nothing.
 
-    Use: `Run(...)` once the flags are checked, `resume_at` once the first step is known, `log` after each
-    step, `close` at the end. `total_steps` is shown on the console and may be set later.
+    `resume_at` comes before the first `log`. `total_steps` is shown on the console and may be set later.
     """
 
     def __init__(self, config: RunConfig, flags: dict, script: str, main: bool, total_steps: int = 0):
         """`flags`: the script's resolved configuration (`dataclasses.asdict`); `script`: its `__file__`."""
-        self.main = main
-        self.config = config
-        self.total_steps = total_steps
+        self.main, self.config, self.total_steps = main, config, total_steps
         self.wandb_run = None
         self.bar = ""  # the last line of a terminal
         self.first_log: tuple[int, float] | None = None  # step and time at the start of the ETA
-        self.flags = json.loads(json.dumps(flatten(flags), default=str))  # as read from JSON: paths are text
+        self.flags = as_json(flags)
         self.script, self.began = Path(script), datetime.date.today().isoformat()
         check_run(config.output, flatten(flags), self.script)
         if main:
@@ -96,7 +96,7 @@ class Run:
         before, self.began = record.get("flags", {}), record.get("began", self.began)
         for name, value in self.flags.items():
             if value != before.get(name):
-                self.say(f"--{name.replace('_', '-')} {value} (was {before.get(name)})")
+                self.say(f"{flag_of(name)} {value} (was {before.get(name)})")
 
     def _write_config(self) -> None:
         """Write flags, versions and commit, and copy the script."""
@@ -112,19 +112,15 @@ class Run:
             raise UserError(f"{self.config.output / 'config.json'}: began: {error}") from error
 
     def resume_at(self, step: int) -> None:
-        """Continue the record after `step` finished steps; 0 starts a new one.
-
-        Steps beyond the checkpoint, written by a killed run, are dropped, and so are later checkpoints.
-        Raises UserError if the record does not reach that step, or has another line.
-        """
+        """Continue the record after `step` steps, without later ones. Raises UserError if it ends before."""
         if not self.main:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             last = drop_after(self.config.output / name, step)
             if name == "metrics.jsonl" and last != step:
                 raise UserError(
-                    f"{self.config.output / name}: it must reach step {step}, after which the run continues, "
-                    f"and ends at step {last}: restore the file, or start over with --no-resume"
+                    f"{self.config.output / name}: it must reach step {step}, and ends at step {last}: "
+                    "restore it, or start over with --no-resume"
                 )
         # Only now: a refused run changes nothing.
         for path in complete_checkpoints(self.config.output / "checkpoints"):
@@ -186,8 +182,7 @@ class Run:
             self.bar = ""
             self._print("")
         if plots:
-            # here: matplotlib is slow to import, and only one rank needs it
-            from align.tracking.plots import draw
+            from align.tracking.plots import draw  # here: slow to import, and only one rank needs it
 
             for path in draw(self.config.output):
                 self.say(f"curves: {path}")
@@ -228,10 +223,13 @@ def columns(metrics: dict[str, float]) -> str:
 
 def flatten(flags: dict) -> dict:
     """Flatten a nested configuration to flags: {"run": {"output": 1}} is {"output": 1}."""
-    flat = {}
-    for name, value in flags.items():
-        flat.update(flatten(value) if isinstance(value, dict) else {name: value})
-    return flat
+    parts = [flatten(x) if isinstance(x, dict) else {name: x} for name, x in flags.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def as_json(flags: dict) -> dict:
+    """The flags of a nested configuration as JSON has them: paths are text."""
+    return json.loads(json.dumps(flatten(flags), default=str))
 
 
 def environment(script: Path) -> dict:
@@ -259,9 +257,8 @@ def git(folder: Path, *command: str) -> str | None:
     """Output of a git command in `folder`; None without git or a repository."""
     if shutil.which("git") is None:
         return None
-    result = subprocess.run(
-        ["git", "-C", str(folder), *command], capture_output=True, text=True, errors="replace"
-    )
+    words = ["git", "-C", str(folder), *command]
+    result = subprocess.run(words, capture_output=True, text=True, errors="replace")
     return result.stdout.strip() if result.returncode == 0 else None
 
 
@@ -291,10 +288,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Keep the rows of a jsonl file up to `step`, without a torn last line; 0 empties the file.
-
-    Returns the last remaining step. Raises UserError for a line that is no row.
-    """
+    """Keep the rows of a jsonl file up to `step`, without a torn last line; returns the last step, or 0."""
     unfinished, last = path.with_suffix(".tmp"), 0
     with contextlib.ExitStack() as files:
         target = files.enter_context(open(unfinished, "wb"))

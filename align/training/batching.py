@@ -19,7 +19,7 @@ def micro_batches(
     model: DistributedDataParallel,
     rows: Sequence[Sequence[Example]],
     config: BatchConfig,
-    values: Mapping[str, Sequence[np.ndarray]] | None = None,
+    values: Mapping[str, Sequence[np.ndarray] | np.ndarray] | None = None,
 ) -> list[Batch]:
     """Pack this data parallel rank's share of some rows, on its device.
 
@@ -33,9 +33,8 @@ def micro_batches(
     lengths = [
         packing.num_places(row) if shares else sum(example.num_inputs for example in row) for row in rows
     ]
-    plan = packing.plan_micro_batches(
-        lengths, parallel.dp_size(), config.micro_batch_tokens, config.micro_batch_size
-    )
+    limits = config.micro_batch_tokens, config.micro_batch_size
+    plan = packing.plan_micro_batches(lengths, parallel.dp_size(), *limits)
     batches = []
     for chosen in plan[parallel.dp_rank()]:
         groups = [rows[i] for i in chosen] if shares else [[example] for i in chosen for example in rows[i]]
@@ -51,7 +50,8 @@ def pack_responses(
     model: DistributedDataParallel, prompts: Sequence[Sequence[Example]], config: BatchConfig
 ) -> list[list[Example]]:
     """Group the responses to each prompt, in their order, in rows that fill a micro-batch."""
-    shares, rows = not unwrap_model(model).te, []
+    shares = not unwrap_model(model).te
+    rows: list[list[Example]] = []
     for responses in prompts:
         room = 0
         for example in responses:
@@ -71,16 +71,16 @@ def per_example_outputs(
 ) -> list[np.ndarray]:
     """Outputs at each example's trained targets, [trained, ...], in the order of the rows. Collective.
 
-    On every rank. For rows that are then trained in micro-batches of the same rows, the numbers have the same
-    bits as in training.
+    If the same rows are trained next, in micro-batches of their own, the numbers have the bits of training.
     """
     ends = np.cumsum([0, *map(len, rows)])
     values = {
         "number": [np.arange(*span) for span in zip(ends, ends[1:], strict=False)],
         "trained": [np.array([example.trained.sum() for example in row]) for row in rows],
     }
-    batches, own_outputs = micro_batches(model, rows, config, values), {}
+    batches = micro_batches(model, rows, config, values)
     outputs = engine.outputs(model, batches, lambda batch, output: output[batch.mask.bool()])
+    own_outputs: dict[int, np.ndarray] = {}
     for batch, output in zip(batches, outputs, strict=True):
         parts = [part.numpy() for part in output.cpu().split(batch.extra["trained"].tolist())]
         own_outputs |= dict(zip(batch.extra["number"].tolist(), parts, strict=True))
@@ -89,10 +89,7 @@ def per_example_outputs(
 
 
 def alignment(model: nn.Module) -> int:
-    """Divisor of the length of every micro-batch.
-
-    Each context and sequence parallel rank has an equal part, whose length is a size of 8-bit products.
-    """
+    """Divisor of a micro-batch's length: context and sequence parallel parts are equal, and sizes of fp8."""
     config = unwrap_model(model).config
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return config.context_parallel_size * split * (FP8_MULTIPLE if config.fp8 else 1)

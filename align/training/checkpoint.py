@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
 
 from align.distributed import megatron_patches, parallel, watchdog
 from align.errors import UserError
@@ -34,6 +34,7 @@ from align.files import read_object
 from align.flags import COUNT_OR_0, check_ranges
 from align.tracking.output import complete_checkpoints, delete_checkpoint
 from align.training import checkpoint_files, optim
+from align.training.checkpoint_files import read_state
 
 Trained = dict[str, tuple[DistributedDataParallel, MegatronOptimizer]]  # models in training, by name
 
@@ -43,7 +44,7 @@ class CheckpointConfig:
     """Checkpoints and resume."""
 
     save_interval: int = 500
-    """steps between checkpoints; one more comes at the end, and when a run is told to stop; 0: only those"""
+    """steps between checkpoints; and one at the end, or when the run is stopped; 0: only that one"""
     save_top_k: int = 1
     """checkpoints to keep, the best by --monitor; the newest is always kept as well"""
     monitor: str = "val/loss"
@@ -87,17 +88,10 @@ def is_due(config: CheckpointConfig, step: int) -> bool:
 def resume(
     path: Path | None, trained: Trained, phase: Callable[..., AbstractContextManager]
 ) -> tuple[int, dict[str, float]]:
-    """Load a checkpoint, or start at step 0 without one. Collective.
+    """Load a checkpoint, or start at step 0 without one: finished steps, and the metrics then. Collective.
 
-    Args:
-        trained: models in training, by name.
-        phase: makes a context for the loading of each, as `Session.phase` does.
-
-    Returns:
-        The number of finished steps, and the metrics known then.
-
-    Raises:
-        UserError: the checkpoint does not hold one of the models.
+    `phase`: makes a context for the loading of each model, as `Session.phase` does. Raises UserError if the
+    checkpoint lacks a model.
     """
     if path is None:
         return 0, {}
@@ -117,16 +111,8 @@ def folder_of(name: str, trained: Trained, directory: Path) -> Path:
     return directory if name == next(iter(trained)) else directory / name
 
 
-def read_state(path: Path) -> dict:
-    """Read the state.json of a checkpoint. Raises UserError if it is damaged."""
-    return checkpoint_files.read_state(path / "state.json")
-
-
 def to_resume(config: CheckpointConfig, output: Path) -> Path | None:
-    """Checkpoint that a run continues from. Collective.
-
-    Raises UserError if --resume-from is none of this run's.
-    """
+    """Checkpoint that a run continues from. Raises UserError for --resume-from another run's. Collective."""
     paths = parallel.on_main(lambda: complete_checkpoints(output / "checkpoints"))
     if config.resume_from is None:
         return paths[-1] if paths and config.resume else None
@@ -151,11 +137,8 @@ def saving(
 ) -> Iterator[Path]:
     """Make OUTPUT/checkpoints/step_XXXXXXXX, then delete checkpoints beyond --save-top-k. Collective.
 
-    The block `write`s the models into the yielded directory, or into folders of it.
-
-    Args:
-        metrics: the newest value of each metric, for ranking checkpoints.
-        run_state: the identity of the run (`Continuation.state`), checked when it is continued.
+    The block `write`s the models into the yielded directory, or into folders of it. Checkpoints are ranked by
+    `metrics`, the newest values. `run_state`: identity of the run, checked when it continues.
     """
     path = output / "checkpoints" / f"step_{step:08d}"
     unfinished = path.with_suffix(".tmp")
@@ -167,7 +150,7 @@ def saving(
     files = checkpoint_files.checksums(unfinished)
     if parallel.is_main():
         state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": metrics}
-        checkpoint_files.write_state(unfinished / "state.json", state | {"files": files})
+        checkpoint_files.write_state(unfinished, state | {"files": files})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(unfinished, path)
         prune(path.parent, config)
@@ -179,7 +162,7 @@ def write(path: Path, step: int, model: DistributedDataParallel, optimizer: Mega
     write_state(path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step})
 
 
-def write_weights(path: Path, model: nn.Module) -> None:
+def write_weights(path: Path, model: MegatronModule) -> None:
     """Write a model's weights only, for `load_weights`. Collective."""
     write_state(path, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
 
@@ -200,11 +183,8 @@ def write_state(path: Path, state: dict) -> None:
 def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, same_layout: bool) -> None:
     """Load model and optimizer from `write`'s directory, of any layout. Collective.
 
-    Args:
-        same_layout: the layout is the present one, so that the random states apply.
-
-    Raises:
-        an error of Megatron's with the name of an item that the checkpoint lacks.
+    `same_layout`: the layout is the present one, so that the random states apply. An item that the checkpoint
+    lacks is an error of Megatron's with its name.
     """
     for adam in optim.adams(optimizer):
         # torch's AdamW has no state to load into before its first step
@@ -229,17 +209,13 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
         set_rng_state(state["rng"])
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load the weights of a model that is not trained, from any layout and precision. Collective.
-
-    Raises:
-        an error of Megatron's with the name of an item that the checkpoint lacks.
-    """
+def load_weights(path: Path, model: MegatronModule) -> None:
+    """Load the weights of a model that is not trained, from any layout and precision. Collective."""
     template = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
     fill(model, dist_checkpointing.load(template, str(path))["model"])
 
 
-def fill(model: nn.Module, state: dict) -> None:
+def fill(model: MegatronModule, state: dict) -> None:
     """Copy loaded tensors to a model; every weight must be among them."""
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert not [name for name in missing if "_extra_state" not in name], missing
@@ -259,9 +235,7 @@ def run_flags(path: Path) -> dict:
     """Flags of a checkpoint's run. Raises UserError without its config.json."""
     config = path.resolve().parent.parent / "config.json"  # OUTPUT/config.json
     if not config.is_file():
-        raise UserError(
-            f"--model {path}: {config}, which says what model this is a checkpoint of, is missing"
-        )
+        raise UserError(f"--model {path}: {config}, which names the model of the checkpoint, is missing")
     return read_object(config).get("flags", {})
 
 
@@ -270,20 +244,13 @@ def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, 
     metadata = sharding_metadata()
     model_state = model.module.sharded_state_dict(metadata=metadata)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    drop_absent_state(optimizer_state)
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
-def drop_absent_state(optimizer_state: dict) -> None:
-    """Delete Megatron's None for main weights and moments on ranks that do not save them.
-
-    The first data parallel rank saves them. Megatron treats the None of the others as a value of all ranks,
-    and warns at each save that rank 0 has none.
-    """
+    # The first data parallel rank saves main weights and moments. Megatron treats the None of the others as a
+    # value of all ranks, and warns at each save that rank 0 has none.
     chained = [part for part in optimizer_state.values() if isinstance(part, dict)]
     for part in (optimizer_state, *chained):
         if part.get("param_state", part) is None:
             del part["param_state"]
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def sharding_metadata() -> dict:
@@ -298,10 +265,10 @@ def sharding_metadata() -> dict:
 
 def rng_state() -> ShardedObject:
     """Random states of this rank, of every kind."""
-    numpy_kind, numpy_keys, *numpy_rest = np.random.get_state()
+    numpy_state = np.random.get_state()  # kind, keys, ...
     state = {
         "python": random.getstate(),
-        "numpy": (numpy_kind, numpy_keys.tolist(), *numpy_rest),
+        "numpy": tuple(part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": get_cuda_rng_tracker().get_states(),
@@ -322,13 +289,10 @@ def set_rng_state(state: dict) -> None:
 def prune(directory: Path, config: CheckpointConfig) -> None:
     """Delete all checkpoints but the newest and the best --save-top-k; of equal ones the oldest is best."""
     states = {path: read_state(path) for path in complete_checkpoints(directory) if is_checkpoint(path)}
-    last = newest(directory)
-    check_monitor(config, states[last]["metrics"])
-    values = {
-        path: state["metrics"][config.metric]
-        for path, state in states.items()
-        if config.metric in state["metrics"]
-    }
-    best = sorted(values, key=values.get, reverse="loss" not in config.metric)[: config.save_top_k]
-    for path in set(states) - set(best) - {last}:
+    metrics = {path: state["metrics"] for path, state in states.items()}
+    last = max(metrics)
+    check_monitor(config, metrics[last])
+    ranked = [path for path in metrics if config.metric in metrics[path]]
+    ranked.sort(key=lambda path: metrics[path][config.metric], reverse="loss" not in config.metric)
+    for path in set(metrics) - set(ranked[: config.save_top_k]) - {last}:
         delete_checkpoint(path)

@@ -19,20 +19,14 @@ import xxhash
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from align.distributed import parallel
-from align.errors import UserError
+from align.errors import UserError, summary
 from align.files import read_object
 
 METADATA = "torch.distributed.checkpoint"
 CLASSES = {  # of `.metadata`
     f"{METADATA}.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
+        *"BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta".split(),
+        *"TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING".split(),
     },
     f"{METADATA}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     f"{METADATA}.filesystem": {"_StorageInfo"},
@@ -43,6 +37,10 @@ CLASSES = {  # of `.metadata`
 BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 BLOCK = 1 << 26  # bytes that are hashed at a time
 STATE = "state.json"  # which holds the checksums
+ERRORS = (  # of pickles that are truncated, or of another kind
+    *(OSError, EOFError, pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile),
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError, MemoryError),
+)
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -55,48 +53,36 @@ class MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
-def check_pickles(folder: Path) -> None:
-    """Raise UserError if a pickle in a folder of Megatron's would run code, or cannot be read."""
-    backends = read_object(folder / "metadata.json")
-    if changed := [name for name, value in BACKENDS.items() if backends.get(name) != value]:
-        raise UserError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
-    path = folder / ".metadata"
-    try:
-        metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        path = folder / "common.pt"
-        torch.load(path, map_location="cpu", weights_only=True)
-        for index, place in metadata.storage_data.items():
-            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-                path = folder / place.relative_path
-                with open(path, "rb") as file:
-                    file.seek(place.offset)
-                    content = file.read(place.length)
-                torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except ERRORS as error:
-        raise UserError(f"{path} is damaged, or not of a checkpoint: {one_line(error)}") from error
+def check_pickles(directory: Path) -> None:
+    """Raise UserError if a pickle of a checkpoint would run code, or cannot be read."""
+    for path in sorted(directory.rglob(".metadata")):  # one in each of Megatron's folders
+        folder = path.parent
+        backends = read_object(folder / "metadata.json")
+        if changed := [name for name, value in BACKENDS.items() if backends.get(name) != value]:
+            raise UserError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
+        try:
+            metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+            path = folder / "common.pt"
+            torch.load(path, map_location="cpu", weights_only=True)
+            for index, place in metadata.storage_data.items():
+                if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                    path = folder / place.relative_path
+                    with open(path, "rb") as file:
+                        file.seek(place.offset)
+                        content = file.read(place.length)
+                    torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except ERRORS as error:
+            raise UserError(f"{path} is damaged, or not of a checkpoint: {summary(error)}") from error
 
 
-ERRORS = (  # of pickles that are truncated, or of another kind
-    *(OSError, EOFError, pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile),
-    *(AttributeError, IndexError, KeyError, TypeError, ValueError, MemoryError),
-)
+def write_state(directory: Path, state: dict) -> None:
+    """Write the state.json of a checkpoint, with a checksum of itself."""
+    (directory / STATE).write_text(json.dumps(state | {"xxh3": digest(state)}, indent=2) + "\n")
 
 
-def one_line(error: Exception) -> str:
-    """The first sentence of an error's message."""
-    return re.split(r"\n|(?<=\.) ", str(error).strip() or type(error).__name__)[0]
-
-
-# ---- state.json ----------------------------------------------------------------------------------
-
-
-def write_state(path: Path, state: dict) -> None:
-    """Write state.json with a checksum of itself."""
-    path.write_text(json.dumps(state | {"xxh3": digest(state)}, indent=2) + "\n")
-
-
-def read_state(path: Path) -> dict:
-    """Read state.json. Raises UserError if it is missing or damaged."""
+def read_state(directory: Path) -> dict:
+    """Read the state.json of a checkpoint. Raises UserError if it is missing or damaged."""
+    path = directory / STATE
     if not path.is_file():
         raise UserError(f"damaged checkpoint: {path} is missing")
     state = read_object(path)
@@ -112,9 +98,6 @@ def digest(state: dict) -> str:
     return xxhash.xxh3_64(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-# ---- checksums -----------------------------------------------------------------------------------
-
-
 def checksums(path: Path) -> dict[str, list]:
     """Size and XXH3 of all files of a checkpoint except `STATE`, each read by one rank. Collective."""
     names = [sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())]
@@ -127,11 +110,8 @@ def share(names: list[str]) -> list[str]:
     """This rank's share of the files: those it wrote, by their names, and a part of the others."""
     rank, world = dist.get_rank(), dist.get_world_size()
     writers = [re.search(r"__(\d+)_\d+\.distcp$", name) for name in names]
-    return [
-        name
-        for i, (name, writer) in enumerate(zip(names, writers, strict=True))
-        if (int(writer[1]) if writer else i) % world == rank
-    ]
+    owners = [int(writer[1]) if writer else i for i, writer in enumerate(writers)]
+    return [name for name, owner in zip(names, owners, strict=True) if owner % world == rank]
 
 
 def checksum(file: Path) -> list:
@@ -155,11 +135,11 @@ def damage(file: Path, expected: list) -> str:
 
 
 def start_hashing(path: Path) -> Future[list[str]]:
-    """Compare this rank's share of a checkpoint's files with their checksums, in a thread.
+    """Compare this rank's share of a checkpoint's files with their checksums, in a thread without the GIL.
 
-    The future has a line for each file, "" for a whole one. Hashing leaves the GIL to the other threads.
+    The future has a line for each file, "" for a whole one.
     """
-    expected = read_state(path / STATE).get("files", {})  # an earlier version did not store them
+    expected = read_state(path).get("files", {})  # an earlier version did not store them
     names = share(sorted(expected))
     executor = ThreadPoolExecutor(max_workers=1)
     damages = executor.submit(lambda: [damage(path / name, expected[name]) for name in names])
@@ -175,9 +155,4 @@ def verify(path: Path, damages: Future[list[str]] | None = None) -> None:
     own_damages = (damages or start_hashing(path)).result()
     if damaged := sorted(line for part in parallel.gather(own_damages) for line in part if line):
         raise UserError(f"damaged checkpoint: {damaged[0]}")
-
-    def check_folders() -> None:
-        for file in sorted(path.rglob(".metadata")):
-            check_pickles(file.parent)
-
-    parallel.on_main(check_folders)
+    parallel.on_main(lambda: check_pickles(path))

@@ -1,6 +1,6 @@
 """Flags that every script has, the number of steps, and the steps that validate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,12 @@ class CommonConfig:
 
     def files(
         self, write_toy: Callable[[Path], tuple[tuple[Path, ...], tuple[Path, ...]]]
-    ) -> dict[str, Sequence[Path]]:
+    ) -> dict[str, list[Path]]:
         """Files of "train" and "val"; without --train-data a toy task's, in OUTPUT/data. Collective."""
         train, val = self.train_data, self.val_data
         if not train:
             train, val = parallel.on_main(lambda: write_toy(self.run.output / "data"))
-        return {"train": train, "val": val}
+        return {"train": list(train), "val": list(val)}
 
     @property
     def rows_per_step(self) -> int:
@@ -86,10 +86,7 @@ class CommonConfig:
         return self.batch.global_batch_size
 
     def total_steps(self, num_rows: int, pass_start: int = 0) -> int:
-        """Steps of the whole run; an epoch leaves out rows that do not fill a step.
-
-        `pass_start`: the step before which the first epoch began.
-        """
+        """Steps of the run, whose first epoch begins at `pass_start`; rows that fill no step are left out."""
         steps = pass_start + num_rows // self.rows_per_step * self.loop.max_epochs
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 

@@ -5,7 +5,6 @@ directories, intervals of saving, validation and stopping, and the layout of the
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -15,8 +14,9 @@ import numpy as np
 
 from align.data.packing import data_order, global_batch
 from align.errors import UserError
+from align.flags import flag_of
 from align.tracking.output import complete_checkpoints
-from align.tracking.run import flatten
+from align.tracking.run import as_json
 from align.training import checkpoint, checkpoint_files
 from align.training.config import CommonConfig
 
@@ -56,24 +56,12 @@ class Continuation:
         data = self.identity["data"]
         return global_batch(data["rows"], data["rows_per_step"], data["seed"], step - self.pass_start)
 
-    @property
-    def state(self) -> dict:
-        """Fields of a checkpoint's state.json."""
-        return {"identity": self.identity, "pass_start": self.pass_start}
-
-    def describe(self) -> str:
-        """A line for the log of a continued run."""
-        if self.step == self.total_steps:
-            return f"the run is complete: all {self.step} steps are done"
-        return f"continuing after step {self.step}"
-
 
 def identity(config: CommonConfig, script: str, rows: Iterable[Sequence[np.ndarray]]) -> dict:
-    """Identity of a run: script, flags and rows; `rows`: token ids of each row's sequences."""
-    flags = json.loads(json.dumps(flatten(asdict(config)), default=str))  # as they read back
+    """Identity of a run: script (its `__file__`), flags and rows (the token ids of each row's sequences)."""
     return {
         "script": Path(script).name,
-        "flags": {name: value for name, value in flags.items() if name not in FREE},
+        "flags": {name: value for name, value in as_json(asdict(config)).items() if name not in FREE},
         "data": data_order(rows, config.rows_per_step, config.parallel.seed),
     }
 
@@ -83,15 +71,9 @@ def find(
 ) -> Continuation:
     """Find the checkpoint that a run continues from, and compare its identity. Collective.
 
-    After a change of the data with --resume-with-changes a new pass over the rows begins.
-
-    Args:
-        script: the script's `__file__`.
-        rows: the token ids of each training row's sequences.
-
-    Raises:
-        UserError: something has changed without --resume-with-changes; the script has; more steps are
-            finished than the flags ask for.
+    After a change of the data with --resume-with-changes a new pass over the rows begins. `rows`: as in
+    `identity`. Raises UserError for another script, for a change without that flag, and if more steps are
+    finished than the flags ask for.
     """
     now = identity(config, script, rows)
     path = checkpoint.to_resume(config.checkpoint, config.run.output)
@@ -136,13 +118,6 @@ def naming_the_one_before(path: Path) -> Iterator[None]:
 
 def differences(before: dict, now: dict) -> list[str]:
     """Changed flags and data, with old and new values."""
-    kinds = {name: f"--{name.replace('_', '-')}" for name in now["flags"]}
-    changes = []
-    for part, words in (("flags", kinds), ("data", DATA)):
-        old, new = before[part], now[part]
-        changes += [
-            f"{words[name]} {old[name]} -> {new[name]}"
-            for name in words
-            if name in old and old[name] != new[name]
-        ]
-    return changes
+    names = {name: flag_of(name) for name in now["flags"]} | DATA
+    old, new = before["flags"] | before["data"], now["flags"] | now["data"]
+    return [f"{names[key]} {old[key]} -> {new[key]}" for key in names if key in old and old[key] != new[key]]

@@ -44,8 +44,7 @@ def forward_backward(
     Returns:
         "loss" and the loss function's metrics: sums over all micro-batches and ranks, divided by denominator.
 
-    Raises:
-        FloatingPointError: the loss is not finite; the message names the ranks whose data made it so.
+    Raises FloatingPointError with the ranks whose data make the loss infinite or NaN.
     """
     model.zero_grad_buffer()
     return run(model, batches, loss_fn, denominator, forward_only=False)
@@ -68,8 +67,7 @@ def outputs(
 ) -> list[Tensor]:
     """Compute `compute(batch, output)` of each micro-batch, without a gradient, on every stage.
 
-    The output is that of a loss function, from the same forward pass: for the same micro-batch it has the
-    same bits as in training.
+    The output is a loss function's: for the same micro-batch it has the same bits as in training.
     """
 
     def finish(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,10 +100,9 @@ def run(
 def schedule(
     model: DistributedDataParallel, batches: list[Batch], finish: Callable, forward_only: bool
 ) -> list:
-    """Run Megatron's schedule over the micro-batches.
+    """Run Megatron's schedule; returns a result per micro-batch on the last stage, none on the others.
 
     `finish(batch, output)` runs on the last stage and returns the loss, "0 tokens", and a result.
-    Returns the results, one per micro-batch; none on the other stages.
     """
     return get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, finish=finish),
@@ -146,10 +143,7 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
 
 
 def whole_sequence(output: Tensor) -> Tensor:
-    """Gather [T/cp, ...] of each context parallel rank to [T, ...]; the gradient of a rank is its own part.
-
-    So a loss function does not depend on context parallelism.
-    """
+    """Gather [T/cp, ...] of context parallel ranks to [T, ...]; the gradient of a rank is its own part."""
     if mpu.get_context_parallel_world_size() == 1:
         return output
     return gather_from_sequence_parallel_region(
@@ -159,7 +153,7 @@ def whole_sequence(output: Tensor) -> Tensor:
 
 def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[str, float]:
     """Sum over micro-batches and data parallel ranks, divide, and broadcast to every stage."""
-    result: list[dict[str, float] | None] = [None]
+    result: list[dict[str, float]] = [{}]
     local_loss = 0.0
     if mpu.is_pipeline_last_stage():
         names = list(parts[0])
@@ -170,16 +164,11 @@ def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[s
         group = mpu.get_pipeline_model_parallel_group()
         dist.broadcast_object_list(result, mpu.get_pipeline_model_parallel_last_rank(), group=group)
     if not math.isfinite(result[0]["loss"]):
-        raise FloatingPointError(
-            f"the loss is {result[0]['loss']}, from the data of rank {ranks_where(local_loss)}"
-        )
+        losses = parallel.gather(local_loss)
+        ranks = ", ".join(str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss))
+        source = ranks or "none (only the sum overflows)"
+        raise FloatingPointError(f"the loss is {result[0]['loss']}, from the data of rank {source}")
     return result[0]
-
-
-def ranks_where(value: float) -> str:
-    """Global ranks on which a value is not finite, for an error message. Collective."""
-    flags = parallel.gather(not math.isfinite(value))
-    return ", ".join(str(rank) for rank, bad in enumerate(flags) if bad) or "none (only the sum overflows)"
 
 
 @contextlib.contextmanager

@@ -22,12 +22,8 @@ def draw(
     """Minibatches of one PPO epoch: [minibatch][prompt][response], responses by number in the rollout.
 
     Epoch 0 goes through the rollout in its order, in the micro-batches in which old log-probs and values are
-    computed: so the ratio of the first update is 1 to the last bit. Each later epoch has a permutation of its
-    own, the same in every layout.
-
-    Args:
-        group_size: responses per prompt; those to one prompt follow one another in the rollout.
-        place: seed, step and epoch, from which the permutation follows.
+    computed: so the ratio of the first update is 1 to the last bit. Each later epoch has its own permutation,
+    by `place` (seed, step, epoch), equal in every layout. `group_size`: responses per prompt.
     """
     numbers = np.arange(num_responses)
     if place[-1] > 0:
@@ -37,11 +33,7 @@ def draw(
 
 
 class Minibatches:
-    """The minibatches of all PPO epochs of a rollout.
-
-    Attributes:
-        num_tokens: trained tokens of each minibatch.
-    """
+    """The minibatches of all PPO epochs of a rollout."""
 
     def __init__(
         self,
@@ -52,7 +44,7 @@ class Minibatches:
     ):
         """
         Args:
-            model: any of those that read the minibatches; all must be built for one --attention.
+            model: a model that reads the minibatches; all must be built for one --attention.
             examples: [A] the responses of the rollout with their prompts.
             draws: [minibatch][prompt][response], from `draw`; the first ones hold the rollout in its order.
         """
@@ -61,14 +53,15 @@ class Minibatches:
         self.order = [number for minibatch in draws for group in minibatch for number in group]
         groups = [[[examples[number] for number in group] for group in minibatch] for minibatch in draws]
         self.rows = [batching.pack_responses(model, minibatch, config) for minibatch in groups]
-        self.num_tokens = [sum(map(packing.num_trained, rows)) for rows in self.rows]
+        self.num_tokens = [sum(map(packing.num_trained, rows)) for rows in self.rows]  # trained, of each
 
     def outputs(self, model: DistributedDataParallel) -> Tensor:
         """Outputs of a model for the rollout's tokens, [N, ...] float64 on the CPU. Collective.
 
         Computed in the micro-batches of the first epoch: with the same bits as in its first update.
         """
-        parts, rows = [], iter(self.rows)
+        parts: list[np.ndarray] = []
+        rows = iter(self.rows)
         while len(parts) < len(self.lengths):
             parts += batching.per_example_outputs(model, next(rows), self.config)
         return torch.from_numpy(np.concatenate(parts)).double()
@@ -82,15 +75,11 @@ class Minibatches:
         """This rank's micro-batches of each minibatch, with `tokens`, [N] by name, in `extra`."""
         counts = [packing.num_trained(row) for rows in self.rows for row in rows]
         parts = {name: iter(self.reorder(values).split(counts)) for name, values in tokens.items()}
-        return [
-            batching.micro_batches(
-                self.model,
-                rows,
-                self.config,
-                {name: [next(part).numpy() for _ in rows] for name, part in parts.items()},
-            )
-            for rows in self.rows
-        ]
+        minibatches = []
+        for rows in self.rows:
+            values = {name: [next(part).numpy() for _ in rows] for name, part in parts.items()}
+            minibatches.append(batching.micro_batches(self.model, rows, self.config, values))
+        return minibatches
 
     def tokens_with_gradient(self, counted: Tensor, signal: Tensor) -> list[float]:
         """Number of tokens that each minibatch trains: 0 for one whose gradient is 0.
@@ -99,10 +88,7 @@ class Minibatches:
 
         Args:
             counted: [N] 1 for tokens that the policy learns from, else 0.
-            signal: [N] the factor of a token's gradient: its advantage, or `counted` if the loss has more
-                terms.
+            signal: [N] factor of a token's gradient: its advantage, or `counted` if the loss has more terms.
         """
-        counted, signal = self.reorder(counted), self.reorder(signal)
-        has_gradient = [bool(part.any()) for part in (counted * signal).split(self.num_tokens)]
-        counts = [float(part.sum()) for part in counted.split(self.num_tokens)]
-        return [count * has for count, has in zip(counts, has_gradient, strict=True)]
+        parts = (self.reorder(x).split(self.num_tokens) for x in (counted, counted * signal))
+        return [float(count.sum()) * bool(gradient.any()) for count, gradient in zip(*parts, strict=True)]

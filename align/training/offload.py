@@ -13,14 +13,12 @@ from torch import Tensor, UntypedStorage, nn
 
 
 class HostStore:
-    """Store of offloaded tensors: pinned host memory for a GPU's, files or memory for a CPU's.
-
-    A copy in a file keeps its file for the life of the HostStore.
-    """
+    """Store of offloaded tensors: pinned host memory for a GPU's, files or memory for a CPU's."""
 
     def __init__(self, directory: Path | None = None):
         """`directory`: for the files, which have no names; None: tensors of a CPU are copied in memory."""
-        self.directory, self.mapped = directory, []
+        self.directory = directory
+        self.mapped: list[Tensor] = []
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 

@@ -36,8 +36,7 @@ class OptimConfig:
     adam_beta2: float = 0.98
     """Adam beta2: decay of the second moment of the gradient"""
     clip_grad: float = 1.0
-    """gradient clipping: largest norm over all weights; a longer gradient is scaled down to it; 0: no
-    limit"""
+    """gradient clipping: largest norm over all weights, to which a longer gradient is scaled; 0: no limit"""
 
     def __post_init__(self):
         check_ranges(
@@ -117,8 +116,7 @@ def update(
 def step(optimizer: MegatronOptimizer, lr: float) -> float:
     """Clip the gradient, update the weights, and return the gradient's norm before clipping.
 
-    Raises:
-        FloatingPointError: the gradient is not finite. The weights are lost; the last checkpoint remains.
+    Raises FloatingPointError if that is not finite: the weights are lost, the last checkpoint remains.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

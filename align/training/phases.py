@@ -29,12 +29,7 @@ from align.tracking.metrics import Clock
 from align.training import optim
 from align.training.offload import HostStore, as_bytes, release, restore, storages
 
-NEEDS = {
-    "weights": ("weights",),
-    "all": ("weights", "gradients", "optimizer"),
-}  # need of a phase: kinds of parts
-
-
+NEEDS = {"weights": ("weights",), "all": ("weights", "gradients", "optimizer")}  # of a phase: kinds of parts
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -95,20 +90,20 @@ class Part:
         if self.changed and self.store:
             resident = storages(self.tensors())
             with on_side_stream(any(storage.is_cuda for storage in resident)) as stream:
-                self.copies = {storage: self.copy(storage, stream) for storage in resident}
+                self.copies = {storage: self.copy(self.store, storage, stream) for storage in resident}
                 self.copied = None if stream is None else stream.record_event()
             self.changed = False
         # On a GPU the allocator reuses this memory only after the copies from it, or, when it is short of
         # memory, waits for them.
         self.offloaded = release(self.tensors())
 
-    def copy(self, storage: UntypedStorage, stream: torch.cuda.Stream | None) -> Tensor:
+    def copy(self, store: HostStore, storage: UntypedStorage, stream: torch.cuda.Stream | None) -> Tensor:
         """Copy a storage to the store, over its last copy if there is one."""
         last_copy, values = self.copies.get(storage), as_bytes(storage)
         if stream is not None:
             values.record_stream(stream)
         if last_copy is None:
-            return self.store.copy(values)
+            return store.copy(values)
         return last_copy.copy_(values, non_blocking=True)
 
     def onload(self) -> None:
@@ -171,7 +166,8 @@ class Phases:
         """`needs`: "weights" of a model, or "all" of it to train it. The rest is offloaded meanwhile."""
         assert needs.keys() <= self.models and set(needs.values()) <= NEEDS.keys(), needs
         label = " ".join([name, *needs])
-        kept = {key for key in self.parts if not self.enabled or key[1] in NEEDS.get(needs.get(key[0]), ())}
+        kinds = {model: NEEDS[need] for model, need in needs.items()}
+        kept = {key for key in self.parts if not self.enabled or key[1] in kinds.get(key[0], ())}
         finish_queue()
         self.clock.lap("other")
         if self.enabled:
@@ -206,17 +202,17 @@ class Phases:
 
     def describe(self, kept: set[tuple[str, str]]) -> str:
         """Resident and offloaded state of this rank, in GB."""
-        sizes = {"resident": Counter(), "offloaded": Counter()}
+        sizes: dict[str, Counter[str]] = {"resident": Counter(), "offloaded": Counter()}
         for (model, kind), part in self.parts.items():
             is_whole = len({other for owner, other in kept if owner == model}) in (0, len(NEEDS["all"]))
             state = "resident" if (model, kind) in kept else "offloaded"
             dropped = " (dropped)" if state == "offloaded" and part.store is None else ""
             sizes[state][model if is_whole else f"{model} {kind}{dropped}"] += part.nbytes
-        lists = {
-            state: ", ".join(f"{name} {size / 1e9:.2f}" for name, size in of_state.items())
-            for state, of_state in sizes.items()
-        }
-        return "; ".join(f"{state} {f'{names} GB' if names else 'nothing'}" for state, names in lists.items())
+        texts = []
+        for state, of_state in sizes.items():
+            names = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in of_state.items())
+            texts.append(f"{state} {names} GB" if names else f"{state} nothing")
+        return "; ".join(texts)
 
     def memory(self) -> dict[str, float]:
         """`memory/<phase>_<models>`: peak GB since the last call, the highest of all ranks. Collective.
@@ -257,4 +253,5 @@ def peak_bytes() -> int:
     """Peak since `start_peak`: of tensors on a GPU, of the process's resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return int(re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes())[1]) * 1024
+    [peak] = re.findall(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes())
+    return int(peak) * 1024

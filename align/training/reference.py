@@ -92,9 +92,9 @@ def without_repeats(batches: Iterable[Sequence[int]]) -> list[list[int]]:
     seen: set[int] = set()
     result = []
     for batch in batches:
-        new = [row for row in batch if row not in seen]
-        seen.update(new)
-        result += [new] if new else []
+        if new := [row for row in batch if row not in seen]:
+            seen.update(new)
+            result.append(new)
     return result
 
 
@@ -136,10 +136,7 @@ def weights_id(directory: Path) -> str:
 
 
 def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
-    """Record the reference model in OUTPUT/reference.txt; refuse to continue with another one.
-
-    Raises UserError: the policy of the newest checkpoint did not start from the model in `directory`.
-    """
+    """Record the reference model in OUTPUT/reference.txt. Raises UserError if the run began with another."""
     if not parallel.is_main():
         return
     path, model_id = output / "reference.txt", weights_id(directory)
@@ -157,8 +154,7 @@ def attach_kl(
 ) -> None:
     """Set extra["kl_chosen"] and "kl_rejected" of a step's micro-batches, for losses.preference.kto_pair.
 
-    The mean log-ratios of all chosen and of all rejected responses of the step, at least 0. They cost a
-    forward pass over the whole step. Collective.
+    Mean log-ratios of chosen and of rejected responses, at least 0, from a forward pass. Collective.
     """
     total = torch.zeros(2, dtype=torch.float64, device=parallel.device())
     for batch, logprobs in zip(batches, engine.outputs(model, batches, sequence_logprobs), strict=True):
@@ -170,21 +166,17 @@ def attach_kl(
 
 def start_bound(flag: float | None, dtype: torch.dtype, is_exact: bool) -> float:
     """--audit-start or its default; `is_exact`: two passes over the same micro-batches have the same bits."""
-    if flag is not None:
-        return flag
-    return 0.0 if is_exact else START_BOUNDS[dtype]
+    default = 0.0 if is_exact else START_BOUNDS[dtype]
+    return default if flag is None else flag
 
 
 def check_start(metrics: dict[str, float], loss: str, beta: float, bound: float) -> None:
-    """Check that policy and reference start as one model: log-ratios of 0, a loss of ln 2 for dpo.
+    """Check that policy and reference start as one model; RuntimeError if they are computed differently.
 
     Args:
         metrics: of the first update, computed before it.
         bound: on the mean |log-ratio| of a response, in nats. With log-ratios r the loss of dpo is
             -log s(beta (r_w - r_l)), whose slope is at most beta: so it is within 2 beta `bound` of ln 2.
-
-    Raises:
-        RuntimeError: policy and reference are computed differently.
     """
     deviation = abs(metrics["preference_loss"] - math.log(2)) if loss == "dpo" else 0.0
     is_near = deviation <= 1e-12 * math.log(2) + 2 * beta * bound

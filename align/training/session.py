@@ -18,9 +18,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.distributed import DistributedDataParallel
 
-from align.data.hf_tokenizer import HuggingFaceTokenizer
-from align.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from align.data.tokenizer import load_tokenizer
+from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.model import huggingface
 from align.tracking.metrics import Clock
@@ -31,11 +29,9 @@ from align.training.config import CommonConfig
 from align.training.offload import HostStore
 from align.training.phases import OffloadConfig, Phases
 
-Tokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
-
 
 class Session:
-    """One run of a script, from the check of its flags to OUTPUT/hf. Every method is collective.
+    """One run of a script, from the check of its flags to OUTPUT/hf. Collective but for `say`, `samples`.
 
     Attributes:
         step: the step under way, from 0; before the first one, the number of finished steps.
@@ -49,7 +45,8 @@ class Session:
         self.stop = parallel.Stop(config.loop.max_time)
         self.run = Run(config.run, asdict(config), script, parallel.is_main())
         self.say, self.samples = self.run.say, self.run.samples
-        self.clock, self.phases = Clock(), None
+        self.clock = Clock()
+        self.phases: Phases | None = None
         self.step = self.total_steps = 0
         self.latest: dict[str, float] = {}
         self.reason: str | None = None  # to end before the last step
@@ -57,8 +54,8 @@ class Session:
     def offload(self, config: OffloadConfig) -> tuple[Phases, HostStore]:
         """Measure the run by phases, which offload what they do not need; for scripts of several models."""
         store = config.store(self.config.run.output)
-        self.phases = Phases(self.clock, self.say, store, config.enabled)
-        return self.phases, store
+        phases = self.phases = Phases(self.clock, self.say, store, config.enabled)
+        return phases, store
 
     def phase(self, name: str, **needs: str) -> AbstractContextManager:
         """A phase of `offload`; without it nothing."""
@@ -67,41 +64,33 @@ class Session:
     def find_checkpoint(self, rows: Iterable[Sequence[np.ndarray]]) -> None:
         """Compare the run with the checkpoint that it continues, and count its steps.
 
-        Args:
-            rows: the token ids of each training row's sequences.
-
-        Raises:
-            UserError: the checkpoint belongs to another run, or the schedule does not fit.
+        `rows`: the token ids of each row's sequences. Raises UserError for another run, or a wrong schedule.
         """
         self.continued = continuation.find(self.config, self.script, rows, self.say)
+        self.rows_of_step = self.continued.rows_of_step
+        self.verified_checkpoint = self.continued.verified_checkpoint
         self.run.total_steps = self.total_steps = self.continued.total_steps
         optim.check_optim(self.config.optim, self.total_steps)
-
-    def verified_checkpoint(self) -> Path | None:
-        """The checkpoint to continue from, None for a new run. Raises UserError if it is damaged."""
-        return self.continued.verified_checkpoint()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer of --model. A continued run renders the day on which it began in chat templates."""
         first_day = parallel.on_main(self.run.first_day)
         return load_tokenizer(self.config.model.path, self.say, self.config.text, first_day)
 
-    def rows_of_step(self, step: int) -> list[int]:
-        """Numbers of the training rows that a step takes (from 0)."""
-        return self.continued.rows_of_step(step)
-
     def resume(self, trained: Trained, validate: Callable[[int], dict[str, float]] | None) -> None:
         """Load the checkpoint; a new run validates before its first step.
 
         Args:
-            trained: models in training, by name; the first one's checkpoint holds the others' as folders.
-            validate: takes the number of finished steps, and returns metrics; None without validation rows.
+            trained: models in training; the first one's checkpoint holds the others' as folders.
+            validate: metrics after so many steps; None without validation rows.
         """
         self.trained = trained
         self.step, self.latest = checkpoint.resume(self.verified_checkpoint(), trained, self.phase)
         self.run.resume_at(self.step)
         if self.step:
-            self.say(self.continued.describe())
+            is_complete = self.step == self.total_steps
+            complete = f"the run is complete: all {self.step} steps are done"
+            self.say(complete if is_complete else f"continuing after step {self.step}")
         elif validate:
             self.latest = validate(0)
             self.run.log(0, self.latest)
@@ -109,7 +98,7 @@ class Session:
         self.times()  # the time before the first step is not the step's
 
     def steps(self) -> Iterator[int]:
-        """Steps from 0 that are not finished, until the run is told to stop."""
+        """Steps from 0 that are not finished, until a signal or --max-time stops the run."""
         for step in range(self.step, self.total_steps):
             self.step = step
             yield step
@@ -128,14 +117,11 @@ class Session:
     def end_step(
         self, metrics: dict[str, float], save: Callable[[Path], None] = lambda directory: None
     ) -> bool:
-        """Log the metrics of a step, then save a checkpoint if one is due.
+        """Log the metrics of a step, then save a checkpoint if one is due; returns whether it was.
 
         Args:
             metrics: time/... and timers/... are logged, but no part of a checkpoint.
             save: writes further state of the script into the checkpoint's directory.
-
-        Returns:
-            True if a checkpoint was saved.
         """
         self.reason = self.stop.reason()
         self.latest |= {name: value for name, value in metrics.items() if not name.startswith("time")}
@@ -153,7 +139,8 @@ class Session:
     def _save(self, save: Callable[[Path], None]) -> None:
         """Write a checkpoint; its time counts in the next step's line."""
         config, output = self.config.checkpoint, self.config.run.output
-        with checkpoint.saving(config, output, self.done, self.latest, self.continued.state) as directory:
+        state = {"identity": self.continued.identity, "pass_start": self.continued.pass_start}
+        with checkpoint.saving(config, output, self.done, self.latest, state) as directory:
             for name, (model, optimizer) in self.trained.items():
                 with self.phase("save", **{name: "all"}):
                     folder = checkpoint.folder_of(name, self.trained, directory)
@@ -172,12 +159,7 @@ class Session:
         companions: Sequence[Callable[[Path], None]],
         name: str = "model",
     ) -> None:
-        """Write the model of a complete run to OUTPUT/hf, and close the record.
-
-        Args:
-            companions: each writes files of its own into that directory, such as the tokenizer's.
-            name: of the model in the log.
-        """
+        """Write the model of a complete run and its `companions`' files to OUTPUT/hf; close the record."""
         if self.is_complete:
             with self.phase("export", **dict.fromkeys(list(self.trained)[:1], "weights")):
                 directory = self.config.run.output / "hf"

@@ -24,10 +24,7 @@ def write(path: Path, fingerprint: str, arrays: Mapping[str, np.ndarray]) -> Non
 
 
 def read(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
-    """Read the arrays of a file; None if it does not exist, or has another fingerprint.
-
-    Raises UserError if the file is damaged.
-    """
+    """Arrays of a file; None if missing, or of another fingerprint. Raises UserError if it is damaged."""
     if not path.is_file():
         return None
     advice = "remove it, and it is made again"

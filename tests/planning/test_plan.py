@@ -144,9 +144,9 @@ def test_exit_statuses():
         ("train_sft.py --model /no/such", "no config.json there"),
         ("no_such.py", "no_such.py: no such script"),
         ("demo.py", "is no training script"),
-        ("--nodes 0 train_sft.py", "--nodes 0 must be above 0"),
-        ("--gpu-memory -1 train_sft.py", "--gpu-memory -1.0 must be above 0"),
-        ("--allowance 1 train_sft.py", "--allowance 1.0 must be from 0 to below 1"),
+        ("--nodes 0 train_sft.py", "--nodes 0 must be a whole number from 1"),
+        ("--gpu-memory -1 train_sft.py", "--gpu-memory -1.0 must be a number above 0"),
+        ("--allowance 1 train_sft.py", "--allowance 1.0 must be a number from 0, below 1"),
         ("--device cpu train_sft.py", "--device cpu needs --host-memory"),
     ],
 )

@@ -81,7 +81,7 @@ def test_select(samples, values, keep_top, truncated, duplicates, expected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"keep_top": 9}, "--keep-top 9 of --samples-per-prompt 8: raise that"),
+        ({"keep_top": 9}, "--keep-top 9 is above --samples-per-prompt 8"),
         (DATA, "no reward: give --reward-model DIR or --reward-fn module:function"),
         (
             {"sampling": SamplingConfig(greedy=True)},

@@ -266,7 +266,7 @@ def test_planted_code_does_not_run(runs, tmp_path, plant, script):
     plant(path, mark)
     state = checkpoint.read_state(path)
     state["files"] = {name: checkpoint_files.checksum(path / name) for name in state["files"]}
-    checkpoint_files.write_state(path / "state.json", state)
+    checkpoint_files.write_state(path, state)
     train = [*commands["sft"], "--output", output]
     ask = ["generate.py", "--model", path, "--prompt", "a", "--max-new-tokens", 1]
     [error] = attempt(tmp_path, [train if script == "train" else ask])

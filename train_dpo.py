@@ -9,12 +9,11 @@ the model that training starts from. OUTPUT/hf is the result. Without arguments 
 a toy task.
 """
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,13 +37,26 @@ from align.training.config import CommonConfig
 from align.training.optim import OptimConfig
 from align.training.session import Session
 
-# fmt: off
-Loss = Literal[  # functions of align/losses/preference.py
-    "dpo", "ipo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq", "cdpo", "robust", "hinge", "kto_pair",
-    "simpo", "orpo", "dpop", "apo_zero", "sppo_hard", "exo_pair", "nca_pair",
-]
-# fmt: on
-LOSSES = {name: getattr(preference, name) for name in get_args(Loss)}
+# --loss: the function, and what it takes beside the log-probs and beta
+LOSSES: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "dpo": (preference.dpo, ""),
+    "ipo": (preference.ipo, ""),
+    "scale": (preference.scale, "gap"),
+    "rpo_bwd_kl": (preference.rpo_bwd_kl, "gap"),
+    "rpo_fwd_kl": (preference.rpo_fwd_kl, "gap"),
+    "rpo_sq": (preference.rpo_sq, "gap"),
+    "cdpo": (preference.cdpo, "label_smoothing"),
+    "robust": (preference.robust, "label_smoothing"),
+    "hinge": (preference.hinge, ""),
+    "kto_pair": (preference.kto_pair, "kl_chosen kl_rejected"),
+    "simpo": (preference.simpo, "simpo_gamma"),
+    "orpo": (preference.orpo, ""),
+    "dpop": (preference.dpop, "dpop_lambda"),
+    "apo_zero": (preference.apo_zero, ""),
+    "sppo_hard": (preference.sppo_hard, ""),
+    "exo_pair": (preference.exo_pair, "label_smoothing"),
+    "nca_pair": (preference.nca_pair, ""),
+}
 REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -52,7 +64,7 @@ REFERENCE_FREE = ("simpo", "orpo")  # both are defined on log-probs per token
 
 @dataclass(frozen=True)
 class Config(CommonConfig):
-    loss: Loss = "dpo"
+    loss: Literal[tuple(LOSSES)] = "dpo"  # type: ignore[valid-type]
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: float | None = None
     """beta of DPO: the implicit reward is beta log(pi / pi_ref) (default: 0.1; simpo: 2)"""
@@ -104,7 +116,7 @@ class Config(CommonConfig):
     @property
     def loss_inputs(self) -> list[str]:
         """Inputs of the loss beside the log-probs and beta: flags, and items of a micro-batch."""
-        return list(inspect.signature(LOSSES[self.loss]).parameters)[5:]
+        return LOSSES[self.loss][1].split()
 
 
 def main(config: Config) -> None:
@@ -173,7 +185,7 @@ def main(config: Config) -> None:
     sft_weight = float(config.loss == "orpo") if config.sft_weight is None else config.sft_weight
     sft_average = average if config.sft_average_logprobs is None else config.sft_average_logprobs
     flags = {name: vars(config).get(name) for name in config.loss_inputs}
-    preference_loss = partial(LOSSES[config.loss], **{k: v for k, v in flags.items() if v is not None})
+    preference_loss = partial(LOSSES[config.loss][0], **{k: v for k, v in flags.items() if v is not None})
 
     def loss_fn(batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         policy_logprobs = sequence_logprobs(batch, logprobs)  # [2P]

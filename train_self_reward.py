@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -70,8 +70,14 @@ from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
 from align.training.session import Session, Tokenizer
 
-Loss = Literal["dpo", "scale", "rpo_bwd_kl", "rpo_fwd_kl", "ipo", "rpo_sq"]
-LOSSES: dict[str, Callable[..., Tensor]] = {name: getattr(preference, name) for name in get_args(Loss)}
+LOSSES: dict[str, Callable[..., Tensor]] = {  # --loss
+    "dpo": preference.dpo,
+    "scale": preference.scale,
+    "rpo_bwd_kl": preference.rpo_bwd_kl,
+    "rpo_fwd_kl": preference.rpo_fwd_kl,
+    "ipo": preference.ipo,
+    "rpo_sq": preference.rpo_sq,
+}
 WITH_GAP = ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")  # losses that take the gap of the scores
 TRAIN, VAL = 0, 1  # random streams of the samples
 BUFFER_BATCHES = 3  # batches of judgement pairs; while the buffer holds so many, no more are sampled
@@ -93,7 +99,7 @@ class Config(CommonConfig):
     length_control: tuple[float, ...] = (0.0,)
     """length control, one value or one for each iteration: among the responses whose scores are within this
     share of the spread from the best (worst), the shortest (longest) is taken; 0: the best and the worst"""
-    loss: Loss = "dpo"
+    loss: Literal[tuple(LOSSES)] = "dpo"  # type: ignore[valid-type]
     """preference loss, the function of that name in align/losses/preference.py"""
     beta: tuple[float, ...] = (0.1,)
     """beta of DPO, one value or one for each iteration: the implicit reward is beta log(pi / pi_ref)"""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from align.errors import UserError
+from align.errors import UserError, summary
 
 NAME = r"[A-Za-z0-9][\w.-]*"
 MODEL = re.compile(rf"(?P<name>{NAME}/{NAME})(@(?P<revision>[\w./-]+))?")
@@ -82,5 +82,5 @@ def reason_of(error: Exception, advice: str) -> str:
         cause = cause.__cause__ or cause.__context__
     has_response = any(getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
     is_network = any(isinstance(cause, ConnectionError | LocalEntryNotFoundError) for cause in causes)
-    reason = re.split(r"(?<=\w)\.? *\n|(?<=\w)\. ", str(error).strip())[0].rstrip(".")
+    reason = summary(error)
     return f"{reason}. Without a network run {advice}" if is_network and not has_response else reason

@@ -131,7 +131,7 @@ def main(config: Config) -> None:
         if template and tokenizer.chat_template and not config.raw:
             say(f"--prompt goes through --prompt-template {template!r}, as training rows did")
         jsonl.located("--prompt", check_ids, ids, arch)
-    if config.input is not None:
+    if config.input is not None and config.output is not None:  # both or neither
         found = read_prompts(config.input, tokenizer, fmt, arch)
         prepare_output(config.output, config.input)
 
@@ -147,7 +147,7 @@ def main(config: Config) -> None:
         chat(generator, fmt)
     elif config.prompt is not None:
         ask(generator, ids, 0, config.samples_per_prompt)
-    else:
+    elif config.output is not None:
         answer_file(generator, found, config.output, config.samples_per_prompt)
 
 
@@ -219,6 +219,7 @@ def encode_text(
     """
     if not raw and template is not None:
         return jsonl.located("--prompt", encode_in_template, text, tokenizer, fmt, template)
+    row: dict[str, object]
     if not raw and tokenizer.chat_template:
         row = {"messages": [{"role": "user", "content": text}]}
     else:
@@ -373,7 +374,8 @@ class Progress:
 
 def chat(generator: Generator, fmt: PromptFormat) -> None:
     """Answer the lines of rank 0's stdin, each with the conversation before it. Collective."""
-    history, turn, context = [], 0, generator.policy.arch.max_positions
+    history: list[dict[str, str]] = []
+    turn, context = 0, generator.policy.arch.max_positions
     say("a line is a message, /new starts over, an empty line ends")
     while line := read_line():
         if line == "/new":
@@ -402,12 +404,17 @@ def read_line() -> str:
 
     A thread reads it, so that meanwhile the ranks can meet before one gives up on the others.
     """
-    lines = []
+    lines: list[bytes] = []
     reader = threading.Thread(target=lambda: lines.append(sys.stdin.buffer.readline()), daemon=True)
+
+    def wait() -> list[bytes]:
+        reader.join(POLL_S)
+        return lines
+
     if parallel.is_main():
         console.write("> ", end="", to="stderr")
         reader.start()
-    while not (line := parallel.on_main(lambda: reader.join(POLL_S) or lines)):
+    while not (line := parallel.on_main(wait)):
         watchdog.tick("chat")  # a user may take any time
     return line[0].decode("utf-8", "replace").strip()
 

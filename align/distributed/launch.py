@@ -22,7 +22,7 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
     """
     console.adapt()
     try:
-        config = parse(config_class)
+        config: Any = parse(config_class)
         with parallel.start(config.parallel) as store:
             with watchdog.Watchdog(store, config.parallel.stall_limit, log_of(config)):
                 main(config)

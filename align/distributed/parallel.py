@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -216,18 +216,16 @@ def sum_over_dp(x: Tensor) -> Tensor:
     return x
 
 
-def gather(item: T) -> list[T]:
-    """Gather the items of all ranks, in their order. Collective."""
-    items: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+def gather(item: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gather the items of all ranks of a group (default: the world), in their order. Collective."""
+    items: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group)
     return items
 
 
 def gather_over_dp(item: T) -> list[T]:
     """Gather the items of all data parallel ranks, in their order. Collective."""
-    items: list[T | None] = [None] * dp_size()
-    dist.all_gather_object(items, item, group=mpu.get_data_parallel_group())
-    return items
+    return gather(item, mpu.get_data_parallel_group())
 
 
 def list_from_last_stage(tensors: list[Tensor]) -> list[Tensor]:
@@ -254,16 +252,15 @@ def free_memory() -> None:
 
 def on_main(make: Callable[[], T]) -> T:
     """Call a function on global rank 0 and broadcast its result, or its UserError, to every rank."""
-    result, mistake = None, None
+    box: list[Any] = [None, None]  # result, mistake
     if is_main():
         try:
-            result = make()
+            box[0] = make()
         except UserError as error:
-            mistake = error
-    box = [result, mistake]
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
-    if mistake or box[1]:
-        raise mistake or box[1]
+    if box[1]:
+        raise box[1]
     return box[0]
 
 

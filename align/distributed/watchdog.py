@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -50,10 +50,10 @@ def tick(phase: str) -> None:
 class Watchdog:
     """Monitor of all ranks in each of them. Use as a context manager; construction is collective."""
 
-    def __init__(self, store: dist.Store, stall_limit_s: float, log: Path | None):
+    def __init__(self, store: Any, stall_limit_s: float, log: Path | None):
         """
         Args:
-            store: of the process group.
+            store: of the process group, a dist.Store; torch's stubs lack its `clone`.
             stall_limit_s: longest time without progress of any rank, from the first tick on; 0: no limit.
             log: file to which the last line of the run is added, if it exists.
         """
@@ -77,8 +77,8 @@ class Watchdog:
             self.fail(error)
         try:
             dist.barrier()  # monitored: a rank may still be at work
-        except RuntimeError as error:
-            self.fail(error)
+        except RuntimeError as lost:
+            self.fail(lost)
         self.store.set(f"finished/{self.rank}", "")
         self.stopped.set()
         self.thread.join()

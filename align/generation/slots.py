@@ -80,8 +80,8 @@ class Slots:
         device, padded = self.engine.device, np.zeros((len(slots), self.uniforms.shape[1]))
         for row, numbers in zip(padded, uniforms, strict=True):
             row[: len(numbers)] = numbers
-        for slot, prompt in zip(slots, prefilled, strict=True):
-            self.engine.place(prompt, slot)
+        for slot, prefill in zip(slots, prefilled, strict=True):
+            self.engine.place(prefill, slot)
         chosen = torch.tensor(slots, device=device)
         self.uniforms[chosen] = torch.from_numpy(padded).to(device)
         # of the prompt's last token; `draw` advances them
@@ -92,7 +92,7 @@ class Slots:
                 self.seen[slot] = False
                 self.seen[slot, torch.from_numpy(prompt.astype(np.int64)).to(device)] = True
         is_last_stage = not self.engine.stages.after
-        logits = [prompt.logits for prompt in prefilled if prompt.logits is not None]
+        logits = [prefill.logits for prefill in prefilled if prefill.logits is not None]
         return send(self.draw(torch.stack(logits) if is_last_stage else None, chosen))
 
     def step(self, count: int, longest: int) -> Drawn:

@@ -1,6 +1,7 @@
 """Fields of a config.json: implemented ones, those without effect, and rules for their values."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 from align.errors import UserError
 from align.files import shown
@@ -13,11 +14,14 @@ IMPLEMENTED_BY = {
     "stablelm": {"use_qkv_bias", "partial_rotary_factor"},
     "nemotron": {"partial_rotary_factor", "attention_bias", "mlp_bias"},
 }
-NORMS = {  # kind, and the field that holds its epsilon; the other families: RMS_NORM
+Norm = Literal["rms", "layer", "layer_1p"]
+NORMS: dict[
+    str, tuple[Norm, str]
+] = {  # kind, and the field that holds its epsilon; the other families: RMS_NORM
     "stablelm": ("layer", "layer_norm_eps"),
     "nemotron": ("layer_1p", "norm_eps"),
 }
-RMS_NORM = ("rms", "rms_norm_eps")
+RMS_NORM: tuple[Norm, str] = ("rms", "rms_norm_eps")
 WITHOUT_EFFECT = frozenset(
     # bookkeeping of the program that wrote the file
     "dtype torch_dtype transformers_version _name_or_path _commit_hash model_name is_llama_config "
@@ -52,7 +56,7 @@ ONLY_VALUE = {
     "tie_encoder_decoder": False,
     "pruned_heads": {},
 }
-ONLY_VALUE_BY = {
+ONLY_VALUE_BY: dict[str, dict[str, Any]] = {
     "stablelm": {"qk_layernorm": False, "use_parallel_residual": False, "hidden_dropout": 0.0},
     "nemotron": {"hidden_act": "relu2"},
 }

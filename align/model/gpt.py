@@ -70,7 +70,7 @@ class Decoder(GPTModel):
         self.frequencies = rotary_frequencies(arch).to(device())
         scale = rotary_scale(arch)
         self.rotary_scale = None if scale is None else scale.to(device())
-        mark_tensor_parallel(self)
+        mark_tensor_parallel(self, arch)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: PackedAttentionParams, **rest: None

@@ -150,11 +150,10 @@ def read_part(source: Source, arch: Architecture, name: str, hf_name: str, param
         width = parameter.shape[1]
         return source.read(hf_name, columns=slice(rank * width, (rank + 1) * width))
     if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-        rows = len(parameter)
-        real = source.read(
-            hf_name, slice(min(rank * rows, arch.vocab_size), min((rank + 1) * rows, arch.vocab_size))
-        )
-        return torch.cat([real, real.new_zeros(rows - len(real), real.shape[1])])
+        size = len(parameter)
+        rows = slice(*(min(i * size, arch.vocab_size) for i in (rank, rank + 1)))
+        real = source.read(hf_name, rows)
+        return torch.cat([real, real.new_zeros(size - len(real), real.shape[1])])
     return source.read(hf_name)
 
 
@@ -285,11 +284,9 @@ def whole_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     A tensor may be a view of a parameter. Collective over the ranks that share a model.
     """
     group, device = mpu.get_pipeline_model_parallel_group(), next(model.parameters()).device
-    shapes, names = tensor_shapes(model.arch), [None] * group.size()
-    dist.all_gather_object(
-        names, [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)], group
-    )
-    for stage, of_stage in enumerate(names):
+    shapes = tensor_shapes(model.arch)
+    own_names = [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)]
+    for stage, of_stage in enumerate(parallel.gather(own_names, group)):
         own = stage_tensors(model) if stage == group.rank() else None
         for name in of_stage:
             if own is None:

@@ -189,7 +189,7 @@ def logits_grad_(
     z is overwritten if it is float32.
     """
     z = scale_and_mask_(z, temperature, real).sub_(logsumexp)  # log p
-    if slopes is None:
+    if slopes is None or entropies is None:
         z.exp_().mul_(-grad)  # -p grad
     else:  # -p (grad + slope (log p + H))
         p = z.exp()

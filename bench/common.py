@@ -30,16 +30,12 @@ class RunConfig:
 
     model: Path = Path("models/smollm2-135m-instruct")
     """Hugging Face directory of the model to train."""
-
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What the matrix multiplications run in; trainers keep weights and Adam states in fp32 either way."""
-
     threads: int = 1
     """CPU threads of every child process."""
-
     steps: int = 4
     """Measured steps; one more is run first and dropped."""
-
     rounds: int = 1
     """How often each trainer is measured, in turn."""
 
@@ -50,36 +46,24 @@ class Measured:
 
     tokens: list[int]
     """Real tokens of each step: the summed lengths of its texts (prompt and answer, no padding)."""
-
     cpu_s: list[float]
     """CPU seconds of each step, of all threads of the process; data loading and the optimizer included."""
-
     wall_s: list[float]
     """Wall-clock seconds of each step."""
-
     losses: list[float]
     """Loss of each step before its update, in nats."""
-
     grad_norms: list[float]
     """Norm of each step's gradient before clipping."""
-
     peak_rss_gb: float
     """Largest resident memory of the process, in 1e9 bytes."""
-
     trained_tokens: list[int] | None = None
     """Tokens of each step's rows that carry loss; None where a loss is not one of tokens."""
-
     distinct_tokens: list[int] | None = None
     """Real tokens of each step, a prompt with several answers counted once; None where rows share nothing."""
-
     pass_cpu_s: float = 0.0
     """CPU seconds of a pass over the data of all steps, before the first of them; 0 without one."""
-
     pass_wall_s: float = 0.0
     """Its wall-clock seconds."""
-
-
-# ---- processes -----------------------------------------------------------------------------------
 
 
 def prepare(config: RunConfig) -> None:
@@ -120,9 +104,6 @@ def measure_peak(config: RunConfig) -> float:
     return gemm_peak(config.dtype, config.threads)
 
 
-# ---- rows ----------------------------------------------------------------------------------------
-
-
 def read_rows(path: Path, fields: tuple[str, ...], batch: int, steps: int) -> list[dict]:
     """Return the rows of all steps, `batch` each, the warm-up step's first.
 
@@ -144,9 +125,6 @@ def read_rows(path: Path, fields: tuple[str, ...], batch: int, steps: int) -> li
             if len(rows) == needed:
                 return rows
     raise ValueError(f"--data {path} has {len(rows)} rows: --steps {steps} and a warm-up step need {needed}")
-
-
-# ---- clocks --------------------------------------------------------------------------------------
 
 
 def clocks() -> dict[str, float]:
@@ -200,9 +178,6 @@ def measured(log: list[dict[str, float]], tokens: list[int], **rest: float | lis
         peak_rss_gb=peak_rss_gb(),
         **rest,
     )
-
-
-# ---- ours and TRL -----------------------------------------------------------------------------------
 
 
 def our_optimizer(model: Any) -> Any:
@@ -264,9 +239,6 @@ def record_steps(trainer: Any) -> list[dict[str, float]]:
 def logged_tokens(log: list[dict[str, float]]) -> list[int]:
     """Return the real tokens of each step that TRL counted into a log of `record_steps`."""
     return differences([entry["num_tokens"] for entry in log])
-
-
-# ---- the table -----------------------------------------------------------------------------------
 
 
 def matmul_parameters(model: Path, head: bool = True) -> int:

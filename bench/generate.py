@@ -53,7 +53,6 @@ class Config:
 
     data: Path
     """jsonl file of 64 prompts or more."""
-
     run: common.RunConfig = field(default_factory=lambda: common.RunConfig(steps=1))
 
 

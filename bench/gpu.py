@@ -152,21 +152,14 @@ class Config:
 
     sections: tuple[Section, ...] = ("limits", "sft", "dpo", "decode", "trl", "ppo")
     """what to measure, in this order"""
-
     shapes: tuple[Literal["tiny", "135m", "1b", "8b"], ...] = ("135m", "1b", "8b")
     """of which models; trl and ppo leave out 8b"""
-
     time_limit_s: float = 120.0
     """most seconds of one case; it is ended then"""
-
     total_limit_s: float = 560.0
     """most seconds of the whole; cases that are left then are not run"""
-
     output: Path = Path("runs/gpu.json")
     """where all figures are written, after each case anew"""
-
-
-# ---- arithmetic ----------------------------------------------------------------------------------
 
 
 def work_of(shape: str) -> Work:
@@ -229,9 +222,6 @@ def decode_bytes(shape: Shape, sequences: int, keys: float) -> float:
 def median(values: list[float]) -> float:
     """The middle one of some values, of an even number the lower of both."""
     return sorted(values)[(len(values) - 1) // 2]
-
-
-# ---- cases ---------------------------------------------------------------------------------------
 
 
 def main(config: Config) -> int:
@@ -344,8 +334,6 @@ def finish(process: subprocess.Popen, case: Record, scratch: Path, limit_s: floa
         records.append(case | {"error": f"exit status {process.returncode}: {reason}"} | case_s)
     return records
 
-
-# ---- tables --------------------------------------------------------------------------------------
 
 TRAIN_COLUMNS = ("layers", "tok/s", "step s", "TFLOP/s", "of product", "of 989", "peak GB", "reference")
 DECODE_COLUMNS = ("answers", "tok/s", "step ms", "GB read", "bound ms", "of bound", "call tok/s", "peak GB")

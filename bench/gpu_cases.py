@@ -48,9 +48,6 @@ UNSTEADY = 8  # first steps of a call of decoding, which do not count: a graph i
 Emit = Callable[[Record], None]
 
 
-# ---- models and rows -----------------------------------------------------------------------------
-
-
 def architecture_of(shape: Shape, layers: int) -> architecture.Architecture:
     """What a Llama of this shape computes."""
     return architecture.Architecture(
@@ -142,9 +139,6 @@ def forward_flops_of(shape: Shape, layers: int, rows: list[list[Example]]) -> in
     return gpu.forward_flops(shape, layers, tokens, predicted, keys)
 
 
-# ---- clocks and memory ---------------------------------------------------------------------------
-
-
 def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
@@ -176,9 +170,6 @@ def device_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# ---- sections ------------------------------------------------------------------------------------
 
 
 def limits(case: Record, scratch: Path, emit: Emit) -> None:
@@ -344,9 +335,6 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
             )
 
 
-# ---- ppo -----------------------------------------------------------------------------------------
-
-
 def ppo(case: Record, scratch: Path, emit: Emit) -> None:
     """Steps of train_ppo.py: policy, critic, reference and reward model of one shape, random ones.
 
@@ -467,9 +455,6 @@ def hf_config(shape: Shape, labels: int) -> dict:
         "eos_token_id": 258,
         "pad_token_id": 256,
     }
-
-
-# ---- TRL -----------------------------------------------------------------------------------------
 
 
 def trl(case: Record, scratch: Path, emit: Emit) -> None:
@@ -593,8 +578,6 @@ def trl_record(shape: str, trainer: object, flops_per_token: float) -> Record:
     warmup = min(work.warmup, len(seconds) - 1)
     return train_record(SHAPES[shape].layers, seconds, tokens, flops, warmup)
 
-
-# ---- one case ------------------------------------------------------------------------------------
 
 SECTIONS = {"limits": limits, "sft": sft, "dpo": dpo, "decode": decode, "trl": trl, "ppo": ppo}
 

@@ -64,25 +64,18 @@ class Config:
 
     data: Path
     """jsonl file of prompts in messages; --samples of them for each step, of at most 512 tokens."""
-
     trainer: Literal["grpo", "ppo", "both"] = "both"
     """Which algorithm to measure."""
-
     sides: tuple[Literal["ours", "trl"], ...] = ("ours", "trl")
     """Which to measure."""
-
     trl_ppo: Path | None = None
     """Directory of TRL 1.10: pip install --no-deps --target DIR trl==1.10.0 (for ppo)."""
-
     samples: int = 32
     """Answers of a step."""
-
     micro_batch: int = 8
     """Answers that TRL trains at a time."""
-
     offload: Literal["on", "off"] = "on"
     """Whether ours puts away what a phase of a step does not need."""
-
     run: common.RunConfig = field(default_factory=lambda: common.RunConfig(steps=1))
 
     @property
@@ -97,25 +90,18 @@ class Measured:
 
     tokens: list[int]
     """Real tokens of each step."""
-
     cpu_s: list[float]
     """CPU seconds of each step, of all threads of the process."""
-
     wall_s: list[float]
     """Wall-clock seconds of each step."""
-
     generate_s: list[float]
     """Seconds of each step in which answers were sampled, by `common.clock_name`'s clock."""
-
     peak_rss_gb: float
     """Largest resident memory of the process, in 1e9 bytes."""
-
     start_rss_gb: float
     """Its largest before the first step."""
-
     phases: list[dict[str, float]] = field(default_factory=list)
     """Ours: the seconds of each step by phase, by `common.clock_name`'s clock."""
-
     memory: list[dict[str, float]] = field(default_factory=list)
     """Ours: the peak resident memory of each step by phase, in 1e9 bytes."""
 
@@ -172,9 +158,6 @@ def rows_of(config: Config, name: Name) -> list[dict[str, list[dict]]]:
 def digit_share(prompt: str, response: str, row: dict) -> float:
     """The reward of grpo, as --reward-fn calls it: the share of digits among the answer's characters."""
     return sum(letter.isdigit() for letter in response) / max(1, len(response))
-
-
-# ---- TRL -----------------------------------------------------------------------------------------
 
 
 def run_trl_grpo(config: Config, scorer: Path) -> Measured:
@@ -349,9 +332,6 @@ def measured_trl(config: Config, log: list[dict[str, float]]) -> Measured:
     )
 
 
-# ---- ours ----------------------------------------------------------------------------------------
-
-
 def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
     """Train by train_ppo.py or train_grpo.py; reward model and critic start from `scorer`.
 
@@ -482,8 +462,6 @@ def seconds_by_phase(row: dict[str, float]) -> dict[str, float]:
     seconds = shares.pop("step")
     return {name: share * seconds for name, share in shares.items() if not name.endswith("_per_s")}
 
-
-# ---- results -------------------------------------------------------------------------------------
 
 JOBS: dict[tuple[str, Name], Callable[[Config, Path], Measured]] = {
     ("ours", "grpo"): partial(run_ours, "grpo"),

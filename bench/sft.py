@@ -41,13 +41,10 @@ class Config:
 
     data: Path
     """jsonl file of {"messages": [...]} rows with variable length, at most 1024 tokens each."""
-
     loss_on: Literal["answer", "all"] = "answer"
     """Train on the assistants' answers with their end of turn, or on every token."""
-
     trainers: tuple[Literal["ours", "trl-padded", "trl-packed"], ...] = ("ours", "trl-padded", "trl-packed")
     """Which to measure."""
-
     run: common.RunConfig = field(default_factory=common.RunConfig)
 
 

@@ -84,8 +84,6 @@ class Watchdog:
         self.thread.join()
         Progress.watchdog = None
 
-    # ---- the thread --------------------------------------------------------------------------------
-
     def watch(self) -> None:
         """Publish this rank's state and check the others until the body ends."""
         last = time.monotonic()
@@ -177,8 +175,6 @@ class Watchdog:
     def name(self, rank: int) -> str:
         _, pid, host = self.processes[rank]
         return f"rank {rank} of {self.world} (pid {pid} on {host})"
-
-    # ---- the end -----------------------------------------------------------------------------------
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an error, and report it unless another rank caused it."""

@@ -127,8 +127,6 @@ class InferenceModel:
             return (weight,)
         return weight + 1 if self.arch.norm == "layer_1p" else weight, weights[f"{name}.bias"]
 
-    # ---- the two passes --------------------------------------------------------------------------
-
     def prefill(self, prompts: list[Tensor]) -> list[PrefilledPrompt]:
         """Prefill prompts, [n] int64 each on the host, end to end in one pass. Collective over tp and pp."""
         lengths = [len(prompt) for prompt in prompts]
@@ -228,8 +226,6 @@ class InferenceModel:
             return
         for i, layer in enumerate(self.cache):
             self.cache[i] = nn.functional.pad(layer, (0, 0, 0, more))
-
-    # ---- parts of both ---------------------------------------------------------------------------
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens [n] as [n, H]; each tensor parallel rank has some rows of the embedding."""

@@ -42,9 +42,6 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, lengths: list[int], averag
     return sums / counts.clamp(min=1)
 
 
-# Preference losses
-
-
 def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
     """DPO (arXiv 2305.18290, eq. 7): L = -log s(beta h)."""
     return -F.logsigmoid(beta * _gap(chosen, rejected, ref_chosen, ref_rejected))

@@ -22,9 +22,6 @@ def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
     return -(logprobs * mask).sum()
 
 
-# Reward model
-
-
 def ranking(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
     """Bradley-Terry with a margin (arXiv 2203.02155, 3.5; margin: 2307.09288, eq. 2).
 

@@ -61,8 +61,6 @@ ONLY_VALUE_BY: dict[str, dict[str, Any]] = {
     "nemotron": {"hidden_act": "relu2"},
 }
 
-# ---- rules for values ----------------------------------------------------------------------------
-
 
 def or_null(rule: Rule) -> Rule:
     words, holds = rule

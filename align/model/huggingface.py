@@ -39,8 +39,6 @@ from align.model.weights import HEAD, WeightFiles
 
 MAX_FILE_BYTES = 2 * 1024**3
 
-# ---- sources of weights --------------------------------------------------------------------------
-
 
 class Source(Protocol):
     """Tensors by name, whole or in part."""
@@ -123,9 +121,6 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
     return RandomSource(arch, seed)
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def load(model: Decoder, source: Source) -> None:
     """Fill this rank's shard, before the model is wrapped and the optimizer is built."""
@@ -172,9 +167,6 @@ def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last:
 
 def part_of(size: int, parts: int, index: int) -> slice:
     return slice(index * size // parts, (index + 1) * size // parts)
-
-
-# ---- writing -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

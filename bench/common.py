@@ -1,9 +1,10 @@
-"""What the benchmarks of this folder share: fresh processes, the clocks, TRL's settings, the table.
+"""Shared by the benchmarks of this folder: fresh processes, the clocks, TRL's settings, the table.
 
 The trainers' own libraries are imported inside the functions that run in a child: the parent must stay small
 (a child's peak memory starts at its parent's), and no trainer may pay for the libraries of another one.
 """
 
+import itertools
 import json
 import math
 import os
@@ -31,13 +32,13 @@ class RunConfig:
     model: Path = Path("models/smollm2-135m-instruct")
     """Hugging Face directory of the model to train."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the matrix multiplications run in; trainers keep weights and Adam states in fp32 either way."""
+    """Precision of the matrix products; trainers keep weights and Adam states in fp32 either way."""
     threads: int = 1
     """CPU threads of every child process."""
     steps: int = 4
     """Measured steps; one more is run first and dropped."""
     rounds: int = 1
-    """How often each trainer is measured, in turn."""
+    """Runs of each trainer, in turn."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def clocks() -> dict[str, float]:
 
 def differences(values: list[float]) -> list[float]:
     """Return what each value adds to the one before: one entry fewer."""
-    return [after - before for before, after in zip(values, values[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(values)]
 
 
 def seconds(run: RunConfig, call: Callable[[], Any], times: int) -> list[float]:
@@ -178,6 +179,19 @@ def measured(log: list[dict[str, float]], tokens: list[int], **rest: float | lis
         peak_rss_gb=peak_rss_gb(),
         **rest,
     )
+
+
+def our_model(directory: Path, dtype: str, head: Literal["policy", "scorer"] = "policy") -> Any:
+    """Return our model of a Hugging Face directory, its weights loaded."""
+    from align.distributed.parallel import ParallelConfig
+    from align.model import architecture, gpt, huggingface
+    from align.model.config import ModelConfig
+
+    arch = architecture.read_config(directory)
+    build = gpt.build_policy if head == "policy" else gpt.build_scorer
+    model = build(arch, ModelConfig(model=str(directory), precision=dtype), ParallelConfig())
+    huggingface.load(model, huggingface.open_source(directory, arch, 0))
+    return model
 
 
 def our_optimizer(model: Any) -> Any:

@@ -85,21 +85,15 @@ def run_ours(config: Config, swap: bool) -> Measured:
     from align.distributed import parallel
     from align.losses import preference
     from align.losses.statistics import log_ratio_statistics
-    from align.model import architecture, gpt, huggingface
-    from align.model.config import ModelConfig
+    from align.model import gpt
     from align.training import batching, engine, optim, reference
 
     torch.set_num_threads(config.run.threads)
-    layout = parallel.ParallelConfig()
     budget = packing.BatchConfig(pairs.BATCH, micro_batch_tokens=pairs.MICRO_BATCH_TOKENS)
-    settings = ModelConfig(model=str(config.run.model), precision=config.run.dtype)
-    with parallel.start(layout), tempfile.TemporaryDirectory() as scratch:
+    with parallel.start(parallel.ParallelConfig()), tempfile.TemporaryDirectory() as scratch:
         data = pairs.load_ours(pairs.read(config.data, config.run.steps), config.run.model)
         steps = [range(i, i + pairs.BATCH) for i in range(0, len(data), pairs.BATCH)]
-        arch = architecture.read_config(config.run.model)
-        policy = gpt.build_policy(arch, settings, layout)
-        huggingface.load(policy, huggingface.open_source(config.run.model, arch, 0))
-        policy = gpt.distributed(policy)
+        policy = gpt.distributed(common.our_model(config.run.model, config.run.dtype))
         optimizer = common.our_optimizer(policy)
 
         def sequence_logprobs(batch, logprobs):
@@ -110,9 +104,10 @@ def run_ours(config: Config, swap: bool) -> Measured:
             return batching.micro_batches(policy, examples, budget, {"row": np.array(rows)[:, None]})
 
         def loss_fn(batch, logprobs):
-            both = sequence_logprobs(batch, logprobs).view(-1, 2)
-            four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
+            policy_logprobs = sequence_logprobs(batch, logprobs).view(-1, 2).unbind(1)
+            ref_logprobs = batch.extra["ref"].view(-1, 2).unbind(1)
+            loss = preference.dpo(*policy_logprobs, *ref_logprobs, BETA).sum()
+            return loss, log_ratio_statistics(*policy_logprobs, *ref_logprobs, BETA)
 
         before = common.clocks()
         if swap:
@@ -125,9 +120,9 @@ def run_ours(config: Config, swap: bool) -> Measured:
         for rows in steps:
             batches = micro_batches("train", rows)
             ref.attach(batches, "train")
-            found = engine.forward_backward(policy, batches, loss_fn, len(rows))
-            found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
-            log.append(found | common.clocks())
+            metrics = engine.forward_backward(policy, batches, loss_fn, len(rows))
+            metrics["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
+            log.append(metrics | common.clocks())
     trained = [packing.num_trained(pair.examples) for pair in data]
     return common.measured(
         log,

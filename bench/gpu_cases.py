@@ -1,4 +1,4 @@
-"""What bench/gpu.py runs in processes of their own: one case each, its results as lines of a file.
+"""The cases of bench/gpu.py, each in a process of its own, its results as lines of a file.
 
     python bench/gpu_cases.py CASE FOLDER
 
@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median_low as median
 
 import common  # noqa: F401, it puts the package on the path
 import gpu
 import numpy as np
 import torch
-from gpu import SHAPES, Record, Shape, Work, median
+from gpu import SHAPES, Record, Shape, Work
 
 from align.data import packing
 from align.data.packing import Example
@@ -34,7 +35,7 @@ from align.generation.generator import Generator, RolloutConfig
 from align.losses import preference, supervised
 from align.losses.statistics import log_ratio_statistics
 from align.model import architecture, config, gpt, huggingface, huggingface_names
-from align.training import batching, engine, optim
+from align.training import batching, engine, optim, phases
 from align.training.reference import Swapped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ Emit = Callable[[Record], None]
 
 
 def architecture_of(shape: Shape, layers: int) -> architecture.Architecture:
-    """What a Llama of this shape computes."""
+    """Architecture of a Llama of this shape."""
     return architecture.Architecture(
         family="llama",
         vocab_size=shape.vocab,
@@ -82,7 +83,7 @@ def random_policy(shape: Shape, layers: int, settings: config.ModelConfig) -> gp
 
 
 def settings_of(shape: str) -> config.ModelConfig:
-    """How the models of this benchmark compute."""
+    """Flags of the models of this benchmark."""
     return config.ModelConfig(model=f"llama-{shape}", precision="bf16")
 
 
@@ -154,17 +155,6 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def start_peak() -> None:
-    """Count the peak of a GPU's memory anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gb() -> float:
-    """The most memory of tensors on the GPU since then, without one that of the process; in 1e9 bytes."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else common.peak_rss_gb()
-
-
 def device_bytes() -> int:
     """The GPU's memory, without one the machine's."""
     if torch.cuda.is_available():
@@ -214,7 +204,7 @@ def train_record(
         "step_s": median([s for s, _, _ in measured]),
         "tokens_per_s": median([count / s for s, count, _ in measured]),
         "tflops": median([count / s / 1e12 for s, _, count in measured]),
-        "peak_gb": peak_gb(),
+        "peak_gb": phases.peak_bytes() / 1e9,
     }
 
 
@@ -239,7 +229,7 @@ def sft(case: Record, scratch: Path, emit: Emit) -> None:
         seconds = []
         for number, examples in enumerate(steps):
             if number == work.warmup:
-                start_peak()
+                phases.start_peak()
             seconds.append(seconds_of(functools.partial(step, examples)))
         tokens = [sum(len(row.ids) for row in rows) for rows in steps]
         flops = [
@@ -263,15 +253,16 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
             return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths)
 
         def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            both = sequence_logprobs(batch, logprobs).view(-1, 2)
-            four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
+            policy_logprobs = sequence_logprobs(batch, logprobs).view(-1, 2).unbind(1)
+            ref_logprobs = batch.extra["ref"].view(-1, 2).unbind(1)
+            loss = preference.dpo(*policy_logprobs, *ref_logprobs, BETA).sum()
+            return loss, log_ratio_statistics(*policy_logprobs, *ref_logprobs, BETA)
 
         reference = Swapped(policy, sequence_logprobs)
         seconds, reference_s = [], []
         for number, pairs in enumerate(steps):
             if number == work.warmup:
-                start_peak()
+                phases.start_peak()
             start = time.perf_counter()
             batches = batching.micro_batches(policy, pairs, budget)
             reference_s.append(seconds_of(functools.partial(reference.attach, batches, "train")))
@@ -317,7 +308,7 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
             call = functools.partial(generator.generate, prompts, [(i,) for i in range(count)], 1, note)
             call()
             times.clear()
-            start_peak()
+            phases.start_peak()
             whole_s = seconds_of(call)
             if len(times) != n:
                 raise RuntimeError(f"the first answer has {len(times)} tokens, not {n}")
@@ -330,7 +321,7 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
                     "step_s": median(steps),
                     "step_bytes": gpu.decode_bytes(shape, count, keys),
                     "call_tokens_per_s": count * n / whole_s,
-                    "peak_gb": peak_gb(),
+                    "peak_gb": phases.peak_bytes() / 1e9,
                 }
             )
 
@@ -467,7 +458,7 @@ def trl(case: Record, scratch: Path, emit: Emit) -> None:
         emit({"skipped": "trl is not installed (bench/requirements.txt)"})
         return
     for name, train in (("sft padded", trl_sft_padded), ("sft packed", trl_sft_packed), ("dpo", trl_dpo)):
-        start_peak()
+        phases.start_peak()
         task = name.split()[0]
         emit({"name": f"{name} {case['shape']}", "task": task} | train(case["shape"], scratch))
         gc.collect()

@@ -95,21 +95,15 @@ def run_ours(config: Config, start: Path) -> Measured:
     from align.distributed import parallel
     from align.losses import supervised
     from align.losses.statistics import pair_statistics
-    from align.model import architecture, gpt, huggingface
-    from align.model.config import ModelConfig
+    from align.model import gpt
     from align.training import batching, engine, optim
 
     torch.set_num_threads(config.run.threads)
-    layout = parallel.ParallelConfig()
     budget = packing.BatchConfig(pairs.BATCH, micro_batch_tokens=pairs.MICRO_BATCH_TOKENS)
-    settings = ModelConfig(model=str(start), precision=config.run.dtype)
-    with parallel.start(layout):
+    with parallel.start(parallel.ParallelConfig()):
         data = pairs.load_ours(pairs.read(config.data, config.run.steps), start)
         scored = [tuple(map(preferences.as_scored, pair.examples)) for pair in data]
-        arch = architecture.read_config(start)
-        scorer = gpt.build_scorer(arch, settings, layout)
-        huggingface.load(scorer, huggingface.open_source(start, arch, 0))
-        scorer = gpt.distributed(scorer)
+        scorer = gpt.distributed(common.our_model(start, config.run.dtype, "scorer"))
         optimizer = common.our_optimizer(scorer)
 
         def loss_fn(batch, values):
@@ -120,9 +114,9 @@ def run_ours(config: Config, start: Path) -> Measured:
         log = [common.clocks()]
         for i in range(0, len(scored), pairs.BATCH):
             batches = batching.micro_batches(scorer, scored[i : i + pairs.BATCH], budget)
-            found = engine.forward_backward(scorer, batches, loss_fn, pairs.BATCH)
-            found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
-            log.append(found | common.clocks())
+            metrics = engine.forward_backward(scorer, batches, loss_fn, pairs.BATCH)
+            metrics["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
+            log.append(metrics | common.clocks())
     return common.measured(log, pairs.our_tokens(data), distinct_tokens=pairs.our_distinct_tokens(data))
 
 

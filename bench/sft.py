@@ -80,21 +80,16 @@ def run_ours(config: Config) -> Measured:
     from align.data.tokenizer import load_tokenizer
     from align.distributed import parallel
     from align.losses import supervised
-    from align.model import architecture, gpt, huggingface
-    from align.model.config import ModelConfig
+    from align.model import gpt
     from align.training import engine, optim
 
     torch.set_num_threads(config.run.threads)
-    settings = ModelConfig(model=str(config.run.model), precision=config.run.dtype)
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, parallel.start(parallel.ParallelConfig()):
         file.writelines(json.dumps({"messages": messages}) + "\n" for messages in read_rows(config))
         file.flush()
         tokenizer = load_tokenizer(config.run.model)
         rows, _ = sft.load_sft([Path(file.name)], tokenizer, formats.FormatConfig(loss_on=config.loss_on))
-        arch = architecture.read_config(config.run.model)
-        policy = gpt.build_policy(arch, settings, parallel.ParallelConfig())
-        huggingface.load(policy, huggingface.open_source(config.run.model, arch, 0))
-        policy = gpt.distributed(policy)
+        policy = gpt.distributed(common.our_model(config.run.model, config.run.dtype))
         optimizer = common.our_optimizer(policy)
 
         def loss_fn(batch, logprobs):
@@ -107,9 +102,9 @@ def run_ours(config: Config) -> Measured:
                 [row.num_inputs for row in examples], 1, MICRO_BATCH_TOKENS, None
             )[0]
             batches = [packing.collate([[examples[i]] for i in micro]) for micro in plan]
-            found = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
-            found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
-            log.append(found | common.clocks())
+            metrics = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
+            metrics["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
+            log.append(metrics | common.clocks())
     tokens = [sum(len(row.ids) for row in examples) for examples in steps]
     return common.measured(log, tokens, trained_tokens=list(map(packing.num_trained, steps)))
 

@@ -48,7 +48,7 @@ class Config:
     data: Path
     """jsonl file of pairs with variable length, at most 1024 tokens in a prompt with one of its answers."""
     trainers: tuple[Literal["ours", "trl"], ...] = ("ours", "trl")
-    """Which to measure."""
+    """Trainers to measure."""
     run: common.RunConfig = field(default_factory=common.RunConfig)
 
 

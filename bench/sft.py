@@ -44,7 +44,7 @@ class Config:
     loss_on: Literal["answer", "all"] = "answer"
     """Train on the assistants' answers with their end of turn, or on every token."""
     trainers: tuple[Literal["ours", "trl-padded", "trl-packed"], ...] = ("ours", "trl-padded", "trl-packed")
-    """Which to measure."""
+    """Trainers to measure."""
     run: common.RunConfig = field(default_factory=common.RunConfig)
 
 
@@ -145,9 +145,7 @@ def tokenize(messages: list[dict], tokenizer, loss_on: str) -> dict[str, list[in
     """
     tokens = tokenizer.apply_chat_template(messages, return_dict=False)
     if len(tokens) > PACK:
-        raise ValueError(
-            f"a row of --data has {len(tokens)} tokens; TRL would cut it at {PACK}: leave it out"
-        )
+        raise ValueError(f"a row of --data has {len(tokens)} tokens, TRL cuts it at {PACK}: leave it out")
     if loss_on == "all":
         return {"input_ids": tokens, "labels": tokens}
     labels = [IGNORED] * len(tokens)
@@ -182,11 +180,9 @@ def check_same_work(ours: Measured, trl: Measured, tolerance: float) -> None:
             f"not the same work: tokens by step {ours.tokens} and {trl.tokens}, "
             f"of which trained {ours.trained_tokens} and {trl.trained_tokens}"
         )
-    mine, theirs = ours.losses[0], trl.losses[0]
-    if abs(mine - theirs) > tolerance * theirs:
-        raise RuntimeError(
-            f"not the same work: losses of the first step {mine} and {theirs}, tolerance {tolerance}"
-        )
+    loss, trl_loss = ours.losses[0], trl.losses[0]
+    if abs(loss - trl_loss) > tolerance * trl_loss:
+        raise RuntimeError(f"not the same work: first losses {loss} and {trl_loss}, tolerance {tolerance}")
 
 
 if __name__ == "__main__":

@@ -136,11 +136,12 @@ class Watchdog:
 
     def check_stall(self) -> None:
         """End the job if no rank has made progress for the limit; a rank at fault ends before the others."""
-        before = self.states()
+        ranks = range(self.world)
+        before = [self.state(rank) for rank in ranks]
         for _ in range(4):
             time.sleep(INTERVAL_S)
             self.publish()
-        states, ranks = self.states(), range(self.world)
+        states = [self.state(rank) for rank in ranks]
         # stopped, or holding the GIL
         silent = [r for r in ranks if states[r]["beats"] == before[r]["beats"]]
         if any(states[r]["idle_s"] < self.stall_limit_s - 3 * INTERVAL_S for r in ranks if r not in silent):
@@ -161,10 +162,6 @@ class Watchdog:
     def is_local(self, rank: int) -> bool:
         """True if a rank runs on this machine."""
         return self.processes[rank][0] == self.processes[self.rank][0]
-
-    def states(self) -> list[dict]:
-        """The last state that each rank published."""
-        return [self.state(rank) for rank in range(self.world)]
 
     def state(self, rank: int) -> dict:
         """The last state that a rank published."""

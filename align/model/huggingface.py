@@ -47,14 +47,10 @@ class Source(Protocol):
 
 
 class SafetensorsSource(WeightFiles):
-    """The weights of a directory, checked against its architecture."""
+    """The weights of a directory. Raises UserError unless the tensors are those of the architecture."""
 
     def __init__(self, directory: Path, arch: Architecture):
         super().__init__(directory)
-        self.check(arch)
-
-    def check(self, arch: Architecture) -> None:
-        """Raise UserError unless the tensors are those of the architecture, in their shapes."""
         shapes = tensor_shapes(arch)
         harmless = {name for name in self.files if name.endswith("rotary_emb.inv_freq")}
         if arch.tied_embeddings:
@@ -139,7 +135,7 @@ def read_part(source: Source, arch: Architecture, name: str, hf_name: str, param
         groups = arch.kv_heads // tp
         return read_qkv(source, arch, hf_name, rank * groups, (rank + 1) * groups)
     if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
-        rows = part_of(arch.ffn_size, tp, rank)
+        rows = slice(rank * arch.ffn_size // tp, (rank + 1) * arch.ffn_size // tp)
         return torch.cat([source.read(hf_name.replace("*", half), rows) for half in arch.mlp_inputs])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         width = parameter.shape[1]
@@ -163,10 +159,6 @@ def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last:
     parts = [*(reorder_heads(part, order) for part in parts[:2]), parts[2]]
     parts = [part.unflatten(0, (groups, size)) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(parts, 1).flatten(0, 1)
-
-
-def part_of(size: int, parts: int, index: int) -> slice:
-    return slice(index * size // parts, (index + 1) * size // parts)
 
 
 @torch.no_grad()

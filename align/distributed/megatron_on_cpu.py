@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import layers, mappings, random
+from torch import Tensor
 
 from align.kernels import matmul
 
@@ -91,10 +92,10 @@ def enable() -> None:
     keep_memory()
     methods = {  # without CUDA Tensor.cuda could only raise
         "cuda": lambda self, *_, **__: self,
-        "type": cuda_type_names(torch.Tensor.type),
+        "type": cuda_type_names(Tensor.type),
     }
     for name, method in methods.items():
-        setattr(torch.Tensor, name, method)
+        setattr(Tensor, name, method)
 
 
 def nothing(*_: object, **__: object) -> None:
@@ -112,7 +113,7 @@ def look_alike(module: types.ModuleType, **changed: object) -> types.ModuleType:
 def on_cpu(make: Callable) -> Callable:
     """A tensor factory for which device="cuda" means the CPU."""
 
-    def make_on_cpu(*args: object, **kwargs: object) -> torch.Tensor:
+    def make_on_cpu(*args: object, **kwargs: object) -> Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = torch.device("cpu")
         return make(*args, **kwargs)
@@ -123,9 +124,7 @@ def on_cpu(make: Callable) -> Callable:
 def unless_alone(collective: Callable) -> Callable:
     """Skip a collective between a buffer and this rank's part of it if the group has one rank."""
 
-    def call(
-        output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup, **kwargs: object
-    ) -> object:
+    def call(output: Tensor, input: Tensor, *, group: dist.ProcessGroup, **kwargs: object) -> object:
         return None if group.size() == 1 else collective(output, input, group=group, **kwargs)
 
     return call
@@ -139,15 +138,13 @@ def linear_by_onednn(megatrons: Callable) -> Callable:
     """
 
     @functools.wraps(megatrons)  # with its attribute `warned`, which it reads by its own name
-    def linear(
-        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **how: object
-    ) -> torch.Tensor:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None, **flags: object) -> Tensor:
         if not matmul.uses_onednn(input):
-            return megatrons(input, weight, bias, **how)
-        if how["sequence_parallel"]:
-            input = mappings.gather_from_sequence_parallel_region(input, group=how["tp_group"])
-        elif how["allreduce_dgrad"]:
-            input = mappings.copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
+            return megatrons(input, weight, bias, **flags)
+        if flags["sequence_parallel"]:
+            input = mappings.gather_from_sequence_parallel_region(input, group=flags["tp_group"])
+        elif flags["allreduce_dgrad"]:
+            input = mappings.copy_to_tensor_model_parallel_region(input, group=flags["tp_group"])
         return matmul.Linear.apply(input, weight, bias)
 
     return linear
@@ -169,7 +166,7 @@ def keep_memory() -> None:
 def cuda_type_names(plain: Callable) -> Callable:
     """Tensor.type with the names that Megatron's optimizers compare with: 'torch.cuda.FloatTensor'."""
 
-    def type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def type(self: Tensor, *args: object, **kwargs: object) -> object:
         result = plain(self, *args, **kwargs)
         if isinstance(result, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
             return result.replace("torch.", "torch.cuda.")

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -270,7 +270,9 @@ def whole_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     group, device = mpu.get_pipeline_model_parallel_group(), next(model.parameters()).device
     shapes = tensor_shapes(model.arch)
     own_names = [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)]
-    for stage, of_stage in enumerate(parallel.gather(own_names, group)):
+    names: list[Any] = [None] * group.size()
+    dist.all_gather_object(names, own_names, group)
+    for stage, of_stage in enumerate(names):
         own = stage_tensors(model) if stage == group.rank() else None
         for name in of_stage:
             if own is None:

@@ -1,5 +1,10 @@
 """Shared by the benchmarks of this folder: fresh processes, the clocks, TRL's settings, the table.
 
+Each trainer is measured in a fresh process with the same thread count, in turn, `rounds` times over, and the
+first step of each run is dropped. With one thread the clock is the process's own CPU seconds, which repeat
+within a few per cent whatever else the machine does; the wall clock, printed beside it, does not. Padding is
+not work: a real token is a token of a text.
+
 The trainers' own libraries are imported inside the functions that run in a child: the parent must stay small
 (a child's peak memory starts at its parent's), and no trainer may pay for the libraries of another one.
 """

@@ -17,9 +17,8 @@ step is (a call of 64 tokens - a call of 1) / 63. Its floor is the products of a
 and nothing else (median of 5 passes before the calls and 5 after, same process): by torch's F.linear, and by
 align.kernels.matmul.linear, which is ours, on weights as they are and packed.
 
-Each side is measured in a fresh process, in turn, `rounds` times over; with one thread the clock is its own
-CPU seconds. At the end both run in fp32: greedy tokens are compared, and the log-probs of tokens that ours
-drew must be those of a forward pass of transformers within TOLERANCE.
+Processes and clocks: see common.py. At the end both run in fp32: greedy tokens are compared, and the
+log-probs of tokens that ours drew must be those of a forward pass of transformers within TOLERANCE.
 """
 
 import random

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,32 +50,17 @@ UNSTEADY = 8  # first steps of a call of decoding, which do not count: a graph i
 Emit = Callable[[Record], None]
 
 
-def architecture_of(shape: Shape, layers: int) -> architecture.Architecture:
+def architecture_of(shape: Shape, labels: int = 0) -> architecture.Architecture:
     """Architecture of a Llama of this shape."""
-    return architecture.Architecture(
-        family="llama",
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        ffn_size=shape.ffn,
-        layers=layers,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        norm_eps=1e-5,
-        init_std=INIT_STD,
-        max_positions=CONTEXT,
-        tied_embeddings=shape.tied,
-        qkv_bias=False,
-        qk_norm=False,
-        window=None,
-        rope=(("rope_theta", 500000.0), ("rope_type", "default")),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(hf_config(shape, labels)))
+        return architecture.read_config(Path(folder))
 
 
 @torch.no_grad()
 def random_policy(shape: Shape, layers: int, settings: config.ModelConfig) -> gpt.Policy:
     """A policy whose matrices are normal, drawn on its own device: a CPU takes a minute for 8b."""
-    policy = gpt.build_policy(architecture_of(shape, layers), settings, LAYOUT)
+    policy = gpt.build_policy(architecture_of(replace(shape, layers=layers)), settings, LAYOUT)
     torch.manual_seed(0)
     for weight in policy.parameters():
         if weight.dim() > 1:
@@ -412,13 +398,11 @@ def write_model(shape: Shape, scratch: Path, labels: int) -> Path:
     if (folder / "config.json").exists():
         return folder
     shutil.copytree(ROOT / "assets" / "tiny", folder)
-    arch = architecture_of(shape, shape.layers)
-    named = huggingface_names.tensor_shapes(replace(arch, labels=labels))
     torch.manual_seed(labels)
     tensors = {}
-    for name, size in named.items():
-        one = torch.empty(size, dtype=torch.bfloat16, device=parallel.device())
-        tensors[name] = (one.fill_(1) if one.dim() == 1 else one.normal_(std=INIT_STD)).cpu()
+    for name, size in huggingface_names.tensor_shapes(architecture_of(shape, labels)).items():
+        tensor = torch.empty(size, dtype=torch.bfloat16, device=parallel.device())
+        tensors[name] = (tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(std=INIT_STD)).cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(shape, labels), indent=1))
     return folder
@@ -457,7 +441,12 @@ def trl(case: Record, scratch: Path, emit: Emit) -> None:
     if importlib.util.find_spec("trl") is None:
         emit({"skipped": "trl is not installed (bench/requirements.txt)"})
         return
-    for name, train in (("sft padded", trl_sft_padded), ("sft packed", trl_sft_packed), ("dpo", trl_dpo)):
+    jobs = {
+        "sft padded": functools.partial(trl_sft, packing=False),
+        "sft packed": functools.partial(trl_sft, packing=True),
+        "dpo": trl_dpo,
+    }
+    for name, train in jobs.items():
         phases.start_peak()
         task = name.split()[0]
         emit({"name": f"{name} {case['shape']}", "task": task} | train(case["shape"], scratch))
@@ -465,25 +454,14 @@ def trl(case: Record, scratch: Path, emit: Emit) -> None:
         parallel.free_memory()
 
 
-def trl_sft_padded(shape: str, scratch: Path) -> Record:
-    """SFTTrainer as it comes."""
-    work = gpu.work_of(shape)
-    return trl_sft(shape, scratch, packing=False, accumulated=work.rows // work.trl_micro_batch)
-
-
-def trl_sft_packed(shape: str, scratch: Path) -> Record:
-    """SFTTrainer(packing=True): rows in as few of the longest length as best fit decreasing finds."""
-    work = gpu.work_of(shape)
-    packs = work.rows * sum(work.row_tokens) / 2 / work.row_tokens[1]
-    return trl_sft(shape, scratch, packing=True, accumulated=round(packs / work.trl_micro_batch) or 1)
-
-
-def trl_sft(shape: str, scratch: Path, packing: bool, accumulated: int) -> Record:
-    """Train the rows of `sft`; a step accumulates so many micro-batches."""
+def trl_sft(shape: str, scratch: Path, packing: bool) -> Record:
+    """Train the rows of `sft` by SFTTrainer, packed in rows of the longest length by best fit decreasing."""
     import datasets
     import trl
 
     work = gpu.work_of(shape)
+    packs = work.rows * sum(work.row_tokens) / 2 / work.row_tokens[1] if packing else work.rows
+    accumulated = round(packs / work.trl_micro_batch) or 1
     steps = steps_of_rows(SHAPES[shape], work)
     rows = [{"input_ids": row.ids.tolist(), "labels": row.ids.tolist()} for part in steps for row in part]
     settings = trl_settings(work, work.row_tokens[1], accumulated, scratch)

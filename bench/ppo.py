@@ -4,7 +4,7 @@
     pip install --no-deps --target trl-1.10 trl==1.10.0
     python bench/ppo.py --data prompts.jsonl --trl-ppo trl-1.10
 
-What is compared, with the same rows of {"prompt": [messages]} in the same order:
+Compared are, with the same rows of {"prompt": [messages]} in the same order:
 
     grpo   --samples answers, 8 to a prompt (GROUP); the reward is the share of digits among the characters of
            the answer. Ours is train_grpo.py; TRL's is GRPOTrainer.
@@ -23,10 +23,8 @@ A real token is one of a prompt with its answer, each sample counted once, howev
 padding is not work. Both sides must report the same real tokens in every step. Answers are drawn, so losses
 are not compared here: tests compare ours with the equations.
 
-Each trainer runs in a fresh process with the same thread count, in turn, `rounds` times over; the first step
-is dropped. With one thread the clock is the process's own CPU seconds, in our table of phases, too, which
-must add up to the step. Peak memory is resident memory of the process, from its start to its last step; "at
-start" is that of loading the models alone.
+Processes and clocks: see common.py. The phases of our table, by the same clock, must add up to the step. Peak
+memory is resident memory of the process, from its start to its last step; "at start": of loading the models.
 """
 
 import contextlib

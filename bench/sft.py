@@ -3,18 +3,15 @@
     pip install -r requirements.txt -r bench/requirements.txt
     python bench/sft.py --data rows.jsonl --model models/smollm2-135m-instruct --dtype fp32
 
-What is compared: the same rows of {"messages": [...]} in the same order, 8 rows a step (BATCH), AdamW without
+Compared are the same rows of {"messages": [...]} in the same order, 8 rows a step (BATCH), AdamW without
 weight decay, learning rate 1e-5, gradients clipped to norm 1, no recomputation of activations.
 
     ours         rows end to end, nothing padded; bf16 means bf16 weights with fp32 main weights
     trl-padded   SFTTrainer as it comes: 8 rows a step, padded to the longest; bf16 means autocast (bf16=True)
     trl-packed   SFTTrainer(packing=True), best fit decreasing into rows of 1024 tokens (PACK), one a step
 
-Each is measured in a fresh process with the same thread count, in turn, `rounds` times over. A real token is
-a token of a row, including the prompt; padding is not work. The first step of each run is dropped. Ours and
-trl-padded must report the same tokens and, within TOLERANCE, the same loss of the first step, which proves
-that both were timed at the same job. With one thread the clock is the process's own CPU seconds, which repeat
-within a few per cent whatever else the machine does; the wall clock, printed beside it, does not.
+Processes and clocks: see common.py. Ours and trl-padded must report the same tokens and, within TOLERANCE,
+the same loss of the first step: they were timed at the same job.
 """
 
 import json

@@ -213,13 +213,10 @@ def encode_text(
 
     `template`: of training rows without messages; it goes before the chat template, and `raw` before both.
     """
-    if not raw and template is not None:
+    if template is not None and not raw:
         return jsonl.located("--prompt", encode_in_template, text, tokenizer, fmt, template)
-    row: dict[str, object]
-    if not raw and tokenizer.chat_template:
-        row = {"messages": [{"role": "user", "content": text}]}
-    else:
-        row = {"prompt": text}
+    messages = [{"role": "user", "content": text}]
+    row = {"messages": messages} if tokenizer.chat_template and not raw else {"prompt": text}
     return jsonl.located("--prompt", prompts.format_prompt, row, tokenizer, fmt)
 
 

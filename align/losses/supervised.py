@@ -28,9 +28,8 @@ def ranking(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
         L = -log s(R(w) - R(l) - m)
 
     Args:
-        chosen: [P] rewards of the chosen responses.
-        rejected: [P] rewards of the rejected responses.
-        margin: [P] required difference of rewards; 0 without one in the data.
+        chosen, rejected: [P] rewards R(w), R(l).
+        margin: [P] required difference m of rewards; 0 without one in the data.
 
     Returns:
         [P], in nats.
@@ -42,13 +41,7 @@ def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Centering of rewards (Eisenstein et al., arXiv 2312.09244, eq. 2): L = (R(w) + R(l))^2.
 
     The ranking loss depends on differences only; added to it with a weight, this draws the mean reward to 0.
-
-    Args:
-        chosen: [P] rewards of the chosen responses.
-        rejected: [P] rewards of the rejected responses.
-
-    Returns:
-        [P].
+    Arguments and result are [P].
     """
     return (chosen + rejected).square()
 

@@ -67,17 +67,13 @@ def or_null(rule: Rule) -> Rule:
     return f"{words}, or null", lambda x: x is None or holds(x)
 
 
-def is_list_of_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def is_label_names(value: object) -> bool:
-    return isinstance(value, dict) and value != {} and all(key.isdecimal() for key in value)
-
-
 BOOLEAN = "true or false", lambda x: isinstance(x, bool)
 OBJECT = "an object", lambda x: isinstance(x, dict)
-STRINGS = "a list of strings", is_list_of_strings
+LABELS = (
+    "an object with numbers as keys",
+    lambda x: isinstance(x, dict) and x != {} and all(map(str.isdecimal, x)),
+)
+STRINGS = "a list of strings", lambda x: isinstance(x, list) and all(isinstance(item, str) for item in x)
 TEXT = "a string", lambda x: isinstance(x, str)
 
 RULES: dict[str, Rule] = {
@@ -103,7 +99,7 @@ RULES: dict[str, Rule] = {
     "layer_types": or_null(STRINGS),
     "architectures": or_null(STRINGS),
     "num_labels": or_null(whole(1, 10**6)),
-    "id2label": or_null(("an object with numbers as keys", is_label_names)),
+    "id2label": or_null(LABELS),
     "rope_scaling": or_null(OBJECT),
     "rope_parameters": or_null(OBJECT),
     "rope_theta": above(1, 1e30),

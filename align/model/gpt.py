@@ -122,17 +122,11 @@ class Policy(Decoder):
         hidden = hidden_states.squeeze(1).index_select(0, trained)
         if not self.config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        weight, targets = self.output_weight(), labels[0][trained]
-        values = target_logprobs(
-            hidden, weight, targets, self.known_ids, group, self.temperature, self.entropy
-        )
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        options = (self.known_ids, group, self.temperature, self.entropy)
+        values = target_logprobs(hidden, weight, labels[0][trained], *options)
         return values.new_zeros(len(labels[0]), *values.shape[1:]).index_copy(0, trained, values)
-
-    def output_weight(self) -> Tensor:
-        """This rank's rows of the output embedding, [V/tp, H]."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
 
 
 class Scorer(Decoder):

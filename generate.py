@@ -109,7 +109,7 @@ def main(config: Config) -> None:
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
     check_model(arch, config.model, config.parallel)
-    settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
+    settings = replace(config.model, model=str(source.directory))  # of a checkpoint: its first model's
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
     tokenizer = load_tokenizer(source.directory, say, source.text_config(config.text))
     if chat_format := marker_chat.read(source.run or source.directory):
@@ -146,7 +146,7 @@ def main(config: Config) -> None:
     elif config.prompt is not None:
         ask(generator, ids, 0, config.samples_per_prompt)
     elif config.output is not None:
-        answer_file(generator, rows, config.output, config.samples_per_prompt)
+        respond_to_file(generator, rows, config.output, config.samples_per_prompt)
 
 
 def say(text: str) -> None:
@@ -221,7 +221,7 @@ def encode_text(
 
 
 def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str) -> np.ndarray:
-    """Ids [n] int32 before the answer of a row whose first field is `text` and whose others are empty."""
+    """Ids [n] int32 before the response of a row with `text` in its first field and empty others."""
     first, *others = [field for _, field in template_pieces(template)]
     if not others:
         raise UserError(f"the template {template!r} has no field for a prompt: use --raw")
@@ -233,7 +233,7 @@ def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, templ
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, fmt: PromptFormat, arch: Architecture) -> list[Prompt]:
-    """The rows of --input. Raises UserError with file and line for one that cannot be answered."""
+    """Read the rows of --input. Raises UserError with file and line for an invalid row."""
     rows = []
     for where, row in jsonl.read_jsonl(path):
         ids = jsonl.located(where, prompts.format_prompt, row, tokenizer, fmt)
@@ -261,20 +261,20 @@ def ask(generator: Generator, ids: np.ndarray, stream: int, samples: int = 1) ->
     shown, start = Shown(generator.tokenizer, held), time.perf_counter()
 
     def show(prompt: int, number: int, token: int) -> None:
-        tell(shown.add(token), end="")
+        emit(shown.add(token), end="")
 
     streams = samples == 1 and generator.replicas == 1 and parallel.is_main()
     [responses] = generator.generate([ids], [(stream,)], samples, show if streams else None)
     for number, sample in enumerate(responses, start=1):
         if samples > 1:
-            tell(f"---- answer {number} of {samples} ({sample.finish}, {len(sample.ids)} tokens)")
-        tell(sample.text(generator.tokenizer, generator.sampling.stop)[shown.length :])
+            emit(f"---- answer {number} of {samples} ({sample.finish}, {len(sample.ids)} tokens)")
+        emit(sample.text(generator.tokenizer, generator.sampling.stop)[shown.length :])
     finish = "" if samples > 1 else f"{responses[0].finish}, "
     say(f"({finish}{pace(responses, time.perf_counter() - start)})")
     return responses
 
 
-def tell(text: str, end: str = "\n") -> None:
+def emit(text: str, end: str = "\n") -> None:
     """Print a part of a response on rank 0's stdout. Raises UserError if that fails."""
     if parallel.is_main() and (error := console.write(text, end)):
         raise UserError(f"the answer cannot be printed: {error}; --input and --output write to a file")
@@ -306,9 +306,9 @@ class Shown:
 
 
 def settled(text: str, stop: tuple[str, ...]) -> str:
-    """The start of an unfinished text that its next tokens will leave as it is, and that no stop string ends.
+    """The start of an unfinished text that later tokens do not change, before any part of a stop string.
 
-    Tokens may hold a part of a character's bytes, which decode to U+FFFD at the end until the others come.
+    Tokens may hold a part of a character's bytes, which decode to U+FFFD until the character is complete.
     """
     text = text.rstrip("\ufffd")
     ends = [text.index(end) for end in stop if end in text]
@@ -316,7 +316,7 @@ def settled(text: str, stop: tuple[str, ...]) -> str:
     return text[: min(ends + beginnings, default=len(text))]
 
 
-def answer_file(generator: Generator, rows: list[Prompt], output: Path, samples: int) -> None:
+def respond_to_file(generator: Generator, rows: list[Prompt], output: Path, samples: int) -> None:
     """Sample responses to the rows of --input and write them to --output. Collective."""
     progress = Progress(len(rows), generator.replicas) if parallel.is_main() else None
     start, streams = time.perf_counter(), [(number,) for number in range(len(rows))]
@@ -383,8 +383,8 @@ def chat(generator: Generator, fmt: PromptFormat) -> None:
             continue
         check_ids(ids, generator.policy.arch)
         [sample] = ask(generator, ids, turn)
-        answer = sample.text(generator.tokenizer, generator.sampling.stop)
-        history.append({"role": "assistant", "content": answer})
+        response = sample.text(generator.tokenizer, generator.sampling.stop)
+        history.append({"role": "assistant", "content": response})
         turn += 1
 
 

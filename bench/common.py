@@ -144,7 +144,7 @@ def differences(values: list[float]) -> list[float]:
 
 
 def seconds(run: RunConfig, call: Callable[[], Any], times: int) -> list[float]:
-    """Return the seconds of each of so many calls, after one that does not count, by `clock_name`'s clock."""
+    """Return the seconds of each of `times` calls, after a warm-up call, by `clock_name`'s clock."""
     readings = [clocks()]
     for _ in range(times + 1):
         call()

@@ -10,7 +10,7 @@ same order, 4 pairs a step (BATCH), the DPO loss with beta 0.1, AdamW without we
     ours-precompute   packed, a prompt computed once for both answers; reference log-probs of all pairs in
                       one pass before the first step
     ours-swap         the same with reference log-probs in every step, by swapping in the start weights
-    trl-live          DPOTrainer as it comes, with a reference model; 8 texts a step, padded to the longest
+    trl-live          DPOTrainer with a reference model, by default; 8 texts a step, padded to the longest
     trl-precompute    DPOTrainer(precompute_ref_log_probs=True)
 
 A pass before the first step is not in the speed of the steps; its own time is printed below the table, with

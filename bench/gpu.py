@@ -21,7 +21,7 @@ read once, at the speed of the copy. Speeds are those of the median step; peak G
 bytes, in the steps that count.
 
 Every case runs in a process of its own: one that fails leaves a line in the table and the exit status 1. The
-next one's process imports meanwhile, and begins when its turn comes. Without a GPU there is `--shapes tiny`
+next one's process imports meanwhile. Without a GPU there is `--shapes tiny`
 alone, which tests this script; its figures say nothing of a GPU.
 """
 
@@ -149,7 +149,7 @@ def work_of(shape: str) -> Work:
 
 
 def matmul_weights(shape: Shape, layers: int) -> int:
-    """Weights that a token is multiplied with; the embedding counts where it is the output layer as well."""
+    """Weights in a token's matrix products: those of the layers, and of the output layer."""
     return layers * shape.layer_weights + shape.head_weights
 
 
@@ -201,7 +201,7 @@ def decode_bytes(shape: Shape, sequences: int, keys: float) -> float:
 
 
 def main(config: Config) -> int:
-    """Run all cases, print their lines as they come, and return the exit status."""
+    """Run all cases, print each line at once, and return the exit status."""
     check(config)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     deadline, records = time.monotonic() + config.total_limit_s, []
@@ -262,7 +262,7 @@ def name_of(case: Record) -> str:
 
 @contextlib.contextmanager
 def started(case: Record, scratch: Path) -> Iterator[subprocess.Popen]:
-    """A case's process, which imports and then waits for a line of input; it does not outlive the block."""
+    """Start a case's process, which imports and then reads a line of input; it is killed after the block."""
     with (scratch / f"{name_of(case)}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(WORKER), json.dumps(case), str(scratch)],
@@ -286,7 +286,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def finish(process: subprocess.Popen, case: Record, scratch: Path, limit_s: float) -> list[Record]:
-    """Let a case's process begin, wait for its end, and return its records, at last one of its failure."""
+    """Run a started case to its end. Returns its records; the last one is of its failure, if any."""
     start, name = time.monotonic(), name_of(case)
     if limit_s <= 0:
         return [case | {"error": "not run: --total-limit-s is over"}]
@@ -305,8 +305,8 @@ def finish(process: subprocess.Popen, case: Record, scratch: Path, limit_s: floa
     elif process.returncode:
         log = (scratch / f"{name}.log").read_text(errors="replace")
         print(f"---- {name} failed; the end of its output:\n{log[-3000:]}\n----", flush=True)
-        said = [line for line in log.splitlines() if line.strip()]
-        reason = said[-1].strip() if said else "it said nothing"
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no output"
         records.append(case | {"error": f"exit status {process.returncode}: {reason}"} | case_s)
     return records
 

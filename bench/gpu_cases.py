@@ -3,7 +3,7 @@
     python bench/gpu_cases.py CASE FOLDER
 
 CASE is a JSON object of `section`, `shape` and, for ppo, `offload`. The process imports what the case needs,
-waits for a line of input, measures, and appends records to FOLDER/<case>.jsonl as they are known.
+reads a line of input, measures, and appends each record to FOLDER/<case>.jsonl at once.
 """
 
 import contextlib
@@ -262,8 +262,8 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
         emit(train_record(layers, seconds, tokens, flops, work.warmup) | {"reference_share": median(shares)})
 
 
-class NoWords:
-    """A tokenizer without a token that ends an answer."""
+class NoStops:
+    """A tokenizer without a stop token."""
 
     stop_ids: set[int] = set()
     vocab_size = 2**31
@@ -282,8 +282,8 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
         policy = random_policy(shape, shape.layers, settings)
         for count in work.decode_batches:
             slots = RolloutConfig(rollout_slots=count)
-            wanted = sampling.SamplingConfig(max_new_tokens=n)
-            generator = Generator(policy, slots, wanted, settings, LAYOUT, NoWords())
+            sampling_config = sampling.SamplingConfig(max_new_tokens=n)
+            generator = Generator(policy, slots, sampling_config, settings, LAYOUT, NoStops())
             prompts = [random_ids(shape, n, rng) for _ in range(count)]
             times: list[float] = []
 
@@ -315,7 +315,7 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
 def ppo(case: Record, scratch: Path, emit: Emit) -> None:
     """Steps of train_ppo.py: policy, critic, reference and reward model of one shape, random ones.
 
-    Nothing is saved at the end. Answers do not end by themselves but by a chance of one in the vocabulary.
+    Nothing is saved at the end. A stop token has a chance of one in the vocabulary.
     """
     import tyro
 
@@ -552,11 +552,11 @@ SECTIONS = {"limits": limits, "sft": sft, "dpo": dpo, "decode": decode, "trl": t
 
 
 def main(case: Record, scratch: Path) -> None:
-    """Import what the case needs, wait for the turn, measure."""
+    """Import the libraries of a case, read a line as the signal to begin, and measure."""
     if case["section"] == "trl" and importlib.util.find_spec("trl") is not None:
         import trl as _  # noqa: F401, the time of this import is not the case's
     if not sys.stdin.readline():
-        return  # nobody waits for a result
+        return  # the parent process has ended
 
     def emit(record: Record) -> None:
         with (scratch / f"{gpu.name_of(case)}.jsonl").open("a") as file:

@@ -5,8 +5,8 @@
 
 Models are random, with some 50 to 115 million weights. Measured is resident memory with each larger tensor
 mapped by itself (plan_cases.py: "exact"): the sum of all allocations of a moment, which tools.plan
-computes. --allocator run measures with glibc as runs have it: it keeps what was freed, with gaps between
-tensors, and so a phase's peak is that of all phases before it, too. The allowance for CPUs is for that.
+computes. --allocator run measures with glibc as runs have it: it keeps freed memory, with gaps between
+tensors, so a phase's peak includes all phases before it. The allowance for CPUs is for that.
 
 A random model judges nothing, and its answers are no text: of self-rewarding only sampling and saving are
 compared.

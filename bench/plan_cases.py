@@ -3,8 +3,8 @@
     plan_cases.py OUT ALLOCATOR SCRIPT FLAGS...
 
 OUT/RANK.json gets {phase: GB}. On a CPU that is resident memory, and ALLOCATOR says of which kind: "exact"
-has each larger tensor mapped by itself and given back when it is freed, so that it is the sum of what lives;
-"run" leaves glibc as align.distributed.megatron_on_cpu sets it: it keeps what was freed, with gaps. Models
+maps each larger tensor by itself and unmaps it when freed, so that it is the sum of all live tensors;
+"run" is glibc as align.distributed.megatron_on_cpu sets it: it keeps freed memory, with gaps. Models
 are random: of their directories only config.json and tokenizer are read.
 """
 

@@ -372,7 +372,7 @@ def our_flags(config: Config, name: Name, scorer: Path) -> list[str]:
 def watch_ours(config: Config) -> list[dict[str, float]]:
     """Patch our package for the comparison, in this process, and log its steps.
 
-    No token ends an answer, prompts come in the order of the file, and with one thread the phases of a step
+    No token ends an answer, prompts are in the order of the file, and with one thread the phases of a step
     are timed in CPU seconds. Returns the log: entry 0 is the start, after it comes one entry per step, with
     `cpu` and `wall` (seconds) and `peak` (resident memory so far, in 1e9 bytes).
     """

@@ -8,7 +8,7 @@ same order, 4 pairs a step (BATCH), -log sigmoid of the difference of scores, Ad
 learning rate 1e-5, gradients clipped to norm 1, no recomputation of activations.
 
     ours   packed, nothing padded, a prompt computed once for both answers
-    trl    RewardTrainer as it comes: 8 texts a step, padded to the longest
+    trl    RewardTrainer with its defaults: 8 texts a step, padded to the longest
 
 Both start from the same files, a *ForSequenceClassification directory with a random head that is written
 first, and read the score at the end-of-turn token of the answer.

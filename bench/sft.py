@@ -7,7 +7,7 @@ Compared are the same rows of {"messages": [...]} in the same order, 8 rows a st
 weight decay, learning rate 1e-5, gradients clipped to norm 1, no recomputation of activations.
 
     ours         rows end to end, nothing padded; bf16 means bf16 weights with fp32 main weights
-    trl-padded   SFTTrainer as it comes: 8 rows a step, padded to the longest; bf16 means autocast (bf16=True)
+    trl-padded   SFTTrainer's defaults: 8 rows a step, padded to the longest; bf16 means autocast (bf16=True)
     trl-packed   SFTTrainer(packing=True), best fit decreasing into rows of 1024 tokens (PACK), one a step
 
 Processes and clocks: see common.py. Ours and trl-padded must report the same tokens and, within TOLERANCE,

@@ -1,4 +1,4 @@
-"""Answers of a model: to one prompt, to a file of prompts, or in a conversation.
+"""Generate responses: to one prompt, to a file of prompts, or in a conversation.
 
     python generate.py --model DIR --prompt "How many days has a week?"
     python generate.py --model DIR --input prompts.jsonl --output answers.jsonl --samples-per-prompt 4
@@ -7,7 +7,7 @@
 
 DIR is a Hugging Face directory, or a checkpoint of a run, of which only the weights are read. A prompt has
 the token ids that it had in training: through the chat template, or through the run's --prompt-template.
-Answers go to stdout or to --output, everything else to stderr.
+Responses go to stdout or to --output, everything else to stderr.
 """
 
 import json
@@ -39,9 +39,7 @@ from align.model.config import ModelConfig, check_model, describe_model
 from align.training import checkpoint, checkpoint_files
 
 PROGRESS_S = 5.0  # seconds between two lines about a long --input
-POLL_S = (
-    60.0  # seconds after which ranks that wait for the keyboard hear of each other: gloo gives up after 1800
-)
+POLL_S = 60.0  # seconds between two collectives during keyboard input: gloo gives up after 1800
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -55,13 +53,13 @@ class Config:
     """prompts: a file of JSON lines, a JSON array or Parquet, or a data set of the Hub, of {"prompt"},
     {"text"}, {"messages"}, {"conversations"} or {"instruction"} rows"""
     output: Path | None = None
-    """where the rows of --input go, with "response" and "finish" (stop or length); appears when complete"""
+    """JSON lines: the rows of --input with "response" and "finish" (stop or length); appears when complete"""
     chat: bool = False
-    """talk: each line of stdin is a message; /new starts over, an empty line or Ctrl-D ends"""
+    """chat: each line of stdin is a message; /new starts over, an empty line or Ctrl-D ends"""
     raw: bool = False
     """continue the text of --prompt as it stands, whatever templates the model has"""
     samples_per_prompt: int = 1
-    """answers to each prompt; above 1 "response" and "finish" are lists"""
+    """responses to each prompt; above 1 "response" and "finish" are lists"""
     add_bos: bool | None = None
     """put BOS in front of each prompt; None: as the model's prompt_format.json says, else as the tokenizer
     does by itself (messages: as the template does)"""
@@ -85,10 +83,10 @@ class Config:
     def check_task(self) -> None:
         """Refuse anything but one task with the flags that belong to it."""
         tasks = {"--prompt": self.prompt is not None, "--input": self.input is not None, "--chat": self.chat}
-        given = [flag for flag, wanted in tasks.items() if wanted]
-        if len(given) != 1:
+        flags = [flag for flag, wanted in tasks.items() if wanted]
+        if len(flags) != 1:
             raise UserError(
-                f"{' and '.join(given) or 'nothing to do'}: give one of --prompt TEXT, --chat, "
+                f"{' and '.join(flags) or 'nothing to do'}: give one of --prompt TEXT, --chat, "
                 "and --input FILE with --output FILE"
             )
         if (self.input is None) != (self.output is None):
@@ -100,7 +98,7 @@ class Config:
         if self.prompt == "":
             raise UserError('--prompt "": there must be a text to answer')
         if self.raw and self.prompt is None:
-            raise UserError(f"--raw is about --prompt TEXT and has no effect with {given[0]}: leave it out")
+            raise UserError(f"--raw is about --prompt TEXT and has no effect with {flags[0]}: leave it out")
         if self.chat and self.samples_per_prompt != 1:
             raise UserError(
                 f"--samples-per-prompt {self.samples_per_prompt}: with --chat a message has one answer"
@@ -111,7 +109,7 @@ def main(config: Config) -> None:
     source = find_source(config.model)
     arch = architecture.read_config(source.directory)
     check_model(arch, config.model, config.parallel)
-    settings = replace(config.model, model=str(source.directory))  # for a checkpoint that of its model
+    settings = replace(config.model, model=str(source.directory))  # of a checkpoint: its first model's
     check_rollout(arch, config.rollout, config.sampling, settings, config.parallel)
     tokenizer = load_tokenizer(source.directory, say, source.text_config(config.text))
     if chat_format := marker_chat.read(source.run or source.directory):
@@ -131,8 +129,8 @@ def main(config: Config) -> None:
         if template and tokenizer.chat_template and not config.raw:
             say(f"--prompt goes through --prompt-template {template!r}, as training rows did")
         jsonl.located("--prompt", check_ids, ids, arch)
-    if config.input is not None:
-        found = read_prompts(config.input, tokenizer, fmt, arch)
+    if config.input is not None and config.output is not None:  # both or neither
+        rows = read_prompts(config.input, tokenizer, fmt, arch)
         prepare_output(config.output, config.input)
 
     policy = gpt.build_policy(arch, config.model, config.parallel)
@@ -147,17 +145,17 @@ def main(config: Config) -> None:
         chat(generator, fmt)
     elif config.prompt is not None:
         ask(generator, ids, 0, config.samples_per_prompt)
-    else:
-        answer_file(generator, found, config.output, config.samples_per_prompt)
+    elif config.output is not None:
+        respond_to_file(generator, rows, config.output, config.samples_per_prompt)
 
 
 def say(text: str) -> None:
-    """A line for people, on rank 0's stderr: stdout is for answers."""
+    """Print a log line on rank 0's stderr: stdout is for responses."""
     if parallel.is_main():
         console.write(text, to="stderr")
 
 
-# ---- where the model is --------------------------------------------------------------------------
+# ---- model ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -168,12 +166,10 @@ class Source:
     checkpoint: Path | None  # of the weights; None: they are in the directory
     run: Path | None  # directory of the run that trained the checkpoint in a format of its own
     formats: dict  # the prompt_format.json of its training, where known
-    chat_template_kwargs: str = (
-        ""  # of the run that trained the checkpoint; a directory's template has its own
-    )
+    chat_template_kwargs: str = ""  # of a checkpoint's run; a directory's template has its own
 
     def text_config(self, config: TextConfig) -> TextConfig:
-        """Flags, with the variables of the chat template that training had where none are given."""
+        """Text flags; the variables of the chat template default to those of training."""
         return replace(config, chat_template_kwargs=config.chat_template_kwargs or self.chat_template_kwargs)
 
 
@@ -217,17 +213,15 @@ def encode_text(
 
     `template`: of training rows without messages; it goes before the chat template, and `raw` before both.
     """
-    if not raw and template is not None:
+    if template is not None and not raw:
         return jsonl.located("--prompt", encode_in_template, text, tokenizer, fmt, template)
-    if not raw and tokenizer.chat_template:
-        row = {"messages": [{"role": "user", "content": text}]}
-    else:
-        row = {"prompt": text}
+    messages = [{"role": "user", "content": text}]
+    row = {"messages": messages} if tokenizer.chat_template and not raw else {"prompt": text}
     return jsonl.located("--prompt", prompts.format_prompt, row, tokenizer, fmt)
 
 
 def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, template: str) -> np.ndarray:
-    """Ids [n] int32 before the answer of a row whose first field is `text` and whose others are empty."""
+    """Ids [n] int32 before the response of a row with `text` in its first field and empty others."""
     first, *others = [field for _, field in template_pieces(template)]
     if not others:
         raise UserError(f"the template {template!r} has no field for a prompt: use --raw")
@@ -239,49 +233,49 @@ def encode_in_template(text: str, tokenizer: Tokenizer, fmt: PromptFormat, templ
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, fmt: PromptFormat, arch: Architecture) -> list[Prompt]:
-    """The rows of --input. Raises UserError with file and line for one that cannot be answered."""
-    found = []
+    """Read the rows of --input. Raises UserError with file and line for an invalid row."""
+    rows = []
     for where, row in jsonl.read_jsonl(path):
         ids = jsonl.located(where, prompts.format_prompt, row, tokenizer, fmt)
         jsonl.located(where, check_ids, ids, arch)
-        found.append(Prompt(ids, row))
-    return found
+        rows.append(Prompt(ids, row))
+    return rows
 
 
 def check_ids(ids: np.ndarray, arch: Architecture) -> None:
-    """Raises UserError for a prompt [n] that this model cannot continue."""
+    """Raise UserError for a prompt [n] that this model cannot continue."""
     check_prompt(ids, arch.max_positions)
     packing.check_ids([Example(ids, np.zeros(len(ids), bool))], arch.vocab_size)
 
 
-# ---- one prompt, a file, a conversation ----------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 
 def ask(generator: Generator, ids: np.ndarray, stream: int, samples: int = 1) -> list[Sample]:
-    """Answer one prompt [n] and print that on rank 0, a single answer while it grows. Collective.
+    """Sample responses to a prompt [n] and print them on rank 0, token by token if possible. Collective.
 
-    Of several copies of the model any may take the prompt, and rank 0 hear of the answer at its end only.
+    With several copies of the model rank 0 may get the response of another copy, at its end only.
     """
     stop, chat_format = generator.sampling.stop, generator.tokenizer.chat
     held = (*stop, chat_format.end("")) if chat_format else stop  # an end of turn is shown once more follows
     shown, start = Shown(generator.tokenizer, held), time.perf_counter()
 
     def show(prompt: int, number: int, token: int) -> None:
-        tell(shown.add(token), end="")
+        emit(shown.add(token), end="")
 
     streams = samples == 1 and generator.replicas == 1 and parallel.is_main()
-    [found] = generator.generate([ids], [(stream,)], samples, show if streams else None)
-    for number, sample in enumerate(found, start=1):
+    [responses] = generator.generate([ids], [(stream,)], samples, show if streams else None)
+    for number, sample in enumerate(responses, start=1):
         if samples > 1:
-            tell(f"---- answer {number} of {samples} ({sample.finish}, {len(sample.ids)} tokens)")
-        tell(sample.text(generator.tokenizer, generator.sampling.stop)[shown.length :])
-    finish = "" if samples > 1 else f"{found[0].finish}, "
-    say(f"({finish}{pace(found, time.perf_counter() - start)})")
-    return found
+            emit(f"---- answer {number} of {samples} ({sample.finish}, {len(sample.ids)} tokens)")
+        emit(sample.text(generator.tokenizer, generator.sampling.stop)[shown.length :])
+    finish = "" if samples > 1 else f"{responses[0].finish}, "
+    say(f"({finish}{pace(responses, time.perf_counter() - start)})")
+    return responses
 
 
-def tell(text: str, end: str = "\n") -> None:
-    """Print a part of an answer on rank 0's stdout. Raises UserError if the answer is lost."""
+def emit(text: str, end: str = "\n") -> None:
+    """Print a part of a response on rank 0's stdout. Raises UserError if that fails."""
     if parallel.is_main() and (error := console.write(text, end)):
         raise UserError(f"the answer cannot be printed: {error}; --input and --output write to a file")
 
@@ -293,7 +287,7 @@ def pace(samples: list[Sample], seconds: float) -> str:
 
 
 class Shown:
-    """Printable part of a growing response: no half of a character, no part of a stop text."""
+    """Printable part of a growing response: no half of a character, no part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.tokenizer, self.stop = tokenizer, stop
@@ -312,9 +306,9 @@ class Shown:
 
 
 def settled(text: str, stop: tuple[str, ...]) -> str:
-    """The start of an unfinished text that its next tokens will leave as it is, and that no stop string ends.
+    """The start of an unfinished text that later tokens do not change, before any part of a stop string.
 
-    Tokens may hold a part of a character's bytes, which decode to U+FFFD at the end until the others come.
+    Tokens may hold a part of a character's bytes, which decode to U+FFFD until the character is complete.
     """
     text = text.rstrip("\ufffd")
     ends = [text.index(end) for end in stop if end in text]
@@ -322,31 +316,27 @@ def settled(text: str, stop: tuple[str, ...]) -> str:
     return text[: min(ends + beginnings, default=len(text))]
 
 
-def answer_file(generator: Generator, found: list[Prompt], output: Path, samples: int) -> None:
-    """Answer the rows of --input and write them to --output. Collective."""
-    progress = Progress(len(found), generator.replicas) if parallel.is_main() else None
-    start, streams = time.perf_counter(), [(number,) for number in range(len(found))]
-    answers = generator.generate([prompt.ids for prompt in found], streams, samples, progress)
-    everything = [sample for several in answers for sample in several]
-    say(f"{len(everything):,} answers, {pace(everything, time.perf_counter() - start)}")
+def respond_to_file(generator: Generator, rows: list[Prompt], output: Path, samples: int) -> None:
+    """Sample responses to the rows of --input and write them to --output. Collective."""
+    progress = Progress(len(rows), generator.replicas) if parallel.is_main() else None
+    start, streams = time.perf_counter(), [(number,) for number in range(len(rows))]
+    by_row = generator.generate([row.ids for row in rows], streams, samples, progress)
+    responses = [sample for of_row in by_row for sample in of_row]
+    say(f"{len(responses):,} answers, {pace(responses, time.perf_counter() - start)}")
     if parallel.is_main():
         lines = []
-        for prompt, several in zip(found, answers, strict=True):
-            texts = [sample.text(generator.tokenizer, generator.sampling.stop) for sample in several]
-            ends = [sample.finish for sample in several]
-            given = (
-                {"response": texts, "finish": ends}
-                if samples > 1
-                else {"response": texts[0], "finish": ends[0]}
-            )
-            lines.append(json.dumps(prompt.row | given, ensure_ascii=False) + "\n")
+        for row, of_row in zip(rows, by_row, strict=True):
+            texts = [sample.text(generator.tokenizer, generator.sampling.stop) for sample in of_row]
+            fields: dict[str, list] = {"response": texts, "finish": [sample.finish for sample in of_row]}
+            result = {name: values if samples > 1 else values[0] for name, values in fields.items()}
+            lines.append(json.dumps(row.row | result, ensure_ascii=False) + "\n")
         # half of a surrogate pair in a row has no UTF-8 form; its backslash escape is valid JSON
         write_atomically(output, "".join(lines).encode("utf-8", "backslashreplace").decode())
     say(f"the answers are in {output}")
 
 
 def prepare_output(output: Path, source: Path) -> None:
-    """Find out before the work whether --output can be written. Collective."""
+    """Check that --output can be written, and make its directory. Collective."""
     check_files([output], source)
     if output.exists() and not output.is_file():
         raise UserError(f"--output {output} is no regular file, and a file takes its place: give another")
@@ -354,26 +344,27 @@ def prepare_output(output: Path, source: Path) -> None:
 
 
 class Progress:
-    """Called for each token of rank 0's copy of the model; says now and then how far that is."""
+    """Log of progress, called for each token of rank 0's copy of the model."""
 
     def __init__(self, prompts: int, copies: int):
         self.prompts, self.tokens, self.begun = prompts, 0, 0
         self.who = "" if copies == 1 else f" by one of {copies} copies of the model"
-        self.start = self.said = time.perf_counter()
+        self.start = self.logged = time.perf_counter()
 
     def __call__(self, prompt: int, number: int, token: int) -> None:
         self.tokens += 1
         self.begun = max(self.begun, prompt + 1)  # prompts are taken in their order
         now = time.perf_counter()
-        if now - self.said >= PROGRESS_S:
-            self.said = now
+        if now - self.logged >= PROGRESS_S:
+            self.logged = now
             speed = self.tokens / (now - self.start)
             say(f"{self.begun:,} of {self.prompts:,} prompts begun, {speed:,.1f} tokens/s{self.who}")
 
 
 def chat(generator: Generator, fmt: PromptFormat) -> None:
-    """Answer the lines of rank 0's stdin, each with the conversation before it. Collective."""
-    history, turn, context = [], 0, generator.policy.arch.max_positions
+    """Respond to the lines of rank 0's stdin, each with the conversation before it. Collective."""
+    history: list[dict[str, str]] = []
+    turn, context = 0, generator.policy.arch.max_positions
     say("a line is a message, /new starts over, an empty line ends")
     while line := read_line():
         if line == "/new":
@@ -392,22 +383,27 @@ def chat(generator: Generator, fmt: PromptFormat) -> None:
             continue
         check_ids(ids, generator.policy.arch)
         [sample] = ask(generator, ids, turn)
-        answer = sample.text(generator.tokenizer, generator.sampling.stop)
-        history.append({"role": "assistant", "content": answer})
+        response = sample.text(generator.tokenizer, generator.sampling.stop)
+        history.append({"role": "assistant", "content": response})
         turn += 1
 
 
 def read_line() -> str:
     """The next line of rank 0's stdin on every rank, without spaces around it; empty at the end. Collective.
 
-    A thread reads it, so that meanwhile the ranks can meet before one gives up on the others.
+    A thread reads it, so that collectives meanwhile keep the ranks from a timeout.
     """
-    lines = []
+    lines: list[bytes] = []
     reader = threading.Thread(target=lambda: lines.append(sys.stdin.buffer.readline()), daemon=True)
+
+    def wait() -> list[bytes]:
+        reader.join(POLL_S)
+        return lines
+
     if parallel.is_main():
         console.write("> ", end="", to="stderr")
         reader.start()
-    while not (line := parallel.on_main(lambda: reader.join(POLL_S) or lines)):
+    while not (line := parallel.on_main(wait)):
         watchdog.tick("chat")  # a user may take any time
     return line[0].decode("utf-8", "replace").strip()
 

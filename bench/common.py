@@ -1,9 +1,15 @@
-"""What the benchmarks of this folder share: fresh processes, the clocks, TRL's settings, the table.
+"""Shared by the benchmarks of this folder: fresh processes, the clocks, TRL's settings, the table.
+
+Each trainer is measured in a fresh process with the same thread count, in turn, `rounds` times over, and the
+first step of each run is dropped. With one thread the clock is the process's own CPU seconds, which repeat
+within a few per cent whatever else the machine does; the wall clock, printed beside it, does not. Padding is
+not work: a real token is a token of a text.
 
 The trainers' own libraries are imported inside the functions that run in a child: the parent must stay small
 (a child's peak memory starts at its parent's), and no trainer may pay for the libraries of another one.
 """
 
+import itertools
 import json
 import math
 import os
@@ -30,18 +36,14 @@ class RunConfig:
 
     model: Path = Path("models/smollm2-135m-instruct")
     """Hugging Face directory of the model to train."""
-
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the matrix multiplications run in; trainers keep weights and Adam states in fp32 either way."""
-
+    """Precision of the matrix products; trainers keep weights and Adam states in fp32 either way."""
     threads: int = 1
     """CPU threads of every child process."""
-
     steps: int = 4
     """Measured steps; one more is run first and dropped."""
-
     rounds: int = 1
-    """How often each trainer is measured, in turn."""
+    """Runs of each trainer, in turn."""
 
 
 @dataclass(frozen=True)
@@ -50,36 +52,24 @@ class Measured:
 
     tokens: list[int]
     """Real tokens of each step: the summed lengths of its texts (prompt and answer, no padding)."""
-
     cpu_s: list[float]
     """CPU seconds of each step, of all threads of the process; data loading and the optimizer included."""
-
     wall_s: list[float]
     """Wall-clock seconds of each step."""
-
     losses: list[float]
     """Loss of each step before its update, in nats."""
-
     grad_norms: list[float]
     """Norm of each step's gradient before clipping."""
-
     peak_rss_gb: float
     """Largest resident memory of the process, in 1e9 bytes."""
-
     trained_tokens: list[int] | None = None
     """Tokens of each step's rows that carry loss; None where a loss is not one of tokens."""
-
     distinct_tokens: list[int] | None = None
     """Real tokens of each step, a prompt with several answers counted once; None where rows share nothing."""
-
     pass_cpu_s: float = 0.0
     """CPU seconds of a pass over the data of all steps, before the first of them; 0 without one."""
-
     pass_wall_s: float = 0.0
     """Its wall-clock seconds."""
-
-
-# ---- processes -----------------------------------------------------------------------------------
 
 
 def prepare(config: RunConfig) -> None:
@@ -120,9 +110,6 @@ def measure_peak(config: RunConfig) -> float:
     return gemm_peak(config.dtype, config.threads)
 
 
-# ---- rows ----------------------------------------------------------------------------------------
-
-
 def read_rows(path: Path, fields: tuple[str, ...], batch: int, steps: int) -> list[dict]:
     """Return the rows of all steps, `batch` each, the warm-up step's first.
 
@@ -146,9 +133,6 @@ def read_rows(path: Path, fields: tuple[str, ...], batch: int, steps: int) -> li
     raise ValueError(f"--data {path} has {len(rows)} rows: --steps {steps} and a warm-up step need {needed}")
 
 
-# ---- clocks --------------------------------------------------------------------------------------
-
-
 def clocks() -> dict[str, float]:
     """Return both clocks in seconds; only differences mean anything."""
     return {"cpu": time.process_time(), "wall": time.perf_counter()}
@@ -156,11 +140,11 @@ def clocks() -> dict[str, float]:
 
 def differences(values: list[float]) -> list[float]:
     """Return what each value adds to the one before: one entry fewer."""
-    return [after - before for before, after in zip(values, values[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(values)]
 
 
 def seconds(run: RunConfig, call: Callable[[], Any], times: int) -> list[float]:
-    """Return the seconds of each of so many calls, after one that does not count, by `clock_name`'s clock."""
+    """Return the seconds of each of `times` calls, after a warm-up call, by `clock_name`'s clock."""
     readings = [clocks()]
     for _ in range(times + 1):
         call()
@@ -202,7 +186,17 @@ def measured(log: list[dict[str, float]], tokens: list[int], **rest: float | lis
     )
 
 
-# ---- ours and TRL -----------------------------------------------------------------------------------
+def our_model(directory: Path, dtype: str, head: Literal["policy", "scorer"] = "policy") -> Any:
+    """Return our model of a Hugging Face directory, its weights loaded."""
+    from align.distributed.parallel import ParallelConfig
+    from align.model import architecture, gpt, huggingface
+    from align.model.config import ModelConfig
+
+    arch = architecture.read_config(directory)
+    build = gpt.build_policy if head == "policy" else gpt.build_scorer
+    model = build(arch, ModelConfig(model=str(directory), precision=dtype), ParallelConfig())
+    huggingface.load(model, huggingface.open_source(directory, arch, 0))
+    return model
 
 
 def our_optimizer(model: Any) -> Any:
@@ -264,9 +258,6 @@ def record_steps(trainer: Any) -> list[dict[str, float]]:
 def logged_tokens(log: list[dict[str, float]]) -> list[int]:
     """Return the real tokens of each step that TRL counted into a log of `record_steps`."""
     return differences([entry["num_tokens"] for entry in log])
-
-
-# ---- the table -----------------------------------------------------------------------------------
 
 
 def matmul_parameters(model: Path, head: bool = True) -> int:

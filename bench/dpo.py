@@ -3,26 +3,24 @@
     pip install -r requirements.txt -r bench/requirements.txt
     python bench/dpo.py --data pairs.jsonl --model models/smollm2-135m-instruct
 
-What is compared: the same rows of {"prompt": [messages], "chosen": [message], "rejected": [message]} in the
+Compared are the same rows of {"prompt": [messages], "chosen": [message], "rejected": [message]} in the
 same order, 4 pairs a step (BATCH), the DPO loss with beta 0.1, AdamW without weight decay, learning rate
 1e-5, gradients clipped to norm 1, no recomputation of activations.
 
     ours-precompute   packed, a prompt computed once for both answers; reference log-probs of all pairs in
                       one pass before the first step
-    ours-swap         the same with reference log-probs in every step, the start weights lent to the model
-    trl-live          DPOTrainer as it comes, with a reference model; 8 texts a step, padded to the longest
+    ours-swap         the same with reference log-probs in every step, by swapping in the start weights
+    trl-live          DPOTrainer with a reference model, by default; 8 texts a step, padded to the longest
     trl-precompute    DPOTrainer(precompute_ref_log_probs=True)
 
 A pass before the first step is not in the speed of the steps; its own time is printed below the table, with
-the speed that steps and pass have together, over one epoch. A real token is a token of a text, the prompt
-counting with both answers, also for ours; padding is not work. The share of the matrix-multiply peak counts
-what the loss needs: a prompt once, and the output layer for the answers' tokens only.
+the speed that steps and pass have together, over one epoch. A prompt counts with both answers, also for ours.
+The share of the matrix-multiply peak counts what the loss needs: a prompt once, and the output layer for the
+answers' tokens only.
 
-Each is measured in a fresh process with the same thread count, in turn, `rounds` times over. The first step
-of each run is dropped. All must report the same tokens, ln 2 as the loss of the first step, and, within
-TOLERANCE, the same norm of the first gradient and the same loss of the second step, which proves that they
-were timed at the same job. With one thread the clock is the process's own CPU seconds, which repeat within a
-few per cent whatever else the machine does; the wall clock, printed beside it, does not.
+Processes and clocks: see common.py. All must report the same tokens, ln 2 as the loss of the first step, and,
+within pairs.TOLERANCE, the same norm of the first gradient and the same loss of the second step: they were
+timed at the same job.
 """
 
 import math
@@ -38,10 +36,6 @@ import tyro
 from common import Measured
 
 BETA = 0.1
-TOLERANCE = {  # losses in nats, the norm of the gradient relative
-    "fp32": {"losses": 1e-5, "grad_norm": 1e-4},
-    "bf16": {"losses": 1e-2, "grad_norm": 5e-2},  # TRL keeps fp32 weights under autocast, ours are bf16
-}
 TRAINERS = ("ours-precompute", "ours-swap", "trl-live", "trl-precompute")
 
 
@@ -51,10 +45,8 @@ class Config:
 
     data: Path
     """jsonl file of pairs with variable length, at most 1024 tokens in a prompt with one of its answers."""
-
     trainers: tuple[Literal[TRAINERS], ...] = TRAINERS
-    """Which to measure."""
-
+    """Trainers to measure."""
     run: common.RunConfig = field(default_factory=common.RunConfig)
 
 
@@ -72,7 +64,7 @@ def main(config: Config) -> None:
     runs = common.measure({name: jobs[name] for name in config.trainers}, config.run.rounds)
     print_results(runs, config.run, peak)
     check_start(runs)
-    pairs.check_same_work(runs, TOLERANCE[config.run.dtype])
+    pairs.check_same_work(runs, config.run.dtype)
 
 
 def run_ours(config: Config, swap: bool) -> Measured:
@@ -87,21 +79,15 @@ def run_ours(config: Config, swap: bool) -> Measured:
     from align.distributed import parallel
     from align.losses import preference
     from align.losses.statistics import log_ratio_statistics
-    from align.model import architecture, gpt, huggingface
-    from align.model.config import ModelConfig
+    from align.model import gpt
     from align.training import batching, engine, optim, reference
 
     torch.set_num_threads(config.run.threads)
-    layout = parallel.ParallelConfig()
     budget = packing.BatchConfig(pairs.BATCH, micro_batch_tokens=pairs.MICRO_BATCH_TOKENS)
-    settings = ModelConfig(model=str(config.run.model), precision=config.run.dtype)
-    with parallel.start(layout), tempfile.TemporaryDirectory() as scratch:
+    with parallel.start(parallel.ParallelConfig()), tempfile.TemporaryDirectory() as scratch:
         data = pairs.load_ours(pairs.read(config.data, config.run.steps), config.run.model)
         steps = [range(i, i + pairs.BATCH) for i in range(0, len(data), pairs.BATCH)]
-        arch = architecture.read_config(config.run.model)
-        policy = gpt.build_policy(arch, settings, layout)
-        huggingface.load(policy, huggingface.open_source(config.run.model, arch, 0))
-        policy = gpt.distributed(policy)
+        policy = gpt.distributed(common.our_model(config.run.model, config.run.dtype))
         optimizer = common.our_optimizer(policy)
 
         def sequence_logprobs(batch, logprobs):
@@ -112,9 +98,10 @@ def run_ours(config: Config, swap: bool) -> Measured:
             return batching.micro_batches(policy, examples, budget, {"row": np.array(rows)[:, None]})
 
         def loss_fn(batch, logprobs):
-            both = sequence_logprobs(batch, logprobs).view(-1, 2)
-            four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
+            policy_logprobs = sequence_logprobs(batch, logprobs).view(-1, 2).unbind(1)
+            ref_logprobs = batch.extra["ref"].view(-1, 2).unbind(1)
+            loss = preference.dpo(*policy_logprobs, *ref_logprobs, BETA).sum()
+            return loss, log_ratio_statistics(*policy_logprobs, *ref_logprobs, BETA)
 
         before = common.clocks()
         if swap:
@@ -127,9 +114,9 @@ def run_ours(config: Config, swap: bool) -> Measured:
         for rows in steps:
             batches = micro_batches("train", rows)
             ref.attach(batches, "train")
-            found = engine.forward_backward(policy, batches, loss_fn, len(rows))
-            found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
-            log.append(found | common.clocks())
+            metrics = engine.forward_backward(policy, batches, loss_fn, len(rows))
+            metrics["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
+            log.append(metrics | common.clocks())
     trained = [packing.num_trained(pair.examples) for pair in data]
     return common.measured(
         log,

@@ -17,9 +17,8 @@ step is (a call of 64 tokens - a call of 1) / 63. Its floor is the products of a
 and nothing else (median of 5 passes before the calls and 5 after, same process): by torch's F.linear, and by
 align.kernels.matmul.linear, which is ours, on weights as they are and packed.
 
-Each side is measured in a fresh process, in turn, `rounds` times over; with one thread the clock is its own
-CPU seconds. At the end both run in fp32: greedy tokens are compared, and the log-probs of tokens that ours
-drew must be those of a forward pass of transformers within TOLERANCE.
+Processes and clocks: see common.py. At the end both run in fp32: greedy tokens are compared, and the
+log-probs of tokens that ours drew must be those of a forward pass of transformers within TOLERANCE.
 """
 
 import random
@@ -53,7 +52,6 @@ class Config:
 
     data: Path
     """jsonl file of 64 prompts or more."""
-
     run: common.RunConfig = field(default_factory=lambda: common.RunConfig(steps=1))
 
 
@@ -75,10 +73,10 @@ def read_prompts(config: Config) -> Ids:
     from align.data.tokenizer import load_tokenizer
 
     fmt = prompts.PromptFormat(max_prompt_len=1024)
-    found, _ = prompts.load_prompts([config.data], load_tokenizer(config.run.model), fmt)
-    if len(found) < len(STOPS):
-        raise ValueError(f"--data {config.data} has {len(found)} prompts: {len(STOPS)} are needed")
-    return [prompt.ids.tolist() for prompt in found[: len(STOPS)]]
+    loaded, _ = prompts.load_prompts([config.data], load_tokenizer(config.run.model), fmt)
+    if len(loaded) < len(STOPS):
+        raise ValueError(f"--data {config.data} has {len(loaded)} prompts: {len(STOPS)} are needed")
+    return [prompt.ids.tolist() for prompt in loaded[: len(STOPS)]]
 
 
 def time_ours(run: common.RunConfig, prompts: Ids) -> Seconds:
@@ -96,8 +94,8 @@ def time_peer(run: common.RunConfig, prompts: Ids) -> Seconds:
 def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
     """Our Generator as a Generate of Samples, and the weights [n, k] that every token is multiplied with.
 
-    Given lengths are not an option of the package: a subclass of its batch looks them up by the prompt, and
-    passes over stop tokens.
+    The package has no option for fixed lengths: a subclass of its batch looks them up by the prompt, and
+    ignores stop tokens.
     """
     import numpy as np
     import torch
@@ -105,31 +103,29 @@ def our_generate(run: common.RunConfig) -> Iterator[tuple[Generate, list]]:
     from align.data.tokenizer import load_tokenizer
     from align.distributed import parallel
     from align.generation import continuous_batching, generator, sampling
-    from align.model import architecture, gpt, huggingface, huggingface_names
+    from align.model import huggingface_names
     from align.model.config import ModelConfig
 
     def call(prompts, limits, at_once, greedy=False):
-        class GivenLengths(batch):
+        class FixedLengths(batch):
             def finish_of(self, slots):
                 ended = self.count[slots] == np.array(limits)[self.prompt[slots]]
                 return np.where(ended, continuous_batching.LENGTH, continuous_batching.RUNNING)
 
-        generator.ContinuousBatch = GivenLengths
-        wanted = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)
+        generator.ContinuousBatch = FixedLengths
+        sampling_config = sampling.SamplingConfig(max_new_tokens=max(limits), greedy=greedy)
         slots = generator.RolloutConfig(rollout_slots=at_once)
-        sampler = generator.Generator(policy, slots, wanted, settings, layout, words)
-        found = sampler.generate([np.array(ids) for ids in prompts], [(i,) for i in range(len(prompts))])
-        assert [len(sample.ids) for [sample] in found] == limits
-        return [sample for [sample] in found]
+        sampler = generator.Generator(policy, slots, sampling_config, settings, layout, tokenizer)
+        samples = sampler.generate([np.array(ids) for ids in prompts], [(i,) for i in range(len(prompts))])
+        assert [len(sample.ids) for [sample] in samples] == limits
+        return [sample for [sample] in samples]
 
     batch = continuous_batching.ContinuousBatch
     torch.set_num_threads(run.threads)
-    words = load_tokenizer(run.model)
+    tokenizer = load_tokenizer(run.model)
     layout, settings = parallel.ParallelConfig(), ModelConfig(model=str(run.model), precision=run.dtype)
     with parallel.start(layout):
-        arch = architecture.read_config(run.model)
-        policy = gpt.build_policy(arch, settings, layout)
-        huggingface.load(policy, huggingface.open_source(run.model, arch, 0))
+        policy = common.our_model(run.model, run.dtype)
         weights = {
             name: p.detach() for _, p, name in huggingface_names.named_parameters(policy) if p.dim() == 2
         }
@@ -148,8 +144,8 @@ def peer(run: common.RunConfig) -> tuple[Any, Generate]:
         start = x.input_ids.shape[1]
         ends = torch.tensor([start + limit for limit in limits])
         stops = [lambda ids, scores, **_: ids.shape[1] >= ends]
-        how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
-        ids = model.generate(**x, **how, max_new_tokens=max(limits), stopping_criteria=stops)
+        flags = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
+        ids = model.generate(**x, **flags, max_new_tokens=max(limits), stopping_criteria=stops)
         assert ids.shape[1] == max(ends)
         return [row[start:end].tolist() for row, end in zip(ids, ends, strict=True)]
 
@@ -172,16 +168,16 @@ def time_calls(run: common.RunConfig, prompts: Ids, generate: Generate, floors: 
 
     def time_call(name, limits, at_once):
         call = partial(generate, prompts[: len(limits)], limits, at_once)
-        found[name, len(limits)] = statistics.median(common.seconds(run, call, run.steps))
+        seconds[name, len(limits)] = statistics.median(common.seconds(run, call, run.steps))
 
-    found = {}
+    seconds = {}
     for n in COUNTS:
         before = floors(n)
         time_call("whole", [NEW] * n, n)
         time_call("first", [1] * n, n)
-        found |= {(name, n): statistics.median(before[name] + after) for name, after in floors(n).items()}
+        seconds |= {(name, n): statistics.median(before[name] + after) for name, after in floors(n).items()}
     time_call("mixed", STOPS, SLOTS)
-    return found
+    return seconds
 
 
 def product_seconds(run: common.RunConfig, weights: list, rows: int) -> dict[str, list[float]]:

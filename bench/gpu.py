@@ -21,7 +21,7 @@ read once, at the speed of the copy. Speeds are those of the median step; peak G
 bytes, in the steps that count.
 
 Every case runs in a process of its own: one that fails leaves a line in the table and the exit status 1. The
-next one's process imports meanwhile, and begins when its turn comes. Without a GPU there is `--shapes tiny`
+next one's process imports meanwhile. Without a GPU there is `--shapes tiny`
 alone, which tests this script; its figures say nothing of a GPU.
 """
 
@@ -76,25 +76,25 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How much is measured. Ranges are bounds of lengths in tokens, which are drawn evenly."""
+    """Amount of work measured. Pairs of numbers are bounds of lengths in tokens, which are drawn evenly."""
 
-    product: int
-    copy_bytes: int
-    warmup: int  # steps, in which kernels are compiled
-    steps: int
-    rows: int  # of an SFT step
-    row_tokens: tuple[int, int]
-    pairs: int  # of a DPO step
-    prompt_tokens: tuple[int, int]
-    answer_tokens: tuple[int, int]
-    micro_batch_tokens: int
-    trl_micro_batch: int  # rows or pairs that TRL computes at a time
-    decode_batches: tuple[int, ...]
-    decode_tokens: int  # of a prompt, and of an answer
-    ppo_answers: int
-    ppo_prompt_tokens: tuple[int, int]
-    ppo_new_tokens: int
-    ppo_steps: int
+    product: int = 8192
+    copy_bytes: int = 2**31
+    warmup: int = 3  # steps, in which kernels are compiled
+    steps: int = 5
+    rows: int = 32  # of an SFT step
+    row_tokens: tuple[int, int] = (512, 2048)
+    pairs: int = 16  # of a DPO step
+    prompt_tokens: tuple[int, int] = (256, 1024)
+    answer_tokens: tuple[int, int] = (128, 512)
+    micro_batch_tokens: int = 8192
+    trl_micro_batch: int = 4  # rows or pairs that TRL computes at a time
+    decode_batches: tuple[int, ...] = (1, 32, 256)
+    decode_tokens: int = 128  # of a prompt, and of a response
+    ppo_answers: int = 128
+    ppo_prompt_tokens: tuple[int, int] = (64, 256)
+    ppo_new_tokens: int = 512
+    ppo_steps: int = 3
 
 
 SHAPES = {
@@ -103,25 +103,6 @@ SHAPES = {
     "1b": Shape(16, 2048, 32, 8, 8192, 128256, True),
     "8b": Shape(32, 4096, 32, 8, 14336, 128256, False),
 }
-WORK = Work(
-    product=8192,
-    copy_bytes=2**31,
-    warmup=3,
-    steps=5,
-    rows=32,
-    row_tokens=(512, 2048),
-    pairs=16,
-    prompt_tokens=(256, 1024),
-    answer_tokens=(128, 512),
-    micro_batch_tokens=8192,
-    trl_micro_batch=4,
-    decode_batches=(1, 32, 256),
-    decode_tokens=128,
-    ppo_answers=128,
-    ppo_prompt_tokens=(64, 256),
-    ppo_new_tokens=512,
-    ppo_steps=3,
-)
 TINY_WORK = Work(
     product=256,
     copy_bytes=2**22,
@@ -151,31 +132,24 @@ class Config:
     """Flags of this benchmark."""
 
     sections: tuple[Section, ...] = ("limits", "sft", "dpo", "decode", "trl", "ppo")
-    """what to measure, in this order"""
-
+    """sections to measure, in this order"""
     shapes: tuple[Literal["tiny", "135m", "1b", "8b"], ...] = ("135m", "1b", "8b")
-    """of which models; trl and ppo leave out 8b"""
-
+    """shapes of the models; trl and ppo leave out 8b"""
     time_limit_s: float = 120.0
-    """most seconds of one case; it is ended then"""
-
+    """longest time of one case, in seconds; it is killed then"""
     total_limit_s: float = 560.0
-    """most seconds of the whole; cases that are left then are not run"""
-
+    """longest time of all cases, in seconds; the remaining ones are not run"""
     output: Path = Path("runs/gpu.json")
-    """where all figures are written, after each case anew"""
-
-
-# ---- arithmetic ----------------------------------------------------------------------------------
+    """file of all figures, rewritten after each case"""
 
 
 def work_of(shape: str) -> Work:
-    """How much is measured of a shape."""
-    return TINY_WORK if shape == "tiny" else WORK
+    """Amount of work for a shape."""
+    return TINY_WORK if shape == "tiny" else Work()
 
 
 def matmul_weights(shape: Shape, layers: int) -> int:
-    """Weights that a token is multiplied with; the embedding counts where it is the output layer as well."""
+    """Weights in a token's matrix products: those of the layers, and of the output layer."""
     return layers * shape.layer_weights + shape.head_weights
 
 
@@ -226,16 +200,8 @@ def decode_bytes(shape: Shape, sequences: int, keys: float) -> float:
     return 2 * (matmul_weights(shape, shape.layers) + cache)
 
 
-def median(values: list[float]) -> float:
-    """The middle one of some values, of an even number the lower of both."""
-    return sorted(values)[(len(values) - 1) // 2]
-
-
-# ---- cases ---------------------------------------------------------------------------------------
-
-
 def main(config: Config) -> int:
-    """Run all cases, print their lines as they come, and return the exit status."""
+    """Run all cases, print each line at once, and return the exit status."""
     check(config)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     deadline, records = time.monotonic() + config.total_limit_s, []
@@ -275,7 +241,7 @@ def check(config: Config) -> None:
 
 
 def list_cases(config: Config) -> list[Record]:
-    """What is run, in the order of the flags."""
+    """Cases in the order of the flags."""
     cases = []
     for section in config.sections:
         if section == "limits":
@@ -296,7 +262,7 @@ def name_of(case: Record) -> str:
 
 @contextlib.contextmanager
 def started(case: Record, scratch: Path) -> Iterator[subprocess.Popen]:
-    """A case's process, which imports and then waits for a line of input; it does not outlive the block."""
+    """Start a case's process, which imports and then reads a line of input; it is killed after the block."""
     with (scratch / f"{name_of(case)}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(WORKER), json.dumps(case), str(scratch)],
@@ -320,7 +286,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def finish(process: subprocess.Popen, case: Record, scratch: Path, limit_s: float) -> list[Record]:
-    """Let a case's process begin, wait for its end, and return its records, at last one of its failure."""
+    """Run a started case to its end. Returns its records; the last one is of its failure, if any."""
     start, name = time.monotonic(), name_of(case)
     if limit_s <= 0:
         return [case | {"error": "not run: --total-limit-s is over"}]
@@ -339,13 +305,11 @@ def finish(process: subprocess.Popen, case: Record, scratch: Path, limit_s: floa
     elif process.returncode:
         log = (scratch / f"{name}.log").read_text(errors="replace")
         print(f"---- {name} failed; the end of its output:\n{log[-3000:]}\n----", flush=True)
-        said = [line for line in log.splitlines() if line.strip()]
-        reason = said[-1].strip() if said else "it said nothing"
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no output"
         records.append(case | {"error": f"exit status {process.returncode}: {reason}"} | case_s)
     return records
 
-
-# ---- tables --------------------------------------------------------------------------------------
 
 TRAIN_COLUMNS = ("layers", "tok/s", "step s", "TFLOP/s", "of product", "of 989", "peak GB", "reference")
 DECODE_COLUMNS = ("answers", "tok/s", "step ms", "GB read", "bound ms", "of bound", "call tok/s", "peak GB")
@@ -354,10 +318,12 @@ PPO_COLUMNS = ("step s", *PPO_PHASES, "other", "peak GB")
 
 
 def print_record(record: Record, records: list[Record]) -> None:
-    """Print one line, and before a section's first line its heading."""
+    """Print one line, and before a section's first line the names of its columns."""
     section = record["section"]
     if [other["section"] for other in records].count(section) == 1:
-        print_heading(section)
+        columns = {"limits": (), "decode": DECODE_COLUMNS, "ppo": PPO_COLUMNS}.get(section, TRAIN_COLUMNS)
+        title = "ppo, --offload" if section == "ppo" else section
+        print("\n" + f"{title:<22}" + "".join(f"{column:>11}" for column in columns), flush=True)
     name = f"{section} {record.get('name', record['shape'])}"
     if section == "ppo":
         name += f", {record['offload']}"
@@ -373,15 +339,8 @@ def print_record(record: Record, records: list[Record]) -> None:
     print(f"{name:<22}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
-def print_heading(section: str) -> None:
-    """Print the names of a section's columns."""
-    columns = {"limits": (), "decode": DECODE_COLUMNS, "ppo": PPO_COLUMNS}.get(section, TRAIN_COLUMNS)
-    title = "ppo, --offload" if section == "ppo" else section
-    print("\n" + f"{title:<22}" + "".join(f"{column:>11}" for column in columns), flush=True)
-
-
 def limit_cells(record: Record, limits: Record | None) -> list[str]:
-    """What this device can do."""
+    """Cells of limits: rates of this device."""
     return [
         f"  {record['device']}, torch {record['torch']}, {record['device_bytes'] / 1e9:.1f} GB: "
         f"{record['product']}^3 bf16 product {record['product_tflops']:.1f} TFLOP/s "
@@ -391,7 +350,7 @@ def limit_cells(record: Record, limits: Record | None) -> list[str]:
 
 
 def train_cells(record: Record, limits: Record | None) -> list[str]:
-    """Of sft, dpo and trl. Speeds are those of the median step."""
+    """Cells of sft, dpo and trl. Speeds are those of the median step."""
     tflops = record["tflops"]
     cells = [f"{record['layers']}/{SHAPES[record['shape']].layers}", f"{record['tokens_per_s']:.0f}"]
     cells += [f"{record['step_s']:.3f}", f"{tflops:.1f}"]
@@ -401,24 +360,18 @@ def train_cells(record: Record, limits: Record | None) -> list[str]:
 
 
 def decode_cells(record: Record, limits: Record | None) -> list[str]:
-    """Of decode: the median step beside its bound; and whole calls, with prompts and graph captures."""
+    """Cells of decode: the median step beside its bound; whole calls, with prompts and graph captures."""
     gb = record["step_bytes"] / 1e9
-    cells = [
-        str(record["answers"]),
-        f"{record['tokens_per_s']:.0f}",
-        f"{record['step_s'] * 1e3:.2f}",
-        f"{gb:.2f}",
-    ]
+    cells = [str(record["answers"]), f"{record['tokens_per_s']:.0f}", f"{record['step_s'] * 1e3:.2f}"]
+    bounds = ["-", "-"]
     if limits:
         bound_s = gb / limits["copy_gb_per_s"]
-        cells += [f"{bound_s * 1e3:.2f}", f"{bound_s / record['step_s']:.0%}"]
-    else:
-        cells += ["-", "-"]
-    return [*cells, f"{record['call_tokens_per_s']:.0f}", f"{record['peak_gb']:.1f}"]
+        bounds = [f"{bound_s * 1e3:.2f}", f"{bound_s / record['step_s']:.0%}"]
+    return [*cells, f"{gb:.2f}", *bounds, f"{record['call_tokens_per_s']:.0f}", f"{record['peak_gb']:.1f}"]
 
 
 def ppo_cells(record: Record, limits: Record | None) -> list[str]:
-    """Of ppo: seconds of a step after the first one, and the shares of its phases."""
+    """Cells of ppo: seconds of a step after the first one, and the shares of its phases."""
     shares = record["shares"]
     other = 1 - sum(shares.get(phase, 0.0) for phase in PPO_PHASES)
     cells = [f"{shares.get(phase, 0.0):.1%}" for phase in PPO_PHASES] + [f"{other:.1%}"]
@@ -434,8 +387,7 @@ def print_ratios(records: list[Record]) -> None:
     }
     for record in records:
         if record["section"] == "trl" and "tokens_per_s" in record:
-            ours = speeds.get((record["task"], record["shape"]))
-            if ours is not None:
+            if ours := speeds.get((record["task"], record["shape"])):
                 ratio = ours / record["tokens_per_s"]
                 print(f"ours / TRL {record['name']}: {ratio:.2f}x the speed", flush=True)
 

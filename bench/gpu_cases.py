@@ -1,9 +1,9 @@
-"""What bench/gpu.py runs in processes of their own: one case each, its results as lines of a file.
+"""The cases of bench/gpu.py, each in a process of its own, its results as lines of a file.
 
     python bench/gpu_cases.py CASE FOLDER
 
 CASE is a JSON object of `section`, `shape` and, for ppo, `offload`. The process imports what the case needs,
-waits for a line of input, measures, and appends records to FOLDER/<case>.jsonl as they are known.
+reads a line of input, measures, and appends each record to FOLDER/<case>.jsonl at once.
 """
 
 import contextlib
@@ -14,16 +14,18 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median_low as median
 
 import common  # noqa: F401, it puts the package on the path
 import gpu
 import numpy as np
 import torch
-from gpu import SHAPES, Record, Shape, Work, median
+from gpu import SHAPES, Record, Shape, Work
 
 from align.data import packing
 from align.data.packing import Example
@@ -34,7 +36,7 @@ from align.generation.generator import Generator, RolloutConfig
 from align.losses import preference, supervised
 from align.losses.statistics import log_ratio_statistics
 from align.model import architecture, config, gpt, huggingface, huggingface_names
-from align.training import batching, engine, optim
+from align.training import batching, engine, optim, phases
 from align.training.reference import Swapped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,35 +50,17 @@ UNSTEADY = 8  # first steps of a call of decoding, which do not count: a graph i
 Emit = Callable[[Record], None]
 
 
-# ---- models and rows -----------------------------------------------------------------------------
-
-
-def architecture_of(shape: Shape, layers: int) -> architecture.Architecture:
-    """What a Llama of this shape computes."""
-    return architecture.Architecture(
-        family="llama",
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        ffn_size=shape.ffn,
-        layers=layers,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        norm_eps=1e-5,
-        init_std=INIT_STD,
-        max_positions=CONTEXT,
-        tied_embeddings=shape.tied,
-        qkv_bias=False,
-        qk_norm=False,
-        window=None,
-        rope=(("rope_theta", 500000.0), ("rope_type", "default")),
-    )
+def architecture_of(shape: Shape, labels: int = 0) -> architecture.Architecture:
+    """Architecture of a Llama of this shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(hf_config(shape, labels)))
+        return architecture.read_config(Path(folder))
 
 
 @torch.no_grad()
 def random_policy(shape: Shape, layers: int, settings: config.ModelConfig) -> gpt.Policy:
     """A policy whose matrices are normal, drawn on its own device: a CPU takes a minute for 8b."""
-    policy = gpt.build_policy(architecture_of(shape, layers), settings, LAYOUT)
+    policy = gpt.build_policy(architecture_of(replace(shape, layers=layers)), settings, LAYOUT)
     torch.manual_seed(0)
     for weight in policy.parameters():
         if weight.dim() > 1:
@@ -85,7 +69,7 @@ def random_policy(shape: Shape, layers: int, settings: config.ModelConfig) -> gp
 
 
 def settings_of(shape: str) -> config.ModelConfig:
-    """How the models of this benchmark compute."""
+    """Flags of the models of this benchmark."""
     return config.ModelConfig(model=f"llama-{shape}", precision="bf16")
 
 
@@ -142,9 +126,6 @@ def forward_flops_of(shape: Shape, layers: int, rows: list[list[Example]]) -> in
     return gpu.forward_flops(shape, layers, tokens, predicted, keys)
 
 
-# ---- clocks and memory ---------------------------------------------------------------------------
-
-
 def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
@@ -160,25 +141,11 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def start_peak() -> None:
-    """Count the peak of a GPU's memory anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gb() -> float:
-    """The most memory of tensors on the GPU since then, without one that of the process; in 1e9 bytes."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else common.peak_rss_gb()
-
-
 def device_bytes() -> int:
     """The GPU's memory, without one the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# ---- sections ------------------------------------------------------------------------------------
 
 
 def limits(case: Record, scratch: Path, emit: Emit) -> None:
@@ -223,7 +190,7 @@ def train_record(
         "step_s": median([s for s, _, _ in measured]),
         "tokens_per_s": median([count / s for s, count, _ in measured]),
         "tflops": median([count / s / 1e12 for s, _, count in measured]),
-        "peak_gb": peak_gb(),
+        "peak_gb": phases.peak_bytes() / 1e9,
     }
 
 
@@ -248,7 +215,7 @@ def sft(case: Record, scratch: Path, emit: Emit) -> None:
         seconds = []
         for number, examples in enumerate(steps):
             if number == work.warmup:
-                start_peak()
+                phases.start_peak()
             seconds.append(seconds_of(functools.partial(step, examples)))
         tokens = [sum(len(row.ids) for row in rows) for rows in steps]
         flops = [
@@ -272,15 +239,16 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
             return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths)
 
         def loss_fn(batch: packing.Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            both = sequence_logprobs(batch, logprobs).view(-1, 2)
-            four = *both.unbind(1), *batch.extra["ref"].view(-1, 2).unbind(1)
-            return preference.dpo(*four, BETA).sum(), log_ratio_statistics(*four, BETA)
+            policy_logprobs = sequence_logprobs(batch, logprobs).view(-1, 2).unbind(1)
+            ref_logprobs = batch.extra["ref"].view(-1, 2).unbind(1)
+            loss = preference.dpo(*policy_logprobs, *ref_logprobs, BETA).sum()
+            return loss, log_ratio_statistics(*policy_logprobs, *ref_logprobs, BETA)
 
         reference = Swapped(policy, sequence_logprobs)
         seconds, reference_s = [], []
         for number, pairs in enumerate(steps):
             if number == work.warmup:
-                start_peak()
+                phases.start_peak()
             start = time.perf_counter()
             batches = batching.micro_batches(policy, pairs, budget)
             reference_s.append(seconds_of(functools.partial(reference.attach, batches, "train")))
@@ -294,8 +262,8 @@ def dpo(case: Record, scratch: Path, emit: Emit) -> None:
         emit(train_record(layers, seconds, tokens, flops, work.warmup) | {"reference_share": median(shares)})
 
 
-class NoWords:
-    """A tokenizer without a token that ends an answer."""
+class NoStops:
+    """A tokenizer without a stop token."""
 
     stop_ids: set[int] = set()
     vocab_size = 2**31
@@ -314,8 +282,8 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
         policy = random_policy(shape, shape.layers, settings)
         for count in work.decode_batches:
             slots = RolloutConfig(rollout_slots=count)
-            wanted = sampling.SamplingConfig(max_new_tokens=n)
-            generator = Generator(policy, slots, wanted, settings, LAYOUT, NoWords())
+            sampling_config = sampling.SamplingConfig(max_new_tokens=n)
+            generator = Generator(policy, slots, sampling_config, settings, LAYOUT, NoStops())
             prompts = [random_ids(shape, n, rng) for _ in range(count)]
             times: list[float] = []
 
@@ -326,7 +294,7 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
             call = functools.partial(generator.generate, prompts, [(i,) for i in range(count)], 1, note)
             call()
             times.clear()
-            start_peak()
+            phases.start_peak()
             whole_s = seconds_of(call)
             if len(times) != n:
                 raise RuntimeError(f"the first answer has {len(times)} tokens, not {n}")
@@ -339,18 +307,15 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
                     "step_s": median(steps),
                     "step_bytes": gpu.decode_bytes(shape, count, keys),
                     "call_tokens_per_s": count * n / whole_s,
-                    "peak_gb": peak_gb(),
+                    "peak_gb": phases.peak_bytes() / 1e9,
                 }
             )
-
-
-# ---- ppo -----------------------------------------------------------------------------------------
 
 
 def ppo(case: Record, scratch: Path, emit: Emit) -> None:
     """Steps of train_ppo.py: policy, critic, reference and reward model of one shape, random ones.
 
-    Nothing is saved at the end. Answers do not end by themselves but by a chance of one in the vocabulary.
+    Nothing is saved at the end. A stop token has a chance of one in the vocabulary.
     """
     import tyro
 
@@ -433,13 +398,11 @@ def write_model(shape: Shape, scratch: Path, labels: int) -> Path:
     if (folder / "config.json").exists():
         return folder
     shutil.copytree(ROOT / "assets" / "tiny", folder)
-    arch = architecture_of(shape, shape.layers)
-    named = huggingface_names.tensor_shapes(replace(arch, labels=labels))
     torch.manual_seed(labels)
     tensors = {}
-    for name, size in named.items():
-        one = torch.empty(size, dtype=torch.bfloat16, device=parallel.device())
-        tensors[name] = (one.fill_(1) if one.dim() == 1 else one.normal_(std=INIT_STD)).cpu()
+    for name, size in huggingface_names.tensor_shapes(architecture_of(shape, labels)).items():
+        tensor = torch.empty(size, dtype=torch.bfloat16, device=parallel.device())
+        tensors[name] = (tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(std=INIT_STD)).cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(shape, labels), indent=1))
     return folder
@@ -469,9 +432,6 @@ def hf_config(shape: Shape, labels: int) -> dict:
     }
 
 
-# ---- TRL -----------------------------------------------------------------------------------------
-
-
 def trl(case: Record, scratch: Path, emit: Emit) -> None:
     """TRL's trainers on the rows of `sft` and `dpo`: fp32 weights under bf16 autocast, torch's attention.
 
@@ -481,33 +441,27 @@ def trl(case: Record, scratch: Path, emit: Emit) -> None:
     if importlib.util.find_spec("trl") is None:
         emit({"skipped": "trl is not installed (bench/requirements.txt)"})
         return
-    for name, train in (("sft padded", trl_sft_padded), ("sft packed", trl_sft_packed), ("dpo", trl_dpo)):
-        start_peak()
+    jobs = {
+        "sft padded": functools.partial(trl_sft, packing=False),
+        "sft packed": functools.partial(trl_sft, packing=True),
+        "dpo": trl_dpo,
+    }
+    for name, train in jobs.items():
+        phases.start_peak()
         task = name.split()[0]
         emit({"name": f"{name} {case['shape']}", "task": task} | train(case["shape"], scratch))
         gc.collect()
         parallel.free_memory()
 
 
-def trl_sft_padded(shape: str, scratch: Path) -> Record:
-    """SFTTrainer as it comes."""
-    work = gpu.work_of(shape)
-    return trl_sft(shape, scratch, packing=False, accumulated=work.rows // work.trl_micro_batch)
-
-
-def trl_sft_packed(shape: str, scratch: Path) -> Record:
-    """SFTTrainer(packing=True): rows in as few of the longest length as best fit decreasing finds."""
-    work = gpu.work_of(shape)
-    packs = work.rows * sum(work.row_tokens) / 2 / work.row_tokens[1]
-    return trl_sft(shape, scratch, packing=True, accumulated=round(packs / work.trl_micro_batch) or 1)
-
-
-def trl_sft(shape: str, scratch: Path, packing: bool, accumulated: int) -> Record:
-    """Train the rows of `sft`; a step accumulates so many micro-batches."""
+def trl_sft(shape: str, scratch: Path, packing: bool) -> Record:
+    """Train the rows of `sft` by SFTTrainer, packed in rows of the longest length by best fit decreasing."""
     import datasets
     import trl
 
     work = gpu.work_of(shape)
+    packs = work.rows * sum(work.row_tokens) / 2 / work.row_tokens[1] if packing else work.rows
+    accumulated = round(packs / work.trl_micro_batch) or 1
     steps = steps_of_rows(SHAPES[shape], work)
     rows = [{"input_ids": row.ids.tolist(), "labels": row.ids.tolist()} for part in steps for row in part]
     settings = trl_settings(work, work.row_tokens[1], accumulated, scratch)
@@ -594,17 +548,15 @@ def trl_record(shape: str, trainer: object, flops_per_token: float) -> Record:
     return train_record(SHAPES[shape].layers, seconds, tokens, flops, warmup)
 
 
-# ---- one case ------------------------------------------------------------------------------------
-
 SECTIONS = {"limits": limits, "sft": sft, "dpo": dpo, "decode": decode, "trl": trl, "ppo": ppo}
 
 
 def main(case: Record, scratch: Path) -> None:
-    """Import what the case needs, wait for the turn, measure."""
+    """Import the libraries of a case, read a line as the signal to begin, and measure."""
     if case["section"] == "trl" and importlib.util.find_spec("trl") is not None:
         import trl as _  # noqa: F401, the time of this import is not the case's
     if not sys.stdin.readline():
-        return  # nobody waits for a result
+        return  # the parent process has ended
 
     def emit(record: Record) -> None:
         with (scratch / f"{gpu.name_of(case)}.jsonl").open("a") as file:

@@ -5,8 +5,8 @@
 
 Models are random, with some 50 to 115 million weights. Measured is resident memory with each larger tensor
 mapped by itself (plan_cases.py: "exact"): the sum of all allocations of a moment, which tools.plan
-computes. --allocator run measures with glibc as runs have it: it keeps what was freed, with gaps between
-tensors, and so a phase's peak is that of all phases before it, too. The allowance for CPUs is for that.
+computes. --allocator run measures with glibc as runs have it: it keeps freed memory, with gaps between
+tensors, so a phase's peak includes all phases before it. The allowance for CPUs is for that.
 
 A random model judges nothing, and its answers are no text: of self-rewarding only sampling and saving are
 compared.
@@ -99,13 +99,13 @@ class Config:
     only: tuple[str, ...] = ()
     """names of cases (default: all)"""
     allocator: Literal["exact", "run"] = "exact"
-    """how memory is measured: see above"""
+    """allocator of the measured run: see above"""
     json: Path | None = None
-    """where all figures go as well"""
+    """file of all figures"""
 
 
 def prepare(directory: Path) -> dict[str, str]:
-    """Models and data; what the cases' commands call them."""
+    """Write models and data. Returns their names in the cases' commands."""
     models = {"large": (0, LARGE), "tied": (0, TIED), "small": (0, SMALL), "small_rm": (1, SMALL)}
     for name, (labels, sizes) in models.items():
         plan_cases.write_model(directory / name, labels, **sizes)
@@ -116,7 +116,7 @@ def prepare(directory: Path) -> dict[str, str]:
 
 
 def measured(processes: int, command: list[str], allocator: str, directory: Path) -> list[dict[str, float]]:
-    """GB by phase that each rank of a run takes."""
+    """Run a script. Returns GB by phase of each rank."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -135,7 +135,7 @@ def measured(processes: int, command: list[str], allocator: str, directory: Path
 
 
 def planned(processes: int, command: list[str], process: float) -> list[dict[str, float]]:
-    """The estimate of each pipeline stage. `process`: that of the process itself, in GB."""
+    """Estimate GB by phase of each pipeline stage. `process`: GB of the process itself."""
     cluster = Cluster(gpus_per_node=processes, device="cpu", host_memory=1000)
     script = plan.load_script(ROOT / command[0])
     job = command_line.parse(script.Config, command[1:]).plan(cluster)
@@ -147,18 +147,18 @@ def planned(processes: int, command: list[str], process: float) -> list[dict[str
 
 
 def compare(case: str, process: float, names: dict[str, str], config: Config, directory: Path) -> list[dict]:
-    """Plan and measurement, in GB, of each phase of a case that was measured; of all ranks the highest."""
+    """Plan and measurement in GB of each measured phase of a case, the highest of all ranks."""
     processes, line = CASES[case]
     command = line.format(**names).format(**names).split()
-    found = measured(processes, command, config.allocator, directory)
-    said = planned(processes, command, process)
-    phases = [phase for phase in said[0] if phase != "judge" and any(phase in rank for rank in found)]
+    ranks = measured(processes, command, config.allocator, directory)
+    stages = planned(processes, command, process)
+    phases = [phase for phase in stages[0] if phase != "judge" and any(phase in rank for rank in ranks)]
     return [
         {
             "case": case,
             "phase": phase,
-            "plan": max(stage[phase] for stage in said),
-            "measured": max(rank.get(phase, 0.0) for rank in found),
+            "plan": max(stage[phase] for stage in stages),
+            "measured": max(rank.get(phase, 0.0) for rank in ranks),
         }
         for phase in phases
     ]

@@ -3,8 +3,8 @@
     plan_cases.py OUT ALLOCATOR SCRIPT FLAGS...
 
 OUT/RANK.json gets {phase: GB}. On a CPU that is resident memory, and ALLOCATOR says of which kind: "exact"
-has each larger tensor mapped by itself and given back when it is freed, so that it is the sum of what lives;
-"run" leaves glibc as align.distributed.megatron_on_cpu sets it: it keeps what was freed, with gaps. Models
+maps each larger tensor by itself and unmaps it when freed, so that it is the sum of all live tensors;
+"run" is glibc as align.distributed.megatron_on_cpu sets it: it keeps freed memory, with gaps. Models
 are random: of their directories only config.json and tokenizer are read.
 """
 
@@ -31,7 +31,7 @@ from align.training.phases import Phases
 
 ROOT = Path(__file__).resolve().parents[1]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's numbers
-PARTS = {  # of a script without phases of its own: what belongs to which
+PARTS = {  # phases of a script that has none of its own, and their functions
     "train": ((engine, "forward_backward"), (optim, "step")),
     "generate": ((generator.Generator, "generate"),),
     "score": ((sources.RewardModel, "__call__"),),
@@ -54,10 +54,10 @@ def write_model(directory: Path, labels: int = 0, **changes: Any) -> Path:
 def write_data(directory: Path, rows: int, length: int, prompt: int) -> Path:
     """Files of rows, pairs and prompts of so many tokens; a letter is a token of the tiny model."""
     directory.mkdir()
-    drawn = random.Random(0)
+    rng = random.Random(0)
 
     def text(count: int) -> str:
-        return "".join(drawn.choices("abcdefgh", k=count))
+        return "".join(rng.choices("abcdefgh", k=count))
 
     kinds = {
         "rows": lambda: {"input": text(2), "output": text(length)},
@@ -85,14 +85,14 @@ class Peaks:
     """The highest peak of each phase, in bytes. A phase in a phase is part of it."""
 
     def __init__(self):
-        self.found: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
         self.inside = False
 
     def note(self, name: str, size: float) -> None:
-        self.found[name] = max(size, self.found.get(name, 0.0))
+        self.peaks[name] = max(size, self.peaks.get(name, 0.0))
 
     def of(self, name: str, function: Callable) -> Callable:
-        """The function, its peak noted."""
+        """Wrap a function, and note its peak."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ class Peaks:
         return run
 
     def of_phases(self) -> None:
-        """Note what align.training.phases.Phases measures, of this rank."""
+        """Note the peaks that align.training.phases.Phases measures, of this rank."""
         call = Phases.__call__.__wrapped__
 
         def phase(phases: Phases, name: str, /, **needs: str):  # noqa: ANN202
@@ -119,11 +119,11 @@ class Peaks:
         Phases.__call__ = offload.contextlib.contextmanager(phase)
 
     def of_first(self) -> None:
-        """Note as "process" what is there before the first model is built."""
+        """Note as "process" the memory before the first model is built."""
         build = gpt.Decoder.__init__
 
         def first(*args: Any, **kwargs: Any) -> None:
-            if "process" not in self.found:
+            if "process" not in self.peaks:
                 phases.start_peak()
                 self.note("process", phases.peak_bytes())
             build(*args, **kwargs)
@@ -132,7 +132,7 @@ class Peaks:
 
 
 def main(out: Path, allocator: str, script: str, flags: list[str]) -> None:
-    """Run a script with these flags and write what it took."""
+    """Run a script with these flags and write its peaks."""
     module = importlib.import_module(script.removesuffix(".py"))
     config = command_line.parse(module.Config, flags)
     huggingface.open_source = lambda directory, arch, seed: huggingface.RandomSource(arch, seed)
@@ -150,7 +150,7 @@ def main(out: Path, allocator: str, script: str, flags: list[str]) -> None:
         module.main(config)
         rank = dist.get_rank()
     out.mkdir(exist_ok=True)
-    (out / f"{rank}.json").write_text(json.dumps({name: size / 1e9 for name, size in peaks.found.items()}))
+    (out / f"{rank}.json").write_text(json.dumps({name: size / 1e9 for name, size in peaks.peaks.items()}))
 
 
 if __name__ == "__main__":

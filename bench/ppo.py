@@ -4,7 +4,7 @@
     pip install --no-deps --target trl-1.10 trl==1.10.0
     python bench/ppo.py --data prompts.jsonl --trl-ppo trl-1.10
 
-What is compared, with the same rows of {"prompt": [messages]} in the same order:
+Compared are, with the same rows of {"prompt": [messages]} in the same order:
 
     grpo   --samples answers, 8 to a prompt (GROUP); the reward is the share of digits among the characters of
            the answer. Ours is train_grpo.py; TRL's is GRPOTrainer.
@@ -23,10 +23,8 @@ A real token is one of a prompt with its answer, each sample counted once, howev
 padding is not work. Both sides must report the same real tokens in every step. Answers are drawn, so losses
 are not compared here: tests compare ours with the equations.
 
-Each trainer runs in a fresh process with the same thread count, in turn, `rounds` times over; the first step
-is dropped. With one thread the clock is the process's own CPU seconds, in our table of phases, too, which
-must add up to the step. Peak memory is resident memory of the process, from its start to its last step; "at
-start" is that of loading the models alone.
+Processes and clocks: see common.py. The phases of our table, by the same clock, must add up to the step. Peak
+memory is resident memory of the process, from its start to its last step; "at start": of loading the models.
 """
 
 import contextlib
@@ -40,6 +38,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean as mean
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -64,25 +63,18 @@ class Config:
 
     data: Path
     """jsonl file of prompts in messages; --samples of them for each step, of at most 512 tokens."""
-
     trainer: Literal["grpo", "ppo", "both"] = "both"
-    """Which algorithm to measure."""
-
+    """Algorithms to measure."""
     sides: tuple[Literal["ours", "trl"], ...] = ("ours", "trl")
-    """Which to measure."""
-
+    """Sides to measure."""
     trl_ppo: Path | None = None
     """Directory of TRL 1.10: pip install --no-deps --target DIR trl==1.10.0 (for ppo)."""
-
     samples: int = 32
     """Answers of a step."""
-
     micro_batch: int = 8
     """Answers that TRL trains at a time."""
-
     offload: Literal["on", "off"] = "on"
-    """Whether ours puts away what a phase of a step does not need."""
-
+    """Ours: --offload of the script."""
     run: common.RunConfig = field(default_factory=lambda: common.RunConfig(steps=1))
 
     @property
@@ -97,25 +89,18 @@ class Measured:
 
     tokens: list[int]
     """Real tokens of each step."""
-
     cpu_s: list[float]
     """CPU seconds of each step, of all threads of the process."""
-
     wall_s: list[float]
     """Wall-clock seconds of each step."""
-
     generate_s: list[float]
     """Seconds of each step in which answers were sampled, by `common.clock_name`'s clock."""
-
     peak_rss_gb: float
     """Largest resident memory of the process, in 1e9 bytes."""
-
     start_rss_gb: float
-    """Its largest before the first step."""
-
+    """Largest resident memory before the first step, in 1e9 bytes."""
     phases: list[dict[str, float]] = field(default_factory=list)
     """Ours: the seconds of each step by phase, by `common.clock_name`'s clock."""
-
     memory: list[dict[str, float]] = field(default_factory=list)
     """Ours: the peak resident memory of each step by phase, in 1e9 bytes."""
 
@@ -136,9 +121,9 @@ def main(config: Config) -> None:
         }
         runs = common.measure(jobs, config.run.rounds)
     for name in config.names:
-        mine = {job: done for job, done in runs.items() if job.endswith(name)}
-        print_results(config, name, mine)
-        check_same_tokens(mine)
+        runs_of_name = {job: done for job, done in runs.items() if job.endswith(name)}
+        print_results(config, name, runs_of_name)
+        check_same_tokens(runs_of_name)
 
 
 def check(config: Config) -> None:
@@ -172,9 +157,6 @@ def rows_of(config: Config, name: Name) -> list[dict[str, list[dict]]]:
 def digit_share(prompt: str, response: str, row: dict) -> float:
     """The reward of grpo, as --reward-fn calls it: the share of digits among the answer's characters."""
     return sum(letter.isdigit() for letter in response) / max(1, len(response))
-
-
-# ---- TRL -----------------------------------------------------------------------------------------
 
 
 def run_trl_grpo(config: Config, scorer: Path) -> Measured:
@@ -212,21 +194,19 @@ def run_trl_grpo(config: Config, scorer: Path) -> Measured:
 
 
 def run_trl_ppo(config: Config, scorer: Path) -> Measured:
-    """Train with the PPOTrainer of --trl-ppo; reward model and critic are those of `scorer`.
-
-    Runs in a child.
-    """
+    """Train with the PPOTrainer of --trl-ppo, reward model and critic from `scorer`. Runs in a child."""
     sys.path.insert(0, str(config.trl_ppo))
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     def load(kind: Any, folder: Path) -> Any:
         return kind.from_pretrained(folder, dtype=torch.float32)
 
     torch.set_num_threads(config.run.threads)
-    tokenizer, rows = padding_tokenizer(config.run.model), rows_of(config, "ppo")
+    tokenizer = AutoTokenizer.from_pretrained(config.run.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(rm.PAD_ID)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         settings = PPOConfig(
             **trl_arguments(config, scratch),
@@ -247,7 +227,7 @@ def run_trl_ppo(config: Config, scorer: Path) -> Measured:
             ref_model=load(AutoModelForCausalLM, config.run.model),
             reward_model=load(AutoModelForSequenceClassification, scorer),
             value_model=load(AutoModelForSequenceClassification, scorer),
-            train_dataset=(data := prompt_ids(rows, tokenizer)),
+            train_dataset=(data := prompt_ids(rows_of(config, "ppo"), tokenizer)),
         )
         order = torch.utils.data.DataLoader(data, config.samples, collate_fn=trainer.data_collator)
         trainer.dataloader = trainer.accelerator.prepare(order)  # its own shuffles
@@ -264,24 +244,15 @@ def trl_arguments(config: Config, output: str) -> dict[str, Any]:
     return settings | {"learning_rate": LEARNING_RATE, "gradient_accumulation_steps": steps}
 
 
-def padding_tokenizer(model: Path) -> Any:
-    """Return the model's tokenizer, padding on the left with a token that stands in no prompt."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(rm.PAD_ID)
-    return tokenizer
-
-
 def prompt_ids(rows: list[dict], tokenizer: Any) -> Any:
     """Return a data set of the prompts' token ids, with the header of the answer."""
     import datasets
 
     template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
-    found = [{"input_ids": template(row["prompt"])} for row in rows]
-    if any(rm.PAD_ID in row["input_ids"] for row in found):
+    tokenized = [{"input_ids": template(row["prompt"])} for row in rows]
+    if any(rm.PAD_ID in row["input_ids"] for row in tokenized):
         raise ValueError(f"--data has a prompt with token {rm.PAD_ID}, which pads: leave it out")
-    return datasets.Dataset.from_list(found)
+    return datasets.Dataset.from_list(tokenized)
 
 
 def record_steps(trainer: Any, policy: Any) -> list[dict[str, float]]:
@@ -320,15 +291,15 @@ def count_generate(policy: Any) -> dict[str, float]:
 
     def counted(input_ids: Any, attention_mask: Any, **kwargs: Any) -> Any:
         before = common.clocks()
-        found = generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output = generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         for name, after in common.clocks().items():
             sums[f"generate_{name}"] += after - before[name]
-        new = getattr(found, "sequences", found).shape[1] - input_ids.shape[1]
+        new = getattr(output, "sequences", output).shape[1] - input_ids.shape[1]
         if new != NEW:
             raise RuntimeError(f"TRL sampled {new} tokens, not {NEW}")
         sums["tokens"] += int(attention_mask.sum()) + new * len(input_ids)
         sums["samples"] += len(input_ids)
-        return found
+        return output
 
     policy.generate = counted
     return sums
@@ -349,14 +320,8 @@ def measured_trl(config: Config, log: list[dict[str, float]]) -> Measured:
     )
 
 
-# ---- ours ----------------------------------------------------------------------------------------
-
-
 def run_ours(name: Name, config: Config, scorer: Path) -> Measured:
-    """Train by train_ppo.py or train_grpo.py; reward model and critic start from `scorer`.
-
-    Runs in a child.
-    """
+    """Train by train_ppo.py or train_grpo.py, reward model and critic from `scorer`. Runs in a child."""
     import torch
 
     from align.distributed import parallel
@@ -405,9 +370,9 @@ def our_flags(config: Config, name: Name, scorer: Path) -> list[str]:
 
 
 def watch_ours(config: Config) -> list[dict[str, float]]:
-    """Change what the comparison needs of our package, in this process, and log its steps.
+    """Patch our package for the comparison, in this process, and log its steps.
 
-    No token ends an answer, prompts come in the order of the file, and with one thread the phases of a step
+    No token ends an answer, prompts are in the order of the file, and with one thread the phases of a step
     are timed in CPU seconds. Returns the log: entry 0 is the start, after it comes one entry per step, with
     `cpu` and `wall` (seconds) and `peak` (resident memory so far, in 1e9 bytes).
     """
@@ -449,16 +414,15 @@ def measured_ours(config: Config, log: list[dict[str, float]], rows: list[dict[s
     """Return the result of ours from a log of `watch_ours` and the rows of metrics.jsonl.
 
     Raises:
-        RuntimeError: the phases of a measured step do not add up to what the clocks say of it, but for GAP.
+        RuntimeError: the phases of a measured step do not add up to its time by the clocks, but for GAP.
     """
     times = {name: common.differences([entry[name] for entry in log]) for name in ("cpu", "wall")}
     steps = times[common.clock_name(config.run).removesuffix("_s")]
     phases = [seconds_by_phase(row) for row in rows]
     for seconds, phase in zip(steps[1:], phases[1:], strict=True):
-        if abs(sum(phase.values()) / seconds - 1) > GAP:
-            raise RuntimeError(
-                f"a step took {seconds:.2f} s, its phases {sum(phase.values()):.2f} s: {phase}"
-            )
+        total = sum(phase.values())
+        if abs(total / seconds - 1) > GAP:
+            raise RuntimeError(f"a step took {seconds:.2f} s, its phases {total:.2f} s: {phase}")
     memory = [
         {name.removeprefix("memory/"): gb for name, gb in row.items() if name.startswith("memory/")}
         for row in rows
@@ -483,8 +447,6 @@ def seconds_by_phase(row: dict[str, float]) -> dict[str, float]:
     return {name: share * seconds for name, share in shares.items() if not name.endswith("_per_s")}
 
 
-# ---- results -------------------------------------------------------------------------------------
-
 JOBS: dict[tuple[str, Name], Callable[[Config, Path], Measured]] = {
     ("ours", "grpo"): partial(run_ours, "grpo"),
     ("ours", "ppo"): partial(run_ours, "ppo"),
@@ -496,12 +458,12 @@ JOBS: dict[tuple[str, Name], Callable[[Config, Path], Measured]] = {
 def print_results(config: Config, name: Name, runs: dict[str, list[Measured]]) -> None:
     """Print what was measured of one algorithm: a line per side, the ratio, the phases of ours."""
     run = config.run
-    prompts = config.samples // group_size(name)
-    print(f"\n{name}: {run.model}, {run.dtype}, {run.threads} thread(s)")
+    prompts, group = config.samples // group_size(name), group_size(name)
     print(
-        f"{run.steps} step(s) after one of warm-up, {run.rounds} round(s); {prompts} prompts x "
-        f"{group_size(name)} answers of {NEW} tokens; ours with --offload {config.offload}, "
-        f"TRL trains {config.micro_batch} answers at a time\n"
+        f"\n{name}: {run.model}, {run.dtype}, {run.threads} thread(s)\n"
+        f"{run.steps} step(s) after one of warm-up, {run.rounds} round(s); {prompts} prompts x {group} "
+        f"answers of {NEW} tokens; ours with --offload {config.offload}, TRL trains {config.micro_batch} "
+        "answers at a time\n"
     )
     clock = common.clock_name(run)
     print_table(config, runs, clock)
@@ -516,20 +478,12 @@ def print_results(config: Config, name: Name, runs: dict[str, list[Measured]]) -
 
 def print_table(config: Config, runs: dict[str, list[Measured]], clock: Literal["cpu_s", "wall_s"]) -> None:
     """Print speeds, seconds of a step, and peak memory, one line per trainer."""
-    columns = (
-        "samples/s",
-        "tok/s CPU",
-        "tok/s wall",
-        "step s",
-        "generate s",
-        "rest s",
-        "peak RSS GB",
-        "at start GB",
-    )
+    columns = ("samples/s", "tok/s CPU", "tok/s wall", "step s", "generate s", "rest s")
+    columns += ("peak RSS GB", "at start GB")
     print(f"{'trainer':<12}" + "".join(f"{column:>12}" for column in columns))
     for job, done in runs.items():
-        step = mean([s for found in done for s in getattr(found, clock)[1:]])
-        generate = mean([s for found in done for s in found.generate_s[1:]])
+        step = mean([s for run in done for s in getattr(run, clock)[1:]])
+        generate = mean([s for run in done for s in run.generate_s[1:]])
         speeds = [common.tokens_per_second(done, name) for name in ("cpu_s", "wall_s")]
         print(
             f"{job:<12}{config.samples / step:>12.3f}{speeds[0]:>12.1f}{speeds[1]:>12.1f}"
@@ -548,11 +502,6 @@ def print_means(title: str, steps: list[dict[str, float]], shares: bool) -> None
         print(f"{name:<24}{value:>12.2f}" + f"{value / total:>8.1%}" * shares)
     if shares:
         print(f"{'sum':<24}{total:>12.2f}{sum(value / total for value in means.values()):>8.1%}")
-
-
-def mean(values: list[float]) -> float:
-    """Return the mean of some numbers, at least one."""
-    return sum(values) / len(values)
 
 
 def peak_gb(runs: list[Measured]) -> float:

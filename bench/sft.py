@@ -3,18 +3,15 @@
     pip install -r requirements.txt -r bench/requirements.txt
     python bench/sft.py --data rows.jsonl --model models/smollm2-135m-instruct --dtype fp32
 
-What is compared: the same rows of {"messages": [...]} in the same order, 8 rows a step (BATCH), AdamW without
+Compared are the same rows of {"messages": [...]} in the same order, 8 rows a step (BATCH), AdamW without
 weight decay, learning rate 1e-5, gradients clipped to norm 1, no recomputation of activations.
 
     ours         rows end to end, nothing padded; bf16 means bf16 weights with fp32 main weights
-    trl-padded   SFTTrainer as it comes: 8 rows a step, padded to the longest; bf16 means autocast (bf16=True)
+    trl-padded   SFTTrainer's defaults: 8 rows a step, padded to the longest; bf16 means autocast (bf16=True)
     trl-packed   SFTTrainer(packing=True), best fit decreasing into rows of 1024 tokens (PACK), one a step
 
-Each is measured in a fresh process with the same thread count, in turn, `rounds` times over. A real token is
-a token of a row, including the prompt; padding is not work. The first step of each run is dropped. Ours and
-trl-padded must report the same tokens and, within TOLERANCE, the same loss of the first step, which proves
-that both were timed at the same job. With one thread the clock is the process's own CPU seconds, which repeat
-within a few per cent whatever else the machine does; the wall clock, printed beside it, does not.
+Processes and clocks: see common.py. Ours and trl-padded must report the same tokens and, within TOLERANCE,
+the same loss of the first step: they were timed at the same job.
 """
 
 import json
@@ -41,13 +38,10 @@ class Config:
 
     data: Path
     """jsonl file of {"messages": [...]} rows with variable length, at most 1024 tokens each."""
-
     loss_on: Literal["answer", "all"] = "answer"
     """Train on the assistants' answers with their end of turn, or on every token."""
-
     trainers: tuple[Literal["ours", "trl-padded", "trl-packed"], ...] = ("ours", "trl-padded", "trl-packed")
-    """Which to measure."""
-
+    """Trainers to measure."""
     run: common.RunConfig = field(default_factory=common.RunConfig)
 
 
@@ -83,21 +77,16 @@ def run_ours(config: Config) -> Measured:
     from align.data.tokenizer import load_tokenizer
     from align.distributed import parallel
     from align.losses import supervised
-    from align.model import architecture, gpt, huggingface
-    from align.model.config import ModelConfig
+    from align.model import gpt
     from align.training import engine, optim
 
     torch.set_num_threads(config.run.threads)
-    settings = ModelConfig(model=str(config.run.model), precision=config.run.dtype)
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, parallel.start(parallel.ParallelConfig()):
         file.writelines(json.dumps({"messages": messages}) + "\n" for messages in read_rows(config))
         file.flush()
         tokenizer = load_tokenizer(config.run.model)
         rows, _ = sft.load_sft([Path(file.name)], tokenizer, formats.FormatConfig(loss_on=config.loss_on))
-        arch = architecture.read_config(config.run.model)
-        policy = gpt.build_policy(arch, settings, parallel.ParallelConfig())
-        huggingface.load(policy, huggingface.open_source(config.run.model, arch, 0))
-        policy = gpt.distributed(policy)
+        policy = gpt.distributed(common.our_model(config.run.model, config.run.dtype))
         optimizer = common.our_optimizer(policy)
 
         def loss_fn(batch, logprobs):
@@ -110,9 +99,9 @@ def run_ours(config: Config) -> Measured:
                 [row.num_inputs for row in examples], 1, MICRO_BATCH_TOKENS, None
             )[0]
             batches = [packing.collate([[examples[i]] for i in micro]) for micro in plan]
-            found = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
-            found["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
-            log.append(found | common.clocks())
+            metrics = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
+            metrics["grad_norm"] = optim.step(optimizer, common.LEARNING_RATE)
+            log.append(metrics | common.clocks())
     tokens = [sum(len(row.ids) for row in examples) for examples in steps]
     return common.measured(log, tokens, trained_tokens=list(map(packing.num_trained, steps)))
 
@@ -153,9 +142,7 @@ def tokenize(messages: list[dict], tokenizer, loss_on: str) -> dict[str, list[in
     """
     tokens = tokenizer.apply_chat_template(messages, return_dict=False)
     if len(tokens) > PACK:
-        raise ValueError(
-            f"a row of --data has {len(tokens)} tokens; TRL would cut it at {PACK}: leave it out"
-        )
+        raise ValueError(f"a row of --data has {len(tokens)} tokens, TRL cuts it at {PACK}: leave it out")
     if loss_on == "all":
         return {"input_ids": tokens, "labels": tokens}
     labels = [IGNORED] * len(tokens)
@@ -190,11 +177,9 @@ def check_same_work(ours: Measured, trl: Measured, tolerance: float) -> None:
             f"not the same work: tokens by step {ours.tokens} and {trl.tokens}, "
             f"of which trained {ours.trained_tokens} and {trl.trained_tokens}"
         )
-    mine, theirs = ours.losses[0], trl.losses[0]
-    if abs(mine - theirs) > tolerance * theirs:
-        raise RuntimeError(
-            f"not the same work: losses of the first step {mine} and {theirs}, tolerance {tolerance}"
-        )
+    loss, trl_loss = ours.losses[0], trl.losses[0]
+    if abs(loss - trl_loss) > tolerance * trl_loss:
+        raise RuntimeError(f"not the same work: first losses {loss} and {trl_loss}, tolerance {tolerance}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from align import console
@@ -22,9 +21,10 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
     """
     console.adapt()
     try:
-        config = parse(config_class)
+        config: Any = parse(config_class)
         with parallel.start(config.parallel) as store:
-            with watchdog.Watchdog(store, config.parallel.stall_limit, log_of(config)):
+            log = config.run.output / "log.txt" if hasattr(config, "run") else None
+            with watchdog.Watchdog(store, config.parallel.stall_limit, log):
                 main(config)
     except UserError as error:  # before the ranks know each other: each has the same
         line, status, _ = watchdog.outcome(error, "")
@@ -33,8 +33,3 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
         else:
             time.sleep(watchdog.GRACE_S)  # torchrun ends all as soon as one has ended
         watchdog.end_process(status, line)
-
-
-def log_of(config: Any) -> Path | None:
-    """The log.txt of a script that has a run directory."""
-    return config.run.output / "log.txt" if hasattr(config, "run") else None

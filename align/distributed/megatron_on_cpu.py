@@ -13,9 +13,13 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.tensor_parallel import layers, mappings, random
+from torch import Tensor
 
 from align.kernels import matmul
 
@@ -41,7 +45,7 @@ class Stream(torch.cpu.Stream):
     def __init__(self, *args: object, **kwargs: object):
         super().__init__()
 
-    def record_event(self, event: object = None) -> torch.cpu.Event:
+    def record_event(self, event: object = None) -> Any:
         return torch.cpu.Event()
 
     def synchronize(self) -> None:
@@ -75,25 +79,23 @@ def enable() -> None:
     fake = look_alike(torch, cuda=cuda, **factories)
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = fake
-
+            vars(module)["torch"] = fake
     # One generator serves both "devices": Megatron's tracker forks it for dropout and recomputation.
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-
     # gloo copies a whole buffer onto itself where a group has one rank.
-    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
-    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
-    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
     # Megatron multiplies by torch's fp32 product, slow on some processors: see align/kernels/matmul.py.
-    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     name = "linear_with_grad_accumulation_and_async_allreduce"
     setattr(layers, name, linear_by_onednn(getattr(layers, name)))
     keep_memory()
-
-    torch.Tensor.cuda = lambda self, *_, **__: self  # without CUDA it could only raise
-    torch.Tensor.type = cuda_type_names(torch.Tensor.type)
+    methods = {  # without CUDA Tensor.cuda could only raise
+        "cuda": lambda self, *_, **__: self,
+        "type": cuda_type_names(Tensor.type),
+    }
+    for name, method in methods.items():
+        setattr(Tensor, name, method)
 
 
 def nothing(*_: object, **__: object) -> None:
@@ -103,16 +105,15 @@ def nothing(*_: object, **__: object) -> None:
 def look_alike(module: types.ModuleType, **changed: object) -> types.ModuleType:
     """Copy a module's dictionary with some names changed, so that attribute access is as fast as before."""
     copy = types.ModuleType(module.__name__)
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__.update(changed)
-    copy.__getattr__ = lambda name: getattr(module, name)  # names that torch loads late
+    late = {"__getattr__": lambda name: getattr(module, name)}  # names that torch loads late
+    vars(copy).update(vars(module) | late | changed)
     return copy
 
 
 def on_cpu(make: Callable) -> Callable:
     """A tensor factory for which device="cuda" means the CPU."""
 
-    def make_on_cpu(*args: object, **kwargs: object) -> torch.Tensor:
+    def make_on_cpu(*args: object, **kwargs: object) -> Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = torch.device("cpu")
         return make(*args, **kwargs)
@@ -123,9 +124,7 @@ def on_cpu(make: Callable) -> Callable:
 def unless_alone(collective: Callable) -> Callable:
     """Skip a collective between a buffer and this rank's part of it if the group has one rank."""
 
-    def call(
-        output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup, **kwargs: object
-    ) -> object:
+    def call(output: Tensor, input: Tensor, *, group: dist.ProcessGroup, **kwargs: object) -> object:
         return None if group.size() == 1 else collective(output, input, group=group, **kwargs)
 
     return call
@@ -137,18 +136,15 @@ def linear_by_onednn(megatrons: Callable) -> Callable:
     Communication as in Megatron's function: input gathered or copied, its gradient scattered or summed. The
     gathered input is kept for the backward pass and not gathered again.
     """
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
 
     @functools.wraps(megatrons)  # with its attribute `warned`, which it reads by its own name
-    def linear(
-        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **how: object
-    ) -> torch.Tensor:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None, **flags: object) -> Tensor:
         if not matmul.uses_onednn(input):
-            return megatrons(input, weight, bias, **how)
-        if how["sequence_parallel"]:
-            input = mappings.gather_from_sequence_parallel_region(input, group=how["tp_group"])
-        elif how["allreduce_dgrad"]:
-            input = mappings.copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
+            return megatrons(input, weight, bias, **flags)
+        if flags["sequence_parallel"]:
+            input = mappings.gather_from_sequence_parallel_region(input, group=flags["tp_group"])
+        elif flags["allreduce_dgrad"]:
+            input = mappings.copy_to_tensor_model_parallel_region(input, group=flags["tp_group"])
         return matmul.Linear.apply(input, weight, bias)
 
     return linear
@@ -170,7 +166,7 @@ def keep_memory() -> None:
 def cuda_type_names(plain: Callable) -> Callable:
     """Tensor.type with the names that Megatron's optimizers compare with: 'torch.cuda.FloatTensor'."""
 
-    def type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def type(self: Tensor, *args: object, **kwargs: object) -> object:
         result = plain(self, *args, **kwargs)
         if isinstance(result, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
             return result.replace("torch.", "torch.cuda.")

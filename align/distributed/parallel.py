@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -75,13 +75,14 @@ def start(config: ParallelConfig) -> Iterator[dist.Store]:
         use_one_queue()
     if config.deterministic:
         make_deterministic()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "nccl"
+    else:
         from align.distributed import megatron_on_cpu  # here: never imported on GPUs
 
         megatron_on_cpu.enable()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "gloo"
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
     else:  # not started by torchrun
@@ -144,11 +145,8 @@ def check_grid(config: ParallelConfig) -> None:
 
 
 def use_one_queue() -> None:
-    """Start kernels in the order of their launch, by which Megatron overlaps a layer's communication.
-
-    CUDA reads the variable at its start. The user's value wins.
-    """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    """Start kernels in the order of their launch, by which Megatron overlaps a layer's communication."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # before CUDA starts; the user's value wins
 
 
 def make_deterministic() -> None:
@@ -218,14 +216,14 @@ def sum_over_dp(x: Tensor) -> Tensor:
 
 def gather(item: T) -> list[T]:
     """Gather the items of all ranks, in their order. Collective."""
-    items: list[T | None] = [None] * dist.get_world_size()
+    items: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
 
 
 def gather_over_dp(item: T) -> list[T]:
     """Gather the items of all data parallel ranks, in their order. Collective."""
-    items: list[T | None] = [None] * dp_size()
+    items: list[Any] = [None] * dp_size()
     dist.all_gather_object(items, item, group=mpu.get_data_parallel_group())
     return items
 
@@ -254,16 +252,15 @@ def free_memory() -> None:
 
 def on_main(make: Callable[[], T]) -> T:
     """Call a function on global rank 0 and broadcast its result, or its UserError, to every rank."""
-    result, mistake = None, None
+    box: list[Any] = [None, None]  # result, mistake
     if is_main():
         try:
-            result = make()
+            box[0] = make()
         except UserError as error:
-            mistake = error
-    box = [result, mistake]
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
-    if mistake or box[1]:
-        raise mistake or box[1]
+    if box[1]:
+        raise box[1]
     return box[0]
 
 

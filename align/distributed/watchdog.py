@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -50,10 +50,10 @@ def tick(phase: str) -> None:
 class Watchdog:
     """Monitor of all ranks in each of them. Use as a context manager; construction is collective."""
 
-    def __init__(self, store: dist.Store, stall_limit_s: float, log: Path | None):
+    def __init__(self, store: Any, stall_limit_s: float, log: Path | None):
         """
         Args:
-            store: of the process group.
+            store: of the process group, a dist.Store; torch's stubs lack its `clone`.
             stall_limit_s: longest time without progress of any rank, from the first tick on; 0: no limit.
             log: file to which the last line of the run is added, if it exists.
         """
@@ -77,14 +77,12 @@ class Watchdog:
             self.fail(error)
         try:
             dist.barrier()  # monitored: a rank may still be at work
-        except RuntimeError as error:
-            self.fail(error)
+        except RuntimeError as lost:
+            self.fail(lost)
         self.store.set(f"finished/{self.rank}", "")
         self.stopped.set()
         self.thread.join()
         Progress.watchdog = None
-
-    # ---- the thread --------------------------------------------------------------------------------
 
     def watch(self) -> None:
         """Publish this rank's state and check the others until the body ends."""
@@ -138,11 +136,12 @@ class Watchdog:
 
     def check_stall(self) -> None:
         """End the job if no rank has made progress for the limit; a rank at fault ends before the others."""
-        before = self.states()
+        ranks = range(self.world)
+        before = [self.state(rank) for rank in ranks]
         for _ in range(4):
             time.sleep(INTERVAL_S)
             self.publish()
-        states, ranks = self.states(), range(self.world)
+        states = [self.state(rank) for rank in ranks]
         # stopped, or holding the GIL
         silent = [r for r in ranks if states[r]["beats"] == before[r]["beats"]]
         if any(states[r]["idle_s"] < self.stall_limit_s - 3 * INTERVAL_S for r in ranks if r not in silent):
@@ -164,10 +163,6 @@ class Watchdog:
         """True if a rank runs on this machine."""
         return self.processes[rank][0] == self.processes[self.rank][0]
 
-    def states(self) -> list[dict]:
-        """The last state that each rank published."""
-        return [self.state(rank) for rank in range(self.world)]
-
     def state(self, rank: int) -> dict:
         """The last state that a rank published."""
         if not self.store.check([f"state/{rank}"]):
@@ -177,8 +172,6 @@ class Watchdog:
     def name(self, rank: int) -> str:
         _, pid, host = self.processes[rank]
         return f"rank {rank} of {self.world} (pid {pid} on {host})"
-
-    # ---- the end -----------------------------------------------------------------------------------
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an error, and report it unless another rank caused it."""

@@ -43,12 +43,9 @@ class AuditConfig:
 
     def bounds(self, dtype: torch.dtype) -> tuple[float, float, float]:
         """Bound on the mean, bound on the quantile, and the quantile, for weights of a precision."""
-        mean, tail, quantile = BOUNDS[dtype]
-        return (
-            mean if self.audit_mean is None else self.audit_mean,
-            tail if self.audit_tail is None else self.audit_tail,
-            quantile if self.audit_quantile is None else self.audit_quantile,
-        )
+        flags = zip((self.audit_mean, self.audit_tail, self.audit_quantile), BOUNDS[dtype], strict=True)
+        mean, tail, quantile = (default if flag is None else flag for flag, default in flags)
+        return mean, tail, quantile
 
 
 def check_whole_distribution(sampling: SamplingConfig) -> None:

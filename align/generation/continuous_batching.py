@@ -50,9 +50,13 @@ class ContinuousBatch:
         seed: int,
         slots: int,
         on_token: OnToken | None,
+        prompts: Sequence[np.ndarray],
+        streams: Sequence[tuple[int, ...]],
+        samples_per_prompt: int,
     ):
         self.engine, self.slots, self.on_token = engine, slots, on_token
         self.sampling, self.tokenizer, self.seed = sampling_config, tokenizer, seed
+        self.prompts, self.streams, self.samples_per_prompt = prompts, streams, samples_per_prompt
         self.context = engine.arch.max_positions
         self.stop_ids = np.array(sorted(tokenizer.stop_ids), np.int32)
         self.requests: deque[Request] = deque()
@@ -66,13 +70,7 @@ class ContinuousBatch:
         self.ids = np.zeros((slots, most), np.int32)
         self.logprobs, self.model_logprobs = np.zeros((2, slots, most), np.float32)
 
-    def run(
-        self,
-        take: Callable[[int], range],
-        prompts: Sequence[np.ndarray],
-        streams: Sequence[tuple[int, ...]],
-        samples_per_prompt: int,
-    ) -> dict[tuple[int, int], Sample]:
+    def run(self, take: Callable[[int], range]) -> dict[tuple[int, int], Sample]:
         """Sample until no prompt is left. Returns {(prompt, number of the response): sample}.
 
         `take`: the numbers of up to so many more prompts, none when all are taken.
@@ -86,13 +84,12 @@ class ContinuousBatch:
             while len(self.requests) < len(free):
                 # A few more than are needed now: prefilling prompts one by one takes twice the time.
                 missing = max(len(free) - len(self.requests), self.slots // READ_AHEAD)
-                numbers = take(math.ceil(missing / samples_per_prompt))
+                numbers = take(math.ceil(missing / self.samples_per_prompt))
                 if not numbers:
                     break
-                self.prefill(numbers, prompts, streams, samples_per_prompt)
-            filled = free[: len(self.requests)]
-            if filled:
-                self.start(filled, prompts)
+                self.prefill(numbers)
+            if filled := free[: len(self.requests)]:
+                self.start(filled)
             else:
                 self.close_gaps(ended)
             if not self.used:
@@ -107,28 +104,22 @@ class ContinuousBatch:
                 self.read_step()
         return np.flatnonzero(self.finish[: self.used]).tolist()
 
-    def prefill(
-        self,
-        numbers: range,
-        prompts: Sequence[np.ndarray],
-        streams: Sequence[tuple[int, ...]],
-        samples_per_prompt: int,
-    ) -> None:
+    def prefill(self, numbers: range) -> None:
         """Prefill prompts; all responses to a prompt share its keys and values."""
-        for part in packing.group_by_budget([len(prompts[i]) for i in numbers], PREFILL_TOKENS):
+        for part in packing.group_by_budget([len(self.prompts[i]) for i in numbers], PREFILL_TOKENS):
             chosen = numbers[part.start : part.stop]
-            ids = [torch.from_numpy(prompts[i].astype(np.int64)) for i in chosen]
+            ids = [torch.from_numpy(self.prompts[i].astype(np.int64)) for i in chosen]
             for i, prefilled in zip(chosen, self.engine.prefill(ids), strict=True):
-                room = min(self.sampling.max_new_tokens, self.context - len(prompts[i]))
-                for number in range(samples_per_prompt):
-                    uniforms = np.random.default_rng([self.seed, *streams[i], number]).random(room)
+                room = min(self.sampling.max_new_tokens, self.context - len(self.prompts[i]))
+                for number in range(self.samples_per_prompt):
+                    uniforms = np.random.default_rng([self.seed, *self.streams[i], number]).random(room)
                     self.requests.append(Request(i, number, prefilled, uniforms))
 
-    def start(self, slots: list[int], prompts: Sequence[np.ndarray]) -> None:
+    def start(self, slots: list[int]) -> None:
         """Start the next requests in these slots and draw their first tokens."""
         assert not self.in_flight
         requests = [self.requests.popleft() for _ in slots]
-        own_prompts = [prompts[request.prompt] for request in requests]
+        own_prompts = [self.prompts[request.prompt] for request in requests]
         self.used = max(self.used, slots[-1] + 1)
         self.prompt[slots] = [request.prompt for request in requests]
         self.number[slots] = [request.number for request in requests]
@@ -167,9 +158,7 @@ class ContinuousBatch:
         stops = np.isin(self.ids[slots, self.count[slots] - 1], self.stop_ids)
         if self.sampling.stop:
             responses = [self.ids[slot, : self.count[slot]] for slot in slots]
-            stops |= np.array(
-                [says_stop(ids, self.tokenizer, self.sampling.stop) for ids in responses], np.bool_
-            )
+            stops |= np.array([says_stop(ids, self.tokenizer, self.sampling.stop) for ids in responses], bool)
         return np.where(stops, STOP, np.where(self.count[slots] == self.room[slots], LENGTH, RUNNING))
 
     def sample(self, slot: int) -> Sample:

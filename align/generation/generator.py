@@ -166,9 +166,9 @@ class Generator:
             swap_model_weights([self.policy], [self.copy], self.copy_service)
         slots = min(self.config.rollout_slots, len(prompts) * samples_per_prompt)
         engine = InferenceModel(self.copy or self.policy, slots)
-        batch = ContinuousBatch(engine, self.sampling, self.tokenizer, self.seed, slots, on_token)
-        queue = Queue(len(prompts), self)
-        samples = batch.run(queue.take, prompts, streams, samples_per_prompt)
+        options = (self.sampling, self.tokenizer, self.seed, slots, on_token)
+        batch = ContinuousBatch(engine, *options, prompts, streams, samples_per_prompt)
+        samples = batch.run(Queue(len(prompts), self).take)
         graphed = engine.graphed
         del engine, batch
         if self.copy is not None:

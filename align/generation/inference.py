@@ -81,12 +81,12 @@ class InferenceModel:
         self.scale = arch.head_dim**-0.5
         self.norm: Callable[..., Tensor] = rms_norm if arch.norm == "rms" else layer_norm
         self.activation = {"swiglu": swiglu, "relu2": squared_relu}[arch.activation]
-        weights = {name: parameter for _, parameter, name in named_parameters(policy)}
+        weights: dict[str, Tensor] = {name: parameter for _, parameter, name in named_parameters(policy)}
         numbers = sorted(layer.layer_number - 1 for layer in policy.decoder.layers)
         self.layers = [self.layer(weights, f"model.layers.{number}.") for number in numbers]
         # Tensors of the stages that have them: the first, with tied embeddings also the last; the last.
         self.embedding: Any = weights.get("model.embed_tokens.weight")
-        head = weights.get("lm_head.weight", self.embedding)
+        head: Any = weights.get("lm_head.weight", self.embedding)
         self.head: Any = None if self.stages.after else pack(head)
         self.final_norm: Any = None if self.stages.after else self.norm_weights(weights, "model.norm")
         # keys and values of each layer, [2, slots, groups, capacity, d]
@@ -99,14 +99,13 @@ class InferenceModel:
         """True if attention is align/kernels/decode_attention.py."""
         return self.device.type == "cuda"
 
-    def layer(self, weights: dict[str, nn.Parameter], prefix: str) -> Layer:
+    def layer(self, weights: dict[str, Tensor], prefix: str) -> Layer:
         """The weights of a layer, by the `prefix` of their names."""
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         qk_norm = None
         if self.arch.qk_norm:
             q, k = weights[f"{attention}q_norm.weight"], weights[f"{attention}k_norm.weight"]
-            heads: list[Tensor] = [q] * self.queries + [k]
-            qk_norm = torch.stack(heads)
+            qk_norm = torch.stack([q] * self.queries + [k])
         return Layer(
             input_norm=self.norm_weights(weights, f"{prefix}input_layernorm"),
             qkv=pack(weights[f"{attention}*_proj.weight"]),
@@ -121,14 +120,12 @@ class InferenceModel:
             down_bias=weights.get(f"{mlp}down_proj.bias"),
         )
 
-    def norm_weights(self, weights: dict[str, nn.Parameter], name: str) -> tuple[Tensor, ...]:
+    def norm_weights(self, weights: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
         """A norm's factor, and its bias if it has one: the arguments of `self.norm`."""
         weight = weights[f"{name}.weight"]
         if self.arch.norm == "rms":
             return (weight,)
         return weight + 1 if self.arch.norm == "layer_1p" else weight, weights[f"{name}.bias"]
-
-    # ---- the two passes --------------------------------------------------------------------------
 
     def prefill(self, prompts: list[Tensor]) -> list[PrefilledPrompt]:
         """Prefill prompts, [n] int64 each on the host, end to end in one pass. Collective over tp and pp."""
@@ -229,8 +226,6 @@ class InferenceModel:
             return
         for i, layer in enumerate(self.cache):
             self.cache[i] = nn.functional.pad(layer, (0, 0, 0, more))
-
-    # ---- parts of both ---------------------------------------------------------------------------
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens [n] as [n, H]; each tensor parallel rank has some rows of the embedding."""

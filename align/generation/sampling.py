@@ -97,13 +97,8 @@ def pick(
 
 
 def check_draws(model_logprobs: np.ndarray) -> None:
-    """Refuse draws from invalid logits, by the `model_logprobs` [B] of `pick`.
-
-    Raises:
-        FloatingPointError: a row of the logits has NaN or +inf, or -inf only.
-    """
-    if not np.isfinite(model_logprobs).all():
-        rows = np.flatnonzero(~np.isfinite(model_logprobs)).tolist()
+    """Raise FloatingPointError for invalid logits, by the `model_logprobs` [B] of `pick`."""
+    if rows := np.flatnonzero(~np.isfinite(model_logprobs)).tolist():
         raise FloatingPointError(f"logits of rows {rows} hold NaN or +inf, or -inf only")
 
 

@@ -5,7 +5,6 @@ step's input. So the host may read results one step later, and on a GPU one CUDA
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,28 +17,21 @@ from align.generation.sampling import SamplingConfig
 SMALLER = 4  # ratio of the slots of successive graphs: each graph costs two steps and some memory
 
 
-@dataclass(frozen=True)
 class Drawn:
-    """One token for each of some slots, copied to the host asynchronously."""
+    """One token for each of some slots, copied to the host, from a GPU asynchronously."""
 
-    values: Tensor  # [3, n] float64: tokens, log-probs, log-probs under the model as it is
-    arrived: torch.cuda.Event | None
+    def __init__(self, values: Tensor):
+        """`values`: [3, n] float64: tokens, log-probs, log-probs under the model as it is."""
+        self.values = values.to("cpu", non_blocking=True, copy=True)
+        self.copied = torch.cuda.Event() if values.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
 
     def numpy(self) -> np.ndarray:
         """The values, once they are copied."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        if self.copied is not None:
+            self.copied.synchronize()
         return self.values.numpy()
-
-
-def send(values: Tensor) -> Drawn:
-    """Copy values to the host, from a GPU asynchronously."""
-    copy = values.to("cpu", non_blocking=True, copy=True)
-    if not values.is_cuda:
-        return Drawn(copy, None)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return Drawn(copy, arrived)
 
 
 class Slots:
@@ -80,8 +72,8 @@ class Slots:
         device, padded = self.engine.device, np.zeros((len(slots), self.uniforms.shape[1]))
         for row, numbers in zip(padded, uniforms, strict=True):
             row[: len(numbers)] = numbers
-        for slot, prompt in zip(slots, prefilled, strict=True):
-            self.engine.place(prompt, slot)
+        for slot, prefill in zip(slots, prefilled, strict=True):
+            self.engine.place(prefill, slot)
         chosen = torch.tensor(slots, device=device)
         self.uniforms[chosen] = torch.from_numpy(padded).to(device)
         # of the prompt's last token; `draw` advances them
@@ -92,15 +84,15 @@ class Slots:
                 self.seen[slot] = False
                 self.seen[slot, torch.from_numpy(prompt.astype(np.int64)).to(device)] = True
         is_last_stage = not self.engine.stages.after
-        logits = [prompt.logits for prompt in prefilled if prompt.logits is not None]
-        return send(self.draw(torch.stack(logits) if is_last_stage else None, chosen))
+        logits = [prefill.logits for prefill in prefilled if prefill.logits is not None]
+        return Drawn(self.draw(torch.stack(logits) if is_last_stage else None, chosen))
 
     def step(self, count: int, longest: int) -> Drawn:
         """Decode a token of the first `count` slots, of `longest` tokens at most: [3, count or more]."""
         self.engine.reserve(longest)
         if self.graphs is None:
-            return send(self.next_tokens(count))
-        return send(self.graphs(self.next_tokens, graph_size(count, self.slots), self.engine.capacity))
+            return Drawn(self.next_tokens(count))
+        return Drawn(self.graphs(self.next_tokens, graph_size(count, self.slots), self.engine.capacity))
 
     def next_tokens(self, count: int) -> Tensor:
         """The step itself: [3, count] on the device. Collective over tp and pp."""
@@ -163,8 +155,9 @@ class Graphs:
     def __call__(self, step: Callable[[int], Tensor], rows: int, capacity: int) -> Tensor:
         """Result of step(rows), in memory that a later call overwrites."""
         if capacity != self.capacity:  # keys and values are in new memory
-            self.clear()
-            self.capacity = capacity
+            if self.captured:
+                torch.cuda.synchronize()  # a graph may be running
+            self.captured, self.capacity = {}, capacity
         if rows not in self.captured:
             result = step(rows)
             self.captured[rows] = self.capture(step, rows)
@@ -181,9 +174,3 @@ class Graphs:
         with torch.cuda.graph(graph, pool=others[0] if others else None, capture_error_mode="thread_local"):
             result = step(rows)
         return graph, result
-
-    def clear(self) -> None:
-        """Drop all graphs."""
-        if self.captured:
-            torch.cuda.synchronize()  # one may be running
-            self.captured.clear()

@@ -7,6 +7,8 @@ the penalty on leaving the reference; the loss's own parameters follow, with the
 In the docstrings w is the chosen and l the rejected response, s the logistic function, and
 
     r_w = log pi(w) - log pi_ref(w),   r_l = log pi(l) - log pi_ref(l),   h = r_w - r_l
+
+`gap` [P] is g = eta (R_w - R_l), R the rewards; `label_smoothing` is e, the probability of a flipped label.
 """
 
 import math
@@ -42,9 +44,6 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, lengths: list[int], averag
     return sums / counts.clamp(min=1)
 
 
-# Preference losses
-
-
 def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
     """DPO (arXiv 2305.18290, eq. 7): L = -log s(beta h)."""
     return -F.logsigmoid(beta * _gap(chosen, rejected, ref_chosen, ref_rejected))
@@ -60,7 +59,7 @@ def cdpo(
 ) -> Tensor:
     """Conservative DPO (Mitchell, ericmitchell.ai/cdpo.pdf): L = -(1 - e) log s(beta h) - e log s(-beta h).
 
-    e = `label_smoothing`, the probability of a flipped label, in [0, 0.5) (else UserError).
+    e lies in [0, 0.5), else UserError.
     """
     check_label_smoothing(label_smoothing, zero_allowed=True)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
@@ -77,8 +76,8 @@ def robust(
 ) -> Tensor:
     """Robust DPO (arXiv 2403.00409): L = [-(1 - e) log s(beta h) + e log s(-beta h)] / (1 - 2 e).
 
-    Its expectation over labels flipped with probability e = `label_smoothing` is DPO's loss on right labels.
-    e lies in [0, 0.5), else UserError. The loss has no lower bound.
+    Its expectation over flipped labels is DPO's loss on right labels. The loss has no lower bound.
+    e lies in [0, 0.5), else UserError.
     """
     check_label_smoothing(label_smoothing, zero_allowed=True)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)
@@ -102,7 +101,6 @@ def scale(
     """DPO weighted by the gap of rewards: L = -|g| log s(beta h).
 
     DPO's form of the scaled Bradley-Terry loss of HelpSteer2-Preference (arXiv 2410.01257).
-    g = `gap`: [P] eta (R_w - R_l).
     """
     return gap.abs() * dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
 
@@ -110,30 +108,21 @@ def scale(
 def rpo_bwd_kl(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, gap: Tensor
 ) -> Tensor:
-    """RPO (Nemotron-4 340B, arXiv 2406.11704; arXiv 2502.00203): L = KL(Bern(s(g)) || Bern(s(beta h))).
-
-    g = `gap`: [P] eta (R_w - R_l).
-    """
+    """RPO (Nemotron-4 340B, arXiv 2406.11704; arXiv 2502.00203): L = KL(Bern(s(g)) || Bern(s(beta h)))."""
     return _bernoulli_kl(gap, beta * _gap(chosen, rejected, ref_chosen, ref_rejected))
 
 
 def rpo_fwd_kl(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, gap: Tensor
 ) -> Tensor:
-    """RPO with the roles swapped (arXiv 2502.00203): L = KL(Bern(s(beta h)) || Bern(s(g))).
-
-    g = `gap`: [P] eta (R_w - R_l).
-    """
+    """RPO with the roles swapped (arXiv 2502.00203): L = KL(Bern(s(beta h)) || Bern(s(g)))."""
     return _bernoulli_kl(beta * _gap(chosen, rejected, ref_chosen, ref_rejected), gap)
 
 
 def rpo_sq(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, gap: Tensor
 ) -> Tensor:
-    """RPO with the squared distance (arXiv 2502.00203): L = (beta h - g)^2.
-
-    g = `gap`: [P] eta (R_w - R_l).
-    """
+    """RPO with the squared distance (arXiv 2502.00203): L = (beta h - g)^2."""
     return (beta * _gap(chosen, rejected, ref_chosen, ref_rejected) - gap).square()
 
 
@@ -229,7 +218,7 @@ def exo_pair(
 ) -> Tensor:
     """EXO on pairs (arXiv 2402.00856, eq. 16): L = KL(Bern(s(beta h)) || Bern(1 - e)).
 
-    e = `label_smoothing`, in (0, 0.5) (else UserError): at e = 0 the divergence is infinite.
+    e lies in (0, 0.5), else UserError: at e = 0 the divergence is infinite.
     """
     check_label_smoothing(label_smoothing, zero_allowed=False)
     x = beta * _gap(chosen, rejected, ref_chosen, ref_rejected)

@@ -9,15 +9,10 @@ from torch import Tensor
 
 
 def pair_statistics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Metrics of rewards, as sums over P pairs; the engine divides them by P.
+    """Metrics of rewards [P], as sums over P pairs; the engine divides them by P.
 
-    Args:
-        chosen: [P] rewards of the chosen responses.
-        rejected: [P] rewards of the rejected responses.
-
-    Returns:
-        "acc" (chosen above rejected; a tie is a mistake), means of rewards and of their difference, and the
-        mean square of all rewards.
+    "acc" (chosen above rejected; a tie is a mistake), means of rewards and of their difference, and the mean
+    square of all rewards.
     """
     return {
         "acc": (chosen > rejected).double().sum(),

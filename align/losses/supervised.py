@@ -22,18 +22,14 @@ def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
     return -(logprobs * mask).sum()
 
 
-# Reward model
-
-
 def ranking(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
     """Bradley-Terry with a margin (arXiv 2203.02155, 3.5; margin: 2307.09288, eq. 2).
 
         L = -log s(R(w) - R(l) - m)
 
     Args:
-        chosen: [P] rewards of the chosen responses.
-        rejected: [P] rewards of the rejected responses.
-        margin: [P] required difference of rewards; 0 without one in the data.
+        chosen, rejected: [P] rewards R(w), R(l).
+        margin: [P] required difference m of rewards; 0 without one in the data.
 
     Returns:
         [P], in nats.
@@ -45,13 +41,7 @@ def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Centering of rewards (Eisenstein et al., arXiv 2312.09244, eq. 2): L = (R(w) + R(l))^2.
 
     The ranking loss depends on differences only; added to it with a weight, this draws the mean reward to 0.
-
-    Args:
-        chosen: [P] rewards of the chosen responses.
-        rejected: [P] rewards of the rejected responses.
-
-    Returns:
-        [P].
+    Arguments and result are [P].
     """
     return (chosen + rejected).square()
 

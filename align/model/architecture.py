@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from align.data.tokenizer_files import JSON_FILES
 from align.errors import UserError
 from align.files import read_object
-from align.model.config_fields import IMPLEMENTED_BY, NORMS, RMS_NORM, check_fields, rope_parameters
+from align.model.config_fields import IMPLEMENTED_BY, NORMS, RMS_NORM, Norm, check_fields, rope_parameters
 from align.model.weights import has_own_head
 
 
@@ -44,7 +44,7 @@ class Architecture:
     """Hugging Face's rope_parameters, as sorted items"""
     labels: int = 0
     """rows of a reward model's head; 0: a language model"""
-    norm: Literal["rms", "layer", "layer_1p"] = "rms"
+    norm: Norm = "rms"
     """RMSNorm; LayerNorm with weight and bias; LayerNorm whose factor is weight + 1"""
     activation: Literal["swiglu", "relu2"] = "swiglu"
     """silu(gate) * up; relu(up)^2, without a gate"""

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,11 @@ from align.model.layers import rotary_embedding
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch 2.9, which TensorRT-LLM requires
-    KNOWN = frozenset()  # names of its arguments
+    KNOWN: frozenset[str] = frozenset()  # names of its arguments
 else:
     KNOWN = frozenset(inspect.signature(varlen_attn).parameters)
 # torch 2.11 has no such argument, and allows fewer key heads than query heads without it.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in KNOWN else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in KNOWN else {}
 
 
 @dataclass
@@ -47,7 +48,7 @@ class PackedAttentionParams(PackedSeqParams):
     seen: list[int] = field(default_factory=list)
     # Places of these keys in the whole pack, all sequences end to end; None: all places in their order.
     keys: Tensor | slice | None = None
-    rotation: tuple[Tensor, Tensor] | None = None  # layers.rotary_cos_sin of this rank's tokens, by the model
+    rotation: tuple[Tensor, ...] = ()  # layers.rotary_cos_sin of this rank's tokens, by the model
 
 
 def packed_params(
@@ -136,7 +137,8 @@ class TorchAttention(MegatronModule):
         attention_type: str,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
     ):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
@@ -223,7 +225,10 @@ def flash(
         max_q, max_k: most queries and keys of a sequence.
     """
     span = (-1 if window is None else window - 1, 0)  # keys before and after the query's own
-    return varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=span, **GROUPED)
+    lengths = (cu_q, cu_k, max_q, max_k)
+    out = varlen_attn(query, key, value, *lengths, scale=scale, window_size=span, **GROUPED)
+    assert isinstance(out, Tensor)  # a tuple only with return_aux
+    return out
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

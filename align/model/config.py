@@ -61,15 +61,10 @@ def check_model(arch: Architecture, config: ModelConfig, parallel: ParallelConfi
         )
     if arch.layers % pp:
         raise UserError(f"--pp {pp} does not divide the model's {arch.layers} layers")
-    if uses_te(config) and (arch.window is not None or parallel.cp > 1):
+    if uses_te(config) and (arch.window is not None or parallel.cp > 1 or arch.out_bias or arch.mlp_bias):
         raise UserError(
-            f"--attention {config.attention} is Transformer Engine's here, which does not do sliding windows "
-            "or --cp above 1 yet: give --attention torch"
-        )
-    if uses_te(config) and (arch.out_bias or arch.mlp_bias):
-        raise UserError(
-            f"--attention {config.attention} is Transformer Engine's here, which is not connected to "
-            "attention_bias and mlp_bias yet: give --attention torch"
+            f"--attention {config.attention} is Transformer Engine's here, without sliding windows, --cp "
+            "above 1, attention_bias and mlp_bias: give --attention torch"
         )
     if config.fp8:
         check_fp8(arch, config, tp)

@@ -1,6 +1,7 @@
 """Fields of a config.json: implemented ones, those without effect, and rules for their values."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 from align.errors import UserError
 from align.files import shown
@@ -13,11 +14,14 @@ IMPLEMENTED_BY = {
     "stablelm": {"use_qkv_bias", "partial_rotary_factor"},
     "nemotron": {"partial_rotary_factor", "attention_bias", "mlp_bias"},
 }
-NORMS = {  # kind, and the field that holds its epsilon; the other families: RMS_NORM
+Norm = Literal["rms", "layer", "layer_1p"]
+NORMS: dict[
+    str, tuple[Norm, str]
+] = {  # kind, and the field that holds its epsilon; the other families: RMS_NORM
     "stablelm": ("layer", "layer_norm_eps"),
     "nemotron": ("layer_1p", "norm_eps"),
 }
-RMS_NORM = ("rms", "rms_norm_eps")
+RMS_NORM: tuple[Norm, str] = ("rms", "rms_norm_eps")
 WITHOUT_EFFECT = frozenset(
     # bookkeeping of the program that wrote the file
     "dtype torch_dtype transformers_version _name_or_path _commit_hash model_name is_llama_config "
@@ -52,12 +56,10 @@ ONLY_VALUE = {
     "tie_encoder_decoder": False,
     "pruned_heads": {},
 }
-ONLY_VALUE_BY = {
+ONLY_VALUE_BY: dict[str, dict[str, Any]] = {
     "stablelm": {"qk_layernorm": False, "use_parallel_residual": False, "hidden_dropout": 0.0},
     "nemotron": {"hidden_act": "relu2"},
 }
-
-# ---- rules for values ----------------------------------------------------------------------------
 
 
 def or_null(rule: Rule) -> Rule:
@@ -65,17 +67,13 @@ def or_null(rule: Rule) -> Rule:
     return f"{words}, or null", lambda x: x is None or holds(x)
 
 
-def is_list_of_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def is_label_names(value: object) -> bool:
-    return isinstance(value, dict) and value != {} and all(key.isdecimal() for key in value)
-
-
 BOOLEAN = "true or false", lambda x: isinstance(x, bool)
 OBJECT = "an object", lambda x: isinstance(x, dict)
-STRINGS = "a list of strings", is_list_of_strings
+LABELS = (
+    "an object with numbers as keys",
+    lambda x: isinstance(x, dict) and x != {} and all(map(str.isdecimal, x)),
+)
+STRINGS = "a list of strings", lambda x: isinstance(x, list) and all(isinstance(item, str) for item in x)
 TEXT = "a string", lambda x: isinstance(x, str)
 
 RULES: dict[str, Rule] = {
@@ -101,7 +99,7 @@ RULES: dict[str, Rule] = {
     "layer_types": or_null(STRINGS),
     "architectures": or_null(STRINGS),
     "num_labels": or_null(whole(1, 10**6)),
-    "id2label": or_null(("an object with numbers as keys", is_label_names)),
+    "id2label": or_null(LABELS),
     "rope_scaling": or_null(OBJECT),
     "rope_parameters": or_null(OBJECT),
     "rope_theta": above(1, 1e30),

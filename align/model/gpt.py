@@ -18,7 +18,6 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -44,20 +43,20 @@ class Decoder(GPTModel):
 
     def __init__(
         self,
-        config: TransformerConfig,
         arch: Architecture,
-        te: bool,
+        config: ModelConfig,
+        parallel: ParallelConfig,
         tied: bool,
         groups: ProcessGroupCollection | None = None,
         embedding_rows: int | None = None,
     ):
         """`groups`: process groups, by default training's; `embedding_rows`: V with its padding."""
-        groups = groups or ProcessGroupCollection.use_mpu_process_groups()
+        groups, te = groups or ProcessGroupCollection.use_mpu_process_groups(), uses_te(config)
+        megatron_config = transformer_config(arch, config, parallel, te)
         super().__init__(
-            config,
-            block_spec(config, arch, te),
-            vocab_size=embedding_rows
-            or padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
+            megatron_config,
+            block_spec(megatron_config, arch, te),
+            vocab_size=embedding_rows or padded_vocab_size(arch.vocab_size, parallel.tp),
             max_sequence_length=arch.max_positions,
             pre_process=groups.pp.rank() == 0,
             post_process=groups.pp.rank() == groups.pp.size() - 1,
@@ -70,7 +69,7 @@ class Decoder(GPTModel):
         self.frequencies = rotary_frequencies(arch).to(device())
         scale = rotary_scale(arch)
         self.rotary_scale = None if scale is None else scale.to(device())
-        mark_tensor_parallel(self)
+        mark_tensor_parallel(self, arch)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: PackedAttentionParams, **rest: None
@@ -96,15 +95,15 @@ class Policy(Decoder):
 
     def __init__(
         self,
-        config: TransformerConfig,
         arch: Architecture,
-        te: bool,
+        config: ModelConfig,
+        parallel: ParallelConfig,
         groups: ProcessGroupCollection | None = None,
         embedding_rows: int | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
     ):
-        super().__init__(config, arch, te, arch.tied_embeddings, groups, embedding_rows)
+        super().__init__(arch, config, parallel, arch.tied_embeddings, groups, embedding_rows)
         self.temperature, self.entropy, self.known_ids = temperature, entropy, arch.vocab_size
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
@@ -123,17 +122,11 @@ class Policy(Decoder):
         hidden = hidden_states.squeeze(1).index_select(0, trained)
         if not self.config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        weight, targets = self.output_weight(), labels[0][trained]
-        values = target_logprobs(
-            hidden, weight, targets, self.known_ids, group, self.temperature, self.entropy
-        )
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        options = (self.known_ids, group, self.temperature, self.entropy)
+        values = target_logprobs(hidden, weight, labels[0][trained], *options)
         return values.new_zeros(len(labels[0]), *values.shape[1:]).index_copy(0, trained, values)
-
-    def output_weight(self) -> Tensor:
-        """This rank's rows of the output embedding, [V/tp, H]."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
 
 
 class Scorer(Decoder):
@@ -143,16 +136,20 @@ class Scorer(Decoder):
     """
 
     def __init__(
-        self, config: TransformerConfig, arch: Architecture, te: bool, label_weights: Sequence[float]
+        self,
+        arch: Architecture,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        label_weights: Sequence[float],
     ):
         """`label_weights`: weights of the A labels in the exported score."""
-        super().__init__(config, arch, te, tied=False)
+        super().__init__(arch, config, parallel, tied=False)
         assert len(label_weights) == arch.labels
         self.label_weights = torch.tensor(label_weights, dtype=torch.float32, device=device())
         self.output_layer = None
         if self.post_process:
             self.score = nn.Linear(
-                arch.hidden_size, arch.labels, bias=False, dtype=config.params_dtype, device=device()
+                arch.hidden_size, arch.labels, bias=False, dtype=config.dtype, device=device()
             )
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
@@ -195,9 +192,7 @@ def build_policy(
             "give a language model"
         )
     check_model(arch, config, parallel)
-    te = uses_te(config)
-    megatron_config = transformer_config(arch, config, parallel, te)
-    return Policy(megatron_config, arch, te, temperature=temperature, entropy=entropy)
+    return Policy(arch, config, parallel, temperature=temperature, entropy=entropy)
 
 
 def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollection) -> Policy:
@@ -208,8 +203,7 @@ def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollectio
         raise UserError(
             f"--rollout-tp {parallel.tp} does not divide the {embedding_rows} rows of the embedding"
         )
-    megatron_config = transformer_config(arch, config, parallel, policy.te)
-    copy = Policy(megatron_config, arch, policy.te, groups, embedding_rows)
+    copy = Policy(arch, config, parallel, groups, embedding_rows)
     copy.known_ids = policy.known_ids
     return copy
 
@@ -219,8 +213,7 @@ def build_scorer(
 ) -> Scorer:
     """Build this rank's shard of a reward model (`arch.labels` > 0), its weights not yet filled."""
     check_model(arch, config, parallel)
-    te = uses_te(config)
-    return Scorer(transformer_config(arch, config, parallel, te), arch, te, label_weights)
+    return Scorer(arch, config, parallel, label_weights)
 
 
 def distributed(model: Decoder) -> DistributedDataParallel:

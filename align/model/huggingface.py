@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,8 +39,6 @@ from align.model.weights import HEAD, WeightFiles
 
 MAX_FILE_BYTES = 2 * 1024**3
 
-# ---- sources of weights --------------------------------------------------------------------------
-
 
 class Source(Protocol):
     """Tensors by name, whole or in part."""
@@ -49,14 +47,10 @@ class Source(Protocol):
 
 
 class SafetensorsSource(WeightFiles):
-    """The weights of a directory, checked against its architecture."""
+    """The weights of a directory. Raises UserError unless the tensors are those of the architecture."""
 
     def __init__(self, directory: Path, arch: Architecture):
         super().__init__(directory)
-        self.check(arch)
-
-    def check(self, arch: Architecture) -> None:
-        """Raise UserError unless the tensors are those of the architecture, in their shapes."""
         shapes = tensor_shapes(arch)
         harmless = {name for name in self.files if name.endswith("rotary_emb.inv_freq")}
         if arch.tied_embeddings:
@@ -123,9 +117,6 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
     return RandomSource(arch, seed)
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def load(model: Decoder, source: Source) -> None:
     """Fill this rank's shard, before the model is wrapped and the optimizer is built."""
@@ -144,17 +135,16 @@ def read_part(source: Source, arch: Architecture, name: str, hf_name: str, param
         groups = arch.kv_heads // tp
         return read_qkv(source, arch, hf_name, rank * groups, (rank + 1) * groups)
     if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
-        rows = part_of(arch.ffn_size, tp, rank)
+        rows = slice(rank * arch.ffn_size // tp, (rank + 1) * arch.ffn_size // tp)
         return torch.cat([source.read(hf_name.replace("*", half), rows) for half in arch.mlp_inputs])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         width = parameter.shape[1]
         return source.read(hf_name, columns=slice(rank * width, (rank + 1) * width))
     if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-        rows = len(parameter)
-        real = source.read(
-            hf_name, slice(min(rank * rows, arch.vocab_size), min((rank + 1) * rows, arch.vocab_size))
-        )
-        return torch.cat([real, real.new_zeros(rows - len(real), real.shape[1])])
+        size = len(parameter)
+        rows = slice(*(min(i * size, arch.vocab_size) for i in (rank, rank + 1)))
+        real = source.read(hf_name, rows)
+        return torch.cat([real, real.new_zeros(size - len(real), real.shape[1])])
     return source.read(hf_name)
 
 
@@ -169,13 +159,6 @@ def read_qkv(source: Source, arch: Architecture, hf_name: str, first: int, last:
     parts = [*(reorder_heads(part, order) for part in parts[:2]), parts[2]]
     parts = [part.unflatten(0, (groups, size)) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(parts, 1).flatten(0, 1)
-
-
-def part_of(size: int, parts: int, index: int) -> slice:
-    return slice(index * size // parts, (index + 1) * size // parts)
-
-
-# ---- writing -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -285,10 +268,10 @@ def whole_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     A tensor may be a view of a parameter. Collective over the ranks that share a model.
     """
     group, device = mpu.get_pipeline_model_parallel_group(), next(model.parameters()).device
-    shapes, names = tensor_shapes(model.arch), [None] * group.size()
-    dist.all_gather_object(
-        names, [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)], group
-    )
+    shapes = tensor_shapes(model.arch)
+    own_names = [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)]
+    names: list[Any] = [None] * group.size()
+    dist.all_gather_object(names, own_names, group)
     for stage, of_stage in enumerate(names):
         own = stage_tensors(model) if stage == group.rank() else None
         for name in of_stage:

@@ -25,34 +25,23 @@ from torch import Tensor, nn
 from align.model.architecture import Architecture
 from align.model.gpt import Decoder
 
-OUTER_NAMES = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "decoder.final_layernorm.bias": "model.norm.bias",
-    "output_layer.weight": "lm_head.weight",
-    "score.weight": "score.weight",
+OUTER_NAMES = {  # of modules: Megatron's, Hugging Face's
+    "embedding.word_embeddings": "model.embed_tokens",
+    "decoder.final_layernorm": "model.norm",
+    "output_layer": "lm_head",
+    "score": "score",
 }
-
-
 LAYER_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "input_layernorm.bias": "input_layernorm.bias",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # Transformer Engine fuses them
-    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
-    "self_attention.linear_qkv.weight": "self_attn.*_proj.weight",
-    "self_attention.linear_qkv.bias": "self_attn.*_proj.bias",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "pre_mlp_layernorm.bias": "post_attention_layernorm.bias",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_bias": "post_attention_layernorm.bias",
-    "mlp.linear_fc1.weight": "mlp.*_proj.weight",
-    "mlp.linear_fc1.bias": "mlp.*_proj.bias",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "mlp.linear_fc2.bias": "mlp.down_proj.bias",
+    "input_layernorm": "input_layernorm",
+    "self_attention.linear_qkv.layer_norm": "input_layernorm",  # Transformer Engine fuses them
+    "self_attention.linear_qkv": "self_attn.*_proj",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "mlp.linear_fc1.layer_norm": "post_attention_layernorm",
+    "mlp.linear_fc1": "mlp.*_proj",
+    "mlp.linear_fc2": "mlp.down_proj",
 }
 
 
@@ -61,8 +50,8 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     hidden, head = arch.hidden_size, arch.head_dim
     in_norm = ("weight",) if arch.norm == "rms" else ("weight", "bias")
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    heads = {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}
     for layer in range(arch.layers):
-        heads = {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}
         shapes |= {
             f"model.layers.{layer}.{name}": shape
             for name, shape in {
@@ -93,13 +82,15 @@ def named_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
     A Hugging Face name with a * means several tensors: q, k, v or gate, up (or up alone).
     """
     for name, parameter in model.named_parameters():
-        if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+        module, kind = re.split("[._](?=(?:weight|bias)$)", name)  # linear_qkv.layer_norm_weight, too
+        if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module):
             layer = model.decoder.layers[int(match[1])].layer_number - 1  # its number in the whole model
-            yield name, parameter, f"model.layers.{layer}.{LAYER_NAMES[match[2]]}"
-        elif name == "output_layer.weight" and model.arch.tied_embeddings:
-            yield name, parameter, "model.embed_tokens.weight"  # the last stage's copy
+            hf_module = f"model.layers.{layer}.{LAYER_NAMES[match[2]]}"
+        elif module == "output_layer" and model.arch.tied_embeddings:
+            hf_module = "model.embed_tokens"  # the last stage's copy
         else:
-            yield name, parameter, OUTER_NAMES[name]
+            hf_module = OUTER_NAMES[module]
+        yield name, parameter, f"{hf_module}.{kind}"
 
 
 def stored(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:

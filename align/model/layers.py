@@ -7,6 +7,8 @@ The arithmetic is in the functions marked `fused`: plain torch on a CPU, one com
 (the norm's gradient: two or three). LayerNorm is torch's own kernel.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
@@ -17,15 +19,22 @@ from align.distributed.parallel import device
 from align.kernels.fused import fused
 
 
+def norm_parameter(config: TransformerConfig, hidden_size: int, value: float) -> nn.Parameter:
+    """A norm's weight or bias [H]."""
+    parameter: Any = nn.Parameter(
+        torch.full((hidden_size,), value, dtype=config.params_dtype, device=device())
+    )
+    # Under sequence parallelism each rank sees some of the tokens: Megatron sums the marked gradients.
+    parameter.sequence_parallel = config.sequence_parallel
+    return parameter
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; in fp32 inside."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
-        # Under sequence parallelism each rank sees some of the tokens: Megatron sums the marked gradients.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps, self.weight = eps, norm_parameter(config, hidden_size, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return RMSNormFunction.apply(x, self.weight, self.eps)
@@ -78,11 +87,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
-        self.eps = eps
-        for name, value in (("weight", self.initial_weight), ("bias", 0.0)):
-            filled = torch.full((hidden_size,), value, dtype=config.params_dtype, device=device())
-            self.register_parameter(name, nn.Parameter(filled))
-            getattr(self, name).sequence_parallel = config.sequence_parallel
+        self.eps, self.weight = eps, norm_parameter(config, hidden_size, self.initial_weight)
+        self.bias = norm_parameter(config, hidden_size, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -107,9 +113,6 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm, "layer_1p": LayerNorm1P}  # by Arch
 
 class SwiGLU(MegatronModule):  # Megatron's type, because checkpoints ask each part of an MLP for its weights
     """silu(gate) * up for an input [..., gate; up] (https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return SwiGLUFunction.apply(x)

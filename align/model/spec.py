@@ -27,16 +27,17 @@ from align.model.attention import TorchAttention
 from align.model.config import ModelConfig
 from align.model.layers import ACTIVATIONS, NORMS
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
 
 def transformer_config(
     arch: Architecture, config: ModelConfig, parallel: ParallelConfig, te: bool
 ) -> TransformerConfig:
     """Megatron's configuration of the model. Dropout is off in every algorithm of this repository."""
-    recompute = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[config.recompute]
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -81,65 +82,66 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        **recompute,
+        **RECOMPUTE[config.recompute],
     )
 
 
 def block_spec(config: TransformerConfig, arch: Architecture, te: bool) -> TransformerBlockSubmodules:
     """Spec of this stage's layers, and of the norm after them."""
-    if te:
-        from align.model.transformer_engine import layer_spec  # here: it needs Transformer Engine
-    else:
-        layer_spec = torch_layer_spec
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(arch)] * get_num_layers_to_build(config), layer_norm=NORMS[arch.norm]
+        layer_specs=[layer_spec(arch, te)] * get_num_layers_to_build(config), layer_norm=NORMS[arch.norm]
     )
 
 
-def torch_layer_spec(arch: Architecture) -> ModuleSpec:
-    """Spec of a layer of Megatron's own linears, with our norm and attention."""
-    norm = NORMS[arch.norm]
+def layer_spec(arch: Architecture, te: bool) -> ModuleSpec:
+    """Spec of a layer with our norm and activation. `te`: linears and attention of Transformer Engine."""
+    norm, names = NORMS[arch.norm], {}
+    column, row, attention, outer_norm = ColumnParallelLinear, RowParallelLinear, TorchAttention, norm
+    if te:
+        from align.model import transformer_engine  # here: it needs Transformer Engine
+
+        column, row, attention = transformer_engine.LAYERS
+        outer_norm, names = IdentityOp, transformer_engine.CHECKPOINT_NAMES  # `column` norms its input
     qk_norm = norm if arch.qk_norm else IdentityOp
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=outer_norm,
             self_attention=ModuleSpec(
                 SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=TorchAttention,
-                    linear_proj=linear(RowParallelLinear, arch.out_bias),
+                    linear_qkv=column,
+                    core_attention=attention,
+                    linear_proj=linear(row, arch.out_bias),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=outer_norm,
             mlp=ModuleSpec(
                 MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=linear(ColumnParallelLinear, arch.mlp_bias),
-                    linear_fc2=linear(RowParallelLinear, arch.mlp_bias),
+                    linear_fc1=linear(column, arch.mlp_bias),
+                    linear_fc2=linear(row, arch.mlp_bias),
                     activation_func=ACTIVATIONS[arch.activation],
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names,
         ),
     )
 
 
-class Biased:
-    """Mixin for a linear layer with a bias: Megatron's config has one switch for all layers."""
+def linear(kind: Any, bias: bool) -> Any:
+    """Class of a linear layer, with a bias or without: Megatron's config has one switch for all layers."""
 
-    def __init__(self, *sizes: int, bias: bool, **rest: object):
-        super().__init__(*sizes, bias=True, **rest)
+    class Biased(kind):
+        def __init__(self, *sizes: int, bias: bool, **rest: object):
+            super().__init__(*sizes, bias=True, **rest)
 
-
-def linear(kind: type, bias: bool) -> type:
-    """Class of a linear layer, with a bias or without."""
-    return type(f"Biased{kind.__name__}", (Biased, kind), {}) if bias else kind
+    return Biased if bias else kind
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -148,7 +150,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def mark_tensor_parallel(model: nn.Module) -> None:
+def mark_tensor_parallel(model: nn.Module, arch: Architecture) -> None:
     """Mark split weights, as Megatron's initialisation does.
 
     Without the marks the gradient norm counts one rank's part of each matrix only, and clipping is silently
@@ -161,7 +163,7 @@ def mark_tensor_parallel(model: nn.Module) -> None:
         if weight is not None and not hasattr(weight, "tensor_model_parallel"):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
             # gate and up are two matrices on each rank
-            stride = len(model.arch.mlp_inputs) if name.endswith("linear_fc1") else 1
+            stride = len(arch.mlp_inputs) if name.endswith("linear_fc1") else 1
             set_tensor_model_parallel_attributes(weight, True, dim, stride)
 
 
@@ -216,7 +218,7 @@ def rotary_scale(arch: Architecture) -> Tensor | None:
     `attention_factor` if present, else m(mscale) / m(mscale_all_dim) with m(a) = 0.1 a ln(factor) + 1 if both
     are present, else m(1).
     """
-    rope = dict(arch.rope)
+    rope: dict[str, Any] = dict(arch.rope)
     if rope.get("rope_type") != "yarn":
         return None
     factor = rope.get("attention_factor")

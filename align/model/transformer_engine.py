@@ -11,18 +11,11 @@ from megatron.core.extensions.transformer_engine import (
     TELayerNormColumnParallelLinear,
     TERowParallelLinear,
 )
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer import ModuleSpec, TransformerLayer
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from align.model.architecture import Architecture
 from align.model.attention import PackedAttentionParams
-from align.model.layers import ACTIVATIONS, NORMS, rotary_embedding
+from align.model.layers import rotary_embedding
 
 # Names of torch's layers in checkpoints, so that either kind of layers can load them.
 CHECKPOINT_NAMES = {
@@ -45,39 +38,12 @@ class TEAttention(TEDotProductAttention):
         packed_seq_params: PackedAttentionParams | None = None,
     ) -> Tensor:
         """Returns [T, heads * d]."""
+        assert packed_seq_params is not None
         query, key = (rotary_embedding(x, *packed_seq_params.rotation) for x in (query, key))
         return super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
         )
 
 
-def layer_spec(arch: Architecture) -> ModuleSpec:
-    """Spec of one layer."""
-    norm = NORMS[arch.norm] if arch.qk_norm else IdentityOp
-    return ModuleSpec(
-        TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=TELayerNormColumnParallelLinear,
-                    core_attention=TEAttention,
-                    linear_proj=TERowParallelLinear,
-                    q_layernorm=norm,
-                    k_layernorm=norm,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            mlp=ModuleSpec(
-                MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=TELayerNormColumnParallelLinear,
-                    linear_fc2=TERowParallelLinear,
-                    activation_func=ACTIVATIONS[arch.activation],
-                ),
-            ),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CHECKPOINT_NAMES,
-        ),
-    )
+# column and row parallel linear layers, the first with the norm before it; core attention
+LAYERS = TELayerNormColumnParallelLinear, TERowParallelLinear, TEAttention

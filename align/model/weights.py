@@ -19,7 +19,8 @@ class WeightFiles:
     """Tensors by name, whole or in part. Every mistake is a UserError that names the file."""
 
     def __init__(self, directory: Path):
-        self.directory, self.opened = Path(directory), {}
+        self.directory = Path(directory)
+        self.opened: dict[str, safe_open] = {}
         index, single = self.directory / INDEX, self.directory / SINGLE
         if index.is_file():
             self.files = read_weight_map(index)

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from align.data import packing
 from align.distributed import parallel
-from align.model import architecture, gpt, huggingface, spec
+from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from align.training import batching, engine
 from tests.support.parity_data import FRESH, STEPS, data_set
@@ -31,8 +31,7 @@ class Logits(gpt.Policy):
 def logits(directory: Path, layout: parallel.ParallelConfig) -> torch.Tensor:
     """Logits [T, V] of the first rows in one pack."""
     arch = architecture.read_config(directory)
-    config = spec.transformer_config(arch, ModelConfig(precision="fp32"), layout, False)
-    policy = Logits(config, arch, False)
+    policy = Logits(arch, ModelConfig(precision="fp32", attention="torch"), layout)
     huggingface.load(policy, huggingface.open_source(directory, arch, 0))
     batch = packing.collate(data_set("sft", 0).rows, batching.alignment(policy))
     return engine.outputs(policy, [batch], lambda _, out: out)[0][: sum(batch.lengths), : arch.vocab_size]

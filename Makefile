@@ -22,9 +22,10 @@ test-slurm: .venv/test  ## the batch files on a real Slurm of two nodes, all on 
 soak: .venv/test  ## 100 kill -9 at random moments over all scripts, about 40 minutes: SOAK_KILLS=N for others
 	$(PYTEST) -s tests/training/soak.py
 
-check: .venv/ready  ## format and lint
+check: .venv/ready  ## format, lint, types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 docs: .venv/docs  ## the documentation, into site/; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet

@@ -226,7 +226,8 @@ def main(config: Config) -> None:
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )
-    policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, entropy=True)
+    entropy = dict(entropy=True, entropy_grad=config.entropy_coef > 0)
+    policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, **entropy)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)

@@ -214,10 +214,7 @@ def main(config: Config) -> None:
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
     policy_steps = session.total_steps - config.critic_warmup_steps
     if policy_steps <= 0:
-        raise UserError(
-            f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step of "
-            f"{session.total_steps}"
-        )
+        raise UserError(f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step")
     optim.check_optim(config.optim, policy_steps)
     critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
 
@@ -226,7 +223,8 @@ def main(config: Config) -> None:
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )
-    policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, entropy=True)
+    entropy = dict(entropy=True, entropy_grad=config.entropy_coef > 0)
+    policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, **entropy)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)

@@ -89,8 +89,8 @@ class Policy(Decoder):
     """A causal language model whose last stage returns the log-probabilities [T] of the targets, in nats.
 
     The distribution is softmax(logits / temperature). With `entropy` it returns [T, 2], log-probs and
-    entropies. Both may be set between two passes. Ids from `known_ids` on have probability 0:
-    `generator.Generator` lowers it to the number of the tokenizer's ids.
+    entropies, the latter without a gradient unless `entropy_grad`. All three may be set between two passes.
+    Ids from `known_ids` on have probability 0: `generator.Generator` lowers it to the tokenizer's number.
     """
 
     def __init__(
@@ -102,9 +102,11 @@ class Policy(Decoder):
         embedding_rows: int | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
+        entropy_grad: bool = True,
     ):
         super().__init__(arch, config, parallel, arch.tied_embeddings, groups, embedding_rows)
-        self.temperature, self.entropy, self.known_ids = temperature, entropy, arch.vocab_size
+        self.temperature, self.known_ids = temperature, arch.vocab_size
+        self.entropy, self.entropy_grad = entropy, entropy_grad
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
         """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere.
@@ -124,7 +126,7 @@ class Policy(Decoder):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        options = (self.known_ids, group, self.temperature, self.entropy)
+        options = (self.known_ids, group, self.temperature, self.entropy, self.entropy_grad)
         values = target_logprobs(hidden, weight, labels[0][trained], *options)
         return values.new_zeros(len(labels[0]), *values.shape[1:]).index_copy(0, trained, values)
 
@@ -184,6 +186,7 @@ def build_policy(
     parallel: ParallelConfig,
     temperature: float = 1.0,
     entropy: bool = False,
+    entropy_grad: bool = True,
 ) -> Policy:
     """Build this rank's shard of a language model, its weights not yet filled; see Policy for the output."""
     if arch.labels:
@@ -192,7 +195,7 @@ def build_policy(
             "give a language model"
         )
     check_model(arch, config, parallel)
-    return Policy(arch, config, parallel, temperature=temperature, entropy=entropy)
+    return Policy(arch, config, parallel, temperature=temperature, entropy=entropy, entropy_grad=entropy_grad)
 
 
 def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollection) -> Policy:

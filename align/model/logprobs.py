@@ -26,6 +26,7 @@ def target_logprobs(
     group: dist.ProcessGroup,
     temperature: float = 1.0,
     entropy: bool = False,
+    entropy_grad: bool = True,
 ) -> Tensor:
     """log p(targets) for each token, in nats, p = softmax(logits / temperature).
 
@@ -38,15 +39,16 @@ def target_logprobs(
         group: the tensor parallel group.
         temperature: divisor of the logits, above 0.
         entropy: compute the entropy H = -sum_v p_v log p_v of each token's distribution as well.
+        entropy_grad: False if the entropies have no gradient, which takes a pass over the logits less.
 
     Returns:
-        [n] float32, with `entropy` [n, 2]: log-prob and entropy, in nats. Either has a gradient.
+        [n] float32, with `entropy` [n, 2]: log-prob and entropy, in nats.
     """
     count = len(hidden)
     if uses_onednn(hidden):
         hidden, targets = padded(hidden), padded(targets)
     logprobs, entropies = TargetLogProbs.apply(
-        hidden, weight, targets, vocab_size, group, temperature, entropy
+        hidden, weight, targets, vocab_size, group, temperature, entropy, entropy_grad
     )
     if entropy:
         return torch.stack([logprobs[:count], entropies[:count]], 1)
@@ -60,7 +62,7 @@ class TargetLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, group, temperature, entropy):  # noqa: ANN001
+    def forward(ctx, hidden, weight, targets, vocab_size, group, temperature, entropy, entropy_grad):
         tp, first = group.size(), group.rank() * weight.shape[0]
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         logsumexp = torch.empty_like(logprobs)
@@ -75,10 +77,15 @@ class TargetLogProbs(torch.autograd.Function):
                 dist.all_reduce(parts, group=group)
             logsumexp[here] = top[:, 0] + parts[1].log()
             logprobs[here] = parts[0] - logsumexp[here]
-            if entropy:  # H = log sum_v exp x_v - sum_v p_v x_v for any shift x of z, here by the maximum
+            if (
+                entropies is not None
+            ):  # H = log sum_v exp x_v - sum_v p_v x_v for any shift x of z, here by the maximum
                 entropies[here] = parts[1].log() - parts[2] / parts[1]
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
         ctx.vocab_size, ctx.first, ctx.temperature = vocab_size, first, temperature
+        ctx.entropy_grad = entropy and entropy_grad
+        if entropies is not None and not entropy_grad:
+            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
@@ -86,8 +93,7 @@ class TargetLogProbs(torch.autograd.Function):
         hidden, weight, targets, logsumexp, entropies = ctx.saved_tensors
         grad = grad / ctx.temperature  # dz / d(hidden weight^T)
         slopes, offsets = None, grad
-        # All zero where entropy is only logged; on a GPU the test would wait for the device.
-        if entropies is not None and (grad.is_cuda or grad_entropy.any()):
+        if ctx.entropy_grad:
             slopes = grad_entropy / ctx.temperature
             offsets = grad + slopes * entropies
         grad_hidden = torch.empty_like(hidden)
@@ -100,7 +106,7 @@ class TargetLogProbs(torch.autograd.Function):
             z = logits_grad_(z, *columns, ctx.first, hidden.dtype, *rest)
             grad_hidden[here] = product(z, weight)
             add_product(grad_weight, z.t(), hidden[here])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

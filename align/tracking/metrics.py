@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 
 
 class Clock:
     """Clock of phases: each `lap` ends a phase, `shares` sums up the phases since its last call."""
 
     def __init__(self):
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:

@@ -124,6 +124,25 @@ def test_by_hand_with_temperature_and_entropy():
     torch.testing.assert_close(values[:, 1], torch.full((2,), math.log(10) - 0.9 * math.log(9)))
 
 
+def test_entropies_without_a_gradient():
+    """They are the same, and the gradient is that of the log-probs alone, to the last bit."""
+
+    def gradients(factor: torch.Tensor | None, **options: bool) -> tuple[torch.Tensor, ...]:
+        """Entropies, and gradients of a sum over log-prob times entropy, or times the factor in its place."""
+        hidden, weight, targets, grad = inputs(CHUNK + 9)
+        hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+        values = target_logprobs(hidden, weight, targets, VOCAB, ALONE, 0.7, **options)
+        logprobs, entropies = values.unbind(1) if options else (values, factor)
+        (grad * logprobs * entropies).sum().backward()
+        return entropies.detach(), hidden.grad, weight.grad
+
+    attached = gradients(None, entropy=True)
+    detached = gradients(None, entropy=True, entropy_grad=False)
+    alone = gradients(detached[0])
+    assert all(map(torch.equal, detached, alone)) and torch.equal(attached[0], detached[0])
+    assert not torch.allclose(attached[1], detached[1])
+
+
 def test_zero_tokens():
     hidden, weight, targets, _ = inputs(0)
     for shape in ((0,), (0, 2)):

@@ -209,12 +209,13 @@ def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str,
     return items
 
 
-def on_host(job: Job, s: RankShape, process: float, writes: bool) -> dict[str, float]:
-    """Bytes by item that a GPU's rank takes of its node's memory at most. `writes`: checkpoints."""
+def on_host(job: Job, s: RankShape, process: float, writes: bool, loads: bool) -> dict[str, float]:
+    """Bytes by item that a GPU's rank takes of its node's memory, while it writes or loads a checkpoint."""
     frozen = sum(memory.pinned_weights(arch, s) for arch in job.frozen.values())
     parts = sum(memory.pinned_model(arch, s) for arch in job.trained.values()) if job.offloads else 0
-    saving = max(memory.saving(arch, s) for arch in job.trained.values()) if writes else 0
-    return {"process": process, "pinned copies": frozen + parts, "checkpoint": saving}
+    size = memory.loading if loads else memory.saving
+    checkpoint = max(size(arch, s) for arch in job.trained.values()) if writes or loads else 0
+    return {"process": process, "pinned copies": frozen + parts, "checkpoint": checkpoint}
 
 
 def ranks(job: Job) -> list[tuple[int, bool]]:
@@ -227,13 +228,15 @@ def ranks(job: Job) -> list[tuple[int, bool]]:
 
 
 def fullest_node(job: Job, process: float) -> dict[str, float]:
-    """`on_host` of the node that takes most, all its ranks together."""
+    """`on_host` of the node that takes most, all its ranks together, at a save or at the start."""
     by_kind, nodes = {}, []
-    for rank, (stage, writes) in enumerate(ranks(job)):
-        if (stage, writes) not in by_kind:
-            by_kind[stage, writes] = on_host(job, replace(job.layout, stage=stage), process, writes)
-        if rank % job.cluster.gpus_per_node == 0:
-            nodes.append(dict.fromkeys(by_kind[stage, writes], 0.0))
-        for item, size in by_kind[stage, writes].items():
-            nodes[-1][item] += size
+    for loads in (False, True):
+        for rank, (stage, writes) in enumerate(ranks(job)):
+            kind = (stage, writes, loads)
+            if kind not in by_kind:
+                by_kind[kind] = on_host(job, replace(job.layout, stage=stage), process, writes, loads)
+            if rank % job.cluster.gpus_per_node == 0:
+                nodes.append(dict.fromkeys(by_kind[kind], 0.0))
+            for item, size in by_kind[kind].items():
+                nodes[-1][item] += size
     return max(nodes, key=lambda node: sum(node.values()))

@@ -322,6 +322,10 @@ def test_the_fullest_node(reward_model):
     assert planned.fullest_node(job, 1.0) == node
     off = planned.fullest_node(replace(job, offload="off"), 1.0)
     assert off["pinned copies"] == 2 * frozen
+    data = job_of("train_sft", "", nodes=1, gpus_per_node=8)  # all of which load at the start, and one saves
+    assert planned.fullest_node(data, 1.0)["checkpoint"] == 8 * 20 * memory.weights(
+        data.trained["policy"], data.layout
+    )
     apart = job_of("train_sft", "--tp 2", nodes=4, gpus_per_node=1)  # one of its ranks on each node
     assert planned.fullest_node(apart, 1.0)["checkpoint"] == memory.saving(
         apart.trained["policy"], apart.layout

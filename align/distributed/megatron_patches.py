@@ -1,11 +1,16 @@
 """Repairs of Megatron-Core 0.16 on every device. megatron_on_cpu.py has what only CPUs need."""
 
 import queue
+from types import SimpleNamespace
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.resharding.refit import CopyService, NCCLCopyService
+from megatron.core.tensor_parallel import layers
+from torch import Tensor
+
+from align.kernels.matmul import add_product
 
 
 def keep_step_through_loading() -> None:
@@ -29,6 +34,20 @@ def use_thread_queue() -> None:
     foreground needs no such thing.
     """
     filesystem_async._results_queue = queue.Queue()
+
+
+def fuse_gradient_accumulation() -> None:
+    """Add the gradients of weights to Megatron's fp32 buffer by `add_product`.
+
+    Megatron has this from a CUDA extension of apex only, and calls one of its functions. On a GPU the product
+    is never rounded to bf16, nor written as a tensor of its own.
+    """
+
+    def accumulate(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        add_product(main_grad, grad_output.t(), inputs)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    layers._grad_accum_fusion_available = True
 
 
 def copy_service() -> CopyService | str:

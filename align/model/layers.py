@@ -4,7 +4,7 @@ Each saves its input and little else for the backward pass. Autograd would save 
 two thirds more activation memory, and as much more memory traffic.
 
 The arithmetic is in the functions marked `fused`: plain torch on a CPU, one compiled kernel each on a GPU
-(the norm's gradient: two or three). LayerNorm is torch's own kernel.
+(the norm's gradient: two). LayerNorm is torch's own kernel.
 """
 
 from typing import Any

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from align.distributed import megatron_patches
 from align.distributed.parallel import ParallelConfig
 from align.model.architecture import Architecture
 from align.model.attention import TorchAttention
@@ -38,6 +39,10 @@ def transformer_config(
     arch: Architecture, config: ModelConfig, parallel: ParallelConfig, te: bool
 ) -> TransformerConfig:
     """Megatron's configuration of the model. Dropout is off in every algorithm of this repository."""
+    # fp32 on a CPU has a linear layer of its own; Transformer Engine's layers were not tried with it.
+    fuses_accumulation = config.dtype != torch.float32 and not te
+    if fuses_accumulation:
+        megatron_patches.fuse_gradient_accumulation()
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -81,7 +86,7 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_accumulation,
         **RECOMPUTE[config.recompute],
     )
 

@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 
-from align.distributed import parallel
+from align.data.packing import BatchConfig
+from align.distributed import megatron_patches, parallel
 from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig, overlaps_gradients
-from align.training import optim
+from align.training import batching, engine, optim
 from tests.support.launch import fork_ranks
+from tests.support.parity_data import LOSSES, data_set
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
 
@@ -129,6 +131,28 @@ def test_bf16_weights_follow_fp32_main_weights(models):
     expected = (before - 8e-3).bfloat16()
     torch.testing.assert_close(weight.detach(), expected, rtol=2**-7, atol=0)
     assert (weight < before).all()
+
+
+def test_gradients_of_weights_are_added_to_fp32(models, monkeypatch):
+    """Those of two micro-batches of a bf16 model: by `add_product`, with the bits that Megatron's way has."""
+    calls, gradients = [], []
+    add_product = megatron_patches.add_product
+    monkeypatch.setattr(megatron_patches, "add_product", lambda *a: calls.append(a) or add_product(*a))
+    for fuses in (True, False):
+        policy, _ = build(models / "llama", "bf16")
+        for module in policy.modules():
+            if hasattr(module, "gradient_accumulation_fusion"):
+                module.gradient_accumulation_fusion = fuses
+        data = data_set("sft", 0, 5)
+        batches = batching.micro_batches(policy, data.rows, BatchConfig(micro_batch_tokens=100), data.values)
+        policy.zero_grad_buffer()
+        engine.forward_backward(policy, batches, LOSSES["sft"], sum(data.counts))
+        gradients.append({name: p.main_grad.clone() for name, p in policy.named_parameters()})
+        assert len(batches) > 1
+    # qkv, proj, fc1, fc2 of each layer
+    assert len(calls) == 4 * len(policy.module.decoder.layers) * len(batches)
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(models):

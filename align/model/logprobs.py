@@ -4,6 +4,8 @@ The vocabulary may be split over tensor parallel ranks. Logits are computed for 
 in float32 in the softmax, and again in the backward pass: the full [tokens, vocabulary] never exists.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -83,6 +85,8 @@ class TargetLogProbs(torch.autograd.Function):
                 entropies[here] = parts[1].log() - parts[2] / parts[1]
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
         ctx.vocab_size, ctx.first, ctx.temperature = vocab_size, first, temperature
+        # With bf16 weights, Megatron's fp32 buffer of gradients: nothing is rounded on the way to it.
+        ctx.main_grad = None if weight.dtype == torch.float32 else getattr(weight, "main_grad", None)
         ctx.entropy_grad = entropy and entropy_grad
         if entropies is not None and not entropy_grad:
             ctx.mark_non_differentiable(entropies)
@@ -97,7 +101,10 @@ class TargetLogProbs(torch.autograd.Function):
             slopes = grad_entropy / ctx.temperature
             offsets = grad + slopes * entropies
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        if ctx.main_grad is None:
+            total = torch.zeros_like(weight, dtype=torch.float32)
+        else:
+            total = ctx.main_grad
         for here in chunks(hidden, weight):
             z, *rest = logits(hidden[here], weight, ctx.first, ctx.vocab_size, ctx.temperature)
             columns = [
@@ -105,8 +112,19 @@ class TargetLogProbs(torch.autograd.Function):
             ]
             z = logits_grad_(z, *columns, ctx.first, hidden.dtype, *rest)
             grad_hidden[here] = product(z, weight)
-            add_product(grad_weight, z.t(), hidden[here])
-        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
+            add_product(total, z.t(), hidden[here])
+        grad_weight = total.to(weight.dtype) if ctx.main_grad is None else added(weight)
+        return grad_hidden, grad_weight, *[None] * 6
+
+
+def added(weight: Any) -> Tensor:
+    """Tell Megatron that its buffer has the gradient of a weight; returns what autograd is to have.
+
+    That is not read, but for a tied embedding, whose other gradient autograd adds to it.
+    """
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight)
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

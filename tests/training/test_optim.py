@@ -9,7 +9,7 @@ import torch
 from align.data.packing import BatchConfig
 from align.distributed import megatron_patches, parallel
 from align.errors import UserError
-from align.model import architecture, gpt, huggingface
+from align.model import architecture, gpt, huggingface, logprobs
 from align.model.config import ModelConfig, overlaps_gradients
 from align.training import batching, engine, optim
 from tests.support.launch import fork_ranks
@@ -153,6 +153,38 @@ def test_gradients_of_weights_are_added_to_fp32(models, monkeypatch):
     assert len(calls) == 4 * len(policy.module.decoder.layers) * len(batches)
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_the_gradient_of_the_output_layer_is_added_to_fp32(name, models, monkeypatch):
+    """On a CPU, whose product is bf16, the same bits; a tied embedding is no longer summed in bf16."""
+    gradients = []
+    for own in (True, False):
+        if not own:  # as for a model without Megatron's buffer
+            forward = logprobs.TargetLogProbs.forward
+
+            def without_buffer(ctx, *args):  # noqa: ANN001
+                results = forward(ctx, *args)
+                ctx.main_grad = None
+                return results
+
+            monkeypatch.setattr(logprobs.TargetLogProbs, "forward", without_buffer)
+        policy, _ = build(models / name, "bf16")
+        data = data_set("sft", 0, 5)
+        batches = batching.micro_batches(policy, data.rows, BatchConfig(micro_batch_tokens=100), data.values)
+        policy.zero_grad_buffer()
+        engine.forward_backward(policy, batches, LOSSES["sft"], sum(data.counts))
+        gradients.append({name: p.main_grad.clone() for name, p in policy.named_parameters()})
+        output = policy.module.shared_embedding_or_output_weight() if "tied" in name else None
+        output = policy.module.output_layer.weight if output is None else output
+        assert output.grad_added_to_main_grad == own
+    for key, gradient in gradients[0].items():
+        other = gradients[1][key]
+        if "tied" in name and "embedding" in key:
+            assert not torch.equal(gradient, other)
+            torch.testing.assert_close(gradient, other, rtol=2**-7, atol=2**-9 * other.abs().max().item())
+        else:
+            assert torch.equal(gradient, other), key
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(models):

@@ -158,16 +158,15 @@ def test_gradients_of_weights_are_added_to_fp32(models, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_the_gradient_of_the_output_layer_is_added_to_fp32(name, models, monkeypatch):
     """On a CPU, whose product is bf16, the same bits; a tied embedding is no longer summed in bf16."""
-    gradients = []
+    gradients, forward = [], logprobs.TargetLogProbs.forward
+
+    def without_buffer(ctx, *args):  # as for a model without Megatron's
+        results = forward(ctx, *args)
+        ctx.main_grad = None
+        return results
+
     for own in (True, False):
-        if not own:  # as for a model without Megatron's buffer
-            forward = logprobs.TargetLogProbs.forward
-
-            def without_buffer(ctx, *args):  # noqa: ANN001
-                results = forward(ctx, *args)
-                ctx.main_grad = None
-                return results
-
+        if not own:
             monkeypatch.setattr(logprobs.TargetLogProbs, "forward", without_buffer)
         policy, _ = build(models / name, "bf16")
         data = data_set("sft", 0, 5)

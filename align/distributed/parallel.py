@@ -31,6 +31,19 @@ T = TypeVar("T")
 # Ranks wait for the longest responses and slowest rewards; NCCL's own limit would be 10 minutes.
 LONGEST_WAIT = timedelta(hours=1)
 
+PEAK_TFLOPS = {  # bf16 without sparsity, from NVIDIA's data sheets; the first name that fits
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -71,6 +84,7 @@ def start(config: ParallelConfig) -> Iterator[dist.Store]:
     os.register_at_fork(
         before=lambda: pids.append(os.getpid()), after_in_child=lambda: end_with_parent(pids[-1])
     )
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are fp32, as on a CPU
     if config.tp > 1:
         use_one_queue()
     if config.deterministic:
@@ -176,6 +190,12 @@ def is_exact(config: ParallelConfig) -> bool:
 def device_name() -> str:
     """Product name of this rank's device."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def peak_tflops(dtype: torch.dtype) -> float | None:
+    """Peak of all ranks' matrix products in 10^12/s, for a data type of 16 bits on a known GPU."""
+    known = [peak for name, peak in PEAK_TFLOPS.items() if name in device_name()]
+    return known[0] * dist.get_world_size() if known and dtype.itemsize == 2 else None
 
 
 def dp_size() -> int:

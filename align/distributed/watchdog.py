@@ -18,15 +18,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from align import console
-from align.errors import user_message
+from align.errors import summary, user_message
 from align.tracking.output import is_run
 
 INTERVAL_S = 1.0
 PHASE_S = 0.02  # shortest time between two published states, which take about 0.1 ms each
 GRACE_S = 5.0  # for the rank at fault to end first: torchrun reports the first that ends
+OUT_OF_MEMORY = (
+    "`python -m tools.plan SCRIPT FLAGS` shows the memory of each phase, and the flags that reduce it: "
+    "--micro-batch-tokens, --recompute full, --offload on, --tp"
+)
 COMMUNICATION = ("gloo", "NCCL", "TCPStore")  # in the messages of collectives with a lost rank
 
 
@@ -222,6 +227,8 @@ def outcome(error: BaseException, rank: str) -> tuple[str, int, str]:
         return "interrupted", 128 + signal.SIGINT, ""
     status = 1
     words = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        words = f"out of GPU memory in {Progress.phase}: {summary(error)}. {OUT_OF_MEMORY}"
     if isinstance(error, SystemExit):
         words = f"sys.exit({error.code!r}) before the end of the run"
         status = error.code if isinstance(error.code, int) and error.code else 1

@@ -25,6 +25,7 @@ from align.errors import UserError
 from align.files import read_object, write_atomically
 from align.flags import flag_of
 from align.tracking.output import check_run, complete_checkpoints, delete_checkpoint, lock
+from align.tracking.profile import parse_steps
 
 COLUMNS = {  # metric: (label, format); the console shows those that a step has, in this order
     "train/loss": ("loss", "7.4f"),
@@ -61,10 +62,14 @@ class RunConfig:
     """also log to this wandb project; the environment variable WANDB_MODE says online or offline"""
     wandb_name: str | None = None
     """name of the wandb run; wandb invents one if none is given"""
+    profile: str | None = None
+    """torch.profiler over some steps, START:STEPS, such as 10:3: a table of kernels and a trace of each rank
+    in OUTPUT/profile; phases are named in the trace"""
 
     def __post_init__(self):
         if self.wandb_name is not None and self.wandb_project is None:
             raise UserError(f"--wandb-name {self.wandb_name} needs --wandb-project: give both or none")
+        parse_steps(self.profile)
 
 
 class Run:

@@ -177,8 +177,9 @@ class Phases:
             self.say(f"{label}: {self.describe(kept)}")
         measured = start_peak()
         self.clock.lap("offload")
-        yield
-        finish_queue()
+        with torch.autograd.profiler.record_function(label):
+            yield
+            finish_queue()
         self.clock.lap(name)
         for (model, _), part in self.parts.items():
             part.changed |= needs.get(model) == "all"

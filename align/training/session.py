@@ -16,12 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.model import huggingface
 from align.tracking.metrics import Clock
+from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
 from align.training import checkpoint, continuation, optim
 from align.training.checkpoint import Trained
@@ -99,9 +101,13 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """Steps from 0 that are not finished, until a signal or --max-time stops the run."""
+        config = self.config.run
+        profiler = Profiler(parse_steps(config.profile), config.output / "profile", dist.get_rank(), self.say)
         for step in range(self.step, self.total_steps):
             self.step = step
+            profiler.start(self.done)
             yield step
+            profiler.end(self.done, is_last=self.reason is not None or self.done == self.total_steps)
             if self.reason:
                 return
 
@@ -126,6 +132,8 @@ class Session:
         self.reason = self.stop.reason()
         self.latest |= {name: value for name, value in metrics.items() if not name.startswith("time")}
         checkpoint.check_monitor(self.config.checkpoint, self.latest)
+        if "time/tflops_per_s" in metrics and (peak := parallel.peak_tflops(self.config.model.dtype)):
+            metrics["time/mfu"] = metrics["time/tflops_per_s"] / peak
         self.run.log(self.done, metrics | self.times())
         is_last = self.done == self.total_steps or self.reason is not None
         if due := is_last or checkpoint.is_due(self.config.checkpoint, self.done):

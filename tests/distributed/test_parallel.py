@@ -136,3 +136,19 @@ def test_it_is_set_before_cuda_is_looked_for(monkeypatch, flags, expected):
     with pytest.raises(InterruptedError), parallel.start(ParallelConfig(**flags)):
         pass
     assert order == [*expected, "look"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 4 * 989),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 4 * 756),
+        ("NVIDIA H200", torch.float32, None),
+        ("NVIDIA GB200", torch.float16, 4 * 2500),
+        ("CPU", torch.bfloat16, None),
+    ],
+)
+def test_the_peak_is_that_of_all_gpus(name, dtype, peak, monkeypatch):
+    monkeypatch.setattr(parallel, "device_name", lambda: name)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
+    assert parallel.peak_tflops(dtype) == peak

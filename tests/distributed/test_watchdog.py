@@ -7,8 +7,9 @@ import time
 
 import psutil
 import pytest
+import torch
 
-from align.distributed import parallel
+from align.distributed import parallel, watchdog
 from tests.support.launch import fork_ranks, torchrun
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,17 @@ def test_a_fork_ends_whose_parent_died_before_the_kernel_was_asked():
         parallel.end_with_parent(parent=os.getpid())  # a process that is not this one's parent, or no more
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_gpu_that_is_out_of_memory_names_the_phase_and_what_helps(monkeypatch):
+    monkeypatch.setattr(watchdog.Progress, "phase", "train policy")
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 80 GiB"
+    )
+    line, status, trace = watchdog.outcome(error, "rank 3 of 8")
+    assert line.startswith("rank 3 of 8 failed: out of GPU memory in train policy: CUDA out of memory")
+    assert "python -m tools.plan" in line and "--micro-batch-tokens" in line
+    assert status == 1 and "Tried to allocate 2.00 GiB" in trace
 
 
 def test_torchrun_reports_the_rank_at_fault():

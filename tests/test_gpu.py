@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from align.data import toy
+from align.kernels import matmul
 from align.model import attention, layers, logprobs
 from tests.support import layer_formulas, logprob_formulas
 from tests.support.files import ROOT, read_jsonl, reproducible_metrics
@@ -150,6 +151,38 @@ def texts(output: Path) -> list[dict]:
     """samples.jsonl without its numbers."""
     rows = read_jsonl(output / "samples.jsonl")
     return [{key: value for key, value in row.items() if isinstance(value, str)} for row in rows]
+
+
+COLLECTIVES = """
+import torch, torch.distributed as dist
+from align.distributed import parallel
+with parallel.start(parallel.ParallelConfig()):
+    assert dist.get_backend() == "nccl"
+    for dtype in (torch.int64, torch.float64, torch.float32, torch.bfloat16):
+        for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
+            x = torch.arange(8, device=parallel.device()).to(dtype)
+            dist.all_reduce(x, op)
+            assert x.tolist() == list(range(8)), (dtype, op, x)
+    assert parallel.gather({"a": [1, "b"]}) == [{"a": [1, "b"]}]
+    dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("device", on_gpu)
+def test_collectives_in_use(device):
+    run_python("-c", COLLECTIVES)
+
+
+@pytest.mark.parametrize("device", on_both)
+def test_products_are_added_unrounded(device):
+    """fp32 totals of bf16 products: on a GPU without bf16's rounding, which a CPU's product has."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(*shape, device=device).bfloat16() for shape in ((1000, 200), (200, 300)))
+    total = torch.randn(1000, 300, device=device)
+    expected = total.cpu().double() + a.cpu().double() @ b.cpu().double()
+    matmul.add_product(total, a, b)
+    error = (total.cpu().double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if device == "cuda" else 4e-3)
 
 
 @pytest.mark.parametrize("device", on_gpu)

@@ -2,26 +2,25 @@
 
 import math
 import time
-from collections import defaultdict
 
 
 class Clock:
     """Clock of phases: each `lap` ends a phase, `shares` sums up the phases since its last call."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to phase `name`, perhaps several times in a step."""
         assert name != "step", "the sum of all phases has this name"
         now = time.perf_counter()
-        self.seconds[name] += now - self.last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
     def total(self, *phases: str) -> float:
         """Seconds of these phases since `shares` was last called."""
-        return sum(self.seconds[name] for name in phases)
+        return sum(self.seconds.get(name, 0.0) for name in phases)
 
     def shares(self) -> dict[str, float]:
         """`time/step` in seconds and `time/<phase>` as shares of it, which sum to 1; resets the clock."""

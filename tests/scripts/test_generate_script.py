@@ -567,7 +567,7 @@ def test_what_cannot_work_is_refused_with_flag_and_rule(run, models, tmp_path):
             "checkpoint of a reward model",
         ),
         ("generate.py", (*hi, "--model", rm / "hf"), r"is a reward model \(\*ForSequenceClassification\)"),
-        ("generate.py", (*hi, "--model", alone), "away/config.json, which says what model this is a"),
+        ("generate.py", (*hi, "--model", alone), "away/config.json, which names the model of the"),
         (
             "generate.py",
             (*hi, "--model", checkpoint_of(lost)),

@@ -267,7 +267,7 @@ def test_console_in_process(monkeypatch, capsys):
     generate.say("to the null device")
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
     with pytest.raises(UserError, match="the answer cannot be printed: No space left on device; --input and"):
-        generate.tell("an answer")
+        generate.emit("a response")
     for stream in (None, open(os.devnull), io.TextIOWrapper(io.BytesIO())):
         if stream:
             stream.close()

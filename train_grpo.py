@@ -222,7 +222,7 @@ def main(config: Config) -> None:
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
 
     # ---- models ----------------------------------------------------------------------------------
-    phase, store = session.offload(config.offload)
+    phase, store = session.offload(estimate.resolve_offload(config))
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )

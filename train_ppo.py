@@ -219,7 +219,7 @@ def main(config: Config) -> None:
     critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
 
     # ---- models ----------------------------------------------------------------------------------
-    phase, store = session.offload(config.offload)
+    phase, store = session.offload(estimate.resolve_offload(config))
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )

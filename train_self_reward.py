@@ -412,7 +412,7 @@ def main(config: Config) -> None:
         true_reward = sources.RewardFunction(config.true_reward_fn, tokenizer, stop, "--true-reward-fn")
 
     # ---- model -----------------------------------------------------------------------------------
-    phase, store = session.offload(config.offload)
+    phase, store = session.offload(estimate.resolve_offload(config))
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)

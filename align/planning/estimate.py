@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from align.data import packing, prompts
 from align.distributed import parallel
 from align.errors import UserError
@@ -18,6 +21,7 @@ from align.model.architecture import Architecture
 from align.model.config import check_model
 from align.planning.memory import RankShape
 from align.planning.phases import Cluster, Job, Phase, build, forward, generate, save, train
+from align.training.phases import OffloadConfig
 
 Models = Mapping[str, Architecture]
 
@@ -64,6 +68,20 @@ def self_rewarding(config: Any, cluster: Cluster) -> Job:
     config.check_lengths(policy.max_positions)
     models = {"policy": policy}, {"reference": policy}
     return checked(Job(config, cluster, *models, self_rewarding_phases, config.offload.offload))
+
+
+def resolve_offload(config: Any) -> OffloadConfig:
+    """Decide --offload auto for the GPUs of this run: on, if its models do not fit at once.
+
+    It is on with TensorRT-LLM, too, of whose engine there are no figures.
+    """
+    if config.offload.offload != "auto" or not torch.cuda.is_available():
+        return config.offload
+    if config.rollout.generate_with == "trtllm":
+        return OffloadConfig("on")
+    size = torch.cuda.get_device_properties(parallel.device()).total_memory / 1e9
+    job = config.plan(Cluster(gpus_per_node=dist.get_world_size(), gpu_memory=size))
+    return OffloadConfig("on" if job.offloads else "off")
 
 
 def read_policy(config: Any) -> Architecture:

@@ -4,6 +4,7 @@ A phase is what align/training/offload.py calls one; in scripts without offload 
 which memory has a peak of its own. The arithmetic is align/planning/memory.py's.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -88,10 +89,17 @@ class Job:
     list_phases: Callable[["Job", RankShape], list[Phase]]
     offload: str | None = None  # --offload, None for a script without that flag
 
-    @property
+    @functools.cached_property
     def offloads(self) -> bool:
-        """True if parts of models in training are offloaded."""
-        return self.offload == "on" or (self.offload == "auto" and self.cluster.gpu)
+        """True if parts of models in training are offloaded; auto: if a GPU cannot hold all at once."""
+        return self.offload == "on" or (self.offload == "auto" and self.cluster.gpu and not self.fits())
+
+    def fits(self) -> bool:
+        """True if no phase of any pipeline stage takes more than a GPU has, without offload."""
+        whole, limit = replace(self, offload="off"), self.cluster.gpu_memory * self.cluster.usable
+        stages = [replace(self.layout, stage=stage) for stage in range(self.layout.pp)]
+        sizes = (on_device(whole, s, phase, 0.0) for s in stages for phase in whole.phases(s))
+        return all(sum(items.values()) / 1e9 <= limit for items in sizes)
 
     @property
     def layout(self) -> RankShape:

@@ -39,11 +39,11 @@ class OffloadConfig:
 
     offload: Literal["auto", "on", "off"] = "auto"
     """on: state that a phase does not need is offloaded, to pinned host memory beside a GPU, on a CPU to
-    files in OUTPUT. auto: on with a GPU"""
+    files in OUTPUT. auto: on with GPUs that cannot hold all models at once, by tools/plan.py"""
 
     @property
     def enabled(self) -> bool:
-        return self.offload == "on" or (self.offload == "auto" and torch.cuda.is_available())
+        return self.offload == "on"  # resolve_offload decides auto
 
     def store(self, output: Path) -> HostStore:
         """Destination of offloading. Frozen weights of a GPU are offloaded in any case."""

@@ -6,8 +6,10 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from align import command_line
 from align.errors import UserError
@@ -200,7 +202,7 @@ def test_phases_of_dpo(reference, phases):
 
 def test_phases_of_ppo(reward_model):
     flags = f"--reward-model {reward_model}"
-    sizes = phases_of(job_of("train_ppo", flags))
+    sizes = phases_of(job_of("train_ppo", f"{flags} --offload on"))
     needs = {
         name: set(items) & {"weights", "gradients", "optimizer", "frozen"} for name, items in sizes.items()
     }
@@ -241,10 +243,30 @@ def test_phases_of_rejection_sampling_and_self_rewarding(reward_model):
     sizes = phases_of(job_of("train_rs", f"--reward-model {reward_model}"))
     assert list(sizes) == ["build policy", "generate", "score", "audit", "train", "save"]
     assert "optimizer" in sizes["generate"]  # nothing waits elsewhere
-    sizes = phases_of(job_of("train_self_reward"))
+    sizes = phases_of(job_of("train_self_reward", "--offload on"))
     assert list(sizes) == ["build policy", "generate", "judge", "reference", "train policy", "save policy"]
     assert "weights" not in sizes["judge"] and sizes["judge"]["kv_cache"] > sizes["generate"]["kv_cache"]
     assert "meta_judge" in phases_of(job_of("train_self_reward", "--meta-judge"))
+
+
+def test_auto_offloads_only_what_does_not_fit(monkeypatch):
+    """By --gpu-memory in a plan, by the memory of the GPU in a run."""
+    whole = sum(
+        max(phases_of(job_of("train_ppo", "--offload off")).values(), key=lambda x: sum(x.values())).values()
+    )
+    gigabytes = whole / 0.9e9  # a tenth stays free
+    for size, offloads in ((gigabytes * 1.01, False), (gigabytes * 0.99, True)):
+        job = job_of("train_ppo", "--offload auto", gpu_memory=size)
+        assert job.offloads == offloads and not job_of("train_ppo", "--offload off", gpu_memory=size).offloads
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        properties = SimpleNamespace(total_memory=size * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        monkeypatch.setattr(estimate.parallel, "device", lambda: None)
+        monkeypatch.setattr(estimate.dist, "get_world_size", lambda: 1)
+        assert estimate.resolve_offload(job.config).offload == ("on" if offloads else "off")
+        monkeypatch.undo()
+    assert estimate.resolve_offload(job.config).offload == "auto"  # without a GPU: nothing to decide
+    assert not job.config.offload.enabled
 
 
 def test_sampling_from_a_copy():
@@ -314,7 +336,8 @@ def test_answers_in_a_row():
 
 def test_the_fullest_node(reward_model):
     """2 nodes of 2 with tp 2: the first node's ranks, the first of their data parallel group, save."""
-    job = job_of("train_ppo", f"--tp 2 --reward-model {reward_model}", nodes=2, gpus_per_node=2)
+    flags = f"--tp 2 --reward-model {reward_model} --offload on"
+    job = job_of("train_ppo", flags, nodes=2, gpus_per_node=2)
     s, saved = job.layout, [memory.saving(arch, job.layout) for arch in job.trained.values()]
     frozen = sum(memory.pinned_weights(arch, s) for arch in job.frozen.values())
     parts = sum(memory.pinned_model(arch, s) for arch in job.trained.values())

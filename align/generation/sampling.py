@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from align.errors import UserError
 from align.flags import COUNT_OR_0, above, below, check_ranges, number, refuse_unused, whole
+from align.kernels.fused import fused
 
 BLOCK = 64  # columns of a partial sum: no cumulative sum runs over the whole vocabulary
 
@@ -188,9 +189,14 @@ def _top_p_floor_by_bisection(weights: Tensor, top_p: float) -> Tensor:
     low = torch.zeros_like(weights[:, :1], dtype=torch.int32)  # invariant: weights of at least low suffice
     for bit in reversed(range(30)):
         higher = low + (1 << bit)
-        mass = _block_sums(weights * (weights >= higher.view(torch.float32))).sum(-1, keepdim=True)
-        low = torch.where(mass >= needed, higher, low)
+        low = torch.where(_mass_from(weights, higher.view(torch.float32)) >= needed, higher, low)
     return low.view(torch.float32)
+
+
+@fused
+def _mass_from(weights: Tensor, floor: Tensor) -> Tensor:
+    """Sum of each row's weights [B, V] that are at least its floor [B, 1], [B, 1] float64."""
+    return _block_sums(weights * (weights >= floor)).sum(-1, keepdim=True)
 
 
 def _draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

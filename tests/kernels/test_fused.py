@@ -1,8 +1,11 @@
 """What torch.compile makes of the fused functions for an H100: how many kernels, and what they allocate."""
 
+import math
+
 import pytest
 import torch
 
+from align.generation import sampling
 from align.kernels import fused
 from align.model import layers, logprobs
 from tests.support.lowering import lower
@@ -40,6 +43,14 @@ def test_activations_are_one_kernel_each_way(function, width):
     backward = lower(getattr(layers, f"{function}_gradient").__wrapped__, X, x)
     assert (len(forward.kernels), forward.buffers) == (1, [X])
     assert (len(backward.kernels), backward.buffers) == (1, [x])
+
+
+def test_a_pass_of_top_p_reads_the_weights_once():
+    rows, width = 256, 128256
+    weights = ((rows, width), FP32)
+    done = lower(sampling._mass_from.__wrapped__, weights, ((rows, 1), FP32))
+    sizes = [math.prod(shape) for shape, _ in done.buffers]
+    assert len(done.kernels) <= 2 and max(sizes) <= rows * width // sampling.BLOCK
 
 
 @pytest.mark.parametrize("entropy", [False, True])

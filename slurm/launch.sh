@@ -93,6 +93,8 @@ if [[ -z $CONTAINER && -d .venv ]] && ((bare)); then
     export PATH="$PWD/.venv/bin:$PATH"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Each rank compiles small kernels, by default in up to 32 processes of its own.
+export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-4}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # If a collective hangs, each rank writes what it was waiting for: which one never came can be read from that.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"

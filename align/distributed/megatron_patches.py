@@ -1,10 +1,12 @@
 """Repairs of Megatron-Core 0.16 on every device. megatron_on_cpu.py has what only CPUs need."""
 
+import itertools
 import queue
 from types import SimpleNamespace
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.resharding.refit import CopyService, NCCLCopyService
 from megatron.core.tensor_parallel import layers
@@ -25,6 +27,39 @@ def keep_step_through_loading() -> None:
         original(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
 
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+def save_without_padding_of_buckets() -> None:
+    """Find each parameter's state where Megatron 0.16 gathers it for a checkpoint.
+
+    It gathers the buckets of a buffer without the padding at their ends, and then looks for the parameters
+    where they are in the padded buffer: after the first padded bucket all are shifted.
+    """
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if original.__name__ == "unpadded":
+        return
+
+    def unpadded(self: DistributedOptimizer, *args: object, **kwargs: object) -> object:
+        places = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = without_padding(buffer)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, padded in zip(self.buffers, places, strict=True):
+                buffer.param_index_map = padded
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = unpadded
+
+
+def without_padding(buffer: _ParamAndGradBuffer) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """Start, end and bucket of each parameter in a buffer whose buckets have no padding at their ends."""
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    shifts = [0, *itertools.accumulate(padding)]
+    return {
+        parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def use_thread_queue() -> None:

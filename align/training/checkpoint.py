@@ -197,7 +197,15 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     state = dist_checkpointing.load(template, str(path))
     fill(model.module, state["model"])
     settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    weights = [bit_sum(weight) for weight, _ in own_weights(optimizer)]  # fp32 main weights overwrite them
     optimizer.load_state_dict(state["optimizer"])
+    is_right = weights == [bit_sum(main) for _, main in own_weights(optimizer)]
+    if not all(parallel.gather(is_right)):
+        raise UserError(
+            f"damaged checkpoint: {path}: its main weights are not those of its model. Versions before 0.2 "
+            "wrote such checkpoints of models of more than 40 million weights with data parallel ranks. Its "
+            "model is right: `python -m tools.prepare_model export` writes it as the --model of a new run"
+        )
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # flags override the settings in the checkpoint
     for adam in optim.adams(optimizer):
@@ -207,6 +215,20 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
                 tensors["step"] = tensors["step"].clone()
     if same_layout:
         set_rng_state(state["rng"])
+
+
+def own_weights(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's part of each weight, and the main weights of the part."""
+    for adam in optim.adams(optimizer):
+        for weight in adam.model_param_group_index_map:
+            part = adam._get_model_param_range_map(weight)["param"]
+            main = adam._get_main_param_and_optimizer_states(weight)["param"]
+            yield weight.detach().view(-1)[part.start : part.end], main.detach()
+
+
+def bit_sum(values: torch.Tensor) -> int:
+    """Sum of the bit patterns of values in bf16: equal for main weights and the weights of any precision."""
+    return int(values.bfloat16().view(torch.int16).sum(dtype=torch.int64))
 
 
 def load_weights(path: Path, model: MegatronModule) -> None:
@@ -241,6 +263,7 @@ def run_flags(path: Path) -> dict:
 
 def sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, is_loading: bool) -> dict:
     """Model and optimizer as sharded tensors of Megatron's checkpoints."""
+    megatron_patches.save_without_padding_of_buckets()
     metadata = sharding_metadata()
     model_state = model.module.sharded_state_dict(metadata=metadata)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)

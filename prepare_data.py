@@ -94,7 +94,7 @@ def dolly(
         val_fraction: share of the rows that goes to val.jsonl
         seed: of the order of rows and of the order inside a row
         download: fetch databricks-dolly-15k.jsonl (13 MB) in place of --input
-        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
+        download_dir: directory of raw files; one that is there is not downloaded again; without it data/raw
     """
     raw = raw_file("databricks-dolly-15k.jsonl", input, download, download_dir)
     check_files([output / "train.jsonl", output / "val.jsonl"], raw)
@@ -132,7 +132,7 @@ def oasst(
         val_fraction: share of the trees whose threads go to val.jsonl
         seed: of the order of trees
         download: fetch 2023-04-12_oasst_all.trees.jsonl.gz of OpenAssistant/oasst1 in place of --input
-        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
+        download_dir: directory of raw files; one that is there is not downloaded again; without it data/raw
     """
     raw = raw_file("2023-04-12_oasst_all.trees.jsonl.gz", input, download, download_dir)
     check_files([output / "train.jsonl", output / "val.jsonl"], raw)
@@ -199,7 +199,7 @@ def gsm8k(
         limit: only so many rows, from the start of a file
         instruction: text that follows each question, after a blank line
         download: fetch train.jsonl and test.jsonl (5 MB) in place of --input
-        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
+        download_dir: directory of raw files; one that is there is not downloaded again; without it data/raw
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} must be at least 1")
@@ -250,7 +250,7 @@ def hh(
         seed: of the choice of conversations that are held out
         download: fetch train and test files of --sets in place of --input and --test-input
         sets: with --download, the sets to fetch (default: all four, 79 MB, 160,800 and 8,552 pairs)
-        download_dir: directory of raw files; one that is there is not downloaded again (default: data/raw)
+        download_dir: directory of raw files; one that is there is not downloaded again; without it data/raw
     """
     check_source(input, download, sets=sets, download_dir=download_dir)
     if download and test_input:

@@ -74,18 +74,18 @@ class Architecture:
         return self.layers * (attention + mlp) + head * self.hidden_size
 
 
-def read_config(directory: Path) -> Architecture:
-    """Read the architecture from a directory's config.json.
+def read_config(directory: Path, flag: str = "--model") -> Architecture:
+    """Read the architecture from the config.json of a directory that a flag names.
 
     Raises:
         UserError: an unknown architecture, or a field that changes the computation and is not implemented.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise UserError(f"--model {directory}: no config.json there; give a Hugging Face model directory")
+        raise UserError(f"{flag} {directory}: no config.json there; give a Hugging Face model directory")
     raw = read_object(path)
     if "flags" in raw and "model_type" not in raw:  # written by tracking.run.Run
-        raise UserError(f"--model {directory} is the directory of a run: its model is {directory}/hf")
+        raise UserError(f"{flag} {directory} is the directory of a run: its model is {directory}/hf")
     hf = complete(check_fields(raw, path), path)
     for file in JSON_FILES:  # checked here: read later by transformers, or copied to an export
         read_object(path.parent / file, required=False)

@@ -45,8 +45,13 @@ def dpo(config: Any, cluster: Cluster) -> Job:
 
 def ppo(config: Any, cluster: Cluster) -> Job:
     """train_ppo.py: policy and critic."""
-    start = config.critic or config.reward.reward_model or config.model.path
-    critic = replace(architecture.read_config(start), labels=1)
+    starts = {
+        "--critic": config.critic,
+        "--reward-model": config.reward.reward_model,
+        "--model": config.model.path,
+    }
+    flag, start = next((flag, path) for flag, path in starts.items() if path)
+    critic = replace(architecture.read_config(start, flag), labels=1)
     return policy_gradient(config, cluster, {"policy": read_policy(config), "critic": critic})
 
 
@@ -92,7 +97,9 @@ def read_policy(config: Any) -> Architecture:
 def read_reward_model(config: Any) -> dict[str, Architecture]:
     """Architecture of --reward-model, if there is one."""
     path = config.reward.reward_model
-    return {"reward model": replace(architecture.read_config(path), labels=1)} if path else {}
+    return (
+        {"reward model": replace(architecture.read_config(path, "--reward-model"), labels=1)} if path else {}
+    )
 
 
 def from_rows(

@@ -137,7 +137,7 @@ def load_scorer(
     Raises UserError, naming `flag`, for several labels or another tokenizer than the policy's.
     """
     config = replace(config, model=str(directory))
-    start = architecture.read_config(config.path)
+    start = architecture.read_config(config.path, flag)
     if start.labels > 1:
         raise UserError(f"{flag} {directory} has {start.labels} labels: give a model with one")
     if load_tokenizer(config.path).ids_by_token != tokenizer.ids_by_token:
@@ -220,7 +220,7 @@ class RewardModel:
         """`config`, `tokenizer`: the policy's; `store`: destination of the offloaded weights."""
         assert reward.reward_model is not None
         self.reward, self.batch = reward, batch
-        if not architecture.read_config(hub.local_model(reward.reward_model)).labels:
+        if not architecture.read_config(hub.local_model(reward.reward_model), "--reward-model").labels:
             raise UserError(f"--reward-model {reward.reward_model} is a language model: give a reward model")
         self.scorer = load_scorer("--reward-model", reward.reward_model, config, layout, tokenizer)
         self.weights = offload.offload_module(self.scorer, store or HostStore())

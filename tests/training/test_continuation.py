@@ -84,7 +84,7 @@ ALLOWED = {  # data and flags that change no number
     "same": ("first", ""),
     "free": (
         "first",
-        "--save-interval 1 --save-top-k 3 --micro-batch-size 1 --monitor train/loss",
+        "--save-interval 1 --save-top-k 3 --micro-batch-size 1 --monitor train/loss --profile 4:1",
     ),
     "another file": ("copy", "--micro-batch-tokens 128 --recompute full"),
 }

@@ -252,15 +252,16 @@ def test_phases_of_rejection_sampling_and_self_rewarding(reward_model):
     assert "meta_judge" in phases_of(job_of("train_self_reward", "--meta-judge"))
 
 
-def test_auto_offloads_only_what_does_not_fit(monkeypatch):
+@pytest.mark.parametrize("script", ["train_ppo", "train_grpo", "train_self_reward"])
+def test_auto_offloads_only_what_does_not_fit(script, monkeypatch):
     """By --gpu-memory in a plan, by the memory of the GPU in a run."""
     whole = sum(
-        max(phases_of(job_of("train_ppo", "--offload off")).values(), key=lambda x: sum(x.values())).values()
+        max(phases_of(job_of(script, "--offload off")).values(), key=lambda x: sum(x.values())).values()
     )
     gigabytes = whole / 0.9e9  # a tenth stays free
     for size, offloads in ((gigabytes * 1.01, False), (gigabytes * 0.99, True)):
-        job = job_of("train_ppo", "--offload auto", gpu_memory=size)
-        assert job.offloads == offloads and not job_of("train_ppo", "--offload off", gpu_memory=size).offloads
+        job = job_of(script, "--offload auto", gpu_memory=size)
+        assert job.offloads == offloads and not job_of(script, "--offload off", gpu_memory=size).offloads
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         properties = SimpleNamespace(total_memory=size * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)

@@ -2,13 +2,17 @@
 
 A grid has some 30 groups. Made anew for each case, they and their threads are still there at the end of the
 worker, in their thousands, and take longer than the small cases themselves.
+
+And buckets of gradients as small as their models are beside real ones.
 """
 
+import functools
 from unittest import mock
 
 from megatron.core import parallel_state as mpu
 
 from align.distributed import parallel
+from align.model import gpt
 
 NAMES = [name for name in vars(mpu) if name.isupper() or name == "_global_process_group_list"]
 FRESH = {name: vars(mpu)[name] for name in NAMES}  # before there are any groups
@@ -29,3 +33,9 @@ def take_up(**sizes: object) -> None:
     if key not in MADE:
         make(**sizes)
         MADE[key] = {name: vars(mpu)[name] for name in NAMES}
+
+
+def use_small_buckets() -> None:
+    """Divide Megatron's buffers into padded buckets, as it does for models of more than 40 million weights."""
+    config = gpt.DistributedDataParallelConfig
+    gpt.DistributedDataParallelConfig = functools.partial(config, bucket_size=3000)

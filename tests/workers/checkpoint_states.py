@@ -1,6 +1,5 @@
 """Run by test_checkpoint_states.py on every rank: save models with several buckets of gradients, and load."""
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -15,8 +14,6 @@ from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from align.training import checkpoint, optim
 from tests.support import grids
-
-gpt.DistributedDataParallelConfig = functools.partial(gpt.DistributedDataParallelConfig, bucket_size=3000)
 
 
 def build(directory: Path, precision: str, layout: parallel.ParallelConfig) -> checkpoint.Trained:
@@ -73,5 +70,6 @@ def main(directory: Path, output: Path, cases: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    grids.use_small_buckets()
     with parallel.start(parallel.ParallelConfig()):
         main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -147,4 +147,5 @@ def main(models: Path, output: Path, cases: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    grids.use_small_buckets()
     main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -23,6 +23,7 @@ from align.tracking.metrics import Clock
 from align.training import checkpoint, engine, offload, optim
 from align.training.checkpoint import CheckpointConfig
 from align.training.phases import Phases
+from tests.support import grids
 from tests.support.parity_data import LOSSES, ROWS, SEED, STEPS, data_set
 from tests.workers.invariance import Case, make_batches
 
@@ -219,4 +220,5 @@ def main(task: str, directory: Path, output: Path, cases: list) -> None:
 
 
 if __name__ == "__main__":
+    grids.use_small_buckets()
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))

@@ -36,6 +36,6 @@ def take_up(**sizes: object) -> None:
 
 
 def use_small_buckets() -> None:
-    """Divide Megatron's buffers into padded buckets, as it does for models of more than 40 million weights."""
+    """Divide Megatron's buffers into padded buckets, as for models of more than 40 million weights."""
     config = gpt.DistributedDataParallelConfig
     gpt.DistributedDataParallelConfig = functools.partial(config, bucket_size=3000)

@@ -1,4 +1,4 @@
-"""What torch.compile makes of the fused functions for an H100: how many kernels, and what they allocate."""
+"""Kernels and buffers of the fused functions in the code that torch.compile writes for an H100."""
 
 import math
 

@@ -25,19 +25,19 @@ def test_other_forms_are_refused(text):
 )
 def test_the_steps_alone_are_profiled(text, total, products, tmp_path):
     """Step n multiplies n matrices; a run that ends earlier has the profile of the steps until then."""
-    said = []
-    profiler = Profiler(parse_steps(text), tmp_path / "profile", 1, said.append)
+    log_lines = []
+    profiler = Profiler(parse_steps(text), tmp_path / "profile", 1, log_lines.append)
     for step in range(1, total + 1):
         profiler.start(step)
         for _ in range(step):
             torch.ones(8, 8) @ torch.ones(8, 8)
         profiler.end(step, is_last=step == total)
     if products is None:
-        assert not said and not (tmp_path / "profile").exists()
+        assert not log_lines and not (tmp_path / "profile").exists()
         return
     [row] = [x for x in (tmp_path / "profile/rank_1.txt").read_text().splitlines() if "aten::mm" in x]
     assert int(row.split()[-1]) == products
-    assert len(said) == 1 and "rank_1.txt" in said[0]
+    assert len(log_lines) == 1 and "rank_1.txt" in log_lines[0]
 
 
 @pytest.mark.slow

@@ -322,7 +322,7 @@ def respond_to_file(generator: Generator, rows: list[Prompt], output: Path, samp
     start, streams = time.perf_counter(), [(number,) for number in range(len(rows))]
     by_row = generator.generate([row.ids for row in rows], streams, samples, progress)
     responses = [sample for of_row in by_row for sample in of_row]
-    say(f"{len(responses):,} answers, {pace(responses, time.perf_counter() - start)}")
+    say(f"{len(responses):,} responses, {pace(responses, time.perf_counter() - start)}")
     if parallel.is_main():
         lines = []
         for row, of_row in zip(rows, by_row, strict=True):
@@ -332,7 +332,7 @@ def respond_to_file(generator: Generator, rows: list[Prompt], output: Path, samp
             lines.append(json.dumps(row.row | result, ensure_ascii=False) + "\n")
         # half of a surrogate pair in a row has no UTF-8 form; its backslash escape is valid JSON
         write_atomically(output, "".join(lines).encode("utf-8", "backslashreplace").decode())
-    say(f"the answers are in {output}")
+    say(f"the responses are in {output}")
 
 
 def prepare_output(output: Path, source: Path) -> None:

@@ -7,9 +7,10 @@ The flags of tools.plan come before the script's name; the script's own follow, 
 Config. Of a model only config.json is read; nothing is allocated and no GPU is needed. GB are 1e9 bytes, as
 in a run's memory/... metrics. Exit status 0: it fits; 1: it does not; 2: a flag is wrong.
 
-The arithmetic is align/planning/memory.py's, the phases of each script are in align/planning/estimate.py.
-`bench/plan.py` compares with the memory that runs on CPUs have taken. Of GPUs nothing was compared yet. With
-Transformer Engine, --fp8 or not, activations are counted as with torch's kernels in bf16.
+The arithmetic is in align/planning/memory.py, and with --simulate in step_time.py beside it; the phases of
+each script are in estimate.py. `bench/plan.py` compares with the memory that runs on CPUs have taken. Of GPUs
+nothing was compared yet. With Transformer Engine, --fp8 or not, activations are counted as with torch's
+kernels in bf16.
 """
 
 import importlib.util
@@ -24,7 +25,7 @@ from types import ModuleType
 from align import console
 from align.command_line import parse
 from align.errors import UserError, one_line
-from align.planning import memory
+from align.planning import memory, step_time
 from align.planning.memory import RankShape
 from align.planning.phases import ITEMS, Cluster, Job, fullest_node, on_device, ranks
 from align.training.config import CommonConfig
@@ -134,6 +135,21 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def simulation(job: Job) -> str:
+    """Seconds of each phase of a step, by item, on the pipeline stage that takes longest, and their sum."""
+    stages = [replace(job.layout, stage=stage) for stage in range(job.layout.pp)]
+    phases = [[(p.name, step_time.seconds(job, s, p)) for p in job.phases(s)] for s in stages]
+    rows = [max(of_stages, key=lambda row: sum(row[1].values())) for of_stages in zip(*phases, strict=True)]
+    rows = [(name, items) for name, items in rows if items]
+    columns = [item for item in step_time.ITEMS if any(items.get(item) for _, items in rows)]
+    lines = [f"{'seconds of a step':<18}" + "".join(f"{item:>15}" for item in (*columns, "sum"))]
+    for name, items in rows:
+        sizes = (*(items.get(item, 0.0) for item in columns), sum(items.values()))
+        lines.append(f"{name:<18}" + "".join(f"{size:>15.3f}" for size in sizes))
+    total = sum(sum(items.values()) for _, items in rows)
+    return "\n".join([*lines, f"a step takes {total:.2f} s, estimated; no estimate was compared with a GPU"])
+
+
 def refusal(job: Job, subject: str, items: Mapping[str, float], limit: float, owner: str) -> str:
     """Explain a run that does not fit: its largest item, and flags that make it or another one smaller."""
     total, by_size = sum(items.values()), sorted(items, key=lambda item: items[item], reverse=True)
@@ -179,7 +195,10 @@ def main(arguments: Sequence[str]) -> None:
         own, path, script_flags = split(arguments)
         cluster = parse(Cluster, own, PROG, __doc__)
         config = parse(load_script(path).Config, script_flags, str(path))
-        reason = report(config.plan(cluster), path.name)
+        job = config.plan(cluster)
+        reason = report(job, path.name)
+        if cluster.simulate:
+            print("\n" + simulation(job))
     if reason:
         raise SystemExit(f"does not fit: {reason}")
     print("it fits")

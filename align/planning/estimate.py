@@ -171,15 +171,18 @@ def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
     if config.ppo_epochs > 1:  # a later epoch may draw an update whose responses are all to different prompts
         training = job.work(config.batch.global_batch_size, 1, prompt + response, 0, entropy=True)
     counts = config.prompts_per_step, config.samples_per_prompt, prompt
+    parts = config.prompts_per_step * config.samples_per_prompt / config.batch.global_batch_size
+    updates = config.ppo_epochs * parts
     phases = [build(job, s), generate(job, s, "generate", *counts)]
     if "reward model" in job.frozen:
-        phases.append(forward(job, s, "score", "reward model", work))
-    phases.append(forward(job, s, "logprobs", "policy", work))
+        phases.append(forward(job, s, "score", "reward model", work, parts))
+    phases.append(forward(job, s, "logprobs", "policy", work, parts))
     if "reference" in job.frozen:
-        phases.append(forward(job, s, "reference", "reference", work))
+        phases.append(forward(job, s, "reference", "reference", work, parts))
     if "critic" in job.trained:
-        phases += [forward(job, s, "values", "critic", work), train(job, s, "critic", training)]
-    phases.append(train(job, s, "policy", training))
+        phases.append(forward(job, s, "values", "critic", work, parts))
+        phases.append(train(job, s, "critic", training, updates))
+    phases.append(train(job, s, "policy", training, updates))
     return [*phases, *(save(job, s, name) for name in job.trained)]
 
 
@@ -193,8 +196,9 @@ def rejection_sampling_phases(job: Job, s: RankShape) -> list[Phase]:
         groups = -(-rows * config.samples_per_prompt // together)
         scoring = job.work(groups, together, prompt + response, prompt)
         phases.append(forward(job, s, "score", "reward model", scoring))
-    phases.append(forward(job, s, "audit", "policy", training))
-    return [*phases, train(job, s, "policy", training), save(job, s, "policy")]
+    updates = rows * config.keep_top / config.batch.global_batch_size
+    phases.append(forward(job, s, "audit", "policy", training, updates))
+    return [*phases, train(job, s, "policy", training, updates), save(job, s, "policy")]
 
 
 def self_rewarding_phases(job: Job, s: RankShape) -> list[Phase]:
@@ -202,19 +206,20 @@ def self_rewarding_phases(job: Job, s: RankShape) -> list[Phase]:
     context = job.trained["policy"].max_positions - response
     prompt = min(config.format.max_seq_len, context)
     samples, judgements = config.samples_per_prompt, config.judge.judgements
+    sampling = {"by": "reference", "rollouts": 1 / config.rollout_ahead}
     rows = config.batch.global_batch_size * config.rollout_ahead
     # A judge prompt holds prompt, response and template. A token has a byte at least.
     judge_prompt = min(prompt + response + config.judge.judge_template.stat().st_size, context)
     phases = [
         build(job, s),
-        generate(job, s, "generate", rows, samples, prompt, "reference"),
-        generate(job, s, "judge", rows * samples, judgements, judge_prompt, "reference"),
+        generate(job, s, "generate", rows, samples, prompt, **sampling),
+        generate(job, s, "judge", rows * samples, judgements, judge_prompt, **sampling),
     ]
     if config.meta.meta_judge:
         room = min(context, config.batch.micro_batch_tokens // 2 - response)
         template = config.meta.meta_judge_template.stat().st_size
         meta_prompt, pairs = min(prompt + 3 * response + template, room), judgements * (judgements - 1)
-        phases.append(generate(job, s, "meta_judge", rows * pairs, 1, meta_prompt, "reference"))
+        phases.append(generate(job, s, "meta_judge", rows * pairs, 1, meta_prompt, **sampling))
     work = job.work(config.batch.global_batch_size, 2, prompt + response, prompt)
     phases.append(forward(job, s, "reference", "reference", work))
     return [*phases, train(job, s, "policy", work), save(job, s, "policy")]

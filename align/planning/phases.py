@@ -16,6 +16,7 @@ from align.planning import memory, rollout_memory
 from align.planning.memory import MicroBatchLoad, RankShape
 from align.planning.rollout_memory import RolloutLoad
 
+Load = MicroBatchLoad | RolloutLoad | None
 ITEMS = (
     *"process weights gradients optimizer frozen building".split(),
     *"copies kv_cache activations logits update checkpoint".split(),
@@ -26,6 +27,29 @@ NEEDS = {  # of a model in training: parts on the device; "built": before it has
     "built": ("weights", "gradients"),
     "all": ("weights", "gradients", "optimizer"),
 }
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Speeds of --simulate, by default an H100's; no estimate has been compared with a run on GPUs."""
+
+    mean_length: float = 1.0
+    """mean length of prompts, responses and rows as a share of the greatest, above 0"""
+    peak_tflops: float = 989.0
+    """bf16 peak of a GPU without sparsity, in TFLOP/s"""
+    memory_bandwidth: float = 3350.0
+    """bandwidth of a GPU's memory, in GB/s"""
+    node_bandwidth: float = 450.0
+    """bandwidth of a GPU to the others of its node, in GB/s and direction"""
+    network_bandwidth: float = 50.0
+    """bandwidth of a GPU to other nodes, in GB/s and direction"""
+    host_bandwidth: float = 50.0
+    """bandwidth of a GPU to its host's memory, in GB/s and direction"""
+
+    def __post_init__(self):
+        check_ranges(self, mean_length=above(0, 1), peak_tflops=above(0, 1e6), memory_bandwidth=above(0, 1e6))
+        check_ranges(self, node_bandwidth=above(0, 1e6), network_bandwidth=above(0, 1e6))
+        check_ranges(self, host_bandwidth=above(0, 1e6))
 
 
 @dataclass(frozen=True)
@@ -47,12 +71,17 @@ class Cluster:
     """share of the memory that stays free (default: 0.1; cpu: 0.45). On a GPU for CUDA's context, NCCL's
     buffers and fragmentation, none of which plan computes; on a CPU for what glibc keeps between tensors, a
     fifth of what a training step takes and up to 0.43 while a checkpoint is written (bench/plan.py)"""
+    simulate: bool = False
+    """print the time of a step as well, estimated from sizes and speeds"""
+    speeds: Speeds = Speeds()
 
     def __post_init__(self):
         check_ranges(self, nodes=COUNT, gpus_per_node=COUNT, allowance=below(0, 1))
         check_ranges(self, gpu_memory=above(0, 1e6), host_memory=above(0, 1e6))
         if self.device == "cpu" and self.host_memory is None:
             raise UserError("--device cpu needs --host-memory, the memory of one node in GB")
+        if self.simulate and not self.gpu:
+            raise UserError("--simulate estimates the time of GPUs: not with --device cpu")
 
     @property
     def gpu(self) -> bool:
@@ -76,6 +105,10 @@ class Phase:
     needs: Mapping[str, str] = field(default_factory=dict)  # of models in training: as Phases has it
     frozen: tuple[str, ...] = ()  # frozen models that compute in it
     items: Mapping[str, float] = field(default_factory=dict)  # bytes that are allocated in it alone
+    model: str = ""  # the model that computes
+    load: Load = None  # of a pass; None: no part of a step
+    passes: float = 1.0  # of a step
+    copy: RankShape | None = None  # layout of a copy of the weights that samples
 
 
 @dataclass(frozen=True)
@@ -143,33 +176,41 @@ def build(job: Job, s: RankShape) -> Phase:
     return Phase(f"build {name}", {name: "built"}, (), {"building": building})
 
 
-def train(job: Job, s: RankShape, name: str, work: MicroBatchLoad) -> Phase:
-    """Forward, backward and the optimizer's step of a model."""
+def train(job: Job, s: RankShape, name: str, work: MicroBatchLoad, updates: float = 1) -> Phase:
+    """Forward, backward and the optimizer's step of a model, `updates` times in a step."""
     arch = job.trained[name]
     items, step = memory.training(arch, s, work), memory.update(arch, s)
     if step > sum(items.values()):
         items = {"update": step}
-    return Phase(job.label("train", name), {name: "all"}, (), items)
+    return Phase(job.label("train", name), {name: "all"}, (), items, name, work, updates)
 
 
-def computing(job: Job, kind: str, name: str, items: Mapping[str, float]) -> Phase:
+def computing(job: Job, kind: str, name: str, items: Mapping[str, float], load: Load, passes: float) -> Phase:
     """A phase in which a model computes, in training or frozen."""
     if name in job.frozen:
-        return Phase(kind, {}, (name,), items)
-    return Phase(job.label(kind, name), {name: "weights"}, (), items)
+        return Phase(kind, {}, (name,), items, name, load, passes)
+    return Phase(job.label(kind, name), {name: "weights"}, (), items, name, load, passes)
 
 
-def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad) -> Phase:
-    """A pass of a model without a gradient."""
-    return computing(job, kind, name, memory.forward_only({**job.trained, **job.frozen}[name], s, work))
+def forward(job: Job, s: RankShape, kind: str, name: str, work: MicroBatchLoad, passes: float = 1) -> Phase:
+    """A pass of a model without a gradient, `passes` times in a step."""
+    items = memory.forward_only({**job.trained, **job.frozen}[name], s, work)
+    return computing(job, kind, name, items, work, passes)
 
 
 def generate(
-    job: Job, s: RankShape, kind: str, prompts: int, per_prompt: int, prompt: int, by: str = "policy"
+    job: Job,
+    s: RankShape,
+    kind: str,
+    prompts: int,
+    per_prompt: int,
+    prompt: int,
+    by: str = "policy",
+    rollouts: float = 1,
 ) -> Phase:
     """Sampling `per_prompt` responses by a model, in steps and in validations, whichever takes more.
 
-    `prompts`: of a step, over all ranks, of `prompt` tokens.
+    `prompts`: of a rollout, over all ranks, of `prompt` tokens; `rollouts`: of a step.
     """
     config, arch, rollout = job.config, job.trained["policy"], job.config.rollout
     reshards = rollout.reshards(config.parallel)
@@ -185,7 +226,7 @@ def generate(
         loads.append(RolloutLoad(slots, share, responses, prompt, config.sampling.max_new_tokens))
     sizes = [rollout_memory.sampling(arch, s, load, copy) for load in loads]
     items = max(sizes, key=lambda items: sum(items.values()))
-    return computing(job, kind, by, items)
+    return replace(computing(job, kind, by, items, loads[0], rollouts), copy=copy)
 
 
 def save(job: Job, s: RankShape, name: str) -> Phase:

@@ -24,6 +24,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from align.data import context_slices
 from align.model.layers import rotary_embedding
 
 try:
@@ -46,8 +47,8 @@ class PackedAttentionParams(PackedSeqParams):
     lengths: list[int] = field(default_factory=list)  # queries of each sequence with any on this rank
     # Number of keys of its last query: of the sequence's prefix, then its own. The queries are at their end.
     seen: list[int] = field(default_factory=list)
-    # Places of these keys in the whole pack, all sequences end to end; None: all places in their order.
-    keys: Tensor | slice | None = None
+    # Places of these keys among the gathered ones, all sequences end to end; None: all in their order.
+    keys: Tensor | None = None
     rotation: tuple[Tensor, ...] = ()  # layers.rotary_cos_sin of this rank's tokens, by the model
 
 
@@ -66,22 +67,23 @@ def packed_params(
         total: tokens of the pack on all context parallel ranks.
         qkv_format: "thd" for Transformer Engine; None for TorchAttention, which Megatron then calls with
             tensors [T, 1, heads, d].
-        part: (rank, ranks) of the context parallel group, each rank with an equal slice of the queries;
-            None: this process's.
+        part: (rank, ranks) of the context parallel group, whose ranks have the queries of their
+            `context_slices`; None: this process's. The queries of a sequence in two slices count as two
+            sequences with the same beginning.
     """
     rank, ranks = part or (mpu.get_context_parallel_rank(), max(mpu.get_context_parallel_world_size(), 1))
-    rest = total - sum(lengths)
-    first, end = rank * total // ranks, (rank + 1) * total // ranks
-    queries, seen, spans = overlap(lengths + [rest], prefixes + [(0, 0)], first, end)
+    sequences = lengths + [total - sum(lengths)], prefixes + [(0, 0)]
+    parts = [overlap(*sequences, *span) for span in context_slices.spans_of_rank(total, rank, ranks)]
+    queries, seen, spans = (list(itertools.chain(*lists)) for lists in zip(*parts, strict=True))
     return PackedAttentionParams(
         qkv_format=qkv_format,
-        cu_seqlens_q=on_device([0, *itertools.accumulate(queries)], torch.int32, device),
-        cu_seqlens_kv=on_device([0, *itertools.accumulate(seen)], torch.int32, device),
+        cu_seqlens_q=ends(queries, device),
+        cu_seqlens_kv=ends(seen, device),
         max_seqlen_q=max(queries),
         max_seqlen_kv=max(seen),
         lengths=queries,
         seen=seen,
-        keys=places(spans, total, device),
+        keys=places(spans, total, ranks, device),
     )
 
 
@@ -105,19 +107,27 @@ def overlap(
     return queries, seen, spans
 
 
-def places(spans: list[tuple[int, int]], total: int, device: torch.device) -> Tensor | slice | None:
-    """All places of these spans [start, end), as an index of a pack of `total`; None for the whole pack."""
-    spans = [(start, end) for start, end in spans if start < end]
-    if all(end == start for (_, end), (start, _) in itertools.pairwise(spans)):
-        first, last = spans[0][0], spans[-1][1]
-        return None if (first, last) == (0, total) else slice(first, last)
-    return on_device([place for span in spans for place in range(*span)], torch.int64, device)
+def places(spans: list[tuple[int, int]], total: int, ranks: int, device: torch.device) -> Tensor | None:
+    """All places of these spans [start, end) of a pack of `total`, as an index of what `ranks` ranks gather.
+
+    None for the whole pack of one rank.
+    """
+    index = torch.cat([torch.arange(*span) for span in spans])
+    if ranks > 1:
+        index = context_slices.in_pack_order(torch.arange(total), ranks)[index]
+    elif len(index) == total:  # without prefixes
+        return None
+    return on_device(index, device)
 
 
-def on_device(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy numbers to a tensor on the device, on a GPU asynchronously: waiting would empty its queue."""
-    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy numbers to the device, to a GPU asynchronously: waiting would empty its queue."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def ends(sizes: list[int], device: torch.device) -> Tensor:
+    """[0, the sums of the first 1, 2, ... sizes] in int32, on the device."""
+    return on_device(torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32), device)
 
 
 class TorchAttention(MegatronModule):
@@ -125,8 +135,8 @@ class TorchAttention(MegatronModule):
 
     With a sliding window, a query attends to itself and the window - 1 tokens before it.
 
-    With context parallelism each rank holds an equal slice of the pack's tokens: queries stay local, keys and
-    values are gathered (their gradients are reduce-scattered).
+    With context parallelism each rank holds two slices of the pack's tokens (align.data.context_slices):
+    queries stay local, keys and values are gathered (their gradients are reduce-scattered).
     """
 
     def __init__(
@@ -168,15 +178,13 @@ class TorchAttention(MegatronModule):
         return self.within(query, key, value, packed_seq_params).reshape(len(query), 1, -1)
 
     def within(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedAttentionParams) -> Tensor:
-        """Attention of this rank's queries [T/cp, heads, d] to the pack's keys and values [T, groups, d]."""
-        if isinstance(sequences.keys, slice):
-            key, value = key[sequences.keys], value[sequences.keys]
-        elif sequences.keys is not None:  # the gradient of index_select is a sum, that of x[keys] a sort
+        """Attention of this rank's queries [T/cp, heads, d] to all ranks' keys and values [T, groups, d]."""
+        if sequences.keys is not None:  # the gradient of index_select is a sum, that of x[keys] a sort
             key, value = (x.index_select(0, sequences.keys) for x in (key, value))
         if uses_flash(query.dtype, query.shape[-1], query.is_cuda):
-            ends = sequences.cu_seqlens_q, sequences.cu_seqlens_kv
+            bounds = sequences.cu_seqlens_q, sequences.cu_seqlens_kv
             longest = sequences.max_seqlen_q, sequences.max_seqlen_kv
-            return flash(query, key, value, *ends, *longest, self.scale, self.window)
+            return flash(query, key, value, *bounds, *longest, self.scale, self.window)
         return self.by_sequence(query, key, value, sequences)
 
     def by_sequence(

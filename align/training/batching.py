@@ -1,5 +1,6 @@
 """Rows to micro-batches, and outputs of the model by example or token."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -92,4 +93,6 @@ def alignment(model: nn.Module) -> int:
     """Divisor of a micro-batch's length: context and sequence parallel parts are equal, and sizes of fp8."""
     config = unwrap_model(model).config
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    return config.context_parallel_size * split * (FP8_MULTIPLE if config.fp8 else 1)
+    cp = config.context_parallel_size
+    slices = 1 if cp == 1 else 2 * cp  # align.data.context_slices
+    return math.lcm(slices, cp * split * (FP8_MULTIPLE if config.fp8 else 1))

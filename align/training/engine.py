@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from align.data import context_slices
 from align.data.packing import Batch
 from align.distributed import parallel, watchdog
 from align.model import attention
@@ -127,15 +128,15 @@ def forward_step(
 def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
     """Run one micro-batch through this stage: hidden states, on the last stage log-probs or values."""
     tokens = len(batch.tokens)
-    cp, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
-    part = slice(rank * tokens // cp, (rank + 1) * tokens // cp)  # collate made T a multiple of cp
+    layout = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
+    own = functools.partial(context_slices.take, spans=context_slices.spans_of_rank(tokens, *layout))
     qkv_format = "thd" if unwrap_model(model).te else None
     return model(
-        input_ids=batch.tokens[None, part],
-        position_ids=batch.positions[None, part],
+        input_ids=own(batch.tokens)[None],
+        position_ids=own(batch.positions)[None],
         attention_mask=None,
-        labels=batch.targets[None, part],
-        loss_mask=batch.mask[None, part],
+        labels=own(batch.targets)[None],
+        loss_mask=own(batch.mask)[None],
         packed_seq_params=attention.packed_params(
             batch.lengths, batch.prefixes, tokens, qkv_format, batch.tokens.device
         ),
@@ -144,11 +145,13 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
 
 def whole_sequence(output: Tensor) -> Tensor:
     """Gather [T/cp, ...] of context parallel ranks to [T, ...]; the gradient of a rank is its own part."""
-    if mpu.get_context_parallel_world_size() == 1:
+    ranks = mpu.get_context_parallel_world_size()
+    if ranks == 1:
         return output
-    return gather_from_sequence_parallel_region(
+    output = gather_from_sequence_parallel_region(
         output, tensor_parallel_output_grad=False, group=mpu.get_context_parallel_group()
     )
+    return context_slices.in_pack_order(output, ranks)
 
 
 def reduce_metrics(parts: list[dict[str, Tensor]], denominator: float) -> dict[str, float]:

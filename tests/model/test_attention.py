@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from align.data import context_slices
 from align.distributed import parallel
 from align.model import architecture, attention, spec
 from align.model.config import ModelConfig
@@ -100,10 +101,10 @@ def test_pack(lengths, window, groups, kernel):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 12])
-@pytest.mark.parametrize("lengths", [[2, 3, 6, 1], [0, 11, 1], [12]], ids=str)
+@pytest.mark.parametrize("lengths", [[4, 6, 12, 2], [1, 0, 22, 1], [24]], ids=str)
 def test_slices_of_a_pack_add_up_to_the_whole(ranks, window, lengths, kernel):
     """Context parallelism: a rank has some of the queries and all keys; sequences cross its borders."""
-    inputs, exact = tensors(12, 2), tensors(12, 2)
+    inputs, exact = tensors(24, 2), tensors(24, 2)
     out = in_slices(core(window), *inputs, lengths, None, ranks)
     same_with_gradients(out, dense(*exact, lengths, 0, window), inputs, exact)
 
@@ -118,13 +119,13 @@ def in_slices(
     ranks: int,
 ) -> Tensor:
     """Outputs of all context parallel ranks in turn; gradients of gathered keys sum over ranks."""
-    parts = enumerate(query.chunk(ranks))
-    return torch.cat(
-        [
-            module.within(query_slice, key, value, pack(lengths, prefixes, (rank, ranks)))
-            for rank, query_slice in parts
-        ]
-    )
+    spans = [context_slices.spans_of_rank(len(query), rank, ranks) for rank in range(ranks)]
+    queries, *gathered = ([context_slices.take(x, own) for own in spans] for x in (query, key, value))
+    key, value = (torch.cat(parts) for parts in gathered)
+    outputs = [
+        module.within(x, key, value, pack(lengths, prefixes, (rank, ranks))) for rank, x in enumerate(queries)
+    ]
+    return context_slices.in_pack_order(torch.cat(outputs), ranks)
 
 
 def same_with_gradients(out: Tensor, expected: Tensor, inputs: list[Tensor], exact: list[Tensor]) -> None:
@@ -183,25 +184,47 @@ def test_describe_prefixes_by_hand():
 
 
 def test_describe_a_ranks_part_by_hand():
-    """Sequences ab and cdefg, and padding hi, on three ranks, which have abc, def and ghi."""
+    """Sequences abc and defgh, and padding ijkl, on three ranks, which have ab kl, cd ij and efgh."""
     parts = [
-        attention.packed_params([2, 5], [(0, 0)] * 2, 9, None, torch.device("cpu"), (r, 3)) for r in range(3)
+        attention.packed_params([3, 5], [(0, 0)] * 2, 12, None, torch.device("cpu"), (r, 3)) for r in range(3)
     ]
-    assert [part.lengths for part in parts] == [[2, 1], [3], [1, 2]]  # ab c, def, g hi
-    assert [part.seen for part in parts] == [[2, 1], [4], [5, 2]]
-    assert [part.keys for part in parts] == [slice(0, 3), slice(2, 6), slice(2, 9)]
-    assert [part.cu_seqlens_q.tolist() for part in parts] == [[0, 2, 3], [0, 3], [0, 1, 3]]
-    assert [part.cu_seqlens_kv.tolist() for part in parts] == [[0, 2, 3], [0, 4], [0, 5, 7]]
-    assert [(part.max_seqlen_q, part.max_seqlen_kv) for part in parts] == [(2, 2), (3, 4), (2, 5)]
+    assert [part.lengths for part in parts] == [[2, 2], [1, 1, 2], [4]]  # ab kl, c d ij, efgh
+    assert [part.seen for part in parts] == [[2, 4], [3, 1, 2], [5]]  # ab ijkl, abc d ij, defgh
+    gathered = "abklcdijefgh"  # keys by rank
+    keys = ["".join(gathered[i] for i in part.keys) for part in parts]
+    assert keys == ["abijkl", "abcdij", "defgh"]
+    assert [part.cu_seqlens_q.tolist() for part in parts] == [[0, 2, 4], [0, 1, 2, 4], [0, 4]]
+    assert [part.cu_seqlens_kv.tolist() for part in parts] == [[0, 2, 6], [0, 3, 4, 6], [0, 5]]
+    assert [(part.max_seqlen_q, part.max_seqlen_kv) for part in parts] == [(2, 4), (2, 3), (4, 5)]
+
+
+def test_describe_one_sequence_on_two_ranks_by_hand():
+    """abcdefgh: the first rank has ab and gh, which sees ab again, the second cdef in one piece."""
+    first, second = (pack([8], None, (rank, 2)) for rank in range(2))
+    assert (first.lengths, first.seen) == ([2, 2], [2, 8])
+    assert first.keys.tolist() == [0, 1, 0, 1, 4, 5, 6, 7, 2, 3]  # of abghcdef: ab abcdefgh
+    assert (second.lengths, second.seen, second.keys.tolist()) == ([4], [6], [0, 1, 4, 5, 6, 7])
 
 
 def test_describe_prefixes_of_a_ranks_part_by_hand():
-    """Sequences abc and def, which continues ab: later ranks' queries see ab and what there is of def."""
-    parts = [pack([3, 3], [(0, 0), (0, 2)], (rank, 2)) for rank in range(2)]
-    assert (parts[0].lengths, parts[0].seen, parts[0].keys) == ([3], [3], slice(0, 3))
-    assert (parts[1].lengths, parts[1].seen, parts[1].keys.tolist()) == ([3], [5], [0, 1, 3, 4, 5])
-    last = pack([3, 3], [(0, 0), (0, 2)], (2, 3))
-    assert (last.lengths, last.seen, last.keys.tolist()) == ([2], [5], [0, 1, 3, 4, 5])
+    """Sequences abcd and efgh, which continues ab: a rank with f sees ab ef."""
+    first, second = (pack([4, 4], [(0, 0), (0, 2)], (rank, 2)) for rank in range(2))
+    gathered = "abghcdef"
+    assert (first.lengths, first.seen) == ([2, 2], [2, 6])
+    assert "".join(gathered[i] for i in first.keys) == "ababefgh"
+    assert (second.lengths, second.seen) == ([2, 2], [4, 4])
+    assert "".join(gathered[i] for i in second.keys) == "abcdabef"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_have_equal_shares_of_a_long_sequence(ranks):
+    """Pairs of a query and a key that it sees; contiguous slices: the last rank has nearly twice the mean."""
+    parts = [pack([64 * ranks], None, (rank, ranks)) for rank in range(ranks)]
+    pairs = [
+        sum(n * (n + 1) // 2 - (n - m) * (n - m + 1) // 2 for m, n in zip(x.lengths, x.seen, strict=True))
+        for x in parts
+    ]
+    assert pairs == [64 * (64 * ranks + 1) // 2] * ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -222,27 +245,10 @@ def test_the_kernel_is_called_as_this_torch_declares_it():
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_shared_prefix_is_as_good_as_a_copy(ranks, window, kernel):
     """Sequences abcde, abcxy, and fgh, fz: the second of each continues the first."""
-    unshared = [
-        0,
-        1,
-        2,
-        3,
-        4,
-        0,
-        1,
-        2,
-        5,
-        6,
-        7,
-        8,
-        9,
-        7,
-        10,
-        11,
-    ]  # the place of each token in the shared pack
+    unshared = [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 7, 10, 11]  # place of each token in the shared pack
     sequences = [5, 2, 3, 1, 1], [(0, 0), (0, 3), (0, 0), (7, 1), (0, 0)]
     own = [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 14, 15]  # where those places are in the unshared one
     inputs, exact = tensors(12, 2), tensors(12, 2)

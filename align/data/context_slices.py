@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def spans_of_rank(total: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Spans [start, end) of this rank in a pack of `total` tokens: two, or one where its slices are neighbours.
+    """Spans [start, end) of this rank in a pack: two, or one where its slices are neighbours.
 
-    `total` is a multiple of 2 R unless R = 1.
+    `total`, the tokens of the pack, is a multiple of 2 R unless R = 1.
     """
     assert ranks == 1 or total % (2 * ranks) == 0
     late = 2 * ranks - 1 - rank

@@ -1,11 +1,14 @@
-"""Core attention on torch's own kernels, over packed sequences.
+"""Core attention on flash kernels or torch's own, over packed sequences.
 
-On GPUs (bf16) torch's flash kernels compute the whole pack at once. On a CPU, in fp32, and for heads that
-those kernels do not support, each sequence is one call of scaled_dot_product_attention. Nothing is padded
-either way. TorchAttention is the `core_attention` of Megatron's layer spec; with --attention te it is
-Transformer Engine's.
+On GPUs (bf16) a flash kernel computes the whole pack at once: FlashAttention 3 on Hopper where it is
+installed, torch's own elsewhere, and with a torch that has none the package flash-attn. On a CPU, in fp32,
+and for heads that those kernels do not support, each sequence is one call of scaled_dot_product_attention.
+Nothing is padded either way. TorchAttention is the `core_attention` of Megatron's layer spec; with
+--attention te it is Transformer Engine's.
 """
 
+import functools
+import importlib.util
 import inspect
 import itertools
 import math
@@ -25,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from align.data import context_slices
+from align.errors import UserError
 from align.model.layers import rotary_embedding
 
 try:
@@ -199,16 +203,48 @@ class TorchAttention(MegatronModule):
 def uses_flash(dtype: torch.dtype, head_dim: int, cuda: bool) -> bool:
     """True if `flash` supports such heads on this device; else `attend` computes one sequence at a time.
 
-    Flash kernels have no fp32, which serves the comparison with a CPU. Before 2.11 torch's function for packs
-    had no window, or did not exist.
+    Flash kernels have no fp32, which serves the comparison with a CPU.
     """
-    return (
-        cuda
-        and "window_size" in KNOWN
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-    )
+    half = dtype in (torch.bfloat16, torch.float16)
+    return cuda and half and head_dim % 8 == 0 and head_dim <= 256 and flash_kernel() is not None
+
+
+@functools.cache
+def flash_kernel() -> str | None:
+    """Load the kernel of `flash` for this GPU, at the first call, and return its name; None: there is none.
+
+    Before 2.11 torch's function for packs had no window, or did not exist.
+
+    Raises UserError for a package that is installed and cannot be loaded.
+    """
+    if "window_size" not in KNOWN:
+        package, name, load = "flash_attn", None, load_flash_attn
+    else:
+        package, name, load = "flash_attn_interface", "flash attention", load_flash_attention_3
+        if torch.cuda.get_device_capability()[0] != 9:  # Hopper
+            return name
+    if importlib.util.find_spec(package) is None:
+        return name
+    try:
+        return load()
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{package} is installed and fails: {reason}. Mend or uninstall it") from error
+
+
+def load_flash_attn() -> str:
+    """Import the package that `flash` calls."""
+    from flash_attn import __version__, flash_attn_varlen_func  # noqa: F401
+
+    return f"flash-attn {__version__}"
+
+
+def load_flash_attention_3() -> str:
+    """Replace the kernel of `varlen_attn`."""
+    from torch.nn.attention import activate_flash_attention_impl
+
+    activate_flash_attention_impl("FA3")
+    return "FlashAttention 3"
 
 
 def flash(
@@ -234,6 +270,12 @@ def flash(
     """
     span = (-1 if window is None else window - 1, 0)  # keys before and after the query's own
     lengths = (cu_q, cu_k, max_q, max_k)
+    if "window_size" not in KNOWN:
+        from flash_attn import flash_attn_varlen_func
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        options = {"softmax_scale": scale, "window_size": span, "deterministic": deterministic}
+        return flash_attn_varlen_func(query, key, value, *lengths, causal=True, **options)
     out = varlen_attn(query, key, value, *lengths, scale=scale, window_size=span, **GROUPED)
     assert isinstance(out, Tensor)  # a tuple only with return_aux
     return out

@@ -14,7 +14,7 @@ from align.errors import UserError
 from align.files import ASSETS
 from align.kernels import matmul
 from align.model.architecture import Architecture
-from align.model.attention import uses_flash
+from align.model.attention import flash_kernel, uses_flash
 
 FP8_MULTIPLE = 16  # divides the sizes of an 8-bit product
 
@@ -110,7 +110,7 @@ def describe_model(arch: Architecture, config: ModelConfig) -> str:
             kernels += f", matrix products by {matmul.kernels()}"
     else:
         flash = uses_flash(config.dtype, arch.head_dim, cuda=True)
-        kernels = f"torch kernels, {'flash attention' if flash else 'attention by sequence'}"
+        kernels = f"torch kernels, {flash_kernel() if flash else 'attention by sequence'}"
         kernels += ", small layers compiled"
     if overlaps_gradients():
         kernels += ", gradients summed during the backward pass"

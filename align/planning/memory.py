@@ -184,8 +184,8 @@ def uses_flash(arch: Architecture, s: RankShape) -> bool:
 def attention_saves(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
     """Bytes per place of one layer's core attention, its output (which the next product keeps) included."""
     q, k, product = widths(arch, s)
-    # Per place: context parallel ranks gather the keys of all, and for its first slice a rank repeats up to half
-    # as many as it has places (align.data.context_slices).
+    # Per place: context parallel ranks gather the keys of all, and a rank repeats those of its first slice,
+    # up to half as many as it has places (align.data.context_slices).
     keys = work.shared * (s.cp + 0.5 if s.cp > 1 else 1)
     own = work.shared == 1 and s.cp == 1  # values are a view of the product, which is kept for them
     # Queries are copied out of the product to be contiguous, unless there is one group, or one query in each.

@@ -1,13 +1,18 @@
 """Attention over a pack against one dense masked softmax in float64."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from align.data import context_slices
 from align.distributed import parallel
+from align.errors import UserError
 from align.model import architecture, attention, spec
 from align.model.config import ModelConfig
+from tests.support import stand_ins
+from tests.support.packed_attention import loops
 
 HEADS, DIM = 4, 8
 
@@ -37,41 +42,32 @@ def pack(
     return attention.packed_params(lengths, prefixes, sum(lengths), None, torch.device("cpu"), part)
 
 
-def loops(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    **grouped: bool,
-) -> Tensor:
-    """Reference for varlen_attn on a GPU, a query at a time: query i of m sees keys up to i + n - m of n."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and grouped.keys() <= {"enable_gqa"}
-    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))  # else gradients stay uninitialised
-    sizes_q, sizes_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
-    assert (max(sizes_q), max(sizes_k)) == (max_q, max_k) and window_size[1] == 0
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    out = []
-    for q, k, v in zip(query.split(sizes_q), key.split(sizes_k), value.split(sizes_k), strict=True):
-        for i, one in enumerate(q, len(k) - len(q)):
-            begin = 0 if window_size[0] < 0 else max(i - window_size[0], 0)
-            scores = torch.einsum("hd,khd->hk", one, k[begin : i + 1]) * scale
-            out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[begin : i + 1]))
-    return torch.stack(out)
+@pytest.fixture(autouse=True)
+def no_packages():
+    """Forget stand-ins that a test imports, and the kernel that was chosen by them."""
+    attention.flash_kernel.cache_clear()
+    yield
+    attention.flash_kernel.cache_clear()
+    for package in ("flash_attn", "flash_attn_interface"):
+        sys.modules.pop(package, None)
 
 
-@pytest.fixture(params=["by_sequence", "flash"])
+@pytest.fixture(params=["by_sequence", "torch's flash", "flash_attn"])
 def kernel(request, monkeypatch) -> str:
-    """Both ways to compute attention, with a stand-in for the GPU's kernel."""
-    if request.param == "flash":
+    """All ways to compute attention, with stand-ins for a GPU's kernels."""
+    if request.param != "by_sequence":
         monkeypatch.setattr(attention, "uses_flash", lambda *_: True)
         monkeypatch.setattr(attention, "varlen_attn", loops)
+    if request.param == "flash_attn":
+        without_varlen(monkeypatch)
     return request.param
+
+
+def without_varlen(monkeypatch) -> None:
+    """Pretend the torch that TensorRT-LLM requires, and flash-attn installed."""
+    monkeypatch.setattr(attention, "KNOWN", frozenset())
+    monkeypatch.setattr(attention, "varlen_attn", None)
+    monkeypatch.setattr(sys, "meta_path", [stand_ins.StandIn("flash_attn"), *sys.meta_path])
 
 
 def dense(
@@ -228,12 +224,70 @@ def test_ranks_have_equal_shares_of_a_long_sequence(ranks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_flash_is_for_half_precision_on_gpus(dtype):
+def test_flash_is_for_half_precision_on_gpus(dtype, monkeypatch):
     half = dtype != torch.float32
+    monkeypatch.setattr(attention, "flash_kernel", lambda: "flash attention")
     assert [attention.uses_flash(dtype, d, cuda=True) for d in (8, 20, 64, 128, 256, 264)] == [
         *[half, False, half, half, half, False]
     ]
     assert not attention.uses_flash(dtype, 64, cuda=False)
+    monkeypatch.setattr(attention, "flash_kernel", lambda: None)
+    assert not attention.uses_flash(dtype, 64, cuda=True)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Pretend a GPU of a compute capability, for which no kernel has been chosen."""
+
+    def pretend(*capability: int) -> None:
+        attention.flash_kernel.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    return pretend
+
+
+def test_flash_attention_3_is_activated_once_on_hopper(on_gpu, monkeypatch):
+    """By torch's own function, with a stand-in for the package."""
+    on_gpu(9, 0)
+    assert attention.flash_kernel() == "flash attention"  # not installed
+    monkeypatch.setattr(sys, "meta_path", [stand_ins.StandIn("flash_attn_interface"), *sys.meta_path])
+    activate, activated = torch.nn.attention.activate_flash_attention_impl, []
+    monkeypatch.setattr(
+        torch.nn.attention,
+        "activate_flash_attention_impl",
+        lambda name: (activated.append(name), activate(name)),
+    )
+    on_gpu(8, 0)
+    assert attention.flash_kernel() == "flash attention" and not activated
+    on_gpu(9, 0)
+    try:
+        assert [attention.flash_kernel() for _ in range(3)] == ["FlashAttention 3"] * 3
+        assert attention.uses_flash(torch.bfloat16, 64, cuda=True)
+        assert activated == ["FA3"] == [torch.nn.attention.current_flash_attention_impl()]
+    finally:
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_flash_attn_is_for_a_torch_without_varlen_attn(on_gpu, monkeypatch):
+    on_gpu(9, 0)
+    monkeypatch.setattr(attention, "KNOWN", frozenset({"query", "key"}))
+    assert attention.flash_kernel() is None and not attention.uses_flash(torch.bfloat16, 64, cuda=True)
+    on_gpu(8, 0)
+    without_varlen(monkeypatch)
+    assert attention.flash_kernel() == "flash-attn 2.8.3"
+    assert attention.uses_flash(torch.bfloat16, 64, cuda=True)
+
+
+@pytest.mark.parametrize("package", ["flash_attn_interface", "flash_attn"])
+def test_a_package_that_fails_is_an_error_in_one_line(package, on_gpu, monkeypatch, tmp_path):
+    on_gpu(9, 0)
+    (tmp_path / f"{package}.py").write_text("raise ImportError('undefined symbol:\\n_ZN2at')")
+    monkeypatch.syspath_prepend(tmp_path)
+    if package == "flash_attn":
+        monkeypatch.setattr(attention, "KNOWN", frozenset())
+    message = f"^{package} is installed and fails: undefined symbol: _ZN2at. Mend or uninstall it$"
+    with pytest.raises(UserError, match=message):
+        attention.uses_flash(torch.bfloat16, 64, cuda=True)
 
 
 def test_the_kernel_is_called_as_this_torch_declares_it():

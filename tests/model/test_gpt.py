@@ -8,7 +8,7 @@ import torch
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
-from align.model import architecture, config, spec
+from align.model import architecture, attention, config, spec
 from align.model.config import ModelConfig
 from align.training import batching
 
@@ -89,11 +89,13 @@ def test_kernels_are_named(monkeypatch):
     assert config.describe_model(arch(), bf16).endswith("bfloat16, torch kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(config, "uses_te", lambda config: config.attention == "te")
+    for module in (attention, config):
+        monkeypatch.setattr(module, "flash_kernel", lambda: "FlashAttention 3")
     small = "small layers compiled"
     assert config.describe_model(arch(), fp32).endswith(
         f"float32, torch kernels, attention by sequence, {small}"
     )
-    assert config.describe_model(arch(), bf16).endswith(f"bfloat16, torch kernels, flash attention, {small}")
+    assert config.describe_model(arch(), bf16).endswith(f"bfloat16, torch kernels, FlashAttention 3, {small}")
     monkeypatch.setattr(config, "get_te_version", lambda: "2.11.0")
     monkeypatch.setattr(config, "overlaps_gradients", lambda: True)
     line = "bfloat16, Transformer Engine 2.11.0, fp8, gradients summed during the backward pass"

@@ -77,6 +77,8 @@ CASES = {
         dict(family="llama", pp=2, reverse=True),
         dict(family="llama", cp=2, micro_batch_tokens=100),
         dict(family="llama", tp=2, cp=2, sequence_parallel=True),
+        dict(family="llama", cp=4),
+        dict(family="mistral", algorithm="dpo", cp=4, micro_batch_tokens=400),
         dict(family="llama"),
         dict(family="llama", tp=4),
         dict(family="llama_tied", tp=2, pp=2, recompute="full"),

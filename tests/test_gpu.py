@@ -5,6 +5,7 @@ machine with one GPU: `pytest -m gpu tests/test_gpu.py`. fp32 is there for these
 tf32 off for matrix products.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.data import toy
+from align.data import context_slices, toy
 from align.kernels import matmul
 from align.model import attention, layers, logprobs
 from tests.support import layer_formulas, logprob_formulas
@@ -335,16 +336,17 @@ def attend_slowly(
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "ranks"), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 3)])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("heads", "groups", "d"), [(4, 4, 64), (6, 2, 24), (8, 1, 128)])
 @pytest.mark.parametrize("device", on_both)
-def test_attention_over_random_packs(device, heads, groups, d, window, seed):
-    """In bf16: on a GPU the flash kernels, on a CPU one call for each sequence."""
+def test_attention_over_random_packs(device, heads, groups, d, window, seed, ranks):
+    """In bf16, context parallel ranks in turn: on a GPU the flash kernels, on a CPU one call per sequence."""
     rng = torch.Generator().manual_seed(seed)
     lengths, prefixes = random_pack(rng)
+    if rest := -sum(lengths) % (2 * ranks):
+        lengths, prefixes = [*lengths, rest], [*prefixes, (0, 0)]
     total = sum(lengths)
-    packing = attention.packed_params(lengths, prefixes, total, None, torch.device(device), part=(0, 1))
     inputs = [
         torch.randn(total, count, d, generator=rng).bfloat16().to(device).requires_grad_()
         for count in (heads, groups, groups)
@@ -353,7 +355,14 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
     core = object.__new__(attention.TorchAttention)  # without the parts that need process groups
     torch.nn.Module.__init__(core)
     core.scale, core.window = d**-0.5, window
-    out = core.within(*inputs, packing)
+    spans = [context_slices.spans_of_rank(total, rank, ranks) for rank in range(ranks)]
+    gathered = [torch.cat([context_slices.take(x, own) for own in spans]) for x in inputs[1:]]
+    parts = []
+    for rank, own in enumerate(spans):
+        layout = torch.device(device), (rank, ranks)
+        packing = attention.packed_params(lengths, prefixes, total, None, *layout)
+        parts.append(core.within(context_slices.take(inputs[0], own), *gathered, packing))
+    out = context_slices.in_pack_order(torch.cat(parts), ranks)
     grad = torch.randn(total, heads, d, generator=rng).bfloat16()
     out.backward(grad.to(device))
     slow = exact(*inputs)
@@ -362,6 +371,14 @@ def test_attention_over_random_packs(device, heads, groups, d, window, seed):
     assert_near(out, expected, torch.bfloat16)
     for ours, theirs in zip(inputs, slow, strict=True):
         assert_near(ours.grad, theirs.grad, torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", on_gpu)
+def test_flash_attention_3_is_in_use_where_it_is_installed(device):
+    installed = importlib.util.find_spec("flash_attn_interface") is not None
+    newest = installed and torch.cuda.get_device_capability(device)[0] == 9
+    assert attention.flash_kernel() == ("FlashAttention 3" if newest else "flash attention")
+    assert torch.nn.attention.current_flash_attention_impl() == ("FA3" if newest else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,14 +9,12 @@ from torch import Tensor
 
 
 def spans_of_rank(total: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Spans [start, end) of this rank in a pack: two, or one where its slices are neighbours.
-
-    `total`, the tokens of the pack, is a multiple of 2 R unless R = 1.
-    """
-    assert ranks == 1 or total % (2 * ranks) == 0
-    late = 2 * ranks - 1 - rank
-    first, second = ((i * total // (2 * ranks), (i + 1) * total // (2 * ranks)) for i in (rank, late))
-    return [(first[0], second[1])] if first[1] == second[0] else [first, second]
+    """Spans [start, end) of this rank in a pack of `total` tokens, a multiple of 2 R; all for one rank."""
+    if ranks == 1:
+        return [(0, total)]
+    size, rest = divmod(total, 2 * ranks)
+    assert rest == 0
+    return [(i * size, (i + 1) * size) for i in (rank, 2 * ranks - 1 - rank)]
 
 
 def take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:

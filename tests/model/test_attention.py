@@ -180,26 +180,27 @@ def test_describe_prefixes_by_hand():
 
 
 def test_describe_a_ranks_part_by_hand():
-    """Sequences abc and defgh, and padding ijkl, on three ranks, which have ab kl, cd ij and efgh."""
+    """Sequences abc and defgh, and padding ijkl, on three ranks, which have ab kl, cd ij and ef gh."""
     parts = [
         attention.packed_params([3, 5], [(0, 0)] * 2, 12, None, torch.device("cpu"), (r, 3)) for r in range(3)
     ]
-    assert [part.lengths for part in parts] == [[2, 2], [1, 1, 2], [4]]  # ab kl, c d ij, efgh
-    assert [part.seen for part in parts] == [[2, 4], [3, 1, 2], [5]]  # ab ijkl, abc d ij, defgh
+    assert [part.lengths for part in parts] == [[2, 2], [1, 1, 2], [2, 2]]  # ab kl, c d ij, ef gh
+    assert [part.seen for part in parts] == [[2, 4], [3, 1, 2], [3, 5]]  # ab ijkl, abc d ij, def defgh
     gathered = "abklcdijefgh"  # keys by rank
     keys = ["".join(gathered[i] for i in part.keys) for part in parts]
-    assert keys == ["abijkl", "abcdij", "defgh"]
-    assert [part.cu_seqlens_q.tolist() for part in parts] == [[0, 2, 4], [0, 1, 2, 4], [0, 4]]
-    assert [part.cu_seqlens_kv.tolist() for part in parts] == [[0, 2, 6], [0, 3, 4, 6], [0, 5]]
-    assert [(part.max_seqlen_q, part.max_seqlen_kv) for part in parts] == [(2, 4), (2, 3), (4, 5)]
+    assert keys == ["abijkl", "abcdij", "defdefgh"]
+    assert [part.cu_seqlens_q.tolist() for part in parts] == [[0, 2, 4], [0, 1, 2, 4], [0, 2, 4]]
+    assert [part.cu_seqlens_kv.tolist() for part in parts] == [[0, 2, 6], [0, 3, 4, 6], [0, 3, 8]]
+    assert [(part.max_seqlen_q, part.max_seqlen_kv) for part in parts] == [(2, 4), (2, 3), (2, 5)]
 
 
 def test_describe_one_sequence_on_two_ranks_by_hand():
-    """abcdefgh: the first rank has ab and gh, which sees ab again, the second cdef in one piece."""
+    """abcdefgh: the first rank has ab and gh, the second cd and ef; both pieces see ab."""
     first, second = (pack([8], None, (rank, 2)) for rank in range(2))
     assert (first.lengths, first.seen) == ([2, 2], [2, 8])
     assert first.keys.tolist() == [0, 1, 0, 1, 4, 5, 6, 7, 2, 3]  # of abghcdef: ab abcdefgh
-    assert (second.lengths, second.seen, second.keys.tolist()) == ([4], [6], [0, 1, 4, 5, 6, 7])
+    assert (second.lengths, second.seen) == ([2, 2], [4, 6])
+    assert second.keys.tolist() == [0, 1, 4, 5, 0, 1, 4, 5, 6, 7]  # abcd abcdef
 
 
 def test_describe_prefixes_of_a_ranks_part_by_hand():

@@ -211,7 +211,9 @@ def gsm8k(
         files.append((fetch(f"gsm8k_{part}.jsonl", download_dir or RAW), output / f"{part}.jsonl"))
     check_files([path for _, path in files], *(source for source, _ in files))
     for source, path in files:
-        rows = [located(where, gsm8k_row, row, instruction) for where, row in read_jsonl(source)[:limit]]
+        rows = [
+            located(where, gsm8k_row, row, instruction) for where, row in list(read_jsonl(source))[:limit]
+        ]
         write_jsonl(path, rows)
 
 
@@ -369,7 +371,7 @@ def judge(
     check_files([output], input, judge_template)
     template = Template(judge_template, "--judge-template", ("prompt", "response"))
     rows = []
-    for where, row in read_jsonl(input)[:limit]:
+    for where, row in list(read_jsonl(input))[:limit]:
         rows.append(located(where, sft_row, row, ())[0])
         located(where, question_and_response, rows[-1])  # it can be judged
     if len(rows) < 2:

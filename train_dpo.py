@@ -22,7 +22,7 @@ from torch import Tensor
 from align.data import packing, preferences, row_counts, toy
 from align.data.packing import Batch
 from align.data.preferences import Pair, PreferenceFormat
-from align.distributed import launch, parallel
+from align.distributed import launch, node, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
 from align.losses import preference
@@ -129,10 +129,11 @@ def main(config: Config) -> None:
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
-    pairs: dict[str, list[Pair]] = {"train": [], "val": []}
+    pairs: dict[str, Sequence[Pair]] = {"train": [], "val": []}
     for name in (name for name in files if files[name]):
-        pairs[name], counts = preferences.load_pairs(files[name], tokenizer, config.format)
-        packing.check_ids([example for pair in pairs[name] for example in pair.examples], arch.vocab_size)
+        load = partial(preferences.load_pairs, files[name], tokenizer, config.format)
+        pairs[name], counts = node.once(load)
+        packing.check_ids((example for pair in pairs[name] for example in pair.examples), arch.vocab_size)
         session.say(f"{name} data: {row_counts.describe(counts)}")
         if "gap" in config.loss_inputs:
             preferences.check_rewards(counts, f"--{name}-data", config.loss)
@@ -246,8 +247,9 @@ def main(config: Config) -> None:
             update |= optim.update(optimizer, config.optim, step, session.total_steps)
             clock.lap("optimizer")
         metrics = {f"train/{name}": value for name, value in update.items()}
-        tokens = sum(pairs["train"][row].num_inputs for row in rows)
-        computed = sum(packing.num_places(pairs["train"][row].examples) for row in rows)
+        step_pairs = [pairs["train"][row] for row in rows]
+        tokens = sum(pair.num_inputs for pair in step_pairs)
+        computed = sum(packing.num_places(pair.examples) for pair in step_pairs)
         seconds = clock.total("data", "reference", "forward_backward", "optimizer")
         metrics |= speed(arch.matmul_params, tokens, computed, seconds)
 

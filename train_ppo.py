@@ -29,7 +29,7 @@ from align import flags
 from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
-from align.distributed import launch, parallel
+from align.distributed import launch, node, parallel
 from align.errors import UserError
 from align.generation import audit
 from align.generation.audit import AuditConfig
@@ -208,7 +208,8 @@ def main(config: Config) -> None:
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
     stop_texts = (*config.sampling.stop, *tokenizer.stop_strings)
     sources.warn_of_other_ends(reward, tokenizer, session.say)
-    rows = prompts.load_sets(files, tokenizer, config.format, arch.vocab_size, session.say)
+    settings = config.format, arch.vocab_size, session.say
+    rows = node.once(lambda: prompts.load_sets(files, tokenizer, *settings))
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])

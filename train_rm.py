@@ -23,8 +23,8 @@ from torch import Tensor
 
 from align.data import display, packing, preferences, row_counts, tokenizer_files, toy
 from align.data.packing import Batch, Example
-from align.data.preferences import PreferenceFormat
-from align.distributed import launch, parallel
+from align.data.preferences import Labelled, Pair, PreferenceFormat
+from align.distributed import launch, node, parallel
 from align.errors import UserError
 from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
 from align.losses import supervised
@@ -40,6 +40,7 @@ from align.training.config import CommonConfig
 from align.training.optim import OptimConfig
 from align.training.session import Session
 
+Rows = Sequence[Pair | Labelled]
 STATISTICS_ROWS = 1000  # whose mean is known to a few hundredths of the standard deviation
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -81,18 +82,9 @@ class Config(CommonConfig):
             raise UserError("--loss regression needs --train-data: the toy task has no labels")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A data set; a row is a pair with a margin [1], or one text with labels [1, A]."""
-
-    examples: list[tuple[Example, ...]]
-    target: np.ndarray  # [rows, 1] or [rows, 1, A]
-
-    def count(self, rows: Sequence[int]) -> int:
-        """Denominator of the loss of these rows: pairs, or labels that are not missing."""
-        if self.target.ndim == 2:
-            return len(rows)
-        return int((self.target[rows] != supervised.MISSING).sum())
+def num_targets(rows: Rows) -> int:
+    """Denominator of the loss of some rows: pairs, or labels that are not missing."""
+    return sum(int((row.target != supervised.MISSING).sum()) for row in rows)
 
 
 def main(config: Config) -> None:
@@ -113,31 +105,29 @@ def main(config: Config) -> None:
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
 
     def load(files: list[Path], name: str) -> Rows:
-        if config.loss == "ranking":
-            pairs, counts = preferences.load_pairs(files, tokenizer, config.format, text_lines=True)
-            examples = [tuple(map(preferences.as_scored, pair.examples)) for pair in pairs]
-            rows = Rows(examples, np.array([[pair.margin] for pair in pairs]))
-        else:
-            settings = config.format, config.num_attributes
-            texts, labels, counts = preferences.load_labelled(files, tokenizer, *settings)
-            rows = Rows([(example,) for example in texts], labels[:, None])
-        packing.check_ids([example for row in rows.examples for example in row], arch.vocab_size)
+        def read() -> tuple[Rows, dict[str, int]]:
+            if config.loss == "ranking":
+                return preferences.load_pairs(files, tokenizer, config.format, text_lines=True)
+            return preferences.load_labelled(files, tokenizer, config.format, config.num_attributes)
+
+        rows, counts = node.once(read)
+        packing.check_ids((example for row in rows for example in row.scored), arch.vocab_size)
         session.say(f"{name} data: {row_counts.describe(counts)}")
         return rows
 
     train = load(files["train"], "train")
-    packing.check_size(len(train.examples), config.batch.global_batch_size, "--train-data")
-    first = train.examples[0][0]
+    packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
+    first = train[0].scored[0]
     shown = Example(first.ids[:-1], np.arange(len(first.ids) - 1) == len(first.ids) - 2)
     session.say(f"first row, its score is read at the token in brackets:\n{display.show(shown, tokenizer)}")
     val = {name: load([file], name) for name, file in named_sets("val", files["val"]).items()}
     test = {name: load([file], name) for name, file in named_sets("test", config.test_data).items()}
-    session.find_checkpoint([example.ids for example in row] for row in train.examples)
+    session.find_checkpoint([example.ids for example in row.scored] for row in train)
 
-    def micro_batches(data: Rows, rows: Sequence[int]) -> list[Batch]:
+    def micro_batches(rows: Rows) -> list[Batch]:
         """This rank's share of some rows, packed."""
-        examples = [data.examples[row] for row in rows]
-        return batching.micro_batches(scorer, examples, config.batch, {"target": data.target[rows]})
+        examples, values = [row.scored for row in rows], {"target": [row.target for row in rows]}
+        return batching.micro_batches(scorer, examples, config.batch, values)
 
     # ---- model -----------------------------------------------------------------------------------
     weights = config.attribute_weights or (1 / config.num_attributes,) * config.num_attributes
@@ -164,32 +154,32 @@ def main(config: Config) -> None:
             loss = loss + config.center_rewards_coef * metrics["centering_loss"]
         return loss, metrics
 
-    def statistics(metrics: dict[str, float], data: Rows, rows: Sequence[int]) -> dict[str, float]:
+    def statistics(metrics: dict[str, float], rows: Rows) -> dict[str, float]:
         """Metrics of some rows: rewards are means over rows, whatever the loss is a mean over."""
-        scale = data.count(rows) / len(rows)
+        scale = num_targets(rows) / len(rows)
         return with_std({k: v * scale if k.startswith("rewards") else v for k, v in metrics.items()})
 
-    def metrics_of(name: str, data: Rows, rows: Sequence[int]) -> dict[str, float]:
+    def metrics_of(name: str, rows: Rows) -> dict[str, float]:
         """Metrics of some rows of a data set, without a gradient."""
         with engine.during(f"evaluation of {name}"):
-            metrics = engine.evaluate(scorer, micro_batches(data, rows), loss_fn, data.count(rows))
-        return statistics(metrics, data, rows)
+            metrics = engine.evaluate(scorer, micro_batches(rows), loss_fn, num_targets(rows))
+        return statistics(metrics, rows)
 
     def evaluate(sets: dict[str, Rows]) -> dict[str, float]:
         """Metrics of some data sets, `name/metric`."""
         metrics: dict[str, float] = {}
         for name, data in sets.items():
-            rows = range(len(data.examples))[slice(None) if name in test else config.val_rows()]
-            metrics |= {f"{name}/{metric}": value for metric, value in metrics_of(name, data, rows).items()}
+            rows = data if name in test else data[config.val_rows()]
+            metrics |= {f"{name}/{metric}": value for metric, value in metrics_of(name, rows).items()}
         return metrics
 
     def reward_statistics() -> dict[str, float | str | dict[int, int]]:
         """Mean and standard deviation of the scores, on validation rows if there are any; last tokens."""
         name, data = ("val", val["val"]) if val else ("train", train)
-        order = packing.epoch_order(len(data.examples), config.parallel.seed, 0)
-        rows = order[:STATISTICS_ROWS].tolist()
-        metrics = metrics_of(name, data, rows)
-        ends = Counter(int(example.ids[-2]) for row in rows for example in data.examples[row])  # -1: padding
+        order = packing.epoch_order(len(data), config.parallel.seed, 0)
+        rows = [data[row] for row in order[:STATISTICS_ROWS].tolist()]
+        metrics = metrics_of(name, rows)
+        ends = Counter(int(example.ids[-2]) for row in rows for example in row.scored)  # -1: padding
         moments = {"mean": metrics["rewards_all_mean"], "std": metrics["rewards_all_std"]}
         return {**moments, "texts": ends.total(), "data": name, "ends": dict(ends.most_common(8))}
 
@@ -198,20 +188,20 @@ def main(config: Config) -> None:
     clock = session.clock
     for step in session.steps():
         # batch
-        rows = session.rows_of_step(step)
-        batches = micro_batches(train, rows)
+        rows = [train[row] for row in session.rows_of_step(step)]
+        batches = micro_batches(rows)
         clock.lap("data")
 
         # update
         with engine.during(f"step {session.done}"):
-            update = engine.forward_backward(scorer, batches, loss_fn, train.count(rows))
+            update = engine.forward_backward(scorer, batches, loss_fn, num_targets(rows))
             clock.lap("forward_backward")
-            update = statistics(update, train, rows)
+            update = statistics(update, rows)
             update |= optim.update(optimizer, config.optim, step, session.total_steps)
             clock.lap("optimizer")
         metrics = {f"train/{name}": value for name, value in update.items()}
-        tokens = sum(example.num_inputs for row in rows for example in train.examples[row])
-        computed = sum(packing.num_places(train.examples[row]) for row in rows)
+        tokens = sum(example.num_inputs for row in rows for example in row.scored)
+        computed = sum(packing.num_places(row.scored) for row in rows)
         seconds = clock.total("data", "forward_backward", "optimizer")
         metrics |= speed(arch.matmul_params, tokens, computed, seconds)
 
@@ -227,7 +217,7 @@ def main(config: Config) -> None:
         if metrics := evaluate(test):
             session.run.log(session.total_steps, metrics)
         for name, data in test.items() if config.loss == "ranking" else ():
-            acc, count = metrics[f"{name}/acc"], len(data.examples)
+            acc, count = metrics[f"{name}/acc"], len(data)
             low, high = wilson_interval(acc, count)
             interval = f"95 % interval {low:.3f} to {high:.3f}"
             session.say(f"{name}: accuracy {acc:.3f} ({interval}) on {count} pairs")

@@ -24,7 +24,7 @@ from torch import Tensor
 from align.data import packing, prompts, toy
 from align.data.packing import Batch
 from align.data.prompts import PromptFormat
-from align.distributed import launch, parallel
+from align.distributed import launch, node, parallel
 from align.errors import UserError
 from align.flags import COUNT, SAMPLES, SCORE, check_ranges, refuse_unused
 from align.generation import audit
@@ -153,7 +153,8 @@ def main(config: Config) -> None:
     session.say(reward.describe())
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
     sources.warn_of_other_ends(reward, tokenizer, session.say)
-    rows = prompts.load_sets(files, tokenizer, config.format, arch.vocab_size, session.say)
+    settings = config.format, arch.vocab_size, session.say
+    rows = node.once(lambda: prompts.load_sets(files, tokenizer, *settings))
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])

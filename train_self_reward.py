@@ -35,7 +35,7 @@ from align.data.marker_chat import RowFormats
 from align.data.packing import Batch
 from align.data.sft import adopt
 from align.data.sft_tasks import Task
-from align.distributed import launch, parallel
+from align.distributed import launch, node, parallel
 from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, COUNT, REPEATS, SCALE, check_ranges, number, refuse_unused, whole
 from align.generation import audit
@@ -215,7 +215,7 @@ class State:
     config: Config
     session: Session
     tokenizer: Tokenizer
-    rows: dict[str, list[Task]]
+    rows: dict[str, Sequence[Task]]
     self_judge: SelfJudge
     buffer: Buffer  # judgement pairs that are still to be trained on
     policy: nn.Module  # in Megatron's DistributedDataParallel
@@ -371,14 +371,22 @@ def main(config: Config) -> None:
     session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
-    files, tokenizer, formats = config.files(toy.write), session.load_tokenizer(), RowFormats()
+    files, tokenizer = config.files(toy.write), session.load_tokenizer()
     judge_config, meta_config = config.judge, config.meta
     if not config.train_data:
         templates = parallel.on_main(lambda: toy.write_templates(config.run.output / "data"))
         judge_config = replace(judge_config, judge_template=templates[0])
         if config.meta.meta_judge:
             meta_config = replace(meta_config, meta_judge_template=templates[1])
-    rows = sft_tasks.load_sft_sets(files, tokenizer, config.format, arch.vocab_size, session.say, formats)
+
+    def load() -> tuple[dict[str, Sequence[Task]], RowFormats, list[str]]:
+        """Tasks by data set, the formats of their rows, and the markers in these."""
+        formats, settings = RowFormats(), (config.format, arch.vocab_size, session.say)
+        rows = sft_tasks.load_sft_sets(files, tokenizer, *settings, formats)
+        return rows, formats, sorted(tokenizer.markers)
+
+    rows, formats, markers = node.once(load)
+    tokenizer.hide_markers(markers)  # as they are where the rows were read
     trained_format = adopt(formats, tokenizer, config.format, session.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     size = config.batch.global_batch_size

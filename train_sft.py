@@ -8,7 +8,9 @@ negative log-likelihood of the responses, averaged over all trained tokens of th
 the result, a Hugging Face directory. Without arguments the built-in tiny model learns a toy task.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +19,7 @@ from align.data import display, packing, row_counts, sft, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Batch, Example
-from align.distributed import launch, parallel
+from align.distributed import launch, node, parallel
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
@@ -47,22 +49,28 @@ def main(config: Config) -> None:
     session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
 
     # ---- data ------------------------------------------------------------------------------------
-    files, tokenizer, formats = config.files(toy.write), session.load_tokenizer(), RowFormats()
-    train, counts = sft.load_sft(files["train"], tokenizer, config.format, formats)
+    files, tokenizer = config.files(toy.write), session.load_tokenizer()
+
+    def load(name: str) -> tuple[Sequence[Example], dict[str, int], RowFormats]:
+        """Examples, counts and formats of a data set."""
+        formats = RowFormats()
+        return *sft.load_sft(files[name], tokenizer, config.format, formats), formats
+
+    train, counts, formats = node.once(lambda: load("train"))
     packing.check_size(len(train), config.batch.global_batch_size, "--train-data")
     session.say(f"training data: {row_counts.describe(counts)}")
     session.say(f"first example, trained tokens in brackets:\n{display.show(train[0], tokenizer)}")
-    val: list[Example] = []
+    val: Sequence[Example] = []
     if files["val"]:
-        val, counts = sft.load_sft(files["val"], tokenizer, config.format)
+        val, counts, _ = node.once(lambda: load("val"))
         session.say(f"validation data: {row_counts.describe(counts)}")
         val = val[config.val_rows()]
-    packing.check_ids(train + val, arch.vocab_size)
+    packing.check_ids(chain(train, val), arch.vocab_size)
     trained_format = sft.adopt(formats, tokenizer, config.format, session.say)
     parallel.on_main(lambda: trained_format.save(config.run.output))  # for generate.py on a checkpoint
     session.find_checkpoint([example.ids] for example in train)
 
-    def micro_batches(examples: list[Example]) -> list[Batch]:
+    def micro_batches(examples: Sequence[Example]) -> list[Batch]:
         """This rank's share of some examples, packed."""
         return batching.micro_batches(policy, [[example] for example in examples], config.batch)
 

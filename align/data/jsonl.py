@@ -37,21 +37,23 @@ class BadRows:
         return {f"bad rows left out ('{self.errors[0]}'{more})": len(self.errors)}
 
 
-def read_jsonl(path: Path, bad: BadRows | None = None) -> list[tuple[str, dict]]:
-    """Read rows as ("file:line", row): lines of JSON or one JSON array, plain or .gz, Parquet, or of the Hub.
+def read_jsonl(path: Path, bad: BadRows | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield rows as ("file:line", row): JSON lines or one JSON array, plain or .gz, Parquet, or of the Hub.
 
     Blank lines are skipped, and null fields of Parquet rows. `bad` collects lines that are no JSON object.
     Raises UserError naming file and line for the others, and for a file without rows.
     """
-    path, bad, rows = Path(path), bad or BadRows(0), []
+    path, bad, is_empty = Path(path), bad or BadRows(0), True
     for location, value in read_values(path):
         try:
-            rows.append((location, parse(location, value)))
+            row = parse(location, value)
         except ValueError as error:
             bad.add(error)
-    if not rows:
+            continue
+        is_empty = False
+        yield location, row
+    if is_empty:
         raise UserError(f"{path}: no rows in this file")
-    return rows
 
 
 def read_values(path: Path) -> Iterator[tuple[str, Any]]:

@@ -45,6 +45,16 @@ class Example:
         """Input tokens: all but the last."""
         return len(self.ids) - 1
 
+    def __reduce__(self) -> tuple:
+        """Pickle the bytes of both arrays: stored rows take a tenth of the time of numpy's pickles."""
+        assert self.ids.dtype == np.int32 and self.trained.dtype == np.bool_
+        return example_of, (self.ids.tobytes(), self.trained.tobytes())
+
+
+def example_of(ids: bytes, trained: bytes) -> Example:
+    """An example of read-only arrays."""
+    return Example(np.frombuffer(ids, np.int32), np.frombuffer(trained, bool))
+
 
 def num_trained(examples: Sequence[Example]) -> int:
     """Trained tokens of some examples: the denominator of their loss."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from align.data import display, formats, jsonl, row_counts, rows
 from align.data.jsonl import BadRows, turns_field
-from align.data.packing import Example, num_trained
+from align.data.packing import Example
+from align.data.stored_rows import StoredRows, store
 from align.data.tokenizer import Tokenizer
 from align.errors import UserError
 from align.flags import COUNT_OR_0, LENGTH, check_ranges
@@ -75,10 +76,38 @@ class Pair:
         """Input tokens of both sides."""
         return self.chosen.num_inputs + self.rejected.num_inputs
 
+    @property
+    def scored(self) -> tuple[Example, ...]:
+        """Both sides as inputs of a reward model."""
+        return tuple(map(as_scored, self.examples))
+
+    @property
+    def target(self) -> np.ndarray:
+        """[1], the margin."""
+        return np.array([self.margin])
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A text with a label for each attribute, MISSING (-100) for an unrated one."""
+
+    example: Example  # as an input of a reward model
+    label: np.ndarray  # [num_attributes] float32
+
+    @property
+    def scored(self) -> tuple[Example, ...]:
+        """The one input of a reward model."""
+        return (self.example,)
+
+    @property
+    def target(self) -> np.ndarray:
+        """[1, num_attributes], the label."""
+        return self.label[None]
+
 
 def load_pairs(
     paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, text_lines: bool = False
-) -> tuple[list[Pair], dict[str, int]]:
+) -> tuple[StoredRows[Pair], dict[str, int]]:
     """Load all pairs of these files, and counts for the log.
 
     `text_lines`: accept {"text"} lines, in which the response has no marked start.
@@ -87,8 +116,26 @@ def load_pairs(
     Raises UserError naming file and line for a wrong row, and if no pair is left.
     """
     names = ("pairs", "with_rewards", "dropped_too_long", "dropped_identical", "tokens", "response_tokens")
-    counts, pairs, bad = dict.fromkeys(names, 0), [], BadRows(fmt.skip_bad_rows)
-    for lines in (iter(jsonl.read_jsonl(path, bad)) for path in paths):
+    counts, bad = dict.fromkeys(names, 0), BadRows(fmt.skip_bad_rows)
+    pairs = store(read_pairs(paths, tokenizer, fmt, text_lines, counts, bad))
+    for side in (side for pair in pairs for side in pair.examples):
+        row_counts.count_empty(side, tokenizer, counts)
+    counts |= bad.counts()
+    check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
+    tokens = row_counts.count_tokens(side for pair in pairs for side in pair.examples)
+    return pairs, counts | {"tokens": tokens["tokens"], "response_tokens": tokens["trained_tokens"]}
+
+
+def read_pairs(
+    paths: list[Path],
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    text_lines: bool,
+    counts: dict[str, int],
+    bad: BadRows,
+) -> Iterator[Pair]:
+    """Yield the pairs that `load_pairs` keeps, and add to its counts. Raises UserError for a wrong row."""
+    for lines in (jsonl.read_jsonl(path, bad) for path in paths):
         for location, row in lines:
             special_before = row_counts.special_counts(tokenizer)
             try:
@@ -108,14 +155,7 @@ def load_pairs(
             elif np.array_equal(pair.chosen.ids, pair.rejected.ids):
                 counts["dropped_identical"] += 1
             else:
-                pairs.append(pair)
-    sides = [side for pair in pairs for side in pair.examples]
-    for side in sides:
-        row_counts.count_empty(side, tokenizer, counts)
-    counts |= bad.counts()
-    check_left(len(pairs), counts["pairs"], counts["dropped_too_long"], paths, fmt)
-    counts["tokens"], counts["response_tokens"] = sum(len(side.ids) for side in sides), num_trained(sides)
-    return pairs, counts
+                yield pair
 
 
 def check_rewards(counts: dict[str, int], flag: str, loss: str) -> None:
@@ -327,15 +367,28 @@ def as_scored(example: Example) -> Example:
 
 def load_labelled(
     paths: list[Path], tokenizer: Tokenizer, fmt: PreferenceFormat, num_attributes: int
-) -> tuple[list[Example], np.ndarray, dict[str, int]]:
-    """Load labelled rows as scored examples, their labels [N, num_attributes] float32, and counts.
+) -> tuple[StoredRows[Labelled], dict[str, int]]:
+    """Load all labelled texts of these files, and counts for the log.
 
-    A row is {"text", "label"} or {"messages", "label"}, whose last message is scored. A label has a number
-    for each attribute, MISSING (-100) for an unrated one. Counts: texts read; dropped_too_long; tokens of the
-    others. Raises UserError naming file and line for a wrong row, and if no text is left.
+    A row is {"text", "label"} or {"messages", "label"}, whose last message is scored. Counts: texts read;
+    dropped_too_long; tokens of the others. Raises UserError naming file and line for a wrong row, and if no
+    text is left.
     """
     counts = dict.fromkeys(("texts", "dropped_too_long", "tokens"), 0)
-    examples, labels, bad = [], [], BadRows(fmt.skip_bad_rows)
+    texts = store(read_labelled(paths, tokenizer, fmt, num_attributes, counts))
+    check_left(len(texts), counts["texts"], counts["dropped_too_long"], paths, fmt)
+    return texts, counts
+
+
+def read_labelled(
+    paths: list[Path],
+    tokenizer: Tokenizer,
+    fmt: PreferenceFormat,
+    num_attributes: int,
+    counts: dict[str, int],
+) -> Iterator[Labelled]:
+    """Yield the texts that `load_labelled` keeps, and add to its counts. Raises UserError for a wrong row."""
+    bad = BadRows(fmt.skip_bad_rows)
     for location, row in (numbered for path in paths for numbered in jsonl.read_jsonl(path, bad)):
         special_before = row_counts.special_counts(tokenizer)
         try:
@@ -352,11 +405,8 @@ def load_labelled(
             counts["dropped_too_long"] += 1
             continue
         counts["tokens"] += len(example.ids)
-        examples.append(as_scored(example))
-        labels.append(label)
-    counts |= bad.counts()
-    check_left(len(examples), counts["texts"], counts["dropped_too_long"], paths, fmt)
-    return examples, np.array(labels, np.float32), counts
+        yield Labelled(as_scored(example), np.array(label, np.float32))
+    counts.update(bad.counts())
 
 
 def format_labelled(row: dict, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Example:

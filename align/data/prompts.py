@@ -5,7 +5,7 @@ A row is {"prompt"} or {"text"} in a string, {"prompt"} in messages, or an SFT r
 A prompt is never truncated: one that is too long is dropped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,6 +16,7 @@ from align.data import formats, jsonl, marker_chat, packing, row_counts, rows
 from align.data.formats import BosChoice
 from align.data.jsonl import BadRows, turns_field
 from align.data.packing import BatchConfig
+from align.data.stored_rows import StoredRows, store
 from align.data.tokenizer import Tokenizer
 from align.errors import UserError
 from align.flags import COUNT, COUNT_OR_0, check_ranges
@@ -60,10 +61,10 @@ def load_sets(
     fmt: PromptFormat,
     vocab_size: int,
     say: Callable[[str], None],
-) -> dict[str, list[Prompt]]:
+) -> dict[str, Sequence[Prompt]]:
     """Load and check the prompts of data sets, by name; `say` logs their number and the first prompt."""
     sets = load_each(files, lambda paths: load_prompts(paths, tokenizer, fmt), say)
-    packing.check_ids([prompt for prompts in sets.values() for prompt in prompts], vocab_size)
+    packing.check_ids((prompt for prompts in sets.values() for prompt in prompts), vocab_size)
     first = next(prompts[0] for prompts in sets.values() if prompts)
     say(f"first prompt:\n{tokenizer.decode(first.ids.tolist())}")
     return sets
@@ -71,11 +72,11 @@ def load_sets(
 
 def load_each(
     files: Mapping[str, Sequence[Path]],
-    load: Callable[[Sequence[Path]], tuple[list[T], dict[str, int]]],
+    load: Callable[[Sequence[Path]], tuple[StoredRows[T], dict[str, int]]],
     say: Callable[[str], None],
-) -> dict[str, list[T]]:
+) -> dict[str, Sequence[T]]:
     """Load the files of each data set by `load`, and log the counts by `say`; no files give an empty list."""
-    sets = {}
+    sets: dict[str, Sequence[T]] = {}
     for name, paths in files.items():
         sets[name], counts = load(paths) if paths else ([], {})
         if paths:
@@ -95,14 +96,27 @@ def check_lengths(fmt: PromptFormat, max_new_tokens: int, config: BatchConfig, m
 
 def load_prompts(
     paths: Sequence[Path], tokenizer: Tokenizer, fmt: PromptFormat
-) -> tuple[list[Prompt], dict[str, int]]:
+) -> tuple[StoredRows[Prompt], dict[str, int]]:
     """Load all prompts of these files, and counts for the log.
 
     Counts: prompts read; dropped_too_long (above max_prompt_len); of the others tokens, and of the longest.
     Raises UserError naming file and line for a wrong row, and if no prompt is left.
     """
     counts = dict.fromkeys(("prompts", "dropped_too_long", "tokens", "longest"), 0)
-    prompts, bad = [], BadRows(fmt.skip_bad_rows)
+    prompts = store(read_prompts(paths, tokenizer, fmt, counts))
+    if not prompts:
+        reason = f"all {counts['prompts']} are longer than --max-prompt-len {fmt.max_prompt_len}: raise it"
+        raise UserError(f"{', '.join(map(str, paths))}: no prompt is left, {reason}")
+    lengths = [len(prompt.ids) for prompt in prompts]
+    counts["tokens"], counts["longest"] = sum(lengths), max(lengths)
+    return prompts, counts
+
+
+def read_prompts(
+    paths: Sequence[Path], tokenizer: Tokenizer, fmt: PromptFormat, counts: dict[str, int]
+) -> Iterator[Prompt]:
+    """Yield the prompts that `load_prompts` keeps; add to its counts. Raises UserError for a wrong row."""
+    bad = BadRows(fmt.skip_bad_rows)
     for location, row in (numbered for path in paths for numbered in jsonl.read_jsonl(path, bad)):
         special_before = row_counts.special_counts(tokenizer)
         try:
@@ -118,14 +132,8 @@ def load_prompts(
         if len(ids) > fmt.max_prompt_len:
             counts["dropped_too_long"] += 1
         else:
-            prompts.append(Prompt(ids, row))
-    counts |= bad.counts()
-    if not prompts:
-        reason = f"all {counts['prompts']} are longer than --max-prompt-len {fmt.max_prompt_len}: raise it"
-        raise UserError(f"{', '.join(map(str, paths))}: no prompt is left, {reason}")
-    lengths = [len(prompt.ids) for prompt in prompts]
-    counts["tokens"], counts["longest"] = sum(lengths), max(lengths)
-    return prompts, counts
+            yield Prompt(ids, row)
+    counts.update(bad.counts())
 
 
 def format_prompt(row: dict, tokenizer: Tokenizer, fmt: BosChoice) -> np.ndarray:

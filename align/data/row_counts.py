@@ -1,9 +1,9 @@
 """Counts of rows for the log: read, cut, dropped, with fields that are not used."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from align.data import rows
-from align.data.packing import Example, num_trained
+from align.data.packing import Example
 from align.data.tokenizer import Tokenizer
 
 UNCHANGED = "rows of messages, on which {} has no effect"
@@ -50,9 +50,13 @@ def count_unused(row: dict, used: set[str], counts: dict[str, int], use: str = "
         count(counts, f"rows with {name!r} ({use})")
 
 
-def count_tokens(examples: list[Example]) -> dict[str, int]:
+def count_tokens(examples: Iterable[Example]) -> dict[str, int]:
     """tokens and trained_tokens of examples."""
-    return {"tokens": sum(len(example.ids) for example in examples), "trained_tokens": num_trained(examples)}
+    counts = {"tokens": 0, "trained_tokens": 0}
+    for example in examples:
+        counts["tokens"] += len(example.ids)
+        counts["trained_tokens"] += int(example.trained.sum())
+    return counts
 
 
 def describe(counts: dict[str, int]) -> str:

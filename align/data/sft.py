@@ -10,6 +10,7 @@ from align.data.formats import FormatConfig, add_bos, cut_end, format_parts, une
 from align.data.jsonl import BadRows, located, read_jsonl, write_object
 from align.data.marker_chat import MarkerChat, RowFormats
 from align.data.packing import Example
+from align.data.stored_rows import StoredRows, store
 from align.data.tokenizer import Tokenizer
 from align.errors import UserError
 
@@ -61,7 +62,7 @@ def adopt(
 
 def load_sft(
     paths: list[Path], tokenizer: Tokenizer, fmt: FormatConfig, formats: RowFormats | None = None
-) -> tuple[list[Example], dict[str, int]]:
+) -> tuple[StoredRows[Example], dict[str, int]]:
     """Load all examples of these files, and counts for the log; `formats` counts the formats of their rows.
 
     Counts: rows read; of these cut_prompts (truncation fields were cut), cut_answers (cut on the right, the
@@ -69,7 +70,8 @@ def load_sft(
     Raises UserError naming file and line for a wrong row, and if no row is left.
     """
     counts = dict.fromkeys(("rows", "cut_prompts", "cut_answers", "dropped"), 0)
-    examples = [cut_end(whole, fmt) for _, _, whole in read_sft(paths, tokenizer, fmt, counts, formats)]
+    wholes = (whole for _, _, whole in read_sft(paths, tokenizer, fmt, counts, formats))
+    examples = store(cut_end(whole, fmt) for whole in wholes)
     return examples, counts | row_counts.count_tokens(examples)
 
 

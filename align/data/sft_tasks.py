@@ -1,6 +1,6 @@
 """SFT rows as tasks: a prompt to sample from, and the example that SFT trains on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
 from align.data.packing import Example
 from align.data.prompts import Prompt, load_each
+from align.data.stored_rows import StoredRows, store
 from align.data.tokenizer import Tokenizer
 from align.errors import UserError
 
@@ -30,13 +31,13 @@ def load_sft_sets(
     vocab_size: int,
     say: Callable[[str], None],
     row_formats: RowFormats,
-) -> dict[str, list[Task]]:
+) -> dict[str, Sequence[Task]]:
     """Load the tasks of data sets, by name; `say` logs their number and the first prompt.
 
     `row_formats` counts formats of rows. Raises UserError as load_tasks and packing.check_ids do.
     """
     sets = load_each(files, lambda paths: load_tasks(paths, tokenizer, fmt, row_formats), say)
-    packing.check_ids([task.example for tasks in sets.values() for task in tasks], vocab_size)
+    packing.check_ids((task.example for tasks in sets.values() for task in tasks), vocab_size)
     first = next(tasks[0] for tasks in sets.values() if tasks)
     say(f"first prompt:\n{tokenizer.decode(first.prompt.ids.tolist())}")
     return sets
@@ -44,7 +45,7 @@ def load_sft_sets(
 
 def load_tasks(
     paths: Sequence[Path], tokenizer: Tokenizer, fmt: FormatConfig, row_formats: RowFormats | None = None
-) -> tuple[list[Task], dict[str, int]]:
+) -> tuple[StoredRows[Task], dict[str, int]]:
     """Load all tasks of these files, and counts for the log.
 
     Counts: as in `sft.load_sft`, and dropped_without_prompt (rows that SFT keeps, with nothing before the
@@ -52,14 +53,8 @@ def load_tasks(
     Raises UserError naming file and line for a wrong row, and if no task is left.
     """
     names = ("rows", "cut_prompts", "cut_answers", "dropped", "dropped_without_prompt")
-    counts, tasks = dict.fromkeys(names, 0), []
-    for location, row, whole in sft.read_sft(list(paths), tokenizer, fmt, counts, row_formats):
-        start = jsonl.located(location, response_start, row, whole, tokenizer, fmt)
-        bos = int(whole.ids[0] == tokenizer.bos_id)
-        if bos < start < fmt.max_seq_len:
-            tasks.append(Task(Prompt(whole.ids[:start], row), formats.cut_end(whole, fmt)))
-        else:
-            counts["dropped_without_prompt"] += 1
+    counts = dict.fromkeys(names, 0)
+    tasks = store(read_tasks(list(paths), tokenizer, fmt, counts, row_formats))
     if not tasks:
         reason = (
             f"in all {counts['rows']} rows the last response begins beyond --max-seq-len {fmt.max_seq_len}"
@@ -67,8 +62,25 @@ def load_tasks(
         files = ", ".join(map(str, paths))
         raise UserError(f"{files}: no prompt is left, {reason}, or nothing comes before it")
     longest = max(len(task.prompt.ids) for task in tasks)
-    counts |= row_counts.count_tokens([task.example for task in tasks])
+    counts |= row_counts.count_tokens(task.example for task in tasks)
     return tasks, counts | {"longest_prompt": longest}
+
+
+def read_tasks(
+    paths: list[Path],
+    tokenizer: Tokenizer,
+    fmt: FormatConfig,
+    counts: dict[str, int],
+    row_formats: RowFormats | None,
+) -> Iterator[Task]:
+    """Yield the tasks that `load_tasks` keeps, and add to its counts. Raises UserError for a wrong row."""
+    for location, row, whole in sft.read_sft(paths, tokenizer, fmt, counts, row_formats):
+        start = jsonl.located(location, response_start, row, whole, tokenizer, fmt)
+        bos = int(whole.ids[0] == tokenizer.bos_id)
+        if bos < start < fmt.max_seq_len:
+            yield Task(Prompt(whole.ids[:start], row), formats.cut_end(whole, fmt))
+        else:
+            counts["dropped_without_prompt"] += 1
 
 
 def response_start(row: dict, whole: Example, tokenizer: Tokenizer, fmt: FormatConfig) -> int:

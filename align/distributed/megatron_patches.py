@@ -8,7 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.resharding.refit import CopyService, NCCLCopyService
+from megatron.core.resharding.refit import CopyService, NCCLCopyService, get_or_create_service
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
@@ -85,13 +85,13 @@ def fuse_gradient_accumulation() -> None:
     layers._grad_accum_fusion_available = True
 
 
-def copy_service() -> CopyService | str:
+def copy_service() -> CopyService:
     """Copy service that moves weights from one layout to another, on the current stream.
 
     A stream of its own would not wait for the parts that Megatron cuts out of the weights on the current one.
     """
     if not torch.cuda.is_available():
-        return "gloo"
+        return get_or_create_service("gloo")
     service = NCCLCopyService()
     service._copy_stream = torch.cuda.current_stream()
     return service

@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.resharding.refit import swap_model_weights
 from megatron.core.utils import unwrap_model
 from torch import nn
 
 from align.data.tokenizer import Tokenizer
-from align.distributed import megatron_patches, parallel, watchdog
+from align.distributed import parallel, watchdog
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
 from align.flags import COUNT, between, check_ranges, refuse_unused, whole
 from align.generation import trtllm
 from align.generation.continuous_batching import ContinuousBatch, OnToken
 from align.generation.inference import InferenceModel, takes_graphs
+from align.generation.reshard import Reshard
 from align.generation.rollout import Sample, says_stop
 from align.generation.sampling import SamplingConfig
 from align.model import gpt
@@ -118,8 +118,8 @@ class Generator:
             )
         elif config.reshards(parallel_config):
             self.copy = gpt.in_layout(self.policy, model_config, groups)
+            self.reshard = Reshard(self.policy, self.copy)
             self.freed = offload.release(self.copy.parameters())
-            self.copy_service = megatron_patches.copy_service()
         else:
             self.replica = mpu.get_data_parallel_rank(with_context_parallel=True)
             self.replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
@@ -163,7 +163,7 @@ class Generator:
             return gather(samples, len(prompts), samples_per_prompt)
         if self.copy is not None:
             offload.restore(self.freed)
-            swap_model_weights([self.policy], [self.copy], self.copy_service)
+            self.reshard.run()
         slots = min(self.config.rollout_slots, len(prompts) * samples_per_prompt)
         engine = InferenceModel(self.copy or self.policy, slots)
         options = (self.sampling, self.tokenizer, self.seed, slots, on_token)

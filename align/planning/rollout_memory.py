@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from align.generation.continuous_batching import PREFILL_TOKENS, READ_AHEAD
 from align.generation.inference import GROWTH, GROWTH_GPU
+from align.generation.reshard import PART
 from align.model.architecture import Architecture
 from align.planning.memory import FP32, RankShape, layer_matrices, vocabulary, weights
 
@@ -61,15 +62,22 @@ def packed(arch: Architecture, s: RankShape) -> int:
     return s.item * (arch.layers // s.pp * layer_matrices(arch, s.tp) + head)
 
 
+def largest_piece(arch: Architecture, tp: int, item: int) -> float:
+    """The largest piece of a weight in a transfer to another layout; `tp`: the larger one of the two."""
+    rows = max(arch.vocab_size, len(arch.mlp_inputs) * arch.ffn_size)
+    return item * rows * arch.hidden_size / tp
+
+
 def sampling(arch: Architecture, s: RankShape, r: RolloutLoad, copy: RankShape | None) -> dict[str, float]:
     """The peak of sampling, by item. `copy`: the layout of a copy of the weights (--rollout-layout reshard).
 
-    Megatron's copy service receives all parts in tensors of their own before it copies them; through gloo the
-    parts of other ranks exist once more.
+    Weights are received in parts, in tensors of their own, before they are copied; through gloo those of
+    other ranks exist once more.
     """
     layout = copy or s
     whole = layout.item * weights(arch, layout) if copy else 0
-    transfer = whole * (1 if s.gpu else 2 - 1 / (s.tp * s.pp))
+    part = min(whole, PART + largest_piece(arch, max(s.tp, layout.tp), s.item))
+    transfer = part * (1 if s.gpu else 2 - 1 / (s.tp * s.pp))
     cache, rest = kv_cache(arch, layout, r), max(prefill(arch, layout, r), drawing(arch, r))
     decoding = cache + rest + packed(arch, layout)
     copies = whole + (transfer if transfer > decoding else packed(arch, layout))

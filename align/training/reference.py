@@ -7,7 +7,7 @@ the last bit, which `check_start` checks.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +107,7 @@ def gather_table(by_row: dict[int, list[float]]) -> np.ndarray:
     return table
 
 
-def fingerprint(start: ModelConfig, pairs: dict[str, list[Pair]], *settings: object) -> str:
+def fingerprint(start: ModelConfig, pairs: Mapping[str, Sequence[Pair]], *settings: object) -> str:
     """sha256 of all that the bits of reference log-probs depend on: weights, machine, tokens, settings."""
     machine = (torch.__version__, parallel.device_name(), torch.get_num_threads(), parallel.layout_sizes())
     inputs = (weights_id(start.path), str(start.dtype), start.attention, machine, settings)

@@ -207,7 +207,7 @@ def test_rows_of_whole_strings_with_special_tokens_are_counted(tmp_path):
     assert loaded[0].ids.tolist() == tokenizer.encode(rendered)  # control tokens, as they stand
     assert sft.load_sft([paths["sft"]], tokenizer, FormatConfig())[1][name] == 1
     assert preferences.load_pairs([paths["pairs"]], tokenizer, PreferenceFormat())[1][name] == 1
-    assert preferences.load_labelled([paths["labelled"]], tokenizer, PreferenceFormat(), 1)[2][name] == 1
+    assert preferences.load_labelled([paths["labelled"]], tokenizer, PreferenceFormat(), 1)[1][name] == 1
     assert name in row_counts.describe(counts)
 
 

@@ -66,7 +66,7 @@ from align.data.jsonl import read_jsonl
 
 for name in sys.argv[1:]:
     try:
-        read = hub.local_model if name.startswith("org/model") else read_jsonl
+        read = hub.local_model if name.startswith("org/model") else lambda path: list(read_jsonl(path))
         print(json.dumps(read(Path(name)), default=str))
     except ValueError as error:
         print(json.dumps(str(error)))

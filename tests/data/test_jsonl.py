@@ -16,7 +16,7 @@ def test_broken_gzip(tmp_path: Path):
     for content in (b'{"not": "gzip"}', whole[: len(whole) // 2], spoilt):
         (tmp_path / "d.jsonl.gz").write_bytes(content)
         with pytest.raises(UserError, match="d.jsonl.gz: cannot be read"):
-            jsonl.read_jsonl(tmp_path / "d.jsonl.gz")
+            list(jsonl.read_jsonl(tmp_path / "d.jsonl.gz"))
 
 
 def test_read_jsonl(tmp_path: Path):
@@ -25,4 +25,4 @@ def test_read_jsonl(tmp_path: Path):
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("d.jsonl", "d.jsonl.gz"):
         path = tmp_path / name
-        assert jsonl.read_jsonl(path) == [(f"{path}:1", {"n": 1}), (f"{path}:4", {"n": "éé"})]
+        assert list(jsonl.read_jsonl(path)) == [(f"{path}:1", {"n": 1}), (f"{path}:4", {"n": "éé"})]

@@ -405,7 +405,8 @@ def test_labelled(tiny, tmp_path: Path):
         {"text": "x" * 7, "label": [-2, 2, -100.0], "id": 3},
     ]
     path = write_rows(tmp_path / "d.jsonl", rows)
-    examples, labels, counts = preferences.load_labelled([path], tiny, PreferenceFormat(max_seq_len=8), 3)
+    texts, counts = preferences.load_labelled([path], tiny, PreferenceFormat(max_seq_len=8), 3)
+    examples, labels = [text.example for text in texts], np.array([text.label for text in texts])
     assert [example.ids.tolist() for example in examples] == [[*b"Q: b", EOS, 0], [*b"x" * 7, EOS, 0]]
     assert [np.flatnonzero(example.trained).tolist() for example in examples] == [[5], [8]]
     assert labels.tolist() == [[1, -100, 0.5], [-2, 2, -100]] and labels.dtype == np.float32

@@ -220,8 +220,8 @@ def test_a_labelled_chat_ends_where_its_score_is_read(text, hf, tmp_path):
     for row in [{"messages": [ASKED, ANSWER]}, {"text": rendered}, {"text": f"{rendered}\n"}]:
         path = tmp_path / "d.jsonl"
         path.write_text(json.dumps(row | {"label": [1.0]}))
-        [example], _, _ = preferences.load_labelled([path], text, PreferenceFormat(), 1)
-        assert example.ids.tolist() == [*chat, 0]
+        [labelled], _ = preferences.load_labelled([path], text, PreferenceFormat(), 1)
+        assert labelled.example.ids.tolist() == [*chat, 0]
 
 
 @pytest.mark.parametrize(
@@ -487,16 +487,16 @@ def test_arrays_and_parquet_are_read_as_lines_are(text, tmp_path):
         assert [one.ids.tolist() for one in examples] == [one.ids.tolist() for one in expected]
         assert [one.trained.tolist() for one in examples] == [one.trained.tolist() for one in expected]
         assert counts["rows"] == 2
-    assert jsonl.read_jsonl(tmp_path / "a.json")[1][0] == f"{tmp_path}/a.json: row 2"
+    assert list(jsonl.read_jsonl(tmp_path / "a.json"))[1][0] == f"{tmp_path}/a.json: row 2"
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="b.parquet: cannot be read"):
         sft.load_sft([tmp_path / "b.parquet"], text, FormatConfig())
     (tmp_path / "b.json").write_text("[{}, 3]")
     with pytest.raises(UserError, match="b.json: row 2: a row must be a JSON object"):
-        jsonl.read_jsonl(tmp_path / "b.json")
+        list(jsonl.read_jsonl(tmp_path / "b.json"))
     (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(UserError, match="deep.jsonl:1: not valid JSON"):
-        jsonl.read_jsonl(tmp_path / "deep.jsonl")
+        list(jsonl.read_jsonl(tmp_path / "deep.jsonl"))
 
 
 def test_bad_rows_may_be_left_out(text, tmp_path):
@@ -506,8 +506,8 @@ def test_bad_rows_may_be_left_out(text, tmp_path):
     examples, counts = sft.load_sft([path], text, FormatConfig(skip_bad_rows=3))
     assert (len(examples), counts["rows"]) == (3, 3)
     assert f"3 bad rows left out ('{path}:2: not valid JSON" in row_counts.describe(counts)
-    assert f"; {path}:6, {path}:4)" in row_counts.describe(counts)
-    with pytest.raises(UserError, match=f"{path}:4: field 'messages' must be"):
+    assert f"; {path}:4, {path}:6)" in row_counts.describe(counts)
+    with pytest.raises(UserError, match=f"{path}:6: a row must be a JSON object"):
         sft.load_sft([path], text, FormatConfig(skip_bad_rows=2))
     loaded, counts = prompts.load_prompts([path], text, PromptFormat(skip_bad_rows=3))
     assert len(loaded) == 3 and "3 bad rows left out" in row_counts.describe(counts)
@@ -517,7 +517,7 @@ def test_bad_rows_may_be_left_out(text, tmp_path):
     assert len(pairs) == 2 and "1 bad rows left out" in row_counts.describe(counts)
     label = {"messages": [ASKED, ANSWER], "label": [1]}
     path.write_text("\n".join([json.dumps(label), json.dumps(label | {"label": "good"})]))
-    scored, _, counts = preferences.load_labelled([path], text, PreferenceFormat(skip_bad_rows=1), 1)
+    scored, counts = preferences.load_labelled([path], text, PreferenceFormat(skip_bad_rows=1), 1)
     assert len(scored) == 1 and "1 bad rows left out" in row_counts.describe(counts)
 
 

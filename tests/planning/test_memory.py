@@ -385,7 +385,7 @@ def test_packed_copies():
 
 
 def test_a_copy_in_another_layout():
-    """All of it is received before anything is sampled; through gloo what comes from the other rank twice."""
+    """A small one is received at once, before anything is sampled; through gloo the other rank's twice."""
     copy = replace(GPU, tp=1)
     short = replace(ROLLOUT, slots=1, prompts=1, prompt=1, response=1)
     big = replace(SMALL, hidden_size=512, ffn_size=4096)
@@ -402,6 +402,19 @@ def test_a_copy_in_another_layout():
     long = replace(ROLLOUT, slots=64, prompt=4000, response=9000)
     sizes = rollout_memory.sampling(big, replace(GPU, tp=2), long, copy)
     assert sizes["copies"] == whole and sizes["kv_cache"] == rollout_memory.kv_cache(big, copy, long) > whole
+
+
+def test_a_large_copy_is_received_in_parts():
+    """70B from tp 8 to tp 4: 256 MiB, and 1/8 of the embedding, in place of the 35 GB of the copy."""
+    large = replace(SMALL, vocab_size=128256, hidden_size=8192, ffn_size=28672, layers=80)
+    large = replace(large, heads=64, kv_heads=8, head_dim=128)
+    train, copy = replace(GPU, tp=8), replace(GPU, tp=4)
+    assert rollout_memory.largest_piece(large, 8, 2) == 2 * 128256 * 8192 / 8
+    tiny = replace(ROLLOUT, slots=1, prompts=1, prompt=1, response=1)
+    sizes = rollout_memory.sampling(large, train, tiny, copy)
+    whole, part = 2 * memory.weights(large, copy), 2**28 + 2 * 128256 * 8192 / 8
+    assert sizes == {"copies": whole + part, "kv_cache": 0, "activations": 0}
+    assert 35e9 < whole < 36e9 and part < 0.54e9
 
 
 def test_a_checkpoint_is_gathered():

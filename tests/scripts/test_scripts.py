@@ -558,12 +558,13 @@ def test_regression_on_attributes_exports_their_weighted_sum(attempts):
     output = finished(attempts, "rm regression")
     tokenizer = load_tokenizer(output / "hf")
     path = output.parent / "labels.jsonl"
-    examples, labels, _ = preferences.load_labelled([path], tokenizer, PreferenceFormat(), 3)
+    texts, _ = preferences.load_labelled([path], tokenizer, PreferenceFormat(), 3)
+    labels = np.array([text.label for text in texts])
     scorer = transformers.AutoModelForSequenceClassification.from_pretrained(output / "hf")
     head, attributes, scores = head_in_checkpoint(output), [], []
     assert head.shape == (3, 128)
-    for example in examples:
-        ids = torch.tensor(example.ids[None, :-1]).long()  # the last id is not read
+    for text in texts:
+        ids = torch.tensor(text.example.ids[None, :-1]).long()  # the last id is not read
         with torch.no_grad():
             attributes.append((scorer.model(ids).last_hidden_state[0, -1] @ head.T).numpy())
             scores.append(scorer(ids).logits.item())

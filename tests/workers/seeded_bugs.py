@@ -148,7 +148,7 @@ SAMPLER = {  # what the sampler computes
         {
             "align.generation.generator.Generator.generate": [
                 ("offload.restore(self.freed)", "hasattr(self, 'kept') or offload.restore(self.freed)"),
-                ("swap_model_weights(", "hasattr(self, 'kept') or swap_model_weights("),
+                ("self.reshard.run()", "hasattr(self, 'kept') or self.reshard.run()"),
                 ("self.freed = offload.release(self.copy.parameters())", "self.kept = True"),
             ]
         },

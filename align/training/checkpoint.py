@@ -155,6 +155,7 @@ class Saving:
     def complete(self) -> None:
         """Wait for the files, rename the directory, and delete checkpoints beyond --save-top-k."""
         own = self.writer.finish()
+        parallel.free_memory()
         dist.barrier()
         files = checkpoint_files.checksums(self.directory, own)
         if parallel.is_main():

@@ -42,6 +42,8 @@ class Writer:
             state, str(path), sharded_strategy=strategy, async_sharded_save=True
         )
         buckets = [copy(bucket, live) for bucket in request.preload_fn()] if request.preload_fn else []
+        for _, _, (_, tensors) in request.async_fn_args[1] if buckets else []:
+            tensors.clear()  # only `buckets` holds the copies, and only until they are written
         state.clear()  # what was gathered for it is freed before it is written
         self.parts.append((request, self.thread.submit(write_files, request, buckets)))
         if not self.in_background:
@@ -97,6 +99,7 @@ def write_files(request: AsyncRequest, buckets: list[Bucket]) -> dict[Path, list
             ]
             stream.flush()
             os.fsync(stream.fileno())
+        tensors.clear()
     if buckets:
         request.async_fn_args[2].put(results)
     return {Path(path): checksum(Path(path)) for path, _, _ in buckets}

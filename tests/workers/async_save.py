@@ -2,8 +2,8 @@
 
     async_save.py STEP HOLD script flags...
 
-The files of the checkpoint after STEP steps are written once the file HOLD is gone; if HOLD is "full", as on a
-full disk.
+The files of the checkpoint after STEP steps are written once the file HOLD is gone; with HOLD "full" they
+meet a full disk.
 """
 
 import functools

@@ -64,7 +64,7 @@ from align.rewards import sources
 from align.tracking.metrics import with_std
 from align.tracking.run import RunConfig
 from align.training import batching, checkpoint, engine, offload, optim, reference
-from align.training.checkpoint import CheckpointConfig
+from align.training.checkpoint import CheckpointConfig, Saving
 from align.training.config import CommonConfig, LoopConfig
 from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
@@ -439,11 +439,11 @@ def main(config: Config) -> None:
     ref = ReferenceModel(weights, policy, generator, phase, config.run.output / "rollouts", settings)
     state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator)
 
-    def save(directory: Path) -> None:
+    def save(saving: Saving) -> None:
         """Write the reference model and the buffer into a checkpoint."""
-        ref.save(directory / "reference")
+        ref.save(saving.directory / "reference", saving.writer)
         if parallel.is_main():
-            buffer.save(directory, layout_of_steps)
+            buffer.save(saving.directory, layout_of_steps)
 
     # ---- loop ------------------------------------------------------------------------------------
     validation = partial(validate, state, true_reward, iteration_steps)
@@ -504,8 +504,8 @@ def main(config: Config) -> None:
                 optim.reset(optimizer)
             buffer.clear()
 
-        if session.end_step(metrics, save):
-            ref.discard_samples(config.rollout_start(session.done, iteration_steps) + 1)
+        if saved := session.end_step(metrics, save):
+            ref.discard_samples(config.rollout_start(saved, iteration_steps) + 1)
 
     session.export(policy, [tokenizer.save, trained_format.save])
 

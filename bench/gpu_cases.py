@@ -6,7 +6,6 @@ CASE is a JSON object of `section`, `shape` and, for ppo, `offload`. The process
 reads a line of input, measures, and appends each record to FOLDER/<case>.jsonl at once.
 """
 
-import contextlib
 import functools
 import gc
 import importlib.util
@@ -321,7 +320,7 @@ def ppo(case: Record, scratch: Path, emit: Emit) -> None:
 
     import train_ppo
     from align.tracking.run import Run
-    from align.training import checkpoint
+    from align.training.session import Session
 
     shape, work = SHAPES[case["shape"]], gpu.work_of(case["shape"])
     output = scratch / gpu.name_of(case)
@@ -329,8 +328,7 @@ def ppo(case: Record, scratch: Path, emit: Emit) -> None:
     arguments = ppo_flags(case, work, policy, scorer)
     arguments += ["--train-data", str(write_prompts(work, scratch)), "--output", str(output)]
     flags = tyro.cli(train_ppo.Config, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-    checkpoint.saving = lambda *_: contextlib.nullcontext(output)
-    checkpoint.write = huggingface.save = lambda *_: None
+    Session._save = Session._complete = huggingface.save = lambda *_: None
     Run.close = functools.partialmethod(Run.close, plots=False)
     with parallel.start(flags.parallel):
         train_ppo.main(flags)

@@ -14,6 +14,7 @@ from align.generation.rollout import Sample
 from align.judging.pairs import SampledPair
 from align.judging.self_judge import Ids, Streams
 from align.training import batching, checkpoint
+from align.training.checkpoint_writer import Writer
 from align.training.offload import Weights
 from align.training.phases import Phases
 
@@ -59,10 +60,10 @@ class ReferenceModel:
         with self.phase("reference"), self.weights.swapped_into(self.policy.module):
             return batching.per_example_outputs(self.policy, [pair.examples for pair in pairs], config)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, writer: Writer) -> None:
         """Write the weights into a directory of a checkpoint."""
         with self.phase("save"), self.weights.swapped_into(self.policy.module):
-            checkpoint.write_weights(path, self.policy.module)
+            checkpoint.write_weights(path, self.policy.module, writer)
 
     def discard_samples(self, before: int) -> None:
         """Delete the samples of rollouts whose first step is below `before`."""

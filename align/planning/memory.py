@@ -356,6 +356,14 @@ def saving(arch: Architecture, s: RankShape) -> float:
     return max(gathering, 2 * 3 * FP32 * count + s.item * count)
 
 
+def snapshot(arch: Architecture, s: RankShape) -> float:
+    """Host memory of the first data parallel rank from a save with --async-save on, until its end.
+
+    The copies that are written: main weights and moments in fp32, and the weights.
+    """
+    return (3 * FP32 + s.item) * weights(arch, s)
+
+
 def loading(arch: Architecture, s: RankShape) -> float:
     """Host memory of every rank while it continues from a checkpoint, 20 bytes a weight.
 

@@ -231,8 +231,14 @@ def generate(
 
 def save(job: Job, s: RankShape, name: str) -> Phase:
     """A checkpoint; a GPU's is copied in its host's memory."""
-    items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s)}
+    items = {} if s.gpu else {"checkpoint": memory.saving(job.trained[name], s) + snapshots(job, s, name)}
     return Phase(job.label("save", name), {name: "all"}, (), items)
+
+
+def snapshots(job: Job, s: RankShape, saved: str | None = None) -> float:
+    """Host memory of what --async-save writes meanwhile: all models in training but the one being `saved`."""
+    others = [arch for name, arch in job.trained.items() if name != saved]
+    return sum(memory.snapshot(arch, s) for arch in others) if job.config.checkpoint.async_save else 0.0
 
 
 def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str, float]:
@@ -243,6 +249,8 @@ def on_device(job: Job, s: RankShape, phase: Phase, process: float) -> dict[str,
     """
     items = dict.fromkeys(ITEMS, 0.0) | dict(phase.items)
     items["process"] = 0.0 if s.gpu else process
+    if not (s.gpu or "checkpoint" in phase.items or "building" in phase.items):
+        items["checkpoint"] = snapshots(job, s)
     sizes: dict[str, Callable[[Architecture, RankShape], float]] = {
         "weights": lambda arch, s: s.item * memory.weights(arch, s),
         "gradients": memory.gradients,
@@ -262,8 +270,11 @@ def on_host(job: Job, s: RankShape, process: float, writes: bool, loads: bool) -
     """Bytes by item that a GPU's rank takes of its node's memory, while it writes or loads a checkpoint."""
     frozen = sum(memory.pinned_weights(arch, s) for arch in job.frozen.values())
     parts = sum(memory.pinned_model(arch, s) for arch in job.trained.values()) if job.offloads else 0
-    size = memory.loading if loads else memory.saving
-    checkpoint = max(size(arch, s) for arch in job.trained.values()) if writes or loads else 0
+    sizes = [
+        memory.loading(arch, s) if loads else memory.saving(arch, s) + snapshots(job, s, name)
+        for name, arch in job.trained.items()
+    ]
+    checkpoint = max(sizes) if writes or loads else 0
     return {"process": process, "pinned copies": frozen + parts, "checkpoint": checkpoint}
 
 

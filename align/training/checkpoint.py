@@ -7,7 +7,6 @@
 A checkpoint appears by one rename, so what has its name is complete. The model for others is OUTPUT/hf.
 """
 
-import contextlib
 import os
 import random
 import shutil
@@ -22,7 +21,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -35,6 +33,7 @@ from align.flags import COUNT_OR_0, check_ranges
 from align.tracking.output import complete_checkpoints, delete_checkpoint
 from align.training import checkpoint_files, optim
 from align.training.checkpoint_files import read_state
+from align.training.checkpoint_writer import Writer
 
 Trained = dict[str, tuple[DistributedDataParallel, MegatronOptimizer]]  # models in training, by name
 
@@ -50,6 +49,9 @@ class CheckpointConfig:
     monitor: str = "val/loss"
     """metric that ranks checkpoints: lowest first where its name says loss, else highest first; for
     torchrun write -- before the script's name, else it takes this flag for its --monitor-interval"""
+    async_save: bool = False
+    """write checkpoints in the background: training waits only while the state is copied. The copy takes host
+    memory of the first data parallel rank meanwhile, 12 bytes a weight and the weights"""
     resume: bool = True
     """continue from the newest checkpoint in --output; --no-resume starts over and deletes what is there"""
     resume_from: Path | None = None
@@ -131,52 +133,69 @@ def newest(directory: Path) -> Path | None:
     return paths[-1] if paths else None
 
 
-@contextlib.contextmanager
-def saving(
-    config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], run_state: dict
-) -> Iterator[Path]:
-    """Make OUTPUT/checkpoints/step_XXXXXXXX, then delete checkpoints beyond --save-top-k. Collective.
+class Saving:
+    """A checkpoint on its way to OUTPUT/checkpoints/step_XXXXXXXX. Collective.
 
-    The block `write`s the models into the yielded directory, or into folders of it. Checkpoints are ranked by
-    `metrics`, the newest values. `run_state`: identity of the run, checked when it continues.
+    `write`s go to `directory`, or to folders of it, through `writer`.
     """
-    path = output / "checkpoints" / f"step_{step:08d}"
-    unfinished = path.with_suffix(".tmp")
-    if parallel.is_main():
-        for leftover in path.parent.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
-    yield unfinished
-    dist.barrier()
-    files = checkpoint_files.checksums(unfinished)
-    if parallel.is_main():
-        state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": metrics}
-        checkpoint_files.write_state(unfinished, state | {"files": files})
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(unfinished, path)
-        prune(path.parent, config)
-    dist.barrier()
+
+    def __init__(
+        self, config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], run_state: dict
+    ):
+        """Checkpoints are ranked by `metrics`, the newest values. `run_state`: identity of the run."""
+        self.config, self.step = config, step
+        self.path = output / "checkpoints" / f"step_{step:08d}"
+        self.directory = self.path.with_suffix(".tmp")
+        self.state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": {**metrics}}
+        self.writer = Writer(config.async_save)
+        if parallel.is_main():
+            for leftover in self.path.parent.glob("step_*.tmp"):
+                shutil.rmtree(leftover)
+
+    def complete(self) -> None:
+        """Wait for the files, rename the directory, and delete checkpoints beyond --save-top-k."""
+        own = self.writer.finish()
+        parallel.free_memory()
+        dist.barrier()
+        files = checkpoint_files.checksums(self.directory, own)
+        if parallel.is_main():
+            checkpoint_files.write_state(self.directory, self.state | {"files": files})
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.replace(self.directory, self.path)
+            prune(self.path.parent, self.config)
+        dist.barrier()
 
 
-def write(path: Path, step: int, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def write(
+    path: Path,
+    step: int,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    writer: Writer | None = None,
+) -> None:
     """Write a model in training, with its optimizer and the random states, to a directory. Collective."""
-    write_state(path, {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step})
+    state = {**sharded_state(model, optimizer, is_loading=False), "rng": rng_state(), "step": step}
+    write_state(path, state, writer)
 
 
-def write_weights(path: Path, model: MegatronModule) -> None:
+def write_weights(path: Path, model: MegatronModule, writer: Writer | None = None) -> None:
     """Write a model's weights only, for `load_weights`. Collective."""
-    write_state(path, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
+    write_state(path, {"model": model.sharded_state_dict(metadata=sharding_metadata())}, writer)
 
 
-def write_state(path: Path, state: dict) -> None:
-    """Write a sharded state to a new directory. Collective."""
+def write_state(path: Path, state: dict, writer: Writer | None = None) -> None:
+    """Write a sharded state, which is emptied, to a new directory; without a `writer` at once. Collective."""
     watchdog.tick("save")
     if parallel.is_main():
         path.mkdir(parents=True)
     parallel.free_memory()  # saving copies everything
     dist.barrier()
-    megatron_patches.use_thread_queue()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(path), sharded_strategy=strategy)
+    if writer:
+        writer.write(path, state)
+    else:
+        alone = Writer()
+        alone.write(path, state)
+        alone.finish()
     parallel.free_memory()
 
 

@@ -98,11 +98,14 @@ def digest(state: dict) -> str:
     return xxhash.xxh3_64(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def checksums(path: Path) -> dict[str, list]:
-    """Size and XXH3 of all files of a checkpoint except `STATE`, each read by one rank. Collective."""
+def checksums(path: Path, own: dict[Path, list]) -> dict[str, list]:
+    """Size and XXH3 of all files of a checkpoint except `STATE`. Collective.
+
+    `own`: those that this rank has read already; of the others each is read by one rank.
+    """
     names = [sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())]
     dist.broadcast_object_list(names, src=0)
-    parts = parallel.gather({name: checksum(path / name) for name in share(names[0])})
+    parts = parallel.gather({name: own.get(path / name) or checksum(path / name) for name in share(names[0])})
     return {name: value for part in parts for name, value in sorted(part.items()) if name != STATE}
 
 

@@ -26,7 +26,7 @@ from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
 from align.training import checkpoint, continuation, optim
-from align.training.checkpoint import Trained
+from align.training.checkpoint import Saving, Trained
 from align.training.config import CommonConfig
 from align.training.offload import HostStore
 from align.training.phases import OffloadConfig, Phases
@@ -49,6 +49,7 @@ class Session:
         self.say, self.samples = self.run.say, self.run.samples
         self.clock = Clock()
         self.phases: Phases | None = None
+        self.saving: Saving | None = None  # the checkpoint under way
         self.step = self.total_steps = 0
         self.latest: dict[str, float] = {}
         self.reason: str | None = None  # to end before the last step
@@ -121,13 +122,16 @@ class Session:
         return self.config.validates(self.done, self.total_steps)
 
     def end_step(
-        self, metrics: dict[str, float], save: Callable[[Path], None] = lambda directory: None
-    ) -> bool:
-        """Log the metrics of a step, then save a checkpoint if one is due; returns whether it was.
+        self, metrics: dict[str, float], save: Callable[[Saving], None] = lambda saving: None
+    ) -> int:
+        """Log the metrics of a step, then save a checkpoint if one is due.
 
         Args:
             metrics: time/... and timers/... are logged, but no part of a checkpoint.
             save: writes further state of the script into the checkpoint's directory.
+
+        Returns:
+            Number of steps in the checkpoint that has become complete; 0 if none has.
         """
         self.reason = self.stop.reason()
         self.latest |= {name: value for name, value in metrics.items() if not name.startswith("time")}
@@ -136,25 +140,38 @@ class Session:
             metrics["time/mfu"] = metrics["time/tflops_per_s"] / peak
         self.run.log(self.done, metrics | self.times())
         is_last = self.done == self.total_steps or self.reason is not None
-        if due := is_last or checkpoint.is_due(self.config.checkpoint, self.done):
+        due, complete = is_last or checkpoint.is_due(self.config.checkpoint, self.done), 0
+        if self.saving and (due or self.saving.writer.is_done()):
+            complete = self._complete()
+        if due:
             self._save(save)
-        return due
+            if is_last or not self.config.checkpoint.async_save:
+                complete = self._complete()
+        if due or complete:
+            self.clock.lap("save")
+        return complete
 
     def times(self) -> dict[str, float]:
         """Duration of the step and shares of its phases, and peaks of memory where phases are measured."""
         return self.clock.shares() | (self.phases.memory() if self.phases else {})
 
-    def _save(self, save: Callable[[Path], None]) -> None:
-        """Write a checkpoint; its time counts in the next step's line."""
+    def _save(self, save: Callable[[Saving], None]) -> None:
+        """Begin a checkpoint; its time counts in the next step's line."""
         config, output = self.config.checkpoint, self.config.run.output
         state = {"identity": self.continued.identity, "pass_start": self.continued.pass_start}
-        with checkpoint.saving(config, output, self.done, self.latest, state) as directory:
-            for name, (model, optimizer) in self.trained.items():
-                with self.phase("save", **{name: "all"}):
-                    folder = checkpoint.folder_of(name, self.trained, directory)
-                    checkpoint.write(folder, self.done, model, optimizer)
-            save(directory)
-        self.clock.lap("save")
+        saving = self.saving = Saving(config, output, self.done, self.latest, state)
+        for name, (model, optimizer) in self.trained.items():
+            with self.phase("save", **{name: "all"}):
+                folder = checkpoint.folder_of(name, self.trained, saving.directory)
+                checkpoint.write(folder, self.done, model, optimizer, saving.writer)
+        save(saving)
+
+    def _complete(self) -> int:
+        """Complete the checkpoint under way; returns the number of its steps."""
+        assert self.saving
+        saving, self.saving = self.saving, None
+        saving.complete()
+        return saving.step
 
     @property
     def is_complete(self) -> bool:

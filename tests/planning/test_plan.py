@@ -359,6 +359,21 @@ def test_the_fullest_node(reward_model):
     )
 
 
+def test_async_saves_keep_a_copy():
+    """12 + 4 bytes a weight of fp32 models: beside training, and beside the save of the other model."""
+    flags, cpu = "--precision fp32", dict(device="cpu", host_memory=64)
+    plain, job = (job_of("train_ppo", flags + more, **cpu) for more in ("", " --async-save"))
+    policy, critic = (16 * memory.weights(arch, job.layout) for arch in job.trained.values())
+    before, after = phases_of(plain), phases_of(job)
+    assert after["build critic"] == before["build critic"]
+    assert after["train policy"] == before["train policy"] | {"checkpoint": policy + critic}
+    for name, other in (("policy", critic), ("critic", policy)):
+        size = before[f"save {name}"]["checkpoint"] + other
+        assert after[f"save {name}"] == before[f"save {name}"] | {"checkpoint": size}
+    host = {more: planned.fullest_node(job_of("train_ppo", more), 1.0) for more in ("", "--async-save")}
+    assert host["--async-save"]["checkpoint"] > host[""]["checkpoint"]
+
+
 def test_stages_differ(capsys):
     """The first stage holds most micro-batches, so its table is shown."""
     job = job_of("train_sft", "--pp 4 --global-batch-size 64", gpus_per_node=4)

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,20 @@ def command(script: str, data: Path, output: Path, *more: object) -> list[str]:
 def printed(output: Path) -> Path:
     """File with what the last run that was started in OUTPUT prints."""
     return output.with_suffix(".out")
+
+
+def steps_printed(output: Path) -> int:
+    """Steps that the last run of OUTPUT has printed, itself and not one before it."""
+    return sum(line.startswith("step ") for line in printed(output).read_text().splitlines())
+
+
+def wait_for(happened: Callable[[], object], launcher: subprocess.Popen | Launcher, output: Path) -> None:
+    """Wait until something happens in a run; fail if the run ends before."""
+    end = time.monotonic() + 200
+    while not happened():
+        assert launcher.poll() is None, f"ended too early:\n{printed(output).read_text()[-8000:]}"
+        assert time.monotonic() < end, f"never happened:\n{printed(output).read_text()[-8000:]}"
+        time.sleep(0.002)
 
 
 def finish(launcher: subprocess.Popen | Launcher, output: Path) -> None:

@@ -10,7 +10,6 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -37,6 +36,8 @@ from tests.support.resume import (
     ranks,
     samples,
     self_reward_run,
+    steps_printed,
+    wait_for,
 )
 from tests.support.rounding import PPO_CANCELS, close_self_reward
 
@@ -47,23 +48,6 @@ MAX_DELAY_S = {  # a kill falls up to so much after what it waits for
     "save": 0.05,  # which may take no more than 0.2 s
     "export": 0.0,  # is over in no time
 }
-
-
-# ---- one run and what it leaves ----------------------------------------------------------------------------
-
-
-def steps_printed(output: Path) -> int:
-    """Steps that the last run of OUTPUT has printed, itself and not one before it."""
-    return sum(line.startswith("step ") for line in printed(output).read_text().splitlines())
-
-
-def wait_for(happened: Callable[[], object], launcher: subprocess.Popen | Launcher, output: Path) -> None:
-    """Wait until something happens in a run; fail if the run ends before."""
-    end = time.monotonic() + 200
-    while not happened():
-        assert launcher.poll() is None, f"ended too early:\n{printed(output).read_text()[-8000:]}"
-        assert time.monotonic() < end, f"never happened:\n{printed(output).read_text()[-8000:]}"
-        time.sleep(0.002)
 
 
 # ---- kill -9 -----------------------------------------------------------------------------------------------

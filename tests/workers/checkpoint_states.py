@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from align.training import checkpoint, optim
+from align.training.checkpoint_writer import Writer
 from tests.support import grids
 
 
@@ -52,9 +54,14 @@ def main(directory: Path, output: Path, cases: list[dict]) -> None:
         torch.manual_seed(dist.get_rank())
         trained = build(directory / case["model"], case["precision"], layout)
         saved = [(name, values.clone()) for name, values in states(trained)]
-        checkpoint.write(output / str(number), 1, *trained["policy"])
+        writer, updated = Writer(in_background=True), threading.Event()
+        writer.thread.submit(updated.wait)  # so that nothing is written before the state has changed
+        checkpoint.write(output / str(number), 1, *trained["policy"], writer)
         for _, values in states(trained):
             values.zero_()
+        assert not writer.is_done()
+        updated.set()
+        writer.finish()
         try:
             checkpoint.load(output / str(number), *trained["policy"], same_layout=True)
         except UserError as error:

@@ -154,8 +154,9 @@ def run(directory: Path, output: Path, setting: Setting, moves: bool) -> dict:
         for name, pair in trained.items():
             place = output / name / ("moved" if moves else "plain")
             config = CheckpointConfig(monitor="train/loss")
-            with checkpoint.saving(config, place, STEPS, {"train/loss": 1.0}, {}) as directory:
-                checkpoint.write(directory, STEPS, *pair)
+            saving = checkpoint.Saving(config, place, STEPS, {"train/loss": 1.0}, {})
+            checkpoint.write(saving.directory, STEPS, *pair, saving.writer)
+            saving.complete()
         bits = {
             f"{name} {kind}": [sha256(value.detach()) for value in values]
             for name, pair in trained.items()

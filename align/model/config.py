@@ -54,8 +54,8 @@ def check_model(
     tp, pp = parallel.tp, parallel.pp
     if overlap_param_gather and not overlaps_gradients():
         raise UserError(
-            "--overlap-param-gather: one rank holds all main weights, so there is nothing to gather. Leave it "
-            "out, or start more processes than --tp x --pp"
+            "--overlap-param-gather: one rank holds all main weights, so there is nothing to gather: leave "
+            "it out, or start more processes than --tp x --pp"
         )
     if arch.heads % tp or arch.ffn_size % tp:
         raise UserError(

@@ -238,7 +238,7 @@ def distributed(model: Decoder, overlap_param_gather: bool = False) -> Distribut
         model,
     )
     if overlap_param_gather and model.post_process:
-        # `_postprocess` reads the head's weight without a call of its module, where Megatron's hook would wait
+        # `_postprocess` reads the head's weight without a call of its module, which would wait for it
         model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: finish_param_gather(ddp))
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = ddp.no_sync

@@ -89,6 +89,9 @@ class Config(CommonConfig):
     audit_start: float | None = None
     """bound on the mean |log pi - log pi_ref| of a response before the first update, where both are one
     model, in nats (default: 0 on a CPU and with --deterministic, else 1e-3 in fp32, 1 in bf16; inf: none)"""
+    overlap_param_gather: bool = False
+    """overlap the all-gather of updated weights with the next forward pass, by buckets; needs data parallel
+    (or context parallel) ranks"""
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/dpo"))
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
@@ -122,10 +125,10 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    check_model(arch, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel, config.overlap_param_gather)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row=2)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, config.overlap_param_gather)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
@@ -145,7 +148,7 @@ def main(config: Config) -> None:
     # ---- model -----------------------------------------------------------------------------------
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = gpt.distributed(policy)
+    policy = gpt.distributed(policy, config.overlap_param_gather)
     optimizer = optim.build(policy, config.optim)
 
     # ---- reference -------------------------------------------------------------------------------

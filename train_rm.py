@@ -60,6 +60,9 @@ class Config(CommonConfig):
     """regression: attributes, the numbers in the label of a row"""
     attribute_weights: tuple[float, ...] = ()
     """regression: weight of each attribute in the one score (default: equal, with sum 1)"""
+    overlap_param_gather: bool = False
+    """overlap the all-gather of updated weights with the next forward pass, by buckets; needs data parallel
+    (or context parallel) ranks"""
     format: PreferenceFormat = PreferenceFormat()
     run: RunConfig = RunConfig(output=Path("runs/rm"))
     optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)
@@ -94,11 +97,11 @@ def main(config: Config) -> None:
         labels = f"{start.labels} labels, --num-attributes says {config.num_attributes}"
         raise UserError(f"--model {config.model.model} has {labels}")
     arch = replace(start, labels=config.num_attributes)
-    check_model(arch, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel, config.overlap_param_gather)
     per_row = 2 if config.loss == "ranking" else 1
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, config.overlap_param_gather)}")
     session.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
 
     # ---- data ------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def main(config: Config) -> None:
     if start.labels == 0:
         source = huggingface.FreshHead(source, arch, config.parallel.seed)
     huggingface.load(scorer, source)
-    scorer = gpt.distributed(scorer)
+    scorer = gpt.distributed(scorer, config.overlap_param_gather)
     optimizer = optim.build(scorer, config.optim)
 
     # ---- loss ------------------------------------------------------------------------------------

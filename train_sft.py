@@ -35,6 +35,9 @@ from align.training.session import Session
 
 @dataclass(frozen=True)
 class Config(CommonConfig):
+    overlap_param_gather: bool = False
+    """overlap the all-gather of updated weights with the next forward pass, by buckets; needs data parallel
+    (or context parallel) ranks"""
     format: FormatConfig = FormatConfig()
     run: RunConfig = RunConfig(output=Path("runs/sft"))
     plan = estimate.sft  # for tools/plan.py
@@ -43,10 +46,10 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    check_model(arch, config.model, config.parallel)
+    check_model(arch, config.model, config.parallel, config.overlap_param_gather)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, config.overlap_param_gather)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
@@ -77,7 +80,7 @@ def main(config: Config) -> None:
     # ---- model -----------------------------------------------------------------------------------
     policy = gpt.build_policy(arch, config.model, config.parallel)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
-    policy = gpt.distributed(policy)
+    policy = gpt.distributed(policy, config.overlap_param_gather)
     optimizer = optim.build(policy, config.optim)
     val_batches = micro_batches(val) if val else []
 

@@ -47,9 +47,16 @@ class ModelConfig:
         return torch.bfloat16 if is_bf16 else torch.float32
 
 
-def check_model(arch: Architecture, config: ModelConfig, parallel: ParallelConfig) -> None:
+def check_model(
+    arch: Architecture, config: ModelConfig, parallel: ParallelConfig, overlap_param_gather: bool = False
+) -> None:
     """Refuse a layout that this model does not allow, before anything is built."""
     tp, pp = parallel.tp, parallel.pp
+    if overlap_param_gather and not overlaps_gradients():
+        raise UserError(
+            "--overlap-param-gather: one rank holds all main weights, so there is nothing to gather: leave "
+            "it out, or start more processes than --tp x --pp"
+        )
     if arch.heads % tp or arch.ffn_size % tp:
         raise UserError(
             f"--tp {tp} does not divide the model's {arch.heads} attention heads (and {arch.ffn_size} ffn "
@@ -100,7 +107,7 @@ def uses_te(config: ModelConfig) -> bool:
     return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
 
 
-def describe_model(arch: Architecture, config: ModelConfig) -> str:
+def describe_model(arch: Architecture, config: ModelConfig, overlap_param_gather: bool = False) -> str:
     """Model, precision and kernels, for the log."""
     if uses_te(config):
         kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
@@ -114,6 +121,8 @@ def describe_model(arch: Architecture, config: ModelConfig) -> str:
         kernels += ", small layers compiled"
     if overlaps_gradients():
         kernels += ", gradients summed during the backward pass"
+    if overlap_param_gather:
+        kernels += ", weights gathered during the forward pass"
     precision = str(config.dtype).removeprefix("torch.")
     is_tied = arch.tied_embeddings and not arch.labels
     weights = arch.matmul_params + (0 if is_tied else arch.vocab_size * arch.hidden_size)

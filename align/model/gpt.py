@@ -219,20 +219,34 @@ def build_scorer(
     return Scorer(arch, config, parallel, label_weights)
 
 
-def distributed(model: Decoder) -> DistributedDataParallel:
+def distributed(model: Decoder, overlap_param_gather: bool = False) -> DistributedDataParallel:
     """Wrap a model in Megatron's data parallelism: fp32 gradients, summed over data (and context) ranks.
 
-    The reduction of a bucket of gradients overlaps with the backward pass of the last micro-batch. The gather
-    of updated weights (overlap_param_gather) does not: between optimizer step and forward pass generation,
-    exports, checkpoints and align.training.offload read the weights.
+    The reduction of a bucket of gradients overlaps with the backward pass of the last micro-batch. With
+    `overlap_param_gather` the gather of updated weights overlaps with the next forward pass, whose modules
+    wait for their buckets. All else that reads weights calls `finish_param_gather` first: generation and
+    align.training.offload do not, so only scripts without them have the flag.
     """
     ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlaps_gradients()
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlaps_gradients(),
+            overlap_param_gather=overlap_param_gather,
         ),
         model,
     )
+    if overlap_param_gather and model.post_process:
+        # `_postprocess` reads the head's weight without a call of its module, which would wait for it
+        model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: finish_param_gather(ddp))
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = ddp.no_sync
     return ddp
+
+
+def finish_param_gather(model: DistributedDataParallel) -> None:
+    """Gather the updated weights that this rank still lacks, with overlap_param_gather. Collective."""
+    if model.ddp_config.overlap_param_gather:
+        for group in reversed(model.bucket_groups):  # in the order of the forward pass
+            group.finish_param_sync()

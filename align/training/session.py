@@ -21,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
-from align.model import huggingface
+from align.model import gpt, huggingface
 from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
@@ -162,6 +162,7 @@ class Session:
         saving = self.saving = Saving(config, output, self.done, self.latest, state)
         for name, (model, optimizer) in self.trained.items():
             with self.phase("save", **{name: "all"}):
+                gpt.finish_param_gather(model)
                 folder = checkpoint.folder_of(name, self.trained, saving.directory)
                 checkpoint.write(folder, self.done, model, optimizer, saving.writer)
         save(saving)
@@ -187,6 +188,7 @@ class Session:
         """Write the model of a complete run and its `companions`' files to OUTPUT/hf; close the record."""
         if self.is_complete:
             with self.phase("export", **dict.fromkeys(list(self.trained)[:1], "weights")):
+                gpt.finish_param_gather(model)
                 directory = self.config.run.output / "hf"
                 huggingface.save(model, self.config.model.path, directory, companions)
             self.say(f"the {name} is in {directory}")

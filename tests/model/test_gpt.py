@@ -82,6 +82,16 @@ def test_8_bit_products_are_refused_for_sizes_that_they_do_not_take(on_gpu):
         config.check_model(odd, FP8, ParallelConfig(tp=2))
 
 
+def test_param_gather_of_one_rank_is_refused(monkeypatch):
+    """A rank that holds all main weights has nothing to gather."""
+    check = (arch(), ModelConfig(precision="fp32"), ParallelConfig())
+    monkeypatch.setattr(config, "overlaps_gradients", lambda: False)
+    with pytest.raises(UserError, match="--overlap-param-gather: one rank holds all main weights"):
+        config.check_model(*check, overlap_param_gather=True)
+    monkeypatch.setattr(config, "overlaps_gradients", lambda: True)
+    config.check_model(*check, overlap_param_gather=True)
+
+
 def test_kernels_are_named(monkeypatch):
     """On a CPU; on GPUs with torch's kernels in both precisions, and with Transformer Engine's."""
     fp32, bf16 = ModelConfig(precision="fp32"), ModelConfig(precision="bf16")

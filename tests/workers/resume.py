@@ -12,9 +12,10 @@ from align.distributed import parallel
 from align.tracking import run
 from tests.support import grids
 
-if __name__ == "__main__":
+
+def main(commands: list[list[str]]) -> None:
+    """Run the commands in this process."""
     run.Run.close = functools.partialmethod(run.Run.close, plots=False)  # curves take long
-    commands = json.loads(sys.argv[1])
     scripts = {script: importlib.import_module(script.removesuffix(".py")) for script, *_ in commands}
     with parallel.start(parallel.ParallelConfig()):  # after the imports, as in the scripts
         for script, *flags in commands:
@@ -22,3 +23,7 @@ if __name__ == "__main__":
             torch.use_deterministic_algorithms(config.parallel.deterministic)
             grids.change(config.parallel)
             scripts[script].main(config)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

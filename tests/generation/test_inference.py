@@ -39,6 +39,8 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
     cases = {
         "many slots": llama,
         "few slots": llama | {"rollout": {"rollout_slots": 5}},
+        # two or more are replaced at a time: ended ones wait in their slots
+        "waiting": llama | {"rollout": {"rollout_slots": 40}},
         "one slot": llama | {"prompts": prompts()[:6], "rollout": {"rollout_slots": 1}},
         "greedy": llama | {"samples": 1, "sampling": {**GREEDY, "repetition_penalty": 1.3}},
         "mistral": llama | {"model": str(models / "mistral"), "sampling": {"max_new_tokens": 40}},
@@ -63,6 +65,7 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
     [
         "many slots",
         "few slots",
+        "waiting",
         "one slot",
         "greedy",
         "mistral",
@@ -75,8 +78,8 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
 def test_answers_by_graphs_are_the_same(name, replayed):
     """To the last bit, and on_token sees the same: though a step is done before the last one is looked at,
     sequences end and others take their slots, and keys and values move to a larger place."""
-    result = replayed[name]
-    assert result["gpu"] == result["plain"]
+    plain, gpu = replayed[name]["plain"], replayed[name]["gpu"]
+    assert all(gpu[key] == plain[key] for key in ("answers", "tokens"))  # prompts may be read in other passes
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from align.data import packing
 from align.data.tokenizer import Tokenizer
 from align.distributed import watchdog
 from align.generation import sampling
-from align.generation.inference import InferenceModel, PrefilledPrompt
+from align.generation.inference import PrefilledPrompt
 from align.generation.rollout import Sample, says_stop
 from align.generation.sampling import SamplingConfig
 from align.generation.slots import Drawn, Slots
@@ -47,7 +47,7 @@ class ContinuousBatch:
 
     def __init__(
         self,
-        engine: InferenceModel,
+        state: Slots,
         sampling_config: SamplingConfig,
         tokenizer: Tokenizer,
         seed: int,
@@ -57,14 +57,13 @@ class ContinuousBatch:
         streams: Sequence[tuple[int, ...]],
         samples_per_prompt: int,
     ):
-        self.engine, self.slots, self.on_token = engine, slots, on_token
+        self.state, self.engine, self.slots, self.on_token = state, state.engine, slots, on_token
         self.sampling, self.tokenizer, self.seed = sampling_config, tokenizer, seed
         self.prompts, self.streams, self.samples_per_prompt = prompts, streams, samples_per_prompt
-        self.context = engine.arch.max_positions
+        self.context = self.engine.arch.max_positions
         self.stop_ids = np.array(sorted(tokenizer.stop_ids), np.int32)
         self.requests: deque[Request] = deque()
         most = min(self.sampling.max_new_tokens, self.context)
-        self.state = Slots(engine, self.sampling, slots, most)
         self.in_flight: deque[Drawn] = deque()  # launched steps whose tokens the host has not read
         self.used = 0  # slots in use
         # by slot: prompt and number of its response, tokens of the prompt, most and present response tokens

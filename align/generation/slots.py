@@ -41,7 +41,7 @@ class Slots:
     """
 
     def __init__(self, engine: InferenceModel, config: SamplingConfig, slots: int, most: int):
-        """`most`: tokens of the longest response."""
+        """`slots`: most sequences, as many as the engine's; `most`: tokens of the longest response."""
         device = engine.device
         self.engine, self.config, self.slots = engine, config, slots
         self.rows = torch.arange(slots, device=device)

@@ -134,7 +134,8 @@ def main(config: Config) -> None:
         prepare_output(config.output, config.input)
 
     policy = gpt.build_policy(arch, config.model, config.parallel)
-    generator = Generator(policy, config.rollout, config.sampling, settings, config.parallel, tokenizer)
+    layout, keep = config.parallel, True  # the weights never change
+    generator = Generator(policy, config.rollout, config.sampling, settings, layout, tokenizer, keep)
     if source.checkpoint is None:
         huggingface.load(policy, huggingface.open_source(source.directory, arch, config.parallel.seed))
     else:

@@ -236,7 +236,8 @@ def main(config: Config) -> None:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
         ref = offload.Weights(policy.module, store)
     phase.add("policy", policy, optimizer)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    settings = config.rollout, config.sampling, config.model, config.parallel
+    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled)
     session.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------

@@ -241,7 +241,8 @@ def main(config: Config) -> None:
     phase.add("critic", critic, critic_optimizer)
     session.say(f"the critic starts as {critic_start}")
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    settings = config.rollout, config.sampling, config.model, config.parallel
+    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled)
     session.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------

@@ -225,9 +225,12 @@ def compare(run: common.RunConfig, prompts: Ids) -> None:
     """
     import torch
 
+    from align.data.tokenizer import load_tokenizer
+
     run = replace(run, dtype="fp32")
     model, their_generate = peer(run)
     theirs = their_generate(prompts, CHECKED, len(prompts), greedy=True)
+    known_ids = load_tokenizer(run.model).vocab_size  # ours draws from these alone: other rows are padding
     with our_generate(run) as (generate, _):
         greedy, drawn = (generate(prompts, CHECKED, len(prompts), greedy) for greedy in (True, False))
     equal, worst = 0, 0.0
@@ -235,7 +238,7 @@ def compare(run: common.RunConfig, prompts: Ids) -> None:
         equal += sum(a == b for a, b in zip(ours.ids, their, strict=True))
         ids = sample.ids.tolist()
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :known_ids]
         expected = logits.log_softmax(-1)[range(len(ids)), ids]
         worst = max(worst, (torch.from_numpy(sample.logprobs) - expected).abs().max().item())
     print(f"\nfp32, {sum(CHECKED)} tokens: {equal} greedy ones are equal, ", end="")

@@ -427,7 +427,7 @@ def test_decode_append(device, kernels):
 
 WITHOUT_GRAPHS = (
     "import runpy, sys; from align.generation import inference; "
-    "inference.takes_graphs = lambda policy: False; "
+    "inference.why_no_graphs = lambda policy, tp_graphs: 'a test'; "
     "sys.argv = ['tests/workers/generator.py', *sys.argv[1:]]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )

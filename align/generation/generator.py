@@ -26,10 +26,11 @@ from align.errors import UserError
 from align.flags import COUNT, between, check_ranges, refuse_unused, whole
 from align.generation import trtllm
 from align.generation.continuous_batching import ContinuousBatch, OnToken
-from align.generation.inference import InferenceModel, takes_graphs
+from align.generation.inference import NO_GPU, InferenceModel, why_no_graphs
 from align.generation.reshard import Reshard
 from align.generation.rollout import Sample, says_stop
 from align.generation.sampling import SamplingConfig
+from align.generation.slots import Slots
 from align.model import gpt
 from align.model.architecture import Architecture
 from align.model.config import ModelConfig
@@ -49,6 +50,9 @@ class RolloutConfig:
     """reshard: tensor parallel size of a copy; with 1 every rank holds a whole model while it samples"""
     rollout_slots: int = 64
     """sequences that one copy of the model decodes at a time; their KV cache takes memory"""
+    rollout_tp_graphs: bool = False
+    """on GPUs capture the decode steps of copies of several tensor parallel ranks as CUDA graphs, with NCCL's
+    collectives in them. Never tried on hardware"""
     generate_with: Literal["native", "trtllm"] = "native"
     """trtllm: engines of TensorRT-LLM sample, each of --rollout-tp ranks, whatever --rollout-layout says; see
     requirements-trtllm.txt. Never tried on hardware"""
@@ -61,6 +65,8 @@ class RolloutConfig:
         check_ranges(self, rollout_tp=COUNT, rollout_slots=whole(1, 10**6), trtllm_memory=between(0, 1))
         if self.generate_with == "native":
             refuse_unused(self, RolloutConfig, "trtllm_keep trtllm_memory", "with --generate-with native")
+        if self.generate_with == "trtllm":
+            refuse_unused(self, RolloutConfig, "rollout_tp_graphs", "with --generate-with trtllm")
         if self.generate_with == "trtllm" and self.rollout_layout == "reshard":
             raise UserError(
                 "--rollout-layout reshard has no effect with --generate-with trtllm, whose engines have "
@@ -92,7 +98,11 @@ class Generator:
         model_config: ModelConfig,
         parallel_config: ParallelConfig,
         tokenizer: Tokenizer,
+        keep: bool = False,
     ):
+        """`keep`: keep KV cache and CUDA graphs between calls, while the policy's weights stay in place."""
+        self.keep = keep
+        self.kept: Slots | None = None
         self.policy: Policy = unwrap_model(policy)
         sampling_config = replace(sampling_config, stop=(*sampling_config.stop, *tokenizer.stop_strings))
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
@@ -132,8 +142,11 @@ class Generator:
         sampler = "TensorRT-LLM" if self.engine else sampler
         split = f", tp {self.config.rollout_tp}" if self.copy or self.engine else ""
         slots = f"{self.replicas} x {self.config.rollout_slots} sequences at a time"
-        graphs = not self.engine and takes_graphs(self.copy or self.policy)
-        return f"sampling in {sampler}{split}: {slots}" + (", steps as CUDA graphs" if graphs else "")
+        if not self.engine:
+            reason = why_no_graphs(self.copy or self.policy, self.config.rollout_tp_graphs)
+            slots += ", steps as CUDA graphs" if reason is None else ""
+            slots += f", steps without CUDA graphs: {reason}" if reason not in (None, NO_GPU) else ""
+        return f"sampling in {sampler}{split}: {slots}"
 
     @torch.no_grad()
     def generate(
@@ -165,17 +178,36 @@ class Generator:
             offload.restore(self.freed)
             self.reshard.run()
         slots = min(self.config.rollout_slots, len(prompts) * samples_per_prompt)
-        engine = InferenceModel(self.copy or self.policy, slots)
+        state = self.decoder(slots, max(map(len, prompts)))
         options = (self.sampling, self.tokenizer, self.seed, slots, on_token)
-        batch = ContinuousBatch(engine, *options, prompts, streams, samples_per_prompt)
+        batch = ContinuousBatch(state, *options, prompts, streams, samples_per_prompt)
         samples = batch.run(Queue(len(prompts), self).take)
-        graphed = engine.graphed
-        del engine, batch
+        graphed = state.engine.graphed
+        if self.keep and graphed and self.copy is None:
+            self.kept, graphed = state, False
+        del state, batch
         if self.copy is not None:
             self.freed = offload.release(self.copy.parameters())
         if self.copy is not None or graphed:  # graphs have memory of their own
             parallel.free_memory()
         return gather(samples if self.leads else {}, len(prompts), samples_per_prompt)
+
+    def decoder(self, slots: int, prompt: int) -> Slots:
+        """Decoding state for so many slots and prompts of that length, the last call's if it still fits."""
+        policy, kept, self.kept = self.copy or self.policy, self.kept, None
+        most = min(self.sampling.max_new_tokens, policy.arch.max_positions)
+        longest = min(prompt + most, policy.arch.max_positions) + 1  # a step before the host has read the end
+        if kept is not None:
+            fits = kept.slots >= slots and kept.engine.capacity >= longest
+            if fits and kept.engine.follow(policy):
+                kept.release(0)
+                return kept
+            slots, longest = max(slots, kept.slots), max(longest, kept.engine.capacity)
+        del kept  # before its successor takes memory
+        engine = InferenceModel(policy, slots, self.config.rollout_tp_graphs)
+        if engine.graphed:
+            engine.reserve_whole(longest)
+        return Slots(engine, self.sampling, slots, most)
 
     def by_engine(
         self,

@@ -10,6 +10,7 @@ align/kernels/decode_attention.py, and nothing synchronises with the device: ali
 captures a step as a CUDA graph.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from align.model.layers import apply_rotary, layer_norm, rms_norm, rotary_cos_si
 
 GROWTH = 32  # tokens by which the KV cache grows
 GROWTH_GPU = 256  # each growth costs new CUDA graphs, and unused room is not read
+WHOLE = 0.8  # share of a GPU's free memory that the cache may take at once
+
+NO_GPU = "no GPU"
 
 # number of the layer; queries and key of each group [n, groups, queries + 1, d]; value [n, groups, d];
 # cosines and sines [n, 1, 1, d/2] -> the heads' outputs [n, heads * d]
@@ -61,10 +65,11 @@ class Layer:
 class InferenceModel:
     """A policy's shard with its present weights, and the KV cache of `slots` sequences."""
 
-    def __init__(self, policy: Policy, slots: int):
+    def __init__(self, policy: Policy, slots: int, tp_graphs: bool = False):
         """`policy`: training's own, or a copy in another layout, by its process groups.
 
-        On a CPU matrices are copied by `matmul.pack`, so an update of the weights needs a new object.
+        `tp_graphs`: see `why_no_graphs`. On a CPU matrices are copied by `matmul.pack`, so an update of the
+        weights needs a new object.
         """
         arch, groups = policy.arch, policy.pg_collection
         self.arch, self.config, self.stages = arch, policy.config, Stages(groups)
@@ -73,7 +78,9 @@ class InferenceModel:
         self.frequencies, self.rotary_scale = policy.frequencies, policy.rotary_scale
         self.dtype, self.device = policy.config.params_dtype, policy.frequencies.device
         self.window = arch.window
-        self.graphed = takes_graphs(policy)
+        self.graphed = why_no_graphs(policy, tp_graphs) is None
+        self.addresses = addresses(policy)
+        self.computed: list[tuple[Tensor, Callable[[], Tensor]]] = []  # tensors made of weights
         # With fewer key-value heads than ranks, several ranks share a group and split its queries.
         self.sharing = max(self.tp.size() // arch.kv_heads, 1)
         self.groups = max(arch.kv_heads // self.tp.size(), 1)
@@ -89,8 +96,8 @@ class InferenceModel:
         head: Any = weights.get("lm_head.weight", self.embedding)
         self.head: Any = None if self.stages.after else pack(head)
         self.final_norm: Any = None if self.stages.after else self.norm_weights(weights, "model.norm")
-        # keys and values of each layer, [2, slots, groups, capacity, d]
-        empty = (2, slots, self.groups, 0, arch.head_dim)
+        # blocks of layers: keys and values, [layers of a block, 2, slots, groups, capacity, d]
+        empty = (1, 2, slots, self.groups, 0, arch.head_dim)
         self.cache = [torch.zeros(empty, dtype=self.dtype, device=self.device) for _ in self.layers]
         self.rows = torch.arange(slots, device=self.device)
 
@@ -105,7 +112,8 @@ class InferenceModel:
         qk_norm = None
         if self.arch.qk_norm:
             q, k = weights[f"{attention}q_norm.weight"], weights[f"{attention}k_norm.weight"]
-            qk_norm = torch.stack([q] * self.queries + [k])
+            rows = [q] * self.queries + [k]
+            qk_norm = self.compute(lambda: torch.stack(rows))
         return Layer(
             input_norm=self.norm_weights(weights, f"{prefix}input_layernorm"),
             qkv=pack(weights[f"{attention}*_proj.weight"]),
@@ -125,7 +133,22 @@ class InferenceModel:
         weight = weights[f"{name}.weight"]
         if self.arch.norm == "rms":
             return (weight,)
-        return weight + 1 if self.arch.norm == "layer_1p" else weight, weights[f"{name}.bias"]
+        factor = self.compute(lambda: weight + 1) if self.arch.norm == "layer_1p" else weight
+        return factor, weights[f"{name}.bias"]
+
+    def compute(self, function: Callable[[], Tensor]) -> Tensor:
+        """A tensor made of weights, which `follow` updates."""
+        tensor = function()
+        self.computed.append((tensor, function))
+        return tensor
+
+    def follow(self, policy: Policy) -> bool:
+        """Update in place what is made of the weights. False if these have moved: graphs read old ones."""
+        if self.addresses != addresses(policy):
+            return False
+        for tensor, function in self.computed:
+            tensor.copy_(function())
+        return True
 
     def prefill(self, prompts: list[Tensor]) -> list[PrefilledPrompt]:
         """Prefill prompts, [n] int64 each on the host, end to end in one pass. Collective over tp and pp."""
@@ -177,7 +200,8 @@ class InferenceModel:
             mask = mask.masked_fill_(~seen[:, None, None], float("-inf"))
 
         def attention(number: int, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            cache = self.cache[number][:, :count]
+            block, layer = divmod(number, len(self.cache[0]))
+            cache = self.cache[block][layer, :, :count]
             if self.on_gpu:
                 from align.kernels import decode_attention  # Triton, which CPU machines lack
 
@@ -201,18 +225,18 @@ class InferenceModel:
         """Copy a prompt's keys and values to a slot."""
         n = prefilled.cache.shape[3]
         self.reserve(n)
-        for layer, part in zip(self.cache, prefilled.cache, strict=True):
-            layer[:, slot, :, :n] = part
+        for block, part in zip(self.cache, prefilled.cache.split(len(self.cache[0])), strict=True):
+            block[:, :, slot, :, :n] = part
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens from one slot to another."""
-        for layer in self.cache:
-            layer[:, target, :, :length] = layer[:, source, :, :length]
+        for block in self.cache:
+            block[:, :, target, :, :length] = block[:, :, source, :, :length]
 
     @property
     def capacity(self) -> int:
         """Tokens of the KV cache per slot."""
-        return self.cache[0].shape[3]
+        return self.cache[0].shape[4]
 
     def reserve(self, length: int) -> None:
         """Grow the KV cache to sequences of `length` tokens, in new memory.
@@ -224,8 +248,22 @@ class InferenceModel:
         more = -(-length // growth) * growth - self.capacity
         if more <= 0:
             return
-        for i, layer in enumerate(self.cache):
-            self.cache[i] = nn.functional.pad(layer, (0, 0, 0, more))
+        for i, block in enumerate(self.cache):
+            self.cache[i] = nn.functional.pad(block, (0, 0, 0, more))
+
+    def reserve_whole(self, length: int) -> None:
+        """Allocate a GPU's KV cache for sequences of `length` tokens, as one block, if memory allows.
+
+        Then it never grows, and a prompt is copied to its slot by one kernel. Collective over tp.
+        """
+        capacity = -(-length // GROWTH_GPU) * GROWTH_GPU
+        shape = (len(self.layers), *self.cache[0].shape[1:4], capacity, self.arch.head_dim)
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = torch.tensor(torch.cuda.mem_get_info()[0] + cached, device=self.device)
+        if self.tp.size() > 1:  # ranks of a copy capture alike
+            dist.all_reduce(free, dist.ReduceOp.MIN, group=self.tp)
+        if math.prod(shape) * self.dtype.itemsize <= WHOLE * free.item():
+            self.cache = [torch.zeros(shape, dtype=self.dtype, device=self.device)]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens [n] as [n, H]; each tensor parallel rank has some rows of the embedding."""
@@ -297,14 +335,24 @@ def split_cache(x: Tensor, lengths: list[int]) -> list[Tensor]:
     return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
-def takes_graphs(policy: Policy) -> bool:
-    """True if a decode step is captured as a CUDA graph.
+def why_no_graphs(policy: Policy, tp_graphs: bool) -> str | None:
+    """Reason why decode steps are not captured as CUDA graphs; None if they are.
 
-    Not with collectives in it, nor with --deterministic, whose kernels have not been tried in one.
+    `tp_graphs`: capture the collectives of tensor parallel ranks as well (--rollout-tp-graphs).
     """
-    groups = policy.pg_collection
-    is_one_rank = groups.tp.size() == groups.pp.size() == 1
-    return policy.frequencies.is_cuda and is_one_rank and not torch.are_deterministic_algorithms_enabled()
+    tp, pp = policy.pg_collection.tp.size(), policy.pg_collection.pp.size()
+    if not policy.frequencies.is_cuda:
+        return NO_GPU
+    if torch.are_deterministic_algorithms_enabled():
+        return "--deterministic"  # its kernels have not been tried in one
+    if pp > 1:
+        return f"pp {pp}"
+    return f"tp {tp} without --rollout-tp-graphs" if tp > 1 and not tp_graphs else None
+
+
+def addresses(policy: Policy) -> list[int]:
+    """Addresses of the weights, which CUDA graphs read."""
+    return [parameter.data_ptr() for parameter in policy.parameters()]
 
 
 class Stages:

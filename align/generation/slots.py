@@ -41,7 +41,7 @@ class Slots:
     """
 
     def __init__(self, engine: InferenceModel, config: SamplingConfig, slots: int, most: int):
-        """`most`: tokens of the longest response."""
+        """`slots`: most sequences, as many as the engine's; `most`: tokens of the longest response."""
         device = engine.device
         self.engine, self.config, self.slots = engine, config, slots
         self.rows = torch.arange(slots, device=device)
@@ -49,8 +49,8 @@ class Slots:
         self.tokens, self.positions, self.counts, self.in_use = torch.zeros(
             4, slots, dtype=torch.int64, device=device
         )
-        # One for each token, and one more, since the host may read a response's end one step late.
-        self.uniforms = torch.zeros(slots, most + 1, dtype=torch.float64, device=device)
+        # One for each token, and for a step before the host has read the response's end, and while it waits.
+        self.uniforms = torch.zeros(slots, most + 2, dtype=torch.float64, device=device)
         self.seen: Tensor | None = None  # [slots, V], for the repetition penalty
         if config.repetition_penalty != 1.0:
             self.seen = torch.zeros(slots, engine.known_ids, dtype=torch.bool, device=device)
@@ -69,23 +69,28 @@ class Slots:
         uniforms: list[np.ndarray],
     ) -> Drawn:
         """Start responses to prompts in these slots, with their random numbers; first tokens, [3, n]."""
-        device, padded = self.engine.device, np.zeros((len(slots), self.uniforms.shape[1]))
+        padded, lengths = np.zeros((len(slots), self.uniforms.shape[1])), [len(prompt) for prompt in prompts]
         for row, numbers in zip(padded, uniforms, strict=True):
             row[: len(numbers)] = numbers
         for slot, prefill in zip(slots, prefilled, strict=True):
             self.engine.place(prefill, slot)
-        chosen = torch.tensor(slots, device=device)
-        self.uniforms[chosen] = torch.from_numpy(padded).to(device)
         # of the prompt's last token; `draw` advances them
-        self.positions[chosen] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        chosen, last = self.copy(np.array([slots, lengths]) - [[0], [1]])
+        self.uniforms[chosen], self.positions[chosen] = self.copy(padded), last
         self.counts[chosen], self.in_use[chosen] = 0, 1
         if self.seen is not None:
-            for slot, prompt in zip(slots, prompts, strict=True):
-                self.seen[slot] = False
-                self.seen[slot, torch.from_numpy(prompt.astype(np.int64)).to(device)] = True
+            rows, ids = self.copy(np.stack([np.repeat(slots, lengths), np.concatenate(prompts)]))
+            self.seen[chosen] = False
+            self.seen[rows, ids] = True
         is_last_stage = not self.engine.stages.after
         logits = [prefill.logits for prefill in prefilled if prefill.logits is not None]
         return Drawn(self.draw(torch.stack(logits) if is_last_stage else None, chosen))
+
+    def copy(self, values: np.ndarray) -> Tensor:
+        """Copy an array to the device, to a GPU without a wait."""
+        tensor = torch.from_numpy(values)
+        tensor = tensor.pin_memory() if self.engine.device.type == "cuda" else tensor
+        return tensor.to(self.engine.device, non_blocking=True)
 
     def step(self, count: int, longest: int) -> Drawn:
         """Decode a token of the first `count` slots, of `longest` tokens at most: [3, count or more]."""
@@ -119,9 +124,13 @@ class Slots:
     def move(self, source: int, target: int, length: int) -> None:
         """Move a sequence to another slot; `length` of its tokens have keys and values."""
         self.engine.move(source, target, length)
-        state = (self.tokens, self.positions, self.counts, self.uniforms, self.seen)
+        state = (self.tokens, self.positions, self.counts, self.in_use, self.uniforms, self.seen)
         for tensor in (x for x in state if x is not None):
             tensor[target] = tensor[source]
+
+    def stop(self, slots: np.ndarray) -> None:
+        """Hold ended sequences where they are: steps compute them until their slots are filled anew."""
+        self.in_use[self.copy(slots)] = 0
 
     def release(self, count: int) -> None:
         """Take all slots but the first `count` out of use."""

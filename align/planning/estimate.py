@@ -19,6 +19,7 @@ from align.generation.generator import check_rollout_tp
 from align.model import architecture
 from align.model.architecture import Architecture
 from align.model.config import check_model
+from align.planning import rollout_memory
 from align.planning.memory import RankShape
 from align.planning.phases import Cluster, Job, Phase, build, forward, generate, save, train
 from align.training.phases import OffloadConfig
@@ -183,7 +184,11 @@ def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
         phases.append(forward(job, s, "values", "critic", work, parts))
         phases.append(train(job, s, "critic", training, updates))
     phases.append(train(job, s, "policy", training, updates))
-    return [*phases, *(save(job, s, name) for name in job.trained)]
+    phases += [save(job, s, name) for name in job.trained]
+    if s.gpu and not job.offloads and rollout_memory.is_kept(config.rollout, config.parallel):
+        kept = {"kv_cache": phases[1].items["kv_cache"] + phases[1].items["activations"]}  # of graphs, too
+        phases[2:] = [replace(phase, items={**phase.items, **kept}) for phase in phases[2:]]
+    return phases
 
 
 def rejection_sampling_phases(job: Job, s: RankShape) -> list[Phase]:

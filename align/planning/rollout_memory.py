@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from align.distributed.parallel import ParallelConfig
 from align.generation.continuous_batching import PREFILL_TOKENS, READ_AHEAD
+from align.generation.generator import RolloutConfig
 from align.generation.inference import GROWTH, GROWTH_GPU
 from align.generation.reshard import PART
 from align.model.architecture import Architecture
@@ -27,13 +29,18 @@ def cache_per_token(arch: Architecture, s: RankShape) -> int:
 
 
 def kv_cache(arch: Architecture, s: RankShape, r: RolloutLoad) -> float:
-    """InferenceModel's cache for all slots, which grows layer by layer, and prompts prefilled ahead."""
+    """InferenceModel's cache for all slots, which grows layer by layer, and prompts prefilled ahead.
+
+    On a GPU it may be allocated at once, before the first prompts are prefilled.
+    """
     growth, token = GROWTH_GPU if s.gpu else GROWTH, cache_per_token(arch, s)
-    room = math.ceil((r.prompt + r.response) / growth) * growth
+    room = math.ceil((r.prompt + r.response + s.gpu) / growth) * growth  # a GPU's host reads one step late
     growing = r.slots * room * token / (arch.layers // s.pp)
     ahead = min(math.ceil(r.slots / READ_AHEAD / r.per_prompt), r.prompts) * r.prompt * token
     # At the start all prompts are prefilled before the first is copied to its slot.
     prefilled = min(math.ceil(r.slots / r.per_prompt), r.prompts) * r.prompt * token
+    if s.gpu:
+        return r.slots * room * token + max(growing + ahead, prefilled)
     at_start = r.slots * math.ceil(r.prompt / growth) * growth * token + prefilled
     return max(r.slots * room * token + growing + ahead, at_start)
 
@@ -52,6 +59,12 @@ def drawing(arch: Architecture, r: RolloutLoad) -> float:
     copies = 4  # logits, weights, and two intermediates
     prefilled = min(math.ceil(r.slots / r.per_prompt), r.prompts)
     return FP32 * arch.vocab_size * (copies * r.slots + prefilled)
+
+
+def is_kept(rollout: RolloutConfig, parallel: ParallelConfig) -> bool:
+    """True if a GPU keeps the sampler's memory between rollouts, with `Generator(keep=True)`."""
+    has_graphs = parallel.pp == 1 and (parallel.tp == 1 or rollout.rollout_tp_graphs)
+    return has_graphs and not parallel.deterministic and not rollout.reshards(parallel)
 
 
 def packed(arch: Architecture, s: RankShape) -> int:

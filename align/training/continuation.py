@@ -25,8 +25,8 @@ FREE = frozenset(
     "resume_from resume_with_changes max_time val_interval val_batches "
     "val_data test_data train_data skip_bad_rows "  # rows are compared
     "micro_batch_tokens micro_batch_size recompute attention tp pp cp sequence_parallel stall_limit offload "
-    "overlap_param_gather rollout_layout rollout_tp rollout_slots trtllm_keep trtllm_memory reference "
-    "audit_start audit_mean audit_tail audit_quantile audit_ratio".split()
+    "overlap_param_gather rollout_layout rollout_tp rollout_slots rollout_tp_graphs trtllm_keep "
+    "trtllm_memory reference audit_start audit_mean audit_tail audit_quantile audit_ratio".split()
 )
 DATA = {  # items of `data_order`; its rows a step and seed are flags
     "rows": "rows of --train-data",

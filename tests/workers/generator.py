@@ -51,7 +51,7 @@ def build(case: dict) -> generator.Generator:
     policy = gpt.build_policy(arch, config, layout)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
     letters = Letters(case.get("vocab_size", arch.vocab_size))
-    return generator.Generator(policy, rollout, sampling, config, layout, letters)
+    return generator.Generator(policy, rollout, sampling, config, layout, letters, case.get("keep", False))
 
 
 def run(case: dict) -> dict:
@@ -69,6 +69,9 @@ def run(case: dict) -> dict:
     for number in range(rounds):
         if number and case.get("change"):
             change(sampler.policy)
+        if number and case.get("move"):
+            for parameter in sampler.policy.parameters():
+                parameter.data = parameter.data.clone()
         Recorder.passes, tokens = [], Counter()
         groups = sampler.generate(
             prompts, streams, case.get("samples", 1), lambda prompt, *_, count=tokens: count.update([prompt])

@@ -89,7 +89,10 @@ def graphs() -> Iterator[None]:
             (torch.cuda, "CUDAGraph", Graph),
             (torch.cuda, "graph", Capture),
             (torch.cuda, "synchronize", lambda: None),
-            (inference, "takes_graphs", lambda policy: True),
+            (torch.cuda, "memory_reserved", lambda: 0),
+            (torch.cuda, "memory_allocated", lambda: 0),
+            (torch.cuda, "mem_get_info", lambda: (2**30, 2**30)),
+            (inference, "why_no_graphs", lambda policy, tp_graphs: None),
             (sampling, "_top_p_floor", sampling._top_p_floor_by_bisection),  # as on a GPU
         ):
             stack.enter_context(mock.patch.object(module, name, replacement))
@@ -110,7 +113,11 @@ def broken(case: dict) -> str:
 
 def answers(case: dict) -> dict:
     """Samples of a case as on a CPU and, by TRITON_INTERPRET, as on a GPU: its kernels, or its graphs."""
+    if case.get("keep"):  # as on a GPU: no copies of the weights
+        with mock.patch.object(inference, "pack", lambda weight: weight):
+            return answers(case | {"keep": False, "again": True})
     results = {"plain": worker.run(case)}
+    case = case | {"keep": case.get("again", False)}
     if os.environ.get("TRITON_INTERPRET") == "1":
         with mock.patch.object(inference.InferenceModel, "on_gpu", True):
             results["gpu"] = worker.run(case)

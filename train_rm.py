@@ -151,7 +151,7 @@ def main(config: Config) -> None:
 
     # ---- loss ------------------------------------------------------------------------------------
     def loss_fn(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = values[batch.mask.bool()].double()  # [N, A], those at the last tokens
+        scores = values.index_select(0, batch.trained).double()  # [N, A], those at the last tokens
         if config.loss == "regression":
             error, _ = supervised.regression(scores, batch.extra["target"])
             rewards = scores @ scorer.module.label_weights.double()  # [N]

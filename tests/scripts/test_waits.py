@@ -14,8 +14,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_self_reward
 from align import command_line
@@ -25,6 +23,7 @@ from align.distributed import parallel
 from align.tracking import run
 from align.training import engine
 from tests.support.launch import fork_ranks
+from tests.support.waits import Waits
 
 pytestmark = pytest.mark.slow
 
@@ -37,26 +36,8 @@ SCRIPTS = {
     "train_ppo": f"{ROLLOUT} --prompts-per-step 16 --kl-in loss",
     "train_grpo": f"{ROLLOUT} --prompts-per-step 16 --entropy-coef 0.1",
 }
-aten = torch.ops.aten
-WAITS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
-INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 # ---- worker --------------------------------------------------------------------------------------
-
-
-class Waits(TorchDispatchMode):
-    """Note the names of operations that wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        kind = operation.overloadpacket
-        indices = tree_leaves(args[1]) if kind in INDEXED else []
-        if kind in WAITS or any(x is not None and x.dtype == torch.bool for x in indices):
-            self.names.append(str(kind))
-        return operation(*args, **(kwargs or {}))
 
 
 def waits_of(script: str, flags: list[str]) -> list[tuple[int, bool, list[str]]]:

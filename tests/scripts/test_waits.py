@@ -45,8 +45,14 @@ def waits_of(script: str, flags: list[str]) -> list[tuple[int, bool, list[str]]]
     module, passes, schedule = importlib.import_module(script), [], engine.schedule
 
     def noting(model: object, batches: list, finish: object, forward_only: bool) -> list:
+        # the last validation, when all kernels are compiled
+        is_checked = torch.cuda.is_available() and forward_only and any(has_grad for _, has_grad, _ in passes)
+        if is_checked:
+            torch.cuda.set_sync_debug_mode("error")
         with Waits() as waits:
             results = schedule(model, batches, finish, forward_only)
+        if is_checked:
+            torch.cuda.set_sync_debug_mode("default")
         passes.append((len(batches), not forward_only, waits.names))
         return results
 
@@ -72,6 +78,14 @@ def test_micro_batches_do_not_wait(script, passes):
     assert sum(count > 1 and has_gradient for count, has_gradient, _ in passes[script]) == models
     for _, has_gradient, waits in passes[script]:
         assert waits == ["aten._local_scalar_dense"] * has_gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+def test_torch_finds_no_wait_on_a_gpu(passes):
+    """Under torch's own check the run would have failed in its last pass."""
+    for script in ("train_sft", "train_rm", "train_dpo"):
+        assert not passes[script][-1][1]
 
 
 def test_loss_of_self_rewarding_does_not_wait():

@@ -105,7 +105,7 @@ class Policy(Decoder):
         entropy_grad: bool = True,
     ):
         super().__init__(arch, config, parallel, arch.tied_embeddings, groups, embedding_rows)
-        self.temperature, self.known_ids = temperature, arch.vocab_size
+        self.temperature, self.known_ids, self.keep_logits = temperature, arch.vocab_size, config.keep_logits
         self.entropy, self.entropy_grad = entropy, entropy_grad
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
@@ -125,7 +125,8 @@ class Policy(Decoder):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        options = (self.known_ids, group, self.temperature, self.entropy, self.entropy_grad)
+        entropy = self.entropy, self.entropy_grad
+        options = (self.known_ids, group, self.temperature, *entropy, self.keep_logits)
         values = target_logprobs(hidden, weight, labels[0].index_select(0, loss_mask), *options)
         return values.new_zeros(len(labels[0]), *values.shape[1:]).index_copy(0, loss_mask, values)
 

@@ -69,7 +69,7 @@ class Config(CommonConfig):
         check_ranges(
             self, center_rewards_coef=COEFFICIENT, num_attributes=whole(1, 10**4), attribute_weights=SCORE
         )
-        refuse_unused(self.model, ModelConfig, "keep_logits", "for a reward model")
+        refuse_unused(self.model, ModelConfig, "keep_logits", "with a reward model")
         unused = {"ranking": "num_attributes attribute_weights", "regression": "center_rewards_coef"}
         refuse_unused(self, Config, unused[self.loss], f"with --loss {self.loss}")
         if (count := len(self.attribute_weights)) not in (0, self.num_attributes):

@@ -130,7 +130,7 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
     tokens = len(batch.tokens)
     layout = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
     own = functools.partial(context_slices.take, spans=context_slices.spans_of_rank(tokens, *layout))
-    trained = own(torch.from_numpy(batch.is_trained)).nonzero()[:, 0]  # on the host
+    trained = torch.from_numpy(own(torch.from_numpy(batch.is_trained)).numpy().nonzero()[0])
     qkv_format = "thd" if unwrap_model(model).te else None
     return model(
         input_ids=own(batch.tokens)[None],

@@ -72,7 +72,7 @@ class Config:
     def __post_init__(self):
         check_ranges(self, samples_per_prompt=SAMPLES)
         self.check_task()
-        refuse_unused(self.model, ModelConfig, "recompute", "without training")
+        refuse_unused(self.model, ModelConfig, "recompute keep_logits", "without training")
         refuse_unused(self.parallel, ParallelConfig, "sequence_parallel", "without training")
         if self.raw:
             names = "chat_template_kwargs template_date"

@@ -216,8 +216,9 @@ def main(config: Config) -> None:
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
     stop_texts = (*config.sampling.stop, *tokenizer.stop_strings)
     sources.warn_of_other_ends(reward, tokenizer, session.say)
-    settings = config.format, arch.vocab_size, session.say
-    rows = node.once(lambda: prompts.load_sets(files, tokenizer, *settings))
+    rows = node.once(
+        partial(prompts.load_sets, files, tokenizer, config.format, arch.vocab_size, session.say)
+    )
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
@@ -262,13 +263,13 @@ def main(config: Config) -> None:
     ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
 
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = output[batch.mask.bool()].double().unbind(1)  # [n] tokens of responses
+        logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)  # [n] response tokens
         old_logprobs, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
         loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, config.clip)
         entropy = (entropy * counted).sum()
         if kl_coef:
-            kl = config.kl_estimator(logprobs, batch.extra["ref"])
-            loss = loss + kl_coef * kl[counted.bool()].sum()
+            kl = config.kl_estimator(*rl.only_where(counted, logprobs, batch.extra["ref"]))
+            loss = loss + kl_coef * kl.sum()
         return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
     def update(

@@ -30,7 +30,7 @@ from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
 from align.losses import supervised
 from align.losses.statistics import pair_statistics
 from align.model import architecture, gpt, huggingface
-from align.model.config import check_model, describe_model
+from align.model.config import ModelConfig, check_model, describe_model
 from align.planning import estimate
 from align.rewards.sources import save_statistics
 from align.tracking.metrics import speed, wilson_interval, with_std
@@ -73,6 +73,7 @@ class Config(CommonConfig):
         check_ranges(
             self, center_rewards_coef=COEFFICIENT, num_attributes=whole(1, 10**4), attribute_weights=SCORE
         )
+        refuse_unused(self.model, ModelConfig, "keep_logits", "with a reward model")
         unused = {"ranking": "num_attributes attribute_weights", "regression": "center_rewards_coef"}
         refuse_unused(self, Config, unused[self.loss], f"with --loss {self.loss}")
         if (count := len(self.attribute_weights)) not in (0, self.num_attributes):
@@ -144,7 +145,7 @@ def main(config: Config) -> None:
 
     # ---- loss ------------------------------------------------------------------------------------
     def loss_fn(batch: Batch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = values[batch.mask.bool()].double()  # [N, A], those at the last tokens
+        scores = values.index_select(0, batch.trained).double()  # [N, A], those at the last tokens
         if config.loss == "regression":
             error, _ = supervised.regression(scores, batch.extra["target"])
             rewards = scores @ scorer.module.label_weights.double()  # [N]

@@ -14,6 +14,7 @@ demo.py shows a model that learns.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -153,8 +154,9 @@ def main(config: Config) -> None:
     session.say(reward.describe())
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
     sources.warn_of_other_ends(reward, tokenizer, session.say)
-    settings = config.format, arch.vocab_size, session.say
-    rows = node.once(lambda: prompts.load_sets(files, tokenizer, *settings))
+    rows = node.once(
+        partial(prompts.load_sets, files, tokenizer, config.format, arch.vocab_size, session.say)
+    )
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])

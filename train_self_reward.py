@@ -257,8 +257,7 @@ def preference_loss(
         return preference.sequence_logprobs(logprobs, batch.mask, batch.lengths, average).view(-1, 2)
 
     average, sft_average = config.average_logprobs, config.sft_average_logprobs
-    ref_logprobs = torch.zeros_like(logprobs)
-    ref_logprobs[batch.mask.bool()] = batch.extra["ref"]
+    ref_logprobs = torch.zeros_like(logprobs).index_copy(0, batch.trained, batch.extra["ref"])
     policy_chosen, policy_rejected = sequence_logprobs(logprobs, average).unbind(1)  # [P]
     ref_chosen, ref_rejected = sequence_logprobs(ref_logprobs, average).unbind(1)  # [P]
     gap = {"gap": batch.extra["gap"]} if config.loss in WITH_GAP else {}

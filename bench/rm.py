@@ -99,7 +99,7 @@ def run_ours(config: Config, start: Path) -> Measured:
         optimizer = common.our_optimizer(scorer)
 
         def loss_fn(batch, values):
-            chosen, rejected = values[batch.mask.bool()].double().view(-1, 2).unbind(1)
+            chosen, rejected = values.index_select(0, batch.trained).double().view(-1, 2).unbind(1)
             loss = supervised.ranking(chosen, rejected, torch.zeros_like(chosen)).sum()
             return loss, pair_statistics(chosen, rejected)
 

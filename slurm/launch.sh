@@ -95,6 +95,10 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Each rank compiles small kernels, by default in up to 32 processes of its own.
 export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-4}"
+# Order of the kernels with tensor parallelism. The scripts set it as well, after imports that may start CUDA.
+if [[ " $* " =~ \ --tp[\ =]([2-9]|[1-9][0-9]+)\  ]]; then
+    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+fi
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # If a collective hangs, each rank writes what it was waiting for: which one never came can be read from that.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"

@@ -431,6 +431,22 @@ def test_each_node_starts_its_own_torchrun_and_the_first_node_reports(job, name)
 
 
 @pytest.mark.parametrize(
+    "flags, own, expected",
+    [
+        (["--tp", "1"], {}, "unset"),
+        (["--lr", "1e-5"], {}, "unset"),
+        (["--tp", "2", "--lr", "1e-5"], {}, "1"),
+        (["--tp=16"], {}, "1"),
+        (["--tp", "8"], {"CUDA_DEVICE_MAX_CONNECTIONS": "4"}, "4"),
+    ],
+)
+def test_tensor_parallel_ranks_start_kernels_in_their_order(job, flags, own, expected):
+    print_it = 'echo "${CUDA_DEVICE_MAX_CONNECTIONS:-unset}" >"$RECORDS/connections"; ' + FINISH
+    assert submit(job | own | {"TRAINING": print_it}, *flags).returncode == 0
+    assert (Path(job["RECORDS"]) / "connections").read_text() == expected + "\n"
+
+
+@pytest.mark.parametrize(
     "nodes, first",
     [("n[08-11,14],m3", "n08"), ("a,b[1-2]", "a"), ("rack[0-3]n[4-7],x", "rack0n4"), ("n1-a[10]", "n1-a10")],
 )

@@ -8,7 +8,7 @@ import heapq
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -185,7 +185,8 @@ class Batch:
     targets: torch.Tensor  # [T] int64, the token after each input
     mask: torch.Tensor  # [T] float32, 1 where the target is trained
     positions: torch.Tensor  # [T] int64, 0, 1, 2, ... in each sequence
-    cu_seqlens: torch.Tensor  # [N + 1] int32, sequence i is tokens[cu_seqlens[i] : cu_seqlens[i + 1]]
+    trained: torch.Tensor  # [n] int64, the places where the mask is 1: mask.nonzero() would wait for the GPU
+    is_trained: np.ndarray  # [T] bool, the mask on the host
     lengths: list[int]  # [N], the lengths of the sequences, on the host
     # [N], (start, size) of the places that a sequence continues; size 0: none
     prefixes: list[tuple[int, int]]
@@ -193,9 +194,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        names = ("tokens", "targets", "mask", "positions", "cu_seqlens")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, extra={name: x.to(device) for name, x in self.extra.items()}, **moved)
+        names = ("tokens", "targets", "mask", "positions", "trained")
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
+        return replace(self, extra={name: to_device(x, device) for name, x in self.extra.items()}, **moved)
+
+
+def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor of the host, to a GPU asynchronously: waiting would empty its queue."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def shared_places(row: Sequence[Example]) -> list[int]:
@@ -239,12 +247,14 @@ def collate(rows: Sequence[Sequence[Example]], multiple: int = 1) -> Batch:
     positions[total:] = np.arange(padded - total)
     firsts = np.cumsum([0, *map(len, rows)])[:-1].repeat([len(row) for row in rows])  # of each example's row
     prefixes = [(int(ends[first]), size) for first, size in zip(firsts, skipped, strict=True)]
+    is_trained = mask > 0
     return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         mask=torch.from_numpy(mask),
         positions=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        trained=torch.from_numpy(is_trained.nonzero()[0]),
+        is_trained=is_trained,
         lengths=lengths,
         prefixes=prefixes,
     )

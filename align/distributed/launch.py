@@ -22,6 +22,8 @@ def run(main: Callable[[C], None], config_class: type[C]) -> None:
     console.adapt()
     try:
         config: Any = parse(config_class)
+        if not hasattr(config, "rollout") or config.rollout.generate_with == "native":
+            parallel.use_expandable_segments()
         with parallel.start(config.parallel) as store:
             log = config.run.output / "log.txt" if hasattr(config, "run") else None
             with watchdog.Watchdog(store, config.parallel.stall_limit, log):

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.resharding.refit import CopyService, NCCLCopyService, get_or_create_service
 from megatron.core.tensor_parallel import layers
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
 from align.kernels.matmul import add_product
@@ -83,6 +85,24 @@ def fuse_gradient_accumulation() -> None:
 
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
     layers._grad_accum_fusion_available = True
+
+
+def measure_gradients_at_once() -> None:
+    """Measure and clip the gradients of all weights in a few kernels, where there is no extension for it.
+
+    Megatron's own loop waits for the GPU at each weight, and scales through a temporary tensor: 16 bytes of
+    memory traffic a weight in place of 8. The bits are the same.
+    """
+
+    def norm(chunk: int, flag: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+        return torch.nn.utils.get_total_norm(lists[0])[None], None
+
+    def scale(chunk: int, flag: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+        assert lists[0] is lists[1]  # in place
+        torch._foreach_mul_(lists[0], factor)
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:  # not apex's, nor Transformer Engine's
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
 
 
 def copy_service() -> CopyService:

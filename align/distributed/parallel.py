@@ -163,6 +163,16 @@ def use_one_queue() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # before CUDA starts; the user's value wins
 
 
+def use_expandable_segments() -> None:
+    """Let torch extend segments of GPU memory: micro-batches differ in length, which fragments fixed ones.
+
+    Not with TensorRT-LLM, which maps the weights into a process of its own: torch would hand it such memory
+    by a system call that containers refuse (pytorch issue 165685).
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def make_deterministic() -> None:
     """Select deterministic reductions, and kernels of Transformer Engine and cuBLAS, on GPUs.
 

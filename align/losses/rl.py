@@ -177,19 +177,26 @@ def policy_loss(
         The loss, a scalar, and sums over the mask without gradients: ratio, clipped ratio, number of tokens
         whose gradient is clipped, k3 of KL(pi_old || pi) in nats, and |r - 1|.
     """
-    trained = mask.bool()  # selected, not multiplied by 0, which would turn an infinite ratio into NaN
-    logprobs, old_logprobs, advantages = logprobs[trained], old_logprobs[trained], advantages[trained]
+    logprobs, old_logprobs, advantages = only_where(mask, logprobs, old_logprobs, advantages)
     ratio = (logprobs - old_logprobs).exp()
     clamped = ratio.clamp(1 - clip, 1 + clip)
     unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clamped
     statistics = {
-        "ppo_ratio": ratio.detach().sum(),
-        "ppo_ratio_clamped": clamped.detach().sum(),
+        "ppo_ratio": (ratio.detach() * mask).sum(),
+        "ppo_ratio_clamped": (clamped.detach() * mask).sum(),
         "clip_fraction": (clipped_loss > unclipped_loss).double().sum(),
         "approx_kl": kl_k3(old_logprobs, logprobs.detach()).sum(),
         "ratio_error": (ratio.detach() - 1).abs().sum(),
     }
     return torch.maximum(unclipped_loss, clipped_loss).sum(), statistics
+
+
+def only_where(mask: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Set [N] inputs to 0 where the mask is 0: their ratio is then 1 and their KL 0, with gradients of 0.
+
+    Multiplied by 0, an infinite ratio would turn into NaN; selecting by the mask would wait for the GPU.
+    """
+    return [x.where(mask.bool(), 0.0) for x in inputs]
 
 
 def value_loss(

@@ -34,6 +34,9 @@ class ModelConfig:
     """matrix products of the layers in 8 bits; needs --attention te and a GPU that has them (H100, H200)"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activation recomputation in the backward pass: attention core (selective) or whole layers (full)"""
+    keep_logits: bool = False
+    """keep the logits between forward and backward pass, 2 bytes for each trained token and vocabulary entry,
+    in place of computing them twice; a language model in bf16"""
 
     @property
     def path(self) -> Path:
@@ -75,6 +78,10 @@ def check_model(
         )
     if config.fp8:
         check_fp8(arch, config, tp)
+    if config.keep_logits and config.dtype == torch.float32:
+        raise UserError(
+            "--keep-logits and --precision fp32, whose logits are overwritten: give --precision bf16"
+        )
 
 
 def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:

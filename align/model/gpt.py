@@ -105,11 +105,11 @@ class Policy(Decoder):
         entropy_grad: bool = True,
     ):
         super().__init__(arch, config, parallel, arch.tied_embeddings, groups, embedding_rows)
-        self.temperature, self.known_ids = temperature, arch.vocab_size
+        self.temperature, self.known_ids, self.keep_logits = temperature, arch.vocab_size, config.keep_logits
         self.entropy, self.entropy_grad = entropy, entropy_grad
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: object) -> Tensor:
-        """Log-probabilities [T] of labels [1, T] where loss_mask [1, T] is not 0, and 0 elsewhere.
+        """Log-probabilities [T] of labels [1, T] at the places loss_mask [n], and 0 elsewhere.
 
         With `entropy` [T, 2], the entropies in the second column, 0 in the same places.
         """
@@ -118,17 +118,17 @@ class Policy(Decoder):
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
-        trained = loss_mask[0].nonzero()[:, 0]
         # The output layer is applied to trained tokens only. First select, then copy: the copy's backward
         # all-reduce silently skips a gradient that is not contiguous.
-        hidden = hidden_states.squeeze(1).index_select(0, trained)
+        hidden = hidden_states.squeeze(1).index_select(0, loss_mask)
         if not self.config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        options = (self.known_ids, group, self.temperature, self.entropy, self.entropy_grad)
-        values = target_logprobs(hidden, weight, labels[0][trained], *options)
-        return values.new_zeros(len(labels[0]), *values.shape[1:]).index_copy(0, trained, values)
+        entropy = self.entropy, self.entropy_grad
+        options = (self.known_ids, group, self.temperature, *entropy, self.keep_logits)
+        values = target_logprobs(hidden, weight, labels[0].index_select(0, loss_mask), *options)
+        return values.new_zeros(len(labels[0]), *values.shape[1:]).index_copy(0, loss_mask, values)
 
 
 class Scorer(Decoder):

@@ -1,7 +1,8 @@
 """Log-probabilities of targets, and entropies, from hidden states, for training and reference alike.
 
 The vocabulary may be split over tensor parallel ranks. Logits are computed for `chunk_size` tokens at a time,
-in float32 in the softmax, and again in the backward pass: the full [tokens, vocabulary] never exists.
+in float32 in the softmax, and again in the backward pass: the full [tokens, vocabulary] never exists, unless
+its bf16 product is kept for the backward pass.
 """
 
 from typing import Any
@@ -29,6 +30,7 @@ def target_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     entropy_grad: bool = True,
+    keep_logits: bool = False,
 ) -> Tensor:
     """log p(targets) for each token, in nats, p = softmax(logits / temperature).
 
@@ -42,6 +44,8 @@ def target_logprobs(
         temperature: divisor of the logits, above 0.
         entropy: compute the entropy H = -sum_v p_v log p_v of each token's distribution as well.
         entropy_grad: False if the entropies have no gradient, which takes a pass over the logits less.
+        keep_logits: keep the products hidden weight^T for the backward pass; not for float32, which is
+            overwritten.
 
     Returns:
         [n] float32, with `entropy` [n, 2]: log-prob and entropy, in nats.
@@ -50,7 +54,15 @@ def target_logprobs(
     if uses_onednn(hidden):
         hidden, targets = padded(hidden), padded(targets)
     logprobs, entropies = TargetLogProbs.apply(
-        hidden, weight, targets, vocab_size, group, temperature, entropy, entropy_grad
+        hidden,
+        weight,
+        targets,
+        vocab_size,
+        group,
+        temperature,
+        entropy,
+        entropy_grad,
+        keep_logits and torch.is_grad_enabled(),
     )
     if entropy:
         return torch.stack([logprobs[:count], entropies[:count]], 1)
@@ -64,13 +76,17 @@ class TargetLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, group, temperature, entropy, entropy_grad):
+    def forward(ctx, hidden, weight, targets, vocab_size, group, temperature, entropy, entropy_grad, keep):
         tp, first = group.size(), group.rank() * weight.shape[0]
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         logsumexp = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if entropy else None
+        products = []
         for here in chunks(hidden, weight):
-            z, *rest = logits(hidden[here], weight, first, vocab_size, temperature)
+            z = linear(hidden[here], weight)
+            if keep:
+                products.append(z)
+            z, *rest = logits(z, first, vocab_size, temperature)
             top = row_max(z, *rest)
             if tp > 1:
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
@@ -83,7 +99,7 @@ class TargetLogProbs(torch.autograd.Function):
                 entropies is not None
             ):  # H = log sum_v exp x_v - sum_v p_v x_v for any shift x of z, here by the maximum
                 entropies[here] = parts[1].log() - parts[2] / parts[1]
-        ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies, *products)
         ctx.vocab_size, ctx.first, ctx.temperature = vocab_size, first, temperature
         # With bf16 weights, Megatron's fp32 buffer of gradients: nothing is rounded on the way to it.
         ctx.main_grad = None if weight.dtype == torch.float32 else getattr(weight, "main_grad", None)
@@ -94,7 +110,7 @@ class TargetLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_entropy):  # noqa: ANN001
-        hidden, weight, targets, logsumexp, entropies = ctx.saved_tensors
+        hidden, weight, targets, logsumexp, entropies, *products = ctx.saved_tensors
         grad = grad / ctx.temperature  # dz / d(hidden weight^T)
         slopes, offsets = None, grad
         if ctx.entropy_grad:
@@ -105,8 +121,9 @@ class TargetLogProbs(torch.autograd.Function):
             total = torch.zeros_like(weight, dtype=torch.float32)
         else:
             total = ctx.main_grad
-        for here in chunks(hidden, weight):
-            z, *rest = logits(hidden[here], weight, ctx.first, ctx.vocab_size, ctx.temperature)
+        for number, here in enumerate(chunks(hidden, weight)):
+            z = products[number] if products else linear(hidden[here], weight)
+            z, *rest = logits(z, ctx.first, ctx.vocab_size, ctx.temperature)
             columns = [
                 None if x is None else x[here, None] for x in (targets, logsumexp, grad, offsets, slopes)
             ]
@@ -114,7 +131,7 @@ class TargetLogProbs(torch.autograd.Function):
             grad_hidden[here] = product(z, weight)
             add_product(total, z.t(), hidden[here])
         grad_weight = total.to(weight.dtype) if ctx.main_grad is None else added(weight)
-        return grad_hidden, grad_weight, *[None] * 6
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 def added(weight: Any) -> Tensor:
@@ -142,15 +159,13 @@ def chunk_size(rows: int, cuda: bool) -> int:
     return max(GPU_LOGITS // rows // 128 * 128, 1024) if cuda else CHUNK
 
 
-def logits(
-    hidden: Tensor, weight: Tensor, first: int, vocab_size: int, temperature: float
-) -> tuple[Tensor, float, int]:
-    """hidden weight^T, [c, V/tp], and the remaining arguments of `scale_and_mask_`: temperature, columns."""
-    z = linear(hidden, weight)
-    real = min(max(vocab_size - first, 0), len(weight))
+def logits(z: Tensor, first: int, vocab_size: int, temperature: float) -> tuple[Tensor, float, int]:
+    """Logits of z = hidden weight^T, [c, V/tp], and the remaining arguments of `scale_and_mask_`."""
+    rows = z.shape[1]
+    real = min(max(vocab_size - first, 0), rows)
     if scales_in_kernels(z):
         return z, temperature, real
-    return scale_and_mask_(z, temperature, real), 1.0, len(weight)
+    return scale_and_mask_(z, temperature, real), 1.0, rows
 
 
 def scales_in_kernels(z: Tensor) -> bool:

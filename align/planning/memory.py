@@ -32,6 +32,7 @@ class RankShape:
     stage: int = 0
     sequence_parallel: bool = False
     recompute: str = "none"
+    keep_logits: bool = False
 
     @property
     def first(self) -> bool:
@@ -237,6 +238,8 @@ def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
         # the last norm; the input of the output layer (a reward model: a copy in fp32)
         total += norm_saves(arch, s) / split * places
         total += (s.item if not arch.labels else FP32 if s.item != FP32 else 0) * h * places
+        if s.keep_logits and not arch.labels:
+            total += s.item * vocabulary(arch, s.tp) * work.tokens
     else:
         total += s.item * h / split * places  # the output, until its gradient is received
     return total * min(s.pp - s.stage, work.count)
@@ -252,12 +255,12 @@ def output_forward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> fl
     """Beside `saved`: the last norm's output and a chunk of logits.
 
     On a CPU logits are fp32, beside the product in bf16, or beside exp(logits) for the entropy; on a GPU in
-    bf16 nothing else is written.
+    bf16 nothing else is written. With keep_logits the product is among `saved`.
     """
     if arch.labels:
         return s.item * arch.hidden_size * work.tokens / s.cp
     if s.gpu and s.item == 2:
-        per_logit = 2
+        per_logit = 0 if s.keep_logits else 2
     else:
         per_logit = max(FP32 + (s.item if s.item != FP32 else 0), FP32 * (1 + work.entropy))
     return s.item * arch.hidden_size * work.tokens / s.cp + per_logit * chunk(arch, s, work)
@@ -270,7 +273,7 @@ def output_backward(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> f
         return 2 * s.item * h * work.tokens / s.cp
     total = s.item * h * work.tokens / s.cp + FP32 * rows * h
     if s.gpu:
-        product, per_logit = 0, 2 * s.item  # logits and their gradient
+        product, per_logit = 0, s.item * (1 if s.keep_logits else 2)  # logits and their gradient
     elif s.item == FP32:
         product, per_logit = FP32 * min(rows, BLOCK) * h, FP32 * (1 + work.entropy)
     else:

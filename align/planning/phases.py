@@ -137,13 +137,13 @@ class Job:
     @property
     def layout(self) -> RankShape:
         """Setting of all models on the first stage."""
-        p = self.config.parallel
+        p, model = self.config.parallel, self.config.model
         dp = self.cluster.world // (p.tp * p.pp * p.cp)
-        precision = self.config.model.precision
+        precision = model.precision
         item = 2 if precision == "bf16" or (precision == "auto" and self.cluster.gpu) else 4
-        return RankShape(
-            item, self.cluster.gpu, p.tp, p.pp, p.cp, dp, 0, p.sequence_parallel, self.config.model.recompute
-        )
+        sizes = p.tp, p.pp, p.cp, dp, 0
+        flags = p.sequence_parallel, model.recompute, model.keep_logits
+        return RankShape(item, self.cluster.gpu, *sizes, *flags)
 
     def phases(self, s: RankShape) -> list[Phase]:
         """The phases on one pipeline stage, each with the peak of what it alone allocates."""

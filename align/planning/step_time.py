@@ -31,7 +31,7 @@ LAUNCHES = 0.6e-3, 1.75e-3  # seconds of Python of a layer: forward; forward and
 DECODE_KERNELS = 28e-6  # seconds that the starts of a layer's kernels take inside a CUDA graph
 DECODE_LAUNCHES = 0.28e-3  # seconds of Python of a layer's decode step without a graph
 REDUCE_LATENCY = 20e-6  # seconds of a small all-reduce in a node
-OPTIMIZER_BYTES = 58  # of a weight: norm 4, clipping 16, AdamW 28, copy to bf16 6, zeroing 4
+OPTIMIZER_BYTES = 50  # of a weight: norm 4, clipping 8, AdamW 28, copy to bf16 6, zeroing 4
 ACCUMULATION_BYTES = 8  # of a weight, in each micro-batch: read and write the fp32 gradient
 
 
@@ -95,9 +95,9 @@ def micro_batch(
     items = {"products": products, "attention": attention, "elementwise": elementwise}
     waits = max(LAUNCHES[trains] - sum(items.values()), 0.0)
     items = {name: layers * value for name, value in (items | {"launches": waits}).items()}
-    if s.last and not arch.labels:  # logits are computed again for their gradient
+    if s.last and not arch.labels:  # logits are computed again for their gradient, unless kept
         rows = memory.vocabulary(arch, s.tp)
-        operations = 2 * (4 if trains else 1) * load.tokens / s.cp * rows * arch.hidden_size
+        operations = 2 * (4 - s.keep_logits if trains else 1) * load.tokens / s.cp * rows * arch.hidden_size
         traffic = s.item * (5 if trains else 2) * places * rows
         items["logits"] = operations / (peak * PRODUCTS) + traffic / bandwidth
     return items | {"layer_exchange": layers * layer_exchange(arch, s, places, cluster, trains)}

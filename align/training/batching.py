@@ -80,7 +80,7 @@ def per_example_outputs(
         "trained": [np.array([example.trained.sum() for example in row]) for row in rows],
     }
     batches = micro_batches(model, rows, config, values)
-    outputs = engine.outputs(model, batches, lambda batch, output: output[batch.mask.bool()])
+    outputs = engine.outputs(model, batches, lambda batch, output: output.index_select(0, batch.trained))
     own_outputs: dict[int, np.ndarray] = {}
     for batch, output in zip(batches, outputs, strict=True):
         parts = [part.numpy() for part in output.cpu().split(batch.extra["trained"].tolist())]

@@ -215,7 +215,8 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
         template["rng"] = rng_state()
     state = dist_checkpointing.load(template, str(path))
     fill(model.module, state["model"])
-    settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    names = ("betas", "weight_decay", "fused", "foreach")  # the last two only of torch's AdamW
+    settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     weights = [bit_sum(weight) for weight, _ in own_weights(optimizer)]  # fp32 main weights overwrite them
     optimizer.load_state_dict(state["optimizer"])
     is_right = weights == [bit_sum(main) for _, main in own_weights(optimizer)]

@@ -26,7 +26,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from align.data import context_slices
-from align.data.packing import Batch
+from align.data.packing import Batch, to_device
 from align.distributed import parallel, watchdog
 from align.model import attention
 
@@ -130,13 +130,14 @@ def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
     tokens = len(batch.tokens)
     layout = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
     own = functools.partial(context_slices.take, spans=context_slices.spans_of_rank(tokens, *layout))
+    trained = torch.from_numpy(own(torch.from_numpy(batch.is_trained)).numpy().nonzero()[0])
     qkv_format = "thd" if unwrap_model(model).te else None
     return model(
         input_ids=own(batch.tokens)[None],
         position_ids=own(batch.positions)[None],
         attention_mask=None,
         labels=own(batch.targets)[None],
-        loss_mask=own(batch.mask)[None],
+        loss_mask=to_device(trained, batch.tokens.device),  # places, in place of Megatron's mask
         packed_seq_params=attention.packed_params(
             batch.lengths, batch.prefixes, tokens, qkv_format, batch.tokens.device
         ),

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
+from align.distributed import megatron_patches
 from align.errors import UserError
 from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ranges, number
 
@@ -74,6 +75,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimizer:
     """Build AdamW over the model's present weights: load weights before, not after."""
+    megatron_patches.measure_gradients_at_once()
     dtype = model.module.config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(

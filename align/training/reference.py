@@ -15,7 +15,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from align.data.packing import Batch
+from align.data.packing import Batch, to_device
 from align.data.preferences import Pair
 from align.distributed import parallel
 from align.errors import UserError
@@ -84,7 +84,7 @@ class Precomputed:
         """Set extra["ref"] of each micro-batch, [2P] in nats."""
         for batch in batches:
             logprobs = self.tables[name][batch.extra["row"].cpu().numpy()].reshape(-1)
-            batch.extra["ref"] = torch.from_numpy(logprobs).to(parallel.device())
+            batch.extra["ref"] = to_device(torch.from_numpy(logprobs), parallel.device())
 
 
 def without_repeats(batches: Iterable[Sequence[int]]) -> list[list[int]]:

@@ -120,11 +120,10 @@ def test_collate_by_hand():
     assert batch.targets.tolist() == [6, 7, 8, 10, 11, 0, 0, 0]
     assert batch.mask.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.trained.tolist() == np.flatnonzero(batch.is_trained).tolist() == [1, 2, 3]
     assert batch.lengths == [3, 2] == [row.num_inputs for row in examples]
-    types = [batch.tokens.dtype, batch.targets.dtype, batch.mask.dtype, batch.positions.dtype]
-    assert types == [torch.int64, torch.int64, torch.float32, torch.int64]
-    assert batch.cu_seqlens.dtype == torch.int32
+    tensors = batch.tokens, batch.targets, batch.mask, batch.positions, batch.trained
+    assert [x.dtype for x in tensors] == [torch.int64, torch.int64, torch.float32, torch.int64, torch.int64]
 
 
 def test_collate_pads_only_where_it_must():
@@ -139,7 +138,7 @@ def test_collate_of_nothing_is_padding():
     assert batch.tokens.tolist() == [0] * 8
     assert batch.positions.tolist() == list(range(8))
     assert batch.mask.sum() == 0
-    assert (batch.cu_seqlens.tolist(), batch.lengths) == ([0], [])
+    assert (batch.trained.tolist(), batch.lengths) == ([], [])
     assert len(packing.collate([]).tokens) == 1
 
 
@@ -149,9 +148,8 @@ def test_collate_keeps_every_trained_token(tiny):
     ]
     batch = packing.collate([[row] for row in rows], multiple=64)
     assert batch.mask.sum() == packing.num_trained(rows) == sum(2 * n + 1 for n in range(1, 9))
-    for i, row in enumerate(rows):
-        part = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-        assert batch.targets[part][batch.mask[part] > 0].tolist() == row.ids[row.trained].tolist()
+    expected = [token for row in rows for token in row.ids[row.trained].tolist()]
+    assert batch.targets[batch.trained].tolist() == batch.targets[batch.mask > 0].tolist() == expected
 
 
 def test_collate_shares_the_common_beginning():
@@ -191,10 +189,8 @@ def test_shared_places(first, second, shared):
 
 def test_batch_moves():
     batch = packing.collate([[make_example([1, 2, 3], [0, 1, 1])]]).to("meta")
-    assert all(
-        x.is_meta for x in (batch.tokens, batch.targets, batch.mask, batch.positions, batch.cu_seqlens)
-    )
-    assert batch.lengths == [2]
+    assert all(x.is_meta for x in (batch.tokens, batch.targets, batch.mask, batch.positions, batch.trained))
+    assert batch.lengths == [2] and batch.is_trained.tolist() == [True, True]
 
 
 def test_positions_that_are_one_too_high_are_noticed():

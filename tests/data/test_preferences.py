@@ -391,7 +391,7 @@ def test_as_scored_through_collate(tiny, tmp_path: Path):
     batch = packing.collate([[preferences.as_scored(example)] for example in examples], multiple=8)
     assert batch.lengths == [len(example.ids) for example in examples] == [5, 6, 4, 2]
     assert batch.tokens[:17].tolist() == [*b"Q: b", EOS, *b"Q: cd", EOS, *b"abc", EOS, ord("d"), EOS]
-    assert np.flatnonzero(batch.mask).tolist() == [4, 10, 14, 16] == (batch.cu_seqlens[1:] - 1).tolist()
+    assert np.flatnonzero(batch.mask).tolist() == [4, 10, 14, 16] == batch.trained.tolist()
     assert len(batch.tokens) == 24  # the rest is padding
     first = preferences.as_scored(examples[0])
     assert (first.ids.dtype, first.trained.dtype) == (np.int32, np.bool_)

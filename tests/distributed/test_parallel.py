@@ -1,11 +1,14 @@
 """Sizes that do not fit are refused with the flag; times as Slurm writes them."""
 
+import importlib
 import os
+import sys
+from unittest import mock
 
 import pytest
 import torch
 
-from align.distributed import parallel
+from align.distributed import launch, parallel
 from align.distributed.parallel import ParallelConfig, check_grid, parse_time
 from align.errors import UserError
 from align.model import architecture
@@ -88,6 +91,8 @@ def environment(monkeypatch):
     """The variables that have been set since the test began; none of these was before."""
     names = (
         "CUDA_DEVICE_MAX_CONNECTIONS",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
         "CUBLAS_WORKSPACE_CONFIG",
         "NCCL_ALGO",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
@@ -117,6 +122,26 @@ def test_what_the_user_sets_stays(environment):
     parallel.use_one_queue()
     assert environment()["NCCL_ALGO"] == "allreduce:tree"
     assert environment()["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+@pytest.mark.parametrize(
+    "script, flags, own, expected",
+    [
+        ("train_sft", [], {}, "expandable_segments:True"),
+        ("train_ppo", [], {}, "expandable_segments:True"),
+        ("train_ppo", ["--generate-with", "trtllm"], {}, None),
+        ("train_sft", [], {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("train_sft", [], {"PYTORCH_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_segments_grow_but_with_trtllm(script, flags, own, expected, environment, monkeypatch):
+    """Before CUDA starts; the user's value stays under both names."""
+    os.environ.update(own)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.setattr(parallel, "start", mock.Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        launch.run(lambda config: None, importlib.import_module(script).Config)
+    assert environment().get("PYTORCH_CUDA_ALLOC_CONF") == expected
 
 
 @pytest.mark.parametrize(

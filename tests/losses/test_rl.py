@@ -372,6 +372,20 @@ def test_policy_loss_on_the_policy_that_drew_the_answers():
     }
 
 
+@pytest.mark.parametrize("estimator", [rl.kl_k1, rl.kl_abs, rl.kl_k2, rl.kl_k3])
+def test_kl_only_where_the_mask_is_1(estimator):
+    """The sum and its gradient are those of the tokens inside, beside log-ratios of +-infinity and NaN."""
+    inside, inside_ref = f64(-1.0, -2.0), f64(-1.5, -0.25)
+    logprobs = torch.cat([inside, f64(-1.0, -math.inf, math.nan)]).requires_grad_()
+    ref = torch.cat([inside_ref, f64(-math.inf, -1.0, -1.0)])
+    kl = estimator(*rl.only_where(f64(1.0, 1.0, 0.0, 0.0, 0.0), logprobs, ref)).sum()
+    kl.backward()
+    alone = inside.requires_grad_()
+    expected = estimator(alone, inside_ref).sum()
+    expected.backward()
+    assert torch.equal(kl, expected) and torch.equal(logprobs.grad, torch.cat([alone.grad, torch.zeros(3)]))
+
+
 def test_policy_loss_is_a_sum():
     four = four_cases()
     once, twice = rl.policy_loss(*four, 0.2), rl.policy_loss(*(x.repeat(2) for x in four), 0.2)
@@ -588,8 +602,8 @@ SEEDED: dict[str, tuple[str, str, str, Callable]] = {  # function, words, others
     ),
     "policy: answers left out are trained": (
         "policy_loss",
-        "mask.bool()",
-        "torch.ones_like(mask).bool()",
+        "only_where(mask,",
+        "only_where(torch.ones_like(mask),",
         test_policy_loss_does_not_look_at_masked_tokens,
     ),
     "policy: the ratio is upside down": (
@@ -640,7 +654,7 @@ def test_a_named_test_fails_with_this_bug(name):
 def test_masked_tokens_multiplied_by_0_are_a_bug_that_is_noticed():
     """0 times an infinite loss is NaN."""
     words = [
-        ("mask.bool()", "torch.ones_like(mask).bool()"),
+        ("only_where(mask,", "only_where(torch.ones_like(mask),"),
         ("torch.maximum(", "(mask * torch.maximum("),
         ("clipped_loss).sum(), statistics", "clipped_loss)).sum(), statistics"),
     ]

@@ -143,6 +143,23 @@ def test_entropies_without_a_gradient():
     assert not torch.allclose(attached[1], detached[1])
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_kept_logits_change_no_bit_and_save_a_product(entropy, monkeypatch):
+    """In bf16, for the backward pass only: two chunks are two products, and without them four."""
+    products, results = [], []
+    monkeypatch.setattr(logprobs, "linear", lambda *args: products.append(args) or linear(*args))
+    hidden, weight, targets, grad = inputs(CHUNK + 9)
+    grad = entropy_grad(CHUNK + 9) if entropy else grad
+    for keep in (True, False):
+        leaves = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
+        options = dict(entropy=entropy, keep_logits=keep)
+        values = target_logprobs(*leaves, targets, VOCAB, ALONE, 0.7, **options)
+        values.backward(grad)
+        results.append((values.detach(), *(x.grad for x in leaves)))
+        assert len(products) == (2 if keep else 2 + 4)
+    assert all(map(torch.equal, *results))
+
+
 def test_zero_tokens():
     hidden, weight, targets, _ = inputs(0)
     for shape in ((0,), (0, 2)):

@@ -268,6 +268,21 @@ def test_what_a_layer_really_keeps(precision, recompute, changes, shared):
     assert planned * places - masks == pytest.approx((three - one) / 2, abs=state)
 
 
+def test_kept_logits():
+    """2 bytes for each of 320 columns of a trained token; on a GPU no others exist beside their gradient."""
+    flags = [ModelConfig(precision="bf16", keep_logits=keep) for keep in (True, False)]
+    (more, batch), (less, _) = (kept(MIDDLE, config, 0) for config in flags)
+    count = len(batch.trained)
+    assert count == len(batch.tokens) == 192 and more - less == 2 * 320 * count
+    work, setting = MicroBatchLoad(count, 1, longest=80), replace(BF16, keep_logits=True)
+    assert memory.saved(MIDDLE, setting, work) - memory.saved(MIDDLE, BF16, work) == more - less
+    scorer = replace(MIDDLE, labels=1)
+    assert memory.saved(scorer, setting, work) == memory.saved(scorer, BF16, work)
+    on_gpu = replace(GPU, keep_logits=True)
+    assert memory.output_forward(SMALL, on_gpu, WORK) == 64 * 16
+    assert memory.output_backward(SMALL, on_gpu, WORK) == 64 * 16 + 4 * 1024 + 2 * 64 * 128
+
+
 # ---- what lives for a moment -----------------------------------------------------------------------------
 
 

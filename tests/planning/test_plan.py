@@ -384,6 +384,13 @@ def test_stages_differ(capsys):
     assert f"peak of each pipeline stage in GB: {told}; below stage 0" in capsys.readouterr().out
 
 
+def test_kept_logits_are_planned():
+    recomputed, kept = (job_of("train_sft", f"--precision bf16 {flag}") for flag in ("", "--keep-logits"))
+    assert kept.layout == replace(recomputed.layout, keep_logits=True)
+    with pytest.raises(UserError, match="--keep-logits and --precision fp32"):
+        job_of("train_sft", "--precision fp32 --keep-logits")
+
+
 @pytest.mark.parametrize(
     "flags, phase, item, help",
     [

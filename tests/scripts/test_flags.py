@@ -200,6 +200,8 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
     ("generate --prompt Hi --raw", """--chat-template-kwargs '{"a": 1}' with --raw"""),
     ("generate --chat", "--add-bos False with --chat"),
     ("generate --prompt Hi", "--recompute full without training"),
+    ("generate --prompt Hi", "--keep-logits without training"),
+    ("train_rm", "--keep-logits with a reward model"),
     ("generate --prompt Hi", "--sequence-parallel without training"),
     ("generate --prompt Hi", "--rollout-tp 2 with --rollout-layout same"),
     ("train_ppo --rollout-layout same", "--rollout-tp 2 with --rollout-layout same"),

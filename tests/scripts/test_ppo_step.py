@@ -84,7 +84,7 @@ def recorded(script: str, flags: list[str], tokenizer: Tokenizer) -> dict:
 
 def sequences(batch: Batch) -> list[dict]:
     """Trained targets of each sequence of a micro-batch, and the tensors beside them."""
-    ends, first, parts = batch.cu_seqlens.tolist(), 0, []
+    ends, first, parts = np.cumsum([0, *batch.lengths]).tolist(), 0, []
     for start, end in zip(ends, ends[1:], strict=False):
         targets = batch.targets[start:end][batch.mask[start:end].bool()].tolist()
         here = slice(first, first + len(targets))

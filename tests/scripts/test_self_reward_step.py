@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, pvariance
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -97,7 +98,7 @@ def recorded(flags: list[str], tokenizer: Tokenizer) -> dict:
 
 def pairs_of(batch: Batch, policy: torch.Tensor) -> list[dict]:
     """The pairs of a micro-batch: of both sequences what is trained and where it stands, and the gap."""
-    ends, first, sides = batch.cu_seqlens.tolist(), 0, []
+    ends, first, sides = np.cumsum([0, *batch.lengths]).tolist(), 0, []
     for start, end in zip(ends, ends[1:], strict=False):
         trained = batch.mask[start:end].bool()
         here = slice(first, first + int(trained.sum()))

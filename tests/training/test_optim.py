@@ -5,15 +5,18 @@ import math
 
 import pytest
 import torch
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads
 
 from align.data.packing import BatchConfig
 from align.distributed import megatron_patches, parallel
 from align.errors import UserError
 from align.model import architecture, gpt, huggingface, logprobs
 from align.model.config import ModelConfig, overlaps_gradients
-from align.training import batching, engine, optim
+from align.training import batching, checkpoint, engine, optim
 from tests.support.launch import fork_ranks
 from tests.support.parity_data import LOSSES, data_set
+from tests.support.waits import Waits
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
 
@@ -117,6 +120,38 @@ def test_the_rate_is_the_size_of_the_first_step_and_the_norm_is_before_clipping(
     assert optim.step(optimizer, 1e-3) == pytest.approx(2 * count**0.5, rel=1e-5)
     for parameter, old in zip(policy.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), old - 1e-3, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_measured_and_clipped_at_once(models, monkeypatch):
+    """With the bits of Megatron's loop over the weights, which waits at each; this waits once a step."""
+    results = []
+    for ours in (True, False):
+        policy, optimizer = build(models / "llama", "fp32", clip_grad=0.5)
+        if not ours:
+            monkeypatch.setattr(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+            monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+        with Waits() as waits:
+            norms = []
+            for seed in range(2):
+                random_gradient(policy, seed)
+                norms.append(optim.step(optimizer, 1e-3))
+        assert len(waits.names) == (2 if ours else 4)  # and more, inside of torch.tensor(numbers of the GPU)
+        results.append((norms, [p.detach().clone() for p in policy.parameters()]))
+    assert results[0][0] == results[1][0] and min(results[0][0]) > 0.5
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_a_checkpoint_of_another_adam_leaves_torch_fused(models, tmp_path):
+    """Transformer Engine's Adam has no such setting in its groups, and so none in its checkpoints."""
+    policy, optimizer = build(models / "llama", "fp32")
+    random_gradient(policy, 0)
+    optim.step(optimizer, 1e-3)
+    for group in optimizer.param_groups:
+        del group["fused"], group["foreach"]
+    checkpoint.write(tmp_path / "saved", 1, policy, optimizer)
+    policy, optimizer = build(models / "llama", "fp32")
+    checkpoint.load(tmp_path / "saved", policy, optimizer, same_layout=True)
+    assert [(group["fused"], group["foreach"]) for group in optimizer.param_groups] == [(True, False)] * 2
 
 
 def test_bf16_weights_follow_fp32_main_weights(models):

@@ -214,7 +214,6 @@ def main(config: Config) -> None:
     reward = config.reward.resolved(is_toy=not config.train_data)
     session.say(reward.describe())
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
-    stop_texts = (*config.sampling.stop, *tokenizer.stop_strings)
     sources.warn_of_other_ends(reward, tokenizer, session.say)
     rows = node.once(
         partial(prompts.load_sets, files, tokenizer, config.format, arch.vocab_size, session.say)
@@ -295,7 +294,7 @@ def main(config: Config) -> None:
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
             warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
-        audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, stop_texts)
+        audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, generator.sampling.stop)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         examples = [example for group in sampled.examples() for example in group]
         packed = Minibatches(policy, examples, config.draws(step), config.batch)

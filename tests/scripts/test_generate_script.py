@@ -303,7 +303,7 @@ def test_rows_of_every_format_are_answered_in_order(one, folder, greedy):
     assert rows == [{name: value for name, value in row.items() if name != "response"} for row in ROWS]
     assert "é" in written.read_text(), "text that people can read"
     out, shown = one["file"]
-    assert out == "" and re.search(r"4 answers, \d+ tokens, [\d.,]+ tokens/s", shown)
+    assert out == "" and re.search(r"4 responses, \d+ tokens, [\d.,]+ tokens/s", shown)
     assert [path.name for path in written.parent.iterdir()] == ["greedy.jsonl"]
 
 

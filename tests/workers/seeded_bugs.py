@@ -147,9 +147,9 @@ SAMPLER = {  # what the sampler computes
         "sampler",
         {
             "align.generation.generator.Generator.generate": [
-                ("offload.restore(self.freed)", "hasattr(self, 'kept') or offload.restore(self.freed)"),
-                ("self.reshard.run()", "hasattr(self, 'kept') or self.reshard.run()"),
-                ("self.freed = offload.release(self.copy.parameters())", "self.kept = True"),
+                ("offload.restore(self.freed)", "hasattr(self, 'stale') or offload.restore(self.freed)"),
+                ("self.reshard.run()", "hasattr(self, 'stale') or self.reshard.run()"),
+                ("self.freed = offload.release(self.copy.parameters())", "self.stale = True"),
             ]
         },
         "reshard",

@@ -27,6 +27,7 @@ from align.kernels import matmul
 MODULES = (
     "dist_checkpointing.strategies.async_utils",
     "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.state_dict_saver",
     "dist_checkpointing.strategies.torch",
     "distributed",
     "models.gpt",

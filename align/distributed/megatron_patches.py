@@ -1,4 +1,4 @@
-"""Repairs of Megatron-Core 0.16 on every device. megatron_on_cpu.py has what only CPUs need."""
+"""Repairs of Megatron-Core 0.16 and 0.19 on every device. megatron_on_cpu.py has what only CPUs need."""
 
 import itertools
 import queue
@@ -18,7 +18,7 @@ from align.kernels.matmul import add_product
 
 
 def keep_step_through_loading() -> None:
-    """Keep the "step" of torch's AdamW through loading: Megatron 0.16 drops it and then asks for it."""
+    """Keep the "step" of torch's AdamW through loading: Megatron drops it and then asks for it."""
     original = DistributedOptimizer._set_main_param_and_optimizer_states
     if original.__name__ == "with_step":
         return
@@ -32,7 +32,7 @@ def keep_step_through_loading() -> None:
 
 
 def save_without_padding_of_buckets() -> None:
-    """Find each parameter's state where Megatron 0.16 gathers it for a checkpoint.
+    """Find each parameter's state where Megatron gathers it for a checkpoint.
 
     It gathers the buckets of a buffer without the padding at their ends, and then looks for the parameters
     where they are in the padded buffer: after the first padded bucket all are shifted.

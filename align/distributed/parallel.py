@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -235,7 +236,8 @@ def layout_sizes() -> dict[str, int]:
 def layout() -> str:
     """Description of the grid, for the log."""
     grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
-    return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}"
+    versions = f"torch {torch.__version__}, Megatron-Core {megatron.core.__version__}"
+    return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}, {versions}"
 
 
 def sum_over_dp(x: Tensor) -> Tensor:

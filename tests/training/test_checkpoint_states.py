@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.launch import fork_ranks
 
-FAULTY = [  # as Megatron 0.16 alone writes them
+FAULTY = [  # as Megatron alone writes them
     {"model": "llama", "precision": precision, "layout": {}, "repaired": False}
     for precision in ("fp32", "bf16")
 ]

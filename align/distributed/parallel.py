@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import megatron.core
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu

@@ -20,7 +20,8 @@ FACTS = """
 import json
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import layers
-print(json.dumps({"fuses": layers._grad_accum_fusion_available, "queue": repr(filesystem_async._results_queue)}))
+facts = {"fuses": layers._grad_accum_fusion_available, "queue": repr(filesystem_async._results_queue)}
+print(json.dumps(facts))
 """
 
 
@@ -42,7 +43,7 @@ def test_megatron_alone_makes_the_queue_of_a_save_in_another_process(untouched):
 
 @pytest.mark.parametrize("repaired", [False, True])
 def test_megatron_alone_asks_for_the_step_that_it_drops(repaired, monkeypatch):
-    """Loading one weight with torch's AdamW, whose state has a step that is no part of what Megatron hands over."""
+    """Loading one weight with torch's AdamW, whose state has a step that Megatron does not hand over."""
     original = DistributedOptimizer._set_main_param_and_optimizer_states
     if original.__name__ == "with_step":  # another test has repaired it
         original = original.__closure__[0].cell_contents

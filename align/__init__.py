@@ -1,3 +1,4 @@
+import logging
 import sys
 import warnings
 
@@ -9,3 +10,8 @@ if help_imports.only_help(sys.argv[1:]):
 # Megatron warns of missing packages in a dozen lines per rank; the run's log names the kernels in use.
 warnings.filterwarnings("ignore", module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # Megatron's calls
+# Notes of Megatron-Core 0.19 on defaults of its own.
+NOTES = ("DistributedDataParallel: full_param_layout not provided", "MCore's async save is deprecated")
+for name in ("distributed.distributed_data_parallel", "dist_checkpointing.strategies.torch"):
+    logger = logging.getLogger(f"megatron.core.{name}")
+    logger.addFilter(lambda record: not str(record.msg).startswith(NOTES))

@@ -1,4 +1,4 @@
-"""Run Megatron-Core 0.16 without CUDA.
+"""Run Megatron-Core 0.16 and 0.19 without CUDA.
 
 Megatron names CUDA in many places: `device="cuda"` in its schedules and optimizers,
 `torch.cuda.current_device()`, the CUDA random state. `enable()` replaces `torch` in Megatron's own modules by
@@ -27,6 +27,7 @@ from align.kernels import matmul
 MODULES = (
     "dist_checkpointing.strategies.async_utils",
     "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.state_dict_saver",
     "dist_checkpointing.strategies.torch",
     "distributed",
     "models.gpt",

@@ -1,11 +1,15 @@
-"""Repairs of Megatron-Core 0.16 on every device. megatron_on_cpu.py has what only CPUs need."""
+"""Repairs of Megatron-Core 0.16 and 0.19 on every device. megatron_on_cpu.py has what only CPUs need."""
 
 import itertools
 import queue
+from pathlib import Path
 from types import SimpleNamespace
 
+import megatron.core
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -16,9 +20,13 @@ from torch import Tensor
 
 from align.kernels.matmul import add_product
 
+VERSION = tuple(map(int, megatron.core.__version__.split(".")[:2]))
+# By default 0.19 writes in the background by an extension of NVIDIA's; 0.16 has no such choice.
+ASYNC_SAVE = {"async_strategy": "mcore"} if VERSION >= (0, 19) else {}
+
 
 def keep_step_through_loading() -> None:
-    """Keep the "step" of torch's AdamW through loading: Megatron 0.16 drops it and then asks for it."""
+    """Keep the "step" of torch's AdamW through loading: Megatron drops it and then asks for it."""
     original = DistributedOptimizer._set_main_param_and_optimizer_states
     if original.__name__ == "with_step":
         return
@@ -32,7 +40,7 @@ def keep_step_through_loading() -> None:
 
 
 def save_without_padding_of_buckets() -> None:
-    """Find each parameter's state where Megatron 0.16 gathers it for a checkpoint.
+    """Find each parameter's state where Megatron gathers it for a checkpoint.
 
     It gathers the buckets of a buffer without the padding at their ends, and then looks for the parameters
     where they are in the padded buffer: after the first padded bucket all are shifted.
@@ -62,6 +70,25 @@ def without_padding(buffer: _ParamAndGradBuffer) -> dict[torch.nn.Parameter, tup
         parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
         for parameter, (start, end, bucket) in buffer.param_index_map.items()
     }
+
+
+def read_common_state_of_later_versions() -> None:
+    """Load the checkpoints of Megatron-Core 0.19 with 0.16: their common state is an object among the shards.
+
+    0.16 reads it from a file of its own, common.pt; 0.19 reads both.
+    """
+    if VERSION >= (0, 19) or common.TorchCommonLoadStrategy.load_common.__name__ == "load_either":
+        return
+    strategy = common.TorchCommonLoadStrategy
+    original = strategy.load_common
+
+    def load_either(self: object, checkpoint_dir: str | Path) -> dict:
+        if (Path(checkpoint_dir) / common.COMMON_STATE_FNAME).exists():
+            return original(self, checkpoint_dir)
+        state = ShardedObject("common_state", None, (1,), (0,))
+        return TorchDistLoadShardedStrategy().load({"common": state}, Path(checkpoint_dir))["common"]
+
+    strategy.load_common = load_either
 
 
 def use_thread_queue() -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -235,7 +236,8 @@ def layout_sizes() -> dict[str, int]:
 def layout() -> str:
     """Description of the grid, for the log."""
     grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
-    return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}"
+    versions = f"torch {torch.__version__}, Megatron-Core {megatron.core.__version__}"
+    return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}, {versions}"
 
 
 def sum_over_dp(x: Tensor) -> Tensor:

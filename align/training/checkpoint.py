@@ -213,7 +213,7 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
     template = sharded_state(model, optimizer, is_loading=True)
     if same_layout:
         template["rng"] = rng_state()
-    state = dist_checkpointing.load(template, str(path))
+    state = load_state(path, template)
     fill(model.module, state["model"])
     names = ("betas", "weight_decay", "fused", "foreach")  # the last two only of torch's AdamW
     settings = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
@@ -237,6 +237,12 @@ def load(path: Path, model: DistributedDataParallel, optimizer: MegatronOptimize
         set_rng_state(state["rng"])
 
 
+def load_state(path: Path, template: dict) -> dict:
+    """Load a sharded state that Megatron-Core 0.16 or 0.19 wrote, whichever is installed. Collective."""
+    megatron_patches.read_common_state_of_later_versions()
+    return dist_checkpointing.load(template, str(path))
+
+
 def own_weights(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's part of each weight, and the main weights of the part."""
     for adam in optim.adams(optimizer):
@@ -254,7 +260,7 @@ def bit_sum(values: torch.Tensor) -> int:
 def load_weights(path: Path, model: MegatronModule) -> None:
     """Load the weights of a model that is not trained, from any layout and precision. Collective."""
     template = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
-    fill(model, dist_checkpointing.load(template, str(path))["model"])
+    fill(model, load_state(path, template)["model"])
 
 
 def fill(model: MegatronModule, state: dict) -> None:

@@ -58,12 +58,13 @@ def check_pickles(directory: Path) -> None:
     for path in sorted(directory.rglob(".metadata")):  # one in each of Megatron's folders
         folder = path.parent
         backends = read_object(folder / "metadata.json")
-        if changed := [name for name, value in BACKENDS.items() if backends.get(name) != value]:
+        # Megatron-Core 0.19 has no common_backend, nor common.pt
+        if changed := [name for name, value in BACKENDS.items() if backends.get(name, "torch") != value]:
             raise UserError(f"{folder}/metadata.json: {changed[0]} must be {BACKENDS[changed[0]]!r}")
         try:
             metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-            path = folder / "common.pt"
-            torch.load(path, map_location="cpu", weights_only=True)
+            if (path := folder / "common.pt").exists() or "common_backend" in backends:
+                torch.load(path, map_location="cpu", weights_only=True)
             for index, place in metadata.storage_data.items():
                 if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
                     path = folder / place.relative_path

@@ -38,9 +38,8 @@ class Writer:
         live = storages(state)
         megatron_patches.use_thread_queue()
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        request = dist_checkpointing.save(
-            state, str(path), sharded_strategy=strategy, async_sharded_save=True
-        )
+        options = dict(sharded_strategy=strategy, async_sharded_save=True, **megatron_patches.ASYNC_SAVE)
+        request = dist_checkpointing.save(state, str(path), **options)
         buckets = [copy(bucket, live) for bucket in request.preload_fn()] if request.preload_fn else []
         for _, _, (_, tensors) in request.async_fn_args[1] if buckets else []:
             tensors.clear()  # only `buckets` holds the copies, and only until they are written

@@ -5,12 +5,17 @@ with data parallel ranks; the workers make them small.
 """
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
+from align.distributed import parallel
+from align.training import checkpoint, checkpoint_files
 from tests.support.launch import fork_ranks
 
-FAULTY = [  # as Megatron 0.16 alone writes them
+FAULTY = [  # as Megatron alone writes them
     {"model": "llama", "precision": precision, "layout": {}, "repaired": False}
     for precision in ("fp32", "bf16")
 ]
@@ -47,3 +52,17 @@ def test_what_is_loaded_is_what_was_saved(results):
         for case, result in zip(CASES, of_rank[len(FAULTY) :], strict=True):
             assert result["buckets"] > 2 and not result["differ"], (rank, case, result)
     assert all(result["padding"] > 0 for result in results[0][len(FAULTY) :])
+
+
+@pytest.mark.parametrize("version", ["0_16", "0_19"])
+def test_a_checkpoint_of_either_megatron_loads(version):
+    """0.16 keeps its common state in common.pt, 0.19 among the shards. That version wrote the directory."""
+    path = Path(__file__).parent / "checkpoints" / f"megatron_{version}"
+    assert (path / "common.pt").exists() == (version == "0_16")
+    checkpoint_files.check_pickles(path)
+    with parallel.start(parallel.ParallelConfig()):
+        weight = ShardedTensor.from_rank_offsets("weight", torch.zeros(2, 3))
+        rng = ShardedObject("rng", None, (1,), (0,), replica_id=0)
+        state = checkpoint.load_state(path, {"model": {"weight": weight}, "rng": rng})
+    assert state["model"]["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (state["step"], state["rng"]) == (7, {"seed": 5})

@@ -8,7 +8,8 @@ are bf16 with fp32 main weights, gradients and Adam. Sections:
     limits   the rate of an 8192^3 bf16 product, and of a device-to-device copy (bytes read and written)
     sft      optimizer steps on packed rows of 512 to 2048 tokens, all trained, as train_sft.py takes them
     dpo      the same on pairs, with the log-probs of the reference in every step (--reference swap)
-    decode   sampling after prompts of 128 tokens, 1, 32 and 256 answers of 128 tokens at a time
+    decode   sampling after prompts of 128 tokens, 1, 32 and 256 answers of 128 tokens at a time; and 1 and 32
+             answers to one prompt that end at 8192 tokens
     trl      TRL's SFTTrainer (padded, and packed) and DPOTrainer on the rows of sft and dpo, bf16 autocast
     ppo      steps of train_ppo.py with critic, reference and reward model, --offload on and off
 
@@ -91,6 +92,8 @@ class Work:
     trl_micro_batch: int = 4  # rows or pairs that TRL computes at a time
     decode_batches: tuple[int, ...] = (1, 32, 256)
     decode_tokens: int = 128  # of a prompt, and of a response
+    long_batches: tuple[int, ...] = (1, 32)  # responses to one prompt, whose KV cache would not fit 32 times more
+    long_tokens: int = 8192  # of that prompt and a response
     ppo_answers: int = 128
     ppo_prompt_tokens: tuple[int, int] = (64, 256)
     ppo_new_tokens: int = 512
@@ -117,6 +120,8 @@ TINY_WORK = Work(
     trl_micro_batch=2,
     decode_batches=(1, 3),
     decode_tokens=16,
+    long_batches=(1, 2),
+    long_tokens=64,
     ppo_answers=4,
     ppo_prompt_tokens=(8, 16),
     ppo_new_tokens=8,
@@ -312,7 +317,7 @@ def finish(process: subprocess.Popen, case: Record, scratch: Path, limit_s: floa
 
 
 TRAIN_COLUMNS = ("layers", "tok/s", "step s", "TFLOP/s", "of product", "of 989", "peak GB", "reference")
-DECODE_COLUMNS = ("answers", "tok/s", "step ms", "GB read", "bound ms", "of bound", "call tok/s", "peak GB")
+DECODE_COLUMNS = ("answers", "keys", "tok/s", "step ms", "GB read", "bound ms", "of bound", "call tok/s", "peak GB")
 PPO_PHASES = ("generate", "score", "logprobs", "reference", "values", "train", "offload")
 PPO_COLUMNS = ("step s", *PPO_PHASES, "other", "peak GB")
 
@@ -362,7 +367,7 @@ def train_cells(record: Record, limits: Record | None) -> list[str]:
 def decode_cells(record: Record, limits: Record | None) -> list[str]:
     """Cells of decode: the median step beside its bound; whole calls, with prompts and graph captures."""
     gb = record["step_bytes"] / 1e9
-    cells = [str(record["answers"]), f"{record['tokens_per_s']:.0f}", f"{record['step_s'] * 1e3:.2f}"]
+    cells = [str(record["answers"]), f"{record['keys']:.0f}", f"{record['tokens_per_s']:.0f}", f"{record['step_s'] * 1e3:.2f}"]
     bounds = ["-", "-"]
     if limits:
         bound_s = gb / limits["copy_gb_per_s"]

@@ -279,18 +279,21 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
     rng = np.random.default_rng(2)
     with parallel.start(LAYOUT):
         policy = random_policy(shape, shape.layers, settings)
-        for count in work.decode_batches:
+        cases = [(count, n, count) for count in work.decode_batches]
+        cases += [(count, work.long_tokens - n, 1) for count in work.long_batches]
+        for count, length, num_prompts in cases:
             slots = RolloutConfig(rollout_slots=count)
             sampling_config = sampling.SamplingConfig(max_new_tokens=n)
             generator = Generator(policy, slots, sampling_config, settings, LAYOUT, NoStops())
-            prompts = [random_ids(shape, n, rng) for _ in range(count)]
+            prompts = [random_ids(shape, length, rng) for _ in range(num_prompts)]
+            streams = [(i,) for i in range(num_prompts)]
             times: list[float] = []
 
             def note(prompt: int, answer: int, token: int, times: list[float] = times) -> None:
-                if prompt == 0:
+                if prompt == answer == 0:
                     times.append(time.perf_counter())
 
-            call = functools.partial(generator.generate, prompts, [(i,) for i in range(count)], 1, note)
+            call = functools.partial(generator.generate, prompts, streams, count // num_prompts, note)
             call()
             times.clear()
             phases.start_peak()
@@ -298,10 +301,11 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
             if len(times) != n:
                 raise RuntimeError(f"the first answer has {len(times)} tokens, not {n}")
             steps = common.differences(times)[min(UNSTEADY, n // 4) :]
-            keys = n + (n - len(steps) + n - 1) / 2  # on average: the step after i tokens reads n + i
+            keys = length + (n - len(steps) + n - 1) / 2  # on average: the step after i tokens reads length + i
             emit(
                 {
                     "answers": count,
+                    "keys": keys,
                     "tokens_per_s": count / median(steps),
                     "step_s": median(steps),
                     "step_bytes": gpu.decode_bytes(shape, count, keys),

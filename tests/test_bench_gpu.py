@@ -176,13 +176,17 @@ def test_every_section_on_the_smallest_shape(tmp_path):
     assert torch.cuda.is_available() or "NO GPU HERE" in done.stdout
     records = json.loads(output.read_text())
     by_section = {section: [r for r in records if r["section"] == section] for section in gpu_cases.SECTIONS}
-    counts = {"limits": 1, "sft": 1, "dpo": 1, "decode": 2, "ppo": 2}
+    counts = {"limits": 1, "sft": 1, "dpo": 1, "decode": 4, "ppo": 2}
     assert {section: len(by_section[section]) for section in counts} == counts
     assert by_section["limits"][0]["product_tflops"] > 0 and by_section["limits"][0]["copy_gb_per_s"] > 0
     for record in by_section["sft"] + by_section["dpo"]:
         assert record["tokens_per_s"] > 0 and record["tflops"] > 0 and record["peak_gb"] > 0
     assert 0 < by_section["dpo"][0]["reference_share"] < 1
-    assert [record["answers"] for record in by_section["decode"]] == [1, 3]
+    # 16 tokens after 16 or after 48, without the first 4 steps: those after 5 to 15 tokens count
+    places = [(record["answers"], record["keys"]) for record in by_section["decode"]]
+    assert places == [(1, 16 + 10), (3, 16 + 10), (1, 48 + 10), (2, 48 + 10)]
+    for count, keys, record in ((*place, r) for place, r in zip(places, by_section["decode"], strict=True)):
+        assert record["step_bytes"] == gpu.decode_bytes(gpu.SHAPES["tiny"], count, keys)
     for record in by_section["ppo"]:
         assert record["answers"] == 4
         assert {"generate", "score", "logprobs", "reference", "values", "train"} <= set(record["shares"])

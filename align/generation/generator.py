@@ -145,7 +145,8 @@ class Generator:
         if not self.engine:
             reason = why_no_graphs(self.copy or self.policy, self.config.rollout_tp_graphs)
             slots += ", steps as CUDA graphs" if reason is None else ""
-            slots += f", steps without CUDA graphs: {reason}" if reason not in (None, NO_GPU) else ""
+            silent = (None,) if self.config.rollout_tp_graphs else (None, NO_GPU)
+            slots += "" if reason in silent else f", steps without CUDA graphs: {reason}"
         return f"sampling in {sampler}{split}: {slots}"
 
     @torch.no_grad()

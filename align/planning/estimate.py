@@ -185,7 +185,7 @@ def policy_gradient_phases(job: Job, s: RankShape) -> list[Phase]:
         phases.append(train(job, s, "critic", training, updates))
     phases.append(train(job, s, "policy", training, updates))
     phases += [save(job, s, name) for name in job.trained]
-    if s.gpu and not job.offloads and rollout_memory.is_kept(config.rollout, config.parallel):
+    if s.gpu and not job.offloads and rollout_memory.is_kept(config.rollout, config.parallel, s):
         kept = {"kv_cache": phases[1].items["kv_cache"] + phases[1].items["activations"]}  # of graphs, too
         phases[2:] = [replace(phase, items={**phase.items, **kept}) for phase in phases[2:]]
     return phases

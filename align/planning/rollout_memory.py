@@ -61,10 +61,15 @@ def drawing(arch: Architecture, r: RolloutLoad) -> float:
     return FP32 * arch.vocab_size * (copies * r.slots + prefilled)
 
 
-def is_kept(rollout: RolloutConfig, parallel: ParallelConfig) -> bool:
+def has_graphs(rollout: RolloutConfig, parallel: ParallelConfig, layout: RankShape) -> bool:
+    """True if a GPU samples with CUDA graphs in this layout: `inference.why_no_graphs`."""
+    is_captured = layout.tp == 1 or rollout.rollout_tp_graphs
+    return layout.pp == 1 and is_captured and not parallel.deterministic
+
+
+def is_kept(rollout: RolloutConfig, parallel: ParallelConfig, layout: RankShape) -> bool:
     """True if a GPU keeps the sampler's memory between rollouts, with `Generator(keep=True)`."""
-    has_graphs = parallel.pp == 1 and (parallel.tp == 1 or rollout.rollout_tp_graphs)
-    return has_graphs and not parallel.deterministic and not rollout.reshards(parallel)
+    return has_graphs(rollout, parallel, layout) and not rollout.reshards(parallel)
 
 
 def packed(arch: Architecture, s: RankShape) -> int:

@@ -17,7 +17,7 @@ from align.model.architecture import Architecture
 from align.planning import memory
 from align.planning.memory import FP32, MicroBatchLoad, RankShape
 from align.planning.phases import Cluster, Job, Phase
-from align.planning.rollout_memory import RolloutLoad, cache_per_token
+from align.planning.rollout_memory import RolloutLoad, cache_per_token, has_graphs
 
 ITEMS = (
     *"products attention elementwise launches logits layer_exchange bubble exchange optimizer".split(),
@@ -42,7 +42,9 @@ def seconds(job: Job, s: RankShape, phase: Phase) -> dict[str, float]:
         return {}
     arch = {**job.trained, **job.frozen}[phase.model]
     if isinstance(load, RolloutLoad):
-        items = rollout(arch, s, load, cluster, phase.copy)
+        layout = phase.copy or s
+        graphs = has_graphs(job.config.rollout, job.config.parallel, layout)
+        items = rollout(arch, layout, load, cluster, phase.copy is not None, graphs)
     else:
         trains = phase.needs.get(phase.model) == "all"
         items = update(arch, s, filled(load, cluster.speeds.mean_length), cluster, trains)
@@ -123,18 +125,18 @@ def layer_exchange(arch: Architecture, s: RankShape, places: float, cluster: Clu
 
 
 def rollout(
-    arch: Architecture, s: RankShape, load: RolloutLoad, cluster: Cluster, copy: RankShape | None
+    arch: Architecture, s: RankShape, load: RolloutLoad, cluster: Cluster, reshards: bool, graphs: bool
 ) -> dict[str, float]:
-    """Prefill of all prompts, then one decode step after another, on one copy of the model."""
-    layout, fill = copy or s, cluster.speeds.mean_length
+    """Prefill of all prompts, then one decode step after another, on one copy of the model in layout `s`."""
+    fill = cluster.speeds.mean_length
     count, prompt = load.prompts * load.per_prompt, round(load.prompt * fill)
     prefill = MicroBatchLoad(load.prompts * prompt, 1, prompt)
-    items = {"prefill": layout.pp * sum(micro_batch(arch, layout, prefill, cluster, False).values())}
-    if copy:
-        items["reshard"] = copy.item * memory.weights(arch, copy) / link_of(cluster.world, cluster)
+    items = {"prefill": s.pp * sum(micro_batch(arch, s, prefill, cluster, False).values())}
+    if reshards:
+        items["reshard"] = s.item * memory.weights(arch, s) / link_of(cluster.world, cluster)
     context = prompt + load.response * fill / 2
     decode = (
-        steps * decode_step(arch, layout, active, context, cluster)
+        steps * decode_step(arch, s, active, context, cluster, graphs)
         for steps, active in active_slots(response_lengths(count, load.response, fill), load.slots)
     )
     return items | {"decode": sum(decode)}
@@ -161,8 +163,13 @@ def active_slots(lengths: list[int], slots: int) -> Iterator[tuple[int, int]]:
             step = end
 
 
-def decode_step(arch: Architecture, s: RankShape, active: int, context: float, cluster: Cluster) -> float:
-    """Seconds of one token of `active` sequences: each stage in turn reads its weights and KV cache once."""
+def decode_step(
+    arch: Architecture, s: RankShape, active: int, context: float, cluster: Cluster, graphs: bool
+) -> float:
+    """Seconds of one token of `active` sequences: each stage in turn reads its weights and KV cache once.
+
+    `graphs`: a step is one CUDA graph, without the launches.
+    """
     size = memory.weights(arch, replace(s, stage=s.pp - 1))
     moved = s.item * size + active * context * cache_per_token(arch, s)
     operations = 2 * size * active
@@ -174,8 +181,7 @@ def decode_step(arch: Architecture, s: RankShape, active: int, context: float, c
     device = max(moved / bandwidth, operations / peak) + layers * DECODE_KERNELS
     if s.tp > 1:
         device += 2 * layers * REDUCE_LATENCY
-    is_graph = s.tp == s.pp == 1
-    return s.pp * (device if is_graph else max(device, layers * DECODE_LAUNCHES))
+    return s.pp * (device if graphs else max(device, layers * DECODE_LAUNCHES))
 
 
 def onload(job: Job, s: RankShape, phase: Phase) -> float:

@@ -23,11 +23,13 @@ KEPT = ("llama", "qwen3", "nemotron")  # tensors made of weights: none, normed q
 INTERPRETED = ("mistral", "qwen3")  # with a window, with normed queries and keys
 
 
-def run(folder: Path, cases: dict[str, dict], start: Callable = fork_ranks) -> dict[str, dict]:
+def run(
+    folder: Path, cases: dict[str, dict], start: Callable = fork_ranks, processes: int = 1
+) -> dict[str, dict]:
     """Results of workers/graphs.py by case."""
     cases_path, results_path = folder / "cases.json", folder / "results.json"
     cases_path.write_text(json.dumps(cases))
-    start(1, "tests/workers/graphs.py", cases_path, results_path)
+    start(processes, "tests/workers/graphs.py", cases_path, results_path)
     return json.loads(results_path.read_text())
 
 
@@ -48,6 +50,22 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
         "tail": llama | {"prompts": prompts()[:32], "samples": 1, "sampling": {"max_new_tokens": 150}},
         "one token": llama | {"samples": 1, "sampling": {"max_new_tokens": 1}},
         "context": llama | {"samples": 1, "prompts": [[5] * 250, [6] * 255, [7] * 3]},
+        # the first fills the context, and waits there in its slot for three others to end
+        "waiting at the end": llama
+        | {
+            "prompts": [np.random.default_rng(4).integers(3, 131, 250).tolist(), *prompts()[:63]],
+            "samples": 1,
+            "sampling": GREEDY,
+        },
+        # Two end after 3 tokens. Of the next two one waits for the first 30, which end after 12 tokens; the
+        # other one ends then, after 12 tokens, and waits for those that took their slots.
+        "waiting with all tokens": llama
+        | {
+            "prompts": [[5] * 253, [5] * 253, *[[5]] * 30, [5], [5] * 251, *[[5]] * 31],
+            "samples": 1,
+            "sampling": GREEDY,
+            "rollout": {"rollout_slots": 32},
+        },
         # the second needs more room than there is, before a step of it
         "longer later": llama
         | {
@@ -81,6 +99,8 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
         "tail",
         "one token",
         "context",
+        "waiting at the end",
+        "waiting with all tokens",
         "longer later",
     ],
 )
@@ -118,6 +138,66 @@ def test_most_steps_are_replays(replayed):
     assert len(replays["one slot"]) == 1 and sum(replays["one slot"]) > 150
     assert len(replays["tail"]) == 1 and sum(replays["tail"]) > 100  # room for all tokens from the start
     assert replays["one token"] == []
+
+
+@pytest.mark.slow
+def test_random_numbers_suffice_for_a_response_that_waits(replayed):
+    """After its 12 tokens one step is under way, and each step until its slot is filled draws a 14th."""
+    answers = [answer for [answer] in replayed["waiting with all tokens"]["gpu"]["answers"]]
+    assert [len(ids) for ids, *_ in answers] == [3, 3, *[12] * 30, 12, 5, *[12] * 31]
+    assert {finish for *_, finish in answers} == {"length"}
+
+
+@pytest.mark.slow
+def test_keys_and_values_have_room_for_a_response_that_waits(replayed):
+    """A sequence of 256 tokens has ended, and 3 more must end before a slot of 64 is filled anew. The steps
+    until then compute a 257th token of it; there is room for it from the start, so nothing is captured anew."""
+    result = replayed["waiting at the end"]
+    lengths = [len(ids) for [(ids, *_)] in result["gpu"]["answers"]]
+    assert lengths[0] == 6 and sum(length <= 7 for length in lengths) < 4
+    assert len(result["replays"]) == 1
+
+
+# ---- several ranks -------------------------------------------------------------------------------
+
+TP, PP, SAME = {"parallel": {"tp": 2}}, {"parallel": {"pp": 2}}, {"rollout_layout": "same"}
+RANKS = {  # name: layouts of two ranks, and why a GPU's steps are no graphs
+    "tp": (TP | {"rollout": SAME | {"rollout_tp_graphs": True}}, None),
+    "tp of a copy": (PP | {"rollout": {"rollout_tp": 2, "rollout_tp_graphs": True}}, None),
+    "copies": (TP | {"rollout": {}}, None),
+    "tp without graphs": (TP | {"rollout": SAME}, "tp 2 without --rollout-tp-graphs"),
+    "pp": (PP | {"rollout": SAME | {"rollout_tp_graphs": True}}, "pp 2"),
+    "deterministic": ({"parallel": {"deterministic": True}, "rollout": {}}, "--deterministic"),
+}
+
+
+@pytest.fixture(scope="module")
+def by_ranks(models, tmp_path_factory) -> dict[str, dict]:
+    llama = {"model": str(models / "llama"), "prompts": prompts()[:20], "samples": 2, "sampling": SAMPLED}
+    cases = {name: llama | case for name, (case, _) in RANKS.items()}
+    for case in cases.values():
+        case["rollout"] = case["rollout"] | {"rollout_slots": 9}
+    return run(tmp_path_factory.mktemp("ranks"), cases, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_graphs_of_several_ranks(name, by_ranks):
+    """The collectives are in them, and the answers are the same to the last bit."""
+    result, reason = by_ranks[name], RANKS[name][1]
+    assert result["gpu"]["answers"] == result["plain"]["answers"]
+    assert (sum(result["replays"]) > 20) if reason is None else result["replays"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_the_log_says_why_there_are_no_graphs(name, by_ranks):
+    """On a CPU only where --rollout-tp-graphs asks for them."""
+    (case, reason), result = RANKS[name], by_ranks[name]
+    expected = "steps as CUDA graphs" if reason is None else f"steps without CUDA graphs: {reason}"
+    assert result["gpu"]["described"].endswith(f" x 9 sequences at a time, {expected}")
+    asked = ", steps without CUDA graphs: no GPU" if "rollout_tp_graphs" in case["rollout"] else ""
+    assert result["plain"]["described"].endswith(f" x 9 sequences at a time{asked}")
 
 
 @pytest.mark.slow

@@ -280,6 +280,23 @@ def test_sampling_from_a_copy():
     assert sizes["generate"]["kv_cache"] == 2 * same["generate"]["kv_cache"]  # all heads on one rank
 
 
+def test_a_kept_kv_cache():
+    """PPO without offload keeps what sampling took through all later phases of a step.
+
+    A token's keys and values take 2 x 4 layers x 2 heads x 32 numbers x 2 B = 1,024 B. 4 slots of 256 tokens
+    are 1,048,576 B; 4 prefilled prompts of 100 are 409,600 B; a prefill pass of 400 tokens takes for each
+    1,024 B and a layer's 2 B x (3 x 128 + 3 x 352) = 2,880 B, 1,561,600 B.
+    """
+    flags = "--prompts-per-step 4 --global-batch-size 4 --max-prompt-len 100 --max-new-tokens 155"
+    sizes = {offload: phases_of(job_of("train_ppo", f"{flags} --offload {offload}")) for offload in ("on", "off")}
+    later = {name for name in sizes["off"] if not name.startswith(("build", "generate"))}
+    assert {"logprobs policy", "train critic", "train policy", "save policy"} <= later
+    sampling = sizes["off"]["generate policy"]
+    assert (sampling["kv_cache"], sampling["activations"]) == (1_048_576 + 409_600, 1_561_600)
+    assert {sizes["off"][name]["kv_cache"] for name in later} == {1_048_576 + 409_600 + 1_561_600}
+    assert not any("kv_cache" in sizes["on"][name] for name in later)
+
+
 def test_slots():
     """As many as are sampled at one time; a validation samples one answer to each of its prompts."""
     few = "--prompts-per-step 2 --samples-per-prompt 3"

@@ -117,16 +117,47 @@ def test_a_decode_step_reads_weights_and_cache_once():
     kernels = 16 * step_time.DECODE_KERNELS
     cache = 2 * 16 * 8 * 64 * 2  # bytes of a token: keys and values of 16 layers
     expected = (2 * WEIGHTS + 3 * 100 * cache) / 1e9 + kernels
-    assert step_time.decode_step(ONE_B, ONE_GPU, 3, 100, CLUSTER) == pytest.approx(expected)
-    many = step_time.decode_step(ONE_B, ONE_GPU, 10_000, 0, CLUSTER)
+    assert step_time.decode_step(ONE_B, ONE_GPU, 3, 100, CLUSTER, True) == pytest.approx(expected)
+    many = step_time.decode_step(ONE_B, ONE_GPU, 10_000, 0, CLUSTER, True)
     assert many == pytest.approx(2 * WEIGHTS * 10_000 / 1e12 + kernels)
+
+
+def test_a_decode_step_without_a_graph_takes_its_launches():
+    """Two tensor parallel ranks add two all-reduces a layer."""
+    fast = replace(CLUSTER, speeds=Speeds(memory_bandwidth=1e6, peak_tflops=1e6))
+    two = replace(ONE_GPU, tp=2)
+    without, graphs = (step_time.decode_step(ONE_B, two, 1, 0, fast, graphs) for graphs in (False, True))
+    assert without == pytest.approx(16 * 0.28e-3)
+    assert graphs == pytest.approx(16 * (28e-6 + 2 * 20e-6), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "launches"),  # of a decode step of the 4 layers: Python's, or a graph's kernels and all-reduces
+    [
+        ("--rollout-tp 2", 4 * 0.28e-3),
+        ("--rollout-tp 2 --rollout-tp-graphs", 4 * (28e-6 + 2 * 20e-6)),
+        ("--rollout-layout same", 4 * 0.28e-3),
+        ("--rollout-layout same --rollout-tp-graphs", 4 * (28e-6 + 2 * 20e-6)),
+        ("", 4 * 28e-6),
+        ("--deterministic", 4 * 0.28e-3),
+    ],
+)
+def test_flags_of_graphs(flags, launches):
+    """64 decode steps of the built-in model, whose weights and KV cache take microseconds to read."""
+    batch = "--prompts-per-step 16 --samples-per-prompt 2 --global-batch-size 32"  # fewer than slots
+    words = f"--tp 2 --max-new-tokens 64 {batch} {flags}".split()
+    config = plan.parse(plan.load_script(ROOT / "train_grpo.py").Config, words)
+    job = config.plan(Cluster(gpus_per_node=2))
+    [generate] = [phase for phase in job.phases(job.layout) if phase.name.startswith("generate")]
+    decode = step_time.seconds(job, job.layout, generate)["decode"]
+    assert 64 * launches <= decode < 64 * (launches + 30e-6)
 
 
 def test_a_rollout_by_copies():
     load = RolloutLoad(slots=4, prompts=2, per_prompt=2, prompt=10, response=20)
     copy = replace(ONE_GPU, tp=1)
-    items = step_time.rollout(ONE_B, replace(ONE_GPU, tp=2, dp=4), load, CLUSTER, copy)
-    assert items["decode"] == pytest.approx(20 * step_time.decode_step(ONE_B, copy, 4, 20, CLUSTER))
+    items = step_time.rollout(ONE_B, copy, load, CLUSTER, True, True)
+    assert items["decode"] == pytest.approx(20 * step_time.decode_step(ONE_B, copy, 4, 20, CLUSTER, True))
     assert items["reshard"] == pytest.approx(2 * WEIGHTS / 1e9)
 
 

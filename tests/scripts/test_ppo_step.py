@@ -32,9 +32,9 @@ KL_COEF, GAMMA, LAMBDA, PENALTY = 0.07, 0.97, 0.9, 0.25
 KINDS = {
     "gae": f"train_ppo --gamma {GAMMA} --gae-lambda {LAMBDA} --truncated penalise "
     f"--truncated-penalty {PENALTY} --samples-per-prompt 3 --ppo-epochs 3",
-    "plain": "train_ppo --no-whiten-advantages --samples-per-prompt 1",
+    "plain": "train_ppo --no-whiten-advantages --samples-per-prompt 1 --offload on",
     "reinforce": f"train_grpo --advantages reinforce --gamma {GAMMA} --samples-per-prompt 3",
-    "rloo": "train_grpo --advantages rloo --truncated keep --samples-per-prompt 3",
+    "rloo": "train_grpo --advantages rloo --truncated keep --samples-per-prompt 3 --offload on",
     "grpo": "train_grpo --advantages grpo --truncated keep --samples-per-prompt 3",
 }
 PROMPTS = 6
@@ -47,6 +47,7 @@ def recorded(script: str, flags: list[str], tokenizer: Tokenizer) -> dict:
     record: dict = {"said": []}
     module = importlib.import_module(script)
     outputs, micro_batches = Minibatches.outputs, Minibatches.micro_batches
+    generator = mock.Mock(wraps=module.Generator)
 
     def note_rollout(*args: object) -> object:
         result = Rollout(*args)
@@ -74,11 +75,13 @@ def recorded(script: str, flags: list[str], tokenizer: Tokenizer) -> dict:
         return result
 
     with (
+        mock.patch.object(module, "Generator", generator),
         mock.patch.object(module, "Rollout", note_rollout),
         mock.patch.object(Minibatches, "outputs", note_said),
         mock.patch.object(Minibatches, "micro_batches", note_batches),
     ):
         module.main(command_line.parse(module.Config, flags))
+    record["keep"] = generator.call_args.kwargs["keep"]
     return record
 
 
@@ -206,6 +209,11 @@ def take(left: dict[int, dict], sequence: dict) -> int:
         assert sequence[name] == answer[name], name
     assert sequence["advantages"] == pytest.approx(answer["advantages"], rel=1e-9, abs=1e-9)
     return place
+
+
+def test_a_sampler_keeps_its_memory_unless_models_are_offloaded(steps):
+    for kind, records in steps.items():
+        assert [record["keep"] for record in records] == ["--offload on" not in KINDS[kind]] * 2
 
 
 def test_ranks_agree_on_what_was_said(steps):

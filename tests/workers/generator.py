@@ -44,6 +44,7 @@ def build(case: dict) -> generator.Generator:
     """The generator of a case, in its layout."""
     layout = ParallelConfig(**case.get("parallel", {}))
     grids.change(layout)
+    torch.use_deterministic_algorithms(layout.deterministic)
     config = ModelConfig(model=case["model"], precision=case.get("precision", "fp32"))
     arch = architecture.read_config(config.path)
     rollout, sampling = RolloutConfig(**case.get("rollout", {})), SamplingConfig(**case["sampling"])
@@ -60,6 +61,7 @@ def run(case: dict) -> dict:
     answers: for each prompt, for each answer [ids, logprobs, model_logprobs, finish].
     passes: the lengths of the prompts that this rank read in each pass.
     tokens: for each rank, for each prompt the tokens that it sampled.
+    described: the layout of sampling, as the log names it.
     copy_bytes: for each rank the memory of the copy of the weights afterwards, None without a copy.
     """
     sampler, rounds = build(case), case.get("rounds", 1)
@@ -83,6 +85,7 @@ def run(case: dict) -> dict:
             for samples in groups
         ],
         "passes": Recorder.passes,
+        "described": sampler.describe(),
         "tokens": by_rank([tokens[i] for i in range(len(prompts))]),
         "copy_bytes": by_rank(copied),
     }

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from unittest import mock
 
 import torch
@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.generation import generator, inference, sampling
-from align.generation.inference import InferenceModel
+from align.generation.inference import InferenceModel, why_no_graphs
+from align.model.gpt import Policy
 from tests.workers import generator as worker
 
 aten = torch.ops.aten
@@ -45,6 +46,8 @@ class Graph:
         for operation, args, kwargs, results in self.operations:
             again = operation(*args, **kwargs)
             for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                if isinstance(new, torch.ScriptObject):  # of a collective
+                    new.wait()
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
@@ -80,9 +83,15 @@ class Capture(TorchDispatchMode):
         return left
 
 
+def why_none_on_gpu(policy: Policy, tp_graphs: bool) -> str | None:
+    """`why_no_graphs` as if the policy were on a GPU."""
+    on_gpu = SimpleNamespace(pg_collection=policy.pg_collection, frequencies=SimpleNamespace(is_cuda=True))
+    return why_no_graphs(on_gpu, tp_graphs)
+
+
 @contextmanager
 def graphs() -> Iterator[None]:
-    """Steps are graphs, the stand-ins."""
+    """Steps are graphs, the stand-ins, where a GPU's are."""
     Graph.captured.clear()
     with ExitStack() as stack:
         for module, name, replacement in (
@@ -92,7 +101,8 @@ def graphs() -> Iterator[None]:
             (torch.cuda, "memory_reserved", lambda: 0),
             (torch.cuda, "memory_allocated", lambda: 0),
             (torch.cuda, "mem_get_info", lambda: (2**30, 2**30)),
-            (inference, "why_no_graphs", lambda policy, tp_graphs: None),
+            (inference, "why_no_graphs", why_none_on_gpu),
+            (generator, "why_no_graphs", why_none_on_gpu),
             (sampling, "_top_p_floor", sampling._top_p_floor_by_bisection),  # as on a GPU
         ):
             stack.enter_context(mock.patch.object(module, name, replacement))
@@ -138,4 +148,5 @@ if __name__ == "__main__":
         cases = json.loads(cases_path.read_text())
         results = {name: answers(case) for name, case in cases.items()}
         results["broken"] = broken(next(iter(cases.values())))
-        results_path.write_text(json.dumps(results))
+        if parallel.is_main():
+            results_path.write_text(json.dumps(results))

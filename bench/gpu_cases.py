@@ -301,7 +301,8 @@ def decode(case: Record, scratch: Path, emit: Emit) -> None:
             if len(times) != n:
                 raise RuntimeError(f"the first answer has {len(times)} tokens, not {n}")
             steps = common.differences(times)[min(UNSTEADY, n // 4) :]
-            keys = length + (n - len(steps) + n - 1) / 2  # on average: the step after i tokens reads length + i
+            # on average: the step after i tokens reads length + i
+            keys = length + (n - len(steps) + n - 1) / 2
             emit(
                 {
                     "answers": count,

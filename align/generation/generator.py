@@ -197,7 +197,7 @@ class Generator:
         """Decoding state for so many slots and prompts of that length, the last call's if it still fits."""
         policy, kept, self.kept = self.copy or self.policy, self.kept, None
         most = min(self.sampling.max_new_tokens, policy.arch.max_positions)
-        longest = min(prompt + most, policy.arch.max_positions) + 1  # a step before the host has read the end
+        longest = min(prompt + most, policy.arch.max_positions) + 1  # of an ended one, while it waits
         if kept is not None:
             fits = kept.slots >= slots and kept.engine.capacity >= longest
             if fits and kept.engine.follow(policy):

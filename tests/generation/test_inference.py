@@ -150,8 +150,10 @@ def test_random_numbers_suffice_for_a_response_that_waits(replayed):
 
 @pytest.mark.slow
 def test_keys_and_values_have_room_for_a_response_that_waits(replayed):
-    """A sequence of 256 tokens has ended, and 3 more must end before a slot of 64 is filled anew. The steps
-    until then compute a 257th token of it; there is room for it from the start, so nothing is captured anew."""
+    """A sequence has ended with 256 tokens, and 3 more must end before one of 64 slots is filled anew.
+
+    The steps until then append a 257th key; there is room for it from the start, so none is captured anew.
+    """
     result = replayed["waiting at the end"]
     lengths = [len(ids) for [(ids, *_)] in result["gpu"]["answers"]]
     assert lengths[0] == 6 and sum(length <= 7 for length in lengths) < 4

@@ -288,7 +288,9 @@ def test_a_kept_kv_cache():
     1,024 B and a layer's 2 B x (3 x 128 + 3 x 352) = 2,880 B, 1,561,600 B.
     """
     flags = "--prompts-per-step 4 --global-batch-size 4 --max-prompt-len 100 --max-new-tokens 155"
-    sizes = {offload: phases_of(job_of("train_ppo", f"{flags} --offload {offload}")) for offload in ("on", "off")}
+    sizes = {
+        offload: phases_of(job_of("train_ppo", f"{flags} --offload {offload}")) for offload in ("on", "off")
+    }
     later = {name for name in sizes["off"] if not name.startswith(("build", "generate"))}
     assert {"logprobs policy", "train critic", "train policy", "save policy"} <= later
     sampling = sizes["off"]["generate policy"]

@@ -1,17 +1,19 @@
 """Load and save this rank's shard of a model as a Hugging Face directory; huggingface_names.py has the table.
 
-Loading, a rank reads only its own rows or columns. Saving, the first rank of each stage gathers one matrix at
-a time and holds at most one file.
+Loading, a rank reads only its own rows or columns. Saving, the ranks of each stage divide its files: each
+gathers one file at a time, matrix by matrix, and all write at once.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,8 @@ from align.model.huggingface_names import (
 from align.model.weights import HEAD, WeightFiles
 
 MAX_FILE_BYTES = 2 * 1024**3
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -181,10 +185,7 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    own: dict[str, tuple[str, int]] = {}
-    if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
-        own = write_files(full_tensors(decoder), unfinished, mpu.get_pipeline_model_parallel_rank())
-    parts = parallel.gather(own)
+    parts = parallel.gather(write_stage(decoder, unfinished))
     if dist.get_rank() == 0:
         write_index(unfinished, {name: size for part in parts for name, size in part.items()})
         write_configs(start_from, unfinished, decoder)
@@ -195,50 +196,100 @@ def save(
     dist.barrier()
 
 
-def write_files(
-    tensors: Iterable[tuple[str, Tensor]], directory: Path, stage: int = 0
-) -> dict[str, tuple[str, int]]:
-    """Write a stage's named tensors, in files up to the limit. Returns {tensor: (file, bytes)}."""
+def write_stage(model: Decoder, directory: Path) -> dict[str, tuple[str, int]]:
+    """Write this rank's files of its stage. Returns {tensor: (file, bytes)} of them. Collective.
+
+    The stage's files are dealt to its copies (data and context parallel ranks), and those of a copy to its
+    tensor parallel ranks, which gather one file each and then write at the same time.
+    """
+    stage = mpu.get_pipeline_model_parallel_rank()
+    copy = mpu.get_data_parallel_rank(with_context_parallel=True)
+    copies = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    rank, ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    files = stage_files(model)[copy::copies]
     written: dict[str, tuple[str, int]] = {}
-    buffered: dict[str, Tensor] = {}
-    buffered_bytes = 0
-
-    def flush() -> None:
-        nonlocal buffered, buffered_bytes
-        file = f"stage{stage:03d}-{len({name for name, _ in written.values()}):05d}.safetensors"
-        save_file(buffered, directory / file, metadata={"format": "pt"})
-        written.update({name: (file, tensor.nbytes) for name, tensor in buffered.items()})
-        buffered, buffered_bytes = {}, 0
-
-    for name, tensor in tensors:
-        if buffered and buffered_bytes + tensor.nbytes > MAX_FILE_BYTES:
-            flush()
-        buffered[name] = tensor
-        buffered_bytes += tensor.nbytes
-    if buffered:
-        flush()
+    for first in range(0, len(files), ranks):
+        file = f"stage{stage:03d}-{(first + rank) * copies + copy:05d}.safetensors"
+        written |= write_file(gather_files(model, files[first : first + ranks]), directory / file)
     return written
 
 
-def full_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor on the CPU) of this stage, on its first tensor parallel rank."""
-    for name, parameter, hf_name in named_parameters(model):
-        parts = gather_parts(parameter)
-        if parts is None or (name == "output_layer.weight" and model.arch.tied_embeddings):
+def stage_files(model: Decoder) -> list[set[str]]:
+    """Names of the tensors in each file of this stage, the same on all of its ranks."""
+    shapes = tensor_shapes(model.arch)
+    sizes = [
+        (name, parameter.element_size() * math.prod(shapes[name]))
+        for _, parameter, hf_name in stored(model)
+        for name in split_name(hf_name, model.arch)
+    ]
+    return [{name for name, _ in file} for file in in_files(sizes, lambda item: item[1])]
+
+
+def in_files(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[Iterator[T]]:
+    """Divide items, in their order, into files of at most MAX_FILE_BYTES, or of one item that is larger."""
+    number = total = 0
+
+    def file_of(item: T) -> int:
+        nonlocal number, total
+        if total and total + nbytes(item) > MAX_FILE_BYTES:
+            number, total = number + 1, 0
+        total += nbytes(item)
+        return number
+
+    return (file for _, file in itertools.groupby(items, file_of))
+
+
+def write_files(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> dict[str, tuple[str, int]]:
+    """Write named tensors, in files up to the limit. Returns {tensor: (file, bytes)}."""
+    written: dict[str, tuple[str, int]] = {}
+    for i, file in enumerate(in_files(tensors, lambda item: item[1].nbytes)):
+        written |= write_file(dict(file), directory / f"{i:05d}.safetensors")
+    return written
+
+
+def write_file(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[str, int]]:
+    """Write one file, none without tensors. Returns {tensor: (file, bytes)}."""
+    if tensors:
+        save_file(tensors, path, metadata={"format": "pt"})
+    return {name: (path.name, tensor.nbytes) for name, tensor in tensors.items()}
+
+
+def gather_files(model: Decoder, files: list[set[str]]) -> dict[str, Tensor]:
+    """Gather the i-th file on the i-th tensor parallel rank, in CPU memory; {} on further ranks. Collective.
+
+    The files are gathered side by side, so that the ranks copy from their devices at the same time.
+    """
+    rank = mpu.get_tensor_model_parallel_rank()
+    tensors: dict[str, Tensor] = {}
+    streams = [gathered(model, names, owner) for owner, names in enumerate(files)]
+    for joined in itertools.zip_longest(*streams, fillvalue=()):
+        for name, tensor in joined[rank] if rank < len(files) else ():
+            if name in files[rank]:
+                tensors[name] = tensor.to("cpu", copy=True)
+    return tensors
+
+
+def gathered(model: Decoder, names: set[str], owner: int) -> Iterator[Iterable[tuple[str, Tensor]]]:
+    """Gather the parameters of some tensors on one tensor parallel rank. Collective.
+
+    Yields, for each parameter, (Hugging Face name, tensor) of its tensors there; nothing on the other ranks.
+    """
+    for name, parameter, hf_name in stored(model):
+        if names.isdisjoint(split_name(hf_name, model.arch)):
             continue
-        if name == "score.weight":
+        parts = gather_parts(parameter, owner)
+        if parts and name == "score.weight":
             parts = [model.one_label()]
-        for whole_name, tensor in join(parts, model.arch, name, hf_name):
-            yield whole_name, tensor.cpu().contiguous().clone()
+        yield join(parts, model.arch, name, hf_name) if parts else ()
 
 
-def gather_parts(parameter: nn.Parameter) -> list[Tensor] | None:
-    """Gather a parameter on the first tensor parallel rank; None on the others. Collective."""
+def gather_parts(parameter: nn.Parameter, owner: int) -> list[Tensor] | None:
+    """Gather a parameter on one tensor parallel rank; None on the others. Collective."""
     group = mpu.get_tensor_model_parallel_group()
     if group.size() == 1:
         return [parameter.data]
-    parts = [torch.empty_like(parameter) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(parameter.data.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+    parts = [torch.empty_like(parameter) for _ in range(group.size())] if group.rank() == owner else None
+    dist.gather(parameter.data.contiguous(), parts, dst=dist.get_global_rank(group, owner), group=group)
     return parts
 
 

@@ -439,4 +439,10 @@ def test_a_checkpoint_is_gathered():
     assert memory.saving(SMALL, replace(FP32, dp=2)) == 30 * count
     # In buckets of 40 million weights or a little more the copies for the writer are the most.
     large = replace(SMALL, hidden_size=4096, ffn_size=16384, layers=8, vocab_size=1000)
-    assert memory.saving(large, replace(GPU, dp=8)) == 26 * memory.weights(large, GPU)
+    assert memory.saving(large, replace(FP32, item=2, dp=8)) == 26 * memory.weights(large, GPU)
+    # A GPU's weights are copied to pinned memory, rounded up: gate and up, 2 x 11000 x 4096, to 2^27.
+    odd = replace(large, ffn_size=11000)
+    count, pinned = memory.weights(odd, GPU), memory.pinned_weights(odd, GPU)
+    assert pinned > 2 * count + 8 * 2 * (2**27 - 2 * 11000 * 4096)
+    assert memory.snapshot(odd, GPU) == 12 * count + pinned
+    assert memory.saving(odd, replace(GPU, dp=8)) == 24 * count + pinned

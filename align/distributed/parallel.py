@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,11 +81,7 @@ def start(config: ParallelConfig) -> Iterator[dist.Store]:
     """
     check_grid(config)
     end_with_torchrun()
-    # A save of Megatron's forks, and such a child would survive a kill -9 of this process.
-    pids = []
-    os.register_at_fork(
-        before=lambda: pids.append(os.getpid()), after_in_child=lambda: end_with_parent(pids[-1])
-    )
+    end_forks_with_parent()
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums are fp32, as on a CPU
     if config.tp > 1:
         use_one_queue()
@@ -118,6 +115,24 @@ def end_with_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())
+
+
+def end_forks_with_parent() -> None:
+    """Have forks of this process, a reward function's pool for one, die with it: they share its memory.
+
+    The kernel would kill them when the thread ends that forked, so only the main thread's are meant.
+    """
+    parents: list[int | None] = [None]
+
+    def before() -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        parents[0] = os.getpid() if is_main else None
+
+    def in_child() -> None:
+        if parents[0] is not None:
+            end_with_parent(parents[0])
+
+    os.register_at_fork(before=before, after_in_child=in_child)
 
 
 def end_with_parent(parent: int) -> None:

@@ -76,6 +76,10 @@ def test_a_fork_of_a_killed_rank_ends_as_well():
     assert not runs(child)
 
 
+def test_a_fork_outlives_the_thread_that_made_it():
+    assert fork_ranks(2, SCRIPT, "--how", "forking_thread", "--on", "1").stdout == "done\n"
+
+
 def runs(pid: int) -> bool:
     """Whether this process is alive: the dead one whose new parent does not ask for its status is not."""
     try:

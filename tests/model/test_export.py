@@ -48,7 +48,9 @@ def test_files_of_several_ranks(exports, name, layout):
     output, results = exports
     actual, expected = output / f"{name}_{layout}", output / f"{name}_one"
     if "pp" not in LAYOUTS[layout]:
-        contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (actual, expected)]
+        contents = [
+            {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (actual, expected)
+        ]
         assert contents[0] == contents[1]
         assert len(contents[0]) > 6
     tensors, whole = (

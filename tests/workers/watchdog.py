@@ -42,7 +42,12 @@ def fault(how: str) -> None:
         sys.exit(int(how[4:]))
     if how == "leave":
         os._exit(0)
-    if how == "fork":  # as a save of Megatron's does
+    if how == "forking_thread":
+        thread = threading.Thread(target=fork_in_thread)
+        thread.start()
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+    if how == "fork":  # as a reward function may
         if not (pid := os.fork()):
             time.sleep(1000)
         print(pid, flush=True)
@@ -52,6 +57,14 @@ def fault(how: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "hang":
         time.sleep(1000)
+
+
+def fork_in_thread() -> None:
+    """Leave a process behind that ends with 7 after this thread."""
+    if not os.fork():
+        time.sleep(1)
+        os._exit(7)
+    time.sleep(0.3)  # until the kernel has been asked
 
 
 def work(config: Config, step: int) -> None:

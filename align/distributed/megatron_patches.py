@@ -2,10 +2,10 @@
 
 import itertools
 import queue
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-import megatron.core
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from align.kernels.matmul import add_product
 
-VERSION = tuple(map(int, megatron.core.__version__.split(".")[:2]))
+VERSION = tuple(map(int, version("megatron-core").split(".")[:2]))
 # By default 0.19 writes in the background by an extension of NVIDIA's; 0.16 has no such choice.
 ASYNC_SAVE = {"async_strategy": "mcore"} if VERSION >= (0, 19) else {}
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.data.packing import to_device
 from align.generation import sampling
 from align.generation.inference import InferenceModel, PrefilledPrompt
 from align.generation.sampling import SamplingConfig
@@ -88,9 +89,7 @@ class Slots:
 
     def copy(self, values: np.ndarray) -> Tensor:
         """Copy an array to the device, to a GPU without a wait."""
-        tensor = torch.from_numpy(values)
-        tensor = tensor.pin_memory() if self.engine.device.type == "cuda" else tensor
-        return tensor.to(self.engine.device, non_blocking=True)
+        return to_device(torch.from_numpy(values), self.engine.device)
 
     def step(self, count: int, longest: int) -> Drawn:
         """Decode a token of the first `count` slots, of `longest` tokens at most: [3, count or more]."""

@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from align.data import context_slices
+from align.data.packing import to_device
 from align.errors import UserError
 from align.model.layers import rotary_embedding
 
@@ -121,17 +122,12 @@ def places(spans: list[tuple[int, int]], total: int, ranks: int, device: torch.d
         index = context_slices.in_pack_order(torch.arange(total), ranks)[index]
     elif len(index) == total:  # without prefixes
         return None
-    return on_device(index, device)
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy numbers to the device, to a GPU asynchronously: waiting would empty its queue."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    return to_device(index, device)
 
 
 def ends(sizes: list[int], device: torch.device) -> Tensor:
     """[0, the sums of the first 1, 2, ... sizes] in int32, on the device."""
-    return on_device(torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32), device)
+    return to_device(torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32), device)
 
 
 class TorchAttention(MegatronModule):

@@ -67,14 +67,16 @@ def update(
     The schedule of Megatron (1F1B) takes as long as count + pp - 1 micro-batches of the slowest stage.
     """
     items = micro_batch(arch, s, load, cluster, trains)
-    one = sum(items.values())
-    items = {name: load.count * value for name, value in items.items()} | {"bubble": (s.pp - 1) * one}
+    micro_batch_s = sum(items.values())
+    items = {name: load.count * value for name, value in items.items()} | {
+        "bubble": (s.pp - 1) * micro_batch_s
+    }
     if not trains:
         return items
     size, bandwidth = memory.weights(arch, s), cluster.speeds.memory_bandwidth * 1e9 * MEMORY
     share, link = (s.copies - 1) / s.copies, link_of(s.tp * s.copies, cluster)
     # Gradients are reduced during the last backward pass; with stages, hardly.
-    hidden = 2 / 3 * one if s.pp == 1 else 0.0
+    hidden = 2 / 3 * micro_batch_s if s.pp == 1 else 0.0
     reduced, gathered = FP32 * size * share / link, s.item * size * share / link
     optimizer = (OPTIMIZER_BYTES / s.copies) * size / bandwidth
     return items | {"exchange": max(reduced - hidden, 0.0) + gathered, "optimizer": optimizer}

@@ -73,7 +73,7 @@ def test_megatron_alone_asks_for_the_step_that_it_drops(repaired, monkeypatch):
 
 
 def test_megatron_alone_copies_weights_on_a_stream_of_its_own(monkeypatch):
-    """Which does not wait for the current one, on which it has cut its parts out of the weights."""
+    """That stream does not wait for the current one, on which the parts are cut out of the weights."""
     streams = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda: streams.append("own") or "own")
     monkeypatch.setattr(nccl_copy_service, "torch", torch)

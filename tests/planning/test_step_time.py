@@ -76,19 +76,21 @@ def test_tensor_parallel_ranks_share_products_and_exchange_activations():
 
 def test_a_pipeline_waits_for_its_stages():
     s = replace(ONE_GPU, pp=4, stage=3)
-    one = sum(step_time.micro_batch(ONE_B, s, LOAD, CLUSTER, False).values())
-    assert sum(step_time.update(ONE_B, s, LOAD, CLUSTER, False).values()) == pytest.approx((4 + 3) * one)
+    micro_batch_s = sum(step_time.micro_batch(ONE_B, s, LOAD, CLUSTER, False).values())
+    assert sum(step_time.update(ONE_B, s, LOAD, CLUSTER, False).values()) == pytest.approx(
+        (4 + 3) * micro_batch_s
+    )
 
 
 def test_exchange_and_optimizer_of_data_parallel_ranks():
     alone = step_time.update(ONE_B, ONE_GPU, LOAD, CLUSTER, True)
     assert alone["exchange"] == 0
     assert alone["optimizer"] == pytest.approx(50 * WEIGHTS / 1e9)
-    one = sum(step_time.micro_batch(ONE_B, ONE_GPU, LOAD, CLUSTER, True).values())
+    micro_batch_s = sum(step_time.micro_batch(ONE_B, ONE_GPU, LOAD, CLUSTER, True).values())
     shared = step_time.update(ONE_B, replace(ONE_GPU, dp=16), LOAD, CLUSTER, True)
     assert shared["optimizer"] == pytest.approx(alone["optimizer"] / 16)
     sent = 15 / 16 * WEIGHTS / 1e8  # 16 ranks are two nodes
-    assert shared["exchange"] == pytest.approx(4 * sent - 2 / 3 * one + 2 * sent)
+    assert shared["exchange"] == pytest.approx(4 * sent - 2 / 3 * micro_batch_s + 2 * sent)
 
 
 def test_shorter_rows_take_fewer_micro_batches():

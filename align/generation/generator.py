@@ -103,11 +103,13 @@ class Generator:
         """`keep`: keep KV cache and CUDA graphs between calls, while the policy's weights stay in place."""
         self.keep = keep
         self.kept: Slots | None = None
-        self.policy: Policy = unwrap_model(policy)
+        self.policy: Policy | gpt.Interleaved = unwrap_model(policy)
         sampling_config = replace(sampling_config, stop=(*sampling_config.stop, *tokenizer.stop_strings))
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
         self.seed, self.fixed = parallel_config.seed, parallel_config.deterministic
-        self.policy.known_ids = min(self.policy.arch.vocab_size, tokenizer.vocab_size)
+        self.known_ids = min(self.policy.arch.vocab_size, tokenizer.vocab_size)
+        for stage in gpt.stages(policy):
+            stage.known_ids = self.known_ids
         self.copy: Policy | None = None
         self.engine: trtllm.Engine | None = None
         tp = config.rollout_tp
@@ -120,7 +122,7 @@ class Generator:
                 model=model_config.path,
                 sampling=sampling_config,
                 stop_ids=tokenizer.stop_ids,
-                absent_ids=range(self.policy.known_ids, self.policy.arch.vocab_size),
+                absent_ids=range(self.known_ids, self.policy.arch.vocab_size),
                 group=self.group,
                 slots=config.rollout_slots,
                 keep=config.trtllm_keep,

@@ -143,7 +143,7 @@ class Job:
         item = 2 if precision == "bf16" or (precision == "auto" and self.cluster.gpu) else 4
         sizes = p.tp, p.pp, p.cp, dp, 0
         flags = p.sequence_parallel, model.recompute, model.keep_logits
-        return RankShape(item, self.cluster.gpu, *sizes, *flags)
+        return RankShape(item, self.cluster.gpu, *sizes, *flags, p.vp)
 
     def phases(self, s: RankShape) -> list[Phase]:
         """The phases on one pipeline stage, each with the peak of what it alone allocates."""

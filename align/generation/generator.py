@@ -76,7 +76,11 @@ class RolloutConfig:
             refuse_unused(self, RolloutConfig, "rollout_tp", "with --rollout-layout same")
 
     def reshards(self, parallel: ParallelConfig) -> bool:
-        """True if the weights are copied to another layout."""
+        """True if the weights are copied to another layout. Raises UserError for one that cannot sample."""
+        if parallel.vp > 1 and self.rollout_layout == "same":
+            raise UserError(
+                "--rollout-layout same cannot sample from the stages of --vp: leave one of them out"
+            )
         if self.rollout_layout is None:
             return parallel.tp > 1 or parallel.pp > 1 or self.rollout_tp > 1
         return self.rollout_layout == "reshard"

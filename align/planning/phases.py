@@ -125,13 +125,15 @@ class Job:
     @functools.cached_property
     def offloads(self) -> bool:
         """True if parts of models in training are offloaded; auto: if a GPU cannot hold all at once."""
-        return self.offload == "on" or (self.offload == "auto" and self.cluster.gpu and not self.fits())
+        return self.offload == "on" or (
+            self.offload == "auto" and self.cluster.gpu and not replace(self, offload="off").fits()
+        )
 
     def fits(self) -> bool:
-        """True if no phase of any pipeline stage takes more than a GPU has, without offload."""
-        whole, limit = replace(self, offload="off"), self.cluster.gpu_memory * self.cluster.usable
+        """True if no phase of any pipeline stage takes more than a GPU has."""
+        limit = self.cluster.gpu_memory * self.cluster.usable
         stages = [replace(self.layout, stage=stage) for stage in range(self.layout.pp)]
-        sizes = (on_device(whole, s, phase, 0.0) for s in stages for phase in whole.phases(s))
+        sizes = (on_device(self, s, phase, 0.0) for s in stages for phase in self.phases(s))
         return all(sum(items.values()) / 1e9 <= limit for items in sizes)
 
     @property

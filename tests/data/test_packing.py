@@ -71,6 +71,9 @@ def test_plan_by_hand():
     assert packing.plan_micro_batches([7, 4, 4, 4], ranks=1, max_tokens=10, max_rows=None) == [
         [[1, 3], [0], [2]]
     ]
+    assert packing.plan_micro_batches([7, 4, 4], ranks=1, max_tokens=10, max_rows=None, multiple=4) == [
+        [[0], [1], [2], []]
+    ]
     assert packing.plan_micro_batches([3], ranks=2, max_tokens=10, max_rows=None) == [[[0]], [[]]]
     assert packing.plan_micro_batches([], ranks=2, max_tokens=10, max_rows=None) == [[[]], [[]]]
 

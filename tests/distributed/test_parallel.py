@@ -54,6 +54,7 @@ def test_sizes_that_fit(monkeypatch, world, flags):
             {"sequence_parallel": True},
             r"--sequence-parallel has no effect with --tp 1: leave it out or raise",
         ),
+        (2, {"vp": 2}, r"--vp has no effect with --pp 1: leave it out or raise"),
     ],
 )
 def test_sizes_that_are_refused(monkeypatch, world, flags, message):
@@ -68,6 +69,7 @@ def test_sizes_that_are_refused(monkeypatch, world, flags, message):
         ({"tp": 3}, r"--tp 3 does not divide the model's 4 attention heads .*--pp instead"),
         ({"tp": 8}, r"--tp 8 does not divide the model's 4 attention heads"),
         ({"pp": 3}, r"--pp 3 does not divide the model's 4 layers"),
+        ({"pp": 2, "vp": 4}, r"--pp 2 x --vp 4 = 8 does not divide the model's 4 layers"),
     ],
 )
 def test_splits_that_the_tiny_model_does_not_allow(flags, message):

@@ -34,6 +34,7 @@ class Case:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    vp: int = 1
     sequence_parallel: bool = False
     micro_batch_tokens: int = 64
     micro_batch_size: int | None = None
@@ -44,7 +45,9 @@ class Case:
 
     @property
     def layout(self) -> parallel.ParallelConfig:
-        return parallel.ParallelConfig(self.tp, self.pp, self.cp, self.sequence_parallel)
+        return parallel.ParallelConfig(
+            tp=self.tp, pp=self.pp, vp=self.vp, cp=self.cp, sequence_parallel=self.sequence_parallel
+        )
 
 
 def build(directory: Path, case: Case) -> gpt.Decoder:

@@ -302,7 +302,8 @@ def main(config: Config) -> None:
 
         # log-probs of policy and reference, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
+            old_logprobs, entropies = packed.outputs(policy).unbind(1)
+            ref_logprobs = old_logprobs
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
                 ref_logprobs = packed.outputs(policy)[:, 0]
@@ -310,12 +311,17 @@ def main(config: Config) -> None:
         logprobs = [sample.logprobs for sample in sampled.responses]
         precision = config.model.dtype, config.sampling.temperature
         metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
+        drawn = old_logprobs.numpy(), entropies.numpy(), arch.vocab_size
+        metrics |= audit.check_surprise(*drawn, *precision, config=config.audit)
 
         # rewards and advantages, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages = config.estimate_advantages(rewards, lengths, counted)
+        if config.advantages != "reinforce":
+            first_tokens = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+            audit.check_groups(sampled.places, advantages[first_tokens], counted)
         statistics: dict[str, float | Tensor] = {
             **sampled.statistics(),
             "rollout_size": len(lengths),
@@ -340,6 +346,9 @@ def main(config: Config) -> None:
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
             metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
+            terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
+            terms = packed.of_first_update(*rl.only_where(mask, terms), num_tokens)
+            metrics |= audit.check_update(updates[0]["loss"], *terms, ratio_bound)
         else:
             reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
             session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")

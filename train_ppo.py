@@ -312,7 +312,8 @@ def main(config: Config) -> None:
 
         # log-probs of policy and reference, and values, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
+            old_logprobs, entropies = packed.outputs(policy).unbind(1)
+            ref_logprobs = old_logprobs
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
                 ref_logprobs = packed.outputs(policy)[:, 0]
@@ -322,6 +323,8 @@ def main(config: Config) -> None:
         logprobs = [sample.logprobs for sample in sampled.responses]
         precision = config.model.dtype, config.sampling.temperature
         metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
+        drawn = old_logprobs.numpy(), entropies.numpy(), arch.vocab_size
+        metrics |= audit.check_surprise(*drawn, *precision, config=config.audit)
 
         # rewards, advantages and returns, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
@@ -350,6 +353,8 @@ def main(config: Config) -> None:
         batches = packed.micro_batches(**tokens, values=values, returns=returns)
         lr = optim.learning_rate(critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)
+        terms = packed.of_first_update((values - returns).square() / 2, packed.num_tokens)
+        audit.check_update(updates[0]["loss"], *terms, ratio_bound)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
         if (policy_step := step - config.critic_warmup_steps) >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
@@ -359,6 +364,9 @@ def main(config: Config) -> None:
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:
                 metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
+                terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
+                terms = packed.of_first_update(*rl.only_where(mask, terms), num_tokens)
+                metrics |= audit.check_update(updates[0]["loss"], *terms, ratio_bound)
             else:
                 reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
                 session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")

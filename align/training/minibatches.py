@@ -92,3 +92,11 @@ class Minibatches:
         """
         parts = (self.reorder(x).split(self.num_tokens) for x in (counted, counted * signal))
         return [float(count.sum()) * bool(gradient.any()) for count, gradient in zip(*parts, strict=True)]
+
+    def of_first_update(self, x: Tensor, num_tokens: Sequence[float]) -> tuple[Tensor, float]:
+        """[N] values at the tokens of the first minibatch that is trained, and its number of trained tokens.
+
+        `num_tokens`: from `tokens_with_gradient`, of which one is not 0.
+        """
+        first = next(i for i, count in enumerate(num_tokens) if count)
+        return self.reorder(x).split(self.num_tokens)[first], num_tokens[first]

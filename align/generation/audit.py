@@ -112,11 +112,12 @@ def compare(
             "the sampler and the trainer do not compute the same model"
         )
     bias, standard_error = clustered_mean([row for row, _ in places], differences)
-    if not abs(bias) <= (most_bias := BIAS_SHARE * most_mean + STANDARD_ERRORS * standard_error):
+    most_bias = BIAS_SHARE * most_mean + STANDARD_ERRORS * standard_error
+    if not abs(bias) <= most_bias:
         raise RuntimeError(
-            f"audit: sampling log-probs are {bias:+.2g} nats off training's on average over {len(all_errors)} "
-            f"tokens, in one direction, which rounding has not (bound {most_bias:.2g}, from --audit-mean "
-            f"{most_mean:.2g}): the sampler and the trainer do not compute the same model"
+            f"audit: sampling log-probs are {bias:+.2g} nats off training's on average over "
+            f"{len(all_errors)} tokens, in one direction, which rounding has not (bound {most_bias:.2g}, from "
+            f"--audit-mean {most_mean:.2g}): the sampler and the trainer do not compute the same model"
         )
     return {
         "audit/logprob_error": mean,
@@ -182,9 +183,9 @@ def check_surprise(
     rounding = BIAS_SHARE * config.bounds(dtype)[0] / min(temperature, 1.0)
     if not abs(mean) <= rounding + sampling_error:
         raise RuntimeError(
-            f"audit: sampled tokens have -log p of {mean:+.2g} nats beside the entropy of their distributions, "
-            f"on average over {count} (bound {rounding + sampling_error:.2g}): the sampler draws from another "
-            "distribution than its log-probs are of"
+            f"audit: sampled tokens have -log p of {mean:+.2g} nats beside the entropy of their "
+            f"distributions, on average over {count} (bound {rounding + sampling_error:.2g}): the sampler "
+            "draws from another distribution than its log-probs are of"
         )
     return {"audit/surprise": mean}
 
@@ -206,8 +207,8 @@ def check_update(loss: float, terms: Tensor, count: float, bound: float) -> dict
     if not error <= bound:
         raise RuntimeError(
             f"audit: the first update of a rollout has the loss {loss:.6g}, its advantages and KL give "
-            f"{expected:.6g} for a ratio of 1 (--audit-ratio {bound:.2g}): a term has another sign, denominator "
-            "or order of tokens"
+            f"{expected:.6g} for a ratio of 1 (--audit-ratio {bound:.2g}): a term has another sign, "
+            "denominator or order of tokens"
         )
     return {"audit/loss_error": error}
 

@@ -155,7 +155,9 @@ def check_replicas(model: DistributedDataParallel) -> None:
         if not getattr(weight, "tensor_model_parallel", False)
     ]
     is_exact = torch.are_deterministic_algorithms_enabled() or parallel.device().type == "cpu"
-    checks = [("tensor", mpu.get_tensor_model_parallel_group(), replicated, 0.0 if is_exact else REPLICA_BOUND)]
+    checks = [
+        ("tensor", mpu.get_tensor_model_parallel_group(), replicated, 0.0 if is_exact else REPLICA_BOUND)
+    ]
     if not model.ddp_config.overlap_param_gather:
         checks.append(("data", mpu.get_data_parallel_group(with_context_parallel=True), weights, 0.0))
     for kind, group, copies, bound in checks:
@@ -168,8 +170,8 @@ def check_replicas(model: DistributedDataParallel) -> None:
         largest, worst = (x.item() for x in spread.max(0))
         if not largest <= bound:
             raise RuntimeError(
-                f"audit: after an update {copies[int(worst)][0]} differs between {kind} parallel ranks, which hold "
-                f"copies of it: its norm by a share of {largest:.2g}. A reduction or a gather is missing"
+                f"audit: after an update {copies[int(worst)][0]} differs between {kind} parallel ranks, which "
+                f"hold copies of it: its norm by {largest:.2g} of it. A reduction or a gather is missing"
             )
 
 

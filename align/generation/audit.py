@@ -116,7 +116,7 @@ def compare(
     if not abs(bias) <= most_bias:
         raise RuntimeError(
             f"audit: sampling log-probs are {bias:+.2g} nats off training's on average over "
-            f"{len(all_errors)} tokens, in one direction, which rounding has not (bound {most_bias:.2g}, from "
+            f"{len(all_errors)} tokens, in one direction, which rounding has not (bound {most_bias:.2g}, by "
             f"--audit-mean {most_mean:.2g}): the sampler and the trainer do not compute the same model"
         )
     return {

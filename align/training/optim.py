@@ -170,8 +170,8 @@ def check_replicas(model: DistributedDataParallel) -> None:
         largest, worst = (x.item() for x in spread.max(0))
         if not largest <= bound:
             raise RuntimeError(
-                f"audit: after an update {copies[int(worst)][0]} differs between {kind} parallel ranks, which "
-                f"hold copies of it: its norm by {largest:.2g} of it. A reduction or a gather is missing"
+                f"audit: after an update {copies[int(worst)][0]} differs between {kind} parallel ranks, "
+                f"which hold copies of it: its norm by {largest:.2g} of it. A collective is missing"
             )
 
 

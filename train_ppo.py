@@ -366,7 +366,9 @@ def main(config: Config) -> None:
                 metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
                 terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
                 terms = packed.of_first_update(*rl.only_where(mask, terms), num_tokens)
-                metrics |= audit.check_update(updates[0]["loss"], *terms, ratio_bound)
+                metrics |= audit.check_update(
+                    updates[0]["loss"], *terms, ratio_bound, updates[0]["ppo_ratio"]
+                )
             else:
                 reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
                 session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")

@@ -190,25 +190,29 @@ def check_surprise(
     return {"audit/surprise": mean}
 
 
-def check_update(loss: float, terms: Tensor, count: float, bound: float) -> dict[str, float]:
+def check_update(
+    loss: float, terms: Tensor, count: float, bound: float, mean_ratio: float = 1.0
+) -> dict[str, float]:
     """Check the loss of a rollout's first update, where the policy is still pi_old.
 
     Args:
         loss: of that update, from the engine.
         terms: [n] the loss of each token of its minibatch at a ratio of 1, computed before they are packed.
         count: number of trained tokens of the minibatch.
-        bound: on the difference, as a share of mean |terms|.
+        bound: on the difference, as a share of mean |terms|, and on mean_ratio - 1.
+        mean_ratio: of the policy, from the engine as well: the mean of pi / pi_old.
 
     Raises:
         RuntimeError: beyond the bound: a term has another sign or denominator, or tokens of another rollout.
     """
     expected, size = float(terms.sum()) / count, float(terms.abs().sum()) / count
-    error = abs(loss - expected) / size if size else abs(loss)
+    error = max(abs(loss - expected) / (size or 1.0), abs(mean_ratio - 1))
+    error = math.nan if math.isnan(loss) else error
     if not error <= bound:
         raise RuntimeError(
             f"audit: the first update of a rollout has the loss {loss:.6g}, its advantages and KL give "
-            f"{expected:.6g} for a ratio of 1 (--audit-ratio {bound:.2g}): a term has another sign, "
-            "denominator or order of tokens"
+            f"{expected:.6g} for a ratio of 1, which is {mean_ratio:.6g} (--audit-ratio {bound:.2g}): "
+            "a term has another sign, denominator or order of tokens"
         )
     return {"audit/loss_error": error}
 

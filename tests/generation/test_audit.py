@@ -477,6 +477,10 @@ def test_the_loss_of_a_first_update():
     assert audit.check_update(-1.0, terms, 2.0, 1e-5) == {"audit/loss_error": 0.0}
     assert audit.check_update(-1.0 + 3e-5, terms, 2.0, 1e-5)["audit/loss_error"] == pytest.approx(7.5e-6)
     assert audit.check_update(0.0, torch.zeros(2), 2.0, 1e-5) == {"audit/loss_error": 0.0}
+    with pytest.raises(
+        RuntimeError, match=r"give -0\.5 for a ratio of 1, which is 0\.49 \(--audit-ratio 1e-05\)"
+    ):
+        audit.check_update(-0.5, terms, 4.0, 1e-5, mean_ratio=0.49)
     for loss in (-0.5, 1.0, math.nan):
         with pytest.raises(RuntimeError, match=rf"has the loss {loss:g}, its advantages and KL give -1 "):
             audit.check_update(loss, terms, 2.0, 1e-5)

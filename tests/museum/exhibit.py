@@ -24,8 +24,8 @@ RUNS = {  # script and flags
     "reshard": f"{GRPO} 12 --rollout-layout reshard",
     "two updates": f"{GRPO} 12 --global-batch-size 8",
     "many tokens": f"{GRPO} 48 --samples-per-prompt 8 --global-batch-size 64 --micro-batch-tokens 1024",
-    "masked grpo": f"{GRPO} 24 {GROUPS} --truncated mask",
-    "masked rloo": f"{GRPO} 24 {GROUPS} --truncated mask --advantages rloo",
+    "masked grpo": f"{GRPO} 8 {GROUPS} --truncated mask",
+    "masked rloo": f"{GRPO} 8 {GROUPS} --truncated mask --advantages rloo",
     "reinforce": f"{GRPO} 12 --advantages reinforce --kl-coef 0.1",
     "ppo": f"train_ppo {PPO_FAMILY} 12 --kl-coef 0.1 --critic-lr 1e-3",
     "sft": f"{SFT} 1024",
@@ -39,8 +39,6 @@ RUNS = {  # script and flags
     "sequence parallel": f"{GRPO} 12 --tp 2 --sequence-parallel",
     "cp 2": f"{GRPO} 12 --cp 2",
     "dp 2": f"{GRPO} 12",
-    "sft, dp 2": f"{SFT} 160",
-    "sft, cp 2": f"{SFT} 160 --cp 2",
 }
 PROCESSES = {name: 2 if name.endswith((" 2", "parallel")) else 1 for name in RUNS}
 

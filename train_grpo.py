@@ -347,8 +347,8 @@ def main(config: Config) -> None:
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
             metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
-            terms = rl.only_where(mask, kl_in_loss * kl - config.entropy_coef * entropies - advantages)
-            first = packed.of_first_update(*terms, num_tokens)
+            [terms] = rl.only_where(mask, kl_in_loss * kl - config.entropy_coef * entropies - advantages)
+            first = packed.of_first_update(terms, num_tokens)
             metrics |= audit.check_update(updates[0]["loss"], *first, ratio_bound, updates[0]["ppo_ratio"])
         else:
             reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"

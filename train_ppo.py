@@ -313,20 +313,14 @@ def main(config: Config) -> None:
 
         # log-probs of policy and reference, and values, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs, entropies = packed.outputs(policy).unbind(1)
-            ref_logprobs = old_logprobs
+            old_logprobs, entropies = ref_logprobs, _ = packed.outputs(policy).unbind(1)
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
                 ref_logprobs = packed.outputs(policy)[:, 0]
         with phase("values", critic="weights"):
             values = values_as.standardised(packed.outputs(critic)[:, 0])
-        computed = [part.numpy() for part in old_logprobs.split(lengths)]
-        logprobs = [sample.logprobs for sample in sampled.responses]
-        precision = config.model.dtype, config.sampling.temperature
-        metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
-        drawn = old_logprobs.numpy(), entropies.numpy(), arch.vocab_size
-        metrics |= audit.check_surprise(*drawn, *precision, config=config.audit)
-
+        precision = arch.vocab_size, config.model.dtype, config.sampling.temperature
+        metrics = audit.check_sampler(sampled, old_logprobs, entropies, *precision, config.audit)
         # rewards, advantages and returns, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
@@ -347,7 +341,6 @@ def main(config: Config) -> None:
         metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
         if config.whiten_advantages:
             advantages = rl.whiten(advantages)
-
         # update
         mask = rl.per_token(counted.double(), lengths)  # [N]
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
@@ -364,12 +357,9 @@ def main(config: Config) -> None:
             updates = update("policy", partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:
-                metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
-                [terms] = rl.only_where(mask, kl_in_loss * kl - config.entropy_coef * entropies - advantages)
-                first = packed.of_first_update(terms, num_tokens)
-                metrics |= audit.check_update(
-                    updates[0]["loss"], *first, ratio_bound, updates[0]["ppo_ratio"]
-                )
+                terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
+                first = packed.of_first_update(terms, num_tokens, mask)
+                metrics |= audit.check_first_update(updates[0], *first, ratio_bound)
             else:
                 reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
                 session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")

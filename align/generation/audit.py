@@ -15,7 +15,7 @@ from torch import Tensor
 
 from align.errors import UserError
 from align.flags import BOUND, above, check_ranges
-from align.generation.rollout import Sample
+from align.generation.rollout import Rollout, Sample
 from align.generation.sampling import SamplingConfig
 
 # Default bounds on differences of log-probs in nats: on their mean, and on a quantile of them. For
@@ -112,20 +112,27 @@ def compare(
             f"(--audit-mean {most_mean:.2g}), the {name} {tail:.2g} (--audit-tail {most_tail:.2g}): "
             "the sampler and the trainer do not compute the same model"
         )
-    bias, standard_error = clustered_mean([row for row, _ in places], differences)
-    most_bias = BIAS_SHARE * most_mean + STANDARD_ERRORS * standard_error
-    if not abs(bias) <= most_bias:
-        raise RuntimeError(
-            f"audit: sampling log-probs are {bias:+.2g} nats off training's on average over "
-            f"{len(all_errors)} tokens, in one direction, which rounding has not (bound {most_bias:.2g}, by "
-            f"--audit-mean {most_mean:.2g}): the sampler and the trainer do not compute the same model"
-        )
+    bias = check_bias([row for row, _ in places], differences, most_mean)
     return {
         "audit/logprob_error": mean,
         "audit/logprob_error_quantile": tail,
         "audit/logprob_error_max": maximum,
         "audit/logprob_bias": bias,
     }
+
+
+def check_bias(rows: Sequence[int], differences: Sequence[np.ndarray], most_mean: float) -> float:
+    """Mean of sampled - trained over all tokens; RuntimeError beyond a share of the bound on their size."""
+    bias, standard_error = clustered_mean(rows, differences)
+    most_bias = BIAS_SHARE * most_mean + STANDARD_ERRORS * standard_error
+    if not abs(bias) <= most_bias:
+        raise RuntimeError(
+            f"audit: sampling log-probs are {bias:+.2g} nats off training's on average over "
+            f"{sum(map(len, differences))} tokens, in one direction, which rounding has not (bound "
+            f"{most_bias:.2g}, by --audit-mean {most_mean:.2g}): the sampler and the trainer do not compute "
+            "the same model"
+        )
+    return bias
 
 
 def clustered_mean(rows: Sequence[int], values: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -189,6 +196,31 @@ def check_surprise(
             "draws from another distribution than its log-probs are of"
         )
     return {"audit/surprise": mean}
+
+
+def check_sampler(
+    rollout: Rollout,
+    logprobs: Tensor,
+    entropies: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    temperature: float,
+    config: AuditConfig,
+) -> dict[str, float]:
+    """`compare` and `check_surprise` for a rollout; logprobs, entropies: [N] of training's forward pass."""
+    trained = [part.numpy() for part in logprobs.split([len(sample.ids) for sample in rollout.responses])]
+    sampled = [sample.logprobs for sample in rollout.responses]
+    metrics = compare(rollout.places, sampled, trained, dtype, temperature, config)
+    drawn = logprobs.numpy(), entropies.numpy()
+    return metrics | check_surprise(*drawn, vocab_size, dtype, temperature, config)
+
+
+def check_first_update(
+    update: dict[str, float], terms: Tensor, count: float, bound: float
+) -> dict[str, float]:
+    """`check_ratio` and `check_update` for the metrics of a policy's first update."""
+    metrics = check_ratio(update["ratio_error"], bound)
+    return metrics | check_update(update["loss"], terms, count, bound, update["ppo_ratio"])
 
 
 def check_update(

@@ -1,5 +1,6 @@
 """The 55 bugs of our own, by where they sit."""
 
+from align.training.offload import HostStore
 from tests.museum.exhibit import Exhibit
 
 COLLATE, RESPONSE = "align.data.packing.collate", "align.generation.rollout.response_example"
@@ -314,11 +315,13 @@ REFERENCE = {  # weights of the reference model
     "the reference is the policy": Exhibit(
         {SWAP: [("parameter.data = self.held[name]", "_ = self.held[name]")]},
         test="tests.training.test_offload:test_lent_weights_compute_and_leave_no_trace",
+        arguments={"store": HostStore()},
         origin="aburkov/theLMbook 8",
     ),
     "the reference's weights stay in the policy": Exhibit(
         {SWAP: [("parameter.data = own[name]", "pass")]},
         test="tests.training.test_offload:test_lent_weights_compute_and_leave_no_trace",
+        arguments={"store": HostStore()},
     ),
 }
 OWN = INPUTS | ENDS | DISTRIBUTION | SAMPLER | PASSES | RANKS | LOSSES | REFERENCE

@@ -63,7 +63,7 @@ def guards(exhibit: Exhibit) -> str:
         parts.append("rewards in `samples.jsonl`")
     elif exhibit.test:
         module, _, function = exhibit.test.partition(":")
-        parts.append(f"`{module.split('.')[-1]}.py`: `{function}`")
+        parts.append(f"`{module.replace('.', '/')}.py`: `{function}`")
     if exhibit.beside:
         parts.append(f"layouts: `{exhibit.run}` beside `{exhibit.beside}`")
     return ", ".join(parts) or "runs"

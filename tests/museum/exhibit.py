@@ -24,7 +24,6 @@ RUNS = {  # script and flags
     "reshard": f"{GRPO} 12 --rollout-layout reshard",
     "two updates": f"{GRPO} 12 --global-batch-size 8",
     "many tokens": f"{GRPO} 48 --samples-per-prompt 8 --global-batch-size 64 --micro-batch-tokens 1024",
-    "masked grpo": f"{GRPO} 8 {GROUPS} --truncated mask",
     "masked rloo": f"{GRPO} 8 {GROUPS} --truncated mask --advantages rloo",
     "reinforce": f"{GRPO} 12 --advantages reinforce --kl-coef 0.1",
     "ppo": f"train_ppo {PPO_FAMILY} 12 --kl-coef 0.1 --critic-lr 1e-3",

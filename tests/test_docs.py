@@ -20,7 +20,7 @@ FOREIGN = set(  # flags of torchrun and Slurm; files of the reader and of a run
 FILE = re.compile(r"`((?:align|bench|docs|examples|slurm|tests)/[\w./-]+\.\w+|[\w-]+\.(?:py|txt|sh|sbatch))`")
 METRICS = (  # functions that return metrics
     "statistics pair_statistics log_ratio_statistics comparison_statistics compare_with "
-    "policy_loss compare check_ratio speed".split()
+    "policy_loss compare check_ratio check_surprise check_update speed".split()
 )
 
 

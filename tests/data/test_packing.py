@@ -12,7 +12,6 @@ import torch
 from align.data import formats, packing
 from align.errors import UserError
 from tests.support.rows import chat
-from tests.support.seeded_bugs import assert_fails_with
 
 
 def test_check_size():
@@ -194,9 +193,3 @@ def test_batch_moves():
     batch = packing.collate([[make_example([1, 2, 3], [0, 1, 1])]]).to("meta")
     assert all(x.is_meta for x in (batch.tokens, batch.targets, batch.mask, batch.positions, batch.trained))
     assert batch.lengths == [2] and batch.is_trained.tolist() == [True, True]
-
-
-def test_positions_that_are_one_too_high_are_noticed():
-    """Rotations tell distances only: no log-prob shows it."""
-    words = "np.arange(skip, skip + end - start)"
-    assert_fails_with({"align.data.packing.collate": [(words, f"{words} + 1")]}, test_collate_by_hand)

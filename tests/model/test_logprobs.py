@@ -18,7 +18,6 @@ from tests.support.launch import fork_ranks
 from tests.support.layer_formulas import counting
 from tests.support.logprob_formulas import ALONE, oracle, ours
 from tests.support.parity_data import examples
-from tests.support.seeded_bugs import assert_fails_with
 from tests.workers.logprobs import (
     HIDDEN,
     PADDED,
@@ -309,8 +308,3 @@ def test_policy(models, tmp_path, family):
         torch.testing.assert_close(both[mask].double(), values, rtol=0, atol=1e-4, msg=str(layout))
         assert torch.equal(logprobs, both[:, 0]), layout
         assert abs(found_loss - loss) <= 1e-4 and abs(found_norm - norm) <= 1e-3, (layout, actual, loss, norm)
-
-
-def test_a_gradient_that_forgets_the_temperature_is_noticed():
-    bug = {"align.model.logprobs.TargetLogProbs.backward": [("grad = grad / ctx.temperature", "pass")]}
-    assert_fails_with(bug, lambda: test_values_and_gradients(5, 0.7, False))

@@ -6,6 +6,7 @@ at learning rates of 1e-5 and below: updates that small are lost in rounding.
 
 import math
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from align.distributed import megatron_patches, parallel
 from align.errors import UserError
 from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ranges, number
 
+CHECKED: WeakSet[MegatronOptimizer] = (
+    WeakSet()
+)  # after their first update; then each checkpoint's weights are
 REPLICA_BOUND = 1e-3  # relative, on norms of weights whose gradients may differ in rounding
 
 
@@ -130,9 +134,11 @@ def step(optimizer: MegatronOptimizer, lr: float) -> float:
     optimizer.zero_grad()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the norm of the gradient is {grad_norm}")
-    for adam in adams(optimizer)[:1]:
-        for model in adam.model_chunks:
-            check_replicas(model)
+    if optimizer not in CHECKED:
+        CHECKED.add(optimizer)
+        for adam in adams(optimizer)[:1]:
+            for model in adam.model_chunks:
+                check_replicas(model)
     return float(grad_norm)
 
 
@@ -170,7 +176,7 @@ def check_replicas(model: DistributedDataParallel) -> None:
         largest, worst = (x.item() for x in spread.max(0))
         if not largest <= bound:
             raise RuntimeError(
-                f"audit: after an update {copies[int(worst)][0]} differs between {kind} parallel ranks, "
+                f"audit: {copies[int(worst)][0]} differs between {kind} parallel ranks, "
                 f"which hold copies of it: its norm by {largest:.2g} of it. A collective is missing"
             )
 

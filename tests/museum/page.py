@@ -48,7 +48,7 @@ all tokens, sums that must be 0 and weights that must be equal keep their power.
 | ratio | pi / pi_old at the first update of a rollout with 1 (PPO, GRPO) |
 | loss of the first update | the engine's loss with the sum of its terms before packing (PPO, GRPO) |
 | sums of advantages | sum over the responses to each prompt with 0 (GRPO, RLOO) |
-| replicas | copies of a weight on tensor and data parallel ranks, after each update of every script |
+| replicas | copies of a weight on several ranks, after the first update and before each checkpoint |
 | lengths, ends of responses | tokens sampled with tokens trained; the last token with the stop tokens |
 | start of DPO | policy with reference before the first update |
 | two BOS, sizes that do not fit | no audit, but the run stops |

@@ -38,7 +38,7 @@ MESSAGES = {
     "ratio": r"RuntimeError: audit: at the first update of a rollout the policy's ratio is off 1 by .*",
     "update": r"RuntimeError: audit: the first update of a rollout has the loss \S+, its advantages .*",
     "groups": r"RuntimeError: audit: the advantages of the responses to row \d+ add up to \S+, not to 0: .*",
-    "replicas": r"RuntimeError: audit: after an update \S+ differs between (tensor|data) parallel ranks, .*",
+    "replicas": r"RuntimeError: audit: \S+ differs between (tensor|data) parallel ranks, .*",
     "tokens": r"RuntimeError: audit: response \d+ to row \d+ was sampled with \d+ tokens, training has \d+",
     "ends": r"RuntimeError: audit: response \d+ to row \d+ ended, but its last token \d+ is none that .*",
     "start": r"RuntimeError: before the first update the policy is the reference, but their log-probs .*",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.resharding.copy_services import nccl_copy_service
+from megatron.core.resharding.copy_services import gloo_copy_service, nccl_copy_service
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from align.distributed import megatron_patches, parallel
@@ -122,3 +122,12 @@ def test_megatron_alone_copies_weights_on_a_stream_of_its_own(monkeypatch):
     monkeypatch.setattr(nccl_copy_service.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(nccl_copy_service.dist, "get_world_size", lambda: 1)
     assert nccl_copy_service.NCCLCopyService()._copy_stream == "own"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have pinned memory and streams")
+def test_on_a_cpu_transfers_of_weights_pin_no_memory_and_wait_for_no_stream():
+    """Megatron-Core 0.19 does both in GlooCopyService, and torch raises at either without CUDA."""
+    with parallel.start(parallel.ParallelConfig()):
+        buffer = gloo_copy_service.torch.empty(2, device="cpu", pin_memory=True)
+        gloo_copy_service.torch.cuda.current_stream().synchronize()
+    assert buffer.shape == (2,) and not buffer.is_pinned()

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any, TypeVar
 
-import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -261,7 +261,8 @@ def layout() -> str:
     grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
     if stages := mpu.get_virtual_pipeline_model_parallel_world_size():
         grid += f", {stages} stages a pipeline rank"
-    versions = f"torch {torch.__version__}, Megatron-Core {megatron.core.__version__}"
+    # not megatron.core.__version__: 0.19 adds the commit of the repository that it runs in, whichever it is
+    versions = f"torch {torch.__version__}, Megatron-Core {version('megatron-core')}"
     return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}, {versions}"
 
 

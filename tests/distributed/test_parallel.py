@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from importlib.metadata import version
 from unittest import mock
 
 import pytest
@@ -179,3 +180,9 @@ def test_the_peak_is_that_of_all_gpus(name, dtype, peak, monkeypatch):
     monkeypatch.setattr(parallel, "device_name", lambda: name)
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
     assert parallel.peak_tflops(dtype) == peak
+
+
+def test_the_log_names_the_installed_megatron():
+    """Megatron-Core 0.19 adds the commit of the repository around it to its own version."""
+    with parallel.start(parallel.ParallelConfig()):
+        assert parallel.layout().endswith(f", Megatron-Core {version('megatron-core')}")

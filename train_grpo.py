@@ -50,6 +50,7 @@ from align.tracking.run import RunConfig
 from align.training import engine, minibatches, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
+from align.training.ledger import Ledger
 from align.training.minibatches import Minibatches
 from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
@@ -340,9 +341,12 @@ def main(config: Config) -> None:
             record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
         batches = packed.micro_batches(**tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
-        signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
-        num_tokens = packed.tokens_with_gradient(mask, signal)
-        updates = update(partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
+        signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
+        num_tokens = packed.tokens_with_gradient(mask, tokens[signal])
+        ledger = Ledger(sampled.tokens, {"truncated": mask == 0, "without_signal": tokens[signal] == 0})
+        loss_fn = ledger.counting(partial(policy_loss, kl_coef=kl_in_loss), "counted", signal)
+        updates = update(loss_fn, batches, num_tokens, lr)
+        metrics |= ledger.close(f"step {session.done}", config.ppo_epochs) | session.use_prompts(sampled.rows)
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
             metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)

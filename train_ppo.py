@@ -48,6 +48,7 @@ from align.tracking.run import RunConfig
 from align.training import engine, minibatches, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
+from align.training.ledger import Ledger
 from align.training.minibatches import Minibatches
 from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
@@ -371,11 +372,15 @@ def main(config: Config) -> None:
         lr = optim.learning_rate(critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
-        if (policy_step := step - config.critic_warmup_steps) >= 0:
+        policy_step = step - config.critic_warmup_steps
+        signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
+        fates = {"truncated": mask == 0, "critic_warmup": mask.new_tensor(policy_step < 0)}
+        ledger = Ledger(sampled.tokens, fates | {"without_signal": tokens[signal] == 0})
+        if policy_step >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
-            signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
-            num_tokens = packed.tokens_with_gradient(mask, signal)
-            updates = update("policy", partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
+            num_tokens = packed.tokens_with_gradient(mask, tokens[signal])
+            loss_fn = ledger.counting(partial(policy_loss, kl_coef=kl_in_loss), "counted", signal)
+            updates = update("policy", loss_fn, batches, num_tokens, lr)
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:
                 metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
@@ -383,6 +388,7 @@ def main(config: Config) -> None:
                 reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
                 session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")
             metrics |= {f"train_optim/{name}": value for name, value in mean_of(updates).items()}
+        metrics |= ledger.close(f"step {session.done}", config.ppo_epochs) | session.use_prompts(sampled.rows)
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 

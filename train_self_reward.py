@@ -51,6 +51,7 @@ from align.generation.generator import (
 from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
 from align.judging import self_judge as judging
+from align.judging import tokens
 from align.judging.judge import Judge, JudgeConfig
 from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
 from align.judging.pairs import Buffer, SampledPair, mix
@@ -67,6 +68,7 @@ from align.tracking.run import RunConfig
 from align.training import batching, checkpoint, engine, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig, Saving
 from align.training.config import CommonConfig, LoopConfig
+from align.training.ledger import Ledger
 from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
 from align.training.session import Session, Tokenizer
@@ -222,6 +224,7 @@ class State:
     policy: nn.Module  # in Megatron's DistributedDataParallel
     ref: ReferenceModel
     generator: Generator
+    account: tokens.Account
     iteration: int = 0
 
 
@@ -234,6 +237,7 @@ class Training(NamedTuple):
     metrics: dict[str, float]
     examples: Sequence[Sequence[Example]] = ()  # of the batches, by row
     audit: dict[str, float] = {}
+    ledger: Ledger | None = None  # of sampled tokens
 
 
 def of_iteration(values: tuple[float, ...], iteration: int) -> float:
@@ -302,9 +306,10 @@ def meta_judge_step(state: State, judged: list[JudgedResponses], sample: Sampler
     """Compare judgements of one response to each prompt, and put pairs of them into the buffer."""
     compared = state.self_judge.compare(judged, sample)
     pairs = [pair for comparison in compared if (pair := comparison.pair()) is not None]
-    num_buffered = sum([state.buffer.offer(pair) for pair in pairs])
+    admitted = [pair for pair in pairs if state.buffer.offer(pair)]
+    state.account.admit(admitted)
     state.session.samples(state.session.done, state.self_judge.tables("train_comparisons", compared))
-    return judging.comparison_statistics(compared) | {"meta_pairs": num_buffered}
+    return judging.comparison_statistics(compared) | {"meta_pairs": len(admitted)}
 
 
 def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
@@ -316,9 +321,10 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     num_buffered = len(state.buffer)
     pairs = mix(response_pairs, state.buffer, config.meta.meta_judge_fraction)
     metrics["meta_samples_per_GBS"] = (num_buffered - len(state.buffer)) / config.batch.global_batch_size
-    loss_fn = partial(preference_loss, config, of_iteration(config.beta, state.iteration))
+    ledger = tokens.of_step(judged, response_pairs, pairs)
+    loss_fn = ledger.counting(partial(preference_loss, config, of_iteration(config.beta, state.iteration)))
     if not pairs:
-        return Training([], loss_fn, 0, metrics)
+        return Training([], loss_fn, 0, metrics, ledger=ledger)
 
     # The reference has sampled: its log-probs in training must be those of the sampler.
     ref_logprobs = state.ref.logprobs(pairs, config.batch)
@@ -333,7 +339,7 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
         record.put(rows=[pair.row for pair in pairs], gaps=[pair.gap for pair in pairs])
         scores = [reward for pair in pairs for reward in (pair.chosen_reward, pair.rejected_reward)]
         record.put(ref_logprobs=np.concatenate(ref_logprobs), scores=scores)
-    return Training(batches, loss_fn, len(pairs), metrics, examples, errors)
+    return Training(batches, loss_fn, len(pairs), metrics, examples, errors, ledger)
 
 
 def validate(
@@ -444,7 +450,8 @@ def main(config: Config) -> None:
     stops = sorted(tokenizer.stop_ids), tokenizer.stop_strings
     settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *stops)
     ref = ReferenceModel(weights, policy, generator, phase, config.run.output / "rollouts", settings)
-    state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator)
+    account = tokens.Account()
+    state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator, account)
 
     def save(saving: Saving) -> None:
         """Write the reference model and the buffer into a checkpoint."""
@@ -475,16 +482,18 @@ def main(config: Config) -> None:
         else:
             # rollout, for several steps at once
             start = config.rollout_start(step, iteration_steps)
-            sample = partial(ref.sample, start + 1)
+            sample = account.counting(partial(ref.sample, start + 1))
             if step in (start, first_step):
                 is_first = not judged
                 judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
+                account.judge(judged, is_new=step == start)
                 if is_first:
                     responses = [response for prompt in judged for response in prompt.samples]
                     warn_if_none_ended(responses, config.sampling.max_new_tokens, session.say)
             if step == start and config.meta.meta_judge and len(buffer) < BUFFER_BATCHES * size:
                 metrics |= meta_judge_step(state, judged, sample)
-            training = preference_step(state, judged[(step - start) * size : (step - start + 1) * size])
+            own = judged[(step - start) * size : (step - start + 1) * size]
+            training, numbers = preference_step(state, own), [prompt.row for prompt in own]
         metrics |= training.metrics
 
         # update
@@ -504,6 +513,11 @@ def main(config: Config) -> None:
         else:
             session.say(f"step {session.done}: no prompt gave a pair, so nothing was learnt")
         metrics = {f"train/{name}": value for name, value in metrics.items()} | training.audit
+        metrics |= session.use_prompts(numbers)
+        if training.ledger:
+            later, is_last = judged[(step - start + 1) * size :], session.done == end
+            settled = (training.ledger, later, buffer, is_last)
+            metrics |= account.close(f"step {session.done}", session.latest, *settled)
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 

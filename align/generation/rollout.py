@@ -70,6 +70,12 @@ class Rollout:
             for k in range(len(samples))
         ]
 
+    @property
+    def tokens(self) -> list[tuple[int, np.ndarray]]:
+        """Number of prompt tokens, and token ids, of each response, for the ledger."""
+        pairs = zip(self.prompts, self.samples, strict=True)
+        return [(len(prompt.ids), sample.ids) for prompt, samples in pairs for sample in samples]
+
     def examples(self) -> list[list[Example]]:
         """The responses to each prompt as examples."""
         return [

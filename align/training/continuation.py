@@ -44,6 +44,7 @@ class Continuation:
     total_steps: int
     identity: dict  # of the run, see `identity`
     damages: Future[list[str]] | None = None  # of the checkpoint's files, under way
+    prompts_used: dict | None = None  # `ledger.Prompts.state` of the checkpoint
 
     def verified_checkpoint(self) -> Path | None:
         """The checkpoint, None for a new run. Raises UserError if it is damaged. Collective."""
@@ -103,7 +104,7 @@ def find(
     total_steps = config.total_steps(now["data"]["rows"], pass_start)
     if step > total_steps:
         raise UserError(f"{path}: {step} steps are finished, and the flags ask for {total_steps} in all")
-    return Continuation(path, step, pass_start, total_steps, now, damages)
+    return Continuation(path, step, pass_start, total_steps, now, damages, state.get("prompts_used"))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from align.model import gpt, huggingface
 from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
-from align.training import checkpoint, continuation, optim, record
+from align.training import checkpoint, continuation, ledger, optim, record
 from align.training.checkpoint import Saving, Trained
 from align.training.config import CommonConfig
 from align.training.offload import HostStore
@@ -75,6 +75,8 @@ class Session:
         self.continued = continuation.find(self.config, self.script, rows, self.say)
         self.rows_of_step = self.continued.rows_of_step
         self.verified_checkpoint = self.continued.verified_checkpoint
+        data, start, step = (getattr(self.continued, name) for name in ("identity", "pass_start", "step"))
+        self.prompts = ledger.Prompts(data["data"], start, step, self.continued.prompts_used)
         self.run.total_steps = self.total_steps = self.continued.total_steps
         optim.check_optim(self.config.optim, self.total_steps)
 
@@ -115,6 +117,10 @@ class Session:
             profiler.end(self.done, is_last=self.reason is not None or self.done == self.total_steps)
             if self.reason:
                 return
+
+    def use_prompts(self, rows: Sequence[int]) -> dict[str, float]:
+        """Enter the prompts of the step under way into the ledger, and return its metrics."""
+        return self.prompts.use(self.step, rows)
 
     @property
     def done(self) -> int:
@@ -166,6 +172,8 @@ class Session:
         """Begin a checkpoint; its time counts in the next step's line."""
         config, output = self.config.checkpoint, self.config.run.output
         state = {"identity": self.continued.identity, "pass_start": self.continued.pass_start}
+        if self.prompts.used:
+            state["prompts_used"] = self.prompts.state()
         saving = self.saving = Saving(config, output, self.done, self.latest, state)
         for name, (model, optimizer) in self.trained.items():
             with self.phase("save", **{name: "all"}):

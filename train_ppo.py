@@ -176,6 +176,11 @@ class Config(CommonConfig):
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
+    def critic_optim(self) -> OptimConfig:
+        """Optimizer flags of the critic."""
+        return replace(self.optim, lr=self.critic_lr, min_lr=self.critic_min_lr)
+
+    @property
     def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
         """KL estimator that --kl names."""
         return KL[{"auto": "k3" if self.kl_in == "loss" else "k1"}.get(self.kl, self.kl)]
@@ -186,6 +191,12 @@ class Config(CommonConfig):
             return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
         kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
         return rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.responses_per_step)
+
+    def policy_steps(self, total_steps: int) -> int:
+        """Steps that train the policy. Raises UserError for none."""
+        if total_steps <= self.critic_warmup_steps:
+            raise UserError(f"--critic-warmup-steps {self.critic_warmup_steps} leaves the policy no step")
+        return total_steps - self.critic_warmup_steps
 
     def draws(self, step: int) -> list[list[list[int]]]:
         """Minibatches of all PPO epochs of a step, [minibatch][prompt][response]."""
@@ -229,11 +240,8 @@ def main(config: Config) -> None:
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
-    policy_steps = session.total_steps - config.critic_warmup_steps
-    if policy_steps <= 0:
-        raise UserError(f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step")
+    policy_steps = config.policy_steps(session.total_steps)
     optim.check_optim(config.optim, policy_steps)
-    critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
 
     # ---- models ----------------------------------------------------------------------------------
     phase, store = session.offload(estimate.resolve_offload(config))
@@ -252,7 +260,7 @@ def main(config: Config) -> None:
     critic_start = config.critic or reward.reward_model or config.model.path
     critic = sources.load_scorer("--critic", critic_start, config.model, config.parallel, tokenizer)
     critic = gpt.distributed(critic)
-    critic_optimizer = optim.build(critic, critic_optim)
+    critic_optimizer = optim.build(critic, config.critic_optim)
     values_as = sources.standardisation_of_values(critic_start, config.model, reward)
     phase.add("critic", critic, critic_optimizer)
     session.say(f"the critic starts as {critic_start}")
@@ -348,8 +356,7 @@ def main(config: Config) -> None:
         advantages, returns = rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
         statistics = sampled.statistics() | token_statistics(rewards, values, advantages, returns, lengths)
         if config.kl_coef:
-            init_policy_kl = per_response(kl, lengths).mean()
-            statistics |= {"init_policy_kl": float(init_policy_kl), "kl_coef": kl_coef}
+            statistics |= {"init_policy_kl": float(per_response(kl, lengths).mean()), "kl_coef": kl_coef}
         metrics |= {f"train_rollouts/{name}": value for name, value in statistics.items()}
         if config.whiten_advantages:
             advantages = rl.whiten(advantages)
@@ -360,16 +367,10 @@ def main(config: Config) -> None:
         if record := session.record:
             record.put_examples(examples)
             record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-            record.put(
-                rows=sampled.rows,
-                rewards=rewards,
-                advantages=advantages,
-                counted=mask,
-                values=values,
-                returns=returns,
-            )
+            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
+            record.put(values=values, returns=returns)
         batches = packed.micro_batches(**tokens, values=values, returns=returns)
-        lr = optim.learning_rate(critic_optim, step, session.total_steps)
+        lr = optim.learning_rate(config.critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
         policy_step = step - config.critic_warmup_steps

@@ -193,22 +193,8 @@ class Config(CommonConfig):
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def check_lengths(self, max_positions: int) -> None:
-        """Raise UserError if a prompt or judgement may not fit into the context, or a pair into a batch.
-
-        Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
-        prompt is shortened to what --max-new-tokens leaves.
-        """
-        prompt, response = self.format.max_seq_len, self.sampling.max_new_tokens
-        flag, context = f"--max-new-tokens {response}", f"the model's context of {max_positions}"
-        if prompt > max_positions:
-            raise UserError(f"--max-seq-len {prompt} is beyond {context} tokens: lower it")
-        if response >= max_positions:
-            raise UserError(f"{flag} leaves a prompt no token of {context}: lower it")
-        if 2 * (longest := min(prompt + response, max_positions)) > self.batch.micro_batch_tokens:
-            raise UserError(
-                f"--max-seq-len {prompt} and {flag} make sequences of {longest} tokens, of which a pair has "
-                f"two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
-            )
+        """Raise UserError if a prompt or judgement may not fit into the context, or a pair into a batch."""
+        sft_tasks.check_lengths(self.format, self.sampling.max_new_tokens, self.batch, max_positions)
 
 
 @dataclass

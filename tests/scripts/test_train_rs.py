@@ -71,8 +71,9 @@ def open_end(*ids: int) -> Sample:
     ],
 )
 def test_select(samples, values, keep_top, truncated, duplicates, expected):
-    selection = select(samples, np.array(values, float), keep_top, truncated, duplicates)
-    assert selection == expected
+    best, fates = select(samples, np.array(values, float), keep_top, truncated, duplicates)
+    assert (best, fates.count("truncated"), fates.count("duplicate")) == expected
+    assert [k for k, fate in enumerate(fates) if not fate] == sorted(best)
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
 from align.generation.rollout import Rollout
 from align.generation.sampling import SamplingConfig
+from align.generation.tape import Tape
 from align.losses import rl
 from align.losses.statistics import explained_variance, moments, per_response
 from align.model import architecture, gpt, huggingface
@@ -266,7 +267,7 @@ def main(config: Config) -> None:
     session.say(f"the critic starts as {critic_start}")
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
     settings = config.rollout, config.sampling, config.model, config.parallel
-    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled)
+    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled, tape=Tape(session))
     session.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from align.generation.generator import (
 )
 from align.generation.rollout import Rollout, Sample, response_example
 from align.generation.sampling import SamplingConfig
+from align.generation.tape import Tape
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
@@ -178,7 +179,8 @@ def main(config: Config) -> None:
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    settings = config.rollout, config.sampling, config.model, config.parallel
+    generator = Generator(policy, *settings, tokenizer, tape=Tape(session))
     session.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ Meta-rewarding and length control: 2407.19594, here with a comparison counted wh
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -50,6 +50,7 @@ from align.generation.generator import (
 )
 from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
+from align.generation.tape import Tape
 from align.judging import self_judge as judging
 from align.judging import tokens
 from align.judging.judge import Judge, JudgeConfig
@@ -210,7 +211,7 @@ class State:
     policy: nn.Module  # in Megatron's DistributedDataParallel
     ref: ReferenceModel
     generator: Generator
-    account: tokens.Account
+    account: tokens.Account = field(default_factory=tokens.Account)
     iteration: int = 0
 
 
@@ -431,13 +432,13 @@ def main(config: Config) -> None:
     weights = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    rollout, tape = (config.rollout, config.sampling, config.model, config.parallel), Tape(session)
+    generator = Generator(policy, *rollout, tokenizer, tape=tape)
     session.say(generator.describe())
     stops = sorted(tokenizer.stop_ids), tokenizer.stop_strings
     settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *stops)
     ref = ReferenceModel(weights, policy, generator, phase, config.run.output / "rollouts", settings)
-    account = tokens.Account()
-    state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator, account)
+    state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator)
 
     def save(saving: Saving) -> None:
         """Write the reference model and the buffer into a checkpoint."""
@@ -468,16 +469,17 @@ def main(config: Config) -> None:
         else:
             # rollout, for several steps at once
             start = config.rollout_start(step, iteration_steps)
-            sample = account.counting(partial(ref.sample, start + 1))
+            sample = state.account.counting(partial(ref.sample, start + 1))
             if step in (start, first_step):
                 is_first = not judged
                 judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
-                account.judge(judged, is_new=step == start)
+                state.account.judge(judged, is_new=step == start)
                 if is_first:
                     responses = [response for prompt in judged for response in prompt.samples]
                     warn_if_none_ended(responses, config.sampling.max_new_tokens, session.say)
             if step == start and config.meta.meta_judge and len(buffer) < BUFFER_BATCHES * size:
                 metrics |= meta_judge_step(state, judged, sample)
+            tape.note(*judging.by_stream(judged))
             own = judged[(step - start) * size : (step - start + 1) * size]
             training, numbers = preference_step(state, own), [prompt.row for prompt in own]
         metrics |= training.metrics
@@ -501,9 +503,8 @@ def main(config: Config) -> None:
         metrics = {f"train/{name}": value for name, value in metrics.items()} | training.audit
         metrics |= session.use_prompts(numbers)
         if training.ledger:
-            later, is_last = judged[(step - start + 1) * size :], session.done == end
-            settled = (training.ledger, later, buffer, is_last)
-            metrics |= account.close(f"step {session.done}", session.latest, *settled)
+            waiting = judged[(step - start + 1) * size :], buffer, session.done == end
+            metrics |= state.account.close(f"step {session.done}", session.latest, training.ledger, *waiting)
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 

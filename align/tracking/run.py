@@ -69,6 +69,10 @@ class RunConfig:
     """record the first step, and every N-th after it, in OUTPUT/records: tokens, log-probs, advantages,
     gradients, and all else that the numbers of a step follow from; 1: every step (default: none)"""
 
+    samples_from: Path | None = None
+    """record of a step, OUTPUT/records/step_NNNNNN, whose samples are taken in place of sampling; other
+    prompts are sampled. tools.replay sets it (PPO, GRPO, rejection sampling, self-rewarding)"""
+
     def __post_init__(self):
         if self.wandb_name is not None and self.wandb_project is None:
             raise UserError(f"--wandb-name {self.wandb_name} needs --wandb-project: give both or none")

@@ -21,8 +21,8 @@ from align.training import checkpoint, checkpoint_files
 from align.training.config import CommonConfig
 
 FREE = frozenset(
-    "output wandb_project wandb_name profile record save_interval save_top_k async_save monitor resume "
-    "resume_from resume_with_changes max_time val_interval val_batches "
+    "output wandb_project wandb_name profile record samples_from save_interval save_top_k async_save monitor "
+    "resume resume_from resume_with_changes max_time stop_after val_interval val_batches "
     "val_data test_data train_data skip_bad_rows "  # rows are compared
     "micro_batch_tokens micro_batch_size recompute keep_logits attention tp pp cp sequence_parallel "
     "stall_limit offload overlap_param_gather rollout_layout rollout_tp rollout_slots rollout_tp_graphs "

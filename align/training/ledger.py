@@ -140,6 +140,7 @@ class Prompts:
         self.data, self.pass_start = data, pass_start
         self.pass_steps = data["rows"] // data["rows_per_step"]
         self.used: set[int] = set()
+        self.is_kept = recorded is not None  # False in a script that enters no prompts
         if step > pass_start:
             first = step - 1 - (step - 1 - pass_start) % self.pass_steps
             self.used.update(row for earlier in range(first, step) for row in self.expected(earlier))
@@ -165,6 +166,7 @@ class Prompts:
         number, place = divmod(step - self.pass_start, self.pass_steps)
         if place == 0:
             self.used.clear()
+        self.is_kept = True
         again = sorted(self.used.intersection(rows))
         self.used.update(rows)
         size = (place + 1) * self.data["rows_per_step"]

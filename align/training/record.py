@@ -2,8 +2,9 @@
 
 record.json has the script, the step, its metrics, and those of the first update of each model;
 gradients_MODEL.safetensors the gradient of that update, before clipping, by the names of the Hugging Face
-directory; arrays.safetensors these arrays, as far as the script has them. Sequences lie end to end, in the
-order of the step in every layout.
+directory; samples.safetensors all that was sampled, also for a validation after the step, by the stream id
+of its random numbers; arrays.safetensors these arrays, as far as the script has them. Sequences lie end to
+end, in the order of the step in every layout.
 
 | array | content |
 |---|---|
@@ -35,6 +36,8 @@ from align.data.packing import Batch, BatchConfig, Example
 from align.distributed import parallel
 from align.training import batching, gradients
 
+SAMPLES = "samples.safetensors"  # {stream id/array: ...}, of align.generation.tape
+
 
 class Record:
     """The record of a step under way. Every rank calls the methods alike; rank 0 writes."""
@@ -43,6 +46,7 @@ class Record:
         """`directory`: of this step."""
         self.directory = directory
         self.arrays: dict[str, np.ndarray] = {}
+        self.samples: dict[str, dict[str, np.ndarray]] = {}  # by stream id of their random numbers
         self.gradients: dict[str, dict[str, np.ndarray]] = {}  # by model
         self.updates: dict[str, dict[str, float]] = {}  # metrics of the first update, by model
 
@@ -99,6 +103,9 @@ class Record:
             shutil.rmtree(path, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file(self.arrays, unfinished / "arrays.safetensors")
+        if self.samples:
+            flat = {f"{key}/{name}": x for key, arrays in self.samples.items() for name, x in arrays.items()}
+            save_file(flat, unfinished / SAMPLES)
         for model, named in self.gradients.items():
             save_file(named, unfinished / f"gradients_{model}.safetensors")
         facts = {"script": Path(script).name, "step": step, "total_steps": total_steps}

@@ -21,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
+from align.errors import UserError
 from align.model import gpt, huggingface
 from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
@@ -77,6 +78,10 @@ class Session:
         self.verified_checkpoint = self.continued.verified_checkpoint
         data, start, step = (getattr(self.continued, name) for name in ("identity", "pass_start", "step"))
         self.prompts = ledger.Prompts(data["data"], start, step, self.continued.prompts_used)
+        if step >= (self.config.loop.stop_after or step + 1):
+            raise UserError(
+                f"--stop-after {self.config.loop.stop_after}: {step} steps are finished: raise it"
+            )
         self.run.total_steps = self.total_steps = self.continued.total_steps
         optim.check_optim(self.config.optim, self.total_steps)
 
@@ -144,6 +149,8 @@ class Session:
             Number of steps in the checkpoint that has become complete; 0 if none has.
         """
         self.reason = self.stop.reason()
+        if self.done == self.config.loop.stop_after:
+            self.reason = self.reason or "--stop-after"
         self.latest |= {name: value for name, value in metrics.items() if not name.startswith("time")}
         checkpoint.check_monitor(self.config.checkpoint, self.latest)
         if "time/tflops_per_s" in metrics and (peak := parallel.peak_tflops(self.config.model.dtype)):
@@ -172,9 +179,10 @@ class Session:
         """Begin a checkpoint; its time counts in the next step's line."""
         config, output = self.config.checkpoint, self.config.run.output
         state = {"identity": self.continued.identity, "pass_start": self.continued.pass_start}
-        if self.prompts.used:
+        if self.prompts.is_kept:
             state["prompts_used"] = self.prompts.state()
-        saving = self.saving = Saving(config, output, self.done, self.latest, state)
+        interval = self.config.run.record
+        saving = self.saving = Saving(config, output, self.done, self.latest, state, interval)
         for name, (model, optimizer) in self.trained.items():
             with self.phase("save", **{name: "all"}):
                 gpt.finish_param_gather(model)

@@ -197,8 +197,9 @@ def words_of(default: object, flags: dict) -> Iterator[str]:
         if is_dataclass(value):
             yield from words_of(value, flags)
             continue
-        wanted = flags.get(field.name, value)
-        if field.name in DROPPED or wanted == as_json({field.name: value})[field.name]:
+        usual = as_json({field.name: value})[field.name]
+        wanted = flags.get(field.name, usual)
+        if field.name in DROPPED or wanted == usual:
             continue
         flag = flag_of(field.name)
         if field.type is bool:

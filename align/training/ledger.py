@@ -36,8 +36,9 @@ class Ledger:
         is_left = np.ones(len(ids), bool)
         self.counts: dict[str, int] = {}
         for name, where in fates.items():
-            self.counts[name] = int((is_left & np.asarray(where)).sum())
-            is_left &= ~np.asarray(where, bool)
+            is_fate = is_left & np.asarray(where, bool)
+            self.counts[name] = int(is_fate.sum())
+            is_left &= ~is_fate
         self.sampled, self.to_train = len(ids), (int(is_left.sum()), int(checksums[is_left].sum()))
         self.seen: list[Tensor] = []
 

@@ -325,6 +325,10 @@ BUGS = {  # script, bug, message of the error
         r"ledger: step 2: .*training must count \d+ tokens, and counted \d+: \d+ too many",
     ),
 }
+MORE = {  # flags: each row has a gradient, and no other check sees the loss of a pair first
+    "train_grpo": "--truncated keep --reward-fn tests.support.rewards:reward",
+    "train_self_reward": "--audit-start inf",
+}
 SKIP = {"align.training.continuation.Continuation.rows_of_step": [("step - self.pass_start", "step + 1")]}
 
 
@@ -337,7 +341,8 @@ def ran(toy_models, toy_judge, tmp_path_factory) -> tuple[Path, dict[str, str | 
         name: (name, [*flags[name], "--record", "1", "--output", str(folder / name)], {}) for name in FLAGS
     }
     for number, (name, (script, bug, _)) in enumerate(BUGS.items()):
-        cases[name] = (script, [*flags[script], "--output", str(folder / str(number))], bug)
+        words = [*flags[script], *MORE.get(script, "").split(), "--output", str(folder / str(number))]
+        cases[name] = (script, words, bug)
     resumed = [*flags["train_ppo"], "--output", str(folder / "resumed")]
     cases["stopped"] = ("train_ppo", [*resumed, "--max-time", "00:00:00"], {})
     cases["resumed"] = ("train_ppo", resumed, SKIP)

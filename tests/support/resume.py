@@ -86,6 +86,7 @@ BATCHES = {  # by script, else TEXTS
     "train_self_reward.py": "--global-batch-size 4 --max-seq-len 36",
     "train_rs.py": f"{ROLLOUTS} --samples-per-prompt 4 --keep-top 2 --max-new-tokens 12",
     "train_ppo.py": f"{ROLLOUTS} --samples-per-prompt 2 --max-new-tokens 6 --val-batches 1",
+    "train_grpo.py": f"{ROLLOUTS} --samples-per-prompt 2 --max-new-tokens 6 --val-batches 1",
 }
 TEXTS = "--global-batch-size 4 --max-seq-len 64"
 

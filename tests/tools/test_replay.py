@@ -17,10 +17,6 @@ from tools import replay
 from tools.replay import Config
 
 SHORT = "--precision fp32 --max-steps 3 --save-interval 1 --val-interval 2 --record 1 --warmup-steps 1"
-GRPO = (
-    "--prompts-per-step 4 --samples-per-prompt 2 --truncated keep --global-batch-size 4 --max-prompt-len 48 "
-    "--reward-fn tests.support.rewards:reward --max-new-tokens 6 --val-batches 1 --deterministic"
-)
 SCRIPTS = ("sft", "rm", "dpo", "ppo", "grpo", "rs", "self_reward")
 
 
@@ -30,7 +26,7 @@ def runs(toy_judge, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     toy.write(folder / "data", num_train=80, num_val=8)
     toy.write_comparisons(folder / "data", num_train=80, num_val=8)
-    words = {name: case.words(toy_judge) for name, case in CASES.items()} | {"grpo": GRPO.split()}
+    words = {name: case.words(toy_judge) for name, case in CASES.items()} | {"grpo": ["--deterministic"]}
     commands = [
         command(f"train_{name}.py", folder / "data", folder / name, *words[name], *SHORT.split())
         for name in SCRIPTS

@@ -38,6 +38,7 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
 from align.generation.rollout import Rollout
 from align.generation.sampling import SamplingConfig
+from align.generation.tape import Tape
 from align.losses import rl
 from align.losses.statistics import moments, per_response
 from align.model import architecture, gpt, huggingface
@@ -50,6 +51,7 @@ from align.tracking.run import RunConfig
 from align.training import engine, minibatches, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
+from align.training.ledger import Ledger
 from align.training.minibatches import Minibatches
 from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
@@ -238,7 +240,7 @@ def main(config: Config) -> None:
         ref = offload.Weights(policy.module, store)
     phase.add("policy", policy, optimizer)
     settings = config.rollout, config.sampling, config.model, config.parallel
-    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled)
+    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled, tape=Tape(session))
     session.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -281,6 +283,8 @@ def main(config: Config) -> None:
             for minibatch, count in zip(batches, num_tokens, strict=True):
                 if count:
                     metrics = engine.forward_backward(policy, minibatch, loss_fn, count)
+                    if session.record:
+                        session.record.put_update("policy", policy, metrics)
                     updates.append(metrics | {"grad_norm": optim.step(optimizer, lr), "lr": lr})
         return updates
 
@@ -334,11 +338,18 @@ def main(config: Config) -> None:
         # update
         mask = rl.per_token(counted.double(), lengths)  # [N]
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        if record := session.record:
+            record.put_examples(examples)
+            record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
         batches = packed.micro_batches(**tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
-        signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
-        num_tokens = packed.tokens_with_gradient(mask, signal)
-        updates = update(partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
+        signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
+        num_tokens = packed.tokens_with_gradient(mask, tokens[signal])
+        ledger = Ledger(sampled.tokens, {"truncated": mask == 0, "without_signal": tokens[signal] == 0})
+        loss_fn = ledger.counting(partial(policy_loss, kl_coef=kl_in_loss), "counted", signal)
+        updates = update(loss_fn, batches, num_tokens, lr)
+        metrics |= ledger.close(f"step {session.done}", config.ppo_epochs) | session.use_prompts(sampled.rows)
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
             terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages

@@ -36,6 +36,7 @@ from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
 from align.generation.rollout import Rollout
 from align.generation.sampling import SamplingConfig
+from align.generation.tape import Tape
 from align.losses import rl
 from align.losses.statistics import explained_variance, moments, per_response
 from align.model import architecture, gpt, huggingface
@@ -48,6 +49,7 @@ from align.tracking.run import RunConfig
 from align.training import engine, minibatches, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
+from align.training.ledger import Ledger
 from align.training.minibatches import Minibatches
 from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
@@ -176,6 +178,11 @@ class Config(CommonConfig):
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
+    def critic_optim(self) -> OptimConfig:
+        """Optimizer flags of the critic."""
+        return replace(self.optim, lr=self.critic_lr, min_lr=self.critic_min_lr)
+
+    @property
     def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
         """KL estimator that --kl names."""
         return KL[{"auto": "k3" if self.kl_in == "loss" else "k1"}.get(self.kl, self.kl)]
@@ -187,11 +194,32 @@ class Config(CommonConfig):
         kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
         return rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.responses_per_step)
 
+    def policy_steps(self, total_steps: int) -> int:
+        """Steps that train the policy. Raises UserError for none."""
+        if total_steps <= self.critic_warmup_steps:
+            raise UserError(f"--critic-warmup-steps {self.critic_warmup_steps} leaves the policy no step")
+        return total_steps - self.critic_warmup_steps
+
     def draws(self, step: int) -> list[list[list[int]]]:
         """Minibatches of all PPO epochs of a step, [minibatch][prompt][response]."""
         sizes = self.responses_per_step, self.samples_per_prompt, self.batch.global_batch_size
         epochs = range(self.ppo_epochs)
         return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
+
+
+def token_statistics(
+    rewards: Tensor, values: Tensor, advantages: Tensor, returns: Tensor, lengths: list[int]
+) -> dict[str, float]:
+    """Metrics of a rollout's tokens, [N] each; `lengths`: of its responses."""
+    statistics: dict[str, float | Tensor] = {
+        "rollout_size": len(lengths),
+        "rewards_with_kl": per_response(rewards, lengths).mean(),
+        **moments("advantages", advantages),
+        **moments("returns", returns),
+        **moments("values", values),
+        "explained_variance": explained_variance(values, returns),
+    }
+    return {name: float(value) for name, value in statistics.items()}
 
 
 def main(config: Config) -> None:
@@ -214,11 +242,8 @@ def main(config: Config) -> None:
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
-    policy_steps = session.total_steps - config.critic_warmup_steps
-    if policy_steps <= 0:
-        raise UserError(f"--critic-warmup-steps {config.critic_warmup_steps} leaves the policy no step")
+    policy_steps = config.policy_steps(session.total_steps)
     optim.check_optim(config.optim, policy_steps)
-    critic_optim = replace(config.optim, lr=config.critic_lr, min_lr=config.critic_min_lr)
 
     # ---- models ----------------------------------------------------------------------------------
     phase, store = session.offload(estimate.resolve_offload(config))
@@ -237,13 +262,13 @@ def main(config: Config) -> None:
     critic_start = config.critic or reward.reward_model or config.model.path
     critic = sources.load_scorer("--critic", critic_start, config.model, config.parallel, tokenizer)
     critic = gpt.distributed(critic)
-    critic_optimizer = optim.build(critic, critic_optim)
+    critic_optimizer = optim.build(critic, config.critic_optim)
     values_as = sources.standardisation_of_values(critic_start, config.model, reward)
     phase.add("critic", critic, critic_optimizer)
     session.say(f"the critic starts as {critic_start}")
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
     settings = config.rollout, config.sampling, config.model, config.parallel
-    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled)
+    generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled, tape=Tape(session))
     session.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -291,6 +316,8 @@ def main(config: Config) -> None:
             for minibatch, count in zip(batches, num_tokens, strict=True):
                 if count:
                     metrics = engine.forward_backward(model, minibatch, loss_fn, count)
+                    if session.record:
+                        session.record.put_update(name, model, metrics)
                     updates.append(metrics | {"grad_norm": optim.step(model_optimizer, lr), "lr": lr})
         return updates
 
@@ -326,35 +353,35 @@ def main(config: Config) -> None:
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages, returns = rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
-        statistics: dict[str, float | Tensor] = {
-            **sampled.statistics(),
-            "rollout_size": len(lengths),
-            "rewards_with_kl": per_response(rewards, lengths).mean(),
-            **moments("advantages", advantages),
-            **moments("returns", returns),
-            **moments("values", values),
-            "explained_variance": explained_variance(values, returns),
-        }
+        statistics = sampled.statistics() | token_statistics(rewards, values, advantages, returns, lengths)
         if config.kl_coef:
-            init_policy_kl = per_response(kl, lengths).mean()
-            statistics |= {"init_policy_kl": init_policy_kl, "kl_coef": kl_coef}
-        metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
+            statistics |= {"init_policy_kl": float(per_response(kl, lengths).mean()), "kl_coef": kl_coef}
+        metrics |= {f"train_rollouts/{name}": value for name, value in statistics.items()}
         if config.whiten_advantages:
             advantages = rl.whiten(advantages)
         # update
         mask = rl.per_token(counted.double(), lengths)  # [N]
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        if record := session.record:
+            record.put_examples(examples)
+            record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
+            record.put(values=values, returns=returns)
         batches = packed.micro_batches(**tokens, values=values, returns=returns)
-        lr = optim.learning_rate(critic_optim, step, session.total_steps)
+        lr = optim.learning_rate(config.critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)
         first = packed.of_first_update((values - returns).square() / 2, packed.num_tokens)
         audit.check_update(updates[0]["loss"], *first, ratio_bound)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
-        if (policy_step := step - config.critic_warmup_steps) >= 0:
+        policy_step = step - config.critic_warmup_steps
+        signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
+        fates = {"truncated": mask == 0, "critic_warmup": mask.new_tensor(policy_step < 0)}
+        ledger = Ledger(sampled.tokens, fates | {"without_signal": tokens[signal] == 0})
+        if policy_step >= 0:
             lr = optim.learning_rate(config.optim, policy_step, policy_steps)
-            signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask
-            num_tokens = packed.tokens_with_gradient(mask, signal)
-            updates = update("policy", partial(policy_loss, kl_coef=kl_in_loss), batches, num_tokens, lr)
+            num_tokens = packed.tokens_with_gradient(mask, tokens[signal])
+            loss_fn = ledger.counting(partial(policy_loss, kl_coef=kl_in_loss), "counted", signal)
+            updates = update("policy", loss_fn, batches, num_tokens, lr)
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:
                 terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
@@ -364,6 +391,7 @@ def main(config: Config) -> None:
                 reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
                 session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")
             metrics |= {f"train_optim/{name}": value for name, value in mean_of(updates).items()}
+        metrics |= ledger.close(f"step {session.done}", config.ppo_epochs) | session.use_prompts(sampled.rows)
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 

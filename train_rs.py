@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,6 +40,7 @@ from align.generation.generator import (
 )
 from align.generation.rollout import Rollout, Sample, response_example
 from align.generation.sampling import SamplingConfig
+from align.generation.tape import Tape
 from align.losses import supervised
 from align.model import architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
@@ -47,13 +49,15 @@ from align.rewards import sources
 from align.rewards.sources import RewardConfig
 from align.tracking.metrics import mean_of
 from align.tracking.run import RunConfig
-from align.training import batching, engine, optim
+from align.training import batching, engine, ledger, optim
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
+from align.training.ledger import Ledger
 from align.training.optim import OptimConfig
 from align.training.session import Session
 
 TRAIN, VAL = 0, 1  # random streams of the samples
+FATES = ("truncated", "duplicate", "low", "not_selected")  # of responses that are not trained on
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -108,36 +112,42 @@ class Config(CommonConfig):
 
 def select(
     samples: list[Sample], rewards: np.ndarray, keep_top: int, truncated: str, duplicates: str
-) -> tuple[list[int], int, int]:
+) -> tuple[list[int], list[str]]:
     """Numbers of the best responses to one prompt, at most keep_top, best first; `rewards`: [n].
 
-    Then the numbers of truncated responses dropped, and of others dropped for the tokens of an earlier one.
+    Then the fate of each response, one of FATES, or "" for the best ones. A response is a duplicate if it has
+    the tokens of an earlier one.
     """
     whole = [k for k, sample in enumerate(samples) if truncated == "keep" or sample.finish == "stop"]
     first = {samples[k].ids.tobytes(): k for k in reversed(whole)}
     distinct = whole if duplicates == "keep" else sorted(first.values())
     best = sorted(distinct, key=lambda k: -rewards[k])[:keep_top]  # stable: of equal ones the first
-    return best, len(samples) - len(whole), len(whole) - len(distinct)
+    sets = {"": best, "not_selected": distinct, "duplicate": whole, "truncated": range(len(samples))}
+    return best, [next(fate for fate in sets if k in sets[fate]) for k in range(len(samples))]
 
 
-def select_step(config: Config, sampled: Rollout) -> tuple[list[tuple[int, int]], dict[str, float]]:
-    """(prompt, response) of a rollout to train on, by number, and statistics of rollout and selection."""
+def select_step(config: Config, sampled: Rollout) -> tuple[list[tuple[int, int]], dict[str, float], Ledger]:
+    """(prompt, response) of a rollout to train on, by number, statistics of both, and the ledger."""
     least = -math.inf if config.min_reward is None else config.min_reward
-    selected, num_truncated, num_duplicates = [], 0, 0
+    selected: list[tuple[int, int]] = []
+    fates: list[str] = []
     rules = config.keep_top, config.truncated, config.duplicates
     for i, (samples, rewards) in enumerate(zip(sampled.samples, sampled.rewards, strict=True)):
-        best, truncated, duplicates = select(samples, rewards, *rules)
+        best, fates_of_prompt = select(samples, rewards, *rules)
         selected += [(i, k) for k in best if rewards[k] >= least]
-        num_truncated, num_duplicates = num_truncated + truncated, num_duplicates + duplicates
+        fates += fates_of_prompt
     statistics = sampled.statistics() | {
         "selected": len(selected),
         "dropped_low": int((sampled.rewards < least).sum()),
-        "dropped_truncated": num_truncated,
-        "dropped_duplicates": num_duplicates,
+        "dropped_truncated": fates.count("truncated"),
+        "dropped_duplicates": fates.count("duplicate"),
     }
     if selected:
         statistics["rewards_selected"] = float(np.mean([float(sampled.rewards[i, k]) for i, k in selected]))
-    return selected, statistics
+    is_low = (sampled.rewards < least).reshape(-1).tolist()
+    dropped = ("truncated", "duplicate")
+    fates = ["low" if low and fate not in dropped else fate for low, fate in zip(is_low, fates, strict=True)]
+    return selected, statistics, Ledger(sampled.tokens, ledger.per_token(fates, sampled.tokens, FATES))
 
 
 def main(config: Config) -> None:
@@ -169,7 +179,8 @@ def main(config: Config) -> None:
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    settings = config.rollout, config.sampling, config.model, config.parallel
+    generator = Generator(policy, *settings, tokenizer, tape=Tape(session))
     session.say(generator.describe())
 
     # ---- rollouts --------------------------------------------------------------------------------
@@ -202,7 +213,7 @@ def main(config: Config) -> None:
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
         if step == first_step:
             warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
-        selected, statistics = select_step(config, sampled)
+        selected, statistics, tokens_of_step = select_step(config, sampled)
         if statistics.get("prompts_without_spread") == 1.0:
             session.say(
                 f"step {session.done}: all responses to a prompt have one reward, for every prompt of the "
@@ -210,6 +221,11 @@ def main(config: Config) -> None:
             )
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         metrics = {f"train_rollouts/{name}": value for name, value in statistics.items()}
+
+        if record := session.record:
+            record.put_examples(list(chain(*sampled.examples())))
+            numbers = [i * config.samples_per_prompt + k for i, k in selected]
+            record.put(**sampled.arrays(), rows=sampled.rows, selected=np.array(numbers, np.int64))
 
         # update
         updates, lr = [], optim.learning_rate(config.optim, step, session.total_steps)
@@ -224,13 +240,19 @@ def main(config: Config) -> None:
                 logprobs = [sample.model_logprobs for sample in samples]
                 metrics |= audit.compare(places, logprobs, trained, config.model.dtype, config=config.audit)
                 clock.lap("audit")
+                if record:
+                    record.put(logprobs=np.concatenate(trained))
             with engine.during(f"step {session.done}"):
                 batches = batching.micro_batches(policy, examples, config.batch)
-                update = engine.forward_backward(policy, batches, loss_fn, tokens)
+                counting = tokens_of_step.counting(loss_fn)
+                update = engine.forward_backward(policy, batches, counting, tokens)
+                if record:
+                    record.put_update("policy", policy, update)
                 updates.append(update | {"grad_norm": optim.step(optimizer, lr)})
             clock.lap("train")
         metrics |= {f"train_optim/{name}": value for name, value in mean_of(updates).items()}
         metrics |= {"train_optim/lr": lr, "train_optim/updates": len(updates)}
+        metrics |= tokens_of_step.close(f"step {session.done}") | session.use_prompts(sampled.rows)
         rollout_time = metrics["timers/rollout_time"] = clock.total("generate", "score")
         metrics["timers/train_time"] = clock.total("audit", "train")
 

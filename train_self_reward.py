@@ -20,8 +20,9 @@ Meta-rewarding and length control: 2407.19594, here with a comparison counted wh
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from align.data import packing, sft_tasks, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
-from align.data.packing import Batch
+from align.data.packing import Batch, Example
 from align.data.sft import adopt
 from align.data.sft_tasks import Task
 from align.distributed import launch, node, parallel
@@ -49,7 +50,9 @@ from align.generation.generator import (
 )
 from align.generation.rollout import Sample
 from align.generation.sampling import SamplingConfig
+from align.generation.tape import Tape
 from align.judging import self_judge as judging
+from align.judging import tokens
 from align.judging.judge import Judge, JudgeConfig
 from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
 from align.judging.pairs import Buffer, SampledPair, mix
@@ -66,6 +69,7 @@ from align.tracking.run import RunConfig
 from align.training import batching, checkpoint, engine, offload, optim, reference
 from align.training.checkpoint import CheckpointConfig, Saving
 from align.training.config import CommonConfig, LoopConfig
+from align.training.ledger import Ledger
 from align.training.optim import OptimConfig
 from align.training.phases import OffloadConfig
 from align.training.session import Session, Tokenizer
@@ -190,22 +194,8 @@ class Config(CommonConfig):
         return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def check_lengths(self, max_positions: int) -> None:
-        """Raise UserError if a prompt or judgement may not fit into the context, or a pair into a batch.
-
-        Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge
-        prompt is shortened to what --max-new-tokens leaves.
-        """
-        prompt, response = self.format.max_seq_len, self.sampling.max_new_tokens
-        flag, context = f"--max-new-tokens {response}", f"the model's context of {max_positions}"
-        if prompt > max_positions:
-            raise UserError(f"--max-seq-len {prompt} is beyond {context} tokens: lower it")
-        if response >= max_positions:
-            raise UserError(f"{flag} leaves a prompt no token of {context}: lower it")
-        if 2 * (longest := min(prompt + response, max_positions)) > self.batch.micro_batch_tokens:
-            raise UserError(
-                f"--max-seq-len {prompt} and {flag} make sequences of {longest} tokens, of which a pair has "
-                f"two: raise --micro-batch-tokens {self.batch.micro_batch_tokens}"
-            )
+        """Raise UserError if a prompt or judgement may not fit into the context, or a pair into a batch."""
+        sft_tasks.check_lengths(self.format, self.sampling.max_new_tokens, self.batch, max_positions)
 
 
 @dataclass
@@ -221,6 +211,7 @@ class State:
     policy: nn.Module  # in Megatron's DistributedDataParallel
     ref: ReferenceModel
     generator: Generator
+    account: tokens.Account = field(default_factory=tokens.Account)
     iteration: int = 0
 
 
@@ -231,7 +222,9 @@ class Training(NamedTuple):
     loss_fn: engine.LossFn
     denominator: int
     metrics: dict[str, float]
+    examples: Sequence[Sequence[Example]] = ()  # of the batches, by row
     audit: dict[str, float] = {}
+    ledger: Ledger | None = None  # of sampled tokens
 
 
 def of_iteration(values: tuple[float, ...], iteration: int) -> float:
@@ -284,8 +277,9 @@ def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.n
 
 def sft_step(state: State, tasks: Sequence[Task]) -> Training:
     """Train on the responses of the data: the first iteration with --first-iteration-sft."""
-    batches = batching.micro_batches(state.policy, [[task.example] for task in tasks], state.config.batch)
-    return Training(batches, sft_loss, packing.num_trained([task.example for task in tasks]), {})
+    examples = [[task.example] for task in tasks]
+    batches = batching.micro_batches(state.policy, examples, state.config.batch)
+    return Training(batches, sft_loss, packing.num_trained([task.example for task in tasks]), {}, examples)
 
 
 def rollout_step(state: State, steps: range, sample: Sampler) -> list[JudgedResponses]:
@@ -299,9 +293,10 @@ def meta_judge_step(state: State, judged: list[JudgedResponses], sample: Sampler
     """Compare judgements of one response to each prompt, and put pairs of them into the buffer."""
     compared = state.self_judge.compare(judged, sample)
     pairs = [pair for comparison in compared if (pair := comparison.pair()) is not None]
-    num_buffered = sum([state.buffer.offer(pair) for pair in pairs])
+    admitted = [pair for pair in pairs if state.buffer.offer(pair)]
+    state.account.admit(admitted)
     state.session.samples(state.session.done, state.self_judge.tables("train_comparisons", compared))
-    return judging.comparison_statistics(compared) | {"meta_pairs": num_buffered}
+    return judging.comparison_statistics(compared) | {"meta_pairs": len(admitted)}
 
 
 def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
@@ -313,9 +308,10 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     num_buffered = len(state.buffer)
     pairs = mix(response_pairs, state.buffer, config.meta.meta_judge_fraction)
     metrics["meta_samples_per_GBS"] = (num_buffered - len(state.buffer)) / config.batch.global_batch_size
-    loss_fn = partial(preference_loss, config, of_iteration(config.beta, state.iteration))
+    ledger = tokens.of_step(judged, response_pairs, pairs)
+    loss_fn = ledger.counting(partial(preference_loss, config, of_iteration(config.beta, state.iteration)))
     if not pairs:
-        return Training([], loss_fn, 0, metrics)
+        return Training([], loss_fn, 0, metrics, ledger=ledger)
 
     # The reference has sampled: its log-probs in training must be those of the sampler.
     ref_logprobs = state.ref.logprobs(pairs, config.batch)
@@ -325,7 +321,12 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     audit.check_ends(places, samples, state.tokenizer.stop_ids, stop_texts)
     logprobs = [sample.model_logprobs for sample in samples]
     errors = audit.compare(places, logprobs, ref_logprobs, config.model.dtype, config=config.audit)
-    return Training(pair_batches(state, pairs, ref_logprobs), loss_fn, len(pairs), metrics, errors)
+    batches, examples = pair_batches(state, pairs, ref_logprobs), [pair.examples for pair in pairs]
+    if record := session.record:
+        record.put(rows=[pair.row for pair in pairs], gaps=[pair.gap for pair in pairs])
+        scores = [reward for pair in pairs for reward in (pair.chosen_reward, pair.rejected_reward)]
+        record.put(ref_logprobs=np.concatenate(ref_logprobs), scores=scores)
+    return Training(batches, loss_fn, len(pairs), metrics, examples, errors, ledger)
 
 
 def validate(
@@ -431,7 +432,8 @@ def main(config: Config) -> None:
     weights = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
-    generator = Generator(policy, config.rollout, config.sampling, config.model, config.parallel, tokenizer)
+    rollout, tape = (config.rollout, config.sampling, config.model, config.parallel), Tape(session)
+    generator = Generator(policy, *rollout, tokenizer, tape=tape)
     session.say(generator.describe())
     stops = sorted(tokenizer.stop_ids), tokenizer.stop_strings
     settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *stops)
@@ -460,26 +462,37 @@ def main(config: Config) -> None:
         is_reference |= step == begin  # the policy is still the reference
 
         if state.iteration == 0 and config.first_iteration_sft:
-            training = sft_step(state, [rows["train"][row] for row in session.rows_of_step(step)])
+            numbers = session.rows_of_step(step)
+            training = sft_step(state, [rows["train"][row] for row in numbers])
+            if session.record:
+                session.record.put(rows=numbers)
         else:
             # rollout, for several steps at once
             start = config.rollout_start(step, iteration_steps)
-            sample = partial(ref.sample, start + 1)
+            sample = state.account.counting(partial(ref.sample, start + 1))
             if step in (start, first_step):
                 is_first = not judged
                 judged = rollout_step(state, range(start, min(start + config.rollout_ahead, end)), sample)
+                state.account.judge(judged, is_new=step == start)
                 if is_first:
                     responses = [response for prompt in judged for response in prompt.samples]
                     warn_if_none_ended(responses, config.sampling.max_new_tokens, session.say)
             if step == start and config.meta.meta_judge and len(buffer) < BUFFER_BATCHES * size:
                 metrics |= meta_judge_step(state, judged, sample)
-            training = preference_step(state, judged[(step - start) * size : (step - start + 1) * size])
+            tape.note(*judging.by_stream(judged))
+            own = judged[(step - start) * size : (step - start + 1) * size]
+            training, numbers = preference_step(state, own), [prompt.row for prompt in own]
         metrics |= training.metrics
 
         # update
         if training.denominator:
             with phase("train", policy="all"), engine.during(f"step {session.done}"):
+                if session.record:
+                    session.record.put_examples(list(chain(*training.examples)))
+                    session.record.put_outputs("logprobs", policy, training.examples, config.batch)
                 update = with_std(engine.forward_backward(policy, *training[:3]))
+                if session.record:
+                    session.record.put_update("policy", policy, update)
                 if is_reference and "preference_loss" in update:
                     beta = of_iteration(config.beta, state.iteration)
                     reference.check_start(update, config.loss, beta, start_bound)
@@ -488,6 +501,10 @@ def main(config: Config) -> None:
         else:
             session.say(f"step {session.done}: no prompt gave a pair, so nothing was learnt")
         metrics = {f"train/{name}": value for name, value in metrics.items()} | training.audit
+        metrics |= session.use_prompts(numbers)
+        if training.ledger:
+            waiting = judged[(step - start + 1) * size :], buffer, session.done == end
+            metrics |= state.account.close(f"step {session.done}", session.latest, training.ledger, *waiting)
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 

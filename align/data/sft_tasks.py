@@ -9,7 +9,7 @@ import numpy as np
 from align.data import formats, jsonl, packing, row_counts, rows, sft
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
-from align.data.packing import Example
+from align.data.packing import BatchConfig, Example
 from align.data.prompts import Prompt, load_each
 from align.data.stored_rows import StoredRows, store
 from align.data.tokenizer import Tokenizer
@@ -22,6 +22,25 @@ class Task:
 
     prompt: Prompt
     example: Example
+
+
+def check_lengths(fmt: FormatConfig, max_new_tokens: int, config: BatchConfig, max_positions: int) -> None:
+    """Raise UserError if a prompt or judgement may not fit into the context, or a pair into a batch.
+
+    Their sum may exceed the context: a response to a long prompt gets what is left of it, and a judge prompt
+    is shortened to what --max-new-tokens leaves.
+    """
+    prompt, budget = fmt.max_seq_len, config.micro_batch_tokens
+    flag, context = f"--max-new-tokens {max_new_tokens}", f"the model's context of {max_positions}"
+    if prompt > max_positions:
+        raise UserError(f"--max-seq-len {prompt} is beyond {context} tokens: lower it")
+    if max_new_tokens >= max_positions:
+        raise UserError(f"{flag} leaves a prompt no token of {context}: lower it")
+    if 2 * (longest := min(prompt + max_new_tokens, max_positions)) > budget:
+        raise UserError(
+            f"--max-seq-len {prompt} and {flag} make sequences of {longest} tokens, of which a pair has two: "
+            f"raise --micro-batch-tokens {budget}"
+        )
 
 
 def load_sft_sets(

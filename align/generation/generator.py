@@ -31,6 +31,7 @@ from align.generation.reshard import Reshard
 from align.generation.rollout import Sample, says_stop
 from align.generation.sampling import SamplingConfig
 from align.generation.slots import Slots
+from align.generation.tape import Tape
 from align.model import gpt
 from align.model.architecture import Architecture
 from align.model.config import ModelConfig
@@ -103,9 +104,14 @@ class Generator:
         parallel_config: ParallelConfig,
         tokenizer: Tokenizer,
         keep: bool = False,
+        tape: Tape | None = None,
     ):
-        """`keep`: keep KV cache and CUDA graphs between calls, while the policy's weights stay in place."""
-        self.keep = keep
+        """
+        Args:
+            keep: keep KV cache and CUDA graphs between calls, while the policy's weights stay in place.
+            tape: samples to record, or to read in place of sampling.
+        """
+        self.keep, self.tape = keep, tape
         self.kept: Slots | None = None
         self.policy: Policy | gpt.Interleaved = unwrap_model(policy)
         sampling_config = replace(sampling_config, stop=(*sampling_config.stop, *tokenizer.stop_strings))
@@ -178,6 +184,21 @@ class Generator:
             check_prompt(prompt, context)
         if not prompts:
             return []
+        samples = self.tape.play(streams, samples_per_prompt) if self.tape else None
+        if samples is None:
+            samples = self.sample(prompts, streams, samples_per_prompt, on_token)
+        if self.tape:
+            self.tape.note(streams, samples)
+        return samples
+
+    def sample(
+        self,
+        prompts: Sequence[np.ndarray],
+        streams: Sequence[tuple[int, ...]],
+        samples_per_prompt: int,
+        on_token: OnToken | None,
+    ) -> list[list[Sample]]:
+        """`generate` for checked prompts, with the engine or the policy."""
         if self.engine:
             samples = self.by_engine(prompts, streams, samples_per_prompt, on_token)
             return gather(samples, len(prompts), samples_per_prompt)

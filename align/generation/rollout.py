@@ -70,6 +70,12 @@ class Rollout:
             for k in range(len(samples))
         ]
 
+    @property
+    def tokens(self) -> list[tuple[int, np.ndarray]]:
+        """Number of prompt tokens, and token ids, of each response, for the ledger."""
+        pairs = zip(self.prompts, self.samples, strict=True)
+        return [(len(prompt.ids), sample.ids) for prompt, samples in pairs for sample in samples]
+
     def examples(self) -> list[list[Example]]:
         """The responses to each prompt as examples."""
         return [
@@ -101,6 +107,16 @@ class Rollout:
             "response_lengths": float(np.mean([len(sample.ids) for sample in self.responses])),
             "prompt_lengths": float(np.mean([len(prompt.ids) for prompt in self.prompts])),
             "ended": float(np.mean([sample.finish == "stop" for sample in self.responses])),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for align.training.record: log-probs [n] of the sampler, the rest [A], one per response."""
+        samples = self.responses
+        return {
+            "scores": self.rewards.reshape(-1),
+            "ended": np.array([sample.finish == "stop" for sample in samples]),
+            "sampler_logprobs": np.concatenate([sample.logprobs for sample in samples]),
+            "model_logprobs": np.concatenate([sample.model_logprobs for sample in samples]),
         }
 
     def table(self, name: str, most: int, tokenizer: Tokenizer, stop: tuple[str, ...]) -> list[dict]:

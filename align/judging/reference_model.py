@@ -53,7 +53,10 @@ class ReferenceModel:
 
         fingerprint = rollout_cache.fingerprint(self.digest, (*self.settings, number), ids, streams)
         path = self.directory / f"step_{first:08d}_{kind}.safetensors"
-        return rollout_cache.cached(path, fingerprint, generate)
+        samples = rollout_cache.cached(path, fingerprint, generate)
+        if self.generator.tape:
+            self.generator.tape.note(streams, samples)
+        return samples
 
     def logprobs(self, pairs: Sequence[SampledPair], config: BatchConfig) -> list[np.ndarray]:
         """Log-probs of each sample's tokens, by training's forward pass: chosen, rejected, chosen, ..."""

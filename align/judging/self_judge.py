@@ -77,6 +77,17 @@ class JudgedResponses:
         ]
 
 
+def by_stream(rollout: Sequence[JudgedResponses]) -> tuple[Streams, list[list[Sample]]]:
+    """Responses and judgements of a rollout by the stream ids that they were sampled with."""
+    streams, samples = [], []
+    for prompt in rollout:
+        groups = [((*prompt.place, RESPONSE, 0), prompt.samples)]
+        groups += [((*prompt.place, JUDGEMENT, k), own) for k, own in enumerate(prompt.judgements) if own]
+        streams += [stream for stream, _ in groups]
+        samples += [own for _, own in groups]
+    return streams, samples
+
+
 class SelfJudge:
     """Sample responses, judgements and meta-judgements of one model."""
 

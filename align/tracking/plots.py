@@ -14,7 +14,11 @@ PANELS_PER_ROW = 4
 SMOOTH_ABOVE = 50  # points; shorter curves are not smoothed
 COLORS = {"train": "#1f5a99", "val": "#d9641e", "test": "#7d3c98", "time": "#6b6b6b"}
 SHARED = ("train", "val", "test")  # groups whose metrics of one name share a panel
-TOGETHER = {"memory": "memory/..., GB", "time": "time/..., shares of a step"}  # groups in one panel
+TOGETHER = {  # groups in one panel
+    "ledger": "ledger/..., tokens and prompts",
+    "memory": "memory/..., GB",
+    "time": "time/..., shares of a step",
+}
 ALONE = ("time/step", "time/tokens_per_s", "time/tflops_per_s")  # in another unit than their group
 EXACT = ("train/lr",)  # without noise, not smoothed
 OTHER_COLOR = "#3c6e47"

@@ -140,10 +140,21 @@ class Saving:
     """
 
     def __init__(
-        self, config: CheckpointConfig, output: Path, step: int, metrics: dict[str, float], run_state: dict
+        self,
+        config: CheckpointConfig,
+        output: Path,
+        step: int,
+        metrics: dict[str, float],
+        run_state: dict,
+        record: int | None = None,
     ):
-        """Checkpoints are ranked by `metrics`, the newest values. `run_state`: identity of the run."""
-        self.config, self.step = config, step
+        """
+        Args:
+            metrics: the newest values, by which checkpoints are ranked.
+            run_state: identity of the run.
+            record: interval of recorded steps, whose checkpoints are kept.
+        """
+        self.config, self.step, self.record = config, step, record
         self.path = output / "checkpoints" / f"step_{step:08d}"
         self.directory = self.path.with_suffix(".tmp")
         self.state = {"step": step, "layout": parallel.layout_sizes(), **run_state, "metrics": {**metrics}}
@@ -162,7 +173,7 @@ class Saving:
             checkpoint_files.write_state(self.directory, self.state | {"files": files})
             shutil.rmtree(self.path, ignore_errors=True)
             os.replace(self.directory, self.path)
-            prune(self.path.parent, self.config)
+            prune(self.path.parent, self.config, self.record)
         dist.barrier()
 
 
@@ -335,13 +346,17 @@ def set_rng_state(state: dict) -> None:
     get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def prune(directory: Path, config: CheckpointConfig) -> None:
-    """Delete all checkpoints but the newest and the best --save-top-k; of equal ones the oldest is best."""
+def prune(directory: Path, config: CheckpointConfig, record: int | None = None) -> None:
+    """Delete all checkpoints but the newest and the best --save-top-k; of equal ones the oldest is best.
+
+    Checkpoints before recorded steps, multiples of `record`, are kept as well: tools.replay begins there.
+    """
     states = {path: read_state(path) for path in complete_checkpoints(directory) if is_checkpoint(path)}
     metrics = {path: state["metrics"] for path, state in states.items()}
     last = max(metrics)
     check_monitor(config, metrics[last])
     ranked = [path for path in metrics if config.metric in metrics[path]]
     ranked.sort(key=lambda path: metrics[path][config.metric], reverse="loss" not in config.metric)
-    for path in set(metrics) - set(ranked[: config.save_top_k]) - {last}:
+    recorded = {path for path, state in states.items() if record and state["step"] % record == 0}
+    for path in set(metrics) - set(ranked[: config.save_top_k]) - recorded - {last}:
         delete_checkpoint(path)

@@ -29,13 +29,17 @@ class LoopConfig:
     all of its updates, else one optimizer step"""
     max_time: str | None = None
     """HH:MM:SS after which the run saves and exits with status 0; the same command continues it"""
+    stop_after: int | None = None
+    """step after which the run saves and exits with status 0; unlike --max-steps it is no part of the
+    learning-rate schedule, and the same command without it continues"""
     val_interval: int = 100
     """steps between validations; there is one before the first step and one after the last as well"""
     val_batches: int | None = None
     """batches of --val-data per validation, each of the rows that a training step takes; None: all rows"""
 
     def __post_init__(self):
-        check_ranges(self, max_epochs=COUNT, max_steps=COUNT, val_interval=COUNT, val_batches=COUNT)
+        check_ranges(self, max_epochs=COUNT, max_steps=COUNT, stop_after=COUNT)
+        check_ranges(self, val_interval=COUNT, val_batches=COUNT)
         if self.max_time is not None:
             parse_time(self.max_time)
 
@@ -67,6 +71,8 @@ class CommonConfig:
             refuse_unused(self.loop, default.loop, "val_interval val_batches", why)
             if self.checkpoint.metric.startswith("val"):
                 refuse_unused(self.checkpoint, default.checkpoint, "monitor save_top_k", why)
+        if self.run.samples_from and not hasattr(self, "rollout"):
+            raise UserError("--samples-from: this script samples nothing, leave it out")
         for path in self.val_data:
             if hub.is_data(path) and not hub.split_of(path):
                 raise UserError(f"--val-data {path}: name a split, as in {path}:validation")

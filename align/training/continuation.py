@@ -21,8 +21,8 @@ from align.training import checkpoint, checkpoint_files
 from align.training.config import CommonConfig
 
 FREE = frozenset(
-    "output wandb_project wandb_name profile save_interval save_top_k async_save monitor resume "
-    "resume_from resume_with_changes max_time val_interval val_batches "
+    "output wandb_project wandb_name profile record samples_from save_interval save_top_k async_save monitor "
+    "resume resume_from resume_with_changes max_time stop_after val_interval val_batches "
     "val_data test_data train_data skip_bad_rows "  # rows are compared
     "micro_batch_tokens micro_batch_size recompute keep_logits attention tp pp vp cp sequence_parallel "
     "stall_limit offload overlap_param_gather rollout_layout rollout_tp rollout_slots rollout_tp_graphs "
@@ -44,6 +44,7 @@ class Continuation:
     total_steps: int
     identity: dict  # of the run, see `identity`
     damages: Future[list[str]] | None = None  # of the checkpoint's files, under way
+    prompts_used: dict | None = None  # `ledger.Prompts.state` of the checkpoint
 
     def verified_checkpoint(self) -> Path | None:
         """The checkpoint, None for a new run. Raises UserError if it is damaged. Collective."""
@@ -103,7 +104,7 @@ def find(
     total_steps = config.total_steps(now["data"]["rows"], pass_start)
     if step > total_steps:
         raise UserError(f"{path}: {step} steps are finished, and the flags ask for {total_steps} in all")
-    return Continuation(path, step, pass_start, total_steps, now, damages)
+    return Continuation(path, step, pass_start, total_steps, now, damages, state.get("prompts_used"))
 
 
 @contextlib.contextmanager

@@ -21,15 +21,17 @@ from megatron.core.distributed import DistributedDataParallel
 
 from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
+from align.errors import UserError
 from align.model import gpt, huggingface
 from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
-from align.training import checkpoint, continuation, optim
+from align.training import checkpoint, continuation, ledger, optim, record
 from align.training.checkpoint import Saving, Trained
 from align.training.config import CommonConfig
 from align.training.offload import HostStore
 from align.training.phases import OffloadConfig, Phases
+from align.training.record import Record
 
 
 class Session:
@@ -39,6 +41,7 @@ class Session:
         step: the step under way, from 0; before the first one, the number of finished steps.
         total_steps: steps of the whole run, known from `find_checkpoint` on.
         latest: the newest value of each metric, from checkpoint to checkpoint.
+        record: of the step under way, None unless --record asks for it; the script fills it.
     """
 
     def __init__(self, config: CommonConfig, script: str):
@@ -52,6 +55,7 @@ class Session:
         self.saving: Saving | None = None  # the checkpoint under way
         self.step = self.total_steps = 0
         self.latest: dict[str, float] = {}
+        self.record: Record | None = None
         self.reason: str | None = None  # to end before the last step
 
     def offload(self, config: OffloadConfig) -> tuple[Phases, HostStore]:
@@ -72,6 +76,12 @@ class Session:
         self.continued = continuation.find(self.config, self.script, rows, self.say)
         self.rows_of_step = self.continued.rows_of_step
         self.verified_checkpoint = self.continued.verified_checkpoint
+        data, start, step = (getattr(self.continued, name) for name in ("identity", "pass_start", "step"))
+        self.prompts = ledger.Prompts(data["data"], start, step, self.continued.prompts_used)
+        if step >= (self.config.loop.stop_after or step + 1):
+            raise UserError(
+                f"--stop-after {self.config.loop.stop_after}: {step} steps are finished: raise it"
+            )
         self.run.total_steps = self.total_steps = self.continued.total_steps
         optim.check_optim(self.config.optim, self.total_steps)
 
@@ -106,11 +116,16 @@ class Session:
         profiler = Profiler(parse_steps(config.profile), config.output / "profile", dist.get_rank(), self.say)
         for step in range(self.step, self.total_steps):
             self.step = step
+            self.record = record.begin(config.output, config.record, step)
             profiler.start(self.done)
             yield step
             profiler.end(self.done, is_last=self.reason is not None or self.done == self.total_steps)
             if self.reason:
                 return
+
+    def use_prompts(self, rows: Sequence[int]) -> dict[str, float]:
+        """Enter the prompts of the step under way into the ledger, and return its metrics."""
+        return self.prompts.use(self.step, rows)
 
     @property
     def done(self) -> int:
@@ -134,11 +149,16 @@ class Session:
             Number of steps in the checkpoint that has become complete; 0 if none has.
         """
         self.reason = self.stop.reason()
+        if self.done == self.config.loop.stop_after:
+            self.reason = self.reason or "--stop-after"
         self.latest |= {name: value for name, value in metrics.items() if not name.startswith("time")}
         checkpoint.check_monitor(self.config.checkpoint, self.latest)
         if "time/tflops_per_s" in metrics and (peak := parallel.peak_tflops(self.config.model.dtype)):
             metrics["time/mfu"] = metrics["time/tflops_per_s"] / peak
         self.run.log(self.done, metrics | self.times())
+        if self.record:
+            numbers = {name: value for name, value in metrics.items() if not name.startswith("time")}
+            self.record.write(self.script, self.done, self.total_steps, numbers)
         is_last = self.done == self.total_steps or self.reason is not None
         due, complete = is_last or checkpoint.is_due(self.config.checkpoint, self.done), 0
         if self.saving and (due or self.saving.writer.is_done()):
@@ -159,7 +179,10 @@ class Session:
         """Begin a checkpoint; its time counts in the next step's line."""
         config, output = self.config.checkpoint, self.config.run.output
         state = {"identity": self.continued.identity, "pass_start": self.continued.pass_start}
-        saving = self.saving = Saving(config, output, self.done, self.latest, state)
+        if self.prompts.is_kept:
+            state["prompts_used"] = self.prompts.state()
+        interval = self.config.run.record
+        saving = self.saving = Saving(config, output, self.done, self.latest, state, interval)
         for name, (model, optimizer) in self.trained.items():
             with self.phase("save", **{name: "all"}):
                 gpt.finish_param_gather(model)

@@ -71,8 +71,9 @@ def open_end(*ids: int) -> Sample:
     ],
 )
 def test_select(samples, values, keep_top, truncated, duplicates, expected):
-    selection = select(samples, np.array(values, float), keep_top, truncated, duplicates)
-    assert selection == expected
+    best, fates = select(samples, np.array(values, float), keep_top, truncated, duplicates)
+    assert (best, fates.count("truncated"), fates.count("duplicate")) == expected
+    assert [k for k, fate in enumerate(fates) if not fate] == sorted(best)
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -187,6 +188,8 @@ def test_names_of_the_metrics(folder):
     train = {f"train_rollouts/{name}" for name in STATISTICS | SELECTION | {"prompts_without_spread"}}
     train |= {f"train_optim/{name}" for name in ("loss", "grad_norm", "lr", "updates")}
     train |= {f"audit/logprob_{part}" for part in ("error", "error_quantile", "error_max", "bias")} | {"step"}
+    fates = ("sampled", "trained", "truncated", "duplicate", "low", "not_selected")
+    train |= {"ledger/pass", "ledger/prompts_used", *(f"ledger/tokens_{fate}" for fate in fates)}
     assert [without_times(row) for row in steps] == [train, train | val]
     for row in steps:
         timers = {name for name in row if name.startswith("timers/")}

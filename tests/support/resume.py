@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed.checkpoint as dcp
@@ -65,7 +66,7 @@ CASES = {  # bf16: main weights in fp32
     "ppo": Case(
         "train_ppo.py",
         "--deterministic --critic-lr 1e-3 --kl-target 0.1 --kl-horizon 100",
-        1,
+        2,
         "save steps start steps save start steps start save export",
     ),
     "self_reward": Case(
@@ -85,6 +86,7 @@ BATCHES = {  # by script, else TEXTS
     "train_self_reward.py": "--global-batch-size 4 --max-seq-len 36",
     "train_rs.py": f"{ROLLOUTS} --samples-per-prompt 4 --keep-top 2 --max-new-tokens 12",
     "train_ppo.py": f"{ROLLOUTS} --samples-per-prompt 2 --max-new-tokens 6 --val-batches 1",
+    "train_grpo.py": f"{ROLLOUTS} --samples-per-prompt 2 --max-new-tokens 6 --val-batches 1",
 }
 TEXTS = "--global-batch-size 4 --max-seq-len 64"
 
@@ -193,6 +195,32 @@ def assert_same_end(output: Path, expected: Path) -> None:
     reference = {"reference/decoder.final_layernorm.weight", "judgements.json"}
     assert (reference <= set(expected_)) == rewards_itself
     assert actual == expected_
+
+
+def assert_ledger_closed(output: Path) -> None:
+    """Assert that each prompt of a pass is used once, and that every sampled token has one fate.
+
+    Metrics and the checkpoint's record of used rows, against the permutation of the pass; no effect on a run
+    that samples nothing.
+    """
+    rows = [row for row in reproducible_metrics(output) if "ledger/pass" in row]
+    if not rows:
+        return
+    state = checkpoint.read_state(checkpoint.newest(output / "checkpoints"))
+    data = state["identity"]["data"]
+    size, pass_steps = data["rows_per_step"], data["rows"] // data["rows_per_step"]
+    places = [divmod(step, pass_steps) for step in range(STEPS)]
+    used = [(row["step"], row["ledger/pass"], row["ledger/prompts_used"]) for row in rows]
+    assert used == [(step + 1, n, size * (place + 1)) for step, (n, place) in enumerate(places)]
+    number, place = places[-1]
+    order = np.random.default_rng([data["seed"], number]).permutation(data["rows"])[: size * (place + 1)]
+    assert state["prompts_used"] == {"prompts": len(order), "checksum": sum((int(i) + 1) ** 2 for i in order)}
+    counts = [{name: x for name, x in row.items() if name.startswith("ledger/tokens_")} for row in rows]
+    sums = {name: sum(row[name] for row in counts) for name in counts[0]}
+    sampled, waiting = sums.pop("ledger/tokens_sampled"), counts[-1].get("ledger/tokens_waiting", 0)
+    sums.pop("ledger/tokens_waiting", None)
+    assert sampled == sum(sums.values()) + waiting
+    assert sampled > 0 and sums["ledger/tokens_trained"] > 0
 
 
 def kill_all(launcher: subprocess.Popen | Launcher, output: Path) -> None:

@@ -16,3 +16,8 @@ def reward(prompt: str, response: str, row: dict) -> float:
 def tenth(prompt: str, response: str, row: dict) -> float:
     """0.1, of which three times the sum, divided by 3, is another number."""
     return 0.1
+
+
+def of_some_prompts(prompt: str, response: str, row: dict) -> float:
+    """`reward`, but 0 for all answers to about every second prompt: groups of one reward."""
+    return zlib.crc32(prompt.encode()) % 2 * reward(prompt, response, row)

@@ -13,7 +13,16 @@ import pytest
 
 from tests.support.files import reproducible_metrics
 from tests.support.launch import start_torchrun
-from tests.support.resume import CASES, assert_same_end, command, finish, kept, kill_all, printed
+from tests.support.resume import (
+    CASES,
+    assert_ledger_closed,
+    assert_same_end,
+    command,
+    finish,
+    kept,
+    kill_all,
+    printed,
+)
 
 KILLS = int(os.environ.get("SOAK_KILLS", 100))
 
@@ -42,6 +51,7 @@ def test_soak(number, data, toy_judge, whole, tmp_path):
             steps.append(int(kept(output)[-1].removeprefix("step_")) if kept(output) else 0)
     finish(start_torchrun(*launch), output)
     assert_same_end(output, whole / name)
+    assert_ledger_closed(output)
     assert len(reproducible_metrics(output)) == len(reproducible_metrics(whole / name)) and kept(
         output
     ) == kept(whole / name)

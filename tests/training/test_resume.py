@@ -27,6 +27,7 @@ from tests.support.resume import (
     LAST,
     SAVE_INTERVAL,
     STEPS,
+    assert_ledger_closed,
     assert_same_end,
     command,
     finish,
@@ -109,6 +110,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole,
     log = (output / "log.txt").read_text()
     assert log.count("continuing after step") >= case.kinds_of_kills().count("steps")
     assert_same_end(output, whole / name)
+    assert_ledger_closed(output)
     assert kept(output) == kept(whole / name)
     assert_written_once(tables, reference_file(whole / name))
     if name == "self_reward":

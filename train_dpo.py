@@ -242,15 +242,23 @@ def main(config: Config) -> None:
         clock.lap("reference")
 
         # update
+        step_pairs = [pairs["train"][row] for row in rows]
+        if record := session.record:
+            record.put(rows=rows)
+            record.put_examples([example for pair in step_pairs for example in pair.examples])
+            record.put_outputs("logprobs", policy, [pair.examples for pair in step_pairs], config.batch)
+            if ref is not None:
+                record.put_extra("ref_logprobs", batches, "ref")
         with engine.during(f"step {session.done}"):
             update = with_std(engine.forward_backward(policy, batches, loss_fn, len(rows)))
+            if record:
+                record.put_update("policy", policy, update)
             if step == 0 and ref is not None:
                 reference.check_start(update, config.loss, beta, start_bound)
             clock.lap("forward_backward")
             update |= optim.update(optimizer, config.optim, step, session.total_steps)
             clock.lap("optimizer")
         metrics = {f"train/{name}": value for name, value in update.items()}
-        step_pairs = [pairs["train"][row] for row in rows]
         tokens = sum(pair.num_inputs for pair in step_pairs)
         computed = sum(packing.num_places(pair.examples) for pair in step_pairs)
         seconds = clock.total("data", "reference", "forward_backward", "optimizer")

@@ -281,6 +281,8 @@ def main(config: Config) -> None:
             for minibatch, count in zip(batches, num_tokens, strict=True):
                 if count:
                     metrics = engine.forward_backward(policy, minibatch, loss_fn, count)
+                    if session.record:
+                        session.record.put_update("policy", policy, metrics)
                     updates.append(metrics | {"grad_norm": optim.step(optimizer, lr), "lr": lr})
         return updates
 
@@ -334,6 +336,10 @@ def main(config: Config) -> None:
         # update
         mask = rl.per_token(counted.double(), lengths)  # [N]
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        if record := session.record:
+            record.put_examples(examples)
+            record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
         batches = packed.micro_batches(**tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
         signal = advantages if kl_in_loss == config.entropy_coef == 0 else mask

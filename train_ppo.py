@@ -194,6 +194,21 @@ class Config(CommonConfig):
         return [m for epoch in epochs for m in minibatches.draw(*sizes, (self.parallel.seed, step, epoch))]
 
 
+def token_statistics(
+    rewards: Tensor, values: Tensor, advantages: Tensor, returns: Tensor, lengths: list[int]
+) -> dict[str, float]:
+    """Metrics of a rollout's tokens, [N] each; `lengths`: of its responses."""
+    statistics: dict[str, float | Tensor] = {
+        "rollout_size": len(lengths),
+        "rewards_with_kl": per_response(rewards, lengths).mean(),
+        **moments("advantages", advantages),
+        **moments("returns", returns),
+        **moments("values", values),
+        "explained_variance": explained_variance(values, returns),
+    }
+    return {name: float(value) for name, value in statistics.items()}
+
+
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
@@ -291,6 +306,8 @@ def main(config: Config) -> None:
             for minibatch, count in zip(batches, num_tokens, strict=True):
                 if count:
                     metrics = engine.forward_backward(model, minibatch, loss_fn, count)
+                    if session.record:
+                        session.record.put_update(name, model, metrics)
                     updates.append(metrics | {"grad_norm": optim.step(model_optimizer, lr), "lr": lr})
         return updates
 
@@ -326,24 +343,27 @@ def main(config: Config) -> None:
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages, returns = rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
-        statistics: dict[str, float | Tensor] = {
-            **sampled.statistics(),
-            "rollout_size": len(lengths),
-            "rewards_with_kl": per_response(rewards, lengths).mean(),
-            **moments("advantages", advantages),
-            **moments("returns", returns),
-            **moments("values", values),
-            "explained_variance": explained_variance(values, returns),
-        }
+        statistics = sampled.statistics() | token_statistics(rewards, values, advantages, returns, lengths)
         if config.kl_coef:
             init_policy_kl = per_response(kl, lengths).mean()
-            statistics |= {"init_policy_kl": init_policy_kl, "kl_coef": kl_coef}
-        metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}
+            statistics |= {"init_policy_kl": float(init_policy_kl), "kl_coef": kl_coef}
+        metrics |= {f"train_rollouts/{name}": value for name, value in statistics.items()}
         if config.whiten_advantages:
             advantages = rl.whiten(advantages)
         # update
         mask = rl.per_token(counted.double(), lengths)  # [N]
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
+        if record := session.record:
+            record.put_examples(examples)
+            record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+            record.put(
+                rows=sampled.rows,
+                rewards=rewards,
+                advantages=advantages,
+                counted=mask,
+                values=values,
+                returns=returns,
+            )
         batches = packed.micro_batches(**tokens, values=values, returns=returns)
         lr = optim.learning_rate(critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)

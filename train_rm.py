@@ -192,14 +192,21 @@ def main(config: Config) -> None:
     clock = session.clock
     for step in session.steps():
         # batch
-        rows = [train[row] for row in session.rows_of_step(step)]
+        numbers = session.rows_of_step(step)
+        rows = [train[row] for row in numbers]
         batches = micro_batches(rows)
         clock.lap("data")
 
         # update
+        if record := session.record:
+            record.put_examples([example for row in rows for example in row.scored])
+            record.put_outputs("scores", scorer, [row.scored for row in rows], config.batch)
+            record.put(rows=numbers, targets=np.concatenate([row.target for row in rows]))
         with engine.during(f"step {session.done}"):
             update = engine.forward_backward(scorer, batches, loss_fn, num_targets(rows))
             clock.lap("forward_backward")
+            if record:
+                record.put_update("policy", scorer, update)
             update = statistics(update, rows)
             update |= optim.update(optimizer, config.optim, step, session.total_steps)
             clock.lap("optimizer")

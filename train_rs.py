@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -211,6 +212,11 @@ def main(config: Config) -> None:
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
         metrics = {f"train_rollouts/{name}": value for name, value in statistics.items()}
 
+        if record := session.record:
+            record.put_examples(list(chain(*sampled.examples())))
+            numbers = [i * config.samples_per_prompt + k for i, k in selected]
+            record.put(**sampled.arrays(), rows=sampled.rows, selected=np.array(numbers, np.int64))
+
         # update
         updates, lr = [], optim.learning_rate(config.optim, step, session.total_steps)
         for first in range(0, len(selected), config.batch.global_batch_size):
@@ -224,9 +230,13 @@ def main(config: Config) -> None:
                 logprobs = [sample.model_logprobs for sample in samples]
                 metrics |= audit.compare(places, logprobs, trained, config.model.dtype, config=config.audit)
                 clock.lap("audit")
+                if record:
+                    record.put(logprobs=np.concatenate(trained))
             with engine.during(f"step {session.done}"):
                 batches = batching.micro_batches(policy, examples, config.batch)
                 update = engine.forward_backward(policy, batches, loss_fn, tokens)
+                if record:
+                    record.put_update("policy", policy, update)
                 updates.append(update | {"grad_norm": optim.step(optimizer, lr)})
             clock.lap("train")
         metrics |= {f"train_optim/{name}": value for name, value in mean_of(updates).items()}

@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from align.data import packing, sft_tasks, toy
 from align.data.formats import FormatConfig
 from align.data.marker_chat import RowFormats
-from align.data.packing import Batch
+from align.data.packing import Batch, Example
 from align.data.sft import adopt
 from align.data.sft_tasks import Task
 from align.distributed import launch, node, parallel
@@ -231,6 +232,7 @@ class Training(NamedTuple):
     loss_fn: engine.LossFn
     denominator: int
     metrics: dict[str, float]
+    examples: Sequence[Sequence[Example]] = ()  # of the batches, by row
     audit: dict[str, float] = {}
 
 
@@ -284,8 +286,9 @@ def pair_batches(state: State, pairs: list[SampledPair], ref_logprobs: list[np.n
 
 def sft_step(state: State, tasks: Sequence[Task]) -> Training:
     """Train on the responses of the data: the first iteration with --first-iteration-sft."""
-    batches = batching.micro_batches(state.policy, [[task.example] for task in tasks], state.config.batch)
-    return Training(batches, sft_loss, packing.num_trained([task.example for task in tasks]), {})
+    examples = [[task.example] for task in tasks]
+    batches = batching.micro_batches(state.policy, examples, state.config.batch)
+    return Training(batches, sft_loss, packing.num_trained([task.example for task in tasks]), {}, examples)
 
 
 def rollout_step(state: State, steps: range, sample: Sampler) -> list[JudgedResponses]:
@@ -325,7 +328,12 @@ def preference_step(state: State, judged: list[JudgedResponses]) -> Training:
     audit.check_ends(places, samples, state.tokenizer.stop_ids, stop_texts)
     logprobs = [sample.model_logprobs for sample in samples]
     errors = audit.compare(places, logprobs, ref_logprobs, config.model.dtype, config=config.audit)
-    return Training(pair_batches(state, pairs, ref_logprobs), loss_fn, len(pairs), metrics, errors)
+    batches, examples = pair_batches(state, pairs, ref_logprobs), [pair.examples for pair in pairs]
+    if record := session.record:
+        record.put(rows=[pair.row for pair in pairs], gaps=[pair.gap for pair in pairs])
+        scores = [reward for pair in pairs for reward in (pair.chosen_reward, pair.rejected_reward)]
+        record.put(ref_logprobs=np.concatenate(ref_logprobs), scores=scores)
+    return Training(batches, loss_fn, len(pairs), metrics, examples, errors)
 
 
 def validate(
@@ -460,7 +468,10 @@ def main(config: Config) -> None:
         is_reference |= step == begin  # the policy is still the reference
 
         if state.iteration == 0 and config.first_iteration_sft:
-            training = sft_step(state, [rows["train"][row] for row in session.rows_of_step(step)])
+            numbers = session.rows_of_step(step)
+            training = sft_step(state, [rows["train"][row] for row in numbers])
+            if session.record:
+                session.record.put(rows=numbers)
         else:
             # rollout, for several steps at once
             start = config.rollout_start(step, iteration_steps)
@@ -479,7 +490,12 @@ def main(config: Config) -> None:
         # update
         if training.denominator:
             with phase("train", policy="all"), engine.during(f"step {session.done}"):
+                if session.record:
+                    session.record.put_examples(list(chain(*training.examples)))
+                    session.record.put_outputs("logprobs", policy, training.examples, config.batch)
                 update = with_std(engine.forward_backward(policy, *training[:3]))
+                if session.record:
+                    session.record.put_update("policy", policy, update)
                 if is_reference and "preference_loss" in update:
                     beta = of_iteration(config.beta, state.iteration)
                     reference.check_start(update, config.loss, beta, start_bound)

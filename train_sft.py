@@ -98,14 +98,21 @@ def main(config: Config) -> None:
     clock = session.clock
     for step in session.steps():
         # batch
-        examples = [train[row] for row in session.rows_of_step(step)]
+        rows = session.rows_of_step(step)
+        examples = [train[row] for row in rows]
         batches = micro_batches(examples)
         clock.lap("data")
 
         # update
+        if record := session.record:
+            record.put(rows=rows)
+            record.put_examples(examples)
+            record.put_outputs("logprobs", policy, [[example] for example in examples], config.batch)
         with engine.during(f"step {session.done}"):
             update = engine.forward_backward(policy, batches, loss_fn, packing.num_trained(examples))
             clock.lap("forward_backward")
+            if record:
+                record.put_update("policy", policy, update)
             update |= optim.update(optimizer, config.optim, step, session.total_steps)
             clock.lap("optimizer")
         metrics = {f"train/{name}": value for name, value in update.items()}

@@ -103,6 +103,16 @@ class Rollout:
             "ended": float(np.mean([sample.finish == "stop" for sample in self.responses])),
         }
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for align.training.record: log-probs [n] of the sampler, the rest [A], one per response."""
+        samples = self.responses
+        return {
+            "scores": self.rewards.reshape(-1),
+            "ended": np.array([sample.finish == "stop" for sample in samples]),
+            "sampler_logprobs": np.concatenate([sample.logprobs for sample in samples]),
+            "model_logprobs": np.concatenate([sample.model_logprobs for sample in samples]),
+        }
+
     def table(self, name: str, most: int, tokenizer: Tokenizer, stop: tuple[str, ...]) -> list[dict]:
         """The first prompts, each with its first response and reward, for samples.jsonl."""
         return [

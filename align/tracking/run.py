@@ -23,7 +23,7 @@ from pathlib import Path
 from align import console
 from align.errors import UserError
 from align.files import read_object, write_atomically
-from align.flags import flag_of
+from align.flags import COUNT, check_ranges, flag_of
 from align.tracking.output import check_run, complete_checkpoints, delete_checkpoint, lock
 from align.tracking.profile import parse_steps
 
@@ -65,10 +65,14 @@ class RunConfig:
     profile: str | None = None
     """torch.profiler over some steps, START:STEPS, such as 10:3: a table of kernels and a trace of each rank
     in OUTPUT/profile; phases are named in the trace"""
+    record: int | None = None
+    """record the first step, and every N-th after it, in OUTPUT/records: tokens, log-probs, advantages,
+    gradients, and all else that the numbers of a step follow from; 1: every step (default: none)"""
 
     def __post_init__(self):
         if self.wandb_name is not None and self.wandb_project is None:
             raise UserError(f"--wandb-name {self.wandb_name} needs --wandb-project: give both or none")
+        check_ranges(self, record=COUNT)
         parse_steps(self.profile)
 
 

@@ -21,7 +21,7 @@ from align.training import checkpoint, checkpoint_files
 from align.training.config import CommonConfig
 
 FREE = frozenset(
-    "output wandb_project wandb_name profile save_interval save_top_k async_save monitor resume "
+    "output wandb_project wandb_name profile record save_interval save_top_k async_save monitor resume "
     "resume_from resume_with_changes max_time val_interval val_batches "
     "val_data test_data train_data skip_bad_rows "  # rows are compared
     "micro_batch_tokens micro_batch_size recompute keep_logits attention tp pp vp cp sequence_parallel "

@@ -25,11 +25,12 @@ from align.model import gpt, huggingface
 from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
-from align.training import checkpoint, continuation, optim
+from align.training import checkpoint, continuation, optim, record
 from align.training.checkpoint import Saving, Trained
 from align.training.config import CommonConfig
 from align.training.offload import HostStore
 from align.training.phases import OffloadConfig, Phases
+from align.training.record import Record
 
 
 class Session:
@@ -39,6 +40,7 @@ class Session:
         step: the step under way, from 0; before the first one, the number of finished steps.
         total_steps: steps of the whole run, known from `find_checkpoint` on.
         latest: the newest value of each metric, from checkpoint to checkpoint.
+        record: of the step under way, None unless --record asks for it; the script fills it.
     """
 
     def __init__(self, config: CommonConfig, script: str):
@@ -52,6 +54,7 @@ class Session:
         self.saving: Saving | None = None  # the checkpoint under way
         self.step = self.total_steps = 0
         self.latest: dict[str, float] = {}
+        self.record: Record | None = None
         self.reason: str | None = None  # to end before the last step
 
     def offload(self, config: OffloadConfig) -> tuple[Phases, HostStore]:
@@ -106,6 +109,7 @@ class Session:
         profiler = Profiler(parse_steps(config.profile), config.output / "profile", dist.get_rank(), self.say)
         for step in range(self.step, self.total_steps):
             self.step = step
+            self.record = record.begin(config.output, config.record, step)
             profiler.start(self.done)
             yield step
             profiler.end(self.done, is_last=self.reason is not None or self.done == self.total_steps)
@@ -139,6 +143,9 @@ class Session:
         if "time/tflops_per_s" in metrics and (peak := parallel.peak_tflops(self.config.model.dtype)):
             metrics["time/mfu"] = metrics["time/tflops_per_s"] / peak
         self.run.log(self.done, metrics | self.times())
+        if self.record:
+            numbers = {name: value for name, value in metrics.items() if not name.startswith("time")}
+            self.record.write(self.script, self.done, self.total_steps, numbers)
         is_last = self.done == self.total_steps or self.reason is not None
         due, complete = is_last or checkpoint.is_due(self.config.checkpoint, self.done), 0
         if self.saving and (due or self.saving.writer.is_done()):

@@ -81,6 +81,15 @@ def token_logprobs(
     return logits.log_softmax(-1).gather(1, x[0, 1:, None])[:, 0]
 
 
+def token_entropies(
+    model: Model, ids: Sequence[int], temperature: float = 1.0, vocab_size: int | None = None
+) -> Tensor:
+    """Entropy -sum_v p_v log p_v [n - 1] of each next token's distribution, in nats."""
+    x = torch.tensor([list(ids)], device=model.device)
+    logprobs = (model(x).logits[0, :-1, :vocab_size].double() / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
 def values(model: Model, ids: Sequence[int]) -> Tensor:
     """A reward model's values [n, A], each read at the hidden state of its token."""
     x = torch.tensor([list(ids)], device=model.device)

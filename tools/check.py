@@ -5,7 +5,8 @@
 The words are a script and its flags, as one runs it; its first step is run into a directory of its own, with
 --max-steps 1 --record 1. Then the same step is computed from the files, with transformers in float64, and
 compared stage by stage. The exit status is 1 if a stage differs. --processes N runs the script by torchrun.
---keep DIR keeps the run; a run that is there is compared again.
+In step 1 policy and reference are one model, and KL is 0: --step 2 compares the second step. --keep DIR keeps
+the run; a run that is there is compared again.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from tools import check_algorithms
 from tools.check_stages import Stage, Step
 
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("train_*.py"))]
-ONE_STEP = {"--max-steps": "1", "--record": "1", "--constant-steps": "0", "--save-interval": "1"}
+FLAGS = ("--record", "1", "--constant-steps", "0")
 
 
-def run_step(script: str, words: Sequence[str], processes: int, output: Path) -> None:
-    """Run one step of a script into `output`. Raises UserError with its last lines if it fails."""
+def run_script(script: str, words: Sequence[str], processes: int) -> None:
+    """Run a script. Raises UserError with its last line if it fails."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -43,17 +44,28 @@ def run_step(script: str, words: Sequence[str], processes: int, output: Path) ->
         raise UserError(f"{script}.py ended with status {done.returncode}: {lines[-1] if lines else ''}")
 
 
-def one_step(module: Any, words: Sequence[str], output: Path) -> tuple[list[str], Any]:
-    """Flags of one step of the user's run, and the configuration that they give."""
-    one = [*words, *(x for flag in ONE_STEP.items() for x in flag), "--output", str(output)]
-    if hasattr(module.Config, "critic_warmup_steps"):
-        one += ["--critic-warmup-steps", "0"]
-    config = parse(module.Config, one, module.__name__)
-    if config.checkpoint.resume_from is not None:
+def flags_of_run(module: Any, words: Sequence[str], steps: int, output: Path) -> tuple[list[str], Any]:
+    """Flags of the first steps of the user's run, and the configuration that they give."""
+    given = parse(module.Config, words, module.__name__)
+    if given.checkpoint.resume_from is not None:
         raise UserError("--resume-from: the check starts from --model, leave it out")
-    if config.val_data:
-        one += ["--val-batches", "1"]
-    return one, config
+    words = [*words, *FLAGS, "--max-steps", str(steps), "--output", str(output)]
+    if hasattr(module.Config, "critic_warmup_steps"):
+        words += ["--critic-warmup-steps", "0"]
+    if given.val_data:
+        words += ["--val-batches", "1"]
+    return words, parse(module.Config, words, module.__name__)
+
+
+def run_until(step: int, run: Callable[[int], None], output: Path) -> None:
+    """Run the steps up to one; the weights before it are then in OUTPUT/before, unless it is the first.
+
+    `run(steps)` starts or continues the run in `output` with that number of steps.
+    """
+    if step > 1:
+        run(step - 1)
+        (output / "hf").rename(output / "before")
+    run(step)
 
 
 def table(stages: Sequence[Stage]) -> str:
@@ -75,14 +87,19 @@ def table(stages: Sequence[Stage]) -> str:
     return "\n".join(lines)
 
 
-def check(script: str, words: Sequence[str], processes: int, output: Path) -> list[Stage]:
-    """Run one step, unless `output` has it, and compare it."""
+def check(script: str, words: Sequence[str], processes: int, output: Path, step: int = 1) -> list[Stage]:
+    """Run the steps up to one, unless `output` has it, and compare it."""
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
-    one, config = one_step(module, words, output)
-    if not (output / "records" / "step_000001" / "record.json").is_file():
-        run_step(script, one, processes, output)
-    return check_algorithms.run(Step(script, config, output))
+
+    def run(steps: int) -> None:
+        own, _ = flags_of_run(module, words, steps, output)
+        run_script(script, [*own, *["--resume-with-changes"] * (steps == step > 1)], processes)
+
+    _, config = flags_of_run(module, words, step, output)
+    if not (output / "records" / f"step_{step:06d}" / "record.json").is_file():
+        run_until(step, run, output)
+    return check_algorithms.run(Step(script, config, output, step))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -97,13 +114,14 @@ def main(words: Sequence[str] | None = None) -> int:
         "script", help=f"one of {', '.join(name + '.py' for name in SCRIPTS)}; then its flags"
     )
     parser.add_argument("--processes", type=int, default=1, help="ranks, started by torchrun (default: 1)")
+    parser.add_argument("--step", type=int, default=1, help="step that is compared (default: 1)")
     parser.add_argument("--keep", type=Path, help="directory of the run (default: a temporary one)")
     own, flags = parser.parse_known_args(words)
     script = Path(own.script).stem
     if script not in SCRIPTS:
         raise UserError(f"{own.script} is no training script: give one of {', '.join(SCRIPTS)}")
     with tempfile.TemporaryDirectory() as folder:
-        stages = check(script, flags, own.processes, own.keep or Path(folder) / "run")
+        stages = check(script, flags, own.processes, own.keep or Path(folder) / "run", own.step)
     print(table(stages))
     return int(any(stage.first for stage in stages))
 

@@ -36,7 +36,7 @@ def check_sft(step: Step, used: Sequence[int]) -> None:
             logprobs = reference.token_logprobs(model, x.ids)
             yield [logprobs], reference.sft(logprobs, x.trained) / total
 
-    both = outcomes(step, step.config.model.path, 0, terms)
+    both = outcomes(step, step.policy, 0, terms)
     check_logprobs(step, "log-probs", "logprobs", both)
     means = [
         -x.numpy()[np.array(y.trained[1:])].mean() for x, y in zip(both[0].outputs, sequences, strict=True)
@@ -50,55 +50,71 @@ def check_sft(step: Step, used: Sequence[int]) -> None:
     check_update(step, "policy", both, causes)
 
 
+def forward(step: Step, directory: Path, temperature: float = 1.0, vocab: int | None = None) -> list[Outcome]:
+    """Log-probs of the step's sequences under a model, without a gradient."""
+
+    @torch.no_grad()
+    def terms(model: Any) -> Iterator:
+        for x in step.sequences:
+            yield [reference.token_logprobs(model, x.ids, temperature, vocab)], None
+
+    return outcomes(step, directory, 0, terms)
+
+
+def sums(step: Step, outcome: Outcome, average: bool) -> list[float]:
+    """Log-prob of each sequence."""
+    pairs = zip(outcome.outputs, step.sequences, strict=True)
+    return [float(reference.sequence_logprob(x, y.trained, average)) for x, y in pairs]
+
+
+def loss_options(step: Step, ref: Sequence[float], average: bool) -> dict[str, float]:
+    """Numbers that --loss takes beside the log-ratios and beta, but for the gap of a pair."""
+    names = ("label_smoothing", "simpo_gamma", "dpop_lambda")
+    options = {name: value for name in names if (value := getattr(step.config, name, None)) is not None}
+    if step.config.loss == "kto_pair":
+        ratios = np.array(sums(step, forward(step, step.policy)[0], average)) - ref
+        kl = ratios.reshape(-1, 2).mean(0).clip(min=0).tolist()
+        options |= dict(zip(("kl_chosen", "kl_rejected"), kl, strict=True))
+    return options
+
+
 def check_dpo(step: Step, gaps: Sequence[float], beta: float, average: bool, sft_average: bool) -> None:
     """Log-probs, reference, loss and gradient of a preference loss."""
     config = step.config
-    loss = reference.PREFERENCE[config.loss]
-    options = {
-        name: getattr(config, name)
-        for name in ("label_smoothing", "simpo_gamma", "dpop_lambda")
-        if getattr(config, name, None) is not None
-    }
-    needs_gap, is_free = (
-        config.loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"),
-        "ref_logprobs" not in step.arrays,
-    )
-    if config.loss == "kto_pair":
-        options |= {"kl_chosen": 0.0, "kl_rejected": 0.0}  # policy and reference are one model
+    loss, is_free = reference.PREFERENCE[config.loss], "ref_logprobs" not in step.arrays
+    of_reference = [] if is_free else forward(step, config.model.path)
+    ref = [0.0] * len(step.sequences) if is_free else sums(step, of_reference[0], average)
+    options = loss_options(step, ref, average)
     sft_weight = (1.0 if config.loss == "orpo" else 0.0) if config.sft_weight is None else config.sft_weight
 
     def terms(model: Any) -> Iterator:
         for i, gap in enumerate(gaps):
-            sides = step.sequences[2 * i : 2 * i + 2]
-            logprobs = [reference.token_logprobs(model, side.ids) for side in sides]
-            own = [
-                reference.sequence_logprob(x, y.trained, average)
-                for x, y in zip(logprobs, sides, strict=True)
-            ]
-            ratios = own if is_free else [x - x.detach() for x in own]
+            own, logprobs = [], []
+            for number in (2 * i, 2 * i + 1):
+                x = step.sequences[number]
+                logprobs.append(reference.token_logprobs(model, x.ids))
+                own.append(reference.sequence_logprob(logprobs[-1], x.trained, average) - ref[number])
+            nll = -reference.sequence_logprob(logprobs[0], step.sequences[2 * i].trained, sft_average)
+            needs_gap = config.loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
             more = {"gap": (config.reward_scale or 1.0) * gap} if needs_gap else {}
-            nll = -reference.sequence_logprob(logprobs[0], sides[0].trained, sft_average)
-            yield logprobs, (loss(*ratios, beta, **options, **more) + sft_weight * nll) / len(gaps)
+            yield logprobs, (loss(*own, beta, **options, **more) + sft_weight * nll) / len(gaps)
 
-    both = outcomes(step, config.model.path, 0, terms)
+    both = outcomes(step, step.policy, 0, terms)
     check_logprobs(step, "log-probs", "logprobs", both)
     if not is_free:
-        check_reference(step, both, average)
+        check_reference(step, of_reference, average)
     check_update(step, "policy", both, {})
 
 
 def check_reference(step: Step, both: list[Outcome], average: bool) -> None:
     """A stage of the reference's log-probs, by response or by token."""
-    if len(step.arrays["ref_logprobs"]) != len(step.sequences):
-        return check_logprobs(step, "reference", "ref_logprobs", both)
-    sums, other = [], []
-    for outcome in both:
-        pairs = list(zip(outcome.outputs, step.sequences, strict=True))
-        sums.append([float(reference.sequence_logprob(x, y.trained, average)) for x, y in pairs])
-        other.append([float(reference.sequence_logprob(x, y.trained, not average)) for x, y in pairs])
     actual = step.arrays["ref_logprobs"]
-    cause = lambda i: check_causes.reference(actual, sums[0], other[0])  # noqa: E731
-    step.compare("reference", actual, sums[0], sums[1], step.label, cause)
+    if len(actual) != len(step.sequences):
+        return check_logprobs(step, "reference", "ref_logprobs", both)
+    exact, rounded = (sums(step, outcome, average) for outcome in both)
+    other = sums(step, both[0], not average)
+    cause = lambda i: check_causes.reference(actual, exact, other)  # noqa: E731
+    step.compare("reference", actual, exact, rounded, step.label, cause)
 
 
 def check_rm(step: Step, targets: list[list[float]]) -> None:
@@ -118,7 +134,7 @@ def check_rm(step: Step, targets: list[list[float]]) -> None:
             loss = reference.ranking(sides[0][0], sides[1][0], margin, config.center_rewards_coef)
             yield sides, loss / total
 
-    both = outcomes(step, config.model.path, labels, terms)
+    both = outcomes(step, step.policy, labels, terms)
     exact, rounded = (torch.cat(outcome.outputs).numpy() for outcome in both)
     place = lambda i: step.token(i // labels, len(ids[i // labels]) - 1)  # noqa: E731
     cause = lambda i: check_causes.scores(step, i // labels, float(step.arrays["scores"].reshape(-1)[i]))  # noqa: E731
@@ -242,16 +258,19 @@ def check_rl(step: Step) -> None:
                 loss = loss - config.entropy_coef * entropies.cpu()[trained]
             yield [logprobs], (loss * counted).sum() / total
 
-    both = outcomes(step, config.model.path, 0, terms)
+    both = outcomes(step, step.policy, 0, terms)
     check_logprobs(step, "log-probs", "old_logprobs", both, config.sampling.temperature)
     check_logprobs(step, "sampler", "sampler_logprobs", both, config.sampling.temperature)
     if config.kl_coef:
-        check_logprobs(step, "reference", "ref_logprobs", both, config.sampling.temperature)
-    critic = check_values(step) if step.script == "train_ppo" else None
+        of_reference = forward(step, config.model.path, config.sampling.temperature, vocab)
+        check_logprobs(step, "reference", "ref_logprobs", of_reference, config.sampling.temperature)
+    critic = check_values(step) if step.script == "train_ppo" and step.number == 1 else None
     check_token_rewards(step, estimator, 0.0 if in_loss else config.kl_coef)
     check_advantages(step)
     if critic:
         check_update(step, "critic", critic, {})
+    elif step.script == "train_ppo":
+        step.skip("values", "the critic before a later step is in no file")
     if used:
         causes = {check_causes.PER_SEQUENCE: both[0].loss * total / len(used)}
         check_update(step, "policy", both, causes)

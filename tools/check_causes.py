@@ -84,7 +84,7 @@ def logprobs(step: Any, actual: np.ndarray, number: int, full: Tensor, temperatu
             return f"the places of trained tokens are shifted by one, {word}: log-probs of their neighbours"
     vocab = max(step.renderer.tokenizer.get_vocab().values()) + 1
     dtype, seed = step.config.model.dtype, step.config.parallel.seed
-    model = plain.load(step.config.model.path, 0, torch.float64, dtype, seed)
+    model = plain.load(step.policy, 0, torch.float64, dtype, seed)
 
     @torch.no_grad()
     def of(temperature: float = temperature, vocab: int | None = None) -> np.ndarray:
@@ -141,7 +141,7 @@ def scores(step: Any, number: int, actual: float) -> str:
     """Cause of another score of a text."""
     x = step.sequences[number].ids[:-1]
     labels, seed = step.config.num_attributes, step.config.parallel.seed
-    model = plain.load(step.config.model.path, labels, torch.float64, step.config.model.dtype, seed)
+    model = plain.load(step.policy, labels, torch.float64, step.config.model.dtype, seed)
     with torch.no_grad():
         values = plain.values(model, x)[:, 0].numpy()
         for back in (2, 3, 1):
@@ -225,8 +225,11 @@ def gradients(
     return f"{where} {ratios[0]:.6g} times the right ones: {why}"
 
 
-def learning_rate(actual: float, rates: Sequence[float], peak: float) -> str:
-    """Cause of another learning rate."""
-    others = {"the schedule is one step ahead": rates[1], "the schedule is two steps ahead": rates[2]}
-    others |= {"no warm-up": peak, "the schedule is one step behind: the first step has rate 0": 0.0}
+def learning_rate(actual: float, rates: Sequence[float]) -> str:
+    """Cause of another learning rate; `rates`: of the step before, this one, the next two; of the peak."""
+    others = {
+        "the schedule is one step behind": max(rates[0], 0.0),
+        "the schedule is one step ahead": rates[2],
+    }
+    others |= {"the schedule is two steps ahead": rates[3], "no warm-up": 1.0}
     return next((name for name, x in others.items() if math.isclose(actual, x, rel_tol=NEAR)), "the schedule")

@@ -32,11 +32,14 @@ FLAGS = {  # script and flags by name; FOLDER has the files
     "--advantages reinforce --kl-coef 0.1 --entropy-coef 0.01",
     "rs": f"train_rs {ROLLOUT.replace(' --temperature 0.8', '')} --train-data FOLDER/prompts.jsonl "
     f"--reward-fn {FUNCTION}",
-    "self_reward": f"train_self_reward {COMMON} --train-data FOLDER/chats.jsonl --max-seq-len 60 "
-    "--max-new-tokens 8 --first-iteration-sft",
+    "self_reward": f"train_self_reward {COMMON} --micro-batch-tokens 256 --train-data FOLDER/chats.jsonl "
+    "--max-seq-len 60 --max-new-tokens 8 --first-iteration-sft",
+    "step 2": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} --kl-coef 0.5 "
+    "--lr 3e-2 --max-epochs 2 --kl-in reward",
     "tp 2": f"train_dpo {COMMON} {PAIRS} --tp 2",
     "tied": f"train_sft {COMMON} --train-data FOLDER/chats.jsonl --max-seq-len 60",
 }
+STEPS = {"step 2": 2}  # that are compared, by name; else 1
 
 
 @dataclass(frozen=True)
@@ -251,25 +254,36 @@ CASES = {
             ]
         },
     ),
+    "sign of the KL penalty": Case(
+        "step 2",
+        "token rewards",
+        "KL penalty with the wrong sign",
+        {"align.losses.rl.token_rewards": [("-kl_coef * kl", "kl_coef * kl")]},
+    ),
     "the worst responses are selected": Case(
         "rs", "selection", "not the best", {"train_rs.select": [("-rewards[k]", "rewards[k]")]}
     ),
 }
 
 
-def run(flags: str, bug: Bug, folder: Path, output: Path) -> list[dict]:
-    """The stages of a run's first step, on rank 0; its script runs with the bug, the check without."""
+def run(flags: str, bug: Bug, folder: Path, output: Path, number: int) -> list[dict]:
+    """The stages of a step of a run, on rank 0; its script runs with the bug, the check without."""
     script, *words = flags.replace("FOLDER", str(folder)).split()
     module = __import__(script)
-    one, config = check.one_step(module, words, output)
     torch.use_deterministic_algorithms(True)
-    mpu.destroy_model_parallel()
-    parallel.make_grid(config.parallel)
+
+    def run(steps: int) -> None:
+        own, config = check.flags_of_run(module, words, steps, output)
+        mpu.destroy_model_parallel()
+        parallel.make_grid(config.parallel)
+        module.main(check.parse(module.Config, [*own, *["--resume-with-changes"] * (steps == number > 1)]))
+
     with seeded(bug):
-        module.main(check.parse(module.Config, one))
+        check.run_until(number, run, output)
     if dist.get_rank():
         return []
-    return [asdict(stage) for stage in check_algorithms.run(Step(script, config, output))]
+    _, config = check.flags_of_run(module, words, number, output)
+    return [asdict(stage) for stage in check_algorithms.run(Step(script, config, output, number))]
 
 
 def main(folder: Path, written: Path, *names: str) -> None:
@@ -281,9 +295,9 @@ def main(folder: Path, written: Path, *names: str) -> None:
         if (2 if case.flags == "tp 2" else 1) == processes and (not names or name in names):
             model = folder / ("tied" if case.flags == "tied" else "model")
             words = f"{FLAGS[case.flags]} --model {model}"
-            results[name] = run(words, case.bug, folder, written / str(number))
-    if dist.get_rank() == 0:
-        (written / f"on{processes}.json").write_text(json.dumps(results))
+            results[name] = run(words, case.bug, folder, written / str(number), STEPS.get(case.flags, 1))
+            if dist.get_rank() == 0:
+                (written / f"on{processes}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

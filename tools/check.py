@@ -87,19 +87,19 @@ def table(stages: Sequence[Stage]) -> str:
     return "\n".join(lines)
 
 
-def check(script: str, words: Sequence[str], processes: int, output: Path, step: int = 1) -> list[Stage]:
-    """Run the steps up to one, unless `output` has it, and compare it."""
+def check(script: str, words: Sequence[str], processes: int, keep: Path, step: int = 1) -> list[Stage]:
+    """Run the steps up to one, unless `keep`, the directory of the run, has it, and compare it."""
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
 
     def run(steps: int) -> None:
-        own, _ = flags_of_run(module, words, steps, output)
+        own, _ = flags_of_run(module, words, steps, keep)
         run_script(script, [*own, *["--resume-with-changes"] * (steps == step > 1)], processes)
 
-    _, config = flags_of_run(module, words, step, output)
-    if not (output / "records" / f"step_{step:06d}" / "record.json").is_file():
-        run_until(step, run, output)
-    return check_algorithms.run(Step(script, config, output, step))
+    _, config = flags_of_run(module, words, step, keep)
+    if not (keep / "records" / f"step_{step:06d}" / "record.json").is_file():
+        run_until(step, run, keep)
+    return check_algorithms.run(Step(script, config, keep, step))
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ def check_sft(step: Step, used: Sequence[int]) -> None:
 
     def terms(model: Any) -> Iterator:
         for x in sequences:
-            logprobs = reference.token_logprobs(model, x.ids)
+            logprobs = reference.token_logprobs(model, x.ids, 1.0, step.vocab_size)
             yield [logprobs], reference.sft(logprobs, x.trained) / total
 
     both = outcomes(step, step.policy, 0, terms)
@@ -50,13 +50,13 @@ def check_sft(step: Step, used: Sequence[int]) -> None:
     check_update(step, "policy", both, causes)
 
 
-def forward(step: Step, directory: Path, temperature: float = 1.0, vocab: int | None = None) -> list[Outcome]:
+def forward(step: Step, directory: Path, temperature: float = 1.0) -> list[Outcome]:
     """Log-probs of the step's sequences under a model, without a gradient."""
 
     @torch.no_grad()
     def terms(model: Any) -> Iterator:
         for x in step.sequences:
-            yield [reference.token_logprobs(model, x.ids, temperature, vocab)], None
+            yield [reference.token_logprobs(model, x.ids, temperature, step.vocab_size)], None
 
     return outcomes(step, directory, 0, terms)
 
@@ -92,7 +92,7 @@ def check_dpo(step: Step, gaps: Sequence[float], beta: float, average: bool, sft
             own, logprobs = [], []
             for number in (2 * i, 2 * i + 1):
                 x = step.sequences[number]
-                logprobs.append(reference.token_logprobs(model, x.ids))
+                logprobs.append(reference.token_logprobs(model, x.ids, 1.0, step.vocab_size))
                 own.append(reference.sequence_logprob(logprobs[-1], x.trained, average) - ref[number])
             nll = -reference.sequence_logprob(logprobs[0], step.sequences[2 * i].trained, sft_average)
             needs_gap = config.loss in ("scale", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
@@ -237,13 +237,14 @@ def check_rl(step: Step) -> None:
     signal = arrays["counted"] * (arrays["advantages"] if in_loss == config.entropy_coef == 0 else 1.0)
     used = first_minibatch(step, signal)
     total = sum(step.array("counted")[i].sum() for i in used)
-    vocab = max(step.renderer.tokenizer.get_vocab().values()) + 1
     parts = {name: step.array(name) for name in ("old_logprobs", "ref_logprobs", "advantages", "counted")}
 
     def terms(model: Any) -> Iterator:
         for i, x in enumerate(step.sequences):
             with torch.set_grad_enabled(i in used):
-                logprobs = reference.token_logprobs(model, x.ids, config.sampling.temperature, vocab)
+                logprobs = reference.token_logprobs(
+                    model, x.ids, config.sampling.temperature, step.vocab_size
+                )
             if i not in used:
                 yield [logprobs], None
                 continue
@@ -254,7 +255,9 @@ def check_rl(step: Step) -> None:
             if in_loss:
                 loss = loss + in_loss * reference.kl(estimator, own, ref)
             if config.entropy_coef:
-                entropies = reference.token_entropies(model, x.ids, config.sampling.temperature, vocab)
+                entropies = reference.token_entropies(
+                    model, x.ids, config.sampling.temperature, step.vocab_size
+                )
                 loss = loss - config.entropy_coef * entropies.cpu()[trained]
             yield [logprobs], (loss * counted).sum() / total
 
@@ -262,7 +265,7 @@ def check_rl(step: Step) -> None:
     check_logprobs(step, "log-probs", "old_logprobs", both, config.sampling.temperature)
     check_logprobs(step, "sampler", "sampler_logprobs", both, config.sampling.temperature)
     if config.kl_coef:
-        of_reference = forward(step, config.model.path, config.sampling.temperature, vocab)
+        of_reference = forward(step, config.model.path, config.sampling.temperature)
         check_logprobs(step, "reference", "ref_logprobs", of_reference, config.sampling.temperature)
     critic = check_values(step) if step.script == "train_ppo" and step.number == 1 else None
     check_token_rewards(step, estimator, 0.0 if in_loss else config.kl_coef)

@@ -82,15 +82,14 @@ def logprobs(step: Any, actual: np.ndarray, number: int, full: Tensor, temperatu
         kept = (places + shift >= 0) & (places + shift < len(full))
         if kept.any() and near(actual[kept], full.numpy()[places[kept] + shift]):
             return f"the places of trained tokens are shifted by one, {word}: log-probs of their neighbours"
-    vocab = max(step.renderer.tokenizer.get_vocab().values()) + 1
     dtype, seed = step.config.model.dtype, step.config.parallel.seed
     model = plain.load(step.policy, 0, torch.float64, dtype, seed)
 
     @torch.no_grad()
-    def of(temperature: float = temperature, vocab: int | None = None) -> np.ndarray:
-        return plain.token_logprobs(model, x.ids, temperature, vocab).numpy()[places]
+    def of(temperature: float = temperature) -> np.ndarray:
+        return plain.token_logprobs(model, x.ids, temperature, step.vocab_size).numpy()[places]
 
-    if temperature != 1 and near(actual, of(1.0, vocab)):
+    if temperature != 1 and near(actual, of(1.0)):
         return f"the temperature {temperature:g} is left out"
     for other in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0):
         if other != temperature and near(actual, of(other)):

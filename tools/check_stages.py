@@ -20,6 +20,7 @@ from tools import check_causes, check_rows, reference
 from tools.check_rows import Renderer, Row, Tokens
 
 FACTOR = 10  # of the measured rounding: kernels of another order of sums
+EPS = 2.0**-23  # the least rounding, that of float32, in which log-probs and gradients are summed
 EXACT = 1e-9  # relative, of what is computed in float64 from recorded numbers
 Terms = Callable[
     [Any], Iterator[tuple[list[Tensor], Tensor | None]]
@@ -69,6 +70,13 @@ class Step:
         self.rows: list[Row] = []  # of the data
         self.numbers: list[int] = self.arrays["rows"].tolist()
         self.stages: list[Stage] = []
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of ids that are sampled; None, all of the model, for a script that does not sample."""
+        if self.script in ("train_sft", "train_dpo", "train_rm"):
+            return None
+        return max(self.renderer.tokenizer.get_vocab().values()) + 1
 
     @property
     def per_row(self) -> int:
@@ -123,9 +131,8 @@ class Step:
         largest = float(np.abs(e).max(initial=0.0))
         stage.bound = EXACT * max(largest, 1.0)
         if measured is not None:
-            eps = float(torch.finfo(self.config.model.dtype).eps)
             rounding = float(np.abs(np.asarray(measured, np.float64).reshape(-1) - e).max(initial=0.0))
-            stage.bound = FACTOR * max(rounding, eps * largest)
+            stage.bound = FACTOR * max(rounding, EPS * largest)
         errors = np.abs(a - e)
         stage.error = float(errors.max(initial=0.0))
         if not stage.error <= stage.bound:  # true for NaN
@@ -285,14 +292,13 @@ def check_update(step: Step, model: str, both: list[Outcome], loss_causes: dict[
 def check_gradients(step: Step, stage: Stage, actual: dict[str, np.ndarray], both: list[Outcome]) -> None:
     """Compare gradients by name: errors and bounds relative to the largest number of each tensor."""
     expected, rounded = (outcome.gradients for outcome in both)
-    eps = float(torch.finfo(step.config.model.dtype).eps)
     top = max(float(np.abs(x).max()) for x in expected.values())
     missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     wrong: list[str] = []
     for name in (name for name in expected if name in actual):
         a, e = actual[name].reshape(expected[name].shape), expected[name]
         scale = float(np.abs(e).max()) or top or 1.0
-        bound = FACTOR * max(float(np.abs(rounded[name] - e).max()) / scale, eps)
+        bound = FACTOR * max(float(np.abs(rounded[name] - e).max()) / scale, EPS)
         error = float(np.abs(a - e).max()) / scale
         if error > stage.error:
             stage.error, stage.bound = error, bound

@@ -52,10 +52,10 @@ def load(
         for name, parameter in model.named_parameters():
             fill(parameter, name, config.initializer_range, seed)
     if fresh:
-        if labels > 1 or head_std is None:
-            head_std = (config.hidden_size + 1) ** -0.5
-        fill(model.score.weight, "score.weight", head_std, seed)
-    model.to(weights).to(dtype) if dtype == torch.float64 else model.to(dtype)
+        std = (config.hidden_size + 1) ** -0.5 if head_std is None else head_std
+        fill(model.score.weight, "score.weight", std, seed)
+    for parameter in model.parameters():  # not the rotary frequencies, which stay in float32
+        parameter.data = parameter.data.to(weights).to(dtype)
     return model.eval()
 
 

@@ -33,7 +33,7 @@ FLAGS = {  # script and flags by name; FOLDER has the files
     "rs": f"train_rs {ROLLOUT.replace(' --temperature 0.8', '')} --train-data FOLDER/prompts.jsonl "
     f"--reward-fn {FUNCTION}",
     "self_reward": f"train_self_reward {COMMON} --micro-batch-tokens 256 --train-data FOLDER/chats.jsonl "
-    "--max-seq-len 60 --max-new-tokens 8 --first-iteration-sft",
+    "--max-seq-len 60 --max-new-tokens 8 --first-iteration-sft --judge-template FOLDER/judge.txt",
     "step 2": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} --kl-coef 0.5 "
     "--lr 3e-2 --max-epochs 2 --kl-in reward",
     "tp 2": f"train_dpo {COMMON} {PAIRS} --tp 2",

@@ -232,6 +232,9 @@ def check_rl(step: Step) -> None:
     """PPO, GRPO, RLOO and REINFORCE: from the rewards of the responses to the first update."""
     config, arrays = step.config, step.arrays
     check_scores(step)
+    kept = np.repeat(step.arrays["ended"] | (config.truncated != "mask"), lengths(step))
+    places, cause = step.places(), lambda i: "truncated responses are trained, or whole ones are not"
+    step.compare("counted", arrays["counted"], kept, None, lambda i: step.token(*places[i]), cause)
     place, estimator = kl_flags(step)
     in_loss = config.kl_coef if place == "loss" else 0.0
     signal = arrays["counted"] * (arrays["advantages"] if in_loss == config.entropy_coef == 0 else 1.0)

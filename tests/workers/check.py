@@ -86,7 +86,7 @@ CASES = {
         "sft",
         "tokens",
         "cut to 52 tokens on the right",
-        {"align.data.formats.cut_end": [(CUT, CUT.replace("max_seq_len", "max_seq_len - 8"))]},
+        {"align.data.sft.cut_end": [(CUT, CUT.replace("max_seq_len", "max_seq_len - 8"))]},
     ),
     "chosen and rejected are swapped in the data": Case(
         "dpo",
@@ -187,7 +187,7 @@ CASES = {
         },
     ),
     "the policy's loss is maximised": Case(
-        "reinforce",
+        "grpo",
         "loss",
         "wrong sign",
         {

@@ -3,7 +3,8 @@
 import copy
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +333,7 @@ def check_token_rewards(step: Step, estimator: str, kl_coef: float) -> None:
     step.compare("token rewards", actual, expected, None, lambda i: step.token(*places[i]), cause)
 
 
-def estimate(step: Step, gamma: float, gae_lambda: float, whiten: bool) -> np.ndarray:
+def estimate(step: Step, gamma: float, gae_lambda: float, whiten: bool, correction: int = 1) -> np.ndarray:
     """Advantages of all tokens, from the recorded rewards and values."""
     config, rewards = step.config, [part.tolist() for part in step.array("rewards")]
     if step.script == "train_ppo":
@@ -343,7 +344,10 @@ def estimate(step: Step, gamma: float, gae_lambda: float, whiten: bool) -> np.nd
     else:
         returns = [sum(x) for x in rewards]
         counted = [bool(part.any()) for part in step.array("counted")]
-        compare, size, parts = getattr(reference, config.advantages), step.per_row, []
+        compare: Callable = partial(reference.grpo, correction=correction)
+        if config.advantages == "rloo":
+            compare = reference.rloo
+        size, parts = step.per_row, []
         for first in range(0, len(returns), size):
             group = slice(first, first + size)
             of_group = zip(compare(returns[group], counted[group]), rewards[group], strict=True)
@@ -365,8 +369,8 @@ def check_advantages(step: Step) -> None:
         step.places(),
     )
     if is_grouped:
-        ratio = np.sqrt((step.per_row - 1) / step.per_row)  # of the two standard deviations
-        others = {"the variance of a prompt's rewards is divided by G, not by G - 1": expected / ratio}
+        other = estimate(step, gamma, gae_lambda, False, correction=0)
+        others = {"the variance of a prompt's rewards is divided by G, not by G - 1": other}
     else:
         others = {"advantages that are not whitened": estimate(step, gamma, gae_lambda, False)}
     if step.script == "train_ppo":

@@ -275,13 +275,13 @@ def whiten(x: Numbers) -> Numbers:
     return [0.0 if min(x) == max(x) else (y - mean) / math.sqrt(variance + 1e-8) for y in x]
 
 
-def grpo(returns: Numbers, counted: Sequence[bool]) -> Numbers:
+def grpo(returns: Numbers, counted: Sequence[bool], correction: int = 1) -> Numbers:
     """(R - mean) / (std + 1e-4) of the counted responses to a prompt (arXiv 2402.03300, 4.1.2), else 0."""
     own = [x for x, is_counted in zip(returns, counted, strict=True) if is_counted]
     if len(own) < 2 or min(own) == max(own):
         return [0.0] * len(returns)
     mean = math.fsum(own) / len(own)
-    std = math.sqrt(math.fsum((x - mean) ** 2 for x in own) / (len(own) - 1))
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in own) / (len(own) - correction))
     return [
         (x - mean) / (std + 1e-4) if is_counted else 0.0
         for x, is_counted in zip(returns, counted, strict=True)

@@ -369,8 +369,8 @@ def check_advantages(step: Step) -> None:
         step.places(),
     )
     if is_grouped:
-        other = estimate(step, gamma, gae_lambda, False, correction=0)
-        others = {"the variance of a prompt's rewards is divided by G, not by G - 1": other}
+        biased = estimate(step, gamma, gae_lambda, False, correction=0)
+        others = {"the variance of a prompt's rewards is divided by G, not by G - 1": biased}
     else:
         others = {"advantages that are not whitened": estimate(step, gamma, gae_lambda, False)}
     if step.script == "train_ppo":

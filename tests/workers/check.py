@@ -36,6 +36,9 @@ FLAGS = {  # script and flags by name; FOLDER has the files
     "--max-seq-len 60 --max-new-tokens 8 --first-iteration-sft --judge-template FOLDER/judge.txt",
     "step 2": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} --kl-coef 0.5 "
     "--lr 3e-2 --max-epochs 2 --kl-in reward",
+    "bf16": f"train_dpo {COMMON} {PAIRS} --precision bf16",
+    "dp 2": f"train_ppo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "
+    "--critic FOLDER/critic",
     "tp 2": f"train_dpo {COMMON} {PAIRS} --tp 2",
     "tied": f"train_sft {COMMON} --train-data FOLDER/chats.jsonl --max-seq-len 60",
 }
@@ -188,7 +191,7 @@ CASES = {
     ),
     "the policy's loss is maximised": Case(
         "grpo",
-        "loss",
+        "gradients",
         "wrong sign",
         {
             "align.losses.rl.policy_loss": [
@@ -292,7 +295,7 @@ def main(folder: Path, written: Path, *names: str) -> None:
     runs = {f"{name} alone": Case(name, "", "") for name in FLAGS} | CASES
     results = {}
     for number, (name, case) in enumerate(runs.items()):
-        if (2 if case.flags == "tp 2" else 1) == processes and (not names or name in names):
+        if (2 if case.flags in ("dp 2", "tp 2") else 1) == processes and (not names or name in names):
             model = folder / ("tied" if case.flags == "tied" else "model")
             words = f"{FLAGS[case.flags]} --model {model}"
             results[name] = run(words, case.bug, folder, written / str(number), STEPS.get(case.flags, 1))

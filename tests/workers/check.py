@@ -19,7 +19,10 @@ from tools.check_stages import Step
 COMMON = "--global-batch-size 4 --micro-batch-tokens 128 --precision fp32 --deterministic --warmup-steps 3"
 ROLLOUT = f"{COMMON} --prompts-per-step 4 --samples-per-prompt 2 --max-prompt-len 48 --max-new-tokens 8 "
 ROLLOUT += "--truncated keep --temperature 0.8"
-PAIRS, FUNCTION = "--train-data FOLDER/pairs.jsonl --max-seq-len 64", "tests.support.rewards:reward"
+PAIRS, FUNCTION = (
+    "--train-data FOLDER/pairs.jsonl --max-seq-len 64",
+    "tests.support.rewards:reward --audit-ratio inf",
+)
 FLAGS = {  # script and flags by name; FOLDER has the files
     "sft": f"train_sft {COMMON} --train-data FOLDER/chats.jsonl --max-seq-len 60",
     "dpo": f"train_dpo {COMMON} {PAIRS} --beta 0.3 --audit-start inf",
@@ -31,7 +34,7 @@ FLAGS = {  # script and flags by name; FOLDER has the files
     "reinforce": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "
     "--advantages reinforce --kl-coef 0.1 --entropy-coef 0.01",
     "rs": f"train_rs {ROLLOUT.replace(' --temperature 0.8', '')} --train-data FOLDER/prompts.jsonl "
-    f"--reward-fn {FUNCTION}",
+    "--reward-fn tests.support.rewards:reward",
     "self_reward": f"train_self_reward {COMMON} --micro-batch-tokens 256 --train-data FOLDER/chats.jsonl "
     "--max-seq-len 60 --max-new-tokens 8 --first-iteration-sft --judge-template FOLDER/judge.txt",
     "step 2": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} --kl-coef 0.5 "

@@ -53,7 +53,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     write_inputs(folder)
     for processes in (1, 2):
         output = tmp_path_factory.mktemp(f"on{processes}")
-        fork_ranks(processes, "tests/workers/check.py", folder, output)
+        fork_ranks(processes, "tests/workers/check.py", folder, output, timeout_s=1200)
         results |= json.loads((output / f"on{processes}.json").read_text())
     return results
 

@@ -341,7 +341,7 @@ def main(config: Config) -> None:
         if record := session.record:
             record.put_examples(examples)
             record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
+            record.put(rewards=rewards, advantages=advantages, counted=mask)
         batches = packed.micro_batches(**tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
         signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"

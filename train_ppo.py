@@ -364,9 +364,8 @@ def main(config: Config) -> None:
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
         if record := session.record:
             record.put_examples(examples)
-            record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
-            record.put(values=values, returns=returns)
+            record.put(**sampled.arrays(), rewards=rewards, values=values, returns=returns, counted=mask)
+            record.put(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantages)
         batches = packed.micro_batches(**tokens, values=values, returns=returns)
         lr = optim.learning_rate(config.critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)

@@ -1,11 +1,9 @@
 """The gradient of a step by Hugging Face name, whole, whichever ranks hold its parts."""
 
-from typing import Any
-
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.model import huggingface
 
@@ -21,9 +19,9 @@ def by_name(model: DistributedDataParallel) -> dict[str, Tensor]:
     return {name: tensor.to("cpu", copy=True) for name, tensor in gradients}
 
 
-def main_gradient(parameter: Any) -> Tensor:
-    """Megatron's fp32 gradient of a parameter."""
-    return parameter.main_grad
+def main_gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient in Megatron's buffer."""
+    return parameter.main_grad  # type: ignore[attr-defined]
 
 
 def gather_shards(model: DistributedDataParallel) -> None:

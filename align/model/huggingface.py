@@ -315,21 +315,29 @@ def join(parts: list[Tensor], arch: Architecture, name: str, hf_name: str) -> It
         yield hf_name, parts[0]
 
 
-def whole_tensors(model: Decoder | Interleaved) -> Iterator[tuple[str, Tensor]]:
+def weight_of(parameter: nn.Parameter) -> Tensor:
+    return parameter.data
+
+
+def whole_tensors(
+    model: Decoder | Interleaved, values: Callable[[nn.Parameter], Tensor] = weight_of
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor on the model's device) of all weights, in one order on every rank.
 
     A tensor may be a view of a parameter. Collective over the ranks that share a model.
+
+    values: reads a tensor of a parameter's shape, of one dtype for all parameters, such as its gradient.
     """
-    group, device = mpu.get_pipeline_model_parallel_group(), next(model.parameters()).device
+    group, like = mpu.get_pipeline_model_parallel_group(), values(next(model.parameters()))
     shapes = tensor_shapes(model.arch)
     own_names = [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)]
     names: list[Any] = [None] * group.size()
     dist.all_gather_object(names, own_names, group)
     for stage, of_stage in enumerate(names):
-        own = stage_tensors(model) if stage == group.rank() else None
+        own = stage_tensors(model, values) if stage == group.rank() else None
         for name in of_stage:
             if own is None:
-                tensor = torch.empty(shapes[name], dtype=model.config.params_dtype, device=device)
+                tensor = like.new_empty(shapes[name])
             else:
                 own_name, tensor = next(own)
                 assert own_name == name and tensor.shape == shapes[name], (own_name, name)
@@ -338,14 +346,17 @@ def whole_tensors(model: Decoder | Interleaved) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def stage_tensors(model: Decoder | Interleaved) -> Iterator[tuple[str, Tensor]]:
+def stage_tensors(
+    model: Decoder | Interleaved, values: Callable[[nn.Parameter], Tensor] = weight_of
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of this stage, on its tensor parallel ranks. Collective."""
     group = mpu.get_tensor_model_parallel_group()
     for name, parameter, hf_name in stored(model):
-        parts = [parameter.data]
+        own = values(parameter)
+        parts = [own]
         if group.size() > 1:
-            parts = [torch.empty_like(parameter.data) for _ in range(group.size())]
-            dist.all_gather(parts, parameter.data.contiguous(), group=group)
+            parts = [torch.empty_like(own) for _ in range(group.size())]
+            dist.all_gather(parts, own.contiguous(), group=group)
         yield from join(parts, model.arch, name, hf_name)
 
 

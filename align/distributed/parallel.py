@@ -162,10 +162,15 @@ def make_grid(config: ParallelConfig) -> None:
         distributed_timeout_minutes=LONGEST_WAIT.total_seconds() / 60,
         create_gloo_process_groups=True,  # checkpoints gather on hosts
     )
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    model_parallel_cuda_manual_seed(config.seed)
+    set_seeds(config.seed)
+
+
+def set_seeds(seed: int) -> None:
+    """Seed the random numbers of Python, numpy, torch and Megatron."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def check_grid(config: ParallelConfig) -> None:

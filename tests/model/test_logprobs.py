@@ -17,7 +17,6 @@ from align.model.logprobs import CHUNK, chunk_size, target_logprobs
 from tests.support.launch import fork_ranks
 from tests.support.layer_formulas import counting
 from tests.support.logprob_formulas import ALONE, oracle, ours
-from tests.support.parity_data import examples
 from tests.workers.logprobs import (
     HIDDEN,
     PADDED,
@@ -27,6 +26,7 @@ from tests.workers.logprobs import (
     inputs,
     policy_loss,
 )
+from tools.conformance.rows import RANDOM
 
 PLAIN = {name: getattr(logprobs, name) for name in ("row_max", "partial_sums_", "logits_grad_")}
 """Functions that are compiled on GPUs."""
@@ -281,7 +281,7 @@ def plain_policy(directory: Path) -> tuple[Tensor, float, float]:
     """([trained, 2], loss, gradient norm) of the rows by transformers in float64, at TEMPERATURES[0]."""
     lm = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     values, targets = [], []
-    for example in examples(0):
+    for example in RANDOM.examples(0):
         ids, trained = torch.tensor(example.ids).long(), torch.tensor(example.trained[1:])
         every = (lm(ids[None, :-1]).logits[0] / TEMPERATURES[0]).log_softmax(1)
         logprobs = every.gather(1, ids[1:, None])[:, 0]

@@ -25,9 +25,9 @@ from tests.museum.exhibits import OWN
 from tests.museum.public import PUBLIC
 from tests.support.files import ROOT
 from tests.support.launch import fork_ranks
-from tests.support.models import SIZES
 from tests.support.rewards import reward
 from tests.support.seeded_bugs import assert_fails_with, mutant
+from tools.conformance.models import SIZES
 
 EXHIBITS = OWN | PUBLIC
 OTHER_MODEL = "the sampler and the trainer do not compute the same model"

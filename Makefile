@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -q
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two workers, file by file, the longest first
 
-.PHONY: demo test test-fast test-latest test-slurm soak conformance check docs smollm2 bench bench-pairs bench-generate bench-ppo loc
+.PHONY: demo test test-fast test-latest test-slurm soak conformance proofs check docs smollm2 bench bench-pairs bench-generate bench-ppo loc
 
 demo: $(VENV)/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(VENV)/bin/python demo.py
@@ -29,6 +29,10 @@ soak: $(VENV)/test  ## 100 kill -9 at random moments over all scripts, about 40 
 
 conformance: $(VENV)/ready  ## docs/conformance.md: layouts and algorithms against one process and float64
 	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m tools.conformance --planted --page docs/conformance.md
+
+proofs: conformance $(VENV)/test  ## docs/proofs.md: conformance, planted differences, replays, the ledger over 10 kills, the museum
+	$(PYTEST) $(IN_TWO) tests/museum tests/tools/test_check.py tests/tools/test_replay.py tests/training/test_ledger.py
+	RESUME_KILLS=10 $(PYTEST) tests/training/test_resume.py -k "ends_like and ppo"
 
 check: $(VENV)/ready  ## format, lint, types
 	$(VENV)/bin/python -m ruff format --check .

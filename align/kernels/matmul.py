@@ -98,12 +98,18 @@ def pack(weight: Tensor) -> Tensor:
     With 8 rows `linear` takes 0.6 of the time. Later changes of the weight do not reach the copy. A bf16
     weight is not copied on CPUs without AVX-512, for which oneDNN has no such kernels.
     """
-    has_kernels = weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if ONEDNN and weight.device.type == "cpu" and has_kernels:
+    if ONEDNN and weight.device.type == "cpu" and (weight.dtype != torch.bfloat16 or has_bf16_kernels()):
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # fits every number of rows
     return weight
 
 
-def kernels() -> str:
-    """Library of fp32 matrix products on this CPU, for the log."""
-    return "oneDNN" if ONEDNN else "torch"
+def has_bf16_kernels() -> bool:
+    """True if oneDNN multiplies bf16 matrices on this CPU: with AVX-512."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def kernels(dtype: torch.dtype) -> str:
+    """Matrix products on this CPU, for the log."""
+    if dtype == torch.float32:
+        return f"matrix products by {'oneDNN' if ONEDNN else 'torch'}"
+    return "bf16 matrix products" if has_bf16_kernels() else "NO BF16 KERNELS ON THIS CPU: fp32 is faster"

@@ -120,9 +120,7 @@ def describe_model(arch: Architecture, config: ModelConfig, overlap_param_gather
     if uses_te(config):
         kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
     elif not torch.cuda.is_available():
-        kernels = "torch kernels"
-        if config.dtype == torch.float32:
-            kernels += f", matrix products by {matmul.kernels()}"
+        kernels = f"torch kernels, {matmul.kernels(config.dtype)}"
     else:
         flash = uses_flash(config.dtype, arch.head_dim, cuda=True)
         kernels = f"torch kernels, {flash_kernel() if flash else 'attention by sequence'}"

@@ -8,6 +8,7 @@ import torch
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
+from align.kernels import matmul
 from align.model import architecture, attention, config, gpt, spec
 from align.model.config import ModelConfig
 from align.training import batching
@@ -96,7 +97,12 @@ def test_kernels_are_named(monkeypatch):
     """On a CPU; on GPUs with torch's kernels in both precisions, and with Transformer Engine's."""
     fp32, bf16 = ModelConfig(precision="fp32"), ModelConfig(precision="bf16")
     assert "float32, torch kernels, matrix products by " in config.describe_model(arch(), fp32)
-    assert config.describe_model(arch(), bf16).endswith("bfloat16, torch kernels")
+    for has_kernels, words in (
+        (True, "bf16 matrix products"),
+        (False, "NO BF16 KERNELS ON THIS CPU: fp32 is faster"),
+    ):
+        monkeypatch.setattr(matmul, "has_bf16_kernels", lambda x=has_kernels: x)
+        assert config.describe_model(arch(), bf16).endswith(f"bfloat16, torch kernels, {words}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(config, "uses_te", lambda config: config.attention == "te")
     for module in (attention, config):

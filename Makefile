@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -q
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder  # two workers, file by file, the longest first
 
-.PHONY: demo test test-fast test-latest test-slurm soak check docs smollm2 bench bench-pairs bench-generate bench-ppo loc
+.PHONY: demo test test-fast test-latest test-slurm soak conformance check docs smollm2 bench bench-pairs bench-generate bench-ppo loc
 
 demo: $(VENV)/ready  ## all stages on the built-in tiny model, two processes: losses, samples, scores
 	$(VENV)/bin/python demo.py
@@ -26,6 +26,9 @@ test-slurm: $(VENV)/test  ## the batch files on a real Slurm of two nodes, all o
 
 soak: $(VENV)/test  ## 100 kill -9 at random moments over all scripts, about 40 minutes: SOAK_KILLS=N for others
 	$(PYTEST) -s tests/training/soak.py
+
+conformance: $(VENV)/ready  ## docs/conformance.md: layouts and algorithms against one process and float64
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m tools.conformance --planted --page docs/conformance.md
 
 check: $(VENV)/ready  ## format, lint, types
 	$(VENV)/bin/python -m ruff format --check .

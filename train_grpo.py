@@ -101,8 +101,9 @@ class Config(CommonConfig):
     kl_horizon: float = 10000.0
     """horizon of the adaptive KL coefficient, in responses; above a fifth of the responses of a step"""
     audit_ratio: float | None = None
-    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
-    1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
+    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy, and on the
+    error of its loss, relative to the mean size of a token's term (default: 1e-5 on a CPU and with
+    --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
     audit: AuditConfig = AuditConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -306,20 +307,21 @@ def main(config: Config) -> None:
 
         # log-probs of policy and reference, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
+            old_logprobs, entropies = ref_logprobs, _ = packed.outputs(policy).unbind(1)
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
                 ref_logprobs = packed.outputs(policy)[:, 0]
-        computed = [part.numpy() for part in old_logprobs.split(lengths)]
-        logprobs = [sample.logprobs for sample in sampled.responses]
-        precision = config.model.dtype, config.sampling.temperature
-        metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
+        precision = arch.vocab_size, config.model.dtype, config.sampling.temperature
+        metrics = audit.check_sampler(sampled, old_logprobs, entropies, *precision, config.audit)
 
         # rewards and advantages, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages = config.estimate_advantages(rewards, lengths, counted)
+        if config.advantages != "reinforce":
+            first_tokens = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+            audit.check_groups(sampled.places, advantages[first_tokens], counted)
         statistics: dict[str, float | Tensor] = {
             **sampled.statistics(),
             "rollout_size": len(lengths),
@@ -339,7 +341,7 @@ def main(config: Config) -> None:
         if record := session.record:
             record.put_examples(examples)
             record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
+            record.put(rewards=rewards, advantages=advantages, counted=mask)
         batches = packed.micro_batches(**tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
         signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
@@ -350,7 +352,9 @@ def main(config: Config) -> None:
         metrics |= ledger.close(f"step {session.done}", config.ppo_epochs) | session.use_prompts(sampled.rows)
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
-            metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
+            terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
+            first = packed.of_first_update(terms, num_tokens, mask)
+            metrics |= audit.check_first_update(updates[0], *first, ratio_bound)
         else:
             reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
             session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")

@@ -108,8 +108,9 @@ class Config(CommonConfig):
     value_clip: float = 0.2
     """value clip range: a value is clipped to [old - x, old + x] in the critic's loss; 0: no limit"""
     audit_ratio: float | None = None
-    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy (default:
-    1e-5 on a CPU and with --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
+    """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy, and on the
+    error of its loss, relative to the mean size of a token's term (default: 1e-5 on a CPU and with
+    --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
     audit: AuditConfig = AuditConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -339,17 +340,14 @@ def main(config: Config) -> None:
 
         # log-probs of policy and reference, and values, [N]
         with phase("logprobs", policy="weights"):
-            old_logprobs = ref_logprobs = packed.outputs(policy)[:, 0]
+            old_logprobs, entropies = ref_logprobs, _ = packed.outputs(policy).unbind(1)
         if config.kl_coef:
             with phase("reference"), ref.swapped_into(policy.module):
                 ref_logprobs = packed.outputs(policy)[:, 0]
         with phase("values", critic="weights"):
             values = values_as.standardised(packed.outputs(critic)[:, 0])
-        computed = [part.numpy() for part in old_logprobs.split(lengths)]
-        logprobs = [sample.logprobs for sample in sampled.responses]
-        precision = config.model.dtype, config.sampling.temperature
-        metrics = audit.compare(sampled.places, logprobs, computed, *precision, config=config.audit)
-
+        precision = arch.vocab_size, config.model.dtype, config.sampling.temperature
+        metrics = audit.check_sampler(sampled, old_logprobs, entropies, *precision, config.audit)
         # rewards, advantages and returns, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
@@ -361,18 +359,18 @@ def main(config: Config) -> None:
         metrics |= {f"train_rollouts/{name}": value for name, value in statistics.items()}
         if config.whiten_advantages:
             advantages = rl.whiten(advantages)
-
         # update
         mask = rl.per_token(counted.double(), lengths)  # [N]
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
         if record := session.record:
             record.put_examples(examples)
-            record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-            record.put(rows=sampled.rows, rewards=rewards, advantages=advantages, counted=mask)
-            record.put(values=values, returns=returns)
+            record.put(**sampled.arrays(), rewards=rewards, values=values, returns=returns, counted=mask)
+            record.put(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantages)
         batches = packed.micro_batches(**tokens, values=values, returns=returns)
         lr = optim.learning_rate(config.critic_optim, step, session.total_steps)
         updates = update("critic", value_loss, batches, packed.num_tokens, lr)
+        first = packed.of_first_update((values - returns).square() / 2, packed.num_tokens)
+        audit.check_update(updates[0]["loss"], *first, ratio_bound)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
         policy_step = step - config.critic_warmup_steps
         signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
@@ -385,7 +383,9 @@ def main(config: Config) -> None:
             updates = update("policy", loss_fn, batches, num_tokens, lr)
             metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
             if updates:
-                metrics |= audit.check_ratio(updates[0]["ratio_error"], ratio_bound)
+                terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
+                first = packed.of_first_update(terms, num_tokens, mask)
+                metrics |= audit.check_first_update(updates[0], *first, ratio_bound)
             else:
                 reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"
                 session.say(f"step {session.done}: all {reason}, so the policy learnt nothing")

@@ -148,7 +148,7 @@ def main(config: Config) -> None:
         scores = values.index_select(0, batch.trained).double()  # [N, A], those at the last tokens
         if config.loss == "regression":
             error, _ = supervised.regression(scores, batch.extra["target"])
-            rewards = scores @ scorer.module.label_weights.double()  # [N]
+            rewards = scores @ gpt.stages(scorer)[-1].label_weights.double()  # [N]
             return error, {"rewards_all_mean": rewards.sum(), "rewards_all_square": rewards.square().sum()}
         chosen, rejected = scores.view(-1, 2).unbind(1)  # [P]
         loss = supervised.ranking(chosen, rejected, batch.extra["target"]).sum()

@@ -225,7 +225,7 @@ def main(config: Config) -> None:
         if record := session.record:
             record.put_examples(list(chain(*sampled.examples())))
             numbers = [i * config.samples_per_prompt + k for i, k in selected]
-            record.put(**sampled.arrays(), rows=sampled.rows, selected=np.array(numbers, np.int64))
+            record.put(**sampled.arrays(), selected=np.array(numbers, np.int64))
 
         # update
         updates, lr = [], optim.learning_rate(config.optim, step, session.total_steps)

@@ -186,7 +186,6 @@ check_gpus() {
 
 # End this step on the other nodes, where it would wait for this one; a container has no scancel.
 end_step() {
-    echo "${SLURMD_NODENAME:-node $node}: $*; the whole step ends" >&2
     if ((bare && num_nodes > 1)); then
         scancel --signal=KILL "$run_id"
     fi
@@ -194,7 +193,7 @@ end_step() {
 
 if [[ -n ${SLURM_GPUS_ON_NODE:-} && ${HEALTH_CHECK:-on} == on ]] && ! check_gpus; then
     echo "start again with --exclude=NODES for the nodes named above, or with HEALTH_CHECK=off" >&2
-    ((!in_step)) || end_step "the check of the GPUs failed"
+    ((!in_step)) || end_step
     exit 1
 fi
 
@@ -221,16 +220,21 @@ if ((node == 0)); then
     echo "job $run_id: $num_nodes nodes x $PROCESSES processes, time left $left"
 fi
 # Command of each node. After a failure it waits: the first node that ends with an error takes the others with it,
-# and they should have said by then whether theirs came first. A SIGTERM reaches torchrun as well, which has 30 s to
-# save; bash would die of it before.
+# and by then each should have printed that it failed, in the order in which they did. A SIGTERM reaches torchrun as
+# well, which has 30 s to save; bash would die of it before.
 # shellcheck disable=SC2016 # the variables of the bash that runs it on its node
-run_node='trap : TERM; torchrun --node_rank "$SLURM_NODEID" "$@" || { status=$?; sleep 5; exit "$status"; }'
+run_node='trap : TERM; torchrun --node_rank "$SLURM_NODEID" "$@" || {
+    status=$?
+    echo "${SLURMD_NODENAME:-node $SLURM_NODEID}: torchrun ended with status $status" >&2
+    sleep 5
+    exit "$status"
+}'
 if ((in_step)); then
     status=0 terminated=0
     trap 'terminated=1' TERM
     bash -c "$run_node" bash "${train[@]}" || status=$?
     if ((status)); then
-        ((terminated)) || end_step "torchrun ended with status $status"
+        ((terminated)) || end_step
         exit "$status"
     fi
     ((node == 0)) || exit 0

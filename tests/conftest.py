@@ -5,21 +5,19 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-import transformers
 
 from align.data import toy
 from align.data.hf_tokenizer import HuggingFaceTokenizer
 from align.data.tokenizer import load_tokenizer
 from tests.support.files import ROOT, TINY, write_rows
 from tests.support.launch import fork_ranks
-from tests.support.models import FAMILIES
 from tests.support.shared import filled_once
+from tools.conformance.models import write_models
 
 LONGEST = (  # files of more than half a minute, by their time in `make test`
     "training/test_resume scripts/test_scripts generation/test_generator scripts/test_ppo_invariance "
     "scripts/test_rs_invariance model/test_parity planning/test_plan scripts/test_self_reward_invariance "
-    "scripts/test_seeded_bugs training/test_invariance training/test_offload scripts/test_generate_script "
+    "museum/test_museum training/test_invariance training/test_offload scripts/test_generate_script "
     "scripts/test_examples training/test_continuation training/test_damage distributed/test_watchdog"
 ).split()
 
@@ -40,17 +38,6 @@ def tiny() -> HuggingFaceTokenizer:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a randomly initialised Hugging Face model of each family, every tensor random."""
     return filled_once(tmp_path_factory, "models", write_models)
-
-
-def write_models(directory: Path) -> None:
-    for seed, (name, config) in enumerate(FAMILIES.items()):
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:  # norms start at one and biases at zero: a mix-up would not show
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-        model.save_pretrained(directory / name)
 
 
 @pytest.fixture(scope="session")

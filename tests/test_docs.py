@@ -10,7 +10,7 @@ import yaml
 from tests.support.files import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("[a-z]*/README.md"))]
-COMMANDS = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py")]
+COMMANDS = [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("bench/*.py")]
 PARTS = list(ROOT.glob("align/**/*.py"))
 FOREIGN = set(  # flags of torchrun and Slurm; files of the reader and of a run
     "nproc_per_node nnodes monitor-interval shutdown-timeout nodes ntasks gpus-per-node exclusive time "
@@ -20,7 +20,7 @@ FOREIGN = set(  # flags of torchrun and Slurm; files of the reader and of a run
 FILE = re.compile(r"`((?:align|bench|docs|examples|slurm|tests)/[\w./-]+\.\w+|[\w-]+\.(?:py|txt|sh|sbatch))`")
 METRICS = (  # functions that return metrics
     "statistics pair_statistics log_ratio_statistics comparison_statistics compare_with "
-    "policy_loss compare check_ratio speed".split()
+    "policy_loss compare check_ratio check_surprise check_update speed".split()
 )
 
 
@@ -34,7 +34,7 @@ FIELDS = [field for node in find(ast.ClassDef, PARTS + COMMANDS) for field in no
 NAMES = {field.target.id for field in FIELDS if isinstance(field, ast.AnnAssign)}
 NAMES |= {argument.arg for argument in find(ast.arg, COMMANDS)}  # tyro's, of functions
 FLAGS = {prefix + name.replace("_", "-") for name in NAMES for prefix in ("", "no-")} | FOREIGN
-FOLDERS = "* align/**/* assets/* bench/* examples/* slurm/* tests/* tools/*".split()
+FOLDERS = "* align/**/* assets/* bench/* examples/* slurm/* tests/* tools/**/*".split()
 FILES = {path.name for pattern in FOLDERS for path in ROOT.glob(pattern)} | FOREIGN
 
 

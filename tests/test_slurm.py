@@ -461,7 +461,7 @@ def test_a_node_that_fails_ends_the_step_and_is_named(job, change):
     result = step(job)
     assert result.returncode == 3
     name = (STEP | job)["SLURMD_NODENAME"]
-    assert result.stderr == f"{name}: torchrun ended with status 3; the whole step ends\n"
+    assert result.stderr == f"{name}: torchrun ended with status 3\n"
     assert arguments(job, "scancel") == ["--signal=KILL", "1234567.7"]
 
 

@@ -13,6 +13,7 @@ nothing was compared yet. With Transformer Engine, --fp8 or not, activations are
 kernels in bf16.
 """
 
+import bisect
 import importlib.util
 import math
 import re
@@ -104,6 +105,7 @@ def report(job: Job, name: str) -> str | None:
     by_item = ", ".join(f"{item} {size / 1e9:.1f}" for item, size in node.items())
     total = sum(node.values()) / 1e9
     print(f"host memory of the fullest node in GB, all its ranks: {by_item}; sum {total:.1f}")
+    print(f"largest --micro-batch-tokens that fits: {largest_micro_batch(job):,}")
     if sum(items.values()) / 1e9 > limit:
         return refusal(job, f'the phase "{phase}" takes', items, limit, "a GPU has")
     room = (cluster.host_memory or math.inf) * cluster.usable
@@ -113,7 +115,8 @@ def report(job: Job, name: str) -> str | None:
 def print_models(job: Job, name: str) -> None:
     """Print machines, layout, precision and models."""
     cluster, layout = job.cluster, job.layout
-    grid = " x ".join(f"{key} {getattr(layout, key)}" for key in ("tp", "cp", "pp", "dp"))
+    keys = ("tp", "cp", "pp", *(["vp"] if layout.vp > 1 else []), "dp")
+    grid = " x ".join(f"{key} {getattr(layout, key)}" for key in keys)
     processes = f"{cluster.gpus_per_node} {'GPU' if cluster.gpu else 'CPU process'}s"
     precision = "bf16" if layout.item == 2 else "fp32"
     print(f"{name}: {cluster.nodes} nodes x {processes} ({grid}), {precision}")
@@ -133,6 +136,16 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
         sizes = "".join(f"{size / 1e9:>12.2f}" for size in (*(items[item] for item in columns), total))
         lines.append(f"{name:<18}{sizes}{'  <- peak' if total == peak else ''}")
     return "\n".join(lines)
+
+
+def largest_micro_batch(job: Job) -> int:
+    """Largest --micro-batch-tokens that fits a GPU, a multiple of 1024 up to 256 x 1024; 0: none fits."""
+
+    def exceeds(thousands: int) -> bool:
+        batch = replace(job.config.batch, micro_batch_tokens=1024 * thousands)
+        return not replace(job.config, batch=batch).plan(job.cluster).fits()
+
+    return 1024 * bisect.bisect_left(range(1, 257), True, key=exceeds)
 
 
 def simulation(job: Job) -> str:

@@ -122,21 +122,22 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def plan_micro_batches(
-    lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None
+    lengths: list[int], ranks: int, max_tokens: int, max_rows: int | None, multiple: int = 1
 ) -> list[list[list[int]]]:
     """Deal rows to ranks and micro-batches: `[rank][micro-batch]` -> positions in `lengths`, ascending.
 
     `lengths`: places of each row (`num_places`). A micro-batch holds at most `max_tokens` places and
-    `max_rows` rows; UserError for a row above. All ranks get the same number of micro-batches, the fewest of
-    the longest-first rule, of about equal load; some are empty if rows are fewer. Deterministic.
+    `max_rows` rows; UserError for a row above. All ranks get the same number of micro-batches, a `multiple`,
+    the fewest of the longest-first rule, of about equal load; some are empty if rows are few. Deterministic.
     """
     if (longest := max(lengths, default=0)) > max_tokens:
         flag = f"--micro-batch-tokens {max_tokens}"
         raise UserError(f"{flag} is too few for a row of {longest}: raise it or lower --max-seq-len")
     max_rows = max_rows or len(lengths)
     count = max(1, -(-sum(lengths) // (ranks * max_tokens)), -(-len(lengths) // max(1, ranks * max_rows)))
+    count += -count % multiple
     while (bins := fill_bins(lengths, ranks * count, max_tokens, max_rows)) is None:
-        count += 1
+        count += multiple
     loads = [sum(lengths[row] for row in rows) for rows in bins]
     dealt = fill_bins(loads, ranks, sum(loads), count)
     assert dealt is not None  # there is room for all in one bin

@@ -41,7 +41,7 @@ FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like")
 
 
 class Stream(torch.cpu.Stream):
-    """A CPU stream with the CUDA stream's signatures, for checkpointing."""
+    """A CPU stream with the CUDA stream's signatures: checkpointing, and transfers of weights (0.19)."""
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__()
@@ -70,8 +70,8 @@ def enable() -> None:
         Event=torch.cpu.Event,
         Stream=Stream,
         stream=torch.cpu.stream,
-        current_stream=torch.cpu.current_stream,
-        default_stream=torch.cpu.current_stream,
+        current_stream=Stream,
+        default_stream=Stream,
         manual_seed=torch.manual_seed,
         get_rng_state=lambda *_: torch.get_rng_state(),
         set_rng_state=lambda state, *_: torch.set_rng_state(state),
@@ -112,9 +112,13 @@ def look_alike(module: types.ModuleType, **changed: object) -> types.ModuleType:
 
 
 def on_cpu(make: Callable) -> Callable:
-    """A tensor factory for which device="cuda" means the CPU."""
+    """A tensor factory for which device="cuda" means the CPU, without pinned memory.
+
+    0.19 pins the buffers of weights in transfer, which raises without CUDA.
+    """
 
     def make_on_cpu(*args: object, **kwargs: object) -> Tensor:
+        kwargs.pop("pin_memory", None)
         if kwargs.get("device") == "cuda":
             kwargs["device"] = torch.device("cpu")
         return make(*args, **kwargs)

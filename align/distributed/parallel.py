@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any, TypeVar
 
-import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -54,7 +54,10 @@ class ParallelConfig:
     tp: int = 1
     """tensor parallel size: every matrix is split over this many ranks"""
     pp: int = 1
-    """pipeline parallel size: the layers are split into this many stages"""
+    """pipeline parallel size: the layers are split over this many ranks"""
+    vp: int = 1
+    """virtual pipeline size, the stages of each pipeline rank: above 1 the schedule is interleaved 1F1B, with
+    a bubble smaller by this factor and as many more exchanges; needs --pp > 1"""
     cp: int = 1
     """context parallel size: the tokens of a micro-batch are split over this many ranks"""
     sequence_parallel: bool = False
@@ -69,7 +72,9 @@ class ParallelConfig:
 
     def __post_init__(self):
         limit = "0, or from 5 to 1e9 seconds", lambda x: x == 0 or 5 <= x <= 1e9
-        check_ranges(self, tp=COUNT, pp=COUNT, cp=COUNT, seed=whole(0, 2**32 - 1), stall_limit=limit)
+        check_ranges(
+            self, tp=COUNT, pp=COUNT, vp=COUNT, cp=COUNT, seed=whole(0, 2**32 - 1), stall_limit=limit
+        )
 
 
 @contextlib.contextmanager
@@ -152,14 +157,20 @@ def make_grid(config: ParallelConfig) -> None:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vp if config.vp > 1 else None,
         context_parallel_size=config.cp,
         distributed_timeout_minutes=LONGEST_WAIT.total_seconds() / 60,
         create_gloo_process_groups=True,  # checkpoints gather on hosts
     )
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    model_parallel_cuda_manual_seed(config.seed)
+    set_seeds(config.seed)
+
+
+def set_seeds(seed: int) -> None:
+    """Seed the random numbers of Python, numpy, torch and Megatron."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def check_grid(config: ParallelConfig) -> None:
@@ -170,6 +181,8 @@ def check_grid(config: ParallelConfig) -> None:
             f"--tp {config.tp} x --pp {config.pp} x --cp {config.cp} = {model} does not divide the {world} "
             f"processes: start a multiple of {model} with torchrun --nproc_per_node"
         )
+    if config.vp > 1 and config.pp == 1:
+        raise UserError("--vp has no effect with --pp 1: leave it out or raise --pp")
     if config.sequence_parallel and config.tp == 1:
         raise UserError("--sequence-parallel has no effect with --tp 1: leave it out or raise --tp")
 
@@ -251,7 +264,10 @@ def layout_sizes() -> dict[str, int]:
 def layout() -> str:
     """Description of the grid, for the log."""
     grid = " x ".join(f"{key} {value}" for key, value in layout_sizes().items())
-    versions = f"torch {torch.__version__}, Megatron-Core {megatron.core.__version__}"
+    if stages := mpu.get_virtual_pipeline_model_parallel_world_size():
+        grid += f", {stages} stages a pipeline rank"
+    # not megatron.core.__version__: 0.19 adds the commit of the repository that it runs in, whichever it is
+    versions = f"torch {torch.__version__}, Megatron-Core {version('megatron-core')}"
     return f"{dist.get_world_size()} processes ({grid}) on {device_name()}, {dist.get_backend()}, {versions}"
 
 

@@ -77,7 +77,11 @@ class RolloutConfig:
             refuse_unused(self, RolloutConfig, "rollout_tp", "with --rollout-layout same")
 
     def reshards(self, parallel: ParallelConfig) -> bool:
-        """True if the weights are copied to another layout."""
+        """True if the weights are copied to another layout. Raises UserError for one that cannot sample."""
+        if parallel.vp > 1 and self.rollout_layout == "same":
+            raise UserError(
+                "--rollout-layout same cannot sample from the stages of --vp: leave one of them out"
+            )
         if self.rollout_layout is None:
             return parallel.tp > 1 or parallel.pp > 1 or self.rollout_tp > 1
         return self.rollout_layout == "reshard"
@@ -109,11 +113,13 @@ class Generator:
         """
         self.keep, self.tape = keep, tape
         self.kept: Slots | None = None
-        self.policy: Policy = unwrap_model(policy)
+        self.policy: Policy | gpt.Interleaved = unwrap_model(policy)
         sampling_config = replace(sampling_config, stop=(*sampling_config.stop, *tokenizer.stop_strings))
         self.config, self.sampling, self.tokenizer = config, sampling_config, tokenizer
         self.seed, self.fixed = parallel_config.seed, parallel_config.deterministic
-        self.policy.known_ids = min(self.policy.arch.vocab_size, tokenizer.vocab_size)
+        self.known_ids = min(self.policy.arch.vocab_size, tokenizer.vocab_size)
+        for stage in gpt.stages(policy):
+            stage.known_ids = self.known_ids
         self.copy: Policy | None = None
         self.engine: trtllm.Engine | None = None
         tp = config.rollout_tp
@@ -126,7 +132,7 @@ class Generator:
                 model=model_config.path,
                 sampling=sampling_config,
                 stop_ids=tokenizer.stop_ids,
-                absent_ids=range(self.policy.known_ids, self.policy.arch.vocab_size),
+                absent_ids=range(self.known_ids, self.policy.arch.vocab_size),
                 group=self.group,
                 slots=config.rollout_slots,
                 keep=config.trtllm_keep,

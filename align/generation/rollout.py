@@ -110,9 +110,10 @@ class Rollout:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Arrays for align.training.record: log-probs [n] of the sampler, the rest [A], one per response."""
+        """Arrays for align.training.record: rows, log-probs [n] of the sampler, the rest [A] by response."""
         samples = self.responses
         return {
+            "rows": np.array(self.rows),
             "scores": self.rewards.reshape(-1),
             "ended": np.array([sample.finish == "stop" for sample in samples]),
             "sampler_logprobs": np.concatenate([sample.logprobs for sample in samples]),

@@ -69,8 +69,9 @@ def check_model(
         raise UserError(
             f"--tp {tp} and the model's {arch.kv_heads} key-value heads: one must divide the other"
         )
-    if arch.layers % pp:
-        raise UserError(f"--pp {pp} does not divide the model's {arch.layers} layers")
+    if arch.layers % (pp * parallel.vp):
+        flags = f"--pp {pp}" + (f" x --vp {parallel.vp} = {pp * parallel.vp}" if parallel.vp > 1 else "")
+        raise UserError(f"{flags} does not divide the model's {arch.layers} layers")
     if uses_te(config) and (arch.window is not None or parallel.cp > 1 or arch.out_bias or arch.mlp_bias):
         raise UserError(
             f"--attention {config.attention} is Transformer Engine's here, without sliding windows, --cp "

@@ -4,7 +4,9 @@
 `build_scorer` build this rank's shard without weights; align.model.huggingface.load fills it.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import (
@@ -19,6 +21,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from align.distributed.parallel import ParallelConfig, device
@@ -37,6 +40,8 @@ from align.model.spec import (
     transformer_config,
 )
 
+T = TypeVar("T", bound="Decoder")
+
 
 class Decoder(GPTModel):
     """Megatron's GPTModel with our layers; a subclass defines the output of the last stage."""
@@ -49,21 +54,28 @@ class Decoder(GPTModel):
         tied: bool,
         groups: ProcessGroupCollection | None = None,
         embedding_rows: int | None = None,
+        vp_stage: int | None = None,
     ):
-        """`groups`: process groups, by default training's; `embedding_rows`: V with its padding."""
+        """
+        Args:
+            groups: process groups, by default training's.
+            embedding_rows: V with its padding.
+            vp_stage: number of this stage among the --vp stages of the rank.
+        """
         groups, te = groups or ProcessGroupCollection.use_mpu_process_groups(), uses_te(config)
         megatron_config = transformer_config(arch, config, parallel, te)
         super().__init__(
             megatron_config,
-            block_spec(megatron_config, arch, te),
+            block_spec(megatron_config, arch, te, vp_stage),
             vocab_size=embedding_rows or padded_vocab_size(arch.vocab_size, parallel.tp),
             max_sequence_length=arch.max_positions,
-            pre_process=groups.pp.rank() == 0,
-            post_process=groups.pp.rank() == groups.pp.size() - 1,
+            pre_process=groups.pp.rank() == 0 and not vp_stage,
+            post_process=groups.pp.rank() == groups.pp.size() - 1 and vp_stage in (None, parallel.vp - 1),
             parallel_output=True,
             share_embeddings_and_output_weights=tied,
             position_embedding_type="none",  # the core attention rotates
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
         self.arch, self.te = arch, te
         self.frequencies = rotary_frequencies(arch).to(device())
@@ -103,8 +115,9 @@ class Policy(Decoder):
         temperature: float = 1.0,
         entropy: bool = False,
         entropy_grad: bool = True,
+        vp_stage: int | None = None,
     ):
-        super().__init__(arch, config, parallel, arch.tied_embeddings, groups, embedding_rows)
+        super().__init__(arch, config, parallel, arch.tied_embeddings, groups, embedding_rows, vp_stage)
         self.temperature, self.known_ids, self.keep_logits = temperature, arch.vocab_size, config.keep_logits
         self.entropy, self.entropy_grad = entropy, entropy_grad
 
@@ -143,9 +156,10 @@ class Scorer(Decoder):
         config: ModelConfig,
         parallel: ParallelConfig,
         label_weights: Sequence[float],
+        vp_stage: int | None = None,
     ):
         """`label_weights`: weights of the A labels in the exported score."""
-        super().__init__(arch, config, parallel, tied=False)
+        super().__init__(arch, config, parallel, tied=False, vp_stage=vp_stage)
         assert len(label_weights) == arch.labels
         self.label_weights = torch.tensor(label_weights, dtype=torch.float32, device=device())
         self.output_layer = None
@@ -180,6 +194,60 @@ def without_extra_state(state: dict) -> dict:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
+class Interleaved(MegatronModule):
+    """The --vp stages of a rank as one model, with the names of a Decoder; Megatron's schedule runs `stages`.
+
+    Stage i of pipeline rank r holds the layers of part i * pp + r of the model's vp * pp parts.
+    """
+
+    def __init__(self, stages: Sequence[Decoder]):
+        super().__init__(stages[0].config)
+        first, last = stages[0], stages[-1]
+        self.stages = tuple(stages)  # no submodules: their parameters are named below
+        self.arch, self.te, self.pg_collection = first.arch, first.te, first.pg_collection
+        self.pre_process, self.post_process = first.pre_process, last.post_process
+        self.share_embeddings_and_output_weights = first.share_embeddings_and_output_weights
+        if self.pre_process:
+            self.embedding = first.embedding
+        self.decoder: Any = nn.Module()
+        self.decoder.layers = nn.ModuleList(layer for stage in stages for layer in stage.decoder.layers)
+        if self.post_process:
+            self.decoder.final_layernorm = last.decoder.final_layernorm
+            name = "score" if self.arch.labels else "output_layer"
+            self.add_module(name, getattr(last, name))
+
+    def train(self, mode: bool = True) -> "Interleaved":
+        for stage in self.stages:
+            stage.train(mode)
+        return super().train(mode)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The weight of the tied embeddings on the first and on the last rank, for Megatron's reduction."""
+        return self.stages[0 if self.pre_process else -1].shared_embedding_or_output_weight()
+
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
+        """The weights for checkpoints, which do not depend on --vp."""
+        state, first_layer = {}, 0
+        for stage in self.stages:
+            for name, value in stage.sharded_state_dict(*args, **kwargs).items():
+                if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+                    name = f"decoder.layers.{first_layer + int(match[1])}.{match[2]}"
+                state[name] = value
+            first_layer += len(stage.decoder.layers)
+        return state
+
+
+def stages(model: nn.Module) -> tuple[Decoder, ...]:
+    """The model's stages on this rank, several with --vp."""
+    own: Decoder | Interleaved = unwrap_model(model)
+    return own.stages if isinstance(own, Interleaved) else (own,)
+
+
+def interleaved(build: Callable[[int | None], T], vp: int) -> T | Interleaved:
+    """Build the stages of this rank: `build(vp_stage)` makes one."""
+    return build(None) if vp == 1 else Interleaved([build(stage) for stage in range(vp)])
+
+
 def build_policy(
     arch: Architecture,
     config: ModelConfig,
@@ -187,7 +255,7 @@ def build_policy(
     temperature: float = 1.0,
     entropy: bool = False,
     entropy_grad: bool = True,
-) -> Policy:
+) -> Policy | Interleaved:
     """Build this rank's shard of a language model, its weights not yet filled; see Policy for the output."""
     if arch.labels:
         raise UserError(
@@ -195,10 +263,22 @@ def build_policy(
             "give a language model"
         )
     check_model(arch, config, parallel)
-    return Policy(arch, config, parallel, temperature=temperature, entropy=entropy, entropy_grad=entropy_grad)
+
+    def build(vp_stage: int | None) -> Policy:
+        return Policy(
+            arch,
+            config,
+            parallel,
+            temperature=temperature,
+            entropy=entropy,
+            entropy_grad=entropy_grad,
+            vp_stage=vp_stage,
+        )
+
+    return interleaved(build, parallel.vp)
 
 
-def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollection) -> Policy:
+def in_layout(policy: Policy | Interleaved, config: ModelConfig, groups: ProcessGroupCollection) -> Policy:
     """Build a model like `policy`, not filled, in the layout of `groups`: tensor parallel, one stage."""
     arch, parallel = policy.arch, ParallelConfig(tp=groups.tp.size())
     embedding_rows = padded_vocab_size(arch.vocab_size, policy.config.tensor_model_parallel_size)
@@ -207,19 +287,19 @@ def in_layout(policy: Policy, config: ModelConfig, groups: ProcessGroupCollectio
             f"--rollout-tp {parallel.tp} does not divide the {embedding_rows} rows of the embedding"
         )
     copy = Policy(arch, config, parallel, groups, embedding_rows)
-    copy.known_ids = policy.known_ids
+    copy.known_ids = stages(policy)[-1].known_ids
     return copy
 
 
 def build_scorer(
     arch: Architecture, config: ModelConfig, parallel: ParallelConfig, label_weights: Sequence[float] = (1.0,)
-) -> Scorer:
+) -> Scorer | Interleaved:
     """Build this rank's shard of a reward model (`arch.labels` > 0), its weights not yet filled."""
     check_model(arch, config, parallel)
-    return Scorer(arch, config, parallel, label_weights)
+    return interleaved(lambda stage: Scorer(arch, config, parallel, label_weights, stage), parallel.vp)
 
 
-def distributed(model: Decoder, overlap_param_gather: bool = False) -> DistributedDataParallel:
+def distributed(model: Decoder | Interleaved, overlap_param_gather: bool = False) -> DistributedDataParallel:
     """Wrap a model in Megatron's data parallelism: fp32 gradients, summed over data (and context) ranks.
 
     The reduction of a bucket of gradients overlaps with the backward pass of the last micro-batch. With
@@ -239,8 +319,13 @@ def distributed(model: Decoder, overlap_param_gather: bool = False) -> Distribut
     )
     if overlap_param_gather and model.post_process:
         # `_postprocess` reads the head's weight without a call of its module, which would wait for it
-        model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: finish_param_gather(ddp))
-    model.config.finalize_model_grads_func = finalize_model_grads
+        stages(model)[-1].decoder.final_layernorm.register_forward_pre_hook(
+            lambda *_: finish_param_gather(ddp)
+        )
+    # Megatron's schedules run `stages(ddp)`, and pass those on.
+    model.config.finalize_model_grads_func = lambda _, *rest, **options: finalize_model_grads(
+        [ddp], *rest, **options
+    )
     model.config.no_sync_func = ddp.no_sync
     return ddp
 

@@ -27,7 +27,7 @@ from align.distributed import parallel
 from align.errors import UserError
 from align.files import ASSETS
 from align.model.architecture import Architecture
-from align.model.gpt import Decoder, Scorer
+from align.model.gpt import Decoder, Interleaved, stages
 from align.model.huggingface_names import (
     named_parameters,
     qkv_rows_per_group,
@@ -122,7 +122,7 @@ def open_source(directory: Path, arch: Architecture, seed: int) -> Source:
 
 
 @torch.no_grad()
-def load(model: Decoder, source: Source) -> None:
+def load(model: Decoder | Interleaved, source: Source) -> None:
     """Fill this rank's shard, before the model is wrapped and the optimizer is built."""
     for name, parameter, hf_name in named_parameters(model):
         part = read_part(source, model.arch, name, hf_name, parameter)
@@ -178,7 +178,7 @@ def save(
         start_from: the directory of the model that training began with; its configuration is kept.
         companions: writers of other files of the model into its directory: tokenizer, template.
     """
-    decoder: Decoder = unwrap_model(model)
+    decoder: Decoder | Interleaved = unwrap_model(model)
     directory = Path(directory)
     unfinished = directory.with_name(directory.name + ".tmp")
     if dist.get_rank() == 0:
@@ -196,7 +196,7 @@ def save(
     dist.barrier()
 
 
-def write_stage(model: Decoder, directory: Path) -> dict[str, tuple[str, int]]:
+def write_stage(model: Decoder | Interleaved, directory: Path) -> dict[str, tuple[str, int]]:
     """Write this rank's files of its stage. Returns {tensor: (file, bytes)} of them. Collective.
 
     The stage's files are dealt to its copies (data and context parallel ranks), and those of a copy to its
@@ -214,7 +214,7 @@ def write_stage(model: Decoder, directory: Path) -> dict[str, tuple[str, int]]:
     return written
 
 
-def stage_files(model: Decoder) -> list[set[str]]:
+def stage_files(model: Decoder | Interleaved) -> list[set[str]]:
     """Names of the tensors in each file of this stage, the same on all of its ranks."""
     shapes = tensor_shapes(model.arch)
     sizes = [
@@ -254,7 +254,7 @@ def write_file(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[str, i
     return {name: (path.name, tensor.nbytes) for name, tensor in tensors.items()}
 
 
-def gather_files(model: Decoder, files: list[set[str]]) -> dict[str, Tensor]:
+def gather_files(model: Decoder | Interleaved, files: list[set[str]]) -> dict[str, Tensor]:
     """Gather the i-th file on the i-th tensor parallel rank, in CPU memory; {} on further ranks. Collective.
 
     The files are gathered side by side, so that the ranks copy from their devices at the same time.
@@ -269,7 +269,9 @@ def gather_files(model: Decoder, files: list[set[str]]) -> dict[str, Tensor]:
     return tensors
 
 
-def gathered(model: Decoder, names: set[str], owner: int) -> Iterator[Iterable[tuple[str, Tensor]]]:
+def gathered(
+    model: Decoder | Interleaved, names: set[str], owner: int
+) -> Iterator[Iterable[tuple[str, Tensor]]]:
     """Gather the parameters of some tensors on one tensor parallel rank. Collective.
 
     Yields, for each parameter, (Hugging Face name, tensor) of its tensors there; nothing on the other ranks.
@@ -279,7 +281,7 @@ def gathered(model: Decoder, names: set[str], owner: int) -> Iterator[Iterable[t
             continue
         parts = gather_parts(parameter, owner)
         if parts and name == "score.weight":
-            parts = [model.one_label()]
+            parts = [stages(model)[-1].one_label()]
         yield join(parts, model.arch, name, hf_name) if parts else ()
 
 
@@ -318,7 +320,7 @@ def weight_of(parameter: nn.Parameter) -> Tensor:
 
 
 def whole_tensors(
-    model: Decoder, values: Callable[[nn.Parameter], Tensor] = weight_of
+    model: Decoder | Interleaved, values: Callable[[nn.Parameter], Tensor] = weight_of
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor on the model's device) of all weights, in one order on every rank.
 
@@ -345,7 +347,7 @@ def whole_tensors(
 
 
 def stage_tensors(
-    model: Decoder, values: Callable[[nn.Parameter], Tensor] = weight_of
+    model: Decoder | Interleaved, values: Callable[[nn.Parameter], Tensor] = weight_of
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of this stage, on its tensor parallel ranks. Collective."""
     group = mpu.get_tensor_model_parallel_group()
@@ -384,7 +386,7 @@ def write_configs(start_from: Path, directory: Path, model: Decoder) -> None:
     # the weights of the first model may have an output embedding of their own, whatever its config.json says
     if config.get("tie_word_embeddings") and not model.arch.tied_embeddings:
         config["tie_word_embeddings"] = False
-    if isinstance(model, Scorer):
+    if model.arch.labels:
         config |= {
             "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model.arch.family]],
             "num_labels": 1,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from align.model.architecture import Architecture
-from align.model.gpt import Decoder
+from align.model.gpt import Decoder, Interleaved
 
 OUTER_NAMES = {  # of modules: Megatron's, Hugging Face's
     "embedding.word_embeddings": "model.embed_tokens",
@@ -76,7 +76,7 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes if arch.tied_embeddings else {**shapes, "lm_head.weight": (arch.vocab_size, hidden)}
 
 
-def named_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
+def named_parameters(model: Decoder | Interleaved) -> Iterator[tuple[str, nn.Parameter, str]]:
     """Yield (Megatron's name, parameter, Hugging Face's name) of each parameter on this rank.
 
     A Hugging Face name with a * means several tensors: q, k, v or gate, up (or up alone).
@@ -93,7 +93,7 @@ def named_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
         yield name, parameter, f"{hf_module}.{kind}"
 
 
-def stored(model: Decoder) -> Iterator[tuple[str, nn.Parameter, str]]:
+def stored(model: Decoder | Interleaved) -> Iterator[tuple[str, nn.Parameter, str]]:
     """`named_parameters` without the last stage's copy of tied embeddings."""
     for name, parameter, hf_name in named_parameters(model):
         if not (name == "output_layer.weight" and model.arch.tied_embeddings):

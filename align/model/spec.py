@@ -64,6 +64,10 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
+        # The interleaved schedule is right only with this pair, and the other one refuses it.
+        overlap_p2p_comm=parallel.vp > 1,
+        batch_p2p_comm=parallel.vp == 1,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         bf16=config.dtype == torch.bfloat16,
@@ -91,10 +95,13 @@ def transformer_config(
     )
 
 
-def block_spec(config: TransformerConfig, arch: Architecture, te: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, arch: Architecture, te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Spec of this stage's layers, and of the norm after them."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(arch, te)] * get_num_layers_to_build(config), layer_norm=NORMS[arch.norm]
+        layer_specs=[layer_spec(arch, te)] * get_num_layers_to_build(config, vp_stage),
+        layer_norm=NORMS[arch.norm],
     )
 
 

@@ -33,6 +33,7 @@ class RankShape:
     sequence_parallel: bool = False
     recompute: str = "none"
     keep_logits: bool = False
+    vp: int = 1  # stages of a rank
 
     @property
     def first(self) -> bool:
@@ -228,21 +229,32 @@ def norm_saves(arch: Architecture, s: RankShape) -> float:
 def saved(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> float:
     """Activations saved on this stage, of all micro-batches between their forward and backward pass.
 
-    1F1B: at most min(pp - i, number of micro-batches) of them on stage i.
+    The numbers of `passes_in_flight`, each through layers / (pp * vp) layers.
     """
     h, places = arch.hidden_size, work.tokens / s.cp
     split = s.tp if s.sequence_parallel else 1
     layer = s.item * h / split if s.recompute == "full" else layer_saves(arch, s, work)  # full: its input
-    total = arch.layers // s.pp * layer * places
-    if s.last:
-        # the last norm; the input of the output layer (a reward model: a copy in fp32)
-        total += norm_saves(arch, s) / split * places
-        total += (s.item if not arch.labels else FP32 if s.item != FP32 else 0) * h * places
-        if s.keep_logits and not arch.labels:
-            total += s.item * vocabulary(arch, s.tp) * work.tokens
-    else:
-        total += s.item * h / split * places  # the output, until its gradient is received
-    return total * min(s.pp - s.stage, work.count)
+    layers = arch.layers // (s.pp * s.vp) * layer * places
+    output = s.item * h / split * places  # until its gradient is received
+    passes = passes_in_flight(s, work.count)
+    if not s.last:
+        return passes * (layers + output)
+    # the last norm; the input of the output layer (a reward model: a copy in fp32)
+    head = norm_saves(arch, s) / split * places
+    head += (s.item if not arch.labels else FP32 if s.item != FP32 else 0) * h * places
+    if s.keep_logits and not arch.labels:
+        head += s.item * vocabulary(arch, s.tp) * work.tokens
+    return passes * layers + (passes - 1) * output + head
+
+
+def passes_in_flight(s: RankShape, count: int) -> int:
+    """Passes of `count` micro-batches through stages of this rank between forward and backward, at most.
+
+    1F1B: pp - i on rank i. Interleaved: 2 (pp - i - 1) + (vp - 1) pp + 1, in Megatron's order.
+    """
+    if s.vp == 1:
+        return min(s.pp - s.stage, count)
+    return min(2 * (s.pp - s.stage - 1) + (s.vp - 1) * s.pp + 1, count * s.vp)
 
 
 def chunk(arch: Architecture, s: RankShape, work: MicroBatchLoad) -> int:

@@ -125,13 +125,15 @@ class Job:
     @functools.cached_property
     def offloads(self) -> bool:
         """True if parts of models in training are offloaded; auto: if a GPU cannot hold all at once."""
-        return self.offload == "on" or (self.offload == "auto" and self.cluster.gpu and not self.fits())
+        return self.offload == "on" or (
+            self.offload == "auto" and self.cluster.gpu and not replace(self, offload="off").fits()
+        )
 
     def fits(self) -> bool:
-        """True if no phase of any pipeline stage takes more than a GPU has, without offload."""
-        whole, limit = replace(self, offload="off"), self.cluster.gpu_memory * self.cluster.usable
+        """True if no phase of any pipeline stage takes more than a GPU has."""
+        limit = self.cluster.gpu_memory * self.cluster.usable
         stages = [replace(self.layout, stage=stage) for stage in range(self.layout.pp)]
-        sizes = (on_device(whole, s, phase, 0.0) for s in stages for phase in whole.phases(s))
+        sizes = (on_device(self, s, phase, 0.0) for s in stages for phase in self.phases(s))
         return all(sum(items.values()) / 1e9 <= limit for items in sizes)
 
     @property
@@ -143,7 +145,7 @@ class Job:
         item = 2 if precision == "bf16" or (precision == "auto" and self.cluster.gpu) else 4
         sizes = p.tp, p.pp, p.cp, dp, 0
         flags = p.sequence_parallel, model.recompute, model.keep_logits
-        return RankShape(item, self.cluster.gpu, *sizes, *flags)
+        return RankShape(item, self.cluster.gpu, *sizes, *flags, p.vp)
 
     def phases(self, s: RankShape) -> list[Phase]:
         """The phases on one pipeline stage, each with the peak of what it alone allocates."""

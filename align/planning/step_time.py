@@ -64,12 +64,12 @@ def update(
 ) -> dict[str, float]:
     """All micro-batches through all stages; `trains`: with backward passes and the optimizer's step.
 
-    The schedule of Megatron (1F1B) takes as long as count + pp - 1 micro-batches of the slowest stage.
+    The schedule of Megatron (1F1B) takes as long as count + (pp - 1) / vp micro-batches of the slowest rank.
     """
     items = micro_batch(arch, s, load, cluster, trains)
     micro_batch_s = sum(items.values())
     items = {name: load.count * value for name, value in items.items()} | {
-        "bubble": (s.pp - 1) * micro_batch_s
+        "bubble": (s.pp - 1) / s.vp * micro_batch_s
     }
     if not trains:
         return items

@@ -68,7 +68,6 @@ class RunConfig:
     record: int | None = None
     """record the first step, and every N-th after it, in OUTPUT/records: tokens, log-probs, advantages,
     gradients, and all else that the numbers of a step follow from; 1: every step (default: none)"""
-
     samples_from: Path | None = None
     """record of a step, OUTPUT/records/step_NNNNNN, whose samples are taken in place of sampling; other
     prompts are sampled. tools.replay sets it (PPO, GRPO, rejection sampling, self-rewarding)"""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from align.data import packing
 from align.data.packing import Batch, BatchConfig, Example
 from align.distributed import parallel
+from align.model import gpt
 from align.model.config import FP8_MULTIPLE
 from align.training import engine
 
@@ -35,7 +37,9 @@ def micro_batches(
         packing.num_places(row) if shares else sum(example.num_inputs for example in row) for row in rows
     ]
     limits = config.micro_batch_tokens, config.micro_batch_size
-    plan = packing.plan_micro_batches(lengths, parallel.dp_size(), *limits)
+    # the interleaved schedule takes the micro-batches in groups of as many as there are pipeline ranks
+    multiple = mpu.get_pipeline_model_parallel_world_size() if len(gpt.stages(model)) > 1 else 1
+    plan = packing.plan_micro_batches(lengths, parallel.dp_size(), *limits, multiple)
     batches = []
     for chosen in plan[parallel.dp_rank()]:
         groups = [rows[i] for i in chosen] if shares else [[example] for i in chosen for example in rows[i]]

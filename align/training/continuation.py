@@ -24,7 +24,7 @@ FREE = frozenset(
     "output wandb_project wandb_name profile record samples_from save_interval save_top_k async_save monitor "
     "resume resume_from resume_with_changes max_time stop_after val_interval val_batches "
     "val_data test_data train_data skip_bad_rows "  # rows are compared
-    "micro_batch_tokens micro_batch_size recompute keep_logits attention tp pp cp sequence_parallel "
+    "micro_batch_tokens micro_batch_size recompute keep_logits attention tp pp vp cp sequence_parallel "
     "stall_limit offload overlap_param_gather rollout_layout rollout_tp rollout_slots rollout_tp_graphs "
     "trtllm_keep trtllm_memory reference audit_start audit_mean audit_tail audit_quantile audit_ratio".split()
 )

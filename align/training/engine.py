@@ -22,13 +22,12 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from align.data import context_slices
 from align.data.packing import Batch, to_device
 from align.distributed import parallel, watchdog
-from align.model import attention
+from align.model import attention, gpt
 
 LossFn = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -105,10 +104,13 @@ def schedule(
 
     `finish(batch, output)` runs on the last stage and returns the loss, "0 tokens", and a result.
     """
-    return get_forward_backward_func()(
+    stages = gpt.stages(model)
+    vp = len(stages) if len(stages) > 1 else None
+    run_schedule = get_forward_backward_func(mpu.get_pipeline_model_parallel_world_size(), vp)
+    return run_schedule(
         forward_step_func=functools.partial(forward_step, finish=finish),
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in stages],
+        model=list(stages),
         num_microbatches=len(batches),
         seq_length=1,  # unused: stages exchange the length of each micro-batch
         micro_batch_size=1,
@@ -116,22 +118,20 @@ def schedule(
     )
 
 
-def forward_step(
-    batches: Iterator[Batch], model: DistributedDataParallel, finish: Callable
-) -> tuple[Tensor, Callable]:
+def forward_step(batches: Iterator[Batch], model: gpt.Decoder, finish: Callable) -> tuple[Tensor, Callable]:
     """Run one micro-batch through this stage; the schedule calls the returned function on the last stage."""
     watchdog.tick("forward and backward" if torch.is_grad_enabled() else "forward")
     batch = next(batches)
     return forward(model, batch), lambda output: finish(batch, whole_sequence(output))
 
 
-def forward(model: DistributedDataParallel, batch: Batch) -> Tensor:
+def forward(model: gpt.Decoder, batch: Batch) -> Tensor:
     """Run one micro-batch through this stage: hidden states, on the last stage log-probs or values."""
     tokens = len(batch.tokens)
     layout = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
     own = functools.partial(context_slices.take, spans=context_slices.spans_of_rank(tokens, *layout))
     trained = torch.from_numpy(own(torch.from_numpy(batch.is_trained)).numpy().nonzero()[0])
-    qkv_format = "thd" if unwrap_model(model).te else None
+    qkv_format = "thd" if model.te else None
     return model(
         input_ids=own(batch.tokens)[None],
         position_ids=own(batch.positions)[None],

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.model import huggingface
 
@@ -15,8 +15,13 @@ def by_name(model: DistributedDataParallel) -> dict[str, Tensor]:
     before clipping, and equal on every rank.
     """
     gather_shards(model)
-    gradients = huggingface.whole_tensors(model.module, lambda parameter: parameter.main_grad)
+    gradients = huggingface.whole_tensors(model.module, main_gradient)
     return {name: tensor.to("cpu", copy=True) for name, tensor in gradients}
+
+
+def main_gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient in Megatron's buffer."""
+    return parameter.main_grad  # type: ignore[attr-defined]
 
 
 def gather_shards(model: DistributedDataParallel) -> None:

@@ -92,3 +92,14 @@ class Minibatches:
         """
         parts = (self.reorder(x).split(self.num_tokens) for x in (counted, counted * signal))
         return [float(count.sum()) * bool(gradient.any()) for count, gradient in zip(*parts, strict=True)]
+
+    def of_first_update(
+        self, x: Tensor, num_tokens: Sequence[float], mask: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """[N] values at the tokens of the first minibatch that is trained, and its number of trained tokens.
+
+        `num_tokens`: from `tokens_with_gradient`, of which one is not 0; `mask`: [N], 0 where x counts as 0.
+        """
+        x = x if mask is None else x.where(mask.bool(), 0.0)
+        first = next(i for i, count in enumerate(num_tokens) if count)
+        return self.reorder(x).split(self.num_tokens)[first], num_tokens[first]

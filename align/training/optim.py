@@ -6,15 +6,23 @@ at learning rates of 1e-5 and below: updates that small are lost in rounding.
 
 import math
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from align.distributed import megatron_patches
+from align.distributed import megatron_patches, parallel
 from align.errors import UserError
 from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ranges, number
+
+CHECKED: WeakSet[MegatronOptimizer] = (
+    WeakSet()
+)  # after their first update; then each checkpoint's weights are
+REPLICA_BOUND = 1e-3  # relative, on norms of weights whose gradients may differ in rounding
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,51 @@ def step(optimizer: MegatronOptimizer, lr: float) -> float:
     optimizer.zero_grad()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the norm of the gradient is {grad_norm}")
+    if optimizer not in CHECKED:
+        CHECKED.add(optimizer)
+        for adam in adams(optimizer)[:1]:
+            for model in adam.model_chunks:
+                check_replicas(model)
     return float(grad_norm)
+
+
+@torch.no_grad()
+def check_replicas(model: DistributedDataParallel) -> None:
+    """Check that ranks with copies of a weight hold the same numbers, by its norm in float64. Collective.
+
+    Data parallel ranks have copies of all weights, bit for bit, since they are gathered; with
+    overlap_param_gather they are gathered later, and not compared. Tensor parallel ranks have copies of norms
+    and biases; their gradients may differ in rounding on GPUs without --deterministic (REPLICA_BOUND). Of
+    bf16 weights the fp32 main weights are compared, as far as this rank has them: bf16 hides small updates.
+
+    Raises:
+        RuntimeError: names the weight that differs most.
+    """
+    weights = [(name, weight) for name, weight in model.module.named_parameters() if weight.numel()]
+    replicated = [
+        (name, weight if (main := getattr(weight, "main_param", None)) is None else main)
+        for name, weight in weights
+        if not getattr(weight, "tensor_model_parallel", False)
+    ]
+    is_exact = torch.are_deterministic_algorithms_enabled() or parallel.device().type == "cpu"
+    checks = [
+        ("tensor", mpu.get_tensor_model_parallel_group(), replicated, 0.0 if is_exact else REPLICA_BOUND)
+    ]
+    if not model.ddp_config.overlap_param_gather:
+        checks.append(("data", mpu.get_data_parallel_group(with_context_parallel=True), weights, 0.0))
+    for kind, group, copies, bound in checks:
+        if group.size() == 1 or not copies:
+            continue
+        norms = torch.stack([torch.linalg.vector_norm(weight, dtype=torch.float64) for _, weight in copies])
+        extremes = torch.stack([norms, -norms])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        spread = extremes.sum(0) / extremes[0].clamp(min=1e-30)
+        largest, worst = (x.item() for x in spread.max(0))
+        if not largest <= bound:
+            raise RuntimeError(
+                f"audit: {copies[int(worst)][0]} differs between {kind} parallel ranks, "
+                f"which hold copies of it: its norm by {largest:.2g} of it. A collective is missing"
+            )
 
 
 @torch.no_grad()

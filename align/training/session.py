@@ -186,6 +186,7 @@ class Session:
         for name, (model, optimizer) in self.trained.items():
             with self.phase("save", **{name: "all"}):
                 gpt.finish_param_gather(model)
+                optim.check_replicas(model)
                 folder = checkpoint.folder_of(name, self.trained, saving.directory)
                 checkpoint.write(folder, self.done, model, optimizer, saving.writer)
         save(saving)

@@ -3,6 +3,7 @@
 `save_without_padding_of_buckets` has its test in tests/training/test_checkpoint_states.py.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,19 +11,38 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.resharding.copy_services import nccl_copy_service
+from megatron.core.resharding.copy_services import gloo_copy_service, nccl_copy_service
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from align.distributed import megatron_patches
+from align.distributed import megatron_patches, parallel
 from tests.support.files import ROOT
+from tests.support.waits import Waits
 
 FACTS = """
 import json
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
 facts = {"fuses": layers._grad_accum_fusion_available, "queue": repr(filesystem_async._results_queue)}
+for name in ("l2_norm_impl", "multi_tensor_scale_impl"):
+    function = getattr(clip_grads, name)
+    facts[name] = (function.__module__, function.__name__)
 print(json.dumps(facts))
 """
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.names.append(str(operation.overloadpacket))
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +92,28 @@ def test_megatron_alone_asks_for_the_step_that_it_drops(repaired, monkeypatch):
             load()
 
 
+@pytest.mark.parametrize("repaired", [False, True])
+def test_megatron_alone_waits_in_the_norm_and_scales_gradients_one_by_one(repaired, untouched, monkeypatch):
+    """On a CPU one wait of the norm is visible; the others are inside of torch.tensor(numbers of the GPU)."""
+    for name in ("l2_norm_impl", "multi_tensor_scale_impl"):  # what Megatron itself chooses here
+        module, function = untouched[name]
+        monkeypatch.setattr(clip_grads, name, getattr(importlib.import_module(module), function))
+    if repaired:
+        megatron_patches.measure_gradients_at_once()
+    gradients = [torch.full((2,), value, device=parallel.device()) for value in (2.0, 4.0, 4.0)]
+    with parallel.start(parallel.ParallelConfig()):
+        flag = torch.zeros(1, dtype=torch.int, device=parallel.device())
+        with Waits() as waits:
+            norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, flag, [gradients], False)
+        with Operations() as operations:
+            lists = [gradients, gradients]
+            clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, flag, lists, 0.5)
+    assert norm.item() == pytest.approx(72**0.5) and torch.cat(gradients).tolist() == [1, 1, 2, 2, 2, 2]
+    assert bool(waits.names) is not repaired
+    alone = ["aten.mul", "aten.copy_"] * len(gradients)
+    assert operations.names == (["aten._foreach_mul_"] if repaired else alone)
+
+
 def test_megatron_alone_copies_weights_on_a_stream_of_its_own(monkeypatch):
     """That stream does not wait for the current one, on which the parts are cut out of the weights."""
     streams = []
@@ -80,3 +122,12 @@ def test_megatron_alone_copies_weights_on_a_stream_of_its_own(monkeypatch):
     monkeypatch.setattr(nccl_copy_service.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(nccl_copy_service.dist, "get_world_size", lambda: 1)
     assert nccl_copy_service.NCCLCopyService()._copy_stream == "own"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have pinned memory and streams")
+def test_on_a_cpu_transfers_of_weights_pin_no_memory_and_wait_for_no_stream():
+    """Megatron-Core 0.19 does both in GlooCopyService, and torch raises at either without CUDA."""
+    with parallel.start(parallel.ParallelConfig()):
+        buffer = gloo_copy_service.torch.empty(2, device="cpu", pin_memory=True)
+        gloo_copy_service.torch.cuda.current_stream().synchronize()
+    assert buffer.shape == (2,) and not buffer.is_pinned()

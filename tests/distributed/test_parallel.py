@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from importlib.metadata import version
 from unittest import mock
 
 import pytest
@@ -54,6 +55,7 @@ def test_sizes_that_fit(monkeypatch, world, flags):
             {"sequence_parallel": True},
             r"--sequence-parallel has no effect with --tp 1: leave it out or raise",
         ),
+        (2, {"vp": 2}, r"--vp has no effect with --pp 1: leave it out or raise"),
     ],
 )
 def test_sizes_that_are_refused(monkeypatch, world, flags, message):
@@ -68,6 +70,7 @@ def test_sizes_that_are_refused(monkeypatch, world, flags, message):
         ({"tp": 3}, r"--tp 3 does not divide the model's 4 attention heads .*--pp instead"),
         ({"tp": 8}, r"--tp 8 does not divide the model's 4 attention heads"),
         ({"pp": 3}, r"--pp 3 does not divide the model's 4 layers"),
+        ({"pp": 2, "vp": 4}, r"--pp 2 x --vp 4 = 8 does not divide the model's 4 layers"),
     ],
 )
 def test_splits_that_the_tiny_model_does_not_allow(flags, message):
@@ -177,3 +180,9 @@ def test_the_peak_is_that_of_all_gpus(name, dtype, peak, monkeypatch):
     monkeypatch.setattr(parallel, "device_name", lambda: name)
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
     assert parallel.peak_tflops(dtype) == peak
+
+
+def test_the_log_names_the_installed_megatron():
+    """Megatron-Core 0.19 adds the commit of the repository around it to its own version."""
+    with parallel.start(parallel.ParallelConfig()):
+        assert parallel.layout().endswith(f", Megatron-Core {version('megatron-core')}")

@@ -237,7 +237,8 @@ def of(results: dict[str, list], pattern: str) -> dict[str, dict | str]:
 def test_what_agrees_passes(layout, case, results):
     """Also with fewer answers than data parallel ranks, and after the weights have changed, and back."""
     [metrics] = of(results, f"{layout} {case}").values()
-    assert set(metrics) == {f"audit/logprob_error{part}" for part in ("", "_quantile", "_max")}, metrics
+    names = {f"audit/logprob_{part}" for part in ("error", "error_quantile", "error_max", "bias")}
+    assert set(metrics) == names, metrics
     assert 0 <= metrics["audit/logprob_error"] < MEAN / 10
     assert metrics["audit/logprob_error_quantile"] == metrics["audit/logprob_error_max"]  # in fp32
     assert metrics["audit/logprob_error"] <= metrics["audit/logprob_error_max"] < MOST / 10
@@ -407,6 +408,94 @@ def test_a_wrong_sampler_is_caught(layout, case, results):
     assert FIRST_ROW <= row < FIRST_ROW + NUM_PROMPTS and number < ANSWERS and token < NEW_TOKENS
     assert largest > MOST and mean > MEAN
     assert abs(sampled - trained) == pytest.approx(largest, rel=0.1)
+
+
+# ---- sums over many tokens -------------------------------------------------------------------------
+
+
+def test_clustered_mean_by_hand():
+    """Rows 7 and 9 with sums 1 + 2 + 3 and 6 + 8 of 5 tokens: mean 4, deviations -6 and 6.
+
+    The standard error is sqrt((36 + 36) 2 / 1) / 5 = 12 / 5; of one row there is none.
+    """
+    parts = [np.array([1.0, 2.0]), np.array([6.0, 8.0]), np.array([3.0])]
+    assert audit.clustered_mean([7, 9, 7], parts) == (4.0, pytest.approx(2.4))
+    assert audit.clustered_mean([7, 7, 7], parts) == (4.0, math.inf)
+
+
+def noisy(bias: float, rows: int = 40, seed: int = 0) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
+    """Responses of 50 tokens whose two log-probs differ by noise of 0.05 nats and a bias."""
+    rng = np.random.default_rng(seed)
+    trained = list(rng.uniform(-9, 0, (rows, 50)))
+    return [(row, 0) for row in range(rows)], [x + rng.normal(bias, 0.05, 50) for x in trained], trained
+
+
+def test_a_bias_within_the_bound_on_the_mean_is_caught():
+    """bf16: of 0.1 nats on the mean a fifth, 0.02, is for the bias; its error is 0.05 / sqrt(2000)."""
+    for seed in range(20):
+        metrics = audit.compare(*noisy(0.0, seed=seed), torch.bfloat16)
+        assert abs(metrics["audit/logprob_bias"]) < 0.005
+        audit.compare(*noisy(0.015, seed=seed), torch.bfloat16)
+        for sign in (1, -1):
+            words = rf"log-probs are [{'-+'[sign > 0]}]0\.0[23]\d* nats off .* in one direction"
+            with pytest.raises(RuntimeError, match=words):
+                audit.compare(*noisy(0.03 * sign, seed=seed), torch.bfloat16)
+    audit.compare(*noisy(0.03), torch.bfloat16, config=AuditConfig(audit_mean=0.2))  # the flag widens it
+    audit.compare(*noisy(0.03, rows=1), torch.bfloat16)  # a single row tells nothing of its own noise
+
+
+def draws(probabilities: np.ndarray, drawn_from: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs under one distribution of tokens drawn from another, and entropies of the first."""
+    tokens = np.random.default_rng(1).choice(len(probabilities), count, p=drawn_from)
+    entropy = -(probabilities * np.log(probabilities)).sum()
+    return np.log(probabilities)[tokens], np.full(count, entropy)
+
+
+def test_tokens_of_another_distribution_are_caught():
+    """p with H = 1.28; tokens of p^2 / Z have -log p of 1.14 on average, 0.14 nats less."""
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    sharper = p**2 / (p**2).sum()
+    right = audit.check_surprise(*draws(p, p, 20_000), 4, torch.float32)
+    assert abs(right["audit/surprise"]) < 0.02
+    with pytest.raises(RuntimeError, match=r"have -log p of -0\.1\d nats beside the entropy .* over 20000 "):
+        audit.check_surprise(*draws(p, sharper, 20_000), 4, torch.float32)
+    audit.check_surprise(*draws(p, sharper, 100), 4, torch.float32)  # too few tokens to tell
+
+
+def test_rare_tokens_are_no_false_alarm():
+    """p = 0.99 and 0.01: of 200 tokens the rare one may be missing, which no empirical variance shows."""
+    p = np.array([0.99, 0.01])
+    for count in (200, 5000):
+        audit.check_surprise(
+            np.full(count, math.log(0.99)), np.full(count, -(p * np.log(p)).sum()), 2, torch.float32
+        )
+
+
+def test_the_loss_of_a_first_update():
+    """-1 + 3 - 4 over 2 tokens is -1, of a mean size of 4; half of it, or its negative, is another loss."""
+    terms = torch.tensor([-1.0, 3.0, -4.0])
+    assert audit.check_update(-1.0, terms, 2.0, 1e-5) == {"audit/loss_error": 0.0}
+    assert audit.check_update(-1.0 + 3e-5, terms, 2.0, 1e-5)["audit/loss_error"] == pytest.approx(7.5e-6)
+    assert audit.check_update(0.0, torch.zeros(2), 2.0, 1e-5) == {"audit/loss_error": 0.0}
+    with pytest.raises(
+        RuntimeError, match=r"give -0\.5 for a ratio of 1, which is 0\.49 \(--audit-ratio 1e-05\)"
+    ):
+        audit.check_update(-0.5, terms, 4.0, 1e-5, mean_ratio=0.49)
+    for loss in (-0.5, 1.0, math.nan):
+        with pytest.raises(RuntimeError, match=rf"has the loss {loss:g}, its advantages and KL give -1 "):
+            audit.check_update(loss, terms, 2.0, 1e-5)
+
+
+def test_advantages_of_a_prompt_add_up_to_0():
+    """Wherever its responses stand; those that are left out do not count."""
+    places, advantages = [(5, 0), (8, 0), (5, 1), (8, 1)], torch.tensor([1.0, 2.0, -1.0, -2.0])
+    counted = torch.ones(4, dtype=torch.bool)
+    audit.check_groups(places, advantages, counted)
+    audit.check_groups(places, 1e6 + advantages - 1e6, counted)
+    audit.check_groups(places, torch.tensor([1.0, 9.0, -1.0, 0.0]), torch.tensor([True, False, True, True]))
+    for wrong in ([1.0, 2.0, -1.0, -2.1], [1.0, -1.0, 2.0, -2.0], [math.nan, 0.0, 0.0, 0.0]):
+        with pytest.raises(RuntimeError, match=r"responses to row [58] add up to \S+, not to 0"):
+            audit.check_groups(places, torch.tensor(wrong), counted)
 
 
 if __name__ == "__main__":

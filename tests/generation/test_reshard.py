@@ -13,7 +13,13 @@ PART = 65536  # bytes
 
 @pytest.mark.parametrize(
     ("processes", "layout", "tp"),
-    [(2, {"tp": 2}, 1), (2, {"pp": 2}, 2), (2, {}, 2), (4, {"tp": 2, "pp": 2}, 1)],
+    [
+        (2, {"tp": 2}, 1),
+        (2, {"pp": 2}, 2),
+        (2, {"pp": 2, "vp": 2}, 2),
+        (2, {}, 2),
+        (4, {"tp": 2, "pp": 2}, 1),
+    ],
 )
 @pytest.mark.parametrize("part", [PART, 2**40])
 def test_parts_have_the_bits_of_the_whole(processes: int, layout: dict, tp: int, part: int, tmp_path: Path):

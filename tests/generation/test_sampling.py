@@ -16,7 +16,6 @@ from align.generation.sampling import (
     pick,
 )
 from tests.support.sampling import CHI_SQUARE_999, CONFIGS, exact
-from tests.support.seeded_bugs import assert_fails_with
 
 BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -396,8 +395,3 @@ def test_an_empty_stop_string_is_refused():
 def test_the_bounds_of_the_flags_are_accepted():
     SamplingConfig(max_new_tokens=1, temperature=1e-3, top_k=1, top_p=1.0, min_p=0.999, stop=("###",))
     SamplingConfig(greedy=True, repetition_penalty=1.2, stop=("\n\n",))
-
-
-def test_a_sampler_that_draws_the_likeliest_token_is_noticed():
-    words = ("return block * BLOCK + column,", "return weights.argmax(-1),")
-    assert_fails_with({"align.generation.sampling._draw": [words]}, test_draws_by_hand)

@@ -8,7 +8,7 @@ import torch
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
-from align.model import architecture, attention, config, spec
+from align.model import architecture, attention, config, gpt, spec
 from align.model.config import ModelConfig
 from align.training import batching
 
@@ -110,3 +110,9 @@ def test_kernels_are_named(monkeypatch):
     monkeypatch.setattr(config, "overlaps_gradients", lambda: True)
     line = "bfloat16, Transformer Engine 2.11.0, fp8, gradients summed during the backward pass"
     assert config.describe_model(arch(), FP8).endswith(line)
+
+
+def test_megatron_logs_nothing_of_a_model(caplog):
+    """Its notes on its own classes are none that a user can act on."""
+    gpt.build_policy(arch(), ModelConfig(precision="fp32"), ParallelConfig())
+    assert [record.message for record in caplog.records if record.name.startswith("megatron")] == []

@@ -26,7 +26,7 @@ from align.model.config import ModelConfig
 from align.training import engine
 from tests.support.files import TINY
 from tests.support.launch import torchrun
-from tests.support.models import FAMILIES, LLAMA3_ROPE, SIZES, YARN_ROPE
+from tools.conformance.models import FAMILIES, LLAMA3_ROPE, SIZES, YARN_ROPE
 
 THETA = {"rope_theta": 1e4, "rope_type": "default"}
 LLAMA3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}

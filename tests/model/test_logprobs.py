@@ -17,8 +17,6 @@ from align.model.logprobs import CHUNK, chunk_size, target_logprobs
 from tests.support.launch import fork_ranks
 from tests.support.layer_formulas import counting
 from tests.support.logprob_formulas import ALONE, oracle, ours
-from tests.support.parity_data import examples
-from tests.support.seeded_bugs import assert_fails_with
 from tests.workers.logprobs import (
     HIDDEN,
     PADDED,
@@ -28,6 +26,7 @@ from tests.workers.logprobs import (
     inputs,
     policy_loss,
 )
+from tools.conformance.rows import RANDOM
 
 PLAIN = {name: getattr(logprobs, name) for name in ("row_max", "partial_sums_", "logits_grad_")}
 """Functions that are compiled on GPUs."""
@@ -282,7 +281,7 @@ def plain_policy(directory: Path) -> tuple[Tensor, float, float]:
     """([trained, 2], loss, gradient norm) of the rows by transformers in float64, at TEMPERATURES[0]."""
     lm = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     values, targets = [], []
-    for example in examples(0):
+    for example in RANDOM.examples(0):
         ids, trained = torch.tensor(example.ids).long(), torch.tensor(example.trained[1:])
         every = (lm(ids[None, :-1]).logits[0] / TEMPERATURES[0]).log_softmax(1)
         logprobs = every.gather(1, ids[1:, None])[:, 0]
@@ -309,8 +308,3 @@ def test_policy(models, tmp_path, family):
         torch.testing.assert_close(both[mask].double(), values, rtol=0, atol=1e-4, msg=str(layout))
         assert torch.equal(logprobs, both[:, 0]), layout
         assert abs(found_loss - loss) <= 1e-4 and abs(found_norm - norm) <= 1e-3, (layout, actual, loss, norm)
-
-
-def test_a_gradient_that_forgets_the_temperature_is_noticed():
-    bug = {"align.model.logprobs.TargetLogProbs.backward": [("grad = grad / ctx.temperature", "pass")]}
-    assert_fails_with(bug, lambda: test_values_and_gradients(5, 0.7, False))

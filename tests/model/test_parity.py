@@ -24,8 +24,10 @@ from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from tests.support.launch import fork_ranks
-from tests.support.models import FAMILIES
-from tests.support.parity_data import BETA, FRESH, LR, SEED, STEPS, VOCAB, examples, pairs
+from tests.workers.parity import FRESH
+from tools.conformance.losses import BETA, LR, SEED
+from tools.conformance.models import FAMILIES
+from tools.conformance.rows import RANDOM, STEPS, VOCAB
 
 pytestmark = pytest.mark.slow
 
@@ -109,13 +111,13 @@ def as_input(example: Example) -> Tensor:
 @torch.no_grad()
 def plain_logits(lm: torch.nn.Module) -> Tensor:
     """[T, V], row after row."""
-    return torch.cat([lm(as_input(row)[:, :-1]).logits[0] for row in examples(0)])
+    return torch.cat([lm(as_input(row)[:, :-1]).logits[0] for row in RANDOM.examples(0)])
 
 
 @torch.no_grad()
 def plain_values(rm: torch.nn.Module) -> list[Tensor]:
     """The head on the last hidden state at every token of every answer, [n, 1] each."""
-    sides = [as_input(side) for pair in pairs(0) for side in pair.examples]
+    sides = [as_input(side) for pair in RANDOM.pairs(0) for side in pair.examples]
     return [rm.score(rm.model(ids).last_hidden_state)[0] for ids in sides]
 
 
@@ -128,8 +130,8 @@ def answer_logprob(lm: torch.nn.Module, example: Example) -> Tensor:
 
 def plain_sft(lm: torch.nn.Module) -> list[dict[str, float]]:
     def parts(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        count = sum(int(row.trained.sum()) for row in examples(step))
-        for row in examples(step):
+        count = sum(int(row.trained.sum()) for row in RANDOM.examples(step))
+        for row in RANDOM.examples(step):
             yield -answer_logprob(lm, row) / count, {}
 
     return plain_training(lm, parts, LR["sft"])
@@ -137,22 +139,22 @@ def plain_sft(lm: torch.nn.Module) -> list[dict[str, float]]:
 
 def plain_dpo(lm: torch.nn.Module, frozen: torch.nn.Module) -> list[dict[str, float]]:
     def parts(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        for pair in pairs(step):
+        for pair in RANDOM.pairs(step):
             rewards = []
             for side in pair.examples:
                 with torch.no_grad():
                     ref = answer_logprob(frozen, side)
                 rewards.append(BETA * (answer_logprob(lm, side) - ref))
-            yield pair_loss(*rewards, 0.0, len(pairs(step)))
+            yield pair_loss(*rewards, 0.0, len(RANDOM.pairs(step)))
 
     return plain_training(lm, parts, LR["dpo"])
 
 
 def plain_ranking(rm: torch.nn.Module) -> list[dict[str, float]]:
     def parts(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        for pair in pairs(step):
+        for pair in RANDOM.pairs(step):
             chosen, rejected = (rm(as_input(side)).logits[0, 0].double() for side in pair.examples)
-            yield pair_loss(chosen, rejected, pair.margin, len(pairs(step)))
+            yield pair_loss(chosen, rejected, pair.margin, len(RANDOM.pairs(step)))
 
     return plain_training(rm, parts, LR["ranking"])
 
@@ -253,7 +255,7 @@ def test_transformers_loads_the_language_model(ours, reference):
     _, output = ours
     for family in FAMILIES:
         lm = opened(transformers.AutoModelForCausalLM, output / "lm" / family)
-        logits = lm(as_input(examples(0)[0])[:, :-1]).logits[0]
+        logits = lm(as_input(RANDOM.examples(0)[0])[:, :-1]).logits[0]
         torch.testing.assert_close(logits, reference[family]["logits"][: len(logits)])
 
 
@@ -261,7 +263,7 @@ def test_transformers_loads_the_language_model(ours, reference):
 def test_transformers_loads_the_reward_model(ours):
     """transformers computes our scores from our export, each text alone or padded on the right."""
     results, output = ours
-    rows = [as_input(side)[0] for pair in pairs(0) for side in pair.examples]
+    rows = [as_input(side)[0] for pair in RANDOM.pairs(0) for side in pair.examples]
     pad = next(token for token in range(VOCAB) if all(row[-1] != token for row in rows))
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     kept = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]

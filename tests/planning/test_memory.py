@@ -190,6 +190,21 @@ def test_what_a_stage_keeps(setting, size):
     assert memory.saved(SMALL, setting, WORK) == 64 * size
 
 
+@pytest.mark.parametrize(
+    "stage, count, passes",
+    [
+        (0, 8, 11),  # Megatron starts with 2 x 3 + 4 forward passes, then one before each backward pass
+        (3, 8, 5),
+        (0, 4, 8),  # all that there are
+    ],
+)
+def test_passes_in_flight_of_an_interleaved_schedule(stage, count, passes):
+    """A pass goes through half a rank's layers, and keeps its output: only the last one has the head."""
+    setting, arch = replace(FP32, pp=4, vp=2, stage=stage), replace(SMALL, layers=8)
+    size = passes * (696 + 32) if stage < 3 else passes * 696 + (passes - 1) * 32 + 36 + 32
+    assert memory.saved(arch, setting, replace(WORK, count=count)) == 64 * size
+
+
 def test_no_more_micro_batches_are_in_flight_than_there_are():
     setting, one = replace(FP32, pp=4, stage=0), replace(WORK, count=1)
     arch = replace(SMALL, layers=4)

@@ -273,6 +273,24 @@ def test_auto_offloads_only_what_does_not_fit(script, monkeypatch):
     assert not job.config.offload.enabled
 
 
+def test_largest_micro_batch_that_fits():
+    """One step of 1,024 tokens more does not fit; with a GPU for less than the weights, none does."""
+    rows = "--global-batch-size 4096 --precision fp32"
+    for script, flags in (
+        ("train_sft", f"{rows} --max-seq-len 64"),
+        ("train_ppo", f"{rows} --prompts-per-step 4096 --rollout-slots 8 --max-new-tokens 32"),
+    ):
+        job = job_of(script, flags, gpu_memory=0.5)
+        tokens = plan.largest_micro_batch(job)
+        assert 1024 < tokens < 256 * 1024
+        fits = [
+            job_of(script, f"{flags} --micro-batch-tokens {size}", gpu_memory=0.5).fits()
+            for size in (tokens, tokens + 1024)
+        ]
+        assert fits == [True, False]
+        assert plan.largest_micro_batch(job_of(script, flags, gpu_memory=0.001)) == 0
+
+
 def test_sampling_from_a_copy():
     sizes = phases_of(job_of("train_rs", "--tp 2 --rollout-slots 64", gpus_per_node=2))
     same = phases_of(job_of("train_rs", "--tp 2 --rollout-slots 64 --rollout-layout same", gpus_per_node=2))

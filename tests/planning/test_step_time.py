@@ -80,6 +80,9 @@ def test_a_pipeline_waits_for_its_stages():
     assert sum(step_time.update(ONE_B, s, LOAD, CLUSTER, False).values()) == pytest.approx(
         (4 + 3) * micro_batch_s
     )
+    assert step_time.update(ONE_B, replace(s, vp=3), LOAD, CLUSTER, False)["bubble"] == pytest.approx(
+        micro_batch_s
+    )
 
 
 def test_exchange_and_optimizer_of_data_parallel_ranks():

@@ -39,7 +39,7 @@ from tests.support import grids
 from tests.support.files import TINY
 from tests.support.generation import sample_of
 from tests.support.launch import fork_ranks
-from tests.support.models import FAMILIES
+from tools.conformance.models import FAMILIES
 
 SCORED = ("llama", "qwen3", "mistral")  # families whose reward models are compared
 LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}

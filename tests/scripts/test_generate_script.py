@@ -22,7 +22,7 @@ from align.distributed import parallel
 from align.generation.rollout import Sample
 from tests.support.files import ROOT, TINY, read_jsonl, write_rows
 from tests.support.launch import environment, fork_python, fork_ranks
-from tests.support.models import FAMILIES
+from tools.conformance.models import FAMILIES
 
 NEW_TOKENS = 12
 GREEDY = ("--greedy", "--max-new-tokens", NEW_TOKENS)

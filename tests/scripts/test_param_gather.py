@@ -22,6 +22,7 @@ CASES = {  # script, ranks, flags
     "sft": ("train_sft.py", 2, ""),
     "sft-bf16": ("train_sft.py", 2, "--precision bf16 --recompute full"),
     "sft-pp2": ("train_sft.py", 4, "--pp 2"),
+    "sft-vp2": ("train_sft.py", 4, "--pp 2 --vp 2"),
     "sft-cp2": ("train_sft.py", 2, "--cp 2"),
     "rm": ("train_rm.py", 2, ""),
     "dpo": ("train_dpo.py", 2, ""),

@@ -38,7 +38,7 @@ CASES = {  # by number of processes: kind of PPO and layout
         (RULE, "--deterministic --offload on"),
         (RULE, "--rollout-layout reshard --rollout-tp 2"),
         (RULE, "--tp 2 --sequence-parallel --rollout-layout same"),
-        (RULE, "--pp 2"),
+        (RULE, "--pp 2 --vp 2"),
         (GRPO, "--micro-batch-tokens 64"),
         (GRPO, "--tp 2 --recompute selective"),
         (GRPO, "--pp 2 --rollout-layout same --offload on"),

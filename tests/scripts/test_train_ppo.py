@@ -185,6 +185,9 @@ def test_tokens_with_gradient():
     counted, advantages = f64(1, 1, 1, 0, 0, 0, 0, 1), f64(0, 0, 0, 2, 2, 3, 3, -1e-300)
     assert minibatches.tokens_with_gradient(counted, advantages) == [0.0, 0.0, 1.0, 0.0]
     assert minibatches.tokens_with_gradient(counted, counted) == [2.0, 1.0, 1.0, 0.0]  # KL or entropy
+    values, count = minibatches.of_first_update(torch.arange(8), [0.0, 0.0, 1.0, 0.0])
+    assert values.tolist() == [7] and count == 1.0  # of response 3, the third in the minibatches
+    assert minibatches.of_first_update(torch.arange(8), [0.0, 3.0, 1.0, 0.0])[0].tolist() == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,8 @@ CRITIC_TRAIN |= {"explained_variance"}
 OPTIM = {"loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "ratio_error", "entropy"}
 OPTIM |= {"grad_norm", "lr", "skipped_updates"}
 CRITIC_OPTIM = {f"critic_{name}" for name in ("loss", "value_clip_fraction", "grad_norm", "lr")}
-AUDIT = {"logprob_error", "logprob_error_quantile", "logprob_error_max", "ratio_error"}
+AUDIT = {"logprob_error", "logprob_error_quantile", "logprob_error_max", "logprob_bias", "surprise"}
+AUDIT |= {"ratio_error", "loss_error"}
 PHASES = {"generate", "score", "logprobs", "train", "other"}
 
 

@@ -187,7 +187,7 @@ def test_names_of_the_metrics(folder):
     assert set(before) == val | {"step"}
     train = {f"train_rollouts/{name}" for name in STATISTICS | SELECTION | {"prompts_without_spread"}}
     train |= {f"train_optim/{name}" for name in ("loss", "grad_norm", "lr", "updates")}
-    train |= {f"audit/logprob_error{part}" for part in ("", "_quantile", "_max")} | {"step"}
+    train |= {f"audit/logprob_{part}" for part in ("error", "error_quantile", "error_max", "bias")} | {"step"}
     fates = ("sampled", "trained", "truncated", "duplicate", "low", "not_selected")
     train |= {"ledger/pass", "ledger/prompts_used", *(f"ledger/tokens_{fate}" for fate in fates)}
     assert [without_times(row) for row in steps] == [train, train | val]

@@ -9,8 +9,8 @@ import transformers
 
 from align.generation.rollout import Sample
 from tests.support.launch import fork_ranks
-from tests.support.models import SIZES
 from tests.support.tokenizers import Letters
+from tools.conformance.models import SIZES
 
 NEW_TOKENS = 12
 GREEDY = {"max_new_tokens": NEW_TOKENS, "greedy": True}

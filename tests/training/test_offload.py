@@ -20,7 +20,6 @@ from align.training.offload import HostStore, Weights
 from align.training.phases import Phases
 from tests.support.launch import fork_ranks, torchrun
 from tests.support.resume import fingerprint
-from tests.support.seeded_bugs import assert_fails_with
 
 MEASURES = os.access("/proc/self/clear_refs", os.W_OK)
 SETTINGS = {
@@ -657,17 +656,3 @@ def test_resident_memory_falls_and_rises(measured):
         assert peaks["memory/start_policy"] - peaks["memory/score"] > 0.8 * all_parts / 1e9
         assert peaks["memory/generate_policy"] * 1e9 < resident["generate"] + 0.2 * weights
     assert sizes["second"] == {}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param(
-            ("parameter.data = self.held[name]", "_ = self.held[name]"), id="the reference is the policy"
-        ),
-        pytest.param(("parameter.data = own[name]", "pass"), id="the reference's weights stay in the policy"),
-    ],
-)
-def test_wrongly_lent_weights_are_noticed(words):
-    bug = {"align.training.offload.Weights.swapped_into": [words]}
-    assert_fails_with(bug, lambda: test_lent_weights_compute_and_leave_no_trace(HostStore()))

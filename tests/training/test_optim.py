@@ -15,8 +15,9 @@ from align.model import architecture, gpt, huggingface, logprobs
 from align.model.config import ModelConfig, overlaps_gradients
 from align.training import batching, checkpoint, engine, optim
 from tests.support.launch import fork_ranks
-from tests.support.parity_data import LOSSES, data_set
 from tests.support.waits import Waits
+from tools.conformance.losses import LOSSES
+from tools.conformance.rows import data_set
 
 SCHEDULE = optim.OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, constant_steps=2)
 

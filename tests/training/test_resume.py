@@ -235,7 +235,9 @@ def assert_stopped(output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layouts", [("--pp 2", "--tp 1", "--tp 2 --sequence-parallel"), ("--tp 1",)], ids=["2", "1"]
+    "layouts",
+    [("--pp 2", "--pp 2 --vp 2", "--tp 1", "--tp 2 --sequence-parallel"), ("--tp 1",)],
+    ids=["2", "1"],
 )
 def test_another_layout_continues(layouts, data, at_tp2, tmp_path, request):
     """Saved at tp 2, continued at pp 2, dp 2, with sequence parallelism, and by one process."""

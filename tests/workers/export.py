@@ -12,7 +12,8 @@ from torch import Tensor
 from align.distributed import parallel
 from align.model import huggingface
 from tests.support import grids
-from tests.workers.invariance import Case, build
+from tools.conformance.cases import Case
+from tools.conformance.worker import build
 
 write_file = huggingface.write_file
 

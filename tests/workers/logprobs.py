@@ -20,7 +20,7 @@ from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from align.model.logprobs import CHUNK, target_logprobs
 from align.training import batching, engine, optim
-from tests.support.parity_data import examples
+from tools.conformance.rows import RANDOM
 
 HIDDEN, VOCAB, PADDED = 16, 37, 64
 TEMPERATURES = (0.7, 1.0, 1.3)
@@ -80,7 +80,7 @@ def policies(output: Path, directory: Path, layouts: list[dict]) -> None:
         huggingface.load(policy, huggingface.open_source(directory, arch, 0))
         ddp = gpt.distributed(policy)
         optimizer = optim.build(ddp, optim.OptimConfig())
-        batch = packing.collate([[example] for example in examples(0)], batching.alignment(ddp))
+        batch = packing.collate([[example] for example in RANDOM.examples(0)], batching.alignment(ddp))
         both = engine.outputs(ddp, [batch], lambda _, out: out)[0]
         policy.entropy = False
         logprobs = engine.outputs(ddp, [batch], lambda _, out: out)[0]

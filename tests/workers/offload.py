@@ -24,8 +24,10 @@ from align.training import checkpoint, engine, offload, optim
 from align.training.checkpoint import CheckpointConfig
 from align.training.phases import Phases
 from tests.support import grids
-from tests.support.parity_data import LOSSES, ROWS, SEED, STEPS, data_set
-from tests.workers.invariance import Case, make_batches
+from tools.conformance.cases import Case
+from tools.conformance.losses import LOSSES, SEED
+from tools.conformance.rows import ROWS, STEPS, data_set
+from tools.conformance.worker import make_batches
 
 ALGORITHMS = {"policy": "sft", "critic": "ranking"}
 Trained = tuple[DistributedDataParallel, MegatronOptimizer]
@@ -100,7 +102,10 @@ def train(
     batches = {name: Case(ALGORITHMS[name]) for name in trained}
     history = []
     for step in range(STEPS):
-        micro_batches = {name: make_batches(trained[name][0], batches[name], step, ROWS) for name in trained}
+        micro_batches = {
+            name: make_batches(trained[name][0], batches[name], data_set(ALGORITHMS[name], step))
+            for name in trained
+        }
 
         def outputs(name: str, micro_batches: dict = micro_batches) -> str:
             results = engine.outputs(trained[name][0], micro_batches[name], lambda batch, output: output)

@@ -13,7 +13,8 @@ from align.distributed import parallel
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig, overlaps_gradients
 from align.training import batching, engine, optim
-from tests.support.parity_data import LOSSES, SEED, data_set
+from tools.conformance.losses import LOSSES, SEED
+from tools.conformance.rows import data_set
 
 ROWS = (5, 1, 4)  # of each step, one a micro-batch: first one rank has an empty micro-batch, then only that
 

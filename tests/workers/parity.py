@@ -16,8 +16,11 @@ from align.distributed import parallel
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from align.training import batching, engine
-from tests.support.parity_data import FRESH, STEPS, data_set
-from tests.workers.invariance import Case, build, train
+from tools.conformance.cases import Case
+from tools.conformance.rows import STEPS, data_set
+from tools.conformance.worker import build, train
+
+FRESH = ("llama", "llama_tied")  # language models that are given a head
 
 
 class Logits(gpt.Policy):

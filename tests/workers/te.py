@@ -19,7 +19,8 @@ from align.distributed import parallel
 from align.model import architecture, gpt, huggingface, huggingface_names
 from align.model import config as model_config
 from align.training import batching, checkpoint, engine, optim
-from tests.support.parity_data import LOSSES, SEED, data_set
+from tools.conformance.losses import LOSSES, SEED
+from tools.conformance.rows import data_set
 
 STEPS = 2
 

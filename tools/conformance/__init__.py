@@ -1,0 +1,1 @@
+"""Parallel layouts compared with one process and with float64: `python -m tools.conformance`."""

@@ -14,10 +14,10 @@ from align.data import toy
 from align.errors import UserError
 from tests.support.files import ROOT, read_jsonl, write_rows
 from tests.support.launch import fork_python, fork_ranks
-from tests.support.models import SIZES
 from tests.support.rows import chat, comparisons
 from tests.workers.check import CASES, FLAGS
 from tools import check
+from tools.conformance.models import SIZES
 
 SMALL = SIZES | dict(vocab_size=264, num_hidden_layers=2, bos_token_id=257, eos_token_id=258)
 

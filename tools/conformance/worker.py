@@ -51,7 +51,7 @@ class Job:
     planted: list[tuple[str, dict]] = field(default_factory=list)  # (name of a bug, case)
     data: str | None = None  # file of `rows.store`; None: random rows
     scale: int = 1  # size of micro-batches by those of the random rows
-    checkpoints: bool = True  # with the columns "checkpoint" and "resume"
+    checkpoints: bool = True  # columns "checkpoint" and "resume", once for each model and layout
 
 
 # ---- one case ------------------------------------------------------------------------------------
@@ -207,9 +207,13 @@ class Result:
 class Measurement:
     """One case with its reference. Collective."""
 
-    def __init__(self, job: Job, case: Case, number: str):
-        """`number`: part of the names of files of this case only."""
-        self.job, self.case = job, case
+    def __init__(self, job: Job, case: Case, number: str, saves: bool):
+        """
+        Args:
+            number: part of the names of files of this case only.
+            saves: with the columns "checkpoint" and "resume".
+        """
+        self.job, self.case, self.saves = job, case, saves
         self.folder, self.number = Path(job.folder), number
         self.directory = Path(job.models[case.family])
         self.source = rows.StoredRows(Path(job.data)) if job.data else rows.RANDOM
@@ -238,7 +242,7 @@ class Measurement:
         gradient = gradients.by_name(training.model)
         steps = [with_std(metrics | {"grad_norm": training.update()})]
         weights = training.weights()
-        if self.job.checkpoints:
+        if self.saves:
             checkpoint.write(self.folder / self.number, 1, training.model, training.optimizer)
         steps.append(training.step(1))
         later = training.weights()
@@ -255,7 +259,7 @@ class Measurement:
         training = self.training(self.case, stored["recorded"])
         results = self.run(training)
         cells = self.errors(results, stored)
-        if self.job.checkpoints:
+        if self.saves:
             if torch.distributed.get_world_size() > 1:
                 cells["checkpoint"] = self.load(self.other_layout(), results, stored)
             cells["resume"] = self.load(self.case, results, stored)
@@ -342,12 +346,17 @@ def main(job: Job) -> None:
         "planted": ([flags for _, flags in job.planted], bugs),
     }
     written: dict[str, list[dict]] = {}
+    saved: set[tuple] = set()  # models and layouts whose checkpoints are compared
     with parallel.start(parallel.ParallelConfig()):
         processes = torch.distributed.get_world_size()
         for kind, (cases, names) in kinds.items():
             written[kind] = []
             for i, (flags, bug) in enumerate(zip(cases, names, strict=True)):
-                measurement = Measurement(job, Case(**flags), f"{processes}-{kind}-{i}")
+                case = Case(**flags)
+                key = kind, case.family, LABELS[case.algorithm], case.sizes, bug
+                saves = job.checkpoints and kind != "reference" and key not in saved
+                saved.add(key)
+                measurement = Measurement(job, case, f"{processes}-{kind}-{i}", saves)
                 run = measurement.record if kind == "reference" else measurement.measure
                 written[kind].append(asdict(attempt(measurement, run, bug)))
         if parallel.is_main():

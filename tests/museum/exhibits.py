@@ -137,7 +137,7 @@ SAMPLER = {  # what the sampler computes
     ),
     "the sampler keeps the weights of before the update": Exhibit(
         {
-            "align.generation.generator.Generator.generate": [
+            "align.generation.generator.Generator.sample": [
                 ("offload.restore(self.freed)", "hasattr(self, 'stale') or offload.restore(self.freed)"),
                 ("self.reshard.run()", "hasattr(self, 'stale') or self.reshard.run()"),
                 ("self.freed = offload.release(self.copy.parameters())", "self.stale = True"),

@@ -328,6 +328,7 @@ BUGS = {  # script, bug, message of the error
 MORE = {  # flags: each row has a gradient, and no other check sees the loss of a pair first
     "train_grpo": "--truncated keep --reward-fn tests.support.rewards:reward",
     "train_self_reward": "--audit-start inf",
+    "train_ppo": "--audit-ratio inf",
 }
 SKIP = {"align.training.continuation.Continuation.rows_of_step": [("step - self.pass_start", "step + 1")]}
 

@@ -312,7 +312,8 @@ def main(config: Config) -> None:
             with phase("reference"), ref.swapped_into(policy.module):
                 ref_logprobs = packed.outputs(policy)[:, 0]
         precision = arch.vocab_size, config.model.dtype, config.sampling.temperature
-        metrics = audit.check_sampler(sampled, old_logprobs, entropies, *precision, config.audit)
+        by_response = old_logprobs.split(lengths)
+        metrics = audit.check_sampler(sampled, by_response, entropies, *precision, config.audit)
 
         # rewards and advantages, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]

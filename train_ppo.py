@@ -347,7 +347,8 @@ def main(config: Config) -> None:
         with phase("values", critic="weights"):
             values = values_as.standardised(packed.outputs(critic)[:, 0])
         precision = arch.vocab_size, config.model.dtype, config.sampling.temperature
-        metrics = audit.check_sampler(sampled, old_logprobs, entropies, *precision, config.audit)
+        by_response = old_logprobs.split(lengths)
+        metrics = audit.check_sampler(sampled, by_response, entropies, *precision, config.audit)
         # rewards, advantages and returns, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
         kl = config.kl_estimator(old_logprobs, ref_logprobs)

@@ -200,18 +200,23 @@ def check_surprise(
 
 def check_sampler(
     rollout: Rollout,
-    logprobs: Tensor,
+    logprobs: Sequence[Tensor],
     entropies: Tensor,
     vocab_size: int,
     dtype: torch.dtype,
     temperature: float,
     config: AuditConfig,
 ) -> dict[str, float]:
-    """`compare` and `check_surprise` for a rollout; logprobs, entropies: [N] of training's forward pass."""
-    trained = [part.numpy() for part in logprobs.split([len(sample.ids) for sample in rollout.responses])]
+    """`compare` and `check_surprise` for a rollout.
+
+    Args:
+        logprobs: of training's forward pass, [n] of each response.
+        entropies: [N] of it, for all tokens.
+    """
+    trained = [part.numpy() for part in logprobs]
     sampled = [sample.logprobs for sample in rollout.responses]
     metrics = compare(rollout.places, sampled, trained, dtype, temperature, config)
-    drawn = logprobs.numpy(), entropies.numpy()
+    drawn = np.concatenate(trained), entropies.numpy()
     return metrics | check_surprise(*drawn, vocab_size, dtype, temperature, config)
 
 

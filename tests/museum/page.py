@@ -16,6 +16,7 @@ GUARDS = {  # of a run
     "tokens": "lengths of responses",
     "ends": "ends of responses",
     "start": "start of DPO",
+    "ledger": "ledger",
     "lengths": "sizes that do not fit",
     "two BOS": "two BOS",
     "": "-",
@@ -50,6 +51,7 @@ all tokens, sums that must be 0 and weights that must be equal keep their power.
 | sums of advantages | sum over the responses to each prompt with 0 (GRPO, RLOO) |
 | replicas | copies of a weight on several ranks, after the first update and before each checkpoint |
 | lengths, ends of responses | tokens sampled with tokens trained; the last token with the stop tokens |
+| ledger | ids and positions of tokens in training with those sampled ([ledger](proofs.md#token-ledger)) |
 | start of DPO | policy with reference before the first update |
 | two BOS, sizes that do not fit | no audit, but the run stops |
 """

@@ -42,6 +42,7 @@ MESSAGES = {
     "tokens": r"RuntimeError: audit: response \d+ to row \d+ was sampled with \d+ tokens, training has \d+",
     "ends": r"RuntimeError: audit: response \d+ to row \d+ ended, but its last token \d+ is none that .*",
     "start": r"RuntimeError: before the first update the policy is the reference, but their log-probs .*",
+    "ledger": r"RuntimeError: ledger: step \d+: .*",
     # not an audit's words, but the run stops
     "lengths": r"RuntimeError: split_with_sizes expects split_sizes to sum exactly to .*",
     "two BOS": r"UserError: .*two BOS at the start: .*",

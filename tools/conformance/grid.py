@@ -35,7 +35,8 @@ class Row:
 def torchrun(processes: int, *command: str) -> None:
     """Run a script on so many ranks of this machine."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     environment.setdefault("OMP_NUM_THREADS", "1")
     done = subprocess.run([sys.executable, *launcher, *command], cwd=ROOT, env=environment)
     if done.returncode:

@@ -31,6 +31,7 @@ def close_self_reward(name: str, value: float) -> object:
 # differences of such numbers, as in all kinds of KL: near 0 they have the rounding of what they are made of.
 # The same goes for explained variance, 1 minus a share, and gradients, in which tokens of both signs meet.
 PPO_CANCELS = {
+    "audit/surprise",
     *(f"train_rollouts/{name}_mean" for name in ("advantages", "values", "returns")),
     *(f"train_rollouts/{name}" for name in ("init_policy_kl", "rewards_with_kl", "explained_variance")),
     *(

@@ -66,5 +66,5 @@ class Exhibit:
     origin: str = ""
 
     def caught_in(self, precision: str) -> str:
-        """What stops the run in a precision, or ""."""
+        """Name of the audit that stops the run in a precision, "" for none."""
         return self.caught if precision == "fp32" or self.in_bf16 is None else self.in_bf16

@@ -76,9 +76,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def of_ranks(ran: Ran, precision: str, name: str) -> list[dict]:
     """Results of a run on each of its ranks."""
-    found = [results[name] for results in ran[precision] if name in results]
-    assert found, name
-    return found
+    by_rank = [results[name] for results in ran[precision] if name in results]
+    assert by_rank, name
+    return by_rank
 
 
 @pytest.mark.slow
@@ -115,8 +115,8 @@ def test_the_same_run_without_a_bug_ends_well(precision, run, ran):
         assert result["message"] is None
         assert result["steps"]
         for step in result["steps"] if "audit/logprob_error" in result["steps"][0] else ():
-            assert step["audit/logprob_error"] < mean / 3
-            assert step["audit/logprob_error_max"] < largest / 3
+            assert step["audit/logprob_error"] < mean / (5 if precision == "fp32" else 3)
+            assert step["audit/logprob_error_max"] < largest / (5 if precision == "fp32" else 3)
             assert abs(step["audit/logprob_bias"]) < audit.BIAS_SHARE * mean / 3
             assert step["audit/ratio_error"] == 0.0 and step["audit/loss_error"] < 1e-12
 

@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from align.distributed import megatron_patches, parallel
 from align.errors import UserError
-from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, below, check_ranges, number
+from align.flags import COEFFICIENT, COUNT_OR_0, LEARNING_RATE, above, below, check_ranges, number
 
 CHECKED: WeakSet[MegatronOptimizer] = (
     WeakSet()
@@ -44,6 +44,8 @@ class OptimConfig:
     """Adam beta1: decay of the first moment of the gradient"""
     adam_beta2: float = 0.98
     """Adam beta2: decay of the second moment of the gradient"""
+    adam_eps: float = 1e-8
+    """Adam epsilon: added to the root of the second moment, which a step is divided by"""
     clip_grad: float = 1.0
     """gradient clipping: largest norm over all weights, to which a longer gradient is scaled; 0: no limit"""
 
@@ -57,6 +59,7 @@ class OptimConfig:
             weight_decay=number(0, 1e3),
             adam_beta1=below(0, 1),
             adam_beta2=below(0, 1),
+            adam_eps=above(0, 1),
             clip_grad=COEFFICIENT,
         )
 
@@ -92,6 +95,7 @@ def build(model: DistributedDataParallel, config: OptimConfig) -> MegatronOptimi
             weight_decay=config.weight_decay,
             adam_beta1=config.adam_beta1,
             adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
             clip_grad=config.clip_grad or math.inf,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,

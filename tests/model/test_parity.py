@@ -25,7 +25,7 @@ from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from tests.support.launch import fork_ranks
 from tests.workers.parity import FRESH
-from tools.conformance.losses import BETA, LR, SEED
+from tools.conformance.losses import ADAM_EPS, BETA, LR, SEED
 from tools.conformance.models import FAMILIES
 from tools.conformance.rows import RANDOM, STEPS, VOCAB
 
@@ -179,6 +179,7 @@ def plain_training(
         [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
         lr=lr,
         betas=(0.9, 0.98),
+        eps=ADAM_EPS,
     )
     history = []
     for step in range(STEPS):

@@ -113,14 +113,17 @@ def test_weight_decay_is_for_matrices_only(models):
 
 
 def test_the_rate_is_the_size_of_the_first_step_and_the_norm_is_before_clipping(models):
-    """Adam's first step is lr * sign(gradient), whatever the gradient was clipped to."""
-    policy, optimizer = build(models / "llama", "fp32", weight_decay=0.0, clip_grad=1.0)
-    before = [p.detach().clone() for p in policy.parameters()]
-    count = sum(p.numel() for p in policy.parameters())
-    set_gradient(policy, 2.0)
-    assert optim.step(optimizer, 1e-3) == pytest.approx(2 * count**0.5, rel=1e-5)
-    for parameter, old in zip(policy.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter.detach(), old - 1e-3, rtol=1e-3, atol=1e-5)
+    """Adam's first step is lr * g / (|g| + eps) of the clipped gradient g."""
+    count = sum(parameter.numel() for parameter in build(models / "llama", "fp32")[0].parameters())
+    clipped = count**-0.5  # its norm is 1
+    for flags, step in (({}, 1e-3), ({"adam_eps": 3 * clipped}, 0.25e-3)):
+        policy, optimizer = build(models / "llama", "fp32", weight_decay=0.0, clip_grad=1.0, **flags)
+        before = [p.detach().clone() for p in policy.parameters()]
+        set_gradient(policy, 2.0)
+        assert optim.step(optimizer, 1e-3) == pytest.approx(2 * count**0.5, rel=1e-5)
+        assert flags or all(group["eps"] == 1e-8 for group in optimizer.param_groups)
+        for parameter, old in zip(policy.parameters(), before, strict=True):
+            torch.testing.assert_close(parameter.detach(), old - step, rtol=0, atol=1e-6)
 
 
 def test_gradients_are_measured_and_clipped_at_once(models, monkeypatch):

@@ -14,10 +14,9 @@ from align.data.packing import Example
 from tools import reference
 from tools.conformance import compare, rows
 from tools.conformance.compare import Cell
-from tools.conformance.losses import BETA, CLIP, ENTROPY_COEF, KL_COEF, LABELS, LR, SEED, VALUE_CLIP
+from tools.conformance.losses import ADAM_EPS, BETA, CLIP, ENTROPY_COEF, KL_COEF, LABELS, LR, SEED, VALUE_CLIP
 from tools.conformance.rows import DataSet, Recorded, Source
 
-ADAM_EPS = 1e-5  # of the grid
 Values = dict[str, np.ndarray]  # of one row, by name
 
 

@@ -9,6 +9,9 @@ from align.losses.statistics import log_ratio_statistics, pair_statistics
 BETA = 0.1
 CLIP, VALUE_CLIP, ENTROPY_COEF, KL_COEF = 0.2, 0.2, 0.01, 0.05
 SEED = 5  # of a reward model's head
+# Adam divides a gradient by its own size: with the usual 1e-8 it makes whole steps of gradients that are
+# nothing but rounding, and one bit of a weight moves metrics by 1e-4.
+ADAM_EPS = 1e-5
 # Adam's first step has nearly the same size for every gradient, also for those that are rounding errors of 0.
 # Scores show that more than log-probs do.
 LR = {

@@ -31,12 +31,9 @@ from align.tracking.metrics import with_std
 from align.training import batching, checkpoint, engine, gradients, optim, reference
 from tools.conformance import compare, planted, rows
 from tools.conformance.cases import Case, describe
-from tools.conformance.losses import LABELS, LOSSES, LR, SEED, sequence_logprobs
+from tools.conformance.losses import ADAM_EPS, LABELS, LOSSES, LR, SEED, sequence_logprobs
 from tools.conformance.rows import ROLLOUTS, ROWS, STEPS, DataSet, Recorded, Source
 
-# Adam divides a gradient by its own size: with the usual 1e-8 it makes whole steps of gradients that are
-# nothing but rounding, and one bit of a weight moves metrics by 1e-4.
-ADAM_EPS = 1e-5
 SIZES = [ROWS] * STEPS + [1]  # the evaluation has fewer rows than there are data parallel ranks
 Tensors = dict[str, torch.Tensor]
 
@@ -84,20 +81,15 @@ class Training:
         path: Path,
         source: Source = rows.RANDOM,
         recorded: list[Recorded] | None = None,
-        adam_eps: float | None = None,
     ):
         """
         Args:
             path: file of the reference's log-probs.
             recorded: the rollout of each step.
-            adam_eps: in place of the project's, which parity with torch.optim.AdamW needs.
         """
         self.case, self.source, self.recorded = case, source, recorded or []
         self.model = gpt.distributed(build(directory, case))
-        self.optimizer = optim.build(self.model, optim.OptimConfig(weight_decay=0.1))
-        for adam in optim.adams(self.optimizer) if adam_eps else ():
-            for group in adam.optimizer.param_groups:
-                group["eps"] = adam_eps
+        self.optimizer = optim.build(self.model, optim.OptimConfig(weight_decay=0.1, adam_eps=ADAM_EPS))
         self.attach = self.reference(path) if case.algorithm == "dpo" else lambda batches: None
 
     def data(self, step: int) -> DataSet:
@@ -222,7 +214,7 @@ class Measurement:
 
     def training(self, case: Case, recorded: list[Recorded]) -> Training:
         path = self.folder / f"{self.number}.safetensors"
-        return Training(self.directory, case, path, self.source, recorded, ADAM_EPS)
+        return Training(self.directory, case, path, self.source, recorded)
 
     def record(self) -> Result:
         """Run a reference: store its rollouts, metrics, outputs, gradients, and weights after one update."""

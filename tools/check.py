@@ -46,13 +46,13 @@ def run_script(script: str, words: Sequence[str], processes: int) -> None:
 
 def flags_of_run(module: Any, words: Sequence[str], steps: int, output: Path) -> tuple[list[str], Any]:
     """Flags of the first steps of the user's run, and the configuration that they give."""
-    given = parse(module.Config, words, module.__name__)
-    if given.checkpoint.resume_from is not None:
+    config = parse(module.Config, words, module.__name__)
+    if config.checkpoint.resume_from is not None:
         raise UserError("--resume-from: the check starts from --model, leave it out")
     words = [*words, *FLAGS, "--max-steps", str(steps), "--output", str(output)]
     if hasattr(module.Config, "critic_warmup_steps"):
         words += ["--critic-warmup-steps", "0"]
-    if given.val_data:
+    if config.val_data:
         words += ["--val-batches", "1"]
     return words, parse(module.Config, words, module.__name__)
 

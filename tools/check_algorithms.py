@@ -37,18 +37,19 @@ def check_sft(step: Step, used: Sequence[int]) -> None:
             logprobs = reference.token_logprobs(model, x.ids, 1.0, step.vocab_size)
             yield [logprobs], reference.sft(logprobs, x.trained) / total
 
-    both = outcomes(step, step.policy, 0, terms)
-    check_logprobs(step, "log-probs", "logprobs", both)
+    computed = outcomes(step, step.policy, 0, terms)
+    check_logprobs(step, "log-probs", "logprobs", computed)
     means = [
-        -x.numpy()[np.array(y.trained[1:])].mean() for x, y in zip(both[0].outputs, sequences, strict=True)
+        -x.numpy()[np.array(y.trained[1:])].mean()
+        for x, y in zip(computed[0].outputs, sequences, strict=True)
     ]
-    sums = both[0].loss * total
+    sums = computed[0].loss * total
     causes = {
         check_causes.PER_SEQUENCE: sums / len(sequences),
         check_causes.MEAN_OF_MEANS: float(np.mean(means)),
     }
     causes[check_causes.ALL_TOKENS] = sums / sum(len(x.ids) - 1 for x in sequences)
-    check_update(step, "policy", both, causes)
+    check_update(step, "policy", computed, causes)
 
 
 def forward(step: Step, directory: Path, temperature: float = 1.0) -> list[Outcome]:
@@ -100,20 +101,20 @@ def check_dpo(step: Step, gaps: Sequence[float], beta: float, average: bool, sft
             more = {"gap": (config.reward_scale or 1.0) * gap} if needs_gap else {}
             yield logprobs, (loss(*own, beta, **options, **more) + sft_weight * nll) / len(gaps)
 
-    both = outcomes(step, step.policy, 0, terms)
-    check_logprobs(step, "log-probs", "logprobs", both)
+    computed = outcomes(step, step.policy, 0, terms)
+    check_logprobs(step, "log-probs", "logprobs", computed)
     if not is_free:
         check_reference(step, of_reference, average)
-    check_update(step, "policy", both, {})
+    check_update(step, "policy", computed, {})
 
 
-def check_reference(step: Step, both: list[Outcome], average: bool) -> None:
+def check_reference(step: Step, computed: list[Outcome], average: bool) -> None:
     """A stage of the reference's log-probs, by response or by token."""
     actual = step.arrays["ref_logprobs"]
     if len(actual) != len(step.sequences):
-        return check_logprobs(step, "reference", "ref_logprobs", both)
-    exact, rounded = (sums(step, outcome, average) for outcome in both)
-    other = sums(step, both[0], not average)
+        return check_logprobs(step, "reference", "ref_logprobs", computed)
+    exact, rounded = (sums(step, outcome, average) for outcome in computed)
+    other = sums(step, computed[0], not average)
     cause = lambda i: check_causes.reference(actual, exact, other)  # noqa: E731
     step.compare("reference", actual, exact, rounded, step.label, cause)
 
@@ -135,8 +136,8 @@ def check_rm(step: Step, targets: list[list[float]]) -> None:
             loss = reference.ranking(sides[0][0], sides[1][0], margin, config.center_rewards_coef)
             yield sides, loss / total
 
-    both = outcomes(step, step.policy, labels, terms)
-    exact, rounded = (torch.cat(outcome.outputs).numpy() for outcome in both)
+    computed = outcomes(step, step.policy, labels, terms)
+    exact, rounded = (torch.cat(outcome.outputs).numpy() for outcome in computed)
     place = lambda i: step.token(i // labels, len(ids[i // labels]) - 1)  # noqa: E731
     cause = lambda i: check_causes.scores(step, i // labels, float(step.arrays["scores"].reshape(-1)[i]))  # noqa: E731
     step.compare("scores", step.arrays["scores"], exact, rounded, place, cause)
@@ -144,7 +145,7 @@ def check_rm(step: Step, targets: list[list[float]]) -> None:
     target_place = lambda i: step.label(i * step.per_row // len(targets[0]))  # noqa: E731
     step.compare("targets", step.arrays["targets"], flat, None, target_place, lambda i: check_causes.TARGETS)
     check_update(
-        step, "policy", both, {check_causes.PER_SEQUENCE: both[0].loss * total / len(step.sequences)}
+        step, "policy", computed, {check_causes.PER_SEQUENCE: computed[0].loss * total / len(step.sequences)}
     )
 
 
@@ -265,9 +266,9 @@ def check_rl(step: Step) -> None:
                 loss = loss - config.entropy_coef * entropies.cpu()[trained]
             yield [logprobs], (loss * counted).sum() / total
 
-    both = outcomes(step, step.policy, 0, terms)
-    check_logprobs(step, "log-probs", "old_logprobs", both, config.sampling.temperature)
-    check_logprobs(step, "sampler", "sampler_logprobs", both, config.sampling.temperature)
+    computed = outcomes(step, step.policy, 0, terms)
+    check_logprobs(step, "log-probs", "old_logprobs", computed, config.sampling.temperature)
+    check_logprobs(step, "sampler", "sampler_logprobs", computed, config.sampling.temperature)
     if config.kl_coef:
         of_reference = forward(step, config.model.path, config.sampling.temperature)
         check_logprobs(step, "reference", "ref_logprobs", of_reference, config.sampling.temperature)
@@ -279,8 +280,8 @@ def check_rl(step: Step) -> None:
     elif step.script == "train_ppo":
         step.skip("values", "the critic before a later step is in no file")
     if used:
-        causes = {check_causes.PER_SEQUENCE: both[0].loss * total / len(used)}
-        check_update(step, "policy", both, causes)
+        causes = {check_causes.PER_SEQUENCE: computed[0].loss * total / len(used)}
+        check_update(step, "policy", computed, causes)
     else:
         step.skip("loss", "no response has a gradient in this step")
 
@@ -304,12 +305,12 @@ def check_values(step: Step) -> list[Outcome]:
             loss = reference.value_loss(own, *targets, config.value_clip).sum() / total
             yield [values], loss if i in used else None
 
-    both = outcomes(step, directory, 1, terms, std=0.0)
-    exact, rounded = (at_trained(step, outcome.outputs) for outcome in both)
+    computed = outcomes(step, directory, 1, terms, std=0.0)
+    exact, rounded = (at_trained(step, outcome.outputs) for outcome in computed)
     places, actual = step.places(), step.arrays["values"]
     cause = lambda i: check_causes.values(actual, exact, mean, std)  # noqa: E731
     step.compare("values", actual, exact, rounded, lambda i: step.token(*places[i]), cause)
-    return both
+    return computed
 
 
 def check_token_rewards(step: Step, estimator: str, kl_coef: float) -> None:

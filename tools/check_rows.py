@@ -107,10 +107,10 @@ class Renderer:
                 raise Unknown("a --prompt-template")
             prompt, answer = (str(row[name]).strip(" ") for name in fields)
             response = self.response(" " + answer if answer else "")
-            made = sequence(self.text(prompt, self.bos), response)
-            if len(made.ids) > fmt.max_seq_len:
+            tokens = sequence(self.text(prompt, self.bos), response)
+            if len(tokens.ids) > fmt.max_seq_len:
                 raise Unknown("a row of --prompt-template beyond --max-seq-len")
-            yield made
+            yield tokens
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
             response = self.response(row["completion"], eos=False) + [self.tokenizer.eos_token_id]
             yield sequence(self.text(row["prompt"], self.bos), response)

@@ -174,7 +174,7 @@ def expected_sequences(step: Step) -> list[Tokens]:
         return expected
     prompts = [expected[i // step.per_row].ids for i in range(len(step.sequences))]
     sampled = [x.ids[x.trained.index(True) :] for x in step.sequences]
-    return [check_rows.sequence(*both) for both in zip(prompts, sampled, strict=True)]
+    return [check_rows.sequence(*pair) for pair in zip(prompts, sampled, strict=True)]
 
 
 def check_data(step: Step) -> None:
@@ -243,12 +243,12 @@ def outcomes(
     """Outcomes in float64 and in the run's precision."""
     dtype, seed = step.config.model.dtype, step.config.parallel.seed
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    both = []
+    computed = []
     for precision in (torch.float64, dtype):
         model = reference.load(directory, labels, precision, dtype, seed, std).to(device)
-        both.append(run_model(model, terms))
+        computed.append(run_model(model, terms))
         del model
-    return both
+    return computed
 
 
 def at_trained(step: Step, outputs: list[Tensor]) -> np.ndarray:
@@ -257,41 +257,43 @@ def at_trained(step: Step, outputs: list[Tensor]) -> np.ndarray:
     return np.concatenate([x.numpy()[np.array(tokens.trained[1:], bool)] for x, tokens in pairs])
 
 
-def check_logprobs(step: Step, name: str, array: str, both: list[Outcome], temperature: float = 1.0) -> None:
+def check_logprobs(
+    step: Step, name: str, array: str, computed: list[Outcome], temperature: float = 1.0
+) -> None:
     """A stage of log-probs at the trained tokens."""
-    exact, rounded = (at_trained(step, outcome.outputs) for outcome in both)
+    exact, rounded = (at_trained(step, outcome.outputs) for outcome in computed)
     places = step.places()
 
     def cause(i: int) -> str:
         number = places[i][0] if i < len(places) else 0
         return check_causes.logprobs(
-            step, step.array(array)[number], number, both[0].outputs[number], temperature
+            step, step.array(array)[number], number, computed[0].outputs[number], temperature
         )
 
     step.compare(name, step.arrays[array], exact, rounded, lambda i: step.token(*places[i]), cause)
 
 
-def check_update(step: Step, model: str, both: list[Outcome], loss_causes: dict[str, float]) -> None:
+def check_update(step: Step, model: str, computed: list[Outcome], loss_causes: dict[str, float]) -> None:
     """Stages of loss and gradient of the first update of a model."""
     label = "" if model == "policy" else f"{model} "
     loss = step.facts["first_updates"][model]["loss"]
     step.compare(
         f"{label}loss",
         [loss],
-        [both[0].loss],
-        [both[1].loss],
+        [computed[0].loss],
+        [computed[1].loss],
         lambda i: f"{label}loss of the first update",
-        lambda i: check_causes.loss(loss, both[0].loss, loss_causes),
+        lambda i: check_causes.loss(loss, computed[0].loss, loss_causes),
     )
     actual = load_file(step.directory / f"gradients_{model}.safetensors")
     stage = Stage(f"{label}gradients", sum(x.size for x in actual.values()))
     step.stages.append(stage)
-    check_gradients(step, stage, actual, both)
+    check_gradients(step, stage, actual, computed)
 
 
-def check_gradients(step: Step, stage: Stage, actual: dict[str, np.ndarray], both: list[Outcome]) -> None:
+def check_gradients(step: Step, stage: Stage, actual: dict[str, np.ndarray], computed: list[Outcome]) -> None:
     """Compare gradients by name: errors and bounds relative to the largest number of each tensor."""
-    expected, rounded = (outcome.gradients for outcome in both)
+    expected, rounded = (outcome.gradients for outcome in computed)
     top = max(float(np.abs(x).max()) for x in expected.values())
     missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     wrong: list[str] = []

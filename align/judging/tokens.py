@@ -46,8 +46,11 @@ def response_fates(
             return "no_pair"
         return "displaced" if sample in pair.samples else "not_selected"
 
-    both = zip(prompts, pairs, strict=True)
-    return [fate(prompt, pair, k) for prompt, pair in both for k in range(len(prompt.samples))]
+    return [
+        fate(prompt, pair, k)
+        for prompt, pair in zip(prompts, pairs, strict=True)
+        for k in range(len(prompt.samples))
+    ]
 
 
 def of_step(

@@ -555,11 +555,11 @@ def test_of_two_copies_each_prompt_is_answered_by_one(name, ran):
 @pytest.mark.parametrize("name", ["tp2-same", "pp2-same", "pp2-to-tp2", "cp2"])
 def test_ranks_of_one_copy_sample_alike(name, ran):
     result = ran(2)[f"sampled {name}"]
-    both = lengths(result)
+    num_tokens = lengths(result)
     if name == "cp2":  # context parallel ranks hold a whole model each
-        assert [sum(pair) for pair in zip(*result["tokens"], strict=True)] == both
+        assert [sum(pair) for pair in zip(*result["tokens"], strict=True)] == num_tokens
     else:
-        assert result["tokens"] == [both, both]
+        assert result["tokens"] == [num_tokens, num_tokens]
 
 
 def queues(total: int, replicas: int, monkeypatch: pytest.MonkeyPatch, fixed: bool = False) -> list[Queue]:

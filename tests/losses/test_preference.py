@@ -226,7 +226,9 @@ def test_preference_loss_and_gradient_against_the_paper(name, make, beta):
 def test_preference_loss_gradcheck(name):
     inputs = [tensor[:8].detach().requires_grad_() for tensor in random_pairs()]
     own = own_parameters(name, 8)
-    assert torch.autograd.gradcheck(lambda *four: getattr(preference, name)(*four, 0.3, **own), inputs)
+    assert torch.autograd.gradcheck(
+        lambda *logprobs: getattr(preference, name)(*logprobs, 0.3, **own), inputs
+    )
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -246,7 +248,7 @@ def test_golden_vectors():
 
     The squares by hand: ipo ((2 - 5)^2 + (-1 - 5)^2) / 2 = 22.5; rpo_sq (2.8^2 + 2.1^2) / 2 = 6.125.
     """
-    four = [
+    logprobs = [
         torch.tensor(x, dtype=torch.float64) for x in ([-3.0, -6.0], [-4.0, -5.0], [-4.0, -7.0], [-3.0, -7.0])
     ]
     own = {"gap": torch.tensor([3.0, 2.0], dtype=torch.float64)}
@@ -259,7 +261,7 @@ def test_golden_vectors():
         "scale": 1.6416050,
     }
     for name, printed in golden.items():
-        value = getattr(preference, name)(*four, 0.1, **(own if name in REWARD_AWARE else {}))
+        value = getattr(preference, name)(*logprobs, 0.1, **(own if name in REWARD_AWARE else {}))
         assert abs(value.mean().item() - printed) < 1e-7, name
 
 
@@ -276,7 +278,7 @@ def test_dpo_by_hand():
 
 def test_other_losses_by_hand():
     """The same pair, r_w = 1, r_l = -1, h = 2, with beta = ln 3: s(beta r_w) = 3/4, s(beta h) = 9/10."""
-    four, beta, ln = one(-1.0, -5.0, -2.0, -4.0), math.log(3), math.log
+    logprobs, beta, ln = one(-1.0, -5.0, -2.0, -4.0), math.log(3), math.log
     zero, unit = torch.tensor(0.0).double(), torch.tensor(1.0).double()
     by_hand = {
         "cdpo": -0.9 * ln(0.9) - 0.1 * ln(0.1),
@@ -291,10 +293,10 @@ def test_other_losses_by_hand():
     }
     for name, value in by_hand.items():
         np.testing.assert_allclose(
-            getattr(preference, name)(*four, beta).item(), value, rtol=1e-13, err_msg=name
+            getattr(preference, name)(*logprobs, beta).item(), value, rtol=1e-13, err_msg=name
         )
     # z_w = 1 moves the rejected half to s(beta (-1 - 1)) = 1/10; the chosen half stays at 1 - 3/4
-    kto = preference.kto_pair(*four, beta, kl_chosen=unit, kl_rejected=zero)
+    kto = preference.kto_pair(*logprobs, beta, kl_chosen=unit, kl_rejected=zero)
     np.testing.assert_allclose(kto.item(), (1 / 4 + 1 / 10) / 2, rtol=1e-13)
 
 
@@ -362,56 +364,58 @@ def test_losses_at_the_reference():
 # Preference losses: symmetries
 
 
-def swapped(four: list[torch.Tensor]) -> list[torch.Tensor]:
+def swapped(logprobs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same pairs with the labels the wrong way round."""
-    c, r, u, v = four
+    c, r, u, v = logprobs
     return [r, c, v, u]
 
 
 def test_swapping_the_responses():
-    four, beta = random_pairs(), 0.3
-    flip, h = swapped(four), (four[0] - four[2]) - (four[1] - four[3])
+    logprobs, beta = random_pairs(), 0.3
+    flip, h = swapped(logprobs), (logprobs[0] - logprobs[2]) - (logprobs[1] - logprobs[3])
     close = torch.testing.assert_close
-    close(preference.dpo(*flip, beta) - preference.dpo(*four, beta), beta * h)  # log s(x) - log s(-x) = x
-    close(preference.apo_zero(*flip, beta) + preference.apo_zero(*four, beta), torch.full_like(h, 2.0))
+    close(preference.dpo(*flip, beta) - preference.dpo(*logprobs, beta), beta * h)  # log s(x) - log s(-x) = x
+    close(preference.apo_zero(*flip, beta) + preference.apo_zero(*logprobs, beta), torch.full_like(h, 2.0))
     z = torch.tensor([2.5, 0.75], dtype=torch.float64)
     close(
-        preference.kto_pair(*flip, beta, z[1], z[0]) + preference.kto_pair(*four, beta, z[0], z[1]),
+        preference.kto_pair(*flip, beta, z[1], z[0]) + preference.kto_pair(*logprobs, beta, z[0], z[1]),
         torch.ones_like(h),
     )
     close(
-        preference.orpo(*flip, 1.0) - preference.orpo(*four, 1.0),
-        torch.logit(four[0].exp()) - torch.logit(four[1].exp()),
+        preference.orpo(*flip, 1.0) - preference.orpo(*logprobs, 1.0),
+        torch.logit(logprobs[0].exp()) - torch.logit(logprobs[1].exp()),
     )
 
 
 def test_swapping_the_responses_and_their_rewards_changes_nothing():
-    four, gap = random_pairs(), own_parameters("scale", 12)["gap"]
+    logprobs, gap = random_pairs(), own_parameters("scale", 12)["gap"]
     for name in ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
         loss = getattr(preference, name)
-        torch.testing.assert_close(loss(*swapped(four), 0.3, -gap), loss(*four, 0.3, gap))
-    assert torch.equal(preference.scale(*four, 0.3, -gap), preference.scale(*four, 0.3, gap))
+        torch.testing.assert_close(loss(*swapped(logprobs), 0.3, -gap), loss(*logprobs, 0.3, gap))
+    assert torch.equal(preference.scale(*logprobs, 0.3, -gap), preference.scale(*logprobs, 0.3, gap))
 
 
 def test_rpo_is_zero_where_the_policy_has_the_gap_of_the_rewards():
-    four = random_pairs()
-    gap = 0.3 * ((four[0] - four[2]) - (four[1] - four[3]))
+    logprobs = random_pairs()
+    gap = 0.3 * ((logprobs[0] - logprobs[2]) - (logprobs[1] - logprobs[3]))
     for name in ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"):
-        value = getattr(preference, name)(*four, 0.3, gap)
+        value = getattr(preference, name)(*logprobs, 0.3, gap)
         torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-15, rtol=0)
 
 
 def test_robust_is_unbiased_under_flipped_labels():
     """(1 - e) robust(pair) + e robust(flipped pair) = dpo(pair): hence the divisor 1 - 2 e."""
-    four = random_pairs()
-    mean = 0.8 * preference.robust(*four, 0.3, 0.2) + 0.2 * preference.robust(*swapped(four), 0.3, 0.2)
-    torch.testing.assert_close(mean, preference.dpo(*four, 0.3))
+    logprobs = random_pairs()
+    mean = 0.8 * preference.robust(*logprobs, 0.3, 0.2) + 0.2 * preference.robust(
+        *swapped(logprobs), 0.3, 0.2
+    )
+    torch.testing.assert_close(mean, preference.dpo(*logprobs, 0.3))
 
 
 def test_label_smoothing_zero_is_dpo():
-    four = random_pairs()
+    logprobs = random_pairs()
     for loss in (preference.cdpo, preference.robust):
-        assert torch.equal(loss(*four, 0.3, 0.0), preference.dpo(*four, 0.3))
+        assert torch.equal(loss(*logprobs, 0.3, 0.0), preference.dpo(*logprobs, 0.3))
 
 
 @pytest.mark.parametrize(
@@ -560,16 +564,16 @@ TRL = [  # name, version, relative tolerance, values with beta 0.1, with beta 0.
 
 @pytest.mark.parametrize("name, version, rtol, tenth, half", TRL, ids=[f"{row[0]}-{row[1]}" for row in TRL])
 def test_preference_loss_equals_trl(name, version, rtol, tenth, half):
-    four = [torch.tensor(x, dtype=torch.float64) for x in TRL_FOUR]
+    logprobs = [torch.tensor(x, dtype=torch.float64) for x in TRL_FOUR]
     if name in AVERAGED:
-        four = [*(torch.tensor(x, dtype=torch.float64) for x in TRL_AVERAGES), None, None]
+        logprobs = [*(torch.tensor(x, dtype=torch.float64) for x in TRL_AVERAGES), None, None]
     own = {}
     if name == "kto_pair":  # TRL's own estimates: max(0, mean r_w) = 17 / 5, max(0, mean r_l) = max(0, -6)
         own = {"kl_chosen": torch.tensor(3.4, dtype=torch.float64), "kl_rejected": torch.tensor(0.0)}
     for beta, recorded in ((0.1, tenth), (0.5, half)):
         if name == "kto_pair":
             recorded = [(a + b) / 2 for a, b in zip(recorded[:5], recorded[5:], strict=True)]
-        value = getattr(preference, name)(*four, beta, **own)
+        value = getattr(preference, name)(*logprobs, beta, **own)
         np.testing.assert_allclose(value.numpy(), recorded, rtol=rtol)
 
 

@@ -75,8 +75,8 @@ def test_entropy_leaves_the_logprobs_their_bits(temperature):
     """Asked for or not, as long as it is not trained: the same log-probs and gradients."""
     *arguments, grad = inputs(CHUNK + 9)
     alone = ours(*arguments, grad, VOCAB, temperature)
-    both = ours(*arguments, torch.stack([grad, torch.zeros_like(grad)], 1), VOCAB, temperature)
-    for actual, expected in zip((both[0][:, 0], *both[1:]), alone, strict=True):
+    joint = ours(*arguments, torch.stack([grad, torch.zeros_like(grad)], 1), VOCAB, temperature)
+    for actual, expected in zip((joint[0][:, 0], *joint[1:]), alone, strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -303,8 +303,13 @@ def test_policy(models, tmp_path, family):
     fork_ranks(2, *worker)
     values, loss, norm = plain_policy(models / family)
     for layout, actual in zip(layouts, torch.load(tmp_path / "policies.pt"), strict=True):
-        mask, both, logprobs, found_loss, found_norm = actual
-        assert both.shape == (len(mask), 2) and not both[~mask].any(), layout
-        torch.testing.assert_close(both[mask].double(), values, rtol=0, atol=1e-4, msg=str(layout))
-        assert torch.equal(logprobs, both[:, 0]), layout
-        assert abs(found_loss - loss) <= 1e-4 and abs(found_norm - norm) <= 1e-3, (layout, actual, loss, norm)
+        mask, outputs, logprobs, actual_loss, actual_norm = actual
+        assert outputs.shape == (len(mask), 2) and not outputs[~mask].any(), layout
+        torch.testing.assert_close(outputs[mask].double(), values, rtol=0, atol=1e-4, msg=str(layout))
+        assert torch.equal(logprobs, outputs[:, 0]), layout
+        assert abs(actual_loss - loss) <= 1e-4 and abs(actual_norm - norm) <= 1e-3, (
+            layout,
+            actual,
+            loss,
+            norm,
+        )

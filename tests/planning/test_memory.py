@@ -353,10 +353,10 @@ def test_the_peak_of_training():
 
 
 def test_gloo_copies_gradients():
-    work, both = replace(WORK, tokens=1), replace(FP32, pp=2, stage=0, dp=2)
-    assert memory.reduction(SMALL, both) == 4 * (784 + 1024)
-    assert memory.reduction(SMALL, replace(both, gpu=True)) == memory.reduction(SMALL, FP32) == 0
-    assert memory.training(SMALL, both, work)["activations"] == 4 * (784 + 1024) + 4 * 1024 + 2 * 32
+    work, half = replace(WORK, tokens=1), replace(FP32, pp=2, stage=0, dp=2)
+    assert memory.reduction(SMALL, half) == 4 * (784 + 1024)
+    assert memory.reduction(SMALL, replace(half, gpu=True)) == memory.reduction(SMALL, FP32) == 0
+    assert memory.training(SMALL, half, work)["activations"] == 4 * (784 + 1024) + 4 * 1024 + 2 * 32
 
 
 def test_a_pass_without_a_gradient():

@@ -223,8 +223,8 @@ def test_phases_of_ppo(reward_model):
         "save critic": everything,
     }
     off = phases_of(job_of("train_ppo", f"{flags} --offload off"))
-    both = sizes["save policy"]["optimizer"] + sizes["save critic"]["optimizer"]
-    assert {items["optimizer"] for name, items in off.items() if name != "build critic"} == {both}
+    expected = sizes["save policy"]["optimizer"] + sizes["save critic"]["optimizer"]
+    assert {items["optimizer"] for name, items in off.items() if name != "build critic"} == {expected}
     assert "critic" not in " ".join(phases_of(job_of("train_grpo", "--advantages reinforce")))
     assert "reference" not in phases_of(job_of("train_ppo", "--kl-coef 0"))
 

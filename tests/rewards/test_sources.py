@@ -328,11 +328,11 @@ def test_two_judges_are_asked():
     sources_ = sources.reward_sources(config, ModelConfig(), ParallelConfig(), BatchConfig(), tokenizer, STOP)
     assert [type(judge) for judge in sources_] == [RewardFunction]
     with mock.patch.object(sources, "RewardModel", lambda *args: args):
-        both = replace(config, reward_model=Path("x"))
+        with_model = replace(config, reward_model=Path("x"))
         model, function = sources.reward_sources(
-            both, ModelConfig(), ParallelConfig(), BatchConfig(), tokenizer, STOP
+            with_model, ModelConfig(), ParallelConfig(), BatchConfig(), tokenizer, STOP
         )
-    assert model[0] is both and isinstance(function, RewardFunction)
+    assert model[0] is with_model and isinstance(function, RewardFunction)
 
 
 # ---- a reward model ------------------------------------------------------------------------------

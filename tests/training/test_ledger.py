@@ -387,16 +387,16 @@ def test_the_ledger_of_a_run_is_that_of_its_record(script, ran):
     folder, errors = ran
     assert errors[script] is None
     totals = np.zeros(3, int)
-    for step, (found, arrays) in enumerate(steps_of(folder, script)):
+    for step, (counts, arrays) in enumerate(steps_of(folder, script)):
         owners = np.repeat(np.arange(len(arrays["lengths"])), arrays["lengths"])
         lengths = np.bincount(owners, weights=arrays["trained"]).astype(int)
         fates = {"ppo": ppo_fate, "grpo": grpo_fate, "rs": rs_fate}[script.removeprefix("train_")]
-        expected = dict.fromkeys(("trained", *(name[7:] for name in found if name[:7] == "tokens_")), 0)
+        expected = dict.fromkeys(("trained", *(name[7:] for name in counts if name[:7] == "tokens_")), 0)
         for number, length in enumerate(lengths):
             expected[fates(step, number, arrays)] += int(length)
         expected["sampled"] = int(lengths.sum())
-        assert {name: found[f"tokens_{name}"] for name in expected} == expected
-        assert (found["pass"], found["prompts_used"]) == (0, 4 * (step + 1))
+        assert {name: counts[f"tokens_{name}"] for name in expected} == expected
+        assert (counts["pass"], counts["prompts_used"]) == (0, 4 * (step + 1))
         totals += [expected["trained"], expected["truncated"], expected["sampled"]]
     assert 0 < totals[0] and 0 < totals[1] and totals[0] + totals[1] < totals[2]  # of every fate some
 
@@ -435,14 +435,14 @@ def test_sums_of_self_rewarding_close_over_steps(ran):
     folder, errors = ran
     assert errors["train_self_reward"] is None
     steps = steps_of(folder, "train_self_reward")
-    sums = {name: sum(found[name] for found, _ in steps) for name in steps[0][0]}
+    sums = {name: sum(counts[name] for counts, _ in steps) for name in steps[0][0]}
     fates = (*tokens.FATES, "trained", "judgements", "verdicts", "expired")
-    waiting = [found["tokens_waiting"] for found, _ in steps]
+    waiting = [counts["tokens_waiting"] for counts, _ in steps]
     assert sums["tokens_sampled"] == sum(sums[f"tokens_{name}"] for name in fates) + waiting[-1]
-    assert [found["tokens_sampled"] > 0 for found, _ in steps] == [True, False, True, False, True]
+    assert [counts["tokens_sampled"] > 0 for counts, _ in steps] == [True, False, True, False, True]
     assert waiting[3] == 0 < min(waiting[0], waiting[2], waiting[4])
-    assert [found["tokens_trained"] for found, _ in steps] == [
+    assert [counts["tokens_trained"] for counts, _ in steps] == [
         int(arrays["trained"].sum()) for _, arrays in steps
     ]
-    assert [found["prompts_used"] for found, _ in steps] == [4, 8, 12, 16, 20]
+    assert [counts["prompts_used"] for counts, _ in steps] == [4, 8, 12, 16, 20]
     assert min(sums["tokens_trained"], sums["tokens_judgements"], sums["tokens_verdicts"]) > 0

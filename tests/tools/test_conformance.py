@@ -40,6 +40,17 @@ def test_tensors_are_compared_by_their_norms():
     assert compare.tensors(other, expected) == Cell(1.0, "first")
 
 
+def test_a_bias_is_as_large_as_a_column_of_its_matrix():
+    """Norm 8 over 16 columns: 2. The bias of a norm is compared with itself."""
+    expected = {"k.weight": torch.ones(4, 16), "k.bias": torch.full((4,), 1e-3)}
+    actual = expected | {"k.bias": torch.full((4,), 2e-3)}
+    assert compare.tensors(actual, expected).error == pytest.approx(1e-3)
+    expected["k.bias"], actual["k.bias"] = torch.full((4,), 3.0), torch.full((4,), 4.5)
+    assert compare.tensors(actual, expected) == Cell(0.5, "k.bias")
+    norm = {"norm.weight": torch.ones(4), "norm.bias": torch.full((4,), 1e-3)}
+    assert compare.tensors(norm | {"norm.bias": torch.full((4,), 2e-3)}, norm).error == pytest.approx(1.0)
+
+
 def test_a_tensor_that_is_absent_is_named():
     cell = compare.tensors({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)})
     assert cell == Cell(math.inf, "b, absent or unknown")

@@ -42,7 +42,8 @@ def test_the_steps_alone_are_profiled(text, total, products, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_leaves_a_profile_of_each_rank_with_its_phases(tmp_path):
-    flags = f"--max-steps 3 --profile 2:1 --val-batches 1 --output {tmp_path}/out"
+    sizes = "--prompts-per-step 2 --samples-per-prompt 2 --global-batch-size 4 --max-new-tokens 4"
+    flags = f"--max-steps 3 --profile 2:1 --val-batches 1 --output {tmp_path}/out {sizes}"
     fork_ranks(2, "train_grpo.py", *flags.split())
     for rank in range(2):
         assert "aten::" in (tmp_path / f"out/profile/rank_{rank}.txt").read_text()

@@ -59,13 +59,20 @@ def metrics(actual: Steps, expected: Steps, names: Collection[str] | None = None
 
 
 def tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float = BOUND) -> Cell:
-    """Compare tensors by name: the norm of the difference by the norm of the expected tensor."""
+    """Compare tensors by name: the norm of the difference by the norm of the expected tensor.
+
+    The gradient of a key's bias is a sum that cancels, since softmax ignores a shift of all scores. So a bias
+    is at least as large as a column of its matrix, by their root mean square: it is one, for inputs of 1.
+    """
     errors = [(f"{name}, absent or unknown", math.inf) for name in sorted(actual.keys() ^ expected.keys())]
     for name, wanted in expected.items():
         if name not in actual:
             continue
         difference = float((actual[name].double() - wanted.double()).norm())
         norm = float(wanted.double().norm())
+        matrix = expected.get(f"{name.removesuffix('.bias')}.weight")
+        if matrix is not None and matrix.dim() == 2:
+            norm = max(norm, float(matrix.double().norm()) / matrix.shape[-1] ** 0.5)
         errors.append((name, difference / norm if norm else difference))
     return cell(errors, bound)
 

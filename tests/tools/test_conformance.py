@@ -173,7 +173,7 @@ def test_failures_of_a_report():
         "sft, llama, float64: loss 2e-5 at loss, step 1",
         f"no cell shows the planted bug: {bug}",
     ]
-    stopped = Row(2, Case(cp=2), Result(refused="RuntimeError: shapes"), bug)
+    stopped = Row(2, Case(cp=2), Result(refused="RuntimeError: shapes: /tmp/x is damaged"), bug)
     assert len(report.failures(summary(stopped))) == 1  # float64 alone: the bug shows as an error
 
 

@@ -156,13 +156,18 @@ def float64_lines(report: Mapping, bold: str) -> list[list[str]]:
     return lines
 
 
+def error_of(row: Mapping) -> str:
+    """The error of a planted bug, up to the first path in it."""
+    return str(row["refused"]).partition(": /")[0]
+
+
 def planted_lines(report: Mapping) -> list[list[str]]:
     """A line for each planted bug: its case, and the first difference."""
     lines = []
     for row in report["planted"]:
         finding = BUGS[row["planted"]].finding
         wrong = above(row["cells"], report)
-        first = f"{wrong[0]}: {shown(row['cells'][wrong[0]])}" if wrong else row["refused"] or "none"
+        first = f"{wrong[0]}: {shown(row['cells'][wrong[0]])}" if wrong else error_of(row) or "none"
         others = ", ".join(wrong[1:])
         lines.append([row["planted"], str(finding or ""), name_of(row), first.replace("|", "/"), others])
     return lines

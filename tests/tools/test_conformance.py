@@ -175,6 +175,7 @@ def test_failures_of_a_report():
     ]
     stopped = Row(2, Case(cp=2), Result(refused="RuntimeError: shapes: /tmp/x is damaged"), bug)
     assert len(report.failures(summary(stopped))) == 1  # float64 alone: the bug shows as an error
+    assert report.planted_lines(summary(stopped))[0][3] == "RuntimeError: shapes"
 
 
 def test_numbers_are_short():

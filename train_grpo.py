@@ -60,6 +60,11 @@ from align.training.session import Session
 TRAIN, VAL = 0, 1  # random streams of the samples
 ROLLOUT = ("generate", "score", "logprobs", "reference")  # phases before the updates
 KL = {"k1": rl.kl_k1, "abs": rl.kl_abs, "k2": rl.kl_k2, "k3": rl.kl_k3}
+OBJECTIVES: dict[str, tuple[Callable, str]] = {  # by --objective: the function and its flags
+    "ppo": (rl.ppo, "clip clip_high dual_clip"),
+    "cispo": (rl.cispo, "clip clip_high"),
+    "sapo": (rl.sapo, "tau_positive tau_negative"),
+}
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -75,8 +80,27 @@ class Config(CommonConfig):
     """responses per prompt: the group size of grpo and rloo"""
     ppo_epochs: int = 1
     """PPO epochs: passes over a rollout's responses; each but the first draws its minibatches anew"""
-    clip: float = 0.2
+    objective: Literal[tuple(OBJECTIVES)] = "ppo"  # type: ignore[valid-type]
+    """objective, the function of that name in align/losses/rl.py: ppo (clipped ratio), cispo (REINFORCE with
+    a clipped importance weight) or sapo (soft gate)"""
+    ratio: Literal["token", "sequence"] = "token"
+    """importance ratio pi / pi_old: of each token, or the geometric mean over a response (GSPO)"""
+    clip: Annotated[float, tyro.conf.arg(aliases=("--clip-low",))] = 0.2
     """PPO clip range epsilon: the ratio pi / pi_old is clipped to [1 - eps, 1 + eps]"""
+    clip_high: float | None = None
+    """upper clip range: the ratio is clipped to [1 - --clip, 1 + x] (DAPO's clip-higher; default: --clip)"""
+    dual_clip: float | None = None
+    """dual clip: largest ratio with an effect where the advantage is negative, above 1 (default: none)"""
+    tau_positive: float = 1.0
+    """SAPO temperature of tokens with a positive advantage"""
+    tau_negative: float = 1.05
+    """SAPO temperature of the other tokens"""
+    aggregate: Literal["token", "response", "constant"] = "token"
+    """mean of the loss: over all tokens of an update, over responses of their tokens' means (GRPO's paper),
+    or over responses of their tokens' sums by --max-new-tokens (Dr. GRPO)"""
+    advantage_scale: Literal["prompt", "batch", "none"] = "prompt"
+    """divisor of grpo's advantages: std of the rewards of the prompt, of all prompts of the step, or none
+    (Dr. GRPO)"""
     gamma: float = 1.0
     """discount factor of rewards per token, from 0 to 1 (reinforce)"""
     whiten_advantages: bool = True
@@ -124,6 +148,10 @@ class Config(CommonConfig):
             samples_per_prompt=flags.SAMPLES,
             ppo_epochs=flags.REPEATS,
             clip=flags.COEFFICIENT,
+            clip_high=flags.COEFFICIENT,
+            dual_clip=flags.above(1, 1e6),
+            tau_positive=flags.SCALE,
+            tau_negative=flags.SCALE,
             gamma=flags.number(0, 1),
             entropy_coef=flags.COEFFICIENT,
             truncated_penalty=flags.COEFFICIENT,
@@ -155,6 +183,11 @@ class Config(CommonConfig):
         if self.advantages != "reinforce":
             why = f"with --advantages {self.advantages}, which takes whole responses"
             flags.refuse_unused(self, Config, "gamma whiten_advantages", why)
+        if self.advantages != "grpo":
+            flags.refuse_unused(self, Config, "advantage_scale", f"with --advantages {self.advantages}")
+        names = " ".join(names for _, names in OBJECTIVES.values())
+        for name in set(names.split()) - set(OBJECTIVES[self.objective][1].split()):
+            flags.refuse_unused(self, Config, name, f"with --objective {self.objective}")
         if self.kl_coef == 0:
             flags.refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
         if self.kl_target is None:
@@ -181,6 +214,12 @@ class Config(CommonConfig):
         """KL estimator that --kl names."""
         return KL[{"auto": "k3" if self.kl_place == "loss" else "k1"}.get(self.kl, self.kl)]
 
+    @property
+    def policy_objective(self) -> rl.Objective:
+        """Objective that --objective names, with its bounds."""
+        function, names = OBJECTIVES[self.objective]
+        return partial(function, **{name: getattr(self, name) for name in names.split()})
+
     def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:
         """KL penalty coefficient after `done` steps; `latest`: metrics of the last one."""
         if self.kl_target is None or done < 2:
@@ -200,7 +239,7 @@ class Config(CommonConfig):
             return rl.gae(rewards, torch.zeros_like(rewards), lengths, self.gamma, 1.0)[0]
         returns = torch.stack([part.sum() for part in rewards.split(lengths)])  # [A]
         groups = (-1, self.samples_per_prompt)
-        compare = rl.rloo if self.advantages == "rloo" else rl.grpo
+        compare = rl.rloo if self.advantages == "rloo" else partial(rl.grpo, scale=self.advantage_scale)
         return rl.per_token(compare(returns.view(groups), counted.view(groups)).view(-1), lengths)
 
 
@@ -266,13 +305,16 @@ def main(config: Config) -> None:
 
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)  # [n] response tokens
-        old_logprobs, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
-        loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, config.clip)
-        entropy = (entropy * counted).sum()
+        old_logprobs, advantages, weights = (batch.extra[name] for name in ("old", "advantages", "weights"))
+        responses = batch.extra["response"] if config.ratio == "sequence" else None
+        loss, metrics = rl.policy_loss(
+            logprobs, old_logprobs, advantages, weights, config.policy_objective, responses
+        )
         if kl_coef:
-            kl = config.kl_estimator(*rl.only_where(counted, logprobs, batch.extra["ref"]))
-            loss = loss + kl_coef * kl.sum()
-        return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
+            kl = config.kl_estimator(*rl.only_where(weights, logprobs, batch.extra["ref"]))
+            loss = loss + kl_coef * (weights * kl).sum()
+        loss = loss - config.entropy_coef * (weights * entropy).sum()
+        return loss, {**metrics, "entropy": (entropy * batch.extra["counted"]).sum()}
 
     def update(
         loss_fn: engine.LossFn, batches: list[list[Batch]], num_tokens: Sequence[float], lr: float
@@ -343,7 +385,9 @@ def main(config: Config) -> None:
             record.put_examples(examples)
             record.put(**sampled.arrays(), old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
             record.put(rewards=rewards, advantages=advantages, counted=mask)
-        batches = packed.micro_batches(**tokens)
+        weights = packed.aggregation_weights(mask, config.aggregate, config.sampling.max_new_tokens)
+        numbers = rl.per_token(torch.arange(len(lengths)).double(), lengths)
+        batches = packed.micro_batches(weights, response=numbers, **tokens)
         lr = optim.learning_rate(config.optim, step, session.total_steps)
         signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
         num_tokens = packed.tokens_with_gradient(mask, tokens[signal])
@@ -353,8 +397,9 @@ def main(config: Config) -> None:
         metrics |= ledger.close(f"step {session.done}", config.ppo_epochs) | session.use_prompts(sampled.rows)
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
-            terms = kl_in_loss * kl - config.entropy_coef * entropies - advantages
-            first = packed.of_first_update(terms, num_tokens, mask)
+            terms, _, _ = config.policy_objective(torch.ones_like(advantages), old_logprobs, advantages)
+            terms = terms + kl_in_loss * kl - config.entropy_coef * entropies
+            first = packed.of_first_update(terms, num_tokens, mask, weights)
             metrics |= audit.check_first_update(updates[0], *first, ratio_bound)
         else:
             reason = "advantages are 0" if counted.any() else "responses are truncated (--truncated)"

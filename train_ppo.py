@@ -70,8 +70,12 @@ class Config(CommonConfig):
     """responses per prompt"""
     ppo_epochs: int = 1
     """PPO epochs: passes over a rollout's responses; each but the first draws its minibatches anew"""
-    clip: float = 0.2
+    clip: Annotated[float, tyro.conf.arg(aliases=("--clip-low",))] = 0.2
     """PPO clip range epsilon: the ratio pi / pi_old is clipped to [1 - eps, 1 + eps]"""
+    clip_high: float | None = None
+    """upper clip range: the ratio is clipped to [1 - --clip, 1 + x] (DAPO's clip-higher; default: --clip)"""
+    dual_clip: float | None = None
+    """dual clip: largest ratio with an effect where the advantage is negative, above 1 (default: none)"""
     gamma: float = 1.0
     """discount factor of rewards per token, from 0 to 1"""
     gae_lambda: float = 0.95
@@ -131,6 +135,8 @@ class Config(CommonConfig):
             samples_per_prompt=flags.SAMPLES,
             ppo_epochs=flags.REPEATS,
             clip=flags.COEFFICIENT,
+            clip_high=flags.COEFFICIENT,
+            dual_clip=flags.above(1, 1e6),
             gamma=flags.number(0, 1),
             gae_lambda=flags.number(0, 1),
             entropy_coef=flags.COEFFICIENT,
@@ -292,10 +298,12 @@ def main(config: Config) -> None:
     is_exact = parallel.is_exact(config.parallel)
     ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
 
+    objective = partial(rl.ppo, clip=config.clip, clip_high=config.clip_high, dual_clip=config.dual_clip)
+
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)  # [n] response tokens
         old_logprobs, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
-        loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, config.clip)
+        loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, objective)
         entropy = (entropy * counted).sum()
         if kl_coef:
             kl = config.kl_estimator(*rl.only_where(counted, logprobs, batch.extra["ref"]))

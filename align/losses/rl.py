@@ -6,6 +6,7 @@ the inputs; callers pass float64 for all values of a rollout.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def rloo(returns: Tensor, counted: Tensor) -> Tensor:
     return torch.where(has_spread(returns, counted), returns - baseline, 0.0)
 
 
-def grpo(returns: Tensor, counted: Tensor) -> Tensor:
+def grpo(returns: Tensor, counted: Tensor, scale: str = "prompt") -> Tensor:
     """GRPO (arXiv 2402.03300, 4.1.2): A_i = (R_i - mean) / (std + 1e-4) over the counted R of the prompt.
 
     The paper leaves the std open; here its divisor is (number counted - 1).
@@ -122,6 +123,8 @@ def grpo(returns: Tensor, counted: Tensor) -> Tensor:
     Args:
         returns: [P, G] R of G responses to each prompt.
         counted: [P, G] bool, False for a response left out.
+        scale: std of the counted R of the "prompt", of the "batch" (all prompts; arXiv 2508.08221), or
+            "none": A_i = R_i - mean (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
         [P, G] advantages, exactly 0 where not counted, and for a prompt whose counted R are all equal, or
@@ -130,6 +133,10 @@ def grpo(returns: Tensor, counted: Tensor) -> Tensor:
     number = counted.sum(1, keepdim=True)
     mean = torch.where(counted, returns, 0.0).sum(1, keepdim=True) / number.clamp(min=1)
     deviations = torch.where(counted & has_spread(returns, counted), returns - mean, 0.0)
+    if scale == "none":
+        return deviations
+    if scale == "batch":
+        return deviations / (returns[counted].std() + 1e-4) if counted.sum() > 1 else deviations
     variance = deviations.square().sum(1, keepdim=True) / (number - 1).clamp(min=1)
     return deviations / (variance.sqrt() + 1e-4)
 
@@ -159,36 +166,131 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, nu
     return kl_coef * (1 + error * num_responses / horizon)
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped objective (arXiv 1707.06347, eq. 7), as a loss.
+# An objective: ratio, log pi and advantages [N] -> terms of the loss [N], the ratio within its bounds [N],
+# and where it is out of them [N] bool.
+Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
-        L = sum_t mask_t max(-A_t r_t, -A_t clip(r_t, 1 - clip, 1 + clip)),   r_t = pi(t) / pi_old(t)
+
+def ppo(
+    ratio: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7).
+
+        l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip, 1 + clip_high)),   for A_t < 0 at most -A_t dual_clip
+
+    A higher upper bound is DAPO's (arXiv 2503.14476, 3.1); dual_clip, above 1, that of arXiv 1912.09729,
+    eq. 5. By default clip_high is clip, and there is no dual_clip.
+    """
+    clamped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clamped
+    terms, is_clipped = torch.maximum(unclipped_loss, clipped_loss), clipped_loss > unclipped_loss
+    if dual_clip is not None:
+        is_beyond = (advantages < 0) & (ratio > dual_clip)
+        terms, is_clipped = torch.where(is_beyond, -advantages * dual_clip, terms), is_clipped | is_beyond
+    return terms, clamped, is_clipped
+
+
+def cispo(
+    ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: float, clip_high: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CISPO (arXiv 2506.13585, 3.1): REINFORCE with a bounded importance weight. No token loses its gradient.
+
+    l_t = -sg(clip(r_t, 1 - clip, 1 + clip_high)) A_t log pi(t)
+    """
+    clamped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)).detach()
+    return -clamped * advantages * logprobs, clamped, clamped != ratio.detach()
+
+
+def sapo(
+    ratio: Tensor, logprobs: Tensor, advantages: Tensor, tau_positive: float, tau_negative: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SAPO (arXiv 2511.20347): a soft gate in place of clipping. At r = 1 its gradient is that of PPO.
+
+    l_t = -A_t sigmoid(tau (r_t - 1)) 4 / tau,   tau = tau_positive where A_t > 0, else tau_negative
+    """
+    tau = torch.where(advantages > 0, tau_positive, tau_negative)
+    terms = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+    return terms, ratio, torch.zeros_like(ratio, dtype=torch.bool)
+
+
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, responses: Tensor | None = None) -> Tensor:
+    """Ratio of the policy to the one that sampled, [N]: r_t = pi(t) / pi_old(t), or that of whole responses.
+
+    With `responses`, [N] the number of each token's response, it is GSPO-token's (arXiv 2507.18071, eq. 13):
+    the geometric mean of r over the response, with the gradient of the token's log pi. For advantages that
+    are equal within a response it has GSPO's value and gradient.
+    """
+    log_ratio = logprobs - old_logprobs
+    if responses is None:
+        return log_ratio.exp()
+    starts = responses[1:] != responses[:-1]
+    index = F.pad(starts, (1, 0)).cumsum(0)  # numbers from 0, below N: without a wait for the GPU
+    zeros = torch.zeros_like(log_ratio)
+    sums = zeros.index_add(0, index, log_ratio.detach())
+    counts = zeros.index_add(0, index, torch.ones_like(log_ratio))
+    mean = sums[index] / counts[index]
+    return mean.exp() * (logprobs - logprobs.detach()).exp()
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    objective: Objective,
+    responses: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy's loss, L = sum_t w_t l_t, with the terms l of an objective.
 
     Args:
         logprobs: [N] log pi, in nats.
         old_logprobs: [N] log pi_old, of the policy that sampled the responses.
         advantages: [N] A.
-        mask: [N] 1 where the token is trained, else 0, with no effect of the other arguments there.
-        clip: clip range epsilon of the ratio.
+        weights: [N] w, 0 where the token is not trained; the other arguments have no effect there.
+        objective: `ppo`, `cispo` or `sapo` with their bounds.
+        responses: [N] number of each token's response, for ratios of whole responses; see `importance_ratio`.
 
     Returns:
-        The loss, a scalar, and sums over the mask without gradients: ratio, clipped ratio, number of tokens
-        whose gradient is clipped, k3 of KL(pi_old || pi) in nats, and |r - 1|.
+        The loss, a scalar, and sums over the trained tokens without gradients: ratio, ratio within its
+        bounds, number of tokens that the bounds change, k3 of KL(pi_old || pi) in nats, and |r - 1|.
     """
-    logprobs, old_logprobs, advantages = only_where(mask, logprobs, old_logprobs, advantages)
-    ratio = (logprobs - old_logprobs).exp()
-    clamped = ratio.clamp(1 - clip, 1 + clip)
-    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clamped
+    logprobs, old_logprobs, advantages = only_where(weights, logprobs, old_logprobs, advantages)
+    ratio = importance_ratio(logprobs, old_logprobs, responses)
+    terms, clamped, is_clipped = objective(ratio, logprobs, advantages)
+    is_trained = (weights != 0).double()
     statistics = {
-        "ppo_ratio": (ratio.detach() * mask).sum(),
-        "ppo_ratio_clamped": (clamped.detach() * mask).sum(),
-        "clip_fraction": (clipped_loss > unclipped_loss).double().sum(),
+        "ppo_ratio": (ratio.detach() * is_trained).sum(),
+        "ppo_ratio_clamped": (clamped.detach() * is_trained).sum(),
+        "clip_fraction": (is_clipped * is_trained).sum(),
         "approx_kl": kl_k3(old_logprobs, logprobs.detach()).sum(),
         "ratio_error": (ratio.detach() - 1).abs().sum(),
     }
-    return torch.maximum(unclipped_loss, clipped_loss).sum(), statistics
+    return (weights * terms).sum(), statistics
+
+
+def aggregation_weights(counted: Tensor, lengths: list[int], aggregate: str, max_length: int) -> Tensor:
+    """Weights [N] of the tokens of an update, whose weighted sum by the number of counted tokens is the loss.
+
+        token:     the mean over all counted tokens (DAPO, arXiv 2503.14476, 3.3): w = 1
+        response:  the mean over responses of their tokens' means (GRPO, arXiv 2402.03300)
+        constant:  the sum over tokens by max_length, mean over responses (Dr. GRPO, arXiv 2503.20783)
+
+    Args:
+        counted: [N] 1 for tokens that are trained, else 0; the same for all tokens of a response.
+        lengths: tokens of each response.
+        max_length: the largest number of tokens of a response, for "constant".
+    """
+    if aggregate == "token":
+        return counted
+    size = torch.tensor(lengths, dtype=counted.dtype)
+    num_responses = (counted / per_token(size, lengths)).sum()
+    divisor = per_token(size, lengths) if aggregate == "response" else torch.full_like(counted, max_length)
+    return counted * (counted.sum() / num_responses.clamp(min=1)) / divisor
 
 
 def only_where(mask: Tensor, *inputs: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from align.data import packing
 from align.data.packing import Batch, BatchConfig, Example
+from align.losses import rl
 from align.training import batching
 
 
@@ -54,6 +55,7 @@ class Minibatches:
         groups = [[[examples[number] for number in group] for group in minibatch] for minibatch in draws]
         self.rows = [batching.pack_responses(model, minibatch, config) for minibatch in groups]
         self.num_tokens = [sum(map(packing.num_trained, rows)) for rows in self.rows]  # trained, of each
+        self.num_responses = [sum(map(len, minibatch)) for minibatch in draws]
 
     def outputs(self, model: DistributedDataParallel) -> Tensor:
         """Outputs of a model for the rollout's tokens, [N, ...] float64 on the CPU. Collective.
@@ -71,10 +73,16 @@ class Minibatches:
         responses = x.split(self.lengths)
         return torch.cat([responses[number] for number in self.order])
 
-    def micro_batches(self, **tokens: Tensor) -> list[list[Batch]]:
-        """This rank's micro-batches of each minibatch, with `tokens`, [N] by name, in `extra`."""
+    def micro_batches(self, weights: Tensor | None = None, **tokens: Tensor) -> list[list[Batch]]:
+        """This rank's micro-batches of each minibatch, with `tokens`, [N] by name, in `extra`.
+
+        `weights`: from `aggregation_weights`, likewise.
+        """
         counts = [packing.num_trained(row) for rows in self.rows for row in rows]
-        parts = {name: iter(self.reorder(values).split(counts)) for name, values in tokens.items()}
+        ordered = {name: self.reorder(values) for name, values in tokens.items()}
+        if weights is not None:
+            ordered["weights"] = weights
+        parts = {name: iter(values.split(counts)) for name, values in ordered.items()}
         minibatches = []
         for rows in self.rows:
             values = {name: [next(part).numpy() for _ in rows] for name, part in parts.items()}
@@ -93,13 +101,31 @@ class Minibatches:
         parts = (self.reorder(x).split(self.num_tokens) for x in (counted, counted * signal))
         return [float(count.sum()) * bool(gradient.any()) for count, gradient in zip(*parts, strict=True)]
 
+    def aggregation_weights(self, counted: Tensor, aggregate: str, max_length: int) -> Tensor:
+        """`rl.aggregation_weights` of each minibatch, [its tokens] of one after another; `counted`: [N]."""
+        lengths = iter([self.lengths[number] for number in self.order])
+        parts = zip(self.reorder(counted).split(self.num_tokens), self.num_responses, strict=True)
+        return torch.cat(
+            [
+                rl.aggregation_weights(part, list(islice(lengths, size)), aggregate, max_length)
+                for part, size in parts
+            ]
+        )
+
     def of_first_update(
-        self, x: Tensor, num_tokens: Sequence[float], mask: Tensor | None = None
+        self,
+        x: Tensor,
+        num_tokens: Sequence[float],
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, float]:
         """[N] values at the tokens of the first minibatch that is trained, and its number of trained tokens.
 
-        `num_tokens`: from `tokens_with_gradient`, of which one is not 0; `mask`: [N], 0 where x counts as 0.
+        Args:
+            num_tokens: from `tokens_with_gradient`, of which one is not 0.
+            mask: [N], 0 where x counts as 0.
+            weights: from `aggregation_weights`, factors of x.
         """
-        x = x if mask is None else x.where(mask.bool(), 0.0)
+        x = self.reorder(x if mask is None else x.where(mask.bool(), 0.0))
         first = next(i for i, count in enumerate(num_tokens) if count)
-        return self.reorder(x).split(self.num_tokens)[first], num_tokens[first]
+        return (x if weights is None else x * weights).split(self.num_tokens)[first], num_tokens[first]

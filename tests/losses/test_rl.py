@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -299,6 +300,7 @@ def test_adapted_kl_coef_by_hand():
 
 # The policy's loss
 
+PPO = partial(rl.ppo, clip=0.2)
 POLICY_STATISTICS = {"ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "ratio_error"}
 
 
@@ -328,7 +330,7 @@ def test_policy_loss_against_a_loop():
         assert 0 < mask.sum() < len(mask)
         expected, sums = policy_loss_by_loop(*(x.tolist() for x in (logprobs, old, advantages, mask)), 0.2)
         assert 0 < sums["clip_fraction"] < mask.sum()
-        loss, statistics = rl.policy_loss(logprobs, old, advantages, mask, 0.2)
+        loss, statistics = rl.policy_loss(logprobs, old, advantages, mask, PPO)
         close(loss, expected)
         assert statistics.keys() == POLICY_STATISTICS
         for name, value in statistics.items():
@@ -349,7 +351,7 @@ def test_policy_loss_four_cases_by_hand():
     """
     logprobs, old, advantages, mask = four_cases()
     logprobs.requires_grad_()
-    loss, statistics = rl.policy_loss(logprobs, old, advantages, mask, 0.2)
+    loss, statistics = rl.policy_loss(logprobs, old, advantages, mask, PPO)
     loss.backward()
     close(loss, -0.5)
     close(logprobs.grad, [0.0, -1.0, 3.5, 0.0, -2.2])
@@ -362,14 +364,115 @@ def test_policy_loss_four_cases_by_hand():
     for advantage, at in ((2.0, 0), (2.0, 1), (-2.0, 2), (-2.0, 3)):  # each alone, so none hides another
         one = [x[at : at + 1] for x in four_cases()]
         assert one[2].item() == advantage
-        assert rl.policy_loss(*one, 0.2)[1]["clip_fraction"].item() == (1.0 if at in (0, 3) else 0.0)
+        assert rl.policy_loss(*one, PPO)[1]["clip_fraction"].item() == (1.0 if at in (0, 3) else 0.0)
+
+
+def terms_and_gradients(objective, responses=None, weights=None) -> tuple[torch.Tensor, list[float]]:
+    """Loss of `four_cases` and its gradient in log pi."""
+    logprobs, old, advantages, mask = four_cases()
+    loss, _ = rl.policy_loss(
+        logprobs.requires_grad_(), old, advantages, mask if weights is None else weights, objective, responses
+    )
+    loss.backward()
+    return loss.detach(), logprobs.grad
+
+
+def test_clip_high_and_dual_clip_by_hand():
+    """Ratios 1.5, 0.5, 1.75, 0.5, 1.1 and advantages 2, 2, -2, -2, 2.
+
+    clip 0.2, clip_high 0.6: the gain of 1.5 is whole: -3 - 1 + 3.5 + 1.6 - 2.2. With dual_clip 1.6 the cost
+    of 1.75 is that of 1.6: 3.2 in place of 3.5, without a gradient.
+    """
+    loss, grad = terms_and_gradients(partial(rl.ppo, clip=0.2, clip_high=0.6))
+    close(loss, -1.1)
+    close(grad, [-3.0, -1.0, 3.5, 0.0, -2.2])
+    loss, grad = terms_and_gradients(partial(rl.ppo, clip=0.2, clip_high=0.6, dual_clip=1.6))
+    close(loss, -1.4)
+    close(grad, [-3.0, -1.0, 0.0, 0.0, -2.2])
+    statistics = rl.policy_loss(*four_cases(), partial(rl.ppo, clip=0.2, clip_high=0.6, dual_clip=1.6))[1]
+    assert statistics["clip_fraction"] == 2
+
+
+def test_cispo_by_hand():
+    """The factor of log pi is -A times the ratio within [0.8, 1.6], and no gradient is lost."""
+    loss, grad = terms_and_gradients(partial(rl.cispo, clip=0.2, clip_high=0.6))
+    close(grad, [-3.0, -1.6, 3.2, 1.6, -2.2])
+    close(loss, sum(g * x for g, x in zip(grad.tolist(), four_cases()[0].tolist(), strict=True)))
+    _, statistics = rl.policy_loss(*four_cases(), partial(rl.cispo, clip=0.2, clip_high=0.6))
+    assert statistics["clip_fraction"] == 3
+    close(statistics["ppo_ratio_clamped"], 1.5 + 0.8 + 1.6 + 0.8 + 1.1)
+
+
+def test_sapo_by_a_loop():
+    tau = {True: 1.0, False: 2.0}
+    terms, slopes = [], []
+    for ratio, advantage in zip((1.5, 0.5, 1.75, 0.5, 1.1), (2, 2, -2, -2, 2), strict=True):
+        t = tau[advantage > 0]
+        gate = 1 / (1 + math.exp(-t * (ratio - 1)))
+        terms.append(-advantage * gate * 4 / t)
+        slopes.append(-advantage * 4 * gate * (1 - gate) * ratio)
+    loss, grad = terms_and_gradients(partial(rl.sapo, tau_positive=1.0, tau_negative=2.0))
+    close(loss, sum(terms))
+    close(grad, slopes)
+
+
+OBJECTIVES = [PPO, partial(rl.cispo, clip=0.2), partial(rl.sapo, tau_positive=1.0, tau_negative=1.05)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("by_response", [False, True])
+def test_the_first_update_of_every_objective_is_reinforce(objective, by_response):
+    lengths, (old, advantages) = ragged(3, "token", "token")
+    logprobs = old.clone().requires_grad_()
+    responses = rl.per_token(torch.arange(len(lengths)), lengths) if by_response else None
+    rl.policy_loss(logprobs, old, advantages, torch.ones_like(old), objective, responses)[0].backward()
+    torch.testing.assert_close(logprobs.grad, -advantages, rtol=1e-13, atol=0)
+
+
+def test_ratio_of_responses():
+    """Of one token each: PPO. Of ratios 1.5 0.5 | 1.75 0.5 1.1: the roots of 0.75 and 0.9625; GSPO's gradient
+    of a response's mean is -A s / n at each of its tokens, unless it is clipped."""
+    assert torch.equal(terms_and_gradients(PPO, torch.arange(5))[1], terms_and_gradients(PPO)[1])
+    logprobs, old, _, mask = four_cases()
+    advantages, responses = f64(2.0, 2.0, -1.0, -1.0, -1.0), torch.tensor([0, 0, 4, 4, 4])
+    first, second = 0.75 ** (1 / 2), 0.9625 ** (1 / 3)
+    weights = rl.aggregation_weights(mask.double(), [2, 3], "response", 9)
+    close(weights, [5 / 4, 5 / 4, 5 / 6, 5 / 6, 5 / 6])
+    loss, statistics = rl.policy_loss(
+        logprobs.requires_grad_(), old, advantages, weights, partial(rl.ppo, clip=0.2), responses
+    )
+    (loss / 5).backward()
+    close(loss / 5, (-2 * first + second) / 2)
+    close(logprobs.grad, [-first / 2] * 2 + [second / 6] * 3)
+    close(statistics["ppo_ratio"], 2 * first + 3 * second)
+    tight = partial(rl.ppo, clip=0.1, clip_high=0.1)  # 0.866 is below 0.9: a gain, not cut; -1 is not, either
+    assert rl.policy_loss(logprobs, old, -advantages, mask, tight, responses)[1]["clip_fraction"] == 2
+
+
+def test_aggregation_weights_by_hand():
+    """Responses of 1, 2 and 3 tokens, the second one not counted: 4 tokens, 2 responses."""
+    counted = f64(1, 0, 0, 1, 1, 1)
+    assert rl.aggregation_weights(counted, [1, 2, 3], "token", 8) is counted
+    close(rl.aggregation_weights(counted, [1, 2, 3], "response", 8), [2, 0, 0, 2 / 3, 2 / 3, 2 / 3])
+    close(rl.aggregation_weights(counted, [1, 2, 3], "constant", 8), [1 / 4, 0, 0, 1 / 4, 1 / 4, 1 / 4])
+    nothing = rl.aggregation_weights(torch.zeros(3).double(), [1, 2], "response", 8)
+    assert nothing.tolist() == [0.0] * 3
+
+
+def test_scales_of_grpo_advantages_by_hand():
+    """Rewards 0 2 | 1 1 | 0 4, the last one not counted: deviations -1 1 | 0 0 | 0 0; std of 0 2 1 1 0."""
+    returns, counted = f64([0, 2], [1, 1], [0, 4]), torch.tensor([[1, 1], [1, 1], [1, 0]]).bool()
+    close(rl.grpo(returns, counted, "none"), [[-1, 1], [0, 0], [0, 0]])
+    std = math.sqrt((0.64 + 1.44 + 0.04 + 0.04 + 0.64) / 4) + 1e-4
+    close(rl.grpo(returns, counted, "batch"), [[-1 / std, 1 / std], [0, 0], [0, 0]])
+    assert not rl.grpo(returns, torch.zeros(3, 2).bool(), "batch").any()
 
 
 def test_policy_loss_on_the_policy_that_drew_the_answers():
     """r = 1: the loss is -sum A, its gradient -A at once, and nothing is clipped."""
     _, (old, advantages) = ragged(7, "token", "token")
     logprobs = old.clone().requires_grad_()
-    loss, statistics = rl.policy_loss(logprobs, old, advantages, torch.ones_like(old), 0.2)
+    loss, statistics = rl.policy_loss(logprobs, old, advantages, torch.ones_like(old), PPO)
     loss.backward()
     close(loss, -advantages.sum().item())
     assert torch.equal(logprobs.grad, -advantages)
@@ -400,7 +503,7 @@ def test_kl_only_where_the_mask_is_1(estimator):
 
 def test_policy_loss_is_a_sum():
     four = four_cases()
-    once, twice = rl.policy_loss(*four, 0.2), rl.policy_loss(*(x.repeat(2) for x in four), 0.2)
+    once, twice = rl.policy_loss(*four, PPO), rl.policy_loss(*(x.repeat(2) for x in four), PPO)
     close(twice[0], 2 * once[0].item())
     for name, value in once[1].items():
         close(twice[1][name], 2 * value.item())
@@ -413,7 +516,7 @@ def test_policy_loss_gradcheck():
     logprobs = old + f64(*[0.05, -0.05, 0.5, -0.5] * 2, 0.05, 0.5)
     mask = f64(*[1.0] * 8, 0.0, 0.0)
     assert torch.autograd.gradcheck(
-        lambda x: rl.policy_loss(x, old, advantages, mask, 0.2)[0], logprobs.requires_grad_()
+        lambda x: rl.policy_loss(x, old, advantages, mask, PPO)[0], logprobs.requires_grad_()
     )
 
 
@@ -421,7 +524,7 @@ def test_policy_loss_does_not_look_at_masked_tokens():
     """Log-ratios of +-1000 (a ratio of infinity), infinities and NaN: loss, statistics and gradient are
     those of the trained tokens alone, and exactly 0 at the others."""
     logprobs, old, advantages, _ = four_cases()
-    alone, sums = rl.policy_loss(logprobs, old, advantages, torch.ones(5), 0.2)
+    alone, sums = rl.policy_loss(logprobs, old, advantages, torch.ones(5), PPO)
     bad = f64(-1.0, -1001.0, -1.0, -1.0, -1.0, math.nan, -math.inf, -1.0)
     bad_old = f64(-1001.0, -1.0, -1001.0, math.nan, -math.inf, -1.0, -math.inf, -1.0)
     bad_advantages = f64(1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, math.nan)
@@ -429,7 +532,7 @@ def test_policy_loss_does_not_look_at_masked_tokens():
         mixed = torch.cat([bad, logprobs]).requires_grad_()
         mask = torch.cat([torch.zeros(8), torch.ones(5)]).to(kind)
         loss, statistics = rl.policy_loss(
-            mixed, torch.cat([bad_old, old]), torch.cat([bad_advantages, advantages]), mask, 0.2
+            mixed, torch.cat([bad_old, old]), torch.cat([bad_advantages, advantages]), mask, PPO
         )
         loss.backward()
         close(loss, alone.item())
@@ -442,7 +545,7 @@ def test_policy_loss_does_not_look_at_masked_tokens():
 def test_policy_loss_without_trained_tokens_is_zero_and_differentiable():
     """So that a process all of whose answers are left out stays in step with the others."""
     logprobs = f64(-1.0, -2.0).requires_grad_()
-    loss, statistics = rl.policy_loss(logprobs, f64(-3.0, -1.0), f64(1.0, 1.0), f64(0.0, 0.0), 0.2)
+    loss, statistics = rl.policy_loss(logprobs, f64(-3.0, -1.0), f64(1.0, 1.0), f64(0.0, 0.0), PPO)
     loss.backward()
     assert loss.item() == 0.0 and logprobs.grad.tolist() == [0.0, 0.0]
     assert all(value.item() == 0.0 for value in statistics.values())
@@ -450,7 +553,7 @@ def test_policy_loss_without_trained_tokens_is_zero_and_differentiable():
 
 def test_statistics_have_no_gradient():
     logprobs, *rest = four_cases()
-    _, statistics = rl.policy_loss(logprobs.requires_grad_(), *rest, 0.2)
+    _, statistics = rl.policy_loss(logprobs.requires_grad_(), *rest, PPO)
     _, of_values = rl.value_loss(f64(1.0).requires_grad_(), f64(0.0), f64(2.0), 0.2)
     assert not any(value.requires_grad for value in [*statistics.values(), *of_values.values()])
 

@@ -1,5 +1,7 @@
 """The loss of every algorithm as its script computes it, on the rows of rows.py."""
 
+from functools import partial
+
 from torch import Tensor
 
 from align.data.packing import Batch
@@ -57,7 +59,7 @@ def ppo_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped objective with an entropy bonus."""
     logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)
     arguments = batch.extra["old"], batch.extra["advantages"], batch.mask.index_select(0, batch.trained)
-    loss, metrics = rl.policy_loss(logprobs, *arguments, CLIP)
+    loss, metrics = rl.policy_loss(logprobs, *arguments, partial(rl.ppo, clip=CLIP))
     return loss - ENTROPY_COEF * entropy.sum(), {**metrics, "entropy": entropy.sum()}
 
 
@@ -65,7 +67,7 @@ def grpo_loss(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO: PPO's objective, and the k3 estimate of the KL to the reference in the loss."""
     logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)
     arguments = batch.extra["old"], batch.extra["advantages"], batch.mask.index_select(0, batch.trained)
-    loss, metrics = rl.policy_loss(logprobs, *arguments, CLIP)
+    loss, metrics = rl.policy_loss(logprobs, *arguments, partial(rl.ppo, clip=CLIP))
     kl = rl.kl_k3(logprobs, batch.extra["ref"]).sum()
     return loss + KL_COEF * kl, {**metrics, "entropy": entropy.sum(), "kl": kl.detach()}
 

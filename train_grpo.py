@@ -397,7 +397,8 @@ def main(config: Config) -> None:
         metrics |= ledger.close(f"step {session.done}", config.ppo_epochs) | session.use_prompts(sampled.rows)
         metrics["train_optim/skipped_updates"] = len(batches) - len(updates)
         if updates:
-            terms, _, _ = config.policy_objective(torch.ones_like(advantages), old_logprobs, advantages)
+            tau = config.tau_positive, config.tau_negative
+            terms = audit.first_terms(config.objective, advantages, old_logprobs, *tau)
             terms = terms + kl_in_loss * kl - config.entropy_coef * entropies
             first = packed.of_first_update(terms, num_tokens, mask, weights)
             metrics |= audit.check_first_update(updates[0], *first, ratio_bound)

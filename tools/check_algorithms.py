@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from align.data import hub
 from tools import check_causes, reference
@@ -230,6 +231,30 @@ def kl_flags(step: Step) -> tuple[str, str]:
     return place, {"auto": "k3" if place == "loss" else "k1"}.get(config.kl, config.kl)
 
 
+def first_objective(config: Any, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Terms of the loss [n] of a response in the first update, where all ratios are 1, within any bounds."""
+    name = getattr(config, "objective", "ppo")
+    if name == "cispo":
+        return reference.reinforce_loss(logprobs, advantages)
+    if name == "sapo":
+        tau = config.tau_positive, config.tau_negative
+        return reference.sapo_loss(logprobs, old_logprobs, advantages, tau)
+    return reference.policy_loss(logprobs, old_logprobs, advantages, config.clip)
+
+
+def divisors(step: Step, used: Sequence[int]) -> dict[int, float]:
+    """Number by which the loss of each response of an update is divided (--aggregate)."""
+    counted = {i: int(step.array("counted")[i].sum()) for i in used}
+    aggregate, num_responses = (
+        getattr(step.config, "aggregate", "token"),
+        sum(n > 0 for n in counted.values()),
+    )
+    if aggregate == "token":
+        return dict.fromkeys(used, float(sum(counted.values())))
+    longest = step.config.sampling.max_new_tokens
+    return {i: num_responses * (n or 1 if aggregate == "response" else longest) for i, n in counted.items()}
+
+
 def check_rl(step: Step) -> None:
     """PPO, GRPO, RLOO and REINFORCE: from the rewards of the responses to the first update."""
     config, arrays = step.config, step.arrays
@@ -241,7 +266,7 @@ def check_rl(step: Step) -> None:
     in_loss = config.kl_coef if place == "loss" else 0.0
     signal = arrays["counted"] * (arrays["advantages"] if in_loss == config.entropy_coef == 0 else 1.0)
     used = first_minibatch(step, signal)
-    total = sum(step.array("counted")[i].sum() for i in used)
+    divisor = divisors(step, used)
     parts = {name: step.array(name) for name in ("old_logprobs", "ref_logprobs", "advantages", "counted")}
 
     def terms(model: Any) -> Iterator:
@@ -256,7 +281,7 @@ def check_rl(step: Step) -> None:
             trained = torch.tensor(x.trained[1:])
             own = logprobs.cpu()[trained]
             old, ref, advantages, counted = (torch.from_numpy(part[i]) for part in parts.values())
-            loss = reference.policy_loss(own, old, advantages, config.clip)
+            loss = first_objective(config, own, old, advantages)
             if in_loss:
                 loss = loss + in_loss * reference.kl(estimator, own, ref)
             if config.entropy_coef:
@@ -264,7 +289,7 @@ def check_rl(step: Step) -> None:
                     model, x.ids, config.sampling.temperature, step.vocab_size
                 )
                 loss = loss - config.entropy_coef * entropies.cpu()[trained]
-            yield [logprobs], (loss * counted).sum() / total
+            yield [logprobs], (loss * counted).sum() / divisor[i]
 
     computed = outcomes(step, step.policy, 0, terms)
     check_logprobs(step, "log-probs", "old_logprobs", computed, config.sampling.temperature)
@@ -280,8 +305,9 @@ def check_rl(step: Step) -> None:
     elif step.script == "train_ppo":
         step.skip("values", "the critic before a later step is in no file")
     if used:
-        causes = {check_causes.PER_SEQUENCE: computed[0].loss * total / len(used)}
-        check_update(step, "policy", computed, causes)
+        is_token_mean = len(set(divisor.values())) == 1
+        by_sequence = {check_causes.PER_SEQUENCE: computed[0].loss * divisor[used[0]] / len(used)}
+        check_update(step, "policy", computed, by_sequence if is_token_mean else {})
     else:
         step.skip("loss", "no response has a gradient in this step")
 
@@ -345,7 +371,7 @@ def estimate(step: Step, gamma: float, gae_lambda: float, whiten: bool, correcti
     else:
         returns = [sum(x) for x in rewards]
         counted = [bool(part.any()) for part in step.array("counted")]
-        compare: Callable = partial(reference.grpo, correction=correction)
+        compare: Callable = partial(reference.grpo, correction=correction, divisor=scale(step, returns))
         if config.advantages == "rloo":
             compare = reference.rloo
         size, parts = step.per_row, []
@@ -355,6 +381,14 @@ def estimate(step: Step, gamma: float, gae_lambda: float, whiten: bool, correcti
             parts += [[advantage] * len(x) for advantage, x in of_group]
     flat = [x for part in parts for x in part]
     return np.array(reference.whiten(flat) if whiten else flat)
+
+
+def scale(step: Step, returns: Sequence[float]) -> float | None:
+    """Divisor of all advantages (--advantage-scale); None: each prompt has its own."""
+    if step.config.advantage_scale == "prompt":
+        return None
+    counted = [x for x, part in zip(returns, step.array("counted"), strict=True) if part.any()]
+    return 1.0 if step.config.advantage_scale == "none" else float(np.std(counted, ddof=1)) + 1e-4
 
 
 def check_advantages(step: Step) -> None:

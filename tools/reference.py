@@ -275,16 +275,21 @@ def whiten(x: Numbers) -> Numbers:
     return [0.0 if min(x) == max(x) else (y - mean) / math.sqrt(variance + 1e-8) for y in x]
 
 
-def grpo(returns: Numbers, counted: Sequence[bool], correction: int = 1) -> Numbers:
-    """(R - mean) / (std + 1e-4) of the counted responses to a prompt (arXiv 2402.03300, 4.1.2), else 0."""
+def grpo(
+    returns: Numbers, counted: Sequence[bool], correction: int = 1, divisor: float | None = None
+) -> Numbers:
+    """(R - mean) / (std + 1e-4) of the counted responses to a prompt (arXiv 2402.03300, 4.1.2), else 0.
+
+    `divisor`: in place of std + 1e-4.
+    """
     own = [x for x, is_counted in zip(returns, counted, strict=True) if is_counted]
     if len(own) < 2 or min(own) == max(own):
         return [0.0] * len(returns)
     mean = math.fsum(own) / len(own)
-    std = math.sqrt(math.fsum((x - mean) ** 2 for x in own) / (len(own) - correction))
+    if divisor is None:
+        divisor = math.sqrt(math.fsum((x - mean) ** 2 for x in own) / (len(own) - correction)) + 1e-4
     return [
-        (x - mean) / (std + 1e-4) if is_counted else 0.0
-        for x, is_counted in zip(returns, counted, strict=True)
+        (x - mean) / divisor if is_counted else 0.0 for x, is_counted in zip(returns, counted, strict=True)
     ]
 
 
@@ -301,6 +306,17 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     """-min(r A, clip(r, 1 - eps, 1 + eps) A) [n], r = pi / pi_old (arXiv 1707.06347, eq. 7)."""
     ratio = torch.exp(logprobs - old_logprobs)
     return -torch.minimum(ratio * advantages, ratio.clip(1 - clip, 1 + clip) * advantages)
+
+
+def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """-A log pi [n]: CISPO (arXiv 2506.13585) where the policy is the one that sampled."""
+    return -advantages * logprobs
+
+
+def sapo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, tau: Sequence[float]) -> Tensor:
+    """-A 4 sigmoid(tau (r - 1)) / tau [n] (arXiv 2511.20347); tau: for A > 0, and for the others."""
+    ratio, temperature = torch.exp(logprobs - old_logprobs), tau[1] + (advantages > 0) * (tau[0] - tau[1])
+    return -advantages * 4 / temperature / (1 + torch.exp(-temperature * (ratio - 1)))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:

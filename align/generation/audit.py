@@ -228,6 +228,17 @@ def check_first_update(
     return metrics | check_update(update["loss"], terms, count, bound, update["ppo_ratio"])
 
 
+def first_terms(
+    objective: str, advantages: Tensor, old_logprobs: Tensor, tau_positive: float, tau_negative: float
+) -> Tensor:
+    """[N] terms of an objective of train_grpo.py at a ratio of 1, without its function in losses/rl.py."""
+    if objective == "cispo":
+        return -advantages * old_logprobs
+    if objective == "sapo":  # 4 / tau sigmoid(0)
+        return -2 * advantages / torch.where(advantages > 0, tau_positive, tau_negative)
+    return -advantages
+
+
 def check_update(
     loss: float, terms: Tensor, count: float, bound: float, mean_ratio: float = 1.0
 ) -> dict[str, float]:

@@ -211,7 +211,7 @@ def in_rl(
 
 
 FOUR, HAND = "test_policy_loss_four_cases_by_hand", "test_kl_estimators_by_hand"
-UNMASKED = ("only_where(mask,", "only_where(torch.ones_like(mask),")
+UNMASKED = ("only_where(weights,", "only_where(torch.ones_like(weights),")
 LOSSES = {  # rewards, advantages, losses
     "the score stands one token early": in_rl(
         "token_rewards",
@@ -270,35 +270,26 @@ LOSSES = {  # rewards, advantages, losses
     "grpo: the mean is over prompts": in_rl(
         "grpo", "returns, 0.0).sum(1,", "returns, 0.0).sum(0,", "test_grpo_by_hand", caught="groups"
     ),
-    "policy: responses left out are trained": in_rl(
-        "policy_loss",
-        *UNMASKED,
-        "test_policy_loss_does_not_look_at_masked_tokens",
+    "policy: responses left out are trained": Exhibit(
+        {f"{RL}.policy_loss": [UNMASKED, ("(weights * terms).sum()", "terms.sum()")]},
         "masked rloo",
         "update",
+        test=f"{TEST_RL}:test_policy_loss_does_not_look_at_masked_tokens",
     ),
     "policy: the ratio is upside down": in_rl(
-        "policy_loss", "(logprobs - old_logprobs).exp()", "(old_logprobs - logprobs).exp()", FOUR
+        "importance_ratio", "logprobs - old_logprobs", "old_logprobs - logprobs", FOUR
     ),
-    "policy: the clip is on the wrong side": in_rl("policy_loss", "torch.maximum", "torch.minimum", FOUR),
-    "policy: the clip is on one side": in_rl(
-        "policy_loss", "clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)", FOUR
-    ),
+    "policy: the clip is on the wrong side": in_rl("ppo", "torch.maximum", "torch.minimum", FOUR),
+    "policy: the clip is on one side": in_rl("ppo", "clamp(1 - clip, ", "clamp(max=", FOUR),
     "policy: a mean in place of the sum": in_rl(
         "policy_loss",
-        "clipped_loss).sum(), statistics",
-        "clipped_loss).mean(), statistics",
+        "(weights * terms).sum(), statistics",
+        "(weights * terms).mean(), statistics",
         "test_policy_loss_is_a_sum",
         caught="update",
     ),
     "policy: masked tokens are multiplied by 0": Exhibit(
-        {
-            f"{RL}.policy_loss": [
-                UNMASKED,
-                ("torch.maximum(", "(mask * torch.maximum("),
-                ("clipped_loss).sum(), statistics", "clipped_loss)).sum(), statistics"),
-            ]
-        },
+        {f"{RL}.policy_loss": [UNMASKED]},
         test=f"{TEST_RL}:test_policy_loss_does_not_look_at_masked_tokens",
         origin="OpenRLHF/OpenRLHF 1240",
     ),

@@ -138,7 +138,7 @@ CREDIT = {
 }
 POLICY = {
     "the KL penalty is maximised": Exhibit(
-        {GRPO: [("loss + kl_coef * kl.sum()", "loss - kl_coef * kl.sum()")]},
+        {GRPO: [("loss + kl_coef * (weights", "loss - kl_coef * (weights")]},
         caught="update",
         after=1,
         origin="Unakar/Logic-RL 58",
@@ -162,8 +162,8 @@ POLICY = {
     ),
     "old log-probs are the present ones": Exhibit(
         {
-            "align.losses.rl.policy_loss": [
-                ("(logprobs - old_logprobs).exp()", "(logprobs - logprobs.detach()).exp()")
+            "align.losses.rl.importance_ratio": [
+                ("log_ratio = logprobs - old_logprobs", "log_ratio = logprobs - logprobs.detach()")
             ]
         },
         test="tests.losses.test_rl:test_policy_loss_four_cases_by_hand",

@@ -23,6 +23,10 @@ RULE = (  # its critic starts as the language model with a head of zeros
     f"train_ppo.py --samples-per-prompt 2 --global-batch-size 8 {BY_RULE} --critic-lr 1e-3"
 )
 GRPO = f"train_grpo.py --samples-per-prompt 4 --global-batch-size 16 {BY_RULE} --kl-in loss --kl k3"
+SEQUENCE = (
+    f"train_grpo.py --samples-per-prompt 4 --global-batch-size 16 {BY_RULE} --ratio sequence --clip 0.02 "
+    "--clip-high 0.03 --aggregate response --advantage-scale batch --entropy-coef 0.01"
+)
 CASES = {  # by number of processes: kind of PPO and layout
     1: [
         (MODEL, "--micro-batch-size 1 --recompute full"),
@@ -30,6 +34,7 @@ CASES = {  # by number of processes: kind of PPO and layout
         (RULE, "--offload on --rollout-slots 5"),
         (GRPO, "--micro-batch-tokens 64 --offload on"),
         (GRPO, "--micro-batch-size 1"),
+        (SEQUENCE, "--micro-batch-size 1"),
     ],
     2: [
         (MODEL, ""),
@@ -43,6 +48,8 @@ CASES = {  # by number of processes: kind of PPO and layout
         (GRPO, "--tp 2 --recompute selective"),
         (GRPO, "--pp 2 --rollout-layout same --offload on"),
         (GRPO, "--cp 2 --micro-batch-tokens 128"),
+        (SEQUENCE, "--cp 2"),
+        (SEQUENCE, ""),
     ],
     4: [
         (MODEL, "--tp 2 --pp 2"),
@@ -76,7 +83,7 @@ def run(toy_models: Path, output: Path, processes: int, cases: list[tuple[str, s
 @pytest.fixture(scope="module")
 def one_process(toy_models, tmp_path_factory) -> tuple[dict[str, dict], list[dict]]:
     """{kind: the plainest run of one process}, and those of CASES[1]."""
-    plain = [(MODEL, ""), (RULE, ""), (GRPO, "")]
+    plain = [(kind, "") for kind in (MODEL, RULE, GRPO, SEQUENCE)]
     results = run(toy_models, tmp_path_factory.mktemp("one"), 1, plain + CASES[1])
     return {kind: result for (kind, _), result in zip(plain, results, strict=False)}, results[len(plain) :]
 
@@ -96,7 +103,7 @@ def test_the_run_has_all_that_could_differ(one_process):
             for name in ("values_mean", "values_std", "explained_variance"):
                 assert steps[0][f"train_rollouts/{name}"] == 0 != steps[1][f"train_rollouts/{name}"]
         critic = [step.get("train_optim/critic_value_clip_fraction", 0.0) for step in steps]
-        assert (max(critic) > 0) == (kind != GRPO)
+        assert (max(critic) > 0) == (kind in (MODEL, RULE))
         before, after = (
             [row["response"] for row in result["samples"] if (row["step"], row["table"]) == place]
             for place in ((0, "val_rollouts"), (STEPS, "val_rollouts"))

@@ -249,7 +249,7 @@ FLAT = (  # all answers have one reward
     "--model {start} --truncated keep --ppo-epochs 2 --max-steps 1 --lr 1e-3 "
     "--reward-fn tests.support.rewards:tenth --kl-coef"
 )
-WITHOUT_CRITIC = ("grpo", "timed", "penalised", "flat", "flat_kl")  # runs of train_grpo.py
+WITHOUT_CRITIC = ("grpo", "cispo", "sapo", "timed", "penalised", "flat", "flat_kl")  # runs of train_grpo.py
 RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of the first
     (
         "gae",
@@ -258,6 +258,8 @@ RUNS = [  # OUTPUT and flags, in this order: later ones start from the result of
         f"--max-steps {STEPS} --save-interval 1 --warmup-steps 3 {UPDATES}",
     ),
     ("grpo", GRPO),
+    ("cispo", f"{GRPO} --objective cispo --clip 1 --clip-high 3 --aggregate constant"),
+    ("sapo", f"{GRPO} --objective sapo --ratio sequence --aggregate response --advantage-scale none"),
     ("timed", f"{GRPO} --max-time 00:00:00"),
     ("timed", GRPO),
     (

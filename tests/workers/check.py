@@ -31,6 +31,10 @@ FLAGS = {  # script and flags by name; FOLDER has the files
     "ppo": f"train_ppo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} --kl-coef 0.1 "
     "--gae-lambda 0.9 --critic FOLDER/critic",
     "grpo": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION}",
+    "constant": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "
+    "--objective cispo --clip 1 --clip-high 3 --aggregate constant --advantage-scale none",
+    "sequence": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "
+    "--objective sapo --ratio sequence --aggregate response --advantage-scale batch --kl-in loss",
     "reinforce": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "
     "--advantages reinforce --kl-coef 0.1 --entropy-coef 0.01",
     "rs": f"train_rs {ROLLOUT.replace(' --temperature 0.8', '')} --train-data FOLDER/prompts.jsonl "
@@ -197,7 +201,7 @@ CASES = {
         "gradients",
         "wrong sign",
         {
-            "align.losses.rl.policy_loss": [
+            "align.losses.rl.ppo": [
                 ("-advantages * ratio, -advantages * clamped", "advantages * ratio, advantages * clamped")
             ]
         },

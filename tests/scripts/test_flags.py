@@ -34,7 +34,9 @@ SENSIBLE = {  # values of NONSENSE that a flag may have
         "warmup_steps constant_steps critic_warmup_steps clip_grad seed stall_limit".split(), (0,)
     ),
     **dict.fromkeys("save_interval save_top_k skip_bad_rows top_k min_p".split(), (0,)),
-    **dict.fromkeys("gamma gae_lambda clip entropy_coef kl_coef value_clip truncated_penalty".split(), (0,)),
+    **dict.fromkeys(
+        "gamma gae_lambda clip clip_high entropy_coef kl_coef value_clip truncated_penalty".split(), (0,)
+    ),
     **dict.fromkeys("sft_weight label_smoothing simpo_gamma dpop_lambda length_control".split(), (0,)),
     "center_rewards_coef": (0,),
     **dict.fromkeys("min_reward reward_mean judge_low judge_high attribute_weights".split(), (0, -1)),

@@ -193,6 +193,11 @@ class Config(CommonConfig):
         """KL estimator that --kl names."""
         return KL[{"auto": "k3" if self.kl_in == "loss" else "k1"}.get(self.kl, self.kl)]
 
+    @property
+    def objective(self) -> rl.Objective:
+        """PPO's, with its bounds."""
+        return partial(rl.ppo, clip=self.clip, clip_high=self.clip_high, dual_clip=self.dual_clip)
+
     def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:
         """KL penalty coefficient after `done` steps; `latest`: metrics of the last one."""
         if self.kl_target is None or done < self.critic_warmup_steps + 2:
@@ -298,12 +303,10 @@ def main(config: Config) -> None:
     is_exact = parallel.is_exact(config.parallel)
     ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
 
-    objective = partial(rl.ppo, clip=config.clip, clip_high=config.clip_high, dual_clip=config.dual_clip)
-
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)  # [n] response tokens
         old_logprobs, advantages, counted = (batch.extra[name] for name in ("old", "advantages", "counted"))
-        loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, objective)
+        loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, config.objective)
         entropy = (entropy * counted).sum()
         if kl_coef:
             kl = config.kl_estimator(*rl.only_where(counted, logprobs, batch.extra["ref"]))

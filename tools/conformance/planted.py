@@ -11,16 +11,20 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 from tools.conformance.cases import Case
 
 Changes = dict[str, list[tuple[str, str]]]  # module.function or module.Class.method: [(words, others), ...]
 
 
+def plain(thing: Any) -> Any:
+    """The function of a method, or within decorators."""
+    return inspect.unwrap(getattr(thing, "__func__", thing))
+
+
 def mutant(thing: Any, changes: list[tuple[str, str]]) -> Any:
     """A function or a method with words of its source replaced; LookupError unless each occurs there once."""
-    function = inspect.unwrap(getattr(thing, "__func__", thing))
+    function = plain(thing)
     source = textwrap.dedent(inspect.getsource(function))
     for words, others in changes:
         times = source.count(words)
@@ -34,12 +38,17 @@ def mutant(thing: Any, changes: list[tuple[str, str]]) -> Any:
 
 @contextlib.contextmanager
 def seeded(bug: Changes) -> Iterator[None]:
-    """Seed a bug for the time of a block."""
+    """Seed a bug for the time of a block, in the code of functions, so that tables of them have it, too."""
     with contextlib.ExitStack() as stack:
         for place, changes in bug.items():
             owner, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
-            changed = mutant(inspect.getattr_static(owner, name), changes)
-            stack.enter_context(mock.patch.object(owner, name, changed))
+            thing = inspect.getattr_static(owner, name)
+            function, clear_cache = plain(thing), getattr(thing, "cache_clear", lambda: None)
+            stack.callback(clear_cache)
+            code = plain(mutant(thing, changes)).__code__
+            stack.callback(setattr, function, "__code__", function.__code__)
+            function.__code__ = code
+            clear_cache()
         yield
 
 

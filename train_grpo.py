@@ -112,6 +112,9 @@ class Config(CommonConfig):
     comparisons, penalise subtracts a penalty, keep treats them like the others"""
     truncated_penalty: Annotated[float, tyro.conf.arg(aliases=("--unended-penalty",))] = 1.0
     """penalty subtracted from the reward of a truncated response (--truncated penalise)"""
+    overlong_buffer: int = 0
+    """soft overlong punishment (DAPO): the last tokens below --max-new-tokens over which a penalty rises from
+    0 to 1; 0: none"""
     kl_coef: float = 0.01
     """KL penalty coefficient beta, per nat; 0 loads no reference model"""
     kl_in: Literal["auto", "reward", "loss"] = "auto"
@@ -155,6 +158,7 @@ class Config(CommonConfig):
             gamma=flags.number(0, 1),
             entropy_coef=flags.COEFFICIENT,
             truncated_penalty=flags.COEFFICIENT,
+            overlong_buffer=flags.COUNT_OR_0,
             kl_coef=flags.COEFFICIENT,
             kl_target=flags.above(0, 1e6),
             kl_horizon=flags.above(0, 1e12),
@@ -173,6 +177,11 @@ class Config(CommonConfig):
                 f"--advantages {self.advantages} compares the responses to a prompt: give "
                 "--samples-per-prompt 2 or more"
             )
+        if self.overlong_buffer > self.sampling.max_new_tokens:
+            raise UserError(
+                f"--overlong-buffer {self.overlong_buffer} is above --max-new-tokens "
+                f"{self.sampling.max_new_tokens}: it is the last part of it"
+            )
         if self.kl_target is not None and self.kl_horizon * 5 <= responses:
             raise UserError(
                 f"--kl-horizon {self.kl_horizon} must be above a fifth of the {responses} responses of a "
@@ -180,6 +189,11 @@ class Config(CommonConfig):
             )
         if self.kl_place == "loss" and self.kl == "k1":
             raise UserError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
+        self.refuse_unused()
+        audit.check_whole_distribution(self.sampling)
+
+    def refuse_unused(self) -> None:
+        """Refuse flags that have no effect beside the others."""
         if self.advantages != "reinforce":
             why = f"with --advantages {self.advantages}, which takes whole responses"
             flags.refuse_unused(self, Config, "gamma whiten_advantages", why)
@@ -194,7 +208,6 @@ class Config(CommonConfig):
             flags.refuse_unused(self, Config, "kl_horizon", "without --kl-target")
         if self.truncated != "penalise":
             flags.refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
-        audit.check_whole_distribution(self.sampling)
 
     @property
     def rows_per_step(self) -> int:
@@ -359,6 +372,9 @@ def main(config: Config) -> None:
 
         # rewards and advantages, [N]
         scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
+        if config.overlong_buffer:
+            limits = config.sampling.max_new_tokens, config.overlong_buffer
+            scores = scores - rl.overlong_penalty(lengths, *limits)
         kl = config.kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages = config.estimate_advantages(rewards, lengths, counted)

@@ -343,6 +343,10 @@ def check_token_rewards(step: Step, estimator: str, kl_coef: float) -> None:
     """A stage of the rewards of tokens, from the recorded scores and log-probs."""
     penalty = step.config.truncated_penalty * (step.config.truncated == "penalise")
     scores = (step.arrays["scores"] - penalty * ~step.arrays["ended"]).tolist()
+    if buffer := getattr(step.config, "overlong_buffer", 0):
+        start = step.config.sampling.max_new_tokens - buffer
+        overlong = [min(max(length - start, 0) / buffer, 1.0) for length in lengths(step)]
+        scores = [score - penalty for score, penalty in zip(scores, overlong, strict=True)]
     old, ref = (step.array(name) for name in ("old_logprobs", "ref_logprobs"))
 
     def rewards(coef: float, name: str = estimator) -> np.ndarray:

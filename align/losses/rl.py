@@ -56,6 +56,23 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: list[int], kl_coef: float
     return rewards
 
 
+def overlong_penalty(lengths: list[int], max_length: int, buffer: int) -> Tensor:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, 3.4), subtracted from the scores.
+
+        p = clip((length - (max_length - buffer)) / buffer, 0, 1)
+
+    Args:
+        lengths: tokens of each response, at most max_length.
+        max_length: where the penalty is 1, in tokens.
+        buffer: tokens over which it rises from 0; 1 or more.
+
+    Returns:
+        [A] float64.
+    """
+    excess = torch.tensor(lengths, dtype=torch.float64) - (max_length - buffer)
+    return (excess / buffer).clamp(0, 1)
+
+
 def gae(
     rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:

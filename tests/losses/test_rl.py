@@ -449,6 +449,12 @@ def test_ratio_of_responses():
     assert rl.policy_loss(logprobs, old, -advantages, mask, tight, responses)[1]["clip_fraction"] == 2
 
 
+def test_overlong_penalty_by_hand():
+    """8 tokens at most, the last 4 of them penalised."""
+    close(rl.overlong_penalty([1, 4, 5, 6, 8], 8, 4), [0, 0, 0.25, 0.5, 1])
+    close(rl.overlong_penalty([7, 8], 8, 1), [0, 1])
+
+
 def test_aggregation_weights_by_hand():
     """Responses of 1, 2 and 3 tokens, the second one not counted: 4 tokens, 2 responses."""
     counted = f64(1, 0, 0, 1, 1, 1)

@@ -33,7 +33,7 @@ SENSIBLE = {  # values of NONSENSE that a flag may have
     **dict.fromkeys(
         "warmup_steps constant_steps critic_warmup_steps clip_grad seed stall_limit".split(), (0,)
     ),
-    **dict.fromkeys("save_interval save_top_k skip_bad_rows top_k min_p".split(), (0,)),
+    **dict.fromkeys("overlong_buffer save_interval save_top_k skip_bad_rows top_k min_p".split(), (0,)),
     **dict.fromkeys(
         "gamma gae_lambda clip clip_high entropy_coef kl_coef value_clip truncated_penalty".split(), (0,)
     ),

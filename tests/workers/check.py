@@ -32,7 +32,8 @@ FLAGS = {  # script and flags by name; FOLDER has the files
     "--gae-lambda 0.9 --critic FOLDER/critic",
     "grpo": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION}",
     "constant": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "
-    "--objective cispo --clip 1 --clip-high 3 --aggregate constant --advantage-scale none",
+    "--objective cispo --clip 1 --clip-high 3 --aggregate constant --advantage-scale none --truncated keep "
+    "--overlong-buffer 6",
     "sequence": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "
     "--objective sapo --ratio sequence --aggregate response --advantage-scale batch --kl-in loss",
     "reinforce": f"train_grpo {ROLLOUT} --train-data FOLDER/prompts.jsonl --reward-fn {FUNCTION} "

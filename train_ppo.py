@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -250,7 +250,7 @@ def main(config: Config) -> None:
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )
-    entropy = dict(entropy=True, entropy_grad=config.entropy_coef > 0)
+    entropy: dict[str, Any] = dict(entropy=True, entropy_grad=config.entropy_coef > 0)
     policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, **entropy)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     policy = gpt.distributed(policy)

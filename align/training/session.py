@@ -22,7 +22,7 @@ from megatron.core.distributed import DistributedDataParallel
 from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.errors import UserError
-from align.model import gpt, huggingface
+from align.model import adapter_files, gpt, huggingface
 from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
@@ -215,6 +215,11 @@ class Session:
                 gpt.finish_param_gather(model)
                 directory = self.config.run.output / "hf"
                 huggingface.save(model, self.config.model.path, directory, companions)
+                if gpt.stages(model)[0].adapters:
+                    folder = self.config.run.output / "adapter"
+                    adapter_files.save(model, self.config.model.path, folder)
+                    self.say(f"the adapter is in {folder}; the {name} with it is in {directory}")
+                    return self.run.close()
             self.say(f"the {name} is in {directory}")
         else:
             steps = f"step {self.done} of {self.total_steps}"

@@ -62,7 +62,9 @@ def build(directory: Path, case: Case) -> gpt.Decoder:
     config = ModelConfig(model=str(directory), precision="fp32", recompute=case.recompute)
     source = huggingface.open_source(directory, start, SEED)
     if labels == 0:
-        entropy = dict(entropy=case.algorithm in ROLLOUTS, entropy_grad=case.algorithm == "ppo")
+        entropy: dict[str, Any] = dict(
+            entropy=case.algorithm in ROLLOUTS, entropy_grad=case.algorithm == "ppo"
+        )
         model: gpt.Decoder = gpt.build_policy(arch, config, case.layout, **entropy)
     else:
         model = gpt.build_scorer(arch, config, case.layout, (1 / labels,) * labels)

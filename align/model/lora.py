@@ -216,7 +216,7 @@ class AdaptedColumn(ColumnParallelLinear):
         rank, halves = place.adapters.rank, len(place.parts) if place.module == "linear_fc1" else 1
         rows = self.output_size_per_partition
         self.lora_A = matrix(self, len(place.adapted) * rank, inputs)
-        self.lora_A.sequence_parallel = self.sequence_parallel
+        mark_partial(self, self.lora_A)
         # gate and up are two matrices on each rank, which another layout splits each for itself
         self.lora_B = matrix(self, *((halves, rows // halves) if halves > 1 else (rows,)), rank)
         set_tensor_model_parallel_attributes(self.lora_B, True, int(halves > 1), 1)
@@ -261,7 +261,7 @@ class AdaptedRow(RowParallelLinear):
         self.lora_A = matrix(self, rank, self.input_size_per_partition)
         set_tensor_model_parallel_attributes(self.lora_A, True, 1, 1)
         self.lora_B = matrix(self, outputs, rank)
-        self.lora_B.sequence_parallel = self.sequence_parallel
+        mark_partial(self, self.lora_B)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
@@ -293,6 +293,11 @@ AdaptedLinear = AdaptedColumn | AdaptedRow
 def matrix(module: Any, *shape: int) -> Any:
     """A matrix of an adapter, 0, in the precision and on the device of the module's weight."""
     return nn.Parameter(module.weight.new_zeros(shape))
+
+
+def mark_partial(module: AdaptedLinear, whole: Any) -> None:
+    """Mark a whole matrix, of which a rank has the gradient of its own tokens with sequence parallelism."""
+    whole.sequence_parallel = module.sequence_parallel
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

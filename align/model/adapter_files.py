@@ -141,6 +141,11 @@ def has_head(adapters: Adapters | None) -> bool:
     return bool(adapters and adapters.directory and HEAD in StoredAdapters(adapters.directory).shapes)
 
 
+def num_labels(directory: Path) -> int:
+    """Labels of the head in a directory; 0 without one."""
+    return StoredAdapters(directory).shapes.get(HEAD, (0,))[0]
+
+
 class AdapterSource(Protocol):
     """Whole tensors of adapters by name."""
 

@@ -47,7 +47,7 @@ def references(cases: Iterable[Case], scale: int) -> list[Case]:
     """The plainest case for each model and algorithm; scale: of micro-batches."""
     plain = sorted({(case.algorithm, case.family, case.lora) for case in cases})
     tokens = scale * Case.micro_batch_tokens
-    return [Case(*names, lora=rank, micro_batch_tokens=tokens) for *names, rank in plain]
+    return [Case(name, family, lora=rank, micro_batch_tokens=tokens) for name, family, rank in plain]
 
 
 def run(

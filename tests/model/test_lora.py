@@ -24,6 +24,7 @@ from align.model import adapter_files, architecture, lora
 from align.model.config import ModelConfig, check_model
 from align.model.lora import LoraConfig
 from tests.model.test_parity import answer_logprob, as_input, pair_loss, plain_training
+from tests.support.files import TINY
 from tests.support.launch import fork_ranks
 from tools import prepare_model
 from tools.conformance.losses import BETA, LR
@@ -219,15 +220,42 @@ def merged_tensors(model: Path, adapter: Path, output: Path) -> dict[str, Tensor
 
 @pytest.mark.slow
 def test_merge_is_pefts(models, adapters, tmp_path):
-    """In fp32 to rounding, and in bf16 to the last bit but one: the sum is computed in fp32."""
+    """To rounding in fp32; of a model in bf16 the sum is computed in fp32 and rounded once."""
     for name in ("llama", "qwen3", "stablelm"):
-        shutil.copytree(models / name, tmp_path / name)
-        shutil.copy("assets/tiny/tokenizer.json", tmp_path / name)
         expected = peft_model(models / name, adapters / name).merge_and_unload().state_dict()
-        actual = merged_tensors(tmp_path / name, adapters / name, tmp_path / f"{name}-merged")
+        base = with_tokenizer(models / name, tmp_path / name)
+        actual = merged_tensors(base, adapters / name, tmp_path / f"{name}-merged")
         assert actual.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(actual[key], tensor, rtol=1e-6, atol=1e-6)
+    base_model(models / "llama").bfloat16().save_pretrained(tmp_path / "bf16")
+    base = with_tokenizer(tmp_path / "bf16", tmp_path / "llama-bf16")
+    upcast = base_model(base)
+    model = peft.PeftModel.from_pretrained(upcast, adapters / "llama").merge_and_unload()
+    actual = merged_tensors(base, adapters / "llama", tmp_path / "bf16-merged")
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(actual[key].float(), tensor, rtol=2**-8, atol=0)
+        assert (actual[key] == tensor.bfloat16()).float().mean() > 0.999  # else a tie of rounding
+
+
+@pytest.mark.slow
+def test_a_reward_models_merge_has_its_head(models, adapters, tmp_path):
+    base = with_tokenizer(models / "llama", tmp_path / "base")
+    actual = merged_tensors(base, adapters / "llama-ranking", tmp_path / "merged")
+    model = peft_model(models / "llama", adapters / "llama-ranking")
+    expected = model.merge_and_unload().state_dict()
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, rtol=1e-6, atol=1e-6)
+    assert architecture.read_config(tmp_path / "merged").labels == 1
+
+
+def with_tokenizer(model: Path, folder: Path) -> Path:
+    """A copy of a model's directory with a tokenizer."""
+    shutil.copytree(model, folder)
+    for path in TINY.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
 
 
 def tampered(adapter: Path, folder: Path, **fields: object) -> Path:
@@ -359,4 +387,4 @@ def test_operations_of_a_step(models):
     arch = architecture.read_config(models / "llama")
     adapters = LoraConfig(lora_rank=4).of_model(arch)
     assert lora.matmul_params(arch, None) == arch.matmul_params
-    assert 6 * lora.matmul_params(arch, adapters) == 4 * arch.matmul_params + 6 * 14_848
+    assert lora.matmul_params(arch, adapters) == 4 * arch.matmul_params // 6 + 14_848

@@ -79,8 +79,10 @@ def check_model(
     if arch.layers % (pp * parallel.vp):
         flags = f"--pp {pp}" + (f" x --vp {parallel.vp} = {pp * parallel.vp}" if parallel.vp > 1 else "")
         raise UserError(f"{flags} does not divide the model's {arch.layers} layers")
-    if uses_te(config, adapters) and (
-        arch.window is not None or parallel.cp > 1 or arch.out_bias or arch.mlp_bias
+    if (
+        adapters is None
+        and uses_te(config)
+        and (arch.window is not None or parallel.cp > 1 or arch.out_bias or arch.mlp_bias)
     ):
         raise UserError(
             f"--attention {config.attention} is Transformer Engine's here, without sliding windows, --cp "
@@ -127,15 +129,18 @@ def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
             raise UserError(f"--fp8: the {size} {name} of a rank are no multiple of {FP8_MULTIPLE}")
 
 
-def uses_te(config: ModelConfig, adapters: Adapters | None = None) -> bool:
-    """True if Transformer Engine computes the layers. Raises UserError for --attention te without it."""
+def uses_te(config: ModelConfig) -> bool:
+    """True if Transformer Engine computes the layers of a model without adapters.
+
+    Raises UserError for --attention te without it.
+    """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
         raise UserError(
             "--attention te needs a GPU and the package transformer-engine: install it or use torch"
         )
-    return adapters is None and config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
+    return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
 
 
 def describe_model(
@@ -145,7 +150,7 @@ def describe_model(
     adapters: Adapters | None = None,
 ) -> str:
     """Model, precision, kernels and adapters, for the log."""
-    if uses_te(config, adapters):
+    if adapters is None and uses_te(config):
         kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
     elif not torch.cuda.is_available():
         kernels = f"torch kernels, {matmul.kernels(config.dtype)}"

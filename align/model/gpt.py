@@ -66,7 +66,8 @@ class Decoder(GPTModel):
             vp_stage: number of this stage among the --vp stages of the rank.
             adapters: trained in place of the weights; align.model.adapter_files.load fills them.
         """
-        groups, te = groups or ProcessGroupCollection.use_mpu_process_groups(), uses_te(config, adapters)
+        groups = groups or ProcessGroupCollection.use_mpu_process_groups()
+        te = adapters is None and uses_te(config)
         megatron_config = transformer_config(arch, config, parallel, te)
         super().__init__(
             megatron_config,

@@ -137,6 +137,9 @@ def from_prompts(job: Job) -> Job:
 
 def checked(job: Job) -> Job:
     """The job, if parallel sizes fit the machines and the models. Raises UserError."""
+    if getattr(job.config, "lora", None) and job.config.lora.enabled:
+        flag = f"--adapter {job.config.lora.adapter}" if job.config.lora.adapter else "--lora-rank"
+        raise UserError(f"{flag}: tools.plan knows no runs with adapters, docs/lora.md says what they need")
     check_world(job.config, job.cluster.world)
     for arch in (*job.trained.values(), *job.frozen.values()):
         # Transformer Engine's own limits are for the machine that has it.

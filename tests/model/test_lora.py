@@ -23,9 +23,9 @@ from align.errors import UserError
 from align.model import adapter_files, architecture, lora
 from align.model.config import ModelConfig, check_model
 from align.model.lora import LoraConfig
-from tests.model.test_parity import answer_logprob, as_input, pair_loss, plain_training
 from tests.support.files import TINY
 from tests.support.launch import fork_ranks
+from tests.support.plain_training import answer_logprob, as_input, pair_loss, plain_training
 from tools import prepare_model
 from tools.conformance.losses import BETA, LR
 from tools.conformance.rows import RANDOM

@@ -71,6 +71,7 @@ class InferenceModel:
         `tp_graphs`: see `why_no_graphs`. On a CPU matrices are copied by `matmul.pack`, so an update of the
         weights needs a new object.
         """
+        assert policy.adapters is None, "adapters are not computed here"
         arch, groups = policy.arch, policy.pg_collection
         self.arch, self.config, self.stages = arch, policy.config, Stages(groups)
         self.known_ids = policy.known_ids  # V of the logits

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from align.data import toy
+from align.errors import UserError
 from align.training import checkpoint
 from tests.support.files import reproducible_metrics
 from tests.support.launch import fork_ranks
 from tests.support.models import random_tiny
-from tools import plan, prepare_model
+from tools import check, plan, prepare_model
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +110,18 @@ def test_another_base_is_refused(runs):
     done = fork_ranks(1, *run, "--resume-with-changes", check=False)
     assert done.returncode == 2
     assert "other is not the model that this run began with, which is its base" in done.stderr
+
+
+def test_generate_refuses_a_checkpoint_of_adapters(runs):
+    path = checkpoint.newest(runs / "sft/checkpoints")
+    done = fork_ranks(1, "generate.py", "--model", path, "--prompt", "Hi", check=False)
+    assert done.returncode == 2
+    assert "holds adapters only: `python -m tools.prepare_model export` merges them" in done.stderr
+
+
+def test_check_refuses_adapters(tmp_path):
+    with pytest.raises(UserError, match="the reference has no adapters"):
+        check.check("train_sft", ["--lora-rank", "4"], 1, tmp_path)
 
 
 def test_plan_refuses_adapters(capsys):

@@ -311,7 +311,7 @@ def in_layout(policy: Policy | Interleaved, config: ModelConfig, groups: Process
         raise UserError(
             f"--rollout-tp {parallel.tp} does not divide the {embedding_rows} rows of the embedding"
         )
-    copy = Policy(arch, config, parallel, groups, embedding_rows)
+    copy = Policy(arch, config, parallel, groups, embedding_rows, adapters=policy.adapters)
     copy.known_ids = stages(policy)[-1].known_ids
     return copy
 

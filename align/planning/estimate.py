@@ -79,11 +79,12 @@ def self_rewarding(config: Any, cluster: Cluster) -> Job:
 def resolve_offload(config: Any) -> OffloadConfig:
     """Decide --offload auto for the GPUs of this run: on, if its models do not fit at once.
 
-    It is on with TensorRT-LLM, too, of whose engine there are no figures.
+    It is on with TensorRT-LLM and with adapters, too, of which there are no figures.
     """
     if config.offload.offload != "auto" or not torch.cuda.is_available():
         return config.offload
-    if config.rollout.generate_with == "trtllm":
+    lora = getattr(config, "lora", None)
+    if config.rollout.generate_with == "trtllm" or (lora and lora.enabled):
         return OffloadConfig("on")
     size = torch.cuda.get_device_properties(parallel.device()).total_memory / 1e9
     job = config.plan(Cluster(gpus_per_node=dist.get_world_size(), gpu_memory=size))

@@ -8,6 +8,8 @@ and reference agree to the last bit, which `check_start` checks.
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +22,11 @@ from align.data.packing import Batch, to_device
 from align.data.preferences import Pair
 from align.distributed import parallel
 from align.errors import UserError
-from align.model import lora
+from align.model import gpt, lora
 from align.model.config import ModelConfig
 from align.training import checkpoint, engine, tables
 from align.training.checkpoint import CheckpointConfig
-from align.training.offload import Weights
+from align.training.offload import HostStore, Weights
 
 SAMPLES, SAMPLE_BYTES = 32, 65536  # of a weight file, for weights_id
 START_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a response, if passes may differ in bits
@@ -59,6 +61,26 @@ class BaseModel:
             ref_logprobs = engine.outputs(self.model, batches, self.sequence_logprobs)
         for batch, logprobs in zip(batches, ref_logprobs, strict=True):
             batch.extra["ref"] = logprobs
+
+
+class ReferenceWeights:
+    """Context in which a policy has the weights of its reference: swapped in, or with adapters the base's.
+
+    needs: of a phase (`phases.Phases`) around it.
+    """
+
+    def __init__(self, model: DistributedDataParallel, store: HostStore):
+        """`model`: not yet trained; without adapters its weights are copied to the store."""
+        has_adapters = gpt.stages(model)[0].adapters is not None
+        self.needs = {"policy": "weights"} if has_adapters else {}
+        self.enter: Callable[[], AbstractContextManager] = (
+            partial(lora.switched_off, model.module)
+            if has_adapters
+            else partial(Weights(model.module, store).swapped_into, model.module)
+        )
+
+    def __call__(self) -> AbstractContextManager:
+        return self.enter()
 
 
 class Precomputed:

@@ -5,14 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file
 
+import train_grpo
 from align.data import toy
+from align.distributed import parallel
+from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
+from align.generation.generator import RolloutConfig, check_rollout
+from align.generation.sampling import SamplingConfig
+from align.model import architecture
+from align.model.config import ModelConfig
+from align.model.lora import LoraConfig
 from align.training import checkpoint
-from tests.support.files import reproducible_metrics
+from tests.support.files import TINY, reproducible_metrics
 from tests.support.launch import fork_ranks
 from tests.support.models import random_tiny
+from tests.support.resume import command
+from tests.support.seeded_bugs import Bug, seeded
 from tools import check, plan, prepare_model
 
 pytestmark = pytest.mark.slow
@@ -110,6 +121,91 @@ def test_another_base_is_refused(runs):
     done = fork_ranks(1, *run, "--resume-with-changes", check=False)
     assert done.returncode == 2
     assert "other is not the model that this run began with, which is its base" in done.stderr
+
+
+# ---- scripts that sample -------------------------------------------------------------------------
+
+LAYOUTS = {  # at two processes, by name of the run
+    "grpo-dp": "train_grpo.py",
+    "grpo-tp": "train_grpo.py --tp 2 --sequence-parallel",  # a copy without tensor parallelism samples
+    "grpo-same": "train_grpo.py --tp 2 --rollout-layout same",
+    "grpo-pp": "train_grpo.py --pp 2 --rollout-tp 2",
+    "ppo-tp": "train_ppo.py --tp 2 --rollout-layout same",
+    "ppo-pp": "train_ppo.py --pp 2 --vp 2",
+    "rs-tp": "train_rs.py --tp 2",
+    "rs-pp": "train_rs.py --pp 2 --rollout-layout same",
+}
+SAMPLING = "--max-steps 4 --lora-rank 4 --lr 1e-2 --min-lr 1e-2 --warmup-steps 0 --save-interval 0"
+KL = "--kl-coef 0.1"
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory) -> Path:
+    """Runs of each script by one process, of LAYOUTS, and of GRPO offloaded, and stopped and continued."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    toy.write(folder, num_train=80, num_val=8)
+
+    def run(name: str, words: str, *more: str) -> list[str]:
+        script, *flags = words.split()
+        kl = [] if script == "train_rs.py" else KL.split()
+        return command(script, folder, folder / name, *SAMPLING.split(), *kl, *flags, *more)
+
+    alone = [run(name, f"train_{name}.py") for name in ("grpo", "ppo", "rs")]
+    alone += [run("grpo-offloaded", "train_grpo.py --offload on")]
+    alone += [run("grpo-stopped", "train_grpo.py", *words) for words in (["--stop-after", "2"], [])]
+    fork_ranks(1, "tests/workers/resume.py", json.dumps(alone))
+    fork_ranks(2, "tests/workers/resume.py", json.dumps([run(*item) for item in LAYOUTS.items()]))
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rollouts_are_equal_in_every_layout(rollouts, name):
+    """The same responses, and losses and KL to rounding; the sampler has the policy's log-probs to 1e-5."""
+    rows, expected = (reproducible_metrics(rollouts / run)[1:] for run in (name, name.partition("-")[0]))
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row["audit/logprob_error_max"] < 1e-5
+        assert row["train_rollouts/rewards"] == wanted["train_rollouts/rewards"]
+        names = ("train_optim/loss", "train_optim/grad_norm", "train_rollouts/init_policy_kl")
+        for metric in (metric for metric in names if metric in wanted):
+            assert row[metric] == pytest.approx(wanted[metric], rel=1e-4, abs=1e-6), metric
+
+
+def test_the_reference_of_a_rollout_is_the_base(rollouts):
+    for name in ("grpo", "ppo"):
+        kl = [row["train_rollouts/init_policy_kl"] for row in reproducible_metrics(rollouts / name)[1:]]
+        assert kl[0] == 0.0 and all(abs(value) > 1e-6 for value in kl[1:])
+        assert (rollouts / name / "adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["grpo-offloaded", "grpo-stopped"])
+def test_offloaded_and_continued_rollouts_are_the_same(rollouts, name):
+    assert reproducible_metrics(rollouts / name) == reproducible_metrics(rollouts / "grpo")
+    files = [rollouts / run / "adapter/adapter_model.safetensors" for run in (name, "grpo")]
+    first, second = map(load_file, files)
+    assert first.keys() == second.keys() and all(torch.equal(x, second[key]) for key, x in first.items())
+
+
+@pytest.mark.parametrize("module", ["qkv", "out", "gate_up", "down"])
+def test_the_audit_finds_a_sampler_without_an_adapter(rollouts, tmp_path, module):
+    bug: Bug = {
+        "align.generation.inference.adapted": [
+            ("layer.adapters.get(name)", f"layer.adapters.get(name.replace('{module}', ''))")
+        ]
+    }
+    words = command("train_grpo.py", rollouts, tmp_path / "run", *SAMPLING.split(), *KL.split())[1:]
+    config = tyro.cli(train_grpo.Config, args=words, config=(tyro.conf.OmitArgPrefixes,))
+    with parallel.start(ParallelConfig()), seeded(bug), pytest.raises(RuntimeError, match="audit"):
+        train_grpo.main(config)
+
+
+def test_tensorrt_has_no_adapters(capsys):
+    adapters = LoraConfig(lora_rank=4).of_model(arch := architecture.read_config(TINY))
+    config = RolloutConfig(generate_with="trtllm"), SamplingConfig(), ModelConfig(), ParallelConfig()
+    with pytest.raises(UserError, match="--generate-with trtllm: its engine has no adapters"):
+        check_rollout(arch, *config, adapters)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_generate_refuses_a_checkpoint_of_adapters(runs):

@@ -154,8 +154,6 @@ def main(config: Config) -> None:
     session.find_checkpoint([example.ids for example in pair.examples] for pair in pairs["train"])
 
     # ---- model -----------------------------------------------------------------------------------
-    if adapters:
-        reference.check_same(config.run.output, config.model.path, config.checkpoint, "base")
     policy = gpt.build_policy(arch, config.model, config.parallel, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     adapter_files.load(policy, config.parallel.seed)
@@ -182,7 +180,7 @@ def main(config: Config) -> None:
     ref: reference.Swapped | reference.BaseModel | reference.Precomputed | None = None
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
-    if config.loss not in REFERENCE_FREE and not adapters:
+    if config.loss not in REFERENCE_FREE:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
     if config.reference == "swap":
         ref = reference.Swapped(policy, sequence_logprobs)

@@ -239,11 +239,8 @@ def main(config: Config) -> None:
     adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    if config.kl_coef or adapters:
-        role: Literal["base", "reference"] = "base" if adapters else "reference"
-        reference.check_same(config.run.output, config.model.path, config.checkpoint, role)
     if config.kl_coef:
-        ref = reference.ReferenceWeights(policy, store)
+        ref = reference.ReferenceWeights(policy, store, config)
     phase.add("policy", policy, optimizer)
     settings = config.rollout, config.sampling, config.model, config.parallel
     generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled, tape=Tape(session))

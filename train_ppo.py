@@ -259,20 +259,16 @@ def main(config: Config) -> None:
     adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    if config.kl_coef or adapters:
-        role: Literal["base", "reference"] = "base" if adapters else "reference"
-        reference.check_same(config.run.output, config.model.path, config.checkpoint, role)
     if config.kl_coef:
-        ref = reference.ReferenceWeights(policy, store)
+        ref = reference.ReferenceWeights(policy, store, config)
     phase.add("policy", policy, optimizer)
     critic_start = config.critic or reward.reward_model or config.model.path
     critic = sources.load_scorer("--critic", critic_start, config.model, config.parallel, tokenizer)
     critic = gpt.distributed(critic)
-    critic_optimizer = optim.build(critic, config.critic_optim)
+    trained = {"policy": (policy, optimizer), "critic": (critic, optim.build(critic, config.critic_optim))}
     values_as = sources.standardisation_of_values(critic_start, config.model, reward)
-    phase.add("critic", critic, critic_optimizer)
+    phase.add("critic", *trained["critic"])
     session.say(f"the critic starts as {critic_start}")
-    trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
     settings = config.rollout, config.sampling, config.model, config.parallel
     generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled, tape=Tape(session))
     session.say(generator.describe())

@@ -36,7 +36,7 @@ from align.planning import estimate
 from align.rewards.sources import save_statistics
 from align.tracking.metrics import speed, wilson_interval, with_std
 from align.tracking.run import RunConfig
-from align.training import batching, engine, optim, reference
+from align.training import batching, engine, optim
 from align.training.config import CommonConfig
 from align.training.optim import OptimConfig
 from align.training.session import Session
@@ -140,8 +140,6 @@ def main(config: Config) -> None:
 
     # ---- model -----------------------------------------------------------------------------------
     weights = config.attribute_weights or (1 / config.num_attributes,) * config.num_attributes
-    if adapters:
-        reference.check_same(config.run.output, config.model.path, config.checkpoint, "base")
     scorer = gpt.build_scorer(arch, config.model, config.parallel, weights, adapters)
     source = huggingface.open_source(config.model.path, start, config.parallel.seed)
     if start.labels == 0:

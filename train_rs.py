@@ -50,7 +50,7 @@ from align.rewards import sources
 from align.rewards.sources import RewardConfig
 from align.tracking.metrics import mean_of
 from align.tracking.run import RunConfig
-from align.training import batching, engine, ledger, optim, reference
+from align.training import batching, engine, ledger, optim
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
 from align.training.ledger import Ledger
@@ -178,8 +178,6 @@ def main(config: Config) -> None:
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop
     )
-    if adapters:
-        reference.check_same(config.run.output, config.model.path, config.checkpoint, "base")
     policy = gpt.build_policy(arch, config.model, config.parallel, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     adapter_files.load(policy, config.parallel.seed)

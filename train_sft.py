@@ -27,7 +27,7 @@ from align.model.lora import LoraConfig
 from align.planning import estimate
 from align.tracking.metrics import speed
 from align.tracking.run import RunConfig
-from align.training import batching, engine, optim, reference
+from align.training import batching, engine, optim
 from align.training.config import CommonConfig
 from align.training.session import Session
 
@@ -82,8 +82,6 @@ def main(config: Config) -> None:
         return batching.micro_batches(policy, [[example] for example in examples], config.batch)
 
     # ---- model -----------------------------------------------------------------------------------
-    if adapters:
-        reference.check_same(config.run.output, config.model.path, config.checkpoint, "base")
     policy = gpt.build_policy(arch, config.model, config.parallel, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
     adapter_files.load(policy, config.parallel.seed)

@@ -26,6 +26,7 @@ from align.model import gpt, lora
 from align.model.config import ModelConfig
 from align.training import checkpoint, engine, tables
 from align.training.checkpoint import CheckpointConfig
+from align.training.config import CommonConfig
 from align.training.offload import HostStore, Weights
 
 SAMPLES, SAMPLE_BYTES = 32, 65536  # of a weight file, for weights_id
@@ -69,8 +70,12 @@ class ReferenceWeights:
     needs: of a phase (`phases.Phases`) around it.
     """
 
-    def __init__(self, model: DistributedDataParallel, store: HostStore):
-        """`model`: not yet trained; without adapters its weights are copied to the store."""
+    def __init__(self, model: DistributedDataParallel, store: HostStore, config: CommonConfig):
+        """`model`: not yet trained; without adapters its weights are copied to the store.
+
+        Raises UserError if the run began with another reference.
+        """
+        check_same(config.run.output, config.model.path, config.checkpoint)
         has_adapters = gpt.stages(model)[0].adapters is not None
         self.needs = {"policy": "weights"} if has_adapters else {}
         self.enter: Callable[[], AbstractContextManager] = (

@@ -186,6 +186,11 @@ def find_source(config: ModelConfig) -> Source:
             "model's"
         )
     flags = checkpoint.run_flags(path)
+    if flags.get("lora_rank") or flags.get("adapter"):
+        raise UserError(
+            f"--model {path} holds adapters only: `python -m tools.prepare_model export` merges them, give "
+            "its --output"
+        )
     start = ModelConfig(model=flags["model"]).path
     if not (start / "config.json").is_file():
         raise UserError(

@@ -5,8 +5,8 @@
 
 Rows are {"prompt", "chosen", "rejected"}, as text or as messages: align/data/preferences.py has the formats.
 --loss names a function of align/losses/preference.py, where the equations and papers are. The reference is
-the model that training starts from. OUTPUT/hf is the result. Without arguments the built-in tiny model learns
-a toy task.
+the model that training starts from; with LoRA it is the base model, also beside an --adapter. OUTPUT/hf is
+the result. Without arguments the built-in tiny model learns a toy task.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,9 @@ from align.errors import UserError
 from align.flags import BOUND, COEFFICIENT, SCALE, below, check_ranges, refuse_unused
 from align.losses import preference
 from align.losses.statistics import log_ratio_statistics
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface, lora
 from align.model.config import check_model, describe_model
+from align.model.lora import LoraConfig
 from align.planning import estimate
 from align.tracking.metrics import speed, with_std
 from align.tracking.run import RunConfig
@@ -93,6 +94,7 @@ class Config(CommonConfig):
     """overlap the all-gather of updated weights with the next forward pass, by buckets; needs data parallel
     (or context parallel) ranks"""
     format: PreferenceFormat = PreferenceFormat()
+    lora: LoraConfig = LoraConfig()
     run: RunConfig = RunConfig(output=Path("runs/dpo"))
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
     plan = estimate.dpo  # for tools/plan.py
@@ -111,6 +113,10 @@ class Config(CommonConfig):
             )
         if self.loss in REFERENCE_FREE:
             refuse_unused(self, Config, "audit_start", f"with --loss {self.loss}, which has no reference")
+        if self.lora.enabled:
+            refuse_unused(self, Config, "reference", "with LoRA, whose reference is the base model")
+        if self.lora.adapter is not None:
+            refuse_unused(self, Config, "audit_start", "with --adapter, which is not the reference")
         if not self.sft_weight and (self.sft_weight is not None or self.loss != "orpo"):
             refuse_unused(self, Config, "sft_average_logprobs", "without --sft-weight")
         if self.label_smoothing is not None:
@@ -125,10 +131,12 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    check_model(arch, config.model, config.parallel, config.overlap_param_gather)
+    adapters = adapter_files.read(config.lora, arch)
+    check_model(arch, config.model, config.parallel, config.overlap_param_gather, adapters)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row=2)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, config.overlap_param_gather)}")
+    description = describe_model(arch, config.model, config.overlap_param_gather, adapters)
+    session.say(f"{parallel.layout()}; {description}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
@@ -146,8 +154,9 @@ def main(config: Config) -> None:
     session.find_checkpoint([example.ids for example in pair.examples] for pair in pairs["train"])
 
     # ---- model -----------------------------------------------------------------------------------
-    policy = gpt.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy, config.overlap_param_gather)
     optimizer = optim.build(policy, config.optim)
 
@@ -168,13 +177,15 @@ def main(config: Config) -> None:
         }
         return batching.micro_batches(policy, [pair.examples for pair in chosen_pairs], config.batch, values)
 
-    ref: reference.Swapped | reference.Precomputed | None = None
+    ref: reference.Swapped | reference.BaseModel | reference.Precomputed | None = None
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
     if config.loss not in REFERENCE_FREE:
         reference.check_same(config.run.output, config.model.path, config.checkpoint)
     if config.reference == "swap":
         ref = reference.Swapped(policy, sequence_logprobs)
+    elif adapters and config.loss not in REFERENCE_FREE:
+        ref = reference.BaseModel(policy, sequence_logprobs)
     elif config.loss not in REFERENCE_FREE:
         path = config.run.output / "reference.safetensors"
         session.say(f"reference log-probs: read from {path}, or computed for all pairs now")
@@ -253,7 +264,7 @@ def main(config: Config) -> None:
             update = with_std(engine.forward_backward(policy, batches, loss_fn, len(rows)))
             if record:
                 record.put_update("policy", policy, update)
-            if step == 0 and ref is not None:
+            if step == 0 and ref is not None and config.lora.adapter is None:
                 reference.check_start(update, config.loss, beta, start_bound)
             clock.lap("forward_backward")
             update |= optim.update(optimizer, config.optim, step, session.total_steps)
@@ -262,7 +273,7 @@ def main(config: Config) -> None:
         tokens = sum(pair.num_inputs for pair in step_pairs)
         computed = sum(packing.num_places(pair.examples) for pair in step_pairs)
         seconds = clock.total("data", "reference", "forward_backward", "optimizer")
-        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
+        metrics |= speed(lora.matmul_params(arch, adapters), tokens, computed, seconds)
 
         # evaluate
         if pairs["val"] and session.validates():

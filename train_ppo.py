@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -39,14 +39,15 @@ from align.generation.sampling import SamplingConfig
 from align.generation.tape import Tape
 from align.losses import rl
 from align.losses.statistics import explained_variance, moments, per_response
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.model.lora import LoraConfig
 from align.planning import estimate
 from align.rewards import sources
 from align.rewards.sources import RewardConfig
 from align.tracking.metrics import mean_of
 from align.tracking.run import RunConfig
-from align.training import engine, minibatches, offload, optim, reference
+from align.training import engine, minibatches, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
 from align.training.ledger import Ledger
@@ -121,6 +122,7 @@ class Config(CommonConfig):
     rollout: RolloutConfig = RolloutConfig()
     offload: OffloadConfig = OffloadConfig()
     format: PromptFormat = PromptFormat()
+    lora: LoraConfig = LoraConfig()
     run: RunConfig = RunConfig(output=Path("runs/ppo"))
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
@@ -236,11 +238,12 @@ def token_statistics(
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    check_model(arch, config.model, config.parallel)
-    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
+    adapters = adapter_files.read(config.lora, arch)
+    check_model(arch, config.model, config.parallel, adapters=adapters)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel, adapters)
     prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, adapters=adapters)}")
 
     # ---- data ------------------------------------------------------------------------------------
     reward = config.reward.resolved(is_toy=not config.train_data)
@@ -261,23 +264,22 @@ def main(config: Config) -> None:
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop, store
     )
-    entropy = dict(entropy=True, entropy_grad=config.entropy_coef > 0)
-    policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, **entropy)
+    options: dict[str, Any] = dict(entropy=True, entropy_grad=config.entropy_coef > 0, adapters=adapters)
+    policy = gpt.build_policy(arch, config.model, config.parallel, config.sampling.temperature, **options)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
     if config.kl_coef:
-        reference.check_same(config.run.output, config.model.path, config.checkpoint)
-        ref = offload.Weights(policy.module, store)
+        ref = reference.ReferenceWeights(policy, store, config)
     phase.add("policy", policy, optimizer)
     critic_start = config.critic or reward.reward_model or config.model.path
     critic = sources.load_scorer("--critic", critic_start, config.model, config.parallel, tokenizer)
     critic = gpt.distributed(critic)
-    critic_optimizer = optim.build(critic, config.critic_optim)
+    trained = {"policy": (policy, optimizer), "critic": (critic, optim.build(critic, config.critic_optim))}
     values_as = sources.standardisation_of_values(critic_start, config.model, reward)
-    phase.add("critic", critic, critic_optimizer)
+    phase.add("critic", *trained["critic"])
     session.say(f"the critic starts as {critic_start}")
-    trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
     settings = config.rollout, config.sampling, config.model, config.parallel
     generator = Generator(policy, *settings, tokenizer, keep=not phase.enabled, tape=Tape(session))
     session.say(generator.describe())
@@ -353,7 +355,7 @@ def main(config: Config) -> None:
         with phase("logprobs", policy="weights"):
             old_logprobs, entropies = ref_logprobs, _ = packed.outputs(policy).unbind(1)
         if config.kl_coef:
-            with phase("reference"), ref.swapped_into(policy.module):
+            with phase("reference", **ref.needs), ref():
                 ref_logprobs = packed.outputs(policy)[:, 0]
         with phase("values", critic="weights"):
             values = values_as.standardised(packed.outputs(critic)[:, 0])

@@ -29,8 +29,9 @@ from align.errors import UserError
 from align.flags import COEFFICIENT, SCORE, check_ranges, refuse_unused, whole
 from align.losses import supervised
 from align.losses.statistics import pair_statistics
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface, lora
 from align.model.config import ModelConfig, check_model, describe_model
+from align.model.lora import LoraConfig
 from align.planning import estimate
 from align.rewards.sources import save_statistics
 from align.tracking.metrics import speed, wilson_interval, with_std
@@ -64,6 +65,7 @@ class Config(CommonConfig):
     """overlap the all-gather of updated weights with the next forward pass, by buckets; needs data parallel
     (or context parallel) ranks"""
     format: PreferenceFormat = PreferenceFormat()
+    lora: LoraConfig = LoraConfig()
     run: RunConfig = RunConfig(output=Path("runs/rm"))
     optim: OptimConfig = OptimConfig(lr=9e-6, min_lr=9e-7)
     plan = estimate.reward_model  # for tools/plan.py
@@ -98,12 +100,15 @@ def main(config: Config) -> None:
         labels = f"{start.labels} labels, --num-attributes says {config.num_attributes}"
         raise UserError(f"--model {config.model.model} has {labels}")
     arch = replace(start, labels=config.num_attributes)
-    check_model(arch, config.model, config.parallel, config.overlap_param_gather)
+    adapters = adapter_files.read(config.lora, arch)
+    check_model(arch, config.model, config.parallel, config.overlap_param_gather, adapters)
     per_row = 2 if config.loss == "ranking" else 1
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions, per_row)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, config.overlap_param_gather)}")
-    session.say("the head starts at random" if start.labels == 0 else "the head is that of the model")
+    description = describe_model(arch, config.model, config.overlap_param_gather, adapters)
+    session.say(f"{parallel.layout()}; {description}")
+    owner = "the adapter" if adapter_files.has_head(adapters) else "the model" if start.labels else None
+    session.say(f"the head is that of {owner}" if owner else "the head starts at random")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write_comparisons), session.load_tokenizer()
@@ -135,11 +140,12 @@ def main(config: Config) -> None:
 
     # ---- model -----------------------------------------------------------------------------------
     weights = config.attribute_weights or (1 / config.num_attributes,) * config.num_attributes
-    scorer = gpt.build_scorer(arch, config.model, config.parallel, weights)
+    scorer = gpt.build_scorer(arch, config.model, config.parallel, weights, adapters)
     source = huggingface.open_source(config.model.path, start, config.parallel.seed)
     if start.labels == 0:
         source = huggingface.FreshHead(source, arch, config.parallel.seed)
     huggingface.load(scorer, source)
+    adapter_files.load(scorer, config.parallel.seed)
     scorer = gpt.distributed(scorer, config.overlap_param_gather)
     optimizer = optim.build(scorer, config.optim)
 
@@ -214,7 +220,7 @@ def main(config: Config) -> None:
         tokens = sum(example.num_inputs for row in rows for example in row.scored)
         computed = sum(packing.num_places(row.scored) for row in rows)
         seconds = clock.total("data", "forward_backward", "optimizer")
-        metrics |= speed(arch.matmul_params, tokens, computed, seconds)
+        metrics |= speed(lora.matmul_params(arch, adapters), tokens, computed, seconds)
 
         # evaluate
         if val and session.validates():

@@ -42,8 +42,9 @@ from align.generation.rollout import Rollout, Sample, response_example
 from align.generation.sampling import SamplingConfig
 from align.generation.tape import Tape
 from align.losses import supervised
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.model.lora import LoraConfig
 from align.planning import estimate
 from align.rewards import sources
 from align.rewards.sources import RewardConfig
@@ -82,6 +83,7 @@ class Config(CommonConfig):
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     format: PromptFormat = PromptFormat()
+    lora: LoraConfig = LoraConfig()
     run: RunConfig = RunConfig(output=Path("runs/rs"))
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=1e-6, warmup_steps=0)
@@ -153,11 +155,12 @@ def select_step(config: Config, sampled: Rollout) -> tuple[list[tuple[int, int]]
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    check_model(arch, config.model, config.parallel)
-    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
+    adapters = adapter_files.read(config.lora, arch)
+    check_model(arch, config.model, config.parallel, adapters=adapters)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel, adapters)
     prompts.check_lengths(config.format, config.sampling.max_new_tokens, config.batch, arch.max_positions)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, adapters=adapters)}")
 
     # ---- data ------------------------------------------------------------------------------------
     reward = config.reward.resolved(is_toy=not config.train_data)
@@ -175,8 +178,9 @@ def main(config: Config) -> None:
     judges = sources.reward_sources(
         reward, config.model, config.parallel, config.batch, tokenizer, config.sampling.stop
     )
-    policy = gpt.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
     settings = config.rollout, config.sampling, config.model, config.parallel

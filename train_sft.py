@@ -21,8 +21,9 @@ from align.data.marker_chat import RowFormats
 from align.data.packing import Batch, Example
 from align.distributed import launch, node, parallel
 from align.losses import supervised
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface, lora
 from align.model.config import check_model, describe_model
+from align.model.lora import LoraConfig
 from align.planning import estimate
 from align.tracking.metrics import speed
 from align.tracking.run import RunConfig
@@ -39,6 +40,7 @@ class Config(CommonConfig):
     """overlap the all-gather of updated weights with the next forward pass, by buckets; needs data parallel
     (or context parallel) ranks"""
     format: FormatConfig = FormatConfig()
+    lora: LoraConfig = LoraConfig()
     run: RunConfig = RunConfig(output=Path("runs/sft"))
     plan = estimate.sft  # for tools/plan.py
 
@@ -46,10 +48,12 @@ class Config(CommonConfig):
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    check_model(arch, config.model, config.parallel, config.overlap_param_gather)
+    adapters = adapter_files.read(config.lora, arch)
+    check_model(arch, config.model, config.parallel, config.overlap_param_gather, adapters)
     packing.check_budget(config.format.max_seq_len, config.batch, arch.max_positions)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, config.overlap_param_gather)}")
+    description = describe_model(arch, config.model, config.overlap_param_gather, adapters)
+    session.say(f"{parallel.layout()}; {description}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
@@ -78,8 +82,9 @@ def main(config: Config) -> None:
         return batching.micro_batches(policy, [[example] for example in examples], config.batch)
 
     # ---- model -----------------------------------------------------------------------------------
-    policy = gpt.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy, config.overlap_param_gather)
     optimizer = optim.build(policy, config.optim)
     val_batches = micro_batches(val) if val else []
@@ -118,7 +123,7 @@ def main(config: Config) -> None:
         metrics = {f"train/{name}": value for name, value in update.items()}
         tokens = sum(example.num_inputs for example in examples)
         seconds = clock.total("data", "forward_backward", "optimizer")
-        metrics |= speed(arch.matmul_params, tokens, tokens, seconds)
+        metrics |= speed(lora.matmul_params(arch, adapters), tokens, tokens, seconds)
 
         # evaluate
         if val and session.validates():

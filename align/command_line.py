@@ -20,7 +20,20 @@ from align.help_text import help_text
 C = TypeVar("C")
 BORDER, RULE = re.compile(r"^[│|]|[│|]$"), "─╭╮╰╯+- "  # of the box around tyro's messages
 GROUPS = (  # of flags, in the order of --help; "": those of the script itself
-    *("model", "text", "data", "format", "reward", "judge", "meta", "", "sampling", "rollout", "audit"),
+    *(
+        "model",
+        "lora",
+        "text",
+        "data",
+        "format",
+        "reward",
+        "judge",
+        "meta",
+        "",
+        "sampling",
+        "rollout",
+        "audit",
+    ),
     *("batch", "parallel", "optim", "loop", "checkpoint", "run", "offload"),
 )
 

@@ -18,7 +18,8 @@ LONGEST = (  # files of more than half a minute, by their time in `make test`
     "training/test_resume scripts/test_scripts generation/test_generator scripts/test_ppo_invariance "
     "scripts/test_rs_invariance model/test_parity planning/test_plan scripts/test_self_reward_invariance "
     "museum/test_museum training/test_invariance training/test_offload scripts/test_generate_script "
-    "scripts/test_examples training/test_continuation training/test_damage distributed/test_watchdog"
+    "scripts/test_examples training/test_continuation training/test_damage distributed/test_watchdog "
+    "model/test_lora"
 ).split()
 
 

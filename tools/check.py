@@ -49,6 +49,11 @@ def flags_of_run(module: Any, words: Sequence[str], steps: int, output: Path) ->
     config = parse(module.Config, words, module.__name__)
     if config.checkpoint.resume_from is not None:
         raise UserError("--resume-from: the check starts from --model, leave it out")
+    if getattr(given, "lora", None) and given.lora.enabled:
+        raise UserError(
+            "--lora-rank, --adapter: the reference has no adapters, tests/model/test_lora.py compares them "
+            "with peft: leave it out"
+        )
     words = [*words, *FLAGS, "--max-steps", str(steps), "--output", str(output)]
     if hasattr(module.Config, "critic_warmup_steps"):
         words += ["--critic-warmup-steps", "0"]

@@ -1,8 +1,9 @@
-"""Make a Hugging Face directory of a NeMo archive, or of a checkpoint of ours.
+"""Make a Hugging Face directory of a NeMo archive, of a checkpoint of ours, or of a model and its adapter.
 
     python -m tools.prepare_model nemo --input GPT-2B-001_bf16_tp1.nemo --output models/gpt-2b-001
     python -m tools.prepare_model nemo --input llama3.nemo --tokenizer DIR --output models/llama3
     python -m tools.prepare_model export --checkpoint runs/sft/checkpoints/step_00000100 --output models/sft
+    python -m tools.prepare_model merge --model models/base --adapter runs/sft/adapter --output models/sft
 
 Nothing of the input is run, the output appears when it is complete, and weights keep their precision.
 """
@@ -33,8 +34,9 @@ from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError, one_line
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface, lora
 from align.model.config import ModelConfig
+from align.model.lora import LoraConfig
 from align.training import checkpoint as checkpoints
 from align.training import checkpoint_files
 from tools import nemo_config, nemo_weights
@@ -49,7 +51,7 @@ def main() -> None:
     """Run the subcommand named on the command line; a mistake of the user's is one line."""
     console.adapt()
     with one_line():
-        tyro.extras.subcommand_cli_from_dict({"nemo": nemo, "export": export})
+        tyro.extras.subcommand_cli_from_dict({"nemo": nemo, "export": export, "merge": merge})
 
 
 def nemo(input: Path, output: Path, tokenizer: Path | None = None, ignore: tuple[str, ...] = ()) -> None:
@@ -275,15 +277,18 @@ def export(checkpoint: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
 def build(
     path: Path, start: Path, flags: dict, layout: ParallelConfig
 ) -> tuple[gpt.Decoder, list[Callable[[Path], None]]]:
-    """The model of a checkpoint, its weights not filled, and what its run writes beside it."""
+    """The model of a checkpoint, its trained weights not filled, and what its run writes beside it."""
     shapes = dist_checkpointing.load_tensors_metadata(str(path))
-    precision = DTYPES[shapes["embedding.word_embeddings.weight"].dtype]
+    precision = DTYPES[next(x.dtype for name, x in shapes.items() if not name.startswith("optimizer."))]
     config = ModelConfig(model=flags["model"], precision=precision)
     arch, tokenizer = architecture.read_config(start), load_tokenizer(start)
-    if "score.weight" in shapes:
-        labels = shapes["score.weight"].global_shape[0]
+    labels = shapes["score.weight"].global_shape[0] if "score.weight" in shapes else 0
+    arch = replace(arch, labels=labels)
+    adapters = adapter_files.read(lora_config(flags), arch)
+    if labels:
         weights = flags.get("attribute_weights") or (1 / labels,) * labels
-        scorer = gpt.build_scorer(replace(arch, labels=labels), config, layout, weights)
+        scorer = gpt.build_scorer(arch, config, layout, weights, adapters)
+        load_base(scorer, start, flags)
         return scorer, [tokenizer.save, tokenizer_files.save_pad_token]
     companions: list[Callable[[Path], None]] = [tokenizer.save]
     run = path.parent.parent
@@ -295,7 +300,72 @@ def build(
             shutil.copy(run / "prompt_format.json", directory)
 
         companions.append(copy_format)
-    return gpt.build_policy(arch, config, layout), companions
+    policy = gpt.build_policy(arch, config, layout, adapters=adapters)
+    load_base(policy, start, flags)
+    return policy, companions
+
+
+def lora_config(flags: dict) -> LoraConfig:
+    """The flags of a run's adapters; earlier versions had none."""
+    values = {name: flags[name] for name in vars(LoraConfig()) if name in flags}
+    if values.get("adapter"):
+        values["adapter"] = Path(values["adapter"])
+    return LoraConfig(**values | {"lora_targets": tuple(values.get("lora_targets", ()))})
+
+
+def load_base(model: gpt.Decoder, start: Path, flags: dict) -> None:
+    """Fill the frozen weights of a model with adapters, which a checkpoint does not hold."""
+    if model.adapters:
+        arch = architecture.read_config(start)
+        source = huggingface.open_source(start, arch, flags["seed"])
+        if model.arch.labels and not arch.labels:
+            source = huggingface.FreshHead(source, model.arch, flags["seed"])  # the checkpoint has the head
+        huggingface.load(model, source)
+
+
+def merge(model: Path, adapter: Path, output: Path, tp: int = 1, pp: int = 1) -> None:
+    """Merge an adapter, of this project or of peft, into its model.
+
+    The sum is computed in fp32 and written in the model's precision. A model that one process has no memory
+    for needs torchrun, and --tp or --pp.
+
+    Args:
+        model: Hugging Face directory of the base model
+        adapter: directory of the adapter
+        output: directory to write
+        tp: tensor parallel size
+        pp: pipeline parallel size
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists: remove it, or give another directory")
+    start = architecture.read_config(model)
+    arch = replace(start, labels=adapter_files.num_labels(adapter) or start.labels)
+    adapters, tokenizer = adapter_files.read_config(adapter, arch), load_tokenizer(model)
+    companions, layout = [tokenizer.save], ParallelConfig(tp=tp, pp=pp)
+    with parallel.start(layout):
+        source = huggingface.open_source(model, start, 0)
+        config = ModelConfig(model=str(model), precision=precision_of(source, model))
+        if arch.labels:
+            merged: gpt.Decoder = gpt.build_scorer(arch, config, layout, adapters=adapters)
+            source = source if start.labels else huggingface.FreshHead(source, arch, 0)
+            companions.append(tokenizer_files.save_pad_token)
+        else:
+            merged = gpt.build_policy(arch, config, layout, adapters=adapters)
+        huggingface.load(merged, source)
+        for module in lora.modules(merged):  # the adapter's own precision may be higher
+            module.lora_A.data, module.lora_B.data = module.lora_A.data.float(), module.lora_B.data.float()
+        adapter_files.load(merged, 0)
+        huggingface.save(merged, model, output, companions)
+        if parallel.is_main():
+            print(f"the model is in {output}")
+
+
+def precision_of(source: huggingface.Source, model: Path) -> Literal["fp32", "bf16"]:
+    """Precision of a model's weights. Raises UserError for one that none is trained in."""
+    dtype = source.read("model.norm.weight").dtype
+    if dtype not in DTYPES:
+        raise UserError(f"--model {model} is stored in {dtype}: convert it to bfloat16 or float32 first")
+    return DTYPES[dtype]
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def enable() -> None:
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
     # Megatron multiplies by torch's fp32 product, slow on some processors: see align/kernels/matmul.py.
-    name = "linear_with_grad_accumulation_and_async_allreduce"
-    setattr(layers, name, linear_by_onednn(getattr(layers, name)))
+    for name in ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight"):
+        setattr(layers, name, linear_by_onednn(getattr(layers, name)))
     keep_memory()
     methods = {  # without CUDA Tensor.cuda could only raise
         "cuda": lambda self, *_, **__: self,

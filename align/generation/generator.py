@@ -36,6 +36,7 @@ from align.model import gpt
 from align.model.architecture import Architecture
 from align.model.config import ModelConfig
 from align.model.gpt import Policy
+from align.model.lora import Adapters
 from align.training import offload
 
 
@@ -274,8 +275,14 @@ def check_rollout(
     sampling_config: SamplingConfig,
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
+    adapters: Adapters | None = None,
 ) -> None:
     """Refuse a sampler that this model, machine or number of processes does not allow."""
+    if config.generate_with == "trtllm" and adapters:
+        raise UserError(
+            "--generate-with trtllm: its engine has no adapters (--lora-rank, --adapter), and merging rounds "
+            "them to bf16: leave it out"
+        )
     if config.generate_with == "trtllm":
         trtllm.check_trtllm(sampling_config, model_config, parallel_config)
     if config.generate_with == "trtllm" or config.reshards(parallel_config):

@@ -21,16 +21,19 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from align.kernels.matmul import linear, pack
+from align.model import adapter_files
 from align.model.attention import attend, attend_to_cache, flash, uses_flash
 from align.model.gpt import Policy
 from align.model.huggingface_names import named_parameters
 from align.model.layers import apply_rotary, layer_norm, rms_norm, rotary_cos_sin, squared_relu, swiglu
+from align.model.lora import AdaptedColumn
 
 GROWTH = 32  # tokens by which the KV cache grows
 GROWTH_GPU = 256  # each growth costs new CUDA graphs, and unused room is not read
 WHOLE = 0.8  # share of a GPU's free memory that the cache may take at once
 
 NO_GPU = "no GPU"
+PRODUCTS = {"linear_qkv": "qkv", "linear_proj": "out", "linear_fc1": "gate_up", "linear_fc2": "down"}
 
 # number of the layer; queries and key of each group [n, groups, queries + 1, d]; value [n, groups, d];
 # cosines and sines [n, 1, 1, d/2] -> the heads' outputs [n, heads * d]
@@ -43,6 +46,18 @@ class PrefilledPrompt:
 
     cache: Tensor  # [layers, 2, groups, n, d], rotated keys and values
     logits: Tensor | None  # [V] float32, of the next token; on the last stage only
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """This rank's adapter of a matrix product; its output is this rank's rows, or its part of a sum."""
+
+    inner: Tensor
+    outer: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(linear(x, self.inner) * self.scale, self.outer)
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ class Layer:
     gate_up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
+    adapters: dict[str, LowRank]  # by name of the matrix above; none for most models
 
 
 class InferenceModel:
@@ -90,7 +106,10 @@ class InferenceModel:
         self.activation = {"swiglu": swiglu, "relu2": squared_relu}[arch.activation]
         weights: dict[str, Tensor] = {name: parameter for _, parameter, name in named_parameters(policy)}
         numbers = sorted(layer.layer_number - 1 for layer in policy.decoder.layers)
-        self.layers = [self.layer(weights, f"model.layers.{number}.") for number in numbers]
+        adapters = self.low_rank(policy)
+        self.layers = [
+            self.layer(weights, f"model.layers.{number}.", adapters.get(number, {})) for number in numbers
+        ]
         # Tensors of the stages that have them: the first, with tied embeddings also the last; the last.
         self.embedding: Any = weights.get("model.embed_tokens.weight")
         head: Any = weights.get("lm_head.weight", self.embedding)
@@ -106,7 +125,16 @@ class InferenceModel:
         """True if attention is align/kernels/decode_attention.py."""
         return self.device.type == "cuda"
 
-    def layer(self, weights: dict[str, Tensor], prefix: str) -> Layer:
+    def low_rank(self, policy: Policy) -> dict[int, dict[str, LowRank]]:
+        """The adapters of each layer, by its number."""
+        layers: dict[int, dict[str, LowRank]] = {}
+        for number, module in adapter_files.adapted_modules(policy):
+            outer = self.compute(module.spread) if isinstance(module, AdaptedColumn) else module.lora_B
+            name = PRODUCTS[module.place.module]
+            layers.setdefault(number, {})[name] = LowRank(module.lora_A, outer, module.place.adapters.scale)
+        return layers
+
+    def layer(self, weights: dict[str, Tensor], prefix: str, adapters: dict[str, LowRank]) -> Layer:
         """The weights of a layer, by the `prefix` of their names."""
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         qk_norm = None
@@ -126,6 +154,7 @@ class InferenceModel:
             gate_up_bias=weights.get(f"{mlp}*_proj.bias"),
             down=pack(weights[f"{mlp}down_proj.weight"]),
             down_bias=weights.get(f"{mlp}down_proj.bias"),
+            adapters=adapters,
         )
 
     def norm_weights(self, weights: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
@@ -280,22 +309,25 @@ class InferenceModel:
         cos, sin = (part[:, None] for part in angles)
         norm, eps = self.norm, self.arch.norm_eps
         for number, layer in enumerate(self.layers):
-            qkv = self.own_heads(linear(norm(x, *layer.input_norm, eps), layer.qkv, layer.qkv_bias))
+            inner = norm(x, *layer.input_norm, eps)
+            qkv = self.own_heads(adapted(linear(inner, layer.qkv, layer.qkv_bias), inner, layer, "qkv"))
             qk, v = qkv[:, :, :-1], qkv[:, :, -1]
             if layer.qk_norm is not None:
                 qk = rms_norm(qk, layer.qk_norm, eps)
-            x = self.add_linear(x, attention(number, qk, v, cos, sin), layer.out, layer.out_bias)
-            inner = linear(norm(x, *layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
-            x = self.add_linear(x, self.activation(inner), layer.down, layer.down_bias)
+            x = self.add_linear(x, attention(number, qk, v, cos, sin), layer, "out")
+            inner = norm(x, *layer.mlp_norm, eps)
+            inner = adapted(linear(inner, layer.gate_up, layer.gate_up_bias), inner, layer, "gate_up")
+            x = self.add_linear(x, self.activation(inner), layer, "down")
         return x
 
-    def add_linear(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x + y weight^T + bias, for a weight with columns split over the tensor parallel ranks."""
+    def add_linear(self, x: Tensor, y: Tensor, layer: Layer, name: str) -> Tensor:
+        """x + y weight^T + bias, for "out" or "down", whose columns are split over tensor parallel ranks."""
+        weight, bias = getattr(layer, name), getattr(layer, f"{name}_bias")
         if bias is not None:
             x = x + bias
         if x.is_cuda and self.tp.size() == 1:
-            return x.addmm_(y, weight.t())  # one kernel, and one rounding
-        return x + self.sum(linear(y, weight))
+            return adapted(x.addmm_(y, weight.t()), y, layer, name)  # one kernel, and one rounding
+        return x + self.sum(adapted(linear(y, weight), y, layer, name))
 
     def own_heads(self, qkv: Tensor) -> Tensor:
         """Split a product [n, rows] by this rank's heads, [n, groups, queries + 2, d], key and value last."""
@@ -324,6 +356,12 @@ class InferenceModel:
         if self.tp.size() > 1:
             dist.all_reduce(x, group=self.tp)
         return x
+
+
+def adapted(output: Tensor, x: Tensor, layer: Layer, name: str) -> Tensor:
+    """The output of a matrix product of x, with its adapter's if it has one."""
+    adapter = layer.adapters.get(name)
+    return output if adapter is None else output + adapter(x)
 
 
 def split_cache(x: Tensor, lengths: list[int]) -> list[Tensor]:

@@ -78,8 +78,8 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # noqa: ANN001
         rows = padded(x.reshape(-1, x.shape[-1]))
-        ctx.save_for_backward(rows, weight)
-        ctx.shape, ctx.biased = x.shape, bias is not None
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape = x.shape
         count = x.shape[:-1].numel()
         return linear(rows, weight, bias)[:count].view(*x.shape[:-1], len(weight))
 
@@ -88,8 +88,9 @@ class Linear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grads = padded(grad)
-        grad_x = product(grads, weight)[: len(grad)].view(ctx.shape)
-        return grad_x, product(grads.t(), rows), grad.sum(0) if ctx.biased else None
+        grad_x = product(grads, weight)[: len(grad)].view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = None if rows is None else product(grads.t(), rows)  # None: the weight is frozen
+        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from align.files import ASSETS
 from align.kernels import matmul
 from align.model.architecture import Architecture
 from align.model.attention import flash_kernel, uses_flash
+from align.model.lora import Adapters, all_weights
 
 FP8_MULTIPLE = 16  # divides the sizes of an 8-bit product
 
@@ -51,10 +52,16 @@ class ModelConfig:
 
 
 def check_model(
-    arch: Architecture, config: ModelConfig, parallel: ParallelConfig, overlap_param_gather: bool = False
+    arch: Architecture,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    overlap_param_gather: bool = False,
+    adapters: Adapters | None = None,
 ) -> None:
     """Refuse a layout that this model does not allow, before anything is built."""
     tp, pp = parallel.tp, parallel.pp
+    if adapters:
+        check_adapters(config, overlap_param_gather)
     if overlap_param_gather and not overlaps_gradients():
         raise UserError(
             "--overlap-param-gather: one rank holds all main weights, so there is nothing to gather: leave "
@@ -72,7 +79,11 @@ def check_model(
     if arch.layers % (pp * parallel.vp):
         flags = f"--pp {pp}" + (f" x --vp {parallel.vp} = {pp * parallel.vp}" if parallel.vp > 1 else "")
         raise UserError(f"{flags} does not divide the model's {arch.layers} layers")
-    if uses_te(config) and (arch.window is not None or parallel.cp > 1 or arch.out_bias or arch.mlp_bias):
+    if (
+        adapters is None
+        and uses_te(config)
+        and (arch.window is not None or parallel.cp > 1 or arch.out_bias or arch.mlp_bias)
+    ):
         raise UserError(
             f"--attention {config.attention} is Transformer Engine's here, without sliding windows, --cp "
             "above 1, attention_bias and mlp_bias: give --attention torch"
@@ -82,6 +93,20 @@ def check_model(
     if config.keep_logits and config.dtype == torch.float32:
         raise UserError(
             "--keep-logits and --precision fp32, whose logits are overwritten: give --precision bf16"
+        )
+
+
+def check_adapters(config: ModelConfig, overlap_param_gather: bool) -> None:
+    """Refuse flags that adapters do not work with, or that have no use beside them."""
+    if config.attention == "te" or config.fp8:
+        flag = "--fp8" if config.fp8 else "--attention te"
+        raise UserError(
+            f"{flag}: Transformer Engine's layers norm their input inside and have no adapters (--lora-rank, "
+            "--adapter): leave it out"
+        )
+    if overlap_param_gather:
+        raise UserError(
+            "--overlap-param-gather: adapters (--lora-rank, --adapter) are gathered in no time: leave it out"
         )
 
 
@@ -105,7 +130,10 @@ def check_fp8(arch: Architecture, config: ModelConfig, tp: int) -> None:
 
 
 def uses_te(config: ModelConfig) -> bool:
-    """True if Transformer Engine computes the layers. Raises UserError for --attention te without it."""
+    """True if Transformer Engine computes the layers of a model without adapters.
+
+    Raises UserError for --attention te without it.
+    """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if config.attention == "te" and not (HAVE_TE and torch.cuda.is_available()):
@@ -115,9 +143,14 @@ def uses_te(config: ModelConfig) -> bool:
     return config.attention != "torch" and HAVE_TE and torch.cuda.is_available()
 
 
-def describe_model(arch: Architecture, config: ModelConfig, overlap_param_gather: bool = False) -> str:
-    """Model, precision and kernels, for the log."""
-    if uses_te(config):
+def describe_model(
+    arch: Architecture,
+    config: ModelConfig,
+    overlap_param_gather: bool = False,
+    adapters: Adapters | None = None,
+) -> str:
+    """Model, precision, kernels and adapters, for the log."""
+    if adapters is None and uses_te(config):
         kernels = f"Transformer Engine {get_te_version()}{', fp8' if config.fp8 else ''}"
     elif not torch.cuda.is_available():
         kernels = f"torch kernels, {matmul.kernels(config.dtype)}"
@@ -130,11 +163,10 @@ def describe_model(arch: Architecture, config: ModelConfig, overlap_param_gather
     if overlap_param_gather:
         kernels += ", weights gathered during the forward pass"
     precision = str(config.dtype).removeprefix("torch.")
-    is_tied = arch.tied_embeddings and not arch.labels
-    weights = arch.matmul_params + (0 if is_tied else arch.vocab_size * arch.hidden_size)
-    size = f"{weights / 1e6:.1f} M weights"
+    size = f"{all_weights(arch) / 1e6:.1f} M weights"
     commit = f" ({config.path.name})" if config.path.parent.name == "snapshots" else ""
-    return f"{arch.family} with {size} from {config.model}{commit}, {precision}, {kernels}"
+    trained = f"; {adapters.describe(arch)}" if adapters else ""
+    return f"{arch.family} with {size} from {config.model}{commit}, {precision}, {kernels}{trained}"
 
 
 def overlaps_gradients() -> bool:

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from align.distributed.parallel import ParallelConfig, device
 from align.errors import UserError
+from align.model import lora
 from align.model.architecture import Architecture
 from align.model.attention import PackedAttentionParams
 from align.model.config import ModelConfig, check_model, overlaps_gradients, uses_te
 from align.model.layers import rotary_cos_sin
 from align.model.logprobs import target_logprobs
+from align.model.lora import Adapters
 from align.model.spec import (
     block_spec,
     mark_tensor_parallel,
@@ -55,18 +57,21 @@ class Decoder(GPTModel):
         groups: ProcessGroupCollection | None = None,
         embedding_rows: int | None = None,
         vp_stage: int | None = None,
+        adapters: Adapters | None = None,
     ):
         """
         Args:
             groups: process groups, by default training's.
             embedding_rows: V with its padding.
             vp_stage: number of this stage among the --vp stages of the rank.
+            adapters: trained in place of the weights; align.model.adapter_files.load fills them.
         """
-        groups, te = groups or ProcessGroupCollection.use_mpu_process_groups(), uses_te(config)
+        groups = groups or ProcessGroupCollection.use_mpu_process_groups()
+        te = adapters is None and uses_te(config)
         megatron_config = transformer_config(arch, config, parallel, te)
         super().__init__(
             megatron_config,
-            block_spec(megatron_config, arch, te, vp_stage),
+            block_spec(megatron_config, arch, te, vp_stage, adapters),
             vocab_size=embedding_rows or padded_vocab_size(arch.vocab_size, parallel.tp),
             max_sequence_length=arch.max_positions,
             pre_process=groups.pp.rank() == 0 and not vp_stage,
@@ -77,11 +82,13 @@ class Decoder(GPTModel):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        self.arch, self.te = arch, te
+        self.arch, self.te, self.adapters = arch, te, adapters
         self.frequencies = rotary_frequencies(arch).to(device())
         scale = rotary_scale(arch)
         self.rotary_scale = None if scale is None else scale.to(device())
         mark_tensor_parallel(self, arch)
+        if adapters:
+            lora.freeze_base(self)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: PackedAttentionParams, **rest: None
@@ -90,11 +97,24 @@ class Decoder(GPTModel):
         packed_seq_params.rotation = rotary_cos_sin(
             position_ids[0], self.frequencies, self.config.params_dtype, self.rotary_scale
         )
-        return super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **rest)
+        hidden, *others = super()._preprocess(
+            input_ids, position_ids, packed_seq_params=packed_seq_params, **rest
+        )
+        if self.adapters and self.pre_process and torch.is_grad_enabled():
+            hidden.requires_grad_()  # a recomputed layer has gradients only if its input has one
+        return hidden, *others
 
     def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
-        """The weights for checkpoints, with equal names for all kernels."""
-        return without_extra_state(super().sharded_state_dict(*args, **kwargs))
+        """The trained weights for checkpoints, with equal names for all kernels."""
+        return self.stored_state(super().sharded_state_dict(*args, **kwargs))
+
+    def stored_state(self, state: dict) -> dict:
+        """Drop weights that adapters freeze, and the extra state of linear layers.
+
+        The latter is not used: --fp8 computes its scales at each product.
+        """
+        state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+        return {name: value for name, value in state.items() if not self.adapters or lora.is_trained(name)}
 
 
 class Policy(Decoder):
@@ -116,8 +136,10 @@ class Policy(Decoder):
         entropy: bool = False,
         entropy_grad: bool = True,
         vp_stage: int | None = None,
+        adapters: Adapters | None = None,
     ):
-        super().__init__(arch, config, parallel, arch.tied_embeddings, groups, embedding_rows, vp_stage)
+        tied = arch.tied_embeddings
+        super().__init__(arch, config, parallel, tied, groups, embedding_rows, vp_stage, adapters)
         self.temperature, self.known_ids, self.keep_logits = temperature, arch.vocab_size, config.keep_logits
         self.entropy, self.entropy_grad = entropy, entropy_grad
 
@@ -157,9 +179,10 @@ class Scorer(Decoder):
         parallel: ParallelConfig,
         label_weights: Sequence[float],
         vp_stage: int | None = None,
+        adapters: Adapters | None = None,
     ):
         """`label_weights`: weights of the A labels in the exported score."""
-        super().__init__(arch, config, parallel, tied=False, vp_stage=vp_stage)
+        super().__init__(arch, config, parallel, tied=False, vp_stage=vp_stage, adapters=adapters)
         assert len(label_weights) == arch.labels
         self.label_weights = torch.tensor(label_weights, dtype=torch.float32, device=device())
         self.output_layer = None
@@ -181,17 +204,16 @@ class Scorer(Decoder):
         return hidden_states.squeeze(1).float() @ self.score.weight.float().t()
 
     def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
-        """The weights for checkpoints, by MegatronModule's method: GPTModel's requires an output layer."""
-        return without_extra_state(MegatronModule.sharded_state_dict(self, *args, **kwargs))
+        """As of a Decoder, by MegatronModule's method: GPTModel's requires an output layer."""
+        return self.stored_state(MegatronModule.sharded_state_dict(self, *args, **kwargs))
 
     def one_label(self) -> Tensor:
-        """The head [1, H] of the exported score, the weighted sum of the labels."""
-        return (self.label_weights @ self.score.weight.float())[None].to(self.score.weight.dtype)
+        """The head [1, H] of the exported score."""
+        return self.merge_labels(self.score.weight)
 
-
-def without_extra_state(state: dict) -> dict:
-    """Drop the extra state of linear layers, which is not used: --fp8 computes its scales at each product."""
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    def merge_labels(self, head: Tensor) -> Tensor:
+        """The weighted sum [1, H] of the labels of a head [A, H]."""
+        return (self.label_weights @ head.float())[None].to(head.dtype)
 
 
 class Interleaved(MegatronModule):
@@ -205,6 +227,7 @@ class Interleaved(MegatronModule):
         first, last = stages[0], stages[-1]
         self.stages = tuple(stages)  # no submodules: their parameters are named below
         self.arch, self.te, self.pg_collection = first.arch, first.te, first.pg_collection
+        self.adapters = first.adapters
         self.pre_process, self.post_process = first.pre_process, last.post_process
         self.share_embeddings_and_output_weights = first.share_embeddings_and_output_weights
         if self.pre_process:
@@ -255,6 +278,7 @@ def build_policy(
     temperature: float = 1.0,
     entropy: bool = False,
     entropy_grad: bool = True,
+    adapters: Adapters | None = None,
 ) -> Policy | Interleaved:
     """Build this rank's shard of a language model, its weights not yet filled; see Policy for the output."""
     if arch.labels:
@@ -273,6 +297,7 @@ def build_policy(
             entropy=entropy,
             entropy_grad=entropy_grad,
             vp_stage=vp_stage,
+            adapters=adapters,
         )
 
     return interleaved(build, parallel.vp)
@@ -286,17 +311,23 @@ def in_layout(policy: Policy | Interleaved, config: ModelConfig, groups: Process
         raise UserError(
             f"--rollout-tp {parallel.tp} does not divide the {embedding_rows} rows of the embedding"
         )
-    copy = Policy(arch, config, parallel, groups, embedding_rows)
+    copy = Policy(arch, config, parallel, groups, embedding_rows, adapters=policy.adapters)
     copy.known_ids = stages(policy)[-1].known_ids
     return copy
 
 
 def build_scorer(
-    arch: Architecture, config: ModelConfig, parallel: ParallelConfig, label_weights: Sequence[float] = (1.0,)
+    arch: Architecture,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    label_weights: Sequence[float] = (1.0,),
+    adapters: Adapters | None = None,
 ) -> Scorer | Interleaved:
     """Build this rank's shard of a reward model (`arch.labels` > 0), its weights not yet filled."""
     check_model(arch, config, parallel)
-    return interleaved(lambda stage: Scorer(arch, config, parallel, label_weights, stage), parallel.vp)
+    return interleaved(
+        lambda stage: Scorer(arch, config, parallel, label_weights, stage, adapters), parallel.vp
+    )
 
 
 def distributed(model: Decoder | Interleaved, overlap_param_gather: bool = False) -> DistributedDataParallel:

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from align.distributed import parallel
 from align.errors import UserError
 from align.files import ASSETS
+from align.model import lora
 from align.model.architecture import Architecture
 from align.model.gpt import Decoder, Interleaved, stages
 from align.model.huggingface_names import (
@@ -171,8 +172,8 @@ def save(
 ) -> None:
     """Write config.json, generation_config.json and safetensors files for transformers.
 
-    Weights are written in the precision of training, without loss. The directory is complete or absent: it
-    appears by one rename. Collective.
+    Weights are written in the precision of training, without loss; adapters are merged into them. The
+    directory is complete or absent: it appears by one rename. Collective.
 
     Args:
         start_from: the directory of the model that training began with; its configuration is kept.
@@ -261,7 +262,8 @@ def gather_files(model: Decoder | Interleaved, files: list[set[str]]) -> dict[st
     """
     rank = mpu.get_tensor_model_parallel_rank()
     tensors: dict[str, Tensor] = {}
-    streams = [gathered(model, names, owner) for owner, names in enumerate(files)]
+    values = lora.merged_weights(model)
+    streams = [gathered(model, names, owner, values) for owner, names in enumerate(files)]
     for joined in itertools.zip_longest(*streams, fillvalue=()):
         for name, tensor in joined[rank] if rank < len(files) else ():
             if name in files[rank]:
@@ -270,7 +272,7 @@ def gather_files(model: Decoder | Interleaved, files: list[set[str]]) -> dict[st
 
 
 def gathered(
-    model: Decoder | Interleaved, names: set[str], owner: int
+    model: Decoder | Interleaved, names: set[str], owner: int, values: Callable[[nn.Parameter], Tensor]
 ) -> Iterator[Iterable[tuple[str, Tensor]]]:
     """Gather the parameters of some tensors on one tensor parallel rank. Collective.
 
@@ -279,19 +281,19 @@ def gathered(
     for name, parameter, hf_name in stored(model):
         if names.isdisjoint(split_name(hf_name, model.arch)):
             continue
-        parts = gather_parts(parameter, owner)
+        parts = gather_parts(values(parameter), owner)
         if parts and name == "score.weight":
             parts = [stages(model)[-1].one_label()]
         yield join(parts, model.arch, name, hf_name) if parts else ()
 
 
-def gather_parts(parameter: nn.Parameter, owner: int) -> list[Tensor] | None:
-    """Gather a parameter on one tensor parallel rank; None on the others. Collective."""
+def gather_parts(own: Tensor, owner: int) -> list[Tensor] | None:
+    """Gather a split tensor on one tensor parallel rank; None on the others. Collective."""
     group = mpu.get_tensor_model_parallel_group()
     if group.size() == 1:
-        return [parameter.data]
-    parts = [torch.empty_like(parameter) for _ in range(group.size())] if group.rank() == owner else None
-    dist.gather(parameter.data.contiguous(), parts, dst=dist.get_global_rank(group, owner), group=group)
+        return [own]
+    parts = [torch.empty_like(own) for _ in range(group.size())] if group.rank() == owner else None
+    dist.gather(own.contiguous(), parts, dst=dist.get_global_rank(group, owner), group=group)
     return parts
 
 
@@ -328,19 +330,32 @@ def whole_tensors(
 
     values: reads a tensor of a parameter's shape, of one dtype for all parameters, such as its gradient.
     """
-    group, like = mpu.get_pipeline_model_parallel_group(), values(next(model.parameters()))
     shapes = tensor_shapes(model.arch)
-    own_names = [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)]
-    names: list[Any] = [None] * group.size()
-    dist.all_gather_object(names, own_names, group)
-    for stage, of_stage in enumerate(names):
-        own = stage_tensors(model, values) if stage == group.rank() else None
-        for name in of_stage:
-            if own is None:
-                tensor = like.new_empty(shapes[name])
-            else:
+    names = [name for _, _, hf_name in stored(model) for name in split_name(hf_name, model.arch)]
+    own = stage_tensors(model, values)
+    like = values(next(parameter for _, parameter, _ in stored(model)))
+    yield from of_all_stages({name: shapes[name] for name in names}, own, like)
+
+
+def of_all_stages(
+    shapes: dict[str, tuple[int, ...]], own: Iterator[tuple[str, Tensor]], like: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every pipeline stage, in one order on every rank. Collective.
+
+    Args:
+        shapes: of the tensors of this stage, in their order.
+        own: these tensors, which must have the precision and the device of `like`.
+    """
+    group = mpu.get_pipeline_model_parallel_group()
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, shapes, group)
+    for stage, of_stage in enumerate(gathered):
+        for name, shape in of_stage.items():
+            if stage == group.rank():
                 own_name, tensor = next(own)
-                assert own_name == name and tensor.shape == shapes[name], (own_name, name)
+                assert own_name == name and tensor.shape == shape, (own_name, name, tensor.shape, shape)
+            else:
+                tensor = like.new_empty(shape)
             if group.size() > 1:
                 dist.broadcast(tensor.contiguous(), dist.get_global_rank(group, stage), group=group)
             yield name, tensor
@@ -350,14 +365,18 @@ def stage_tensors(
     model: Decoder | Interleaved, values: Callable[[nn.Parameter], Tensor] = weight_of
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of this stage, on its tensor parallel ranks. Collective."""
-    group = mpu.get_tensor_model_parallel_group()
     for name, parameter, hf_name in stored(model):
-        own = values(parameter)
-        parts = [own]
-        if group.size() > 1:
-            parts = [torch.empty_like(own) for _ in range(group.size())]
-            dist.all_gather(parts, own.contiguous(), group=group)
-        yield from join(parts, model.arch, name, hf_name)
+        yield from join(all_parts(values(parameter)), model.arch, name, hf_name)
+
+
+def all_parts(own: Tensor) -> list[Tensor]:
+    """Gather a split tensor on every tensor parallel rank. Collective."""
+    group = mpu.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return [own]
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(parts, own.contiguous(), group=group)
+    return parts
 
 
 def write_index(directory: Path, written: dict[str, tuple[str, int]]) -> None:

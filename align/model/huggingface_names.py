@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from align.model.architecture import Architecture
 from align.model.gpt import Decoder, Interleaved
+from align.model.lora import is_adapter
 
 OUTER_NAMES = {  # of modules: Megatron's, Hugging Face's
     "embedding.word_embeddings": "model.embed_tokens",
@@ -77,11 +78,14 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def named_parameters(model: Decoder | Interleaved) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Yield (Megatron's name, parameter, Hugging Face's name) of each parameter on this rank.
+    """Yield (Megatron's name, parameter, Hugging Face's name) of each parameter of the model on this rank.
 
-    A Hugging Face name with a * means several tensors: q, k, v or gate, up (or up alone).
+    Those of adapters are left out: align.model.adapter_files names them. A Hugging Face name with a * means
+    several tensors: q, k, v or gate, up (or up alone).
     """
     for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            continue
         module, kind = re.split("[._](?=(?:weight|bias)$)", name)  # linear_qkv.layer_norm_weight, too
         if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module):
             layer = model.decoder.layers[int(match[1])].layer_number - 1  # its number in the whole model

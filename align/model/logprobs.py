@@ -117,10 +117,10 @@ class TargetLogProbs(torch.autograd.Function):
             slopes = grad_entropy / ctx.temperature
             offsets = grad + slopes * entropies
         grad_hidden = torch.empty_like(hidden)
-        if ctx.main_grad is None:
-            total = torch.zeros_like(weight, dtype=torch.float32)
-        else:
-            total = ctx.main_grad
+        total = None  # a frozen weight has no gradient
+        if ctx.needs_input_grad[1]:
+            is_new = ctx.main_grad is None
+            total = torch.zeros_like(weight, dtype=torch.float32) if is_new else ctx.main_grad
         for number, here in enumerate(chunks(hidden, weight)):
             z = products[number] if products else linear(hidden[here], weight)
             z, *rest = logits(z, ctx.first, ctx.vocab_size, ctx.temperature)
@@ -129,9 +129,11 @@ class TargetLogProbs(torch.autograd.Function):
             ]
             z = logits_grad_(z, *columns, ctx.first, hidden.dtype, *rest)
             grad_hidden[here] = product(z, weight)
-            add_product(total, z.t(), hidden[here])
-        grad_weight = total.to(weight.dtype) if ctx.main_grad is None else added(weight)
-        return grad_hidden, grad_weight, *[None] * 7
+            if total is not None:
+                add_product(total, z.t(), hidden[here])
+        if total is not None:
+            total = total.to(weight.dtype) if ctx.main_grad is None else added(weight)
+        return grad_hidden, total, *[None] * 7
 
 
 def added(weight: Any) -> Tensor:

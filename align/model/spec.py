@@ -27,6 +27,7 @@ from align.model.architecture import Architecture
 from align.model.attention import TorchAttention
 from align.model.config import ModelConfig
 from align.model.layers import ACTIVATIONS, NORMS
+from align.model.lora import Adapters, adapted
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -96,16 +97,16 @@ def transformer_config(
 
 
 def block_spec(
-    config: TransformerConfig, arch: Architecture, te: bool, vp_stage: int | None
+    config: TransformerConfig, arch: Architecture, te: bool, vp_stage: int | None, adapters: Adapters | None
 ) -> TransformerBlockSubmodules:
     """Spec of this stage's layers, and of the norm after them."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(arch, te)] * get_num_layers_to_build(config, vp_stage),
+        layer_specs=[layer_spec(arch, te, adapters)] * get_num_layers_to_build(config, vp_stage),
         layer_norm=NORMS[arch.norm],
     )
 
 
-def layer_spec(arch: Architecture, te: bool) -> ModuleSpec:
+def layer_spec(arch: Architecture, te: bool, adapters: Adapters | None = None) -> ModuleSpec:
     """Spec of a layer with our norm and activation. `te`: linears and attention of Transformer Engine."""
     norm, names = NORMS[arch.norm], {}
     column, row, attention, outer_norm = ColumnParallelLinear, RowParallelLinear, TorchAttention, norm
@@ -115,6 +116,8 @@ def layer_spec(arch: Architecture, te: bool) -> ModuleSpec:
         column, row, attention = transformer_engine.LAYERS
         outer_norm, names = IdentityOp, transformer_engine.CHECKPOINT_NAMES  # `column` norms its input
     qk_norm = norm if arch.qk_norm else IdentityOp
+    qkv, fc1 = (adapted(column, name, arch, adapters) for name in ("linear_qkv", "linear_fc1"))
+    proj, fc2 = (adapted(row, name, arch, adapters) for name in ("linear_proj", "linear_fc2"))
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -123,9 +126,9 @@ def layer_spec(arch: Architecture, te: bool) -> ModuleSpec:
                 SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column,
+                    linear_qkv=qkv,
                     core_attention=attention,
-                    linear_proj=linear(row, arch.out_bias),
+                    linear_proj=linear(proj, arch.out_bias),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -135,8 +138,8 @@ def layer_spec(arch: Architecture, te: bool) -> ModuleSpec:
             mlp=ModuleSpec(
                 MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=linear(column, arch.mlp_bias),
-                    linear_fc2=linear(row, arch.mlp_bias),
+                    linear_fc1=linear(fc1, arch.mlp_bias),
+                    linear_fc2=linear(fc2, arch.mlp_bias),
                     activation_func=ACTIVATIONS[arch.activation],
                 ),
             ),

@@ -79,11 +79,12 @@ def self_rewarding(config: Any, cluster: Cluster) -> Job:
 def resolve_offload(config: Any) -> OffloadConfig:
     """Decide --offload auto for the GPUs of this run: on, if its models do not fit at once.
 
-    It is on with TensorRT-LLM, too, of whose engine there are no figures.
+    It is on with TensorRT-LLM and with adapters, too, of which there are no figures.
     """
     if config.offload.offload != "auto" or not torch.cuda.is_available():
         return config.offload
-    if config.rollout.generate_with == "trtllm":
+    lora = getattr(config, "lora", None)
+    if config.rollout.generate_with == "trtllm" or (lora and lora.enabled):
         return OffloadConfig("on")
     size = torch.cuda.get_device_properties(parallel.device()).total_memory / 1e9
     job = config.plan(Cluster(gpus_per_node=dist.get_world_size(), gpu_memory=size))
@@ -137,6 +138,9 @@ def from_prompts(job: Job) -> Job:
 
 def checked(job: Job) -> Job:
     """The job, if parallel sizes fit the machines and the models. Raises UserError."""
+    if getattr(job.config, "lora", None) and job.config.lora.enabled:
+        flag = f"--adapter {job.config.lora.adapter}" if job.config.lora.adapter else "--lora-rank"
+        raise UserError(f"{flag}: tools.plan knows no runs with adapters, docs/lora.md says what they need")
     check_world(job.config, job.cluster.world)
     for arch in (*job.trained.values(), *job.frozen.values()):
         # Transformer Engine's own limits are for the machine that has it.

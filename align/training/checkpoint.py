@@ -275,9 +275,10 @@ def load_weights(path: Path, model: MegatronModule) -> None:
 
 
 def fill(model: MegatronModule, state: dict) -> None:
-    """Copy loaded tensors to a model; every weight must be among them."""
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    assert not [name for name in missing if "_extra_state" not in name], missing
+    """Copy loaded tensors to a model; every trained weight must be among them."""
+    missing = set(model.load_state_dict(state, strict=False).missing_keys)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not missing & trained, missing & trained
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -1,21 +1,25 @@
-"""The gradient of a step by Hugging Face name, whole, whichever ranks hold its parts."""
+"""The gradient of a step by name in the files, whole, whichever ranks hold its parts."""
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
-from align.model import huggingface
+from align.model import adapter_files, gpt, huggingface
 
 
 def by_name(model: DistributedDataParallel) -> dict[str, Tensor]:
-    """Gather the fp32 gradient of every weight, in CPU memory: {Hugging Face name: tensor}. Collective.
+    """Gather the fp32 gradient of every trained weight, in CPU memory. Collective.
+
+    By Hugging Face name, with adapters by the names of peft's files.
+
 
     Call it between `engine.forward_backward` and the optimizer step. The gradient is that of the whole step,
     before clipping, and equal on every rank.
     """
     gather_shards(model)
-    gradients = huggingface.whole_tensors(model.module, main_gradient)
+    whole = adapter_files.whole if gpt.stages(model)[0].adapters else huggingface.whole_tensors
+    gradients = whole(model.module, main_gradient)
     return {name: tensor.to("cpu", copy=True) for name, tensor in gradients}
 
 

@@ -124,6 +124,9 @@ def parts_of(
     def weights() -> list[Tensor]:
         return [parameter.data for parameter in model.parameters()]
 
+    def gradients() -> list[Tensor]:
+        return [weight.main_grad for weight in model.parameters() if weight.requires_grad]
+
     def main_weights_and_moments() -> list[Tensor]:
         tensors, of_weights = [], storages(weights())  # fp32 main weights are views of these
         for adam in optim.adams(optimizer):
@@ -134,7 +137,7 @@ def parts_of(
 
     return {
         "weights": Part(weights, store),
-        "gradients": Part(lambda: [weight.main_grad for weight in model.parameters()], None),
+        "gradients": Part(gradients, None),
         "optimizer": Part(main_weights_and_moments, store),
     }
 

@@ -1,14 +1,17 @@
 """Log-probabilities of the reference model, which training starts from, for micro-batches of pairs.
 
-Two ways with equal numbers: `Precomputed` before training begins, or `Swapped` in each step. Both use the
-forward pass of training on the same micro-batches. So before the first update policy and reference agree to
-the last bit, which `check_start` checks.
+Three ways with equal numbers: `Precomputed` before training begins, or in each step `Swapped`, with adapters
+`BaseModel`. All use the forward pass of training on the same micro-batches. So before the first update policy
+and reference agree to the last bit, which `check_start` checks.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,10 +22,12 @@ from align.data.packing import Batch, to_device
 from align.data.preferences import Pair
 from align.distributed import parallel
 from align.errors import UserError
+from align.model import gpt, lora
 from align.model.config import ModelConfig
 from align.training import checkpoint, engine, tables
 from align.training.checkpoint import CheckpointConfig
-from align.training.offload import Weights
+from align.training.config import CommonConfig
+from align.training.offload import HostStore, Weights
 
 SAMPLES, SAMPLE_BYTES = 32, 65536  # of a weight file, for weights_id
 START_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a response, if passes may differ in bits
@@ -43,6 +48,44 @@ class Swapped:
             ref_logprobs = engine.outputs(self.model, batches, self.sequence_logprobs)
         for batch, logprobs in zip(batches, ref_logprobs, strict=True):
             batch.extra["ref"] = logprobs
+
+
+class BaseModel:
+    """The base model of adapters, the policy with these switched off: no second copy of the weights."""
+
+    def __init__(self, model: DistributedDataParallel, sequence_logprobs: SequenceLogprobs):
+        self.model, self.sequence_logprobs = model, sequence_logprobs
+
+    def attach(self, batches: list[Batch], name: str) -> None:
+        """Set extra["ref"] of each micro-batch, [2P] in nats. Collective."""
+        with lora.switched_off(self.model.module):
+            ref_logprobs = engine.outputs(self.model, batches, self.sequence_logprobs)
+        for batch, logprobs in zip(batches, ref_logprobs, strict=True):
+            batch.extra["ref"] = logprobs
+
+
+class ReferenceWeights:
+    """Context in which a policy has the weights of its reference: swapped in, or with adapters the base's.
+
+    needs: of a phase (`phases.Phases`) around it.
+    """
+
+    def __init__(self, model: DistributedDataParallel, store: HostStore, config: CommonConfig):
+        """`model`: not yet trained; without adapters its weights are copied to the store.
+
+        Raises UserError if the run began with another reference.
+        """
+        check_same(config.run.output, config.model.path, config.checkpoint)
+        has_adapters = gpt.stages(model)[0].adapters is not None
+        self.needs = {"policy": "weights"} if has_adapters else {}
+        self.enter: Callable[[], AbstractContextManager] = (
+            partial(lora.switched_off, model.module)
+            if has_adapters
+            else partial(Weights(model.module, store).swapped_into, model.module)
+        )
+
+    def __call__(self) -> AbstractContextManager:
+        return self.enter()
 
 
 class Precomputed:
@@ -135,15 +178,20 @@ def weights_id(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def check_same(output: Path, directory: Path, config: CheckpointConfig) -> None:
-    """Record the reference model in OUTPUT/reference.txt. Raises UserError if the run began with another."""
+def check_same(
+    output: Path, directory: Path, config: CheckpointConfig, role: Literal["reference", "base"] = "reference"
+) -> None:
+    """Record a model that a run needs unchanged. Raises UserError if the run began with another.
+
+    `role`: the reference of a loss, in OUTPUT/reference.txt, or the base of adapters, in OUTPUT/base.txt.
+    """
     if not parallel.is_main():
         return
-    path, model_id = output / "reference.txt", weights_id(directory)
+    path, model_id = output / f"{role}.txt", weights_id(directory)
     continues = config.resume and checkpoint.newest(output / "checkpoints") is not None
     if continues and path.is_file() and path.read_text(encoding="utf-8").strip() != model_id:
         raise UserError(
-            f"--model {directory} is not the model that this run began with, which is its reference: give "
+            f"--model {directory} is not the model that this run began with, which is its {role}: give "
             "that one, or another --output, or --no-resume"
         )
     path.write_text(model_id + "\n", encoding="utf-8")

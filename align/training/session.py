@@ -22,11 +22,12 @@ from megatron.core.distributed import DistributedDataParallel
 from align.data.tokenizer import Tokenizer, load_tokenizer
 from align.distributed import parallel
 from align.errors import UserError
-from align.model import gpt, huggingface
+from align.model import adapter_files, gpt, huggingface
+from align.model.lora import LoraConfig
 from align.tracking.metrics import Clock
 from align.tracking.profile import Profiler, parse_steps
 from align.tracking.run import Run
-from align.training import checkpoint, continuation, ledger, optim, record
+from align.training import checkpoint, continuation, ledger, optim, record, reference
 from align.training.checkpoint import Saving, Trained
 from align.training.config import CommonConfig
 from align.training.offload import HostStore
@@ -73,6 +74,10 @@ class Session:
 
         `rows`: the token ids of each row's sequences. Raises UserError for another run, or a wrong schedule.
         """
+        lora: LoraConfig | None = getattr(self.config, "lora", None)
+        if lora is not None and lora.enabled:  # a checkpoint holds no frozen weights
+            config = self.config
+            reference.check_same(config.run.output, config.model.path, config.checkpoint, "base")
         self.continued = continuation.find(self.config, self.script, rows, self.say)
         self.rows_of_step = self.continued.rows_of_step
         self.verified_checkpoint = self.continued.verified_checkpoint
@@ -215,6 +220,11 @@ class Session:
                 gpt.finish_param_gather(model)
                 directory = self.config.run.output / "hf"
                 huggingface.save(model, self.config.model.path, directory, companions)
+                if gpt.stages(model)[0].adapters:
+                    folder = self.config.run.output / "adapter"
+                    adapter_files.save(model, self.config.model.path, folder)
+                    self.say(f"the adapter is in {folder}; the {name} with it is in {directory}")
+                    return self.run.close()
             self.say(f"the {name} is in {directory}")
         else:
             steps = f"step {self.done} of {self.total_steps}"

@@ -19,7 +19,8 @@ from tests.support.launch import fork_ranks, torchrun
 from tests.support.sampling import CONFIGS
 from tests.workers.graphs import Graph, graphs
 
-KEPT = ("llama", "qwen3", "nemotron")  # tensors made of weights: none, normed queries and keys, norms
+# tensors made of weights: none, normed queries and keys, norms, B of adapters
+KEPT = ("llama", "qwen3", "nemotron", "stablelm-lora")
 INTERPRETED = ("mistral", "qwen3")  # with a window, with normed queries and keys
 
 
@@ -76,7 +77,9 @@ def replayed(models, tmp_path_factory) -> dict[str, dict]:
         },
     }
     for family in KEPT:  # two rollouts, with the same weights in place or moved
-        case = {"model": str(models / family), "prompts": prompts()[:9], "sampling": GREEDY, "keep": True}
+        name, _, has_adapters = family.partition("-")
+        case = {"model": str(models / name), "prompts": prompts()[:9], "sampling": GREEDY, "keep": True}
+        case |= {"lora": 4} if has_adapters else {}
         cases |= {
             f"{family} once": case,
             f"{family} kept": case | {"rounds": 2, "change": True},

@@ -7,37 +7,27 @@ answer at a time: no packing, no padding, no shared prompts, no micro-batches.
 import copy
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.data.packing import Example
 from align.distributed import parallel
 from align.errors import UserError
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from tests.support.launch import fork_ranks
+from tests.support.plain_training import answer_logprob, as_input, pair_loss, plain_training
 from tests.workers.parity import FRESH
-from tools.conformance.losses import ADAM_EPS, BETA, LR, SEED
+from tools.conformance.losses import BETA, LR, SEED
 from tools.conformance.models import FAMILIES
-from tools.conformance.rows import RANDOM, STEPS, VOCAB
+from tools.conformance.rows import RANDOM, VOCAB
 
 pytestmark = pytest.mark.slow
-
-PAIR_METRICS = (
-    "acc",
-    "rewards_chosen_mean",
-    "rewards_rejected_mean",
-    "rewards_margin_mean",
-    "rewards_all_mean",
-)
 
 # ---- ours ----------------------------------------------------------------------------------------
 
@@ -103,11 +93,6 @@ def reward_model(directory: Path) -> torch.nn.Module:
     return transformers.AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
 
 
-def as_input(example: Example) -> Tensor:
-    """All ids, [1, n] int64."""
-    return torch.tensor(example.ids[None]).long()
-
-
 @torch.no_grad()
 def plain_logits(lm: torch.nn.Module) -> Tensor:
     """[T, V], row after row."""
@@ -119,13 +104,6 @@ def plain_values(rm: torch.nn.Module) -> list[Tensor]:
     """The head on the last hidden state at every token of every answer, [n, 1] each."""
     sides = [as_input(side) for pair in RANDOM.pairs(0) for side in pair.examples]
     return [rm.score(rm.model(ids).last_hidden_state)[0] for ids in sides]
-
-
-def answer_logprob(lm: torch.nn.Module, example: Example) -> Tensor:
-    """log p(trained tokens | what is before them), float64."""
-    ids, trained = as_input(example), torch.tensor(example.trained[1:])
-    logprobs = lm(ids[:, :-1]).logits[0].log_softmax(-1)
-    return logprobs.gather(1, ids[0, 1:, None])[:, 0][trained].double().sum()
 
 
 def plain_sft(lm: torch.nn.Module) -> list[dict[str, float]]:
@@ -157,41 +135,6 @@ def plain_ranking(rm: torch.nn.Module) -> list[dict[str, float]]:
             yield pair_loss(chosen, rejected, pair.margin, len(RANDOM.pairs(step)))
 
     return plain_training(rm, parts, LR["ranking"])
-
-
-def pair_loss(
-    chosen: Tensor, rejected: Tensor, margin: float, num_pairs: int
-) -> tuple[Tensor, dict[str, float]]:
-    """One pair's part of the mean loss, -log sigmoid(chosen - rejected - margin), and of the mean metrics."""
-    metrics = (chosen > rejected, chosen, rejected, chosen - rejected, (chosen + rejected) / 2)
-    parts = {
-        name: float(metric.detach()) / num_pairs for name, metric in zip(PAIR_METRICS, metrics, strict=True)
-    }
-    return -F.logsigmoid(chosen - rejected - margin) / num_pairs, parts
-
-
-def plain_training(
-    module: torch.nn.Module, parts: Callable[[int], Iterator[tuple[Tensor, dict[str, float]]]], lr: float
-) -> list[dict[str, float]]:
-    """Loss, gradient norm and other metrics of each step; parts(step) gives the terms of their sums."""
-    groups = [[p for p in module.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.98),
-        eps=ADAM_EPS,
-    )
-    history = []
-    for step in range(STEPS):
-        sums = Counter(loss=0.0)
-        for loss, metrics in parts(step):
-            loss.backward()
-            sums.update({"loss": float(loss.detach()), **metrics})
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append({**sums, "grad_norm": float(norm)})
-    return history
 
 
 # ---- both ----------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ SENSIBLE = {  # values of NONSENSE that a flag may have
         "gamma gae_lambda clip clip_high entropy_coef kl_coef value_clip truncated_penalty".split(), (0,)
     ),
     **dict.fromkeys("sft_weight label_smoothing simpo_gamma dpop_lambda length_control".split(), (0,)),
-    "center_rewards_coef": (0,),
+    **dict.fromkeys("center_rewards_coef lora_rank".split(), (0,)),
     **dict.fromkeys("min_reward reward_mean judge_low judge_high attribute_weights".split(), (0, -1)),
     **dict.fromkeys("audit_mean audit_tail audit_start audit_ratio".split(), ANY_SIZE),
 }
@@ -245,6 +245,19 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
             "--meta-judge-template mine.txt",
         )
     ),
+    # adapters
+    *(
+        (script, f"{flag} without --lora-rank")
+        for script in ("train_sft", "train_rm", "train_dpo")
+        for flag in ("--lora-alpha 8", "--lora-targets q_proj", "--lora-init gaussian", "--lora-rslora")
+    ),
+    *(
+        ("train_sft --adapter a", f"{flag} with --adapter")
+        for flag in ("--lora-rank 4", "--lora-alpha 8", "--lora-targets q_proj")
+    ),
+    ("train_dpo --lora-rank 4", "--reference swap with LoRA"),
+    ("train_dpo --adapter a", "--reference precompute with LoRA"),
+    ("train_dpo --adapter a", "--audit-start 1 with --adapter"),
     ("train_rm", "--num-attributes 2 with --loss ranking"),
     ("train_rm", "--attribute-weights 1 with --loss ranking"),
     (PAIRS, "--center-rewards-coef 0.1 with --loss regression"),

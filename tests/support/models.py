@@ -11,10 +11,10 @@ import transformers
 from tests.support.files import ROOT, TINY
 
 
-def random_tiny(directory: Path) -> Path:
+def random_tiny(directory: Path, seed: int = 0) -> Path:
     """The tiny model with random weights, in a directory of its own."""
     config = transformers.AutoConfig.from_pretrained(ROOT / "assets/tiny")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     for file in (ROOT / "assets/tiny").iterdir():
         if file.name != "config.json":

@@ -56,6 +56,12 @@ CASES = {  # bf16: main weights in fp32
     "sft": Case(
         "train_sft.py", "--precision bf16", 2, "save steps start steps save start steps start save export"
     ),
+    "sft_lora": Case(
+        "train_sft.py",
+        "--precision bf16 --lora-rank 4 --lora-targets q_proj v_proj gate_proj down_proj",
+        1,
+        "save steps start steps save start steps start save export",
+    ),
     "rm": Case(
         "train_rm.py", "--precision bf16", 1, "save steps start steps save start steps start save export"
     ),
@@ -77,7 +83,13 @@ CASES = {  # bf16: main weights in fp32
     ),
 }
 COMPARISONS = ("train_rm.py", "train_dpo.py")
-LAST = {"rm": 18, "dpo": 24, "rs": 24, "ppo": 20}  # steps of the runs that go on in another layout
+LAST = {
+    "rm": 18,
+    "dpo": 24,
+    "dpo_lora": 20,
+    "rs": 24,
+    "ppo": 20,
+}  # steps of the runs that go on in another layout
 ROLLOUTS = (  # two updates in a step; hardly an answer of the random tiny model ends
     "--prompts-per-step 4 --truncated keep --global-batch-size 4 --max-prompt-len 48 "
     "--reward-fn tests.support.rewards:reward"
@@ -143,7 +155,7 @@ def kept(output: Path) -> list[str]:
 
 
 def fingerprint(output: Path) -> dict[str, str]:
-    """sha256 by name of all that the newest checkpoint holds, and of the exported model's files."""
+    """sha256 by name of all that the newest checkpoint holds, and of the files of model and adapter."""
     path = checkpoint.newest(output / "checkpoints")
     state = contents(path)
     for folder in path.iterdir():
@@ -151,7 +163,8 @@ def fingerprint(output: Path) -> dict[str, str]:
             state |= {f"{folder.name}/{name}": value for name, value in contents(folder).items()}
     state |= {file.name: file.read_bytes() for file in path.glob("*.json") if file.name != "state.json"}
     state["state.json"] = {k: v for k, v in checkpoint.read_state(path).items() if k != "files"}
-    state |= {f"hf/{file.name}": file.read_bytes() for file in (output / "hf").iterdir()}
+    for folder in ("hf", "adapter"):
+        state |= {f"{folder}/{file.name}": file.read_bytes() for file in (output / folder).glob("*")}
     return {name: sha256(value) for name, value in state.items()}
 
 
@@ -188,6 +201,10 @@ def assert_same_end(output: Path, expected: Path) -> None:
     assert samples(output) == samples(expected)
     actual, expected_ = fingerprint(output), fingerprint(expected)
     moment = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
+    if (expected / "adapter").exists():
+        moment = "optimizer.state.exp_avg_sq.decoder.layers.mlp.linear_fc2.lora_A"
+        assert "adapter/adapter_model.safetensors" in expected_
+        assert not [name for name in expected_ if name.startswith("embedding") or ".weight" in name]
     assert {moment, "rng/shard_1_2", "state.json", "hf/model.safetensors"} <= set(expected_)
     has_critic = any("train_optim/critic_loss" in row for row in reproducible_metrics(expected))
     assert ({f"critic/{moment}", "critic/score.weight"} <= set(expected_)) == has_critic

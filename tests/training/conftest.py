@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data, toy_judge, tmp_path_factory) -> Path:
-    """A folder of uninterrupted runs: each of CASES, and five at tp 2 that keep all their checkpoints.
+    """A folder of uninterrupted runs: each of CASES, and six at tp 2 that keep all their checkpoints.
 
     Of those at tp 2 some end before step 32, with the last step that is compared with another layout.
     """
@@ -33,6 +33,8 @@ def whole(data, toy_judge, tmp_path_factory) -> Path:
     for name, flags in (("rm", ""), ("dpo", ""), ("rs", ""), ("ppo", CASES["ppo"].flags)):
         last = ("--max-steps", LAST[name], *flags.split())
         runs.append(command(CASES[name].script, data, directory / f"{name}-tp2", *at_tp2, *last))
+    lora = ("--max-steps", LAST["dpo_lora"], "--lora-rank", 4)
+    runs.append(command("train_dpo.py", data, directory / "dpo_lora-tp2", *at_tp2, *lora))
     runs.append(command(*self_reward_run(data, toy_judge, directory / "self_reward-tp2"), *at_tp2))
     fork_ranks(2, "tests/workers/resume.py", json.dumps(runs), timeout_s=600)
     return directory

@@ -19,11 +19,19 @@ from tools.conformance.worker import Job
 
 pytestmark = pytest.mark.slow
 
-SAVED = {2: [Case("sft", tp=2), Case("sft", "llama_tied", pp=2), Case("dpo", cp=2), Case("critic")]}
+SAVED = {
+    2: [
+        *(Case("sft", tp=2), Case("sft", "llama_tied", pp=2), Case("dpo", cp=2), Case("critic")),
+        *(Case("sft", tp=2, sequence_parallel=True, lora=4), Case("ranking", pp=2, lora=4)),
+        Case("dpo", "stablelm", lora=4),
+    ]
+}
 FIRST = {  # a planted bug: the first column that differs, or the error that ends the run
     "context parallel ranks divide their part of a masked loss by their own number of tokens": "gradients",
     "gradients of norms are not summed over tensor parallel ranks with sequence parallelism": "gradients",
     "gradients of a tied embedding are not summed over the first and the last stage": "gradients",
+    "gradients of whole adapters are not summed over ranks with sequence parallelism": "gradients",
+    "the gradient of x A^T is that of one tensor parallel rank's rows": "gradients",
     "the gradient norm counts one tensor parallel rank's part of each matrix": "gradient norm",
     "updated weights are not gathered over data parallel ranks": "UserError: damaged checkpoint",
     "Adam's moments are lost when a checkpoint is loaded": "checkpoint",
@@ -80,7 +88,8 @@ def test_checkpoints_continue_in_their_own_and_in_another_layout(saved):
 def test_one_process_is_float64(job, rows):
     """The first step of each algorithm and family, by tools/reference.py."""
     compared = grid.against_float64(job, [row.case for row in rows])
-    assert len(compared) == len({(row.case.algorithm, row.case.family) for row in rows})
+    whole = {(row.case.algorithm, row.case.family) for row in rows if not row.case.lora}
+    assert compared.keys() == whole
     for case, cells in compared.items():
         assert cells.keys() == set(report.FLOAT64_COLUMNS)
         assert all(cell.error <= BOUND for cell in cells.values()), (case, cells)
@@ -88,7 +97,7 @@ def test_one_process_is_float64(job, rows):
 
 def test_dpo_starts_at_its_reference(rows):
     """The policy is its own reference then, so every log-ratio is 0 to the last bit."""
-    starts = [row.result.steps[0] for row in rows if row.case.algorithm == "dpo"]
+    starts = [row.result.steps[0] for row in rows if row.case.algorithm == "dpo" and not row.case.lora]
     assert starts
     for start in starts:
         assert abs(start["loss"] - math.log(2)) <= 1e-15

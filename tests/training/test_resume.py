@@ -249,13 +249,16 @@ def test_another_layout_continues(layouts, data, at_tp2, tmp_path, request):
 def test_preference_runs_continue_in_another_layout(data, whole, tmp_path):
     """Saved at tp 2, continued at pp 2 and dp 2, with a reference that is computed again or swapped in.
 
-    Of the reward model two steps are compared, which need weights and Adam's state. Its loss does not change
-    when all scores shift, so nothing but rounding says where they go, and Adam's steps have the size of --lr:
-    not the scores are compared, but by how much the chosen ones exceed the rejected ones.
+    With adapters the reference is the base, in each layout. Of the reward model two steps are compared, which
+    need weights and Adam's state. Its loss does not change when all scores shift, so nothing but rounding
+    says where they go, and Adam's steps have the size of --lr: not the scores are compared, but by how much
+    the chosen ones exceed the rejected ones.
     """
     runs = [
         (whole / "dpo-tp2", "train_dpo.py", "--pp 2", LAST["dpo"]),
         (whole / "dpo-tp2", "train_dpo.py", "--reference swap", LAST["dpo"]),
+        (whole / "dpo_lora-tp2", "train_dpo.py", "--lora-rank 4 --pp 2", LAST["dpo_lora"]),
+        (whole / "dpo_lora-tp2", "train_dpo.py", "--lora-rank 4", LAST["dpo_lora"]),
         (whole / "rm-tp2", "train_rm.py", "--pp 2", LAST["rm"]),
     ]
     continue_and_compare(2, runs, data, tmp_path)

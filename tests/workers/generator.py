@@ -15,10 +15,12 @@ from align.distributed.parallel import ParallelConfig
 from align.generation import continuous_batching, generator, inference
 from align.generation.generator import RolloutConfig
 from align.generation.sampling import SamplingConfig
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface
 from align.model.config import ModelConfig
+from align.model.lora import LoraConfig
 from tests.support import grids
 from tests.support.tokenizers import Letters
+from tools.conformance.worker import RandomAdapters
 
 PREFILL_TOKENS = continuous_batching.PREFILL_TOKENS
 
@@ -49,8 +51,11 @@ def build(case: dict) -> generator.Generator:
     arch = architecture.read_config(config.path)
     rollout, sampling = RolloutConfig(**case.get("rollout", {})), SamplingConfig(**case["sampling"])
     generator.check_rollout(arch, rollout, sampling, config, layout)
-    policy = gpt.build_policy(arch, config, layout)
+    adapters = LoraConfig(lora_rank=case.get("lora", 0)).of_model(arch)
+    policy = gpt.build_policy(arch, config, layout, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.path, arch, layout.seed))
+    if adapters:
+        adapter_files.fill(policy, RandomAdapters(arch, adapters, layout.seed))
     letters = Letters(case.get("vocab_size", arch.vocab_size))
     return generator.Generator(policy, rollout, sampling, config, layout, letters, case.get("keep", False))
 

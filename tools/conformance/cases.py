@@ -23,6 +23,7 @@ class Case:
     reverse: bool = False  # the rows of a step in reverse order
     recompute: Literal["none", "selective", "full"] = "none"
     sharing: bool = True  # the examples of a row share the places of their common beginning
+    lora: int = 0  # rank of adapters, with random A and B; 0: all weights are trained
     swap: bool = False  # dpo: the reference's weights are swapped in, not its log-probs computed before
 
     @property
@@ -50,6 +51,7 @@ def describe(case: Case, processes: int) -> str:
     words += [f"recompute {case.recompute}"] if case.recompute != "none" else []
     words += [] if case.sharing else ["no shared prompts"]
     words += ["reference swapped in"] if case.swap else []
+    words += [f"LoRA of rank {case.lora}"] if case.lora else []
     return ", ".join(words) or "one process"
 
 
@@ -77,6 +79,11 @@ CASES = {
         Case("ppo", micro_batch_size=1, reverse=True, recompute="full"),
         Case("grpo", micro_batch_tokens=400, reverse=True),
         Case("critic", micro_batch_size=2, recompute="selective"),
+        Case("sft", micro_batch_size=1, reverse=True, lora=4),
+        Case("sft", recompute="full", lora=4),
+        Case("sft", recompute="selective", lora=4),
+        Case("dpo", sharing=False, lora=4),
+        Case("ranking", micro_batch_size=1, recompute="full", lora=4),
     ],
     2: [
         Case("sft", tp=2),
@@ -129,6 +136,21 @@ CASES = {
         Case("critic", tp=2, sequence_parallel=True),
         Case("critic", pp=2),
         Case("critic", cp=2, micro_batch_tokens=128),
+        Case("sft", lora=4),
+        Case("sft", tp=2, lora=4),
+        Case("sft", tp=2, sequence_parallel=True, lora=4),
+        Case("sft", pp=2, micro_batch_size=1, lora=4),
+        Case("sft", pp=2, vp=2, recompute="full", lora=4),
+        Case("sft", cp=2, lora=4),
+        Case("sft", "llama_tied", pp=2, recompute="full", lora=4),
+        Case("sft", "stablelm", tp=2, sequence_parallel=True, recompute="full", lora=4),
+        Case("sft", "nemotron", tp=2, lora=4),
+        Case("dpo", tp=2, lora=4),
+        Case("dpo", tp=2, sequence_parallel=True, recompute="selective", lora=4),
+        Case("dpo", "llama_tied", pp=2, lora=4),
+        Case("dpo", "mistral", cp=2, micro_batch_tokens=400, lora=4),
+        Case("ranking", "llama_tied", tp=2, sequence_parallel=True, recompute="full", lora=4),
+        Case("ranking", pp=2, lora=4),
     ],
     4: [
         Case("sft", tp=2, pp=2),
@@ -163,6 +185,13 @@ CASES = {
         Case("grpo", "mistral", pp=2, micro_batch_tokens=128),
         Case("critic", tp=2, pp=2),
         Case("critic", "llama_tied", tp=2, sequence_parallel=True),
+        Case("sft", tp=4, lora=4),
+        Case("sft", tp=2, pp=2, vp=2, sequence_parallel=True, lora=4),
+        Case("sft", "qwen3", tp=2, sequence_parallel=True, lora=4),
+        Case("sft", "stablelm", tp=4, sequence_parallel=True, lora=4),
+        Case("dpo", tp=2, cp=2, sequence_parallel=True, lora=4),
+        Case("dpo", pp=2, reverse=True, lora=4),
+        Case("ranking", tp=2, pp=2, micro_batch_size=1, lora=4),
     ],
 }
 

@@ -15,7 +15,7 @@ from tools.conformance import float64, rows
 from tools.conformance.cases import Case
 from tools.conformance.compare import Cell
 from tools.conformance.planted import BUGS
-from tools.conformance.worker import Job, Result, converted
+from tools.conformance.worker import Job, Result, converted, file_of
 
 ROOT = Path(__file__).parents[2]
 WORKER = "tools/conformance/worker.py"
@@ -45,8 +45,9 @@ def torchrun(processes: int, *command: str) -> None:
 
 def references(cases: Iterable[Case], scale: int) -> list[Case]:
     """The plainest case for each model and algorithm; scale: of micro-batches."""
-    plain = sorted({(case.algorithm, case.family) for case in cases})
-    return [Case(*names, micro_batch_tokens=scale * Case.micro_batch_tokens) for names in plain]
+    plain = sorted({(case.algorithm, case.family, case.lora) for case in cases})
+    tokens = scale * Case.micro_batch_tokens
+    return [Case(name, family, lora=rank, micro_batch_tokens=tokens) for name, family, rank in plain]
 
 
 def run(
@@ -84,10 +85,13 @@ def run(
 
 
 def against_float64(job: Job, cases: Iterable[Case]) -> dict[tuple[str, str], dict[str, Cell]]:
-    """Compare the stored references of `run` with float64: {(algorithm, family): cells}."""
+    """Compare the stored references of `run` with float64: {(algorithm, family): cells}.
+
+    Not those with adapters, which tests/model/test_lora.py compares with peft.
+    """
     source = rows.StoredRows(Path(job.data)) if job.data else rows.RANDOM
     compared = {}
-    for case in references(cases, job.scale):
+    for case in references((case for case in cases if not case.lora), job.scale):
         stored = load(job, case)
         directory = Path(job.models[case.family])
         compared[case.algorithm, case.family] = float64.compare_step(
@@ -98,7 +102,7 @@ def against_float64(job: Job, cases: Iterable[Case]) -> dict[tuple[str, str], di
 
 def load(job: Job, case: Case) -> dict:
     """A stored reference."""
-    stored = torch.load(Path(job.folder, f"{case.family}-{case.algorithm}.pt"), weights_only=True)
+    stored = torch.load(Path(job.folder, file_of(case)), weights_only=True)
     arrays = {
         name: converted(stored[name], torch.Tensor, torch.Tensor.numpy) for name in ("recorded", "outputs")
     }

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,8 +26,9 @@ from megatron.core.distributed import DistributedDataParallel
 from align.data import packing
 from align.distributed import grids, parallel
 from align.errors import UserError
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface
 from align.model.config import ModelConfig
+from align.model.lora import LoraConfig
 from align.tracking.metrics import with_std
 from align.training import batching, checkpoint, engine, gradients, optim, reference
 from tools.conformance import compare, planted, rows
@@ -61,14 +63,29 @@ def build(directory: Path, case: Case) -> gpt.Decoder:
     arch = replace(start, labels=labels)
     config = ModelConfig(model=str(directory), precision="fp32", recompute=case.recompute)
     source = huggingface.open_source(directory, start, SEED)
+    adapters = LoraConfig(lora_rank=case.lora).of_model(arch)
     if labels == 0:
-        entropy = dict(entropy=case.algorithm in ROLLOUTS, entropy_grad=case.algorithm == "ppo")
-        model: gpt.Decoder = gpt.build_policy(arch, config, case.layout, **entropy)
+        options: dict[str, Any] = dict(
+            entropy=case.algorithm in ROLLOUTS, entropy_grad=case.algorithm == "ppo"
+        )
+        model: gpt.Decoder = gpt.build_policy(arch, config, case.layout, **options, adapters=adapters)
     else:
-        model = gpt.build_scorer(arch, config, case.layout, (1 / labels,) * labels)
+        model = gpt.build_scorer(arch, config, case.layout, (1 / labels,) * labels, adapters)
         source = source if start.labels else huggingface.FreshHead(source, arch, SEED)
     huggingface.load(model, source)
+    if adapters:
+        adapter_files.fill(model, RandomAdapters(arch, adapters, SEED))
     return model
+
+
+class RandomAdapters(adapter_files.FreshAdapters):
+    """Adapters with a random B as well, so that A has a gradient in the first step."""
+
+    def read(self, name: str) -> torch.Tensor:
+        if name.endswith("lora_A.weight"):
+            return super().read(name)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return 0.1 * torch.randn(self.shapes[name], generator=generator)
 
 
 class Training:
@@ -101,6 +118,8 @@ class Training:
 
     def reference(self, path: Path) -> Callable[[list[packing.Batch]], None]:
         """Attach the reference's log-probs to micro-batches of "dpo"."""
+        if self.case.lora:
+            return partial(reference.BaseModel(self.model, sequence_logprobs).attach, name="train")
         if self.case.swap:
             return partial(reference.Swapped(self.model, sequence_logprobs).attach, name="train")
         precomputed = reference.Precomputed(
@@ -141,8 +160,8 @@ class Training:
         return with_std(engine.evaluate(self.model, batches, loss_fn, count))
 
     def weights(self) -> Tensors:
-        """All weights by Hugging Face name, in CPU memory. Collective."""
-        whole = huggingface.whole_tensors(self.model.module)
+        """All trained weights by their names in files, in CPU memory. Collective."""
+        whole = (adapter_files.whole if self.case.lora else huggingface.whole_tensors)(self.model.module)
         return {name: tensor.to("cpu", copy=True) for name, tensor in whole}
 
 
@@ -197,6 +216,11 @@ class Result:
     refused: str = ""
 
 
+def file_of(case: Case) -> str:
+    """File of a case's reference."""
+    return f"{case.family}-{case.algorithm}{f'-lora{case.lora}' if case.lora else ''}.pt"
+
+
 class Measurement:
     """One case with its reference. Collective."""
 
@@ -210,7 +234,7 @@ class Measurement:
         self.folder, self.number = Path(job.folder), number
         self.directory = Path(job.models[case.family])
         self.source = rows.StoredRows(Path(job.data)) if job.data else rows.RANDOM
-        self.stored = self.folder / f"{case.family}-{case.algorithm}.pt"  # the reference
+        self.stored = self.folder / file_of(case)  # the reference
 
     def training(self, case: Case, recorded: list[Recorded]) -> Training:
         path = self.folder / f"{self.number}.safetensors"
@@ -353,7 +377,7 @@ def main(job: Job) -> None:
             written[kind] = []
             for i, (flags, bug) in enumerate(zip(cases, names, strict=True)):
                 case = Case(**flags)
-                key = kind, case.family, LABELS[case.algorithm], case.sizes, bug
+                key = kind, case.family, LABELS[case.algorithm], case.sizes, case.lora, bug
                 saves = job.checkpoints and kind != "reference" and key not in saved
                 saved.add(key)
                 measurement = Measurement(job, case, f"{processes}-{kind}-{i}", saves)

@@ -49,7 +49,7 @@ def flags_of_run(module: Any, words: Sequence[str], steps: int, output: Path) ->
     config = parse(module.Config, words, module.__name__)
     if config.checkpoint.resume_from is not None:
         raise UserError("--resume-from: the check starts from --model, leave it out")
-    if getattr(given, "lora", None) and given.lora.enabled:
+    if getattr(config, "lora", None) and config.lora.enabled:
         raise UserError(
             "--lora-rank, --adapter: the reference has no adapters, tests/model/test_lora.py compares them "
             "with peft: leave it out"

@@ -24,7 +24,7 @@ from align.data.tokenizer import load_tokenizer
 from tests.support.files import ROOT, read_jsonl
 from tests.support.launch import fork_python, fork_ranks
 
-SCRIPTS = ("sft", "sft_chat", "dpo", "reward_model", "ppo", "rejection_sampling", "self_rewarding")
+SCRIPTS = ("sft", "lora", "sft_chat", "dpo", "reward_model", "ppo", "rejection_sampling", "self_rewarding")
 LABELS = {"quality": 0.75, "toxicity": 0.0}
 SIZES = {
     "MODEL": "tiny",
@@ -35,6 +35,7 @@ SIZES = {
     "SFT_STEPS": 32,
     "SFT_BATCH": 8,
     "SFT_LR": 4e-3,
+    "LORA_STEPS": 4,
     "JUDGE_STEPS": 2,
     "DPO_STEPS": 2,
     "RM_STEPS": 2,
@@ -192,6 +193,7 @@ def test_each_ends_with_its_validation(output: Path):
     """The last lines: metrics before and after training, as numbers."""
     last = {
         "sft": ["val/loss"],
+        "lora": ["val/loss"],
         "sft_chat": ["val/loss"],
         "dpo": ["val/loss", "val/acc", "val/rewards_chosen_mean", "val/rewards_rejected_mean"],
         "reward_model": ["val/loss", "val/acc", "test/acc"],
@@ -204,6 +206,13 @@ def test_each_ends_with_its_validation(output: Path):
         assert [line.split(": ")[0] for line in lines] == metrics, name
         for line in lines:
             assert all(float(value) == float(value) for value in line.split(": ")[1].split(" -> ")), line
+
+
+@pytest.mark.slow
+def test_the_adapter_is_there(output: Path):
+    fields = json.loads((output / "lora" / "adapter" / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"]) == (16, 32)
+    assert len(read_jsonl(output / "lora" / "answers.jsonl")) == 4
 
 
 @pytest.mark.slow

@@ -248,7 +248,7 @@ WITHOUT_EFFECT = [  # a command that is accepted, and the flag without effect on
     # adapters
     *(
         (script, f"{flag} without --lora-rank")
-        for script in ("train_sft", "train_rm", "train_dpo")
+        for script in ("train_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo", "train_rs")
         for flag in ("--lora-alpha 8", "--lora-targets q_proj", "--lora-init gaussian", "--lora-rslora")
     ),
     *(

@@ -215,6 +215,11 @@ def test_generate_refuses_a_checkpoint_of_adapters(runs):
     assert "holds adapters only: `python -m tools.prepare_model export` merges them" in done.stderr
 
 
+def test_a_random_base_is_not_merged(runs, tmp_path):
+    with pytest.raises(UserError, match="is random: merge into a model with weights"):
+        prepare_model.merge(TINY, runs / "sft/adapter", tmp_path / "merged")
+
+
 def test_check_refuses_adapters(tmp_path):
     with pytest.raises(UserError, match="the reference has no adapters"):
         check.check("train_sft", ["--lora-rank", "4"], 1, tmp_path)

@@ -19,7 +19,7 @@ LONGEST = (  # files of more than half a minute, by their time in `make test`
     "scripts/test_rs_invariance model/test_parity planning/test_plan scripts/test_self_reward_invariance "
     "museum/test_museum training/test_invariance training/test_offload scripts/test_generate_script "
     "scripts/test_examples training/test_continuation training/test_damage distributed/test_watchdog "
-    "model/test_lora"
+    "scripts/test_train_lora generation/test_lora_sampling model/test_lora"
 ).split()
 
 

@@ -340,6 +340,8 @@ def merge(model: Path, adapter: Path, output: Path, tp: int = 1, pp: int = 1) ->
         raise UserError(f"--output {output} exists: remove it, or give another directory")
     start = architecture.read_config(model)
     arch = replace(start, labels=adapter_files.num_labels(adapter) or start.labels)
+    if arch.labels > 1:
+        raise UserError(f"--model {model} has {arch.labels} labels: give a reward model with one")
     adapters, tokenizer = adapter_files.read_config(adapter, arch), load_tokenizer(model)
     companions, layout = [tokenizer.save], ParallelConfig(tp=tp, pp=pp)
     with parallel.start(layout):

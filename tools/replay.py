@@ -40,7 +40,7 @@ DROPPED = (  # flags of the run that a replay sets itself, or leaves out
     "output wandb_project wandb_name profile record samples_from save_interval save_top_k async_save resume "
     "resume_from resume_with_changes max_time stop_after"
 ).split()
-COPIED = ("config.json", "metrics.jsonl", "reference.txt", "reference.safetensors")
+COPIED = ("config.json", "metrics.jsonl", "base.txt", "reference.txt", "reference.safetensors")
 CHANGING = ("time/", "timers/", "memory/")  # metrics that differ from run to run
 EXACT = ("ledger/", "train/lr", "train_optim/lr", "train_optim/critic_lr")  # in every layout
 UNIT = "audit/"  # nothing but rounding: compared in nats

@@ -286,7 +286,7 @@ def build_policy(
             f"--model {config.model} is a reward model (*ForSequenceClassification) and predicts no tokens: "
             "give a language model"
         )
-    check_model(arch, config, parallel)
+    check_model(arch, config, parallel, adapters=adapters)
 
     def build(vp_stage: int | None) -> Policy:
         return Policy(
@@ -324,7 +324,7 @@ def build_scorer(
     adapters: Adapters | None = None,
 ) -> Scorer | Interleaved:
     """Build this rank's shard of a reward model (`arch.labels` > 0), its weights not yet filled."""
-    check_model(arch, config, parallel)
+    check_model(arch, config, parallel, adapters=adapters)
     return interleaved(
         lambda stage: Scorer(arch, config, parallel, label_weights, stage, adapters), parallel.vp
     )

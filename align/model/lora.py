@@ -60,7 +60,7 @@ class LoraConfig:
     """initial A: kaiming, uniform within 1 / sqrt(inputs), or gaussian of standard deviation 1 / r; B is 0"""
     adapter: Path | None = None
     """directory of an adapter for --model, as this project or peft writes it, to continue from; its rank,
-    alpha and targets hold"""
+    alpha and targets hold. A reference model is --model without it"""
 
     def __post_init__(self):
         check_ranges(self, lora_rank=whole(0, 2**16), lora_alpha=above(0, 1e6))

@@ -14,7 +14,8 @@ from align.flags import flag_of
 
 WRITTEN = (  # names of a run's files in OUTPUT, beside the script; weights: OUTPUT is a model
     "config.json log.txt metrics.jsonl samples.jsonl metrics.tmp samples.tmp prompt_format.json "
-    "reference.txt wandb_id.txt checkpoints hf hf.tmp plots rollouts *.safetensors pytorch_model*.bin".split()
+    "reference.txt base.txt wandb_id.txt checkpoints hf hf.tmp adapter adapter.tmp plots rollouts "
+    "*.safetensors pytorch_model*.bin".split()
 )
 
 
@@ -79,7 +80,7 @@ def delete_checkpoint(path: Path) -> None:
 def inputs(flags: dict) -> Iterator[tuple[str, Path]]:
     """Yield flag and path of the models and data sets on this machine."""
     for name, value in flags.items():
-        if name in ("model", "reward_model", "critic") or name.endswith("_data"):
+        if name in ("model", "adapter", "reward_model", "critic") or name.endswith("_data"):
             for path in value if isinstance(value, tuple | list) else [value]:
                 if path and Path(path).exists():
                     yield flag_of(name), Path(path)

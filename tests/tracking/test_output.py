@@ -96,6 +96,10 @@ REFUSED = {  # what is there in "out", --output, other flags, words of the messa
         both(put("a.jsonl"), linked("../b.jsonl", "out/a.jsonl")),
         *("out", {"val_data": ("b.jsonl",)}, "--val-data b.jsonl is in --output out"),
     ),
+    "adapter": (
+        both(old_run, put("adapter/adapter_config.json")),
+        *("out", {"adapter": "out/adapter"}, "--adapter out/adapter is in --output out"),
+    ),
     "export": (old_run, "out", {"model": "out/hf"}, "--model out/hf is in --output out"),
     "reward model": (
         old_run,

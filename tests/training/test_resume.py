@@ -146,7 +146,7 @@ def assert_read_again(output: Path, kills: list[tuple[int, set[str]]]) -> None:
     seconds = {row["step"]: row.get("timers/rollout_time") for row in rows}
     assert seconds[1] > 0
     for done, files in kills:
-        if 0 < done < STEPS and done % 14 % 3:  # in the midst of three steps, of which it is known whom they compare
+        if 0 < done < STEPS and done % 14 % 3:  # in the midst of three steps, whose rollouts are kept
             needed = {f"step_{done - done % 14 % 3 + 1:08d}_{kind}" for kind in ("generate", "judge")}
             assert needed <= files and seconds[done + 1] == 0
         for first in range(done + 1, STEPS + 1):

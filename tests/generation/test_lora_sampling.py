@@ -28,7 +28,6 @@ LAYOUTS = {  # of processes: training layout, rollout flags
     },
     4: {
         "same": ({"tp": 4}, {"rollout_layout": "same"}),  # two ranks share a key-value head
-        "tp4-to-tp2": ({"tp": 4}, {"rollout_tp": 2}),
         "tp2-to-tp4": ({"tp": 2, "pp": 2}, {"rollout_tp": 4}),
     },
 }

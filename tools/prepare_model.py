@@ -344,10 +344,11 @@ def merge(model: Path, adapter: Path, output: Path, tp: int = 1, pp: int = 1) ->
         raise UserError(f"--model {model} has {arch.labels} labels: give a reward model with one")
     adapters, tokenizer = adapter_files.read_config(adapter, arch), load_tokenizer(model)
     companions, layout = [tokenizer.save], ParallelConfig(tp=tp, pp=pp)
+    source = huggingface.open_source(model, start, 0)
+    if not isinstance(source, huggingface.SafetensorsSource):
+        raise UserError(f"--model {model} is random: merge into a model with weights, or take OUTPUT/hf")
+    config = ModelConfig(model=str(model), precision=precision_of(source, model))
     with parallel.start(layout):
-        if not isinstance(source := huggingface.open_source(model, start, 0), huggingface.SafetensorsSource):
-            raise UserError(f"--model {model} is random: merge into a model with weights, or take OUTPUT/hf")
-        config = ModelConfig(model=str(model), precision=precision_of(source, model))
         if arch.labels:
             merged: gpt.Decoder = gpt.build_scorer(arch, config, layout, adapters=adapters)
             source = source if start.labels else huggingface.FreshHead(source, arch, 0)

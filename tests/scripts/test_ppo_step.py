@@ -69,8 +69,8 @@ def recorded(script: str, flags: list[str], tokenizer: Tokenizer) -> dict:
         record["said"].append(values[:, 0].tolist())
         return values
 
-    def note_batches(minibatches: Minibatches, **tokens: torch.Tensor) -> list:
-        result = micro_batches(minibatches, **tokens)
+    def note_batches(*arguments: object, **tokens: torch.Tensor) -> list:
+        result = micro_batches(*arguments, **tokens)
         record["batches"] = [[sequences(batch) for batch in batches] for batches in result]
         return result
 
@@ -179,7 +179,7 @@ def test_every_token_has_its_own_numbers(kind, steps):
     per_update, epochs = len(wanted) // 2, 3 if kind == "gae" else 1
     assert {len(rank["batches"]) for rank in ranks} == {2 * epochs}
     extra = {"old", "ref", "advantages", "counted"} | (
-        {"values", "returns"} if kind in ("gae", "plain") else set()
+        {"values", "returns"} if kind in ("gae", "plain") else {"response", "weights"}
     )
     assert {frozenset(one) for batch in ranks[0]["batches"][0] for one in batch} == {
         frozenset(extra | {"targets"})
@@ -207,6 +207,8 @@ def take(left: dict[int, dict], sequence: dict) -> int:
     answer = left.pop(place)
     for name in sequence.keys() & {"ref", "values", "counted"}:
         assert sequence[name] == answer[name], name
+    if "weights" in sequence:  # --aggregate token
+        assert sequence["weights"] == answer["counted"] and set(sequence["response"]) == {place}
     assert sequence["advantages"] == pytest.approx(answer["advantages"], rel=1e-9, abs=1e-9)
     return place
 

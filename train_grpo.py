@@ -36,7 +36,7 @@ from align.errors import UserError
 from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
-from align.generation.rollout import Rollout
+from align.generation.rollout import Rollout, TruncationConfig
 from align.generation.sampling import SamplingConfig
 from align.generation.tape import Tape
 from align.losses import rl
@@ -52,6 +52,7 @@ from align.tracking.run import RunConfig
 from align.training import engine, minibatches, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
+from align.training.kl_penalty import KlConfig
 from align.training.ledger import Ledger
 from align.training.minibatches import Minibatches
 from align.training.optim import OptimConfig
@@ -60,7 +61,6 @@ from align.training.session import Session
 
 TRAIN, VAL = 0, 1  # random streams of the samples
 ROLLOUT = ("generate", "score", "logprobs", "reference")  # phases before the updates
-KL = {"k1": rl.kl_k1, "abs": rl.kl_abs, "k2": rl.kl_k2, "k3": rl.kl_k3}
 OBJECTIVES: dict[str, tuple[Callable, str]] = {  # by --objective: the function and its flags
     "ppo": (rl.ppo, "clip clip_high dual_clip"),
     "cispo": (rl.cispo, "clip clip_high"),
@@ -108,31 +108,13 @@ class Config(CommonConfig):
     """whiten advantages to mean 0 and variance 1 over all response tokens of the step (reinforce)"""
     entropy_coef: float = 0.0
     """entropy bonus coefficient, per nat and token; 0: none"""
-    truncated: Annotated[Literal["mask", "penalise", "keep"], tyro.conf.arg(aliases=("--unended",))] = "mask"
-    """truncated responses (cut off by --max-new-tokens): mask leaves them out of the loss and of the
-    comparisons, penalise subtracts a penalty, keep treats them like the others"""
-    truncated_penalty: Annotated[float, tyro.conf.arg(aliases=("--unended-penalty",))] = 1.0
-    """penalty subtracted from the reward of a truncated response (--truncated penalise)"""
-    overlong_buffer: int = 0
-    """soft overlong punishment (DAPO): the last tokens below --max-new-tokens over which a penalty rises from
-    0 to 1; 0: none"""
-    kl_coef: float = 0.01
-    """KL penalty coefficient beta, per nat; 0 loads no reference model"""
-    kl_in: Literal["auto", "reward", "loss"] = "auto"
-    """place of the KL penalty: subtracted from each token's reward, or added to the loss. auto: loss with
-    grpo, whose division by the spread of rewards would blow it up, else reward"""
-    kl: Literal["auto", "k1", "abs", "k2", "k3"] = "auto"
-    """KL estimator at a token, of d = log pi - log pi_ref: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) - 1 + d.
-    auto: k1 in the reward, k3 in the loss"""
-    kl_target: float | None = None
-    """target KL in nats per token, to which --kl-coef is adapted after each step (default: no adaptation)"""
-    kl_horizon: float = 10000.0
-    """horizon of the adaptive KL coefficient, in responses; above a fifth of the responses of a step"""
     audit_ratio: float | None = None
     """bound on the mean |pi / pi_old - 1| at a rollout's first update, where both are one policy, and on the
     error of its loss, relative to the mean size of a token's term (default: 1e-5 on a CPU and with
     --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
     audit: AuditConfig = AuditConfig()
+    kl: KlConfig = KlConfig()
+    truncation: TruncationConfig = TruncationConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -159,11 +141,6 @@ class Config(CommonConfig):
             tau_negative=flags.SCALE,
             gamma=flags.number(0, 1),
             entropy_coef=flags.COEFFICIENT,
-            truncated_penalty=flags.COEFFICIENT,
-            overlong_buffer=flags.COUNT_OR_0,
-            kl_coef=flags.COEFFICIENT,
-            kl_target=flags.above(0, 1e6),
-            kl_horizon=flags.above(0, 1e12),
             audit_ratio=flags.BOUND,
         )
         responses, size = self.responses_per_step, self.batch.global_batch_size
@@ -179,18 +156,8 @@ class Config(CommonConfig):
                 f"--advantages {self.advantages} compares the responses to a prompt: give "
                 "--samples-per-prompt 2 or more"
             )
-        if self.overlong_buffer > self.sampling.max_new_tokens:
-            raise UserError(
-                f"--overlong-buffer {self.overlong_buffer} is above --max-new-tokens "
-                f"{self.sampling.max_new_tokens}: it is the last part of it"
-            )
-        if self.kl_target is not None and self.kl_horizon * 5 <= responses:
-            raise UserError(
-                f"--kl-horizon {self.kl_horizon} must be above a fifth of the {responses} responses of a "
-                "step: --kl-coef could fall below 0"
-            )
-        if self.kl_place == "loss" and self.kl == "k1":
-            raise UserError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
+        self.kl.check(self.kl_place, responses, Config.kl)
+        self.truncation.check(self.sampling.max_new_tokens)
         self.refuse_unused()
         audit.check_whole_distribution(self.sampling)
 
@@ -204,12 +171,6 @@ class Config(CommonConfig):
         names = " ".join(names for _, names in OBJECTIVES.values())
         for name in set(names.split()) - set(OBJECTIVES[self.objective][1].split()):
             flags.refuse_unused(self, Config, name, f"with --objective {self.objective}")
-        if self.kl_coef == 0:
-            flags.refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
-        if self.kl_target is None:
-            flags.refuse_unused(self, Config, "kl_horizon", "without --kl-target")
-        if self.truncated != "penalise":
-            flags.refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
 
     @property
     def rows_per_step(self) -> int:
@@ -222,25 +183,13 @@ class Config(CommonConfig):
     @property
     def kl_place(self) -> str:
         """--kl-in without "auto"."""
-        return {"auto": "loss" if self.advantages == "grpo" else "reward"}.get(self.kl_in, self.kl_in)
-
-    @property
-    def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """KL estimator that --kl names."""
-        return KL[{"auto": "k3" if self.kl_place == "loss" else "k1"}.get(self.kl, self.kl)]
+        return self.kl.place("loss" if self.advantages == "grpo" else "reward")
 
     @property
     def policy_objective(self) -> rl.Objective:
         """Objective that --objective names, with its bounds."""
         function, names = OBJECTIVES[self.objective]
         return partial(function, **{name: getattr(self, name) for name in names.split()})
-
-    def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:
-        """KL penalty coefficient after `done` steps; `latest`: metrics of the last one."""
-        if self.kl_target is None or done < 2:
-            return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
-        kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
-        return rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.responses_per_step)
 
     def draws(self, step: int) -> list[list[list[int]]]:
         """Minibatches of all PPO epochs of a step, [minibatch][prompt][response]."""
@@ -291,7 +240,7 @@ def main(config: Config) -> None:
     adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    if config.kl_coef:
+    if config.kl.kl_coef:
         ref = reference.ReferenceWeights(policy, store, config)
     phase.add("policy", policy, optimizer)
     settings = config.rollout, config.sampling, config.model, config.parallel
@@ -316,6 +265,7 @@ def main(config: Config) -> None:
         return {f"val_rollouts/{name}": value for name, value in sampled.statistics().items()}
 
     # ---- losses ----------------------------------------------------------------------------------
+    kl_estimator = config.kl.estimator(config.kl_place)
     is_exact = parallel.is_exact(config.parallel)
     ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
 
@@ -327,7 +277,7 @@ def main(config: Config) -> None:
             logprobs, old_logprobs, advantages, weights, config.policy_objective, responses
         )
         if kl_coef:
-            kl = config.kl_estimator(*rl.only_where(weights, logprobs, batch.extra["ref"]))
+            kl = kl_estimator(*rl.only_where(weights, logprobs, batch.extra["ref"]))
             loss = loss + kl_coef * (weights * kl).sum()
         loss = loss - config.entropy_coef * (weights * entropy).sum()
         return loss, {**metrics, "entropy": (entropy * batch.extra["counted"]).sum()}
@@ -350,7 +300,7 @@ def main(config: Config) -> None:
     session.resume({"policy": (policy, optimizer)}, validate if rows["val"] else None)
     first_step = session.step
     for step in session.steps():
-        kl_coef = config.kl_coef_after(step, session.latest)
+        kl_coef = config.kl.coef_after(step, session.latest, config.responses_per_step)
         kl_in_reward, kl_in_loss = (kl_coef, 0.0) if config.kl_place == "reward" else (0.0, kl_coef)
 
         # rollout: [A] responses, whose N tokens lie end to end from here on
@@ -366,7 +316,7 @@ def main(config: Config) -> None:
         # log-probs of policy and reference, [N]
         with phase("logprobs", policy="weights"):
             old_logprobs, entropies = ref_logprobs, _ = packed.outputs(policy).unbind(1)
-        if config.kl_coef:
+        if config.kl.kl_coef:
             with phase("reference", **ref.needs), ref():
                 ref_logprobs = packed.outputs(policy)[:, 0]
         precision = arch.vocab_size, config.model.dtype, config.sampling.temperature
@@ -374,11 +324,8 @@ def main(config: Config) -> None:
         metrics = audit.check_sampler(sampled, by_response, entropies, *precision, config.audit)
 
         # rewards and advantages, [N]
-        scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
-        if config.overlong_buffer:
-            limits = config.sampling.max_new_tokens, config.overlong_buffer
-            scores = scores - rl.overlong_penalty(lengths, *limits)
-        kl = config.kl_estimator(old_logprobs, ref_logprobs)
+        scores, counted = sampled.scores_and_counted(config.truncation, config.sampling.max_new_tokens)  # [A]
+        kl = kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages = config.estimate_advantages(rewards, lengths, counted)
         if config.advantages != "reinforce":
@@ -390,7 +337,7 @@ def main(config: Config) -> None:
             "rewards_with_kl": per_response(rewards, lengths).mean(),
             **moments("advantages", advantages),
         }
-        if config.kl_coef:
+        if config.kl.kl_coef:
             init_policy_kl = per_response(kl, lengths).mean()
             statistics |= {"init_policy_kl": init_policy_kl, "kl_coef": kl_coef}
         metrics |= {f"train_rollouts/{name}": float(value) for name, value in statistics.items()}

@@ -15,11 +15,11 @@ Without a critic: train_grpo.py.
 PPO: arXiv 1707.06347; with language models: 1909.08593, 2203.02155.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -34,7 +34,7 @@ from align.errors import UserError
 from align.generation import audit
 from align.generation.audit import AuditConfig
 from align.generation.generator import Generator, RolloutConfig, check_rollout, warn_if_none_ended
-from align.generation.rollout import Rollout
+from align.generation.rollout import Rollout, TruncationConfig
 from align.generation.sampling import SamplingConfig
 from align.generation.tape import Tape
 from align.losses import rl
@@ -50,6 +50,7 @@ from align.tracking.run import RunConfig
 from align.training import engine, minibatches, optim, reference
 from align.training.checkpoint import CheckpointConfig
 from align.training.config import CommonConfig, LoopConfig
+from align.training.kl_penalty import KlConfig
 from align.training.ledger import Ledger
 from align.training.minibatches import Minibatches
 from align.training.optim import OptimConfig
@@ -58,7 +59,6 @@ from align.training.session import Session
 
 TRAIN, VAL = 0, 1  # random streams of the samples
 ROLLOUT = ("generate", "score", "logprobs", "reference", "values")  # phases before the updates
-KL = {"k1": rl.kl_k1, "abs": rl.kl_abs, "k2": rl.kl_k2, "k3": rl.kl_k3}
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -85,22 +85,6 @@ class Config(CommonConfig):
     """whiten advantages to mean 0 and variance 1 over all response tokens of the step"""
     entropy_coef: float = 0.0
     """entropy bonus coefficient, per nat and token; 0: none"""
-    truncated: Annotated[Literal["mask", "penalise", "keep"], tyro.conf.arg(aliases=("--unended",))] = "mask"
-    """truncated responses (cut off by --max-new-tokens): mask leaves them out of the policy loss (the critic
-    learns from them), penalise subtracts a penalty, keep treats them like the others"""
-    truncated_penalty: Annotated[float, tyro.conf.arg(aliases=("--unended-penalty",))] = 1.0
-    """penalty subtracted from the reward of a truncated response (--truncated penalise)"""
-    kl_coef: float = 0.01
-    """KL penalty coefficient beta, per nat; 0 loads no reference model"""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """place of the KL penalty: subtracted from each token's reward, or added to the loss"""
-    kl: Literal["auto", "k1", "abs", "k2", "k3"] = "auto"
-    """KL estimator at a token, of d = log pi - log pi_ref: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) - 1 + d.
-    auto: k1 in the reward, k3 in the loss"""
-    kl_target: float | None = None
-    """target KL in nats per token, to which --kl-coef is adapted after each step (default: no adaptation)"""
-    kl_horizon: float = 10000.0
-    """horizon of the adaptive KL coefficient, in responses; above a fifth of the responses of a step"""
     critic: Path | None = None
     """model that initialises the critic: a reward model, or a language model whose values start at 0
     (default: --reward-model, else --model)"""
@@ -117,6 +101,8 @@ class Config(CommonConfig):
     error of its loss, relative to the mean size of a token's term (default: 1e-5 on a CPU and with
     --deterministic, else 1e-4 in fp32 and 0.1 in bf16; inf: no bound)"""
     audit: AuditConfig = AuditConfig()
+    kl: KlConfig = KlConfig(kl_in="reward")
+    truncation: TruncationConfig = TruncationConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -142,10 +128,6 @@ class Config(CommonConfig):
             gamma=flags.number(0, 1),
             gae_lambda=flags.number(0, 1),
             entropy_coef=flags.COEFFICIENT,
-            truncated_penalty=flags.COEFFICIENT,
-            kl_coef=flags.COEFFICIENT,
-            kl_target=flags.above(0, 1e6),
-            kl_horizon=flags.above(0, 1e12),
             critic_lr=flags.LEARNING_RATE,
             critic_min_lr=flags.LEARNING_RATE,
             critic_warmup_steps=flags.COUNT_OR_0,
@@ -160,21 +142,10 @@ class Config(CommonConfig):
             )
         if self.train_data and not (self.reward.reward_model or self.reward.reward_fn):
             raise UserError("no reward: give --reward-model DIR or --reward-fn module:function")
-        if self.kl_target is not None and self.kl_horizon * 5 <= responses:
-            raise UserError(
-                f"--kl-horizon {self.kl_horizon} must be above a fifth of the {responses} responses of a "
-                "step: --kl-coef could fall below 0"
-            )
-        if self.kl_in == "loss" and self.kl == "k1":
-            raise UserError("--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3")
+        self.kl.check(self.kl_place, responses, Config.kl)
+        self.truncation.check(self.sampling.max_new_tokens)
         if self.critic_min_lr > self.critic_lr:
             raise UserError(f"--critic-min-lr {self.critic_min_lr} is above --critic-lr {self.critic_lr}")
-        if self.kl_coef == 0:
-            flags.refuse_unused(self, Config, "kl kl_in kl_target", "with --kl-coef 0: there is no reference")
-        if self.kl_target is None:
-            flags.refuse_unused(self, Config, "kl_horizon", "without --kl-target")
-        if self.truncated != "penalise":
-            flags.refuse_unused(self, Config, "truncated_penalty", f"with --truncated {self.truncated}")
         audit.check_whole_distribution(self.sampling)
 
     @property
@@ -186,26 +157,19 @@ class Config(CommonConfig):
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
+    def kl_place(self) -> str:
+        """--kl-in without "auto"."""
+        return self.kl.place("reward")
+
+    @property
     def critic_optim(self) -> OptimConfig:
         """Optimizer flags of the critic."""
         return replace(self.optim, lr=self.critic_lr, min_lr=self.critic_min_lr)
 
     @property
-    def kl_estimator(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """KL estimator that --kl names."""
-        return KL[{"auto": "k3" if self.kl_in == "loss" else "k1"}.get(self.kl, self.kl)]
-
-    @property
     def objective(self) -> rl.Objective:
         """PPO's, with its bounds."""
         return partial(rl.ppo, clip=self.clip, clip_high=self.clip_high, dual_clip=self.dual_clip)
-
-    def kl_coef_after(self, done: int, latest: dict[str, float]) -> float:
-        """KL penalty coefficient after `done` steps; `latest`: metrics of the last one."""
-        if self.kl_target is None or done < self.critic_warmup_steps + 2:
-            return self.kl_coef  # no KL was seen yet: the last policy that sampled was the reference
-        kl_coef, kl = (latest[f"train_rollouts/{name}"] for name in ("kl_coef", "init_policy_kl"))
-        return rl.adapted_kl_coef(kl_coef, kl, self.kl_target, self.kl_horizon, self.responses_per_step)
 
     def policy_steps(self, total_steps: int) -> int:
         """Steps that train the policy. Raises UserError for none."""
@@ -270,7 +234,7 @@ def main(config: Config) -> None:
     adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy)
     optimizer = optim.build(policy, config.optim)
-    if config.kl_coef:
+    if config.kl.kl_coef:
         ref = reference.ReferenceWeights(policy, store, config)
     phase.add("policy", policy, optimizer)
     critic_start = config.critic or reward.reward_model or config.model.path
@@ -302,6 +266,7 @@ def main(config: Config) -> None:
         return {f"val_rollouts/{name}": value for name, value in sampled.statistics().items()}
 
     # ---- losses ----------------------------------------------------------------------------------
+    kl_estimator = config.kl.estimator(config.kl_place)
     is_exact = parallel.is_exact(config.parallel)
     ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
 
@@ -311,7 +276,7 @@ def main(config: Config) -> None:
         loss, metrics = rl.policy_loss(logprobs, old_logprobs, advantages, counted, config.objective)
         entropy = (entropy * counted).sum()
         if kl_coef:
-            kl = config.kl_estimator(*rl.only_where(counted, logprobs, batch.extra["ref"]))
+            kl = kl_estimator(*rl.only_where(counted, logprobs, batch.extra["ref"]))
             loss = loss + kl_coef * kl.sum()
         return loss - config.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
@@ -338,8 +303,10 @@ def main(config: Config) -> None:
     session.resume(trained, validate if rows["val"] else None)
     first_step = session.step
     for step in session.steps():
-        kl_coef = config.kl_coef_after(step, session.latest)
-        kl_in_reward, kl_in_loss = (kl_coef, 0.0) if config.kl_in == "reward" else (0.0, kl_coef)
+        kl_coef = config.kl.coef_after(
+            step - config.critic_warmup_steps, session.latest, config.responses_per_step
+        )
+        kl_in_reward, kl_in_loss = (kl_coef, 0.0) if config.kl_place == "reward" else (0.0, kl_coef)
 
         # rollout: [A] responses, whose N tokens lie end to end from here on
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
@@ -354,7 +321,7 @@ def main(config: Config) -> None:
         # log-probs of policy and reference, and values, [N]
         with phase("logprobs", policy="weights"):
             old_logprobs, entropies = ref_logprobs, _ = packed.outputs(policy).unbind(1)
-        if config.kl_coef:
+        if config.kl.kl_coef:
             with phase("reference", **ref.needs), ref():
                 ref_logprobs = packed.outputs(policy)[:, 0]
         with phase("values", critic="weights"):
@@ -363,12 +330,12 @@ def main(config: Config) -> None:
         by_response = old_logprobs.split(lengths)
         metrics = audit.check_sampler(sampled, by_response, entropies, *precision, config.audit)
         # rewards, advantages and returns, [N]
-        scores, counted = sampled.scores_and_counted(config.truncated, config.truncated_penalty)  # [A]
-        kl = config.kl_estimator(old_logprobs, ref_logprobs)
+        scores, counted = sampled.scores_and_counted(config.truncation, config.sampling.max_new_tokens)  # [A]
+        kl = kl_estimator(old_logprobs, ref_logprobs)
         rewards = rl.token_rewards(scores, kl, lengths, kl_in_reward)
         advantages, returns = rl.gae(rewards, values, lengths, config.gamma, config.gae_lambda)
         statistics = sampled.statistics() | token_statistics(rewards, values, advantages, returns, lengths)
-        if config.kl_coef:
+        if config.kl.kl_coef:
             statistics |= {"init_policy_kl": float(per_response(kl, lengths).mean()), "kl_coef": kl_coef}
         metrics |= {f"train_rollouts/{name}": value for name, value in statistics.items()}
         if config.whiten_advantages:

@@ -225,10 +225,10 @@ def lengths(step: Step) -> list[int]:
 def kl_flags(step: Step) -> tuple[str, str]:
     """Place and estimator of the KL penalty, without "auto"."""
     config = step.config
-    place = config.kl_in
+    place = config.kl.kl_in
     if place == "auto":
         place = "loss" if config.advantages == "grpo" else "reward"
-    return place, {"auto": "k3" if place == "loss" else "k1"}.get(config.kl, config.kl)
+    return place, {"auto": "k3" if place == "loss" else "k1"}.get(config.kl.kl, config.kl.kl)
 
 
 def first_objective(config: Any, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -259,11 +259,11 @@ def check_rl(step: Step) -> None:
     """PPO, GRPO, RLOO and REINFORCE: from the rewards of the responses to the first update."""
     config, arrays = step.config, step.arrays
     check_scores(step)
-    kept = np.repeat(step.arrays["ended"] | (config.truncated != "mask"), lengths(step))
+    kept = np.repeat(step.arrays["ended"] | (config.truncation.truncated != "mask"), lengths(step))
     places, cause = step.places(), lambda i: "truncated responses are trained, or whole ones are not"
     step.compare("counted", arrays["counted"], kept, None, lambda i: step.token(*places[i]), cause)
     place, estimator = kl_flags(step)
-    in_loss = config.kl_coef if place == "loss" else 0.0
+    in_loss = config.kl.kl_coef if place == "loss" else 0.0
     signal = arrays["counted"] * (arrays["advantages"] if in_loss == config.entropy_coef == 0 else 1.0)
     used = first_minibatch(step, signal)
     divisor = divisors(step, used)
@@ -294,11 +294,11 @@ def check_rl(step: Step) -> None:
     computed = outcomes(step, step.policy, 0, terms)
     check_logprobs(step, "log-probs", "old_logprobs", computed, config.sampling.temperature)
     check_logprobs(step, "sampler", "sampler_logprobs", computed, config.sampling.temperature)
-    if config.kl_coef:
+    if config.kl.kl_coef:
         of_reference = forward(step, config.model.path, config.sampling.temperature)
         check_logprobs(step, "reference", "ref_logprobs", of_reference, config.sampling.temperature)
     critic = check_values(step) if step.script == "train_ppo" and step.number == 1 else None
-    check_token_rewards(step, estimator, 0.0 if in_loss else config.kl_coef)
+    check_token_rewards(step, estimator, 0.0 if in_loss else config.kl.kl_coef)
     check_advantages(step)
     if critic:
         check_update(step, "critic", critic, {})
@@ -341,9 +341,9 @@ def check_values(step: Step) -> list[Outcome]:
 
 def check_token_rewards(step: Step, estimator: str, kl_coef: float) -> None:
     """A stage of the rewards of tokens, from the recorded scores and log-probs."""
-    penalty = step.config.truncated_penalty * (step.config.truncated == "penalise")
+    penalty = step.config.truncation.truncated_penalty * (step.config.truncation.truncated == "penalise")
     scores = (step.arrays["scores"] - penalty * ~step.arrays["ended"]).tolist()
-    if buffer := getattr(step.config, "overlong_buffer", 0):
+    if buffer := step.config.truncation.overlong_buffer:
         start = step.config.sampling.max_new_tokens - buffer
         overlong = [min(max(length - start, 0) / buffer, 1.0) for length in lengths(step)]
         scores = [score - penalty for score, penalty in zip(scores, overlong, strict=True)]

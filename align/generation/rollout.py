@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
+from align import flags
 from align.data.packing import Example
 from align.data.prompts import Prompt
 from align.data.tokenizer import Tokenizer
+from align.errors import UserError
+from align.losses import rl
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,36 @@ def response_example(prompt: Prompt, sample: Sample) -> Example:
     """Prompt and response as an example that trains the response. Token ids in and out, never text."""
     trained = np.arange(len(prompt.ids) + len(sample.ids)) >= len(prompt.ids)
     return Example(np.concatenate([prompt.ids, sample.ids]).astype(np.int32), trained)
+
+
+@dataclass(frozen=True)
+class TruncationConfig:
+    """Truncated and overlong responses in PPO and GRPO."""
+
+    truncated: Annotated[Literal["mask", "penalise", "keep"], tyro.conf.arg(aliases=("--unended",))] = "mask"
+    """truncated responses (cut off by --max-new-tokens): mask leaves them out of the policy's loss and of
+    comparisons between responses (a critic learns from them), penalise subtracts a penalty, keep treats them
+    like the others"""
+    truncated_penalty: Annotated[float, tyro.conf.arg(aliases=("--unended-penalty",))] = 1.0
+    """penalty subtracted from the reward of a truncated response (--truncated penalise)"""
+    overlong_buffer: int = 0
+    """soft overlong punishment (DAPO): the last tokens below --max-new-tokens over which a penalty rises from
+    0 to 1; 0: none"""
+
+    def __post_init__(self):
+        rules = dict(truncated_penalty=flags.COEFFICIENT, overlong_buffer=flags.COUNT_OR_0)
+        flags.check_ranges(self, **rules)
+        if self.truncated != "penalise":
+            why = f"with --truncated {self.truncated}"
+            flags.refuse_unused(self, TruncationConfig, "truncated_penalty", why)
+
+    def check(self, max_new_tokens: int) -> None:
+        """Raise UserError for an overlong buffer longer than a response."""
+        if self.overlong_buffer > max_new_tokens:
+            raise UserError(
+                f"--overlong-buffer {self.overlong_buffer} is above --max-new-tokens {max_new_tokens}: it is "
+                "the last part of it"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +117,16 @@ class Rollout:
             for prompt, samples in zip(self.prompts, self.samples, strict=True)
         ]
 
-    def scores_and_counted(self, truncated: str, penalty: float) -> tuple[Tensor, Tensor]:
-        """Scores [A], and [A] bool, responses that the policy learns from.
-
-        `truncated`: mask leaves truncated responses out, penalise subtracts `penalty` from their scores.
-        """
+    def scores_and_counted(self, truncation: TruncationConfig, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Scores [A], less penalties for their lengths; [A] bool, responses that the policy learns from."""
         scores = torch.from_numpy(self.rewards).view(-1)
         is_truncated = torch.tensor([sample.finish != "stop" for sample in self.responses])
-        if truncated == "penalise":
-            scores = scores - penalty * is_truncated.double()
-        return scores, ~is_truncated if truncated == "mask" else torch.ones_like(is_truncated)
+        if truncation.truncated == "penalise":
+            scores = scores - truncation.truncated_penalty * is_truncated.double()
+        if truncation.overlong_buffer:
+            lengths = [len(sample.ids) for sample in self.responses]
+            scores = scores - rl.overlong_penalty(lengths, max_new_tokens, truncation.overlong_buffer)
+        return scores, ~is_truncated if truncation.truncated == "mask" else torch.ones_like(is_truncated)
 
     def statistics(self) -> dict[str, float]:
         """Means over all responses; with several to a prompt, the share of prompts with equal rewards only.

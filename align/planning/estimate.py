@@ -123,7 +123,7 @@ def from_rows(
 def policy_gradient(config: Any, cluster: Cluster, trained: Models) -> Job:
     """PPO and GRPO."""
     frozen = read_reward_model(config)
-    if config.kl_coef > 0:
+    if config.kl.kl_coef > 0:
         frozen["reference"] = trained["policy"]
     return from_prompts(Job(config, cluster, trained, frozen, policy_gradient_phases, config.offload.offload))
 

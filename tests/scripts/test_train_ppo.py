@@ -16,11 +16,13 @@ from align.data import toy
 from align.data.packing import BatchConfig
 from align.distributed.parallel import ParallelConfig
 from align.errors import UserError
+from align.generation.rollout import TruncationConfig
 from align.generation.sampling import SamplingConfig
 from align.losses import rl
 from align.losses.statistics import moments, per_response
 from align.rewards.sources import RewardConfig
 from align.training import checkpoint
+from align.training.kl_penalty import KlConfig
 from align.training.minibatches import Minibatches, draw
 from align.training.optim import OptimConfig
 from tests.support.files import read_jsonl, without_times
@@ -66,12 +68,15 @@ def Config(**flags: object) -> train_ppo.Config | train_grpo.Config:
             "--advantages rloo compares the responses to a prompt: give --samples-per-prompt 2 or more",
         ),
         (
-            {"kl_in": "loss", "kl": "k1"},
+            {"kl": KlConfig(kl_in="loss", kl="k1")},
             "--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3",
         ),
-        (GROUPS | {"kl": "k1"}, "--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3"),
         (
-            {"kl_target": 0.1, "kl_horizon": 12.8},
+            GROUPS | {"kl": KlConfig(kl="k1")},
+            "--kl k1 in the loss: its gradient averages to 0; give --kl k2 or k3",
+        ),
+        (
+            {"kl": KlConfig(kl_target=0.1, kl_horizon=12.8)},
             "--kl-horizon 12.8 must be above a fifth of the 64 responses of a step: --kl-coef could fall "
             "below 0",
         ),
@@ -96,10 +101,17 @@ def test_wrong_flags_are_refused(flags, message):
         DATA | {"reward": RewardConfig(reward_model=Path("rm"))},
         DATA | {"reward": RewardConfig(reward_fn="a:b"), "critic": Path("lm"), "critic_warmup_steps": 3},
         {"sampling": SamplingConfig(temperature=0.7, stop=("\n",))},
-        {"advantages": "reinforce", "gamma": 0.9, "whiten_advantages": False, "kl_coef": 0.0},
-        GROUPS | {"kl_in": "loss", "kl": "k3", "truncated": "penalise", "truncated_penalty": 0.5},
-        GROUPS | {"advantages": "rloo", "kl_target": 0.1, "kl_horizon": 1000.0, "entropy_coef": 0.01},
-        {"value_clip": 0.0, "clip": 0.0, "gamma": 0.0, "gae_lambda": 1.0, "truncated": "keep"},
+        {"advantages": "reinforce", "gamma": 0.9, "whiten_advantages": False, "kl": KlConfig(kl_coef=0.0)},
+        GROUPS | {"kl": KlConfig(kl_in="loss", kl="k3"), "truncation": TruncationConfig("penalise", 0.5, 64)},
+        GROUPS
+        | {"advantages": "rloo", "kl": KlConfig(kl_target=0.1, kl_horizon=1000.0), "entropy_coef": 0.01},
+        {
+            "value_clip": 0.0,
+            "clip": 0.0,
+            "gamma": 0.0,
+            "gae_lambda": 1.0,
+            "truncation": TruncationConfig("keep"),
+        },
         {"critic_lr": 0.0, "critic_min_lr": 0.0, "optim": OptimConfig(lr=0.0, min_lr=0.0)},
         # an update takes answers to several prompts, or half of those to one
         {"prompts_per_step": 4, "samples_per_prompt": 8, "batch": BatchConfig(global_batch_size=16)},
@@ -190,49 +202,16 @@ def test_tokens_with_gradient():
     assert minibatches.of_first_update(torch.arange(8), [0.0, 3.0, 1.0, 0.0])[0].tolist() == [2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("kl", "expected"),
-    [
-        (0.11, 0.02 * (1 + 0.1 * 64 / 1000)),
-        (0.5, 0.02 * (1 + 0.2 * 64 / 1000)),  # the error is cut to 0.2
-        (0.09, 0.02 * (1 - 0.1 * 64 / 1000)),
-        (-0.01, 0.02 * (1 - 0.2 * 64 / 1000)),
-    ],
-)
-def test_price_of_kl_is_adapted(kl, expected):
-    """From the coefficient of the step before, not from --kl-coef, and by the 64 answers of a step."""
-    config = Config(kl_target=0.1, kl_horizon=1000.0)
-    latest = {"train_rollouts/kl_coef": 0.02, "train_rollouts/init_policy_kl": kl}
-    assert config.kl_coef_after(2, latest) == pytest.approx(expected, rel=1e-12)
-    config = replace(config, critic_warmup_steps=3)
-    assert config.kl_coef_after(5, latest) == pytest.approx(expected, rel=1e-12)
-
-
-def test_price_of_kl_before_a_kl_was_seen():
-    """The flag's, without --kl-target and as long as the policy that sampled was the reference."""
-    latest = {"train_rollouts/kl_coef": 0.02, "train_rollouts/init_policy_kl": 0.0}
-    assert Config(kl_coef=0.03).kl_coef_after(9, latest) == 0.03
-    assert Config(kl_coef=0.03, kl_target=0.1).kl_coef_after(0, {"val_rollouts/rewards": 1.0}) == 0.03
-    for warmup in (0, 4):
-        config = Config(kl_coef=0.03, kl_target=0.1, critic_warmup_steps=warmup)
-        assert [config.kl_coef_after(done, latest) for done in range(warmup + 2)] == [0.03] * (warmup + 2)
-
-
-def test_where_the_kl_goes_and_how_it_is_estimated():
-    """In the reward by k1; in the loss, which is grpo's default, by k3; flags win."""
-    grpo = {"advantages": "grpo", "samples_per_prompt": 2}
-    for flags, place, estimator in (
-        ({}, "reward", rl.kl_k1),
-        ({"advantages": "reinforce"}, "reward", rl.kl_k1),
-        ({"kl": "abs"}, "reward", rl.kl_abs),
-        ({"kl_in": "loss"}, "loss", rl.kl_k3),
-        (grpo, "loss", rl.kl_k3),
-        (grpo | {"kl": "k2"}, "loss", rl.kl_k2),
-        (grpo | {"kl_in": "reward"}, "reward", rl.kl_k1),
+def test_place_of_the_kl_penalty():
+    """In the loss by default for grpo only."""
+    for flags, place in (
+        ({}, "reward"),
+        ({"advantages": "reinforce"}, "reward"),
+        ({"kl": KlConfig(kl_in="loss")}, "loss"),
+        (GROUPS, "loss"),
+        (GROUPS | {"kl": KlConfig(kl_in="reward")}, "reward"),
     ):
-        config = Config(**flags)
-        actual = config.kl_place if "advantages" in flags else config.kl_in
-        assert (actual, config.kl_estimator) == (place, estimator), flags
+        assert Config(**flags).kl_place == place, flags
 
 
 # ---- runs on two processes -----------------------------------------------------------------------

@@ -266,8 +266,9 @@ def main(config: Config) -> None:
 
     # ---- losses ----------------------------------------------------------------------------------
     kl_estimator = config.kl.estimator(config.kl_place)
-    is_exact = parallel.is_exact(config.parallel)
-    ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
+    ratio_bound = audit.ratio_bound(
+        config.audit_ratio, config.model.dtype, parallel.is_exact(config.parallel)
+    )
 
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)  # [n] response tokens
@@ -298,14 +299,13 @@ def main(config: Config) -> None:
 
     # ---- loop ------------------------------------------------------------------------------------
     session.resume({"policy": (policy, optimizer)}, validate if rows["val"] else None)
-    first_step = session.step
     for step in session.steps():
         kl_coef = config.kl.coef_after(step, session.latest, config.responses_per_step)
         kl_in_reward, kl_in_loss = (kl_coef, 0.0) if config.kl_place == "reward" else (0.0, kl_coef)
 
         # rollout: [A] responses, whose N tokens lie end to end from here on
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
-        if step == first_step:
+        if step == session.continued.step:
             warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
         audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, generator.sampling.stop)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
@@ -375,7 +375,6 @@ def main(config: Config) -> None:
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 
-        # evaluate
         if rows["val"] and session.validates():
             metrics |= validate(session.done)
             metrics["timers/validation_time"] = session.clock.total(*ROLLOUT) - rollout_time

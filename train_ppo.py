@@ -172,9 +172,10 @@ class Config(CommonConfig):
         return partial(rl.ppo, clip=self.clip, clip_high=self.clip_high, dual_clip=self.dual_clip)
 
     def policy_steps(self, total_steps: int) -> int:
-        """Steps that train the policy. Raises UserError for none."""
+        """Steps that train the policy. Raises UserError for none, or fewer than the schedule's."""
         if total_steps <= self.critic_warmup_steps:
             raise UserError(f"--critic-warmup-steps {self.critic_warmup_steps} leaves the policy no step")
+        optim.check_optim(self.optim, total_steps - self.critic_warmup_steps)
         return total_steps - self.critic_warmup_steps
 
     def draws(self, step: int) -> list[list[list[int]]]:
@@ -221,7 +222,6 @@ def main(config: Config) -> None:
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
     policy_steps = config.policy_steps(session.total_steps)
-    optim.check_optim(config.optim, policy_steps)
 
     # ---- models ----------------------------------------------------------------------------------
     phase, store = session.offload(estimate.resolve_offload(config))
@@ -267,8 +267,9 @@ def main(config: Config) -> None:
 
     # ---- losses ----------------------------------------------------------------------------------
     kl_estimator = config.kl.estimator(config.kl_place)
-    is_exact = parallel.is_exact(config.parallel)
-    ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
+    ratio_bound = audit.ratio_bound(
+        config.audit_ratio, config.model.dtype, parallel.is_exact(config.parallel)
+    )
 
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)  # [n] response tokens
@@ -301,16 +302,14 @@ def main(config: Config) -> None:
 
     # ---- loop ------------------------------------------------------------------------------------
     session.resume(trained, validate if rows["val"] else None)
-    first_step = session.step
     for step in session.steps():
-        kl_coef = config.kl.coef_after(
-            step - config.critic_warmup_steps, session.latest, config.responses_per_step
-        )
+        policy_step = step - config.critic_warmup_steps
+        kl_coef = config.kl.coef_after(policy_step, session.latest, config.responses_per_step)
         kl_in_reward, kl_in_loss = (kl_coef, 0.0) if config.kl_place == "reward" else (0.0, kl_coef)
 
         # rollout: [A] responses, whose N tokens lie end to end from here on
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
-        if step == first_step:
+        if step == session.continued.step:
             warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
         audit.check_ends(sampled.places, sampled.responses, tokenizer.stop_ids, generator.sampling.stop)
         session.samples(session.done, sampled.table("train_rollouts", 1, tokenizer, config.sampling.stop))
@@ -329,6 +328,7 @@ def main(config: Config) -> None:
         precision = arch.vocab_size, config.model.dtype, config.sampling.temperature
         by_response = old_logprobs.split(lengths)
         metrics = audit.check_sampler(sampled, by_response, entropies, *precision, config.audit)
+
         # rewards, advantages and returns, [N]
         scores, counted = sampled.scores_and_counted(config.truncation, config.sampling.max_new_tokens)  # [A]
         kl = kl_estimator(old_logprobs, ref_logprobs)
@@ -340,6 +340,7 @@ def main(config: Config) -> None:
         metrics |= {f"train_rollouts/{name}": value for name, value in statistics.items()}
         if config.whiten_advantages:
             advantages = rl.whiten(advantages)
+
         # update
         mask = rl.per_token(counted.double(), lengths)  # [N]
         tokens = {"old": old_logprobs, "ref": ref_logprobs, "advantages": advantages, "counted": mask}
@@ -353,7 +354,6 @@ def main(config: Config) -> None:
         first = packed.of_first_update((values - returns).square() / 2, packed.num_tokens)
         audit.check_update(updates[0]["loss"], *first, ratio_bound)
         metrics |= {f"train_optim/critic_{name}": value for name, value in mean_of(updates).items()}
-        policy_step = step - config.critic_warmup_steps
         signal = "advantages" if kl_in_loss == config.entropy_coef == 0 else "counted"
         fates = {"truncated": mask == 0, "critic_warmup": mask.new_tensor(policy_step < 0)}
         ledger = Ledger(sampled.tokens, fates | {"without_signal": tokens[signal] == 0})
@@ -375,7 +375,6 @@ def main(config: Config) -> None:
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 
-        # evaluate
         if rows["val"] and session.validates():
             metrics |= validate(session.done)
             metrics["timers/validation_time"] = session.clock.total(*ROLLOUT) - rollout_time

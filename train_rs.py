@@ -211,11 +211,10 @@ def main(config: Config) -> None:
     # ---- loop ------------------------------------------------------------------------------------
     clock = session.clock
     session.resume({"policy": (policy, optimizer)}, validate if rows["val"] else None)
-    first_step = session.step
     for step in session.steps():
         # rollout
         sampled = rollout("train", session.rows_of_step(step), (TRAIN, step), config.samples_per_prompt)
-        if step == first_step:
+        if step == session.continued.step:
             warn_if_none_ended(sampled.responses, config.sampling.max_new_tokens, session.say)
         selected, statistics, tokens_of_step = select_step(config, sampled)
         if statistics.get("prompts_without_spread") == 1.0:

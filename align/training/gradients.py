@@ -13,7 +13,6 @@ def by_name(model: DistributedDataParallel) -> dict[str, Tensor]:
 
     By Hugging Face name, with adapters by the names of peft's files.
 
-
     Call it between `engine.forward_backward` and the optimizer step. The gradient is that of the whole step,
     before clipping, and equal on every rank.
     """

@@ -215,9 +215,8 @@ def main(config: Config) -> None:
     session.say(reward.describe())
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
     sources.warn_of_other_ends(reward, tokenizer, session.say)
-    rows = node.once(
-        partial(prompts.load_sets, files, tokenizer, config.format, arch.vocab_size, session.say)
-    )
+    load = partial(prompts.load_sets, files, tokenizer, config.format, arch.vocab_size, session.say)
+    rows = node.once(load)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])
@@ -267,9 +266,8 @@ def main(config: Config) -> None:
 
     # ---- losses ----------------------------------------------------------------------------------
     kl_estimator = config.kl.estimator(config.kl_place)
-    ratio_bound = audit.ratio_bound(
-        config.audit_ratio, config.model.dtype, parallel.is_exact(config.parallel)
-    )
+    is_exact = parallel.is_exact(config.parallel)
+    ratio_bound = audit.ratio_bound(config.audit_ratio, config.model.dtype, is_exact)
 
     def policy_loss(batch: Batch, output: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = output.index_select(0, batch.trained).double().unbind(1)  # [n] response tokens

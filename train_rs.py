@@ -167,9 +167,8 @@ def main(config: Config) -> None:
     session.say(reward.describe())
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
     sources.warn_of_other_ends(reward, tokenizer, session.say)
-    rows = node.once(
-        partial(prompts.load_sets, files, tokenizer, config.format, arch.vocab_size, session.say)
-    )
+    load = partial(prompts.load_sets, files, tokenizer, config.format, arch.vocab_size, session.say)
+    rows = node.once(load)
     packing.check_size(len(rows["train"]), config.prompts_per_step, "--train-data", "--prompts-per-step")
     rows["val"] = rows["val"][config.val_rows()]
     session.find_checkpoint([prompt.ids] for prompt in rows["train"])

@@ -60,13 +60,14 @@ from align.judging.reference_model import ReferenceModel
 from align.judging.self_judge import Ids, JudgedResponses, Sampler, SelfJudge, Streams
 from align.losses import preference, supervised
 from align.losses.statistics import log_ratio_statistics
-from align.model import architecture, gpt, huggingface
+from align.model import adapter_files, architecture, gpt, huggingface
 from align.model.config import check_model, describe_model
+from align.model.lora import LoraConfig
 from align.planning import estimate
 from align.rewards import sources
 from align.tracking.metrics import with_std
 from align.tracking.run import RunConfig
-from align.training import batching, checkpoint, engine, offload, optim, reference
+from align.training import batching, checkpoint, engine, optim, reference
 from align.training.checkpoint import CheckpointConfig, Saving
 from align.training.config import CommonConfig, LoopConfig
 from align.training.ledger import Ledger
@@ -132,6 +133,7 @@ class Config(CommonConfig):
     rollout: RolloutConfig = RolloutConfig()
     offload: OffloadConfig = OffloadConfig()
     format: FormatConfig = FormatConfig(max_seq_len=512)
+    lora: LoraConfig = LoraConfig()
     run: RunConfig = RunConfig(output=Path("runs/self_reward"))
     loop: LoopConfig = LoopConfig(val_batches=1)
     optim: OptimConfig = OptimConfig(lr=1e-6, min_lr=5e-7)
@@ -164,8 +166,9 @@ class Config(CommonConfig):
         if self.steps_per_iteration:
             refuse_unused(self.loop, LoopConfig, "max_epochs", "with --steps-per-iteration")
         if self.first_iteration_sft and self.iterations == 1:
-            flags = "--first-iteration-sft with --iterations 1"
-            raise UserError(f"{flags} is fine-tuning alone: use train_sft.py")
+            raise UserError(
+                "--first-iteration-sft with --iterations 1 is fine-tuning alone: use train_sft.py"
+            )
         if self.true_reward_fn and self.train_data and not self.val_data:
             raise UserError("--true-reward-fn has no effect without --val-data: give both")
         size, fraction = self.batch.global_batch_size, self.meta.meta_judge_fraction
@@ -364,11 +367,12 @@ def validate(
 def main(config: Config) -> None:
     # ---- setup and checks ------------------------------------------------------------------------
     arch = architecture.read_config(config.model.path)
-    check_model(arch, config.model, config.parallel)
-    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel)
+    adapters = adapter_files.read(config.lora, arch)
+    check_model(arch, config.model, config.parallel, adapters=adapters)
+    check_rollout(arch, config.rollout, config.sampling, config.model, config.parallel, adapters)
     config.check_lengths(arch.max_positions)
     session = Session(config, __file__)
-    session.say(f"{parallel.layout()}; {describe_model(arch, config.model)}")
+    session.say(f"{parallel.layout()}; {describe_model(arch, config.model, adapters=adapters)}")
 
     # ---- data ------------------------------------------------------------------------------------
     files, tokenizer = config.files(toy.write), session.load_tokenizer()
@@ -421,23 +425,23 @@ def main(config: Config) -> None:
 
     # ---- model -----------------------------------------------------------------------------------
     phase, store = session.offload(estimate.resolve_offload(config))
-    policy = gpt.build_policy(arch, config.model, config.parallel)
+    policy = gpt.build_policy(arch, config.model, config.parallel, adapters=adapters)
     huggingface.load(policy, huggingface.open_source(config.model.path, arch, config.parallel.seed))
+    adapter_files.load(policy, config.parallel.seed)
     policy = gpt.distributed(policy)
     if path := session.verified_checkpoint():
         buffer.load(path, layout_of_steps)
         checkpoint.load_weights(path / "reference", policy.module)
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
-    weights = offload.Weights(policy.module, store)
     optimizer = optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
     rollout, tape = (config.rollout, config.sampling, config.model, config.parallel), Tape(session)
     generator = Generator(policy, *rollout, tokenizer, tape=tape)
     session.say(generator.describe())
-    stops = sorted(tokenizer.stop_ids), tokenizer.stop_strings
-    settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *stops)
-    ref = ReferenceModel(weights, policy, generator, phase, config.run.output / "rollouts", settings)
+    files_read = sorted(tokenizer.stop_ids), tokenizer.stop_strings, reference.weights_id(config.model.path)
+    settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *files_read)
+    ref = ReferenceModel(policy, generator, phase, store, config.run.output, settings)
     state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator)
 
     def save(saving: Saving) -> None:
@@ -454,11 +458,8 @@ def main(config: Config) -> None:
     for step in session.steps():
         state.iteration = step // iteration_steps
         begin, end = state.iteration * iteration_steps, (state.iteration + 1) * iteration_steps
-        metrics: dict[str, float] = {
-            "iteration": state.iteration,
-            "epoch": step // epoch_steps,
-            "consumed_samples": session.done * size,
-        }
+        metrics: dict[str, float] = {"iteration": state.iteration, "epoch": step // epoch_steps}
+        metrics["consumed_samples"] = session.done * size
         is_reference |= step == begin  # the policy is still the reference
 
         if state.iteration == 0 and config.first_iteration_sft:

@@ -72,8 +72,8 @@ def sums(step: Step, outcome: Outcome, average: bool) -> list[float]:
 
 def loss_options(step: Step, ref: Sequence[float], average: bool) -> dict[str, float]:
     """Numbers that --loss takes beside the log-ratios and beta, but for the gap of a pair."""
-    names = ("label_smoothing", "simpo_gamma", "dpop_lambda")
-    options = {name: value for name in names if (value := getattr(step.config, name, None)) is not None}
+    flags = {name: getattr(step.config, name, None) for name in reference.FLAGS}
+    options = {name: value for name, value in flags.items() if value is not None}
     if step.config.loss == "kto_pair":
         ratios = np.array(sums(step, forward(step, step.policy)[0], average)) - ref
         kl = ratios.reshape(-1, 2).mean(0).clip(min=0).tolist()

@@ -238,6 +238,7 @@ PREFERENCE: dict[str, Callable[..., Tensor]] = {
         *(kto_pair, simpo, orpo, dpop, apo_zero, sppo_hard, exo_pair, nca_pair),
     )
 }
+FLAGS = ("label_smoothing", "simpo_gamma", "dpop_lambda")  # of train_dpo.py, arguments of these losses
 
 # ---- reinforcement learning ----------------------------------------------------------------------
 

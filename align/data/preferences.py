@@ -192,7 +192,8 @@ def used_fields(row: dict) -> set[str]:
 def make_pair(location: str, row: dict, lines: Lines, tokenizer: Tokenizer, fmt: PreferenceFormat) -> Pair:
     """Format a row, or a {"text"} line and the next of `lines`, as a pair. Raises UserError."""
     if "label" in row:
-        raise UserError(f"{location}: a labelled text is no side of a pair: use --loss regression")
+        advice = "train_rm.py --loss regression reads labelled texts"
+        raise UserError(f"{location}: a labelled text is no side of a pair: {advice}")
     if "text" not in row:
         sides = jsonl.located(location, format_pair, row, tokenizer, fmt)
     elif lines is not None:

@@ -13,31 +13,41 @@ from align.generation.generator import Generator
 from align.generation.rollout import Sample
 from align.judging.pairs import SampledPair
 from align.judging.self_judge import Ids, Streams
+from align.model import gpt, lora
 from align.training import batching, checkpoint
 from align.training.checkpoint_writer import Writer
-from align.training.offload import Weights
+from align.training.offload import HostStore, Weights
 from align.training.phases import Phases
 
 
 class ReferenceModel:
     """Sampling and log-probs with the reference weights, which are swapped into the policy.
 
-    Samples are kept in files. Every method is collective.
+    With adapters these are swapped, and the frozen weights are the policy's. Samples are kept in files. Every
+    method is collective.
     """
 
     def __init__(
         self,
-        weights: Weights,
         policy: DistributedDataParallel,
         generator: Generator,
         phase: Phases,
-        directory: Path,
+        store: HostStore,
+        output: Path,
         settings: tuple,
     ):
-        """`settings`: what samples, kept in `directory`, depend on beside weights, prompts and streams."""
-        self.weights, self.policy, self.generator, self.phase = weights, policy, generator, phase
-        self.directory, self.settings = directory, settings
-        self.digest = rollout_cache.weights_digest(weights)
+        """
+        Args:
+            policy: the reference at this time.
+            store: for the copy of its weights.
+            output: the run directory.
+            settings: what samples depend on beside trained weights, prompts and streams.
+        """
+        has_adapters = gpt.stages(policy)[0].adapters is not None
+        self.policy, self.generator, self.phase, self.settings = policy, generator, phase, settings
+        self.weights = Weights(policy.module, store, lora.is_trained if has_adapters else lambda name: True)
+        self.directory, self.digest = output / "rollouts", rollout_cache.weights_digest(self.weights)
+        self.needs = {"policy": "weights"} if has_adapters else {}  # of each phase
 
     def follow_policy(self) -> None:
         """Take the policy's weights: the next iteration begins."""
@@ -48,7 +58,7 @@ class ReferenceModel:
         """Samples for the steps from `first` on, read from a file if there is one."""
 
         def generate() -> list[list[Sample]]:
-            with self.phase(kind), self.weights.swapped_into(self.policy.module):
+            with self.phase(kind, **self.needs), self.weights.swapped_into(self.policy.module):
                 return self.generator.generate(ids, streams, number)
 
         fingerprint = rollout_cache.fingerprint(self.digest, (*self.settings, number), ids, streams)
@@ -60,12 +70,12 @@ class ReferenceModel:
 
     def logprobs(self, pairs: Sequence[SampledPair], config: BatchConfig) -> list[np.ndarray]:
         """Log-probs of each sample's tokens, by training's forward pass: chosen, rejected, chosen, ..."""
-        with self.phase("reference"), self.weights.swapped_into(self.policy.module):
+        with self.phase("reference", **self.needs), self.weights.swapped_into(self.policy.module):
             return batching.per_example_outputs(self.policy, [pair.examples for pair in pairs], config)
 
     def save(self, path: Path, writer: Writer) -> None:
         """Write the weights into a directory of a checkpoint."""
-        with self.phase("save"), self.weights.swapped_into(self.policy.module):
+        with self.phase("save", **self.needs), self.weights.swapped_into(self.policy.module):
             checkpoint.write_weights(path, self.policy.module, writer)
 
     def discard_samples(self, before: int) -> None:

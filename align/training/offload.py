@@ -5,7 +5,7 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -45,17 +45,27 @@ class HostStore:
 
 
 class Weights:
-    """A host copy of a module's weights, which can be swapped into it."""
+    """A host copy of a module's weights, or only of some, which can be swapped into it."""
 
-    def __init__(self, module: nn.Module, store: HostStore | None = None):
-        self.store = store or HostStore()
-        self.held = {name: self.store.copy(parameter) for name, parameter in module.named_parameters()}
+    def __init__(
+        self,
+        module: nn.Module,
+        store: HostStore | None = None,
+        has: Callable[[str], bool] = lambda name: True,
+    ):
+        """`has`: of a parameter's name, whether the copy has it; the others stay as they are."""
+        self.store, self.has = store or HostStore(), has
+        self.held = {name: self.store.copy(parameter) for name, parameter in self.parameters_of(module)}
         self.store.drop_pages()
+
+    def parameters_of(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, parameter) of those that the copy has."""
+        return (pair for pair in module.named_parameters() if self.has(pair[0]))
 
     @torch.no_grad()
     def follow(self, module: nn.Module) -> None:
         """Update the copy to the module's present weights."""
-        for name, parameter in module.named_parameters():
+        for name, parameter in self.parameters_of(module):
             self.held[name].copy_(parameter)
         self.store.drop_pages()
 
@@ -67,13 +77,13 @@ class Weights:
         weights) is not touched. Nothing inside the block may change weights.
         """
         own = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in self.parameters_of(module):
             own[name] = parameter.data
             parameter.data = self.held[name].to(parameter.device, non_blocking=True)  # a CPU copies nothing
         try:
             yield
         finally:
-            for name, parameter in module.named_parameters():
+            for name, parameter in self.parameters_of(module):
                 parameter.data = own[name]
             self.store.drop_pages()
 

@@ -266,7 +266,7 @@ BROKEN = {  # a bad third line of a file, and what the message must say
     "nothing": ({}, "fields none: accepted are"),
     "a labelled text": (
         {"text": "x", "label": [1.0]},
-        "a labelled text is no side of a pair: use --loss regression",
+        "a labelled text is no side of a pair: train_rm.py --loss regression reads labelled texts",
     ),
     "an SFT row": ({"messages": [USER, GOOD]}, "fields 'messages': accepted are"),
     "text and sides": (TEXT | {"text": "x"}, "fields 'prompt', 'chosen', 'rejected', 'text': accepted are"),

@@ -22,7 +22,7 @@ from align.training import checkpoint
 from tests.support.files import TINY, reproducible_metrics
 from tests.support.launch import fork_ranks
 from tests.support.models import random_tiny
-from tests.support.resume import command
+from tests.support.resume import SELF_REWARD, command
 from tests.support.seeded_bugs import Bug, seeded
 from tools import check, plan, prepare_model
 
@@ -134,24 +134,29 @@ LAYOUTS = {  # at two processes, by name of the run
     "ppo-pp": "train_ppo.py --pp 2 --vp 2",
     "rs-tp": "train_rs.py --tp 2",
     "rs-pp": "train_rs.py --pp 2 --rollout-layout same",
+    "self_reward-dp": "train_self_reward.py",
+    "self_reward-tp": "train_self_reward.py --tp 2 --sequence-parallel",
+    "self_reward-pp": "train_self_reward.py --pp 2 --rollout-layout same",
 }
+SELF_REWARDING = f"{SELF_REWARD} --steps-per-iteration 2 --rollout-ahead 1"
 SAMPLING = "--max-steps 4 --lora-rank 4 --lr 1e-2 --min-lr 1e-2 --warmup-steps 0 --save-interval 0"
 KL = "--kl-coef 0.1"
 
 
 @pytest.fixture(scope="module")
-def rollouts(tmp_path_factory) -> Path:
-    """Runs of each script by one process, of LAYOUTS, and of GRPO offloaded, and stopped and continued."""
+def rollouts(tmp_path_factory, toy_judge) -> Path:
+    """Runs of each script by one process, of LAYOUTS; of two offloaded; of GRPO stopped and continued."""
     folder = tmp_path_factory.mktemp("rollouts")
     toy.write(folder, num_train=80, num_val=8)
 
     def run(name: str, words: str, *more: str) -> list[str]:
         script, *flags = words.split()
-        kl = [] if script == "train_rs.py" else KL.split()
-        return command(script, folder, folder / name, *SAMPLING.split(), *kl, *flags, *more)
+        own = {"train_rs.py": "", "train_self_reward.py": SELF_REWARDING.format(judge=toy_judge)}
+        words = own.get(script, KL).split()
+        return command(script, folder, folder / name, *words, *SAMPLING.split(), *flags, *more)
 
-    alone = [run(name, f"train_{name}.py") for name in ("grpo", "ppo", "rs")]
-    alone += [run("grpo-offloaded", "train_grpo.py --offload on")]
+    alone = [run(name, f"train_{name}.py") for name in ("grpo", "ppo", "rs", "self_reward")]
+    alone += [run(f"{name}-offloaded", f"train_{name}.py --offload on") for name in ("grpo", "self_reward")]
     alone += [run("grpo-stopped", "train_grpo.py", *words) for words in (["--stop-after", "2"], [])]
     fork_ranks(1, "tests/workers/resume.py", json.dumps(alone))
     fork_ranks(2, "tests/workers/resume.py", json.dumps([run(*item) for item in LAYOUTS.items()]))
@@ -164,8 +169,10 @@ def test_rollouts_are_equal_in_every_layout(rollouts, name):
     rows, expected = (reproducible_metrics(rollouts / run)[1:] for run in (name, name.partition("-")[0]))
     for row, wanted in zip(rows, expected, strict=True):
         assert row["audit/logprob_error_max"] < 1e-5
-        assert row["train_rollouts/rewards"] == wanted["train_rollouts/rewards"]
+        same = "train/judge_mean" if name.startswith("self_reward") else "train_rollouts/rewards"
+        assert row[same] == wanted[same]
         names = ("train_optim/loss", "train_optim/grad_norm", "train_rollouts/init_policy_kl")
+        names += ("train/loss", "train/grad_norm", "train/logratio_abs_mean")
         for metric in (metric for metric in names if metric in wanted):
             assert row[metric] == pytest.approx(wanted[metric], rel=1e-4, abs=1e-6), metric
 
@@ -177,10 +184,17 @@ def test_the_reference_of_a_rollout_is_the_base(rollouts):
         assert (rollouts / name / "adapter/adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["grpo-offloaded", "grpo-stopped"])
+def test_the_reference_of_self_rewarding_is_the_start_of_its_iteration(rollouts):
+    """Two iterations of two steps: at their first steps the policy is the reference, to the last bit."""
+    ratios = [row["train/logratio_abs_mean"] for row in reproducible_metrics(rollouts / "self_reward")[1:]]
+    assert ratios[0] == ratios[2] == 0.0 and min(ratios[1], ratios[3]) > 1e-4, ratios
+
+
+@pytest.mark.parametrize("name", ["grpo-offloaded", "grpo-stopped", "self_reward-offloaded"])
 def test_offloaded_and_continued_rollouts_are_the_same(rollouts, name):
-    assert reproducible_metrics(rollouts / name) == reproducible_metrics(rollouts / "grpo")
-    files = [rollouts / run / "adapter/adapter_model.safetensors" for run in (name, "grpo")]
+    whole = name.partition("-")[0]
+    assert reproducible_metrics(rollouts / name) == reproducible_metrics(rollouts / whole)
+    files = [rollouts / run / "adapter/adapter_model.safetensors" for run in (name, whole)]
     first, second = map(load_file, files)
     assert first.keys() == second.keys() and all(torch.equal(x, second[key]) for key, x in first.items())
 

@@ -75,9 +75,21 @@ CASES = {  # bf16: main weights in fp32
         2,
         "save steps start steps save start steps start save export",
     ),
+    "ppo_lora": Case(
+        "train_ppo.py",
+        "--deterministic --critic-lr 1e-3 --lora-rank 4 --kl-coef 0.1",
+        1,
+        "steps save start steps start save steps start save export",
+    ),
     "self_reward": Case(
         "train_self_reward.py",
         f"--deterministic {SELF_REWARD} --steps-per-iteration 14 --iterations 3",
+        1,
+        "steps save start steps start save steps start save export",
+    ),
+    "self_reward_lora": Case(
+        "train_self_reward.py",
+        f"--deterministic {SELF_REWARD} --steps-per-iteration 14 --iterations 3 --lora-rank 4 --lr 1e-3",
         1,
         "steps save start steps start save steps start save export",
     ),

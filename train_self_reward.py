@@ -509,7 +509,6 @@ def main(config: Config) -> None:
         rollout_time = metrics["timers/rollout_time"] = session.clock.total(*ROLLOUT)
         metrics["timers/train_time"] = session.clock.total("train")
 
-        # evaluate
         if rows["val"] and (session.validates() or session.done == end):
             metrics |= validation(session.done)
             metrics["timers/validation_time"] = session.clock.total(*ROLLOUT) - rollout_time

@@ -30,6 +30,8 @@ GROUPS = (  # of flags, in the order of --help; "": those of the script itself
         "judge",
         "meta",
         "",
+        "kl",
+        "truncation",
         "sampling",
         "rollout",
         "audit",

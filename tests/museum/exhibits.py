@@ -12,6 +12,7 @@ DROPOUT = {"align.model.gpt.transformer_config": [("hidden_dropout=0.0", "hidden
 LINEAR = "megatron.core.tensor_parallel.layers"
 REGION = "megatron.core.tensor_parallel.mappings._CopyToModelParallelRegion"
 DDP = "megatron.core.distributed.DistributedDataParallel"
+BUCKET_GROUP = "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
 BUCKETS = "in self.bucket_groups + self.expert_parallel_bucket_groups:"
 SUM = "reduce_from_tensor_model_parallel_region(output_parallel, group=self.tp_group)"
 RL, TEST_RL = "align.losses.rl", "tests.losses.test_rl"
@@ -194,7 +195,7 @@ RANKS = {  # reductions over ranks
         {f"{REGION}.backward": [("_reduce(grad_output, ctx.group)", "grad_output")]}, "tp 2", "replicas"
     ),
     "data parallel ranks do not gather their updated weights": Exhibit(
-        {f"{DDP}.start_param_sync": [(BUCKETS, "in []:")]}, "dp 2", "replicas"
+        {f"{BUCKET_GROUP}.start_param_sync": [("in enumerate(self.buckets):", "in []:")]}, "dp 2", "replicas"
     ),
     "no sum of gradients over data parallel ranks": Exhibit(
         {f"{DDP}.finish_grad_sync": [(BUCKETS, "in []:")]}, "dp 2", beside="usual"

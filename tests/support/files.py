@@ -1,11 +1,13 @@
-"""Paths of the repository, and rows in files of JSON lines."""
+"""Paths of the repository, its version of Megatron-Core, and rows in files of JSON lines."""
 
+import importlib.metadata
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "assets" / "tiny"
+MEGATRON_0_16 = importlib.metadata.version("megatron-core").startswith("0.16.")  # else 0.19
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> Path:

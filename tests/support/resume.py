@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from align.tracking.output import complete_checkpoints
@@ -190,7 +191,7 @@ def contents(path: Path) -> dict[str, object]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
-    return {**state, "common": torch.load(path / "common.pt")}
+    return {**state, "common": dist_checkpointing.load_common_state_dict(str(path))}
 
 
 def sha256(value: object) -> str:

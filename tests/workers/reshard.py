@@ -14,24 +14,28 @@ from align.generation import generator, reshard
 from align.model import architecture, gpt, huggingface
 from align.model.config import ModelConfig
 from tests.support import grids
+from tests.support.files import MEGATRON_0_16
 
 
 def received(transfer: reshard.Reshard) -> list[int]:
     """Run a transfer; the bytes of the tensors that it receives into, alive at each run of the service."""
     service, tensors, alive = transfer.service, [], []
-    submit, run = service.submit_recv_with_id, service.run
+    name = "submit_recv_with_id" if MEGATRON_0_16 else "submit_recv"
+    submit, run = getattr(service, name), service.run
 
-    def submitting(task: int, tensor: torch.Tensor, rank: int) -> None:
-        tensors.append(weakref.ref(tensor))
-        submit(task, tensor, rank)
+    def submitting(*args: object, **options: object) -> None:
+        tensors.extend(weakref.ref(x) for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
+        submit(*args, **options)
 
     def running() -> None:
         alive.append(sum(tensor.nbytes for tensor in (ref() for ref in tensors) if tensor is not None))
         run()
 
-    service.submit_recv_with_id, service.run = submitting, running
+    setattr(service, name, submitting)
+    service.run = running
     transfer.run()
-    del service.submit_recv_with_id, service.run
+    delattr(service, name)
+    del service.run
     return alive
 
 

@@ -95,8 +95,8 @@ def other_step(path: Path) -> None:
     path.write_text(path.read_text().replace('"step": 2', '"step": 1'))
 
 
-COMMON = ("common.pt",) if MEGATRON_0_16 else ()  # later ones have it in .metadata
-FILES = (".metadata", *COMMON, "metadata.json", "state.json", "__0_0.distcp")
+COMMON_FILES = ("common.pt",) if MEGATRON_0_16 else ()  # later ones have it in .metadata
+FILES = (".metadata", *COMMON_FILES, "metadata.json", "state.json", "__0_0.distcp")
 DAMAGES: dict[tuple[str, str, str], tuple[Damage, str]] = {  # (run, file, kind): how, words of the message
     ("sft", f"{LAST}/{file}", kind.__name__): (kind, file)
     for file in FILES
@@ -120,7 +120,10 @@ DAMAGES |= {
     ("ppo", f"{LAST}/critic", "of_step_1"): (of_step_1, "critic/"),
     ("ppo", f"{LAST}/critic/.metadata", "truncate"): (truncate, "critic/.metadata has"),
     ("ppo", f"{LAST}/critic/__0_0.distcp", "flip"): (flip, "critic/__0_0.distcp has other bytes"),
-    **{("ppo", f"{LAST}/critic/{file}", "delete"): (delete, f"critic/{file} is missing") for file in COMMON},
+    **{
+        ("ppo", f"{LAST}/critic/{file}", "delete"): (delete, f"critic/{file} is missing")
+        for file in COMMON_FILES
+    },
     ("ppo", "samples.jsonl", "torn"): (line('{"step": 1, "tab'), "samples.jsonl:1: not valid JSON"),
     ("self_reward", f"{LAST}/reference", "of_step_1"): (of_step_1, "reference/"),
     ("self_reward", f"{LAST}/reference/__0_0.distcp", "flip"): (flip, "reference/__0_0.distcp has other"),

@@ -56,7 +56,7 @@ from align.judging import tokens
 from align.judging.judge import Judge, JudgeConfig
 from align.judging.meta_judge import MetaJudge, MetaJudgeConfig
 from align.judging.pairs import Buffer, SampledPair, mix
-from align.judging.reference_model import ReferenceModel
+from align.judging.reference_model import ReferenceModel, trained_weights
 from align.judging.self_judge import Ids, JudgedResponses, Sampler, SelfJudge, Streams
 from align.losses import preference, supervised
 from align.losses.statistics import log_ratio_statistics
@@ -434,14 +434,14 @@ def main(config: Config) -> None:
         checkpoint.load_weights(path / "reference", policy.module)
     is_exact = parallel.is_exact(config.parallel)
     start_bound = reference.start_bound(config.audit_start, config.model.dtype, is_exact)
-    optimizer = optim.build(policy, config.optim)
+    weights, optimizer = trained_weights(policy, store), optim.build(policy, config.optim)
     phase.add("policy", policy, optimizer)
     rollout, tape = (config.rollout, config.sampling, config.model, config.parallel), Tape(session)
     generator = Generator(policy, *rollout, tokenizer, tape=tape)
     session.say(generator.describe())
     files_read = sorted(tokenizer.stop_ids), tokenizer.stop_strings, reference.weights_id(config.model.path)
     settings = (config.sampling, config.parallel.seed, config.model.dtype, arch, *files_read)
-    ref = ReferenceModel(policy, generator, phase, store, config.run.output, settings)
+    ref = ReferenceModel(weights, policy, generator, phase, config.run.output, settings)
     state = State(config, session, tokenizer, rows, self_judge, buffer, policy, ref, generator)
 
     def save(saving: Saving) -> None:

@@ -20,6 +20,12 @@ from align.training.offload import HostStore, Weights
 from align.training.phases import Phases
 
 
+def trained_weights(policy: DistributedDataParallel, store: HostStore) -> Weights:
+    """A copy of the weights that are trained: all, or with adapters only theirs."""
+    has_adapters = gpt.stages(policy)[0].adapters is not None
+    return Weights(policy.module, store, lora.is_trained if has_adapters else lambda name: True)
+
+
 class ReferenceModel:
     """Sampling and log-probs with the reference weights, which are swapped into the policy.
 
@@ -29,25 +35,23 @@ class ReferenceModel:
 
     def __init__(
         self,
+        weights: Weights,
         policy: DistributedDataParallel,
         generator: Generator,
         phase: Phases,
-        store: HostStore,
         output: Path,
         settings: tuple,
     ):
         """
         Args:
-            policy: the reference at this time.
-            store: for the copy of its weights.
+            weights: of the reference, from `trained_weights`.
             output: the run directory.
             settings: what samples depend on beside trained weights, prompts and streams.
         """
-        has_adapters = gpt.stages(policy)[0].adapters is not None
-        self.policy, self.generator, self.phase, self.settings = policy, generator, phase, settings
-        self.weights = Weights(policy.module, store, lora.is_trained if has_adapters else lambda name: True)
-        self.directory, self.digest = output / "rollouts", rollout_cache.weights_digest(self.weights)
-        self.needs = {"policy": "weights"} if has_adapters else {}  # of each phase
+        self.weights, self.policy, self.generator, self.phase = weights, policy, generator, phase
+        self.directory, self.settings = output / "rollouts", settings
+        self.digest = rollout_cache.weights_digest(weights)
+        self.needs = {"policy": "weights"} if gpt.stages(policy)[0].adapters else {}  # of each phase
 
     def follow_policy(self) -> None:
         """Take the policy's weights: the next iteration begins."""

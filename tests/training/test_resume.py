@@ -97,7 +97,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(name, data, toy_judge, whole,
     """Data parallel, with two ranks that each write a part of the checkpoint; torchrun starts SFT."""
     output, rng, case = tmp_path / "killed", random.Random(2), CASES[name]
     run = command(case.script, data, output, *case.words(toy_judge))
-    start = start_torchrun if name.startswith("sft") else start_forks
+    start = start_torchrun if name == "sft" else start_forks
     tables, rollouts = [reference_file(output)], []
     for kind in case.kinds_of_kills():
         launcher = start(2, printed(output), *run)

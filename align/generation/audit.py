@@ -235,7 +235,8 @@ def first_terms(
     if objective == "cispo":
         return -advantages * old_logprobs
     if objective == "sapo":  # 4 / tau sigmoid(0)
-        return -2 * advantages / torch.where(advantages > 0, tau_positive, tau_negative)
+        tau = torch.full_like(advantages, tau_negative).masked_fill(advantages > 0, tau_positive)
+        return -2 * advantages / tau
     return -advantages
 
 

@@ -230,7 +230,7 @@ def sapo(
 
     l_t = -A_t sigmoid(tau (r_t - 1)) 4 / tau,   tau = tau_positive where A_t > 0, else tau_negative
     """
-    tau = torch.where(advantages > 0, tau_positive, tau_negative)
+    tau = torch.full_like(advantages, tau_negative).masked_fill(advantages > 0, tau_positive)
     terms = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     return terms, ratio, torch.zeros_like(ratio, dtype=torch.bool)
 

@@ -1,7 +1,7 @@
-"""The objectives of train_grpo.py give the losses and gradients that TRL 1.16.0's GRPOTrainer gave.
+"""The objectives of train_grpo.py give the losses and gradients that TRL 1.16.0 and verl 0.9.1 gave.
 
-Recorded from its `_compute_loss` in float64, with per-token log-probs, old log-probs and advantages in place
-of a model's.
+Recorded from GRPOTrainer._compute_loss of TRL, with log-probs and advantages in place of a model's, and from
+the losses of verl's core_algos.py, in float64. verl adds 1e-8 to the number of tokens of a response.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ NEW, OLD, REF = -(0.2 + N * 7 % 11 / 8), -(0.2 + N * 5 % 13 / 10), -(0.3 + N * 3
 ADVANTAGES = rl.per_token(torch.tensor([1, -1, 0.5, -0.25], dtype=torch.float64), LENGTHS)
 RESPONSES = rl.per_token(torch.arange(4.0), LENGTHS)
 PPO = partial(rl.ppo, clip=0.2)
-CASES = {  # TRL's loss_type: objective, aggregation, sequence ratio, beta
+CASES = {  # loss_type of TRL, with its flags, or loss of verl: objective, aggregation, sequence ratio, beta
     "grpo": (PPO, "response", False, 0.0),
     "grpo, beta 0.04": (PPO, "response", False, 0.04),
     "dapo": (PPO, "token", False, 0.0),
@@ -32,7 +32,13 @@ CASES = {  # TRL's loss_type: objective, aggregation, sequence ratio, beta
         0.0,
     ),
     "cispo, epsilon_high 1.5": (partial(rl.cispo, clip=1.0, clip_high=0.5), "token", False, 0.0),  # r <= 1.5
-    "sapo": (partial(rl.sapo, tau_positive=1.0, tau_negative=1.05), "response", False, 0.0),
+    "verl: cispo, clip_ratio_high 0.5": (
+        partial(rl.cispo, clip=0.2, clip_high=0.5),
+        "token",
+        False,
+        0.0,
+    ),
+    "verl: sapo": (partial(rl.sapo, tau_positive=1.0, tau_negative=1.05), "response", False, 0.0),
 }
 RECORDED = {  # loss; its gradient at the first, second, sixth and ninth token
     "grpo": (0.17178111197336687, [-0.05, -0.0343644639, 0.3232137074, -0.040637913]),
@@ -52,7 +58,11 @@ RECORDED = {  # loss; its gradient at the first, second, sixth and ninth token
         0.1658078975624553,
         [-0.0714285714, -0.0490920913, 0.1071428571, -0.0348324969],
     ),
-    "sapo": (-0.033777774149837986, [-0.05, -0.0335378607, 0.1729608986, -0.0406317204]),
+    "verl: cispo, clip_ratio_high 0.5": (
+        0.19560005107382694,
+        [-0.0714285714, -0.0571428571, 0.1071428571, -0.0348324969],
+    ),
+    "verl: sapo": (-0.03377780505919992, [-0.0499999999, -0.0335378607, 0.1729608888, -0.0406317203]),
 }
 
 
@@ -68,10 +78,11 @@ def loss_of(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradient_are_those_of_trl(name):
+def test_loss_and_gradient_are_those_of_the_library(name):
+    """verl gave TRL's losses for grpo, dapo, delta, dr_grpo and the sequence ratio as well, to 1e-8."""
     logprobs = NEW.clone().requires_grad_()
     loss = loss_of(logprobs, *CASES[name])
     loss.backward()
     assert logprobs.grad is not None
-    assert float(loss) == pytest.approx(RECORDED[name][0], rel=1e-9)
+    assert float(loss) == pytest.approx(RECORDED[name][0], abs=1e-8 if "verl" in name else 1e-14)
     assert logprobs.grad[[0, 1, 5, 8]].tolist() == pytest.approx(RECORDED[name][1], abs=1e-9)

@@ -107,6 +107,13 @@ class Tokenizer(ABC):
         self.texts_with_special += 1
         return plain_text.hide(text, match.re)
 
+    def replace_refused(self, text: str) -> str:
+        """A sampled text with U+FFFD in place of all that `hide` refuses."""
+        text = plain_text.HIDDEN.sub("\ufffd", text)
+        if self.special and self.special_tokens_in_text == "refuse":
+            return self.special.sub("\ufffd", text)
+        return text
+
     def as_it_stands(self, text: str) -> str:
         """Return a whole prompt or text of a row, whose special tokens are control tokens, and count it."""
         self.strings_with_special += bool(self.special and self.special.search(text))

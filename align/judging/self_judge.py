@@ -97,8 +97,8 @@ class SelfJudge:
         self.number = judge.config.judgements
 
     def text_of(self, sample: Sample) -> str:
-        """A sample as text."""
-        return sample.text(self.tokenizer, self.stop)
+        """A sample as text, without characters that no text of a judge prompt may have."""
+        return self.tokenizer.replace_refused(sample.text(self.tokenizer, self.stop))
 
     def responses(
         self, tasks: Sequence[Task], places: Sequence[tuple[int, ...]], number: int, sample: Sampler

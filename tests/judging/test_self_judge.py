@@ -156,6 +156,16 @@ def test_what_ends_an_answer_is_not_shown_to_the_judge(make):
     assert script.calls[1][1] == [turn("Q: one\nA: yes\n")] and answers.judged == [Judged((2.0,))]
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_response_may_have_any_characters(make, tiny, monkeypatch, refuses):
+    """Private ones, which mark hidden tokens, and special tokens where rows must not have them."""
+    monkeypatch.setattr(tiny, "special_tokens_in_text", "refuse" if refuses else "split")
+    special = "<|im_start|>"
+    script = Script(generate=[[words(f"a\U00100041b{special}")]], judge=[[words("Score: 2")]])
+    make(1).responses([task("one")], [(VAL, 0, 0)], 1, script)
+    assert script.calls[1][1] == [turn(f"Q: one\nA: a\ufffdb{chr(0xFFFD) if refuses else special}\n")]
+
+
 def test_all_random_numbers_are_different(make):
     """Over answers, judgements and comparisons, steps, rows, training and validation.
 

@@ -43,9 +43,10 @@ class DotProductAttention(nn.Module):
         max_seqlen_q: int | None = None,
         max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
+        pad_between_seqs: bool | None = None,
     ) -> Tensor:
         assert qkv_format == "thd" and attn_mask_type == "padding_causal"
-        assert attention_mask is cu_seqlens_q_padded is cu_seqlens_kv_padded is None
+        assert attention_mask is cu_seqlens_q_padded is cu_seqlens_kv_padded is None and not pad_between_seqs
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
         assert query_layer.shape[1:] == (self.heads, self.channels)
         assert key_layer.shape[1:] == value_layer.shape[1:] == (self.groups, self.channels)

@@ -32,7 +32,7 @@ conformance: $(VENV)/ready  ## docs/conformance.md: layouts and algorithms again
 
 proofs: conformance $(VENV)/test  ## docs/proofs.md: conformance, planted differences, replays, the ledger over 10 kills, the museum
 	$(PYTEST) $(IN_TWO) tests/museum tests/tools/test_check.py tests/tools/test_replay.py tests/training/test_ledger.py
-	RESUME_KILLS=10 $(PYTEST) tests/training/test_resume.py -k "ends_like and ppo"
+	RESUME_KILLS=10 $(PYTEST) tests/training/test_resume.py -k "ends_like and ppo and not lora"
 
 check: $(VENV)/ready  ## format, lint, types
 	$(VENV)/bin/python -m ruff format --check .

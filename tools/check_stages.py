@@ -46,6 +46,7 @@ class Outcome:
 
     outputs: list[Tensor] = field(default_factory=list)
     loss: float = 0.0
+    size: float = 0.0  # sum of the sizes of the loss's terms, which may cancel
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -119,8 +120,12 @@ class Step:
         measured: Sequence[float] | np.ndarray | None,
         place: Callable[[int], str],
         cause: Callable[[int], str],
+        size: float = 0.0,
     ) -> bool:
-        """Compare numbers, and add the stage; `measured`: the reference's in the run's precision."""
+        """Compare numbers, and add the stage.
+
+        `measured`: the reference's in the run's precision; `size`: of terms of a number, if it is larger.
+        """
         a, e = (np.asarray(x, np.float64).reshape(-1) for x in (actual, expected))
         stage = Stage(name, len(e))
         self.stages.append(stage)
@@ -132,7 +137,7 @@ class Step:
         stage.bound = EXACT * max(largest, 1.0)
         if measured is not None:
             rounding = float(np.abs(np.asarray(measured, np.float64).reshape(-1) - e).max(initial=0.0))
-            stage.bound = FACTOR * max(rounding, EPS * largest)
+            stage.bound = FACTOR * max(rounding, EPS * max(largest, size))
         errors = np.abs(a - e)
         stage.error = float(errors.max(initial=0.0))
         if not stage.error <= stage.bound:  # true for NaN
@@ -232,6 +237,7 @@ def run_model(model: Any, terms: Terms) -> Outcome:
         outcome.outputs += [x.detach().double().cpu() for x in outputs]
         if term is not None:
             outcome.loss += float(term)
+            outcome.size += abs(float(term))
             term.backward()
     outcome.gradients = {name: x.double().cpu().numpy() for name, x in reference.gradients(model).items()}
     return outcome
@@ -284,6 +290,7 @@ def check_update(step: Step, model: str, computed: list[Outcome], loss_causes: d
         [computed[1].loss],
         lambda i: f"{label}loss of the first update",
         lambda i: check_causes.loss(loss, computed[0].loss, loss_causes),
+        computed[0].size,
     )
     actual = load_file(step.directory / f"gradients_{model}.safetensors")
     stage = Stage(f"{label}gradients", sum(x.size for x in actual.values()))

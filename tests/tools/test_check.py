@@ -17,6 +17,7 @@ from tests.support.launch import fork_python, fork_ranks
 from tests.support.rows import chat, comparisons
 from tests.workers.check import CASES, FLAGS
 from tools import check
+from tools.check_stages import Step
 from tools.conformance.models import SIZES
 
 SMALL = SIZES | dict(vocab_size=264, num_hidden_layers=2, bos_token_id=257, eos_token_id=258)
@@ -103,3 +104,12 @@ def test_a_run_that_fails_is_an_error_of_one_line(tmp_path):
         check.main(["other.py"])
     with pytest.raises(UserError, match="--resume-from: the check starts from --model"):
         check.flags_of_run(train_sft, ["--resume-from", "x"], 1, tmp_path)
+
+
+def test_terms_that_cancel_round_by_their_size():
+    """The loss of advantages of both signs is near 0: its rounding, and that of the reference, is its terms'."""
+    step = object.__new__(Step)
+    step.stages = []
+    for size, is_equal in ((0.0, False), (0.5, True), (0.05, False)):
+        actual = step.compare("loss", [3e-7], [1e-9], [2e-9], str, str, size)
+        assert actual == is_equal, step.stages[-1]

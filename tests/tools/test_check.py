@@ -107,7 +107,7 @@ def test_a_run_that_fails_is_an_error_of_one_line(tmp_path):
 
 
 def test_terms_that_cancel_round_by_their_size():
-    """The loss of advantages of both signs is near 0: its rounding, and that of the reference, is its terms'."""
+    """The loss of advantages of both signs is near 0, and its rounding that of its terms."""
     step = object.__new__(Step)
     step.stages = []
     for size, is_equal in ((0.0, False), (0.5, True), (0.05, False)):
